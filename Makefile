@@ -1,0 +1,46 @@
+# `make demo` and `make test` need only Python 3.10 or newer with venv, git and make; they make .venv by themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal
+
+.PHONY: demo test test-all lint types format figures clean
+
+$(INSTALLED): setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/corrdit demo --output demo
+
+test: $(INSTALLED)
+	$(PYTEST) -m "not slow"
+
+test-all: $(INSTALLED)
+	$(PYTEST)
+
+$(VENV)/.linted: $(INSTALLED)
+	$(BIN)/pip install --constraint constraints.txt ".[lint]" --no-deps --quiet --dry-run >/dev/null
+	$(BIN)/pip install --constraint constraints.txt ruff mypy
+	touch $@
+
+lint: $(VENV)/.linted
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Type checkers cannot follow the folder mapping of setup.py in the source tree, so the installed wheel is checked.
+types: $(VENV)/.linted
+	rm -rf build/types
+	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/types/wheel .
+	$(BIN)/pip install --quiet --no-deps --target build/types/site build/types/wheel/*.whl
+	MYPYPATH=build/types/site $(BIN)/mypy --config-file pyproject.toml --package corrdit
+
+format: $(VENV)/.linted
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build demo *.egg-info

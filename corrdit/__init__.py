@@ -1,0 +1,44 @@
+"""corrdit: point correspondence, guidance and motion transfer from the attention of video diffusion transformers.
+
+Public names are resolved on first use, so that `import corrdit` stays light and works where triton, diffusers or
+lightning are missing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_LAZY_ATTRIBUTES = {
+    "TokenGrid": "corrdit.grid",
+    "Tracks": "corrdit.tracking",
+    "PointTracker": "corrdit.tracking",
+    "CorrespondenceProcessor": "corrdit.integrations.diffusers",
+    "capture": "corrdit.integrations.diffusers",
+    "load_backbone": "corrdit.integrations.diffusers",
+}
+_LAZY_MODULES = ("data", "metrics", "motion", "ops", "testing", "tracking", "video", "visualization")
+
+__all__ = ["__version__", *_LAZY_ATTRIBUTES, *_LAZY_MODULES]
+
+if TYPE_CHECKING:
+    from corrdit import data, metrics, motion, ops, testing, tracking, video, visualization
+    from corrdit.grid import TokenGrid
+    from corrdit.integrations.diffusers import CorrespondenceProcessor, capture, load_backbone
+    from corrdit.tracking import PointTracker, Tracks
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY_MODULES:
+        return importlib.import_module(f"corrdit.{name}")
+    if name in _LAZY_ATTRIBUTES:
+        value = getattr(importlib.import_module(_LAZY_ATTRIBUTES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'corrdit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""The hosts corrdit plugs into: diffusers and lightning."""

@@ -1,0 +1,82 @@
+"""Build description: three top-level folders, one import root.
+
+`corrdit/` is the library, `kernels/` and `integrations/` are its subpackages `corrdit.kernels` and
+`corrdit.integrations`. No other top-level import package is installed: one named `kernels` would collide with the
+package of that name which diffusers looks for.
+"""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+MAPPED_FOLDERS = {"kernels": "corrdit.kernels", "integrations": "corrdit.integrations"}
+
+REQUIREMENTS = [
+    "torch>=2.11,<2.14",
+    "triton>=3.6,<3.10; platform_system == 'Linux'",
+    "diffusers>=0.38,<0.43",
+    "transformers>=5.0,<6",
+    "lightning>=2.5,!=2.6.2,!=2.6.3,<2.7",
+    "einops>=0.8,<0.9",
+    "numpy>=1.26,<3",
+    "jsonargparse[signatures]>=4.40,<5",
+    "rich>=13,<16",
+    "imageio>=2.35,<3",
+    "av>=13,<19",
+    "matplotlib>=3.8,<4",
+    "safetensors>=0.5,<1",
+]
+EXTRAS = {
+    "metrics": ["torchmetrics>=1.4,<2"],
+    "tensorboard": ["tensorboard>=2.16,<3"],
+    "test": [
+        "pytest>=8,<10",
+        "pytest-xdist>=3.5,<4",
+        "hypothesis>=6.100,<7",
+        "torchmetrics>=1.4,<2",
+        "tensorboard>=2.16,<3",
+        "setuptools>=77,<90",
+    ],
+    "lint": ["ruff>=0.9,<1", "mypy>=1.14,<3", "pre-commit>=4,<5"],
+}
+
+
+def library_packages() -> list[str]:
+    """Import names of all packages, the mapped folders under their place in `corrdit`."""
+    names = find_packages(str(ROOT), include=["corrdit", "corrdit.*"])
+    for folder, import_name in MAPPED_FOLDERS.items():
+        found = find_packages(str(ROOT), include=[folder, f"{folder}.*"])
+        names += [import_name + name[len(folder) :] for name in found]
+    return names
+
+
+def version() -> str:
+    text = (ROOT / "corrdit" / "__init__.py").read_text(encoding="utf-8")
+    match = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
+    if match is None:
+        raise RuntimeError("corrdit/__init__.py has no line __version__ = \"...\"")
+    return match.group(1)
+
+
+setup(
+    name="corrdit",
+    version=version(),
+    description="Point correspondence, guidance and motion transfer from the attention of video diffusion transformers",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=library_packages(),
+    package_dir={"corrdit": "corrdit", **{name: folder for folder, name in MAPPED_FOLDERS.items()}},
+    package_data={
+        "corrdit": ["py.typed", "**/*.json", "**/*.yaml"],
+        "corrdit.kernels": ["**/*.json"],
+        "corrdit.integrations": ["**/*.json", "**/*.yaml", "**/*.safetensors", "**/*.md"],
+    },
+    install_requires=REQUIREMENTS,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["corrdit=corrdit.cli:entry_point"]},
+)
