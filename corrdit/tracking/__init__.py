@@ -1,0 +1,30 @@
+"""Following points through a video: the result type, geometry between pixels and tokens, and the tracker."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_LAZY_ATTRIBUTES = {
+    "Tracks": "corrdit.tracking.tracks",
+    "interpolate_tracks": "corrdit.tracking.interpolation",
+    "PointTracker": "corrdit.tracking.tracker",
+}
+__all__ = ["PointTracker", "Tracks", "interpolate_tracks"]
+
+if TYPE_CHECKING:
+    from corrdit.tracking.interpolation import interpolate_tracks
+    from corrdit.tracking.tracker import PointTracker
+    from corrdit.tracking.tracks import Tracks
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY_ATTRIBUTES:
+        value = getattr(importlib.import_module(_LAZY_ATTRIBUTES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'corrdit.tracking' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,131 @@
+"""The result of tracking: where every point is in every frame, whether it is seen, and how sure that is."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from corrdit.files import written_beside
+
+
+@dataclass(frozen=True, eq=False)
+class Tracks:
+    """Positions of P points in the T frames of a video.
+
+    Arrays are accepted as tensors, numpy arrays or nested lists and kept as detached CPU tensors.
+
+    Args:
+        xy: float32 `[T, P, 2]`, (x, y) in pixels with the origin at the frame's top left corner; the centre of the
+            first pixel is (0.5, 0.5).
+        visible: bool `[T, P]`.
+        score: float32 `[T, P]`, confidence of each position, larger is surer; the unit is the tracker's own.
+
+    Raises:
+        ValueError: shapes that do not fit together, a `visible` that is not boolean, or numbers that are not finite.
+    """
+
+    xy: torch.Tensor
+    visible: torch.Tensor
+    score: torch.Tensor
+
+    def __post_init__(self) -> None:
+        xy = _tensor("xy", self.xy, torch.float32)
+        if xy.ndim != 3 or xy.shape[2] != 2 or xy.shape[0] == 0:
+            raise ValueError(f"Tracks xy must have shape [frames, points, 2] with at least one frame, got {_shape(xy)}")
+        visible = _visibility(self.visible)
+        score = _tensor("score", self.score, torch.float32)
+        for name, value in (("visible", visible), ("score", score)):
+            if value.shape != xy.shape[:2]:
+                raise ValueError(
+                    f"Tracks {name} must have shape [frames, points] = {_shape(xy[..., 0])} as xy has, "
+                    f"got {_shape(value)}"
+                )
+        for name, value in (("xy", xy), ("score", score)):
+            broken = int((~torch.isfinite(value)).sum())
+            if broken:
+                raise ValueError(f"Tracks {name} holds {broken} numbers that are NaN or infinite; all must be finite")
+        for name, value in (("xy", xy), ("visible", visible), ("score", score)):
+            object.__setattr__(self, name, value)
+
+    @property
+    def frames(self) -> int:
+        """T, the number of video frames."""
+        return self.xy.shape[0]
+
+    @property
+    def points(self) -> int:
+        """P, the number of points."""
+        return self.xy.shape[1]
+
+    def numpy(self) -> dict[str, np.ndarray]:
+        """The arrays by name: xy float32 `[T, P, 2]`, visible bool `[T, P]`, score float32 `[T, P]`."""
+        return {"xy": self.xy.numpy(), "visible": self.visible.numpy(), "score": self.score.numpy()}
+
+    def save(self, path: str | os.PathLike[str], *, queries: Any = None) -> None:
+        """Write `xy`, `visible`, `score` (and `queries`) as a compressed .npz file, beside and then renamed.
+
+        Args:
+            path: the file, with its full name; nothing is appended to it.
+            queries: float `[P, 3]` (frame, x, y) in pixels, stored along when given.
+
+        Raises:
+            ValueError: `queries` of another shape than `[P, 3]`.
+            OSError: the folder is missing, cannot be written, or the disk is full; no part of the file is left.
+        """
+        arrays = self.numpy()
+        if queries is not None:
+            table = _tensor("queries", queries, torch.float32)
+            if table.shape != (self.points, 3):
+                raise ValueError(f"queries must have shape [points, 3] = [{self.points}, 3], got {_shape(table)}")
+            arrays["queries"] = table.numpy()
+        with written_beside(path) as file:
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Tracks:
+        """Read a file that `save` wrote; further arrays in it are left alone.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not an .npz file, or one without xy, visible and score.
+        """
+        names = ("xy", "visible", "score")
+        try:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+                if not hasattr(archive, "files"):
+                    raise ValueError("it holds a single array")
+                missing = [name for name in names if name not in archive.files]
+                if missing:
+                    raise ValueError(f"it lacks {', '.join(missing)} and holds {', '.join(archive.files) or 'nothing'}")
+                arrays = {name: archive[name] for name in names}
+        except (ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(
+                f"{os.fspath(path)} is not a tracks file (.npz with xy, visible, score): {error}"
+            ) from error
+        return cls(**arrays)
+
+
+def _tensor(name: str, value: Any, dtype: torch.dtype) -> torch.Tensor:
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"Tracks {name} must be an array of numbers, got {type(value).__name__}: {error}") from error
+    if tensor.is_complex() or tensor.dtype == torch.bool:
+        raise ValueError(f"Tracks {name} must be real numbers, got {tensor.dtype}")
+    return tensor.detach().to(device="cpu", dtype=dtype)
+
+
+def _visibility(value: Any) -> torch.Tensor:
+    tensor = torch.as_tensor(value)
+    if tensor.dtype != torch.bool:
+        raise ValueError(f"Tracks visible must be boolean, got {tensor.dtype}; compare with a threshold first")
+    return tensor.detach().cpu()
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return "[" + ", ".join(str(size) for size in tensor.shape) + "]"
