@@ -56,7 +56,7 @@ def version() -> str:
     text = (ROOT / "corrdit" / "__init__.py").read_text(encoding="utf-8")
     match = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
     if match is None:
-        raise RuntimeError("corrdit/__init__.py has no line __version__ = \"...\"")
+        raise RuntimeError('corrdit/__init__.py has no line __version__ = "..."')
     return match.group(1)
 
 

@@ -139,5 +139,7 @@ class TokenGrid:
                 raise ValueError(f"frame pair ({i}, {j}) is outside the grid, which has frames 0 to {self.frames - 1}")
             pairs.append((i, j))
         if not pairs:
-            raise ValueError("frames is an empty list; give at least one (query frame, key frame) pair, or None for all")
+            raise ValueError(
+                "frames is an empty list; give at least one (query frame, key frame) pair, or None for all"
+            )
         return pairs

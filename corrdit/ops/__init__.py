@@ -1,0 +1,27 @@
+"""Operations on the queries and keys of joint video attention.
+
+Queries and keys are `[batch, heads, tokens, head_dim]` after normalisation and rotary embedding, text tokens included, in
+the order of the model; a `corrdit.TokenGrid` says which token is which. Statistics and sums are float32 for half and
+single precision and float64 for float64 input.
+
+Every operation takes `backend`: "reference" materialises score maps and is the definition, "streaming" visits query rows
+in chunks under a memory budget on any device, "triton" runs fused kernels on a CUDA device, and "auto" takes "triton" for
+CUDA tensors and "streaming" for all others.
+"""
+
+from corrdit.ops.attention_mass import AttentionMass, attention_mass
+from corrdit.ops.cost_rows import cost_rows
+from corrdit.ops.displacement import hard_displacement, soft_displacement
+from corrdit.ops.frame_local_attention import frame_local_attention
+from corrdit.ops.match import Match, match
+
+__all__ = [
+    "AttentionMass",
+    "Match",
+    "attention_mass",
+    "cost_rows",
+    "frame_local_attention",
+    "hard_displacement",
+    "match",
+    "soft_displacement",
+]

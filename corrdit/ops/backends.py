@@ -1,0 +1,66 @@
+"""Which implementation runs an operation, and why another one cannot."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "triton", "streaming", "reference")
+
+_logger = logging.getLogger("corrdit")
+
+
+def select_backend(backend: str, tensor: Tensor) -> ModuleType:
+    """The module that runs an operation on `tensor`.
+
+    Raises:
+        ValueError: an unknown name, or "triton" for float64 tensors.
+        RuntimeError: "triton" where triton or a CUDA device is missing.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "auto":
+        backend = _automatic(tensor.device.type, tensor.dtype)
+    if backend == "triton":
+        reason = triton_unavailable(tensor.device.type, tensor.dtype)
+        if reason:
+            kind = ValueError if tensor.dtype == torch.float64 else RuntimeError
+            raise kind(f'backend="triton" cannot run: {reason}; use backend="streaming" or backend="auto"')
+        import corrdit.kernels as module
+    elif backend == "streaming":
+        import corrdit.streaming as module
+    else:
+        import corrdit.reference as module
+    return module
+
+
+def triton_unavailable(device: str, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels cannot run on such tensors, None where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if dtype == torch.float64:
+        return "the kernels take float16, bfloat16 and float32, not float64"
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if device != "cuda":
+        return f"the tensors are on {device}, the kernels need a CUDA device (or TRITON_INTERPRET=1 for CPU tensors)"
+    return None
+
+
+@functools.cache
+def _automatic(device: str, dtype: torch.dtype) -> str:
+    """The backend "auto" stands for; the choice is logged once for each kind of tensor."""
+    if device != "cuda":
+        return "streaming"
+    reason = triton_unavailable(device, dtype)
+    if reason:
+        _logger.warning('backend="auto" takes "streaming" for %s tensors on %s: %s', dtype, device, reason)
+        return "streaming"
+    _logger.info('backend="auto" takes "triton" for %s tensors on %s', dtype, device)
+    return "triton"

@@ -1,0 +1,172 @@
+"""Displacement of every token of one frame to another frame: soft (expected) and hard (best)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from corrdit.grid import FramePairs, TokenGrid, whole_number
+from corrdit.ops import checks
+from corrdit.ops.backends import select_backend
+
+
+class _Request(NamedTuple):
+    """What a backend is called with, and how its frame pairs are to be arranged."""
+
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+    square: bool
+
+
+def soft_displacement(
+    q: Tensor,
+    k: Tensor,
+    grid: TokenGrid,
+    *,
+    heads: str = "logits",
+    head_weights: Tensor | Iterable[float] | None = None,
+    temperature: float = 1.0,
+    frames: int | Iterable[tuple[int, int]] | None = None,
+    window: int | None = None,
+    center: Tensor | None = None,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    backend: str = "auto",
+    memory_budget: int | None = None,
+) -> Tensor:
+    """Expected displacement of every token under its attention on each frame: the attention motion flow.
+
+    For query token p of frame i and every frame j, `sum_p' P[p, p'] (p' - p)` with P the softmax over the tokens p' of
+    frame j of `temperature * scale * q.k`. Source: DiTFlow, "Video Motion Transfer with Diffusion Transformers"
+    (arXiv 2412.07776), attention motion flow.
+
+    Args:
+        q, k: `[B, H, N, D]` float16, bfloat16, float32 or float64. Text tokens take no part.
+        grid: how the N tokens are arranged.
+        heads: what is averaged over heads before the expectation: "logits", "features" (q and k), "probabilities", or
+            "none" to keep the heads apart.
+        head_weights: `[H]` non-negative weights of the heads in that average, normalised to sum 1.
+        temperature: multiplies the logits; above 0.
+        frames: None for all pairs, an int for `|i - j| <= frames`, or a list of (query frame, key frame).
+        window: radius in tokens, in both axes, of the keys a query sees; clipped at the border.
+        center: `[B, F, F, h, w, 2]` (or `[B, P, h, w, 2]` with `frames`) place (x, y) in tokens of the key frame round
+            which the window lies, rounded to a token and moved into the frame; the query's own place by default.
+        scale: factor of q.k, `D ** -0.5` by default.
+        key_mask: bool `[B, N]`, True = may be attended. A query without any key gets displacement 0.
+        backend: "auto", "triton", "streaming" or "reference".
+        memory_budget: bytes beyond inputs and outputs (streaming).
+
+    Returns:
+        (dx, dy) in tokens, x to the right and y down, float32 (float64 for float64 input):
+        `[B, F, F, h, w, 2]` (query frame, key frame, row, column), or `[B, P, h, w, 2]` with `frames`; with heads="none"
+        a head axis after the batch. Differentiable in q and k, once.
+
+    Raises:
+        ValueError: an argument is out of range or does not fit the grid.
+        RuntimeError: the backend asked for cannot run here.
+    """
+    request = _displacement_request(
+        q, k, grid, heads=heads, head_weights=head_weights, temperature=temperature, frames=frames, window=window,
+        center=center, scale=scale, key_mask=key_mask, memory_budget=memory_budget,
+    )  # fmt: skip
+    return _arrange(select_backend(backend, q).soft_displacement(*request.arguments, **request.options), request, grid)
+
+
+@torch.no_grad()
+def hard_displacement(
+    q: Tensor,
+    k: Tensor,
+    grid: TokenGrid,
+    *,
+    heads: str = "logits",
+    head_weights: Tensor | Iterable[float] | None = None,
+    temperature: float = 1.0,
+    frames: int | Iterable[tuple[int, int]] | None = None,
+    window: int | None = None,
+    center: Tensor | None = None,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    backend: str = "auto",
+    memory_budget: int | None = None,
+) -> Tensor:
+    """Displacement of every token to the key of largest weight in each frame.
+
+    Takes the arguments of `soft_displacement`; the argmax stands in place of the expectation, ties go to the lowest flat
+    index, and NaN behaves as in `torch.argmax`. Source: DiTFlow (arXiv 2412.07776), reference motion flow.
+
+    Returns:
+        int64 (dx, dy) in tokens, in the shape of `soft_displacement`. Not differentiable.
+
+    Raises:
+        ValueError: an argument is out of range or does not fit the grid.
+        RuntimeError: the backend asked for cannot run here.
+    """
+    request = _displacement_request(
+        q, k, grid, heads=heads, head_weights=head_weights, temperature=temperature, frames=frames, window=window,
+        center=center, scale=scale, key_mask=key_mask, memory_budget=memory_budget,
+    )  # fmt: skip
+    return _arrange(select_backend(backend, q).hard_displacement(*request.arguments, **request.options), request, grid)
+
+
+def _displacement_request(
+    q: Tensor,
+    k: Tensor,
+    grid: TokenGrid,
+    *,
+    heads: str,
+    head_weights: Tensor | Iterable[float] | None,
+    temperature: float,
+    frames: int | Iterable[tuple[int, int]] | None,
+    window: int | None,
+    center: Tensor | None,
+    scale: float | None,
+    key_mask: Tensor | None,
+    memory_budget: int | None,
+) -> _Request:
+    checks.check_tokens(grid, q=q, k=k)
+    weights = checks.check_heads(heads, head_weights, q)
+    pairs = grid.frame_pairs(frames)
+    options = {
+        "scale": checks.check_scale(scale, q.shape[-1]),
+        "temperature": checks.check_number("temperature", temperature, positive=True),
+        "window": None if window is None else whole_number("window", window, 0),
+        "memory_budget": checks.check_budget(memory_budget),
+    }
+    options["center"] = _check_center(center, options["window"], q, grid, pairs, square=frames is None)
+    key_mask = checks.check_key_mask(key_mask, q)
+    options["key_mask"] = None if key_mask is None else key_mask[:, grid.video_slice]
+    video_q, video_k = q[:, :, grid.video_slice], k[:, :, grid.video_slice]
+    folded = checks.fold_features(video_q, video_k, heads, weights)
+    options.update(heads=folded.heads, weights=folded.weights)
+    return _Request((folded.q, folded.k, grid.without_text(), pairs), options, square=frames is None)
+
+
+def _check_center(
+    center: Tensor | None, window: int | None, q: Tensor, grid: TokenGrid, pairs: FramePairs, *, square: bool
+) -> Tensor | None:
+    """`[B, P, h, w, 2]` floating point, whatever way the pairs were asked for."""
+    if center is None:
+        return None
+    if window is None:
+        raise ValueError("center places a window, but window is None; give the radius of the window in tokens")
+    pair_axes = [grid.frames, grid.frames] if square else [len(pairs)]
+    expected = [q.shape[0], *pair_axes, grid.height, grid.width, 2]
+    if not isinstance(center, Tensor) or list(center.shape) != expected or center.device != q.device:
+        given = f"{list(center.shape)} on {center.device}" if isinstance(center, Tensor) else type(center).__name__
+        raise ValueError(f"center must be a tensor {expected} on {q.device}, got {given}")
+    center = center.detach()
+    if not center.is_floating_point():
+        center = center.to(torch.float32)
+    if not bool(torch.isfinite(center).all()):
+        raise ValueError("center must be finite, got NaN or infinity in it")
+    return center.reshape(q.shape[0], len(pairs), grid.height, grid.width, 2)
+
+
+def _arrange(displacement: Tensor, request: _Request, grid: TokenGrid) -> Tensor:
+    """One axis of pairs as (query frame, key frame) where all pairs were asked for."""
+    if not request.square:
+        return displacement
+    return displacement.unflatten(-4, (grid.frames, grid.frames))
