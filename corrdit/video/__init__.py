@@ -1,0 +1,20 @@
+"""Reading and writing videos: mp4, mov, webm, mkv, avi and gif files, and folders of frames.
+
+Frames are uint8 `[H, W, 3]` in RGB, upright as a player shows them. Reading is streamed, so a long video can be read
+at a reduced size without its full-size frames ever being held together; writing is streamed too, and a file appears
+under its name only when it is complete.
+"""
+
+from corrdit.video.reading import Video, VideoInfo, fit_size, iterate_frames, probe_video, read_video
+from corrdit.video.writing import VideoWriter, write_video
+
+__all__ = [
+    "Video",
+    "VideoInfo",
+    "VideoWriter",
+    "fit_size",
+    "iterate_frames",
+    "probe_video",
+    "read_video",
+    "write_video",
+]
