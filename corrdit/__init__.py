@@ -21,7 +21,23 @@ _LAZY_ATTRIBUTES = {
 }
 _LAZY_MODULES = ("data", "metrics", "motion", "ops", "testing", "tracking", "video", "visualization")
 
-__all__ = ["__version__", *_LAZY_ATTRIBUTES, *_LAZY_MODULES]
+__all__ = [
+    "CorrespondenceProcessor",
+    "PointTracker",
+    "TokenGrid",
+    "Tracks",
+    "__version__",
+    "capture",
+    "data",
+    "load_backbone",
+    "metrics",
+    "motion",
+    "ops",
+    "testing",
+    "tracking",
+    "video",
+    "visualization",
+]
 
 if TYPE_CHECKING:
     from corrdit import data, metrics, motion, ops, testing, tracking, video, visualization

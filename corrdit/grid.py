@@ -133,13 +133,12 @@ class TokenGrid:
                 i, j = (operator.index(index) for index in entry)
             except (TypeError, ValueError):
                 raise ValueError(
-                    f"frames must be None, an int (span) or a list of (query frame, key frame) pairs, got {entry!r} in it"
+                    "frames must be None, an int (span) or a list of (query frame, key frame) pairs, "
+                    f"got {entry!r} in it"
                 ) from None
             if not (0 <= i < self.frames and 0 <= j < self.frames):
                 raise ValueError(f"frame pair ({i}, {j}) is outside the grid, which has frames 0 to {self.frames - 1}")
             pairs.append((i, j))
         if not pairs:
-            raise ValueError(
-                "frames is an empty list; give at least one (query frame, key frame) pair, or None for all"
-            )
+            raise ValueError("frames is an empty list; give a (query frame, key frame) pair, or None for all")
         return pairs

@@ -1,12 +1,12 @@
 """Operations on the queries and keys of joint video attention.
 
-Queries and keys are `[batch, heads, tokens, head_dim]` after normalisation and rotary embedding, text tokens included, in
-the order of the model; a `corrdit.TokenGrid` says which token is which. Statistics and sums are float32 for half and
-single precision and float64 for float64 input.
+Queries and keys are `[batch, heads, tokens, head_dim]` after normalisation and rotary embedding, text tokens included,
+in the order of the model; a `corrdit.TokenGrid` says which token is which. Statistics and sums are float32 for half
+and single precision and float64 for float64 input.
 
-Every operation takes `backend`: "reference" materialises score maps and is the definition, "streaming" visits query rows
-in chunks under a memory budget on any device, "triton" runs fused kernels on a CUDA device, and "auto" takes "triton" for
-CUDA tensors and "streaming" for all others.
+Every operation takes `backend`: "reference" materialises score maps and is the definition, "streaming" visits query
+rows in chunks under a memory budget on any device, "triton" runs fused kernels on a CUDA device, and "auto" takes
+"triton" for CUDA tensors and "streaming" for all others.
 """
 
 from corrdit.ops.attention_mass import AttentionMass, attention_mass

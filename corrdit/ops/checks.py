@@ -128,7 +128,8 @@ def check_frame_tokens(tokens: Tensor | Iterable[int], grid: TokenGrid, device: 
     integral = not (indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool)
     if indices.ndim != 1 or indices.numel() == 0 or not integral:
         raise ValueError(
-            f"tokens must be a non-empty list or 1-D integer tensor of flat indices, got {list(indices.shape)} {indices.dtype}"
+            "tokens must be a non-empty list or 1-D integer tensor of flat indices, "
+            f"got {list(indices.shape)} {indices.dtype}"
         )
     lowest, highest = int(indices.min()), int(indices.max())
     if lowest < 0 or highest >= grid.tokens_per_frame:

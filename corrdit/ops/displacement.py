@@ -61,8 +61,8 @@ def soft_displacement(
 
     Returns:
         (dx, dy) in tokens, x to the right and y down, float32 (float64 for float64 input):
-        `[B, F, F, h, w, 2]` (query frame, key frame, row, column), or `[B, P, h, w, 2]` with `frames`; with heads="none"
-        a head axis after the batch. Differentiable in q and k, once.
+        `[B, F, F, h, w, 2]` (query frame, key frame, row, column), or `[B, P, h, w, 2]` with `frames`; with
+        heads="none" a head axis after the batch. Differentiable in q and k, once.
 
     Raises:
         ValueError: an argument is out of range or does not fit the grid.
@@ -94,8 +94,8 @@ def hard_displacement(
 ) -> Tensor:
     """Displacement of every token to the key of largest weight in each frame.
 
-    Takes the arguments of `soft_displacement`; the argmax stands in place of the expectation, ties go to the lowest flat
-    index, and NaN behaves as in `torch.argmax`. Source: DiTFlow (arXiv 2412.07776), reference motion flow.
+    Takes the arguments of `soft_displacement`; the argmax stands in place of the expectation, ties go to the lowest
+    flat index, and NaN behaves as in `torch.argmax`. Source: DiTFlow (arXiv 2412.07776), reference motion flow.
 
     Returns:
         int64 (dx, dy) in tokens, in the shape of `soft_displacement`. Not differentiable.

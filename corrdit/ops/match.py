@@ -44,10 +44,10 @@ def match(
 ) -> Match:
     """Best match of every token of the source frame in each target frame.
 
-    `C[p, p'] = (P_forward[p, p'] + P_backward[p', p]) / 2`: the softmax over the target frame of `scale * q_source.k_target`
-    and the softmax over the source frame of `scale * q_target.k_source`. The match is the argmax of C over p' (ties go to
-    the lowest flat index), its score the maximum. Source: DiffTrack, "Emergent Temporal Correspondences from Video
-    Diffusion Transformers" (arXiv 2506.17220), query-key matching.
+    `C[p, p'] = (P_forward[p, p'] + P_backward[p', p]) / 2`: the softmax over the target frame of
+    `scale * q_source.k_target` and the softmax over the source frame of `scale * q_target.k_source`. The match is the
+    argmax of C over p' (ties go to the lowest flat index), its score the maximum. Source: DiffTrack, "Emergent Temporal
+    Correspondences from Video Diffusion Transformers" (arXiv 2506.17220), query-key matching.
 
     Args:
         q, k: `[B, H, N, D]` float16, bfloat16, float32 or float64. Text tokens take no part.

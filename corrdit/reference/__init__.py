@@ -1,4 +1,4 @@
-"""The definition of every operation in plain PyTorch: score maps are materialised, float64 input is computed in float64.
+"""The definition of every operation in plain PyTorch: score maps are materialised, float64 stays float64.
 
 Slow and large on purpose: the other backends are tested against these functions.
 """

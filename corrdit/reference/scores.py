@@ -38,7 +38,7 @@ def masked_softmax(logits: Tensor, allowed: Tensor | None) -> Tensor:
 
 
 def reduce_heads(maps: Tensor, heads: str, weights: Tensor | None) -> Tensor:
-    """`[B, H, ...]` to `[B, ...]`: the weighted mean for "probabilities", the only entry for "logits", as is for "none"."""
+    """`[B, H, ...]` to `[B, ...]`: the mean for "probabilities", the only entry for "logits", as is for "none"."""
     if heads == "none":
         return maps
     if heads == "logits":
