@@ -1,0 +1,109 @@
+"""How well the motion of one set of tracks is found in another.
+
+Yatim et al., "Space-Time Diffusion Features for Zero-Shot Text-Driven Motion Transfer" (2024), equation 8; DiTFlow
+scores with a variant of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+VARIANTS = ("two_sided", "released")
+STATIONARY = ("match", "zero", "exclude", "error")
+
+
+def motion_fidelity(
+    generated: Any,
+    reference: Any,
+    *,
+    variant: str = "two_sided",
+    stationary: str = "match",
+    still_below: float = 0.0,
+) -> float:
+    """Mean similarity of each track's motion to the most similar track of the other video.
+
+    The similarity of two tracks is the cosine between their displacements from frame to frame, averaged over the frame
+    steps.
+
+    Args:
+        generated: `[P, F, 2]` (point, frame, (x, y)).
+        reference: `[Q, F, 2]`; with `variant="released"` Q must be P.
+        variant: "two_sided" averages the best match of every generated and of every reference track (the paper).
+            "released" is DiTFlow's code: the identity is subtracted from the similarity matrix and only the
+            generated tracks look for a match, so a track's own counterpart counts one less.
+        stationary: what the cosine of a step without motion is; the released code divides by zero there.
+            "match" counts 1 where both tracks stand still and 0 where one does; "zero" counts 0 for both;
+            "exclude" leaves the step out of the average of that pair of tracks, and a pair without common moving step
+            counts 0; "error" raises.
+        still_below: a step not longer than this many pixels is without motion.
+
+    Returns:
+        The score, -1 to 1 ("released": -2 to 1).
+
+    Raises:
+        ValueError: shapes that do not fit, fewer than two frames, NaN, an unknown option, or, with
+            `stationary="error"`, a track that stands still.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {', '.join(map(repr, VARIANTS))}, got {variant!r}")
+    if stationary not in STATIONARY:
+        raise ValueError(f"stationary must be one of {', '.join(map(repr, STATIONARY))}, got {stationary!r}")
+    if not still_below >= 0:
+        raise ValueError(f"still_below is a length in pixels and must not be negative, got {still_below!r}")
+    generated, reference = _checked("generated", generated), _checked("reference", reference)
+    if generated.shape[1] != reference.shape[1]:
+        raise ValueError(
+            f"generated has {generated.shape[1]} frames and reference {reference.shape[1]}; both need the same number"
+        )
+    if variant == "released" and len(generated) != len(reference):
+        raise ValueError(
+            f'variant="released" compares tracks one to one, got {len(generated)} generated and {len(reference)} '
+            'reference tracks; give as many, or take variant="two_sided"'
+        )
+    similarity = _similarity(generated, reference, stationary, still_below)
+    if variant == "released":
+        return float((similarity - np.eye(len(similarity))).max(axis=1).mean())
+    return float((similarity.max(axis=1).mean() + similarity.max(axis=0).mean()) / 2)
+
+
+def _checked(name: str, tracks: Any) -> np.ndarray:
+    tracks = np.asarray(tracks)
+    if tracks.ndim != 3 or tracks.shape[2] != 2 or len(tracks) == 0 or tracks.shape[1] < 2:
+        raise ValueError(
+            f"{name} must have shape [points, frames, 2] with at least one point and two frames, got {tracks.shape}"
+        )
+    if tracks.dtype.kind not in "fiu":
+        raise ValueError(f"{name} must be real numbers, got {tracks.dtype}")
+    tracks = tracks.astype(np.float64)
+    if not np.isfinite(tracks).all():
+        raise ValueError(f"{name} holds {int((~np.isfinite(tracks)).sum())} numbers that are NaN or infinite")
+    return tracks
+
+
+def _similarity(generated: np.ndarray, reference: np.ndarray, stationary: str, still_below: float) -> np.ndarray:
+    """Mean cosine of the displacements of each pair of tracks, `[P, Q]`."""
+    directions, moving = zip(*(_directions(tracks, still_below) for tracks in (generated, reference)), strict=True)
+    if stationary == "error" and not all(steps.all() for steps in moving):
+        still = [int((~steps).any(axis=1).sum()) for steps in moving]
+        raise ValueError(
+            f"{still[0]} generated and {still[1]} reference tracks stand still in some frame, where the direction of "
+            'motion is undefined; drop them, or choose stationary="match", "zero" or "exclude"'
+        )
+    total = np.einsum("pfc,qfc->pq", *directions)
+    steps = generated.shape[1] - 1
+    if stationary == "exclude":
+        common = np.einsum("pf,qf->pq", *(step.astype(np.float64) for step in moving))
+        return total / np.maximum(common, 1)
+    if stationary == "match":
+        total += np.einsum("pf,qf->pq", *((~step).astype(np.float64) for step in moving))
+    return total / steps
+
+
+def _directions(tracks: np.ndarray, still_below: float) -> tuple[np.ndarray, np.ndarray]:
+    """Unit displacements `[P, F-1, 2]`, zero where still, and whether each step moves `[P, F-1]`."""
+    displacement = np.diff(tracks, axis=1)
+    length = np.linalg.norm(displacement, axis=-1)
+    moving = length > still_below
+    return displacement / np.where(moving, length, np.inf)[..., None], moving
