@@ -1,0 +1,189 @@
+"""What a call of scaled_dot_product_attention holds, joined over the calls of one layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from corrdit.grid import TokenGrid
+
+ADDITIVE_MASK_LIMIT = -1000.0
+"""Additive masks at or below this remove a key: diffusers writes -10000 or the type's lowest value."""
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """Queries and keys of one attention call.
+
+    Args:
+        query: `[B, H, N, D]`.
+        key: `[B, H, N, D]`.
+        mask: attn_mask as it was given, or None.
+        causal: whether the call asked for a causal mask.
+        key_mask: bool `[B, N]`, True where a key may be attended; set once the calls of a layer are joined.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    mask: torch.Tensor | None = None
+    causal: bool = False
+    key_mask: torch.Tensor | None = None
+
+    @classmethod
+    def of_call(
+        cls,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **further: Any,
+    ) -> AttentionInputs:
+        """Reads the arguments of `torch.nn.functional.scaled_dot_product_attention`, by its own names."""
+        return cls(query=query, key=key, mask=attn_mask, causal=is_causal)
+
+
+class GatheredCalls:
+    """Joins the attention calls of one layer: one for the whole batch, or one for each sample with padding dropped.
+
+    Args:
+        batch: samples in the layer's input.
+        grid: the layer's token axis, padded text included.
+        skip_attention: whether the attention itself need not be computed, because the forward ends here.
+        text_mask: `[B, T]`, True for the text tokens that take part, where the family drops the others.
+    """
+
+    def __init__(
+        self, batch: int, grid: TokenGrid, *, skip_attention: bool = False, text_mask: torch.Tensor | None = None
+    ) -> None:
+        self.batch = batch
+        self.samples = 0
+        self._grid = grid
+        self._skip_attention = skip_attention
+        self._text_mask = text_mask
+        self._calls: list[AttentionInputs] = []
+
+    @property
+    def complete(self) -> bool:
+        """Whether every sample of the batch has been seen."""
+        return self.samples == self.batch
+
+    def add(self, inputs: AttentionInputs) -> bool:
+        """Take one call; True when it was the last of the layer.
+
+        Raises:
+            ValueError: not self-attention, or a token count that is not the grid's.
+        """
+        if self.complete:
+            return False
+        _check_self_attention(inputs)
+        expected = self._grid.tokens
+        if self._text_mask is not None and self._text_mask.shape[1] == self._grid.text_tokens:
+            expected = self._grid.video_tokens + int(self._text_mask[self.samples].sum())
+        _check_tokens(inputs.query.shape[2], expected, self._grid)
+        self._calls.append(inputs)
+        self.samples += inputs.query.shape[0]
+        return self.complete
+
+    def stand_in(self, inputs: AttentionInputs) -> torch.Tensor | None:
+        """An empty attention output where the real one is never used."""
+        return torch.empty_like(inputs.query) if self._skip_attention else None
+
+    def joined(self) -> AttentionInputs:
+        """All samples as one `[B, H, N, D]` query and key with a key mask; the gathered calls are let go.
+
+        Keys `k` with fewer heads than `q` (grouped-query attention) are repeated.
+        """
+        calls, self._calls = self._calls, []
+        tokens = self._grid.tokens
+        lengths = [inputs.query.shape[2] for inputs in calls]
+        if len(calls) == 1 and lengths[0] == tokens:
+            return _with_key_mask(calls[0])
+        device = calls[0].query.device
+        masks = [
+            (torch.arange(tokens, device=device) < length).expand(inputs.query.shape[0], tokens)
+            for inputs, length in zip(calls, lengths, strict=True)
+        ]
+        return AttentionInputs(
+            query=torch.cat([_padded(inputs.query, tokens) for inputs in calls]),
+            key=torch.cat([_padded(_repeated_heads(inputs), tokens) for inputs in calls]),
+            key_mask=torch.cat(masks),
+        )
+
+
+def key_mask_of(mask: torch.Tensor | None, batch: int, tokens: int) -> torch.Tensor | None:
+    """The keys an attention mask leaves, bool `[B, N]`.
+
+    Args:
+        mask: attn_mask of scaled_dot_product_attention, bool (True = attend) or additive, broadcastable to
+            `[B, H, N, N]`.
+        batch: B.
+        tokens: N.
+
+    Raises:
+        ValueError: a mask that is not the same for all queries (of valid tokens) and heads.
+    """
+    if mask is None:
+        return None
+    if mask.dtype != torch.bool:
+        removed = mask <= ADDITIVE_MASK_LIMIT
+        if bool(((mask != 0) & ~removed).any()):
+            raise ValueError(
+                "the model adds an attention bias that is not a plain key mask; correspondence cannot be read from it"
+            )
+        mask = ~removed
+    mask = mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape))
+    keys = mask.any(dim=-2).any(dim=-2).expand(batch, tokens)
+    if mask.shape[-2] == 1 and mask.shape[1] == 1:
+        return keys
+    between_valid = keys[:, None, :, None] & keys[:, None, None, :]
+    for_all_queries = keys[:, None, None, :].expand_as(between_valid)
+    if not (_same_mask(mask, between_valid) or _same_mask(mask, for_all_queries)):
+        raise ValueError(
+            f"the model's attention mask of shape {tuple(mask.shape)} differs between queries or heads, so it is not a "
+            "key mask; block-causal and windowed attention are not supported"
+        )
+    return keys
+
+
+def _same_mask(mask: torch.Tensor, expected: torch.Tensor) -> bool:
+    return bool((mask == expected).all())
+
+
+def _with_key_mask(inputs: AttentionInputs) -> AttentionInputs:
+    batch, tokens = inputs.query.shape[0], inputs.key.shape[2]
+    return AttentionInputs(
+        query=inputs.query, key=_repeated_heads(inputs), key_mask=key_mask_of(inputs.mask, batch, tokens)
+    )
+
+
+def _repeated_heads(inputs: AttentionInputs) -> torch.Tensor:
+    groups = inputs.query.shape[1] // inputs.key.shape[1]
+    return inputs.key if groups == 1 else inputs.key.repeat_interleave(groups, dim=1)
+
+
+def _padded(tensor: torch.Tensor, tokens: int) -> torch.Tensor:
+    return F.pad(tensor, (0, 0, 0, tokens - tensor.shape[2]))
+
+
+def _check_self_attention(inputs: AttentionInputs) -> None:
+    queries, keys = inputs.query.shape[2], inputs.key.shape[2]
+    if queries != keys:
+        raise ValueError(
+            f"this attention has {queries} queries and {keys} keys, so it is cross-attention; put the processor on the "
+            "self-attention module (attn1 in most families)"
+        )
+    if inputs.causal:
+        raise ValueError("this attention is causal; correspondence is read from full attention only")
+
+
+def _check_tokens(tokens: int, expected: int, grid: TokenGrid) -> None:
+    if tokens != expected:
+        raise ValueError(
+            f"the attention has {tokens} tokens but the grid has {expected} ({expected - grid.video_tokens} text + "
+            f"{grid.frames} frames of {grid.height} x {grid.width}); give the TokenGrid of this model and this video size"
+        )

@@ -1,0 +1,414 @@
+"""Reading queries and keys of chosen layers and steps while a pipeline or transformer runs."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from corrdit.integrations.diffusers.compatibility import check_processor, check_transformer
+from corrdit.integrations.diffusers.early_exit import leaving_after
+from corrdit.integrations.diffusers.layouts import ForwardCall, TransformerLayout, forward_arguments, layout_of
+from corrdit.integrations.diffusers.processors import (
+    CorrespondenceProcessor,
+    Operation,
+    ReadRequest,
+    named_operations,
+)
+from corrdit.integrations.diffusers.steps import PipelineSteps, TransformerSteps
+
+BRANCHES = ("cond", "uncond", "both")
+CaptureCallback = Callable[[int, int, Any], None]
+
+
+def capture(
+    model: Any,
+    *,
+    layers: int | Iterable[int],
+    steps: int | Iterable[int] | None = None,
+    operation: Operation | Mapping[str, Operation],
+    branch: str | None = None,
+    callback: CaptureCallback | None = None,
+    keep_graph: bool = False,
+    early_exit: bool = False,
+) -> Capture:
+    """Run an operation on the queries and keys of chosen layers at chosen steps, changing nothing else.
+
+    ```python
+    with capture(pipe, layers=[17], steps=[-1], operation=operation) as captured:
+        pipe(prompt)
+    captured[49, 17]
+    ```
+
+    Args:
+        model: a diffusers video pipeline, or a bare transformer.
+        layers: indices over all attention blocks in the order they run (HunyuanVideo: dual, then single);
+            negative ones count from the last.
+        steps: denoising steps of the pipeline's loop, negative ones counted from the last; None for every step.
+            For a bare transformer a step is a distinct timestep in the order of calls, and none may be negative.
+        operation: `operation(q, k, grid, key_mask) -> tensors` with q, k `[B, H, N, D]` after normalisation and rotary
+            embedding, text included, `grid` the `TokenGrid` of the layer and key_mask bool `[B, N]` or None; or a dict
+            of them by name, whose results are then a dict. It must not write to q and k nor return a part of them.
+        branch: "cond", "uncond" or "both" of classifier-free guidance, whether the pipeline puts the two into one
+            batch or calls twice; results of "both" are {"cond": ..., "uncond": ...}. None means "cond" for a pipeline
+            and the whole batch, as given, for a bare transformer.
+        callback: `callback(step, layer, result)`, called as soon as a result is there; results are then not kept.
+            With "both", two calls of the model give two callbacks.
+        keep_graph: leave results attached to the autograd graph.
+        early_exit: for a bare transformer only: stop each forward once the last of `layers` has been read; the call
+            then returns nothing of use.
+
+    Returns:
+        A context manager which is a mapping from (step, layer), both non-negative, to results.
+
+    Raises:
+        ValueError: for what cannot be read (unknown or unsupported model, parallelism, feature caches, whole-model
+            compilation, attention backends that do not call scaled_dot_product_attention), indices out of range, a
+            model already captured, and, when the block ends without an exception, a requested result that never came.
+    """
+    if not isinstance(model, torch.nn.Module) and not hasattr(model, "transformer") and hasattr(model, "pipe"):
+        model = model.pipe
+    operations = named_operations(operation)
+    layer_list = _indices("layers", layers)
+    step_list = None if steps is None else _indices("steps", steps)
+    return Capture(
+        model,
+        operations={layer: operations for layer in layer_list},
+        steps=step_list,
+        named=isinstance(operation, Mapping),
+        branch=branch,
+        callback=callback,
+        keep_graph=keep_graph,
+        early_exit=early_exit,
+    )
+
+
+class Capture(Mapping[tuple[int, int], Any]):
+    """Results by (step, layer); made by `capture`, filled while its block is open, readable after it.
+
+    Args:
+        model: a diffusers video pipeline, or a bare transformer.
+        operations: operations by name for each layer.
+        steps: steps to read, or None for all.
+        named: whether results are kept by operation name even for one operation.
+        branch: as for `capture`.
+        callback: as for `capture`.
+        keep_graph: as for `capture`.
+        early_exit: as for `capture`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        operations: Mapping[int, Mapping[str, Operation]],
+        steps: list[int] | None = None,
+        named: bool = False,
+        branch: str | None = None,
+        callback: CaptureCallback | None = None,
+        keep_graph: bool = False,
+        early_exit: bool = False,
+    ) -> None:
+        if branch is not None and branch not in BRANCHES:
+            raise ValueError(f'branch must be "cond", "uncond" or "both", got {branch!r}')
+        if callback is not None and not callable(callback):
+            raise ValueError(f"callback must be a function callback(step, layer, result), got {callback!r}")
+        self._transformers, self._pipe = _transformers_of(model)
+        self._branch = branch or ("cond" if self._pipe is not None else None)
+        self._layouts = [layout_of(transformer) for transformer in self._transformers]
+        self._steps = steps
+        self._named, self._callback, self._keep_graph = named, callback, keep_graph
+        if self._pipe is not None and early_exit:
+            raise ValueError("early_exit would leave the pipeline without a prediction; capture pipe.transformer instead")
+        if self._pipe is None and any(step < 0 for step in steps or ()):
+            raise ValueError(
+                f"steps {steps}: a bare transformer does not say how many steps there are, so they cannot be counted "
+                "from the last; give non-negative steps, or capture the pipeline"
+            )
+        self._early_exit = early_exit
+        self._operations = self._resolved_layers(operations)
+        self._results: dict[tuple[int, int], Any] = {}
+        self._fired: set[tuple[int, int]] = set()
+        self._calls_seen = 0
+        self._counter: PipelineSteps | TransformerSteps = TransformerSteps()
+        self._open: ExitStack | None = None
+
+    def __enter__(self) -> Capture:
+        if self._open is not None:
+            raise ValueError("this capture is already open; make another with capture(...)")
+        self._counter = TransformerSteps() if self._pipe is None else PipelineSteps(self._pipe)
+        self._calls_seen = 0
+        self._fired.clear()
+        for transformer, layout in zip(self._transformers, self._layouts, strict=True):
+            self._check(transformer, layout)
+        with ExitStack() as stack:
+            for transformer, layout in zip(self._transformers, self._layouts, strict=True):
+                self._attach(transformer, layout, stack)
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        stack, self._open = self._open, None
+        if stack is not None:
+            stack.close()
+        if kind is None:
+            self._check_fired()
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        try:
+            return self._results[key]
+        except KeyError:
+            kept = ", ".join(map(str, self._results)) or "none"
+            hint = "; results went to the callback" if self._callback is not None else ""
+            raise KeyError(f"no result for (step, layer) {key}; there are {kept}{hint}") from None
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter(self._results)
+
+    def __len__(self) -> int:
+        return len(self._results)
+
+    def clear(self) -> None:
+        """Forget the results so far, to run the model again inside the same block."""
+        self._results.clear()
+
+    def _resolved_layers(self, operations: Mapping[int, Mapping[str, Operation]]) -> dict[int, Mapping[str, Operation]]:
+        counts = {
+            len(layout.attention_modules(transformer))
+            for transformer, layout in zip(self._transformers, self._layouts, strict=True)
+        }
+        count = min(counts)
+        resolved = {}
+        for layer, by_name in operations.items():
+            if not -count <= layer < count:
+                raise ValueError(
+                    f"layer {layer} is outside {type(self._transformers[0]).__name__}, which has {count} attention "
+                    f"layers (0 to {count - 1}, or -{count} to -1 from the last)"
+                )
+            resolved[layer % count] = by_name
+        return dict(sorted(resolved.items()))
+
+    def _check(self, transformer: torch.nn.Module, layout: TransformerLayout) -> None:
+        check_transformer(transformer)
+        for module in layout.attention_modules(transformer):
+            if getattr(module.processor, "_captured_by", None) is not None:
+                raise ValueError(
+                    f"this {type(transformer).__name__} is already being captured; give all layers, steps and operations "
+                    "to one capture, or close the other first"
+                )
+            check_processor(module.processor)
+
+    def _attach(self, transformer: torch.nn.Module, layout: TransformerLayout, stack: ExitStack) -> None:
+        modules = layout.attention_modules(transformer)
+        processors = {}
+        for layer in self._operations:
+            processor = CorrespondenceProcessor(modules[layer].processor, None, None)
+            processor._captured_by = self
+            modules[layer].processor = processor
+            stack.callback(_restore, modules[layer], processor)
+            processors[layer] = processor
+        stop = False
+        if self._early_exit:
+            stop = stack.enter_context(leaving_after(transformer, layout, max(self._operations)))
+        watch = _ForwardWatch(self, layout, processors, stop)
+        stack.callback(watch.disarm)
+        stack.callback(transformer.register_forward_pre_hook(_Hook(watch.before), with_kwargs=True).remove)
+        stack.callback(transformer.register_forward_hook(_Hook(watch.after), always_call=True).remove)
+
+    def _rows(self, layout: TransformerLayout, call: ForwardCall) -> tuple[tuple[str | None, slice], ...]:
+        """The branches of this call that are wanted and where they are in the batch."""
+        if self._branch is None:
+            return ((None, slice(0, call.batch)),)
+        available = self._branches_of(layout, call)
+        if self._branch == "both":
+            return tuple(available.items())
+        return ((None, available[self._branch]),) if self._branch in available else ()
+
+    def _branches_of(self, layout: TransformerLayout, call: ForwardCall) -> dict[str, slice]:
+        whole = slice(0, call.batch)
+        if layout.guidance == "separate":
+            names = ("cond", "uncond")
+            return {names[self._counter.call]: whole} if self._counter.call < len(names) else {}
+        if isinstance(self._counter, PipelineSteps) and not self._counter.guided:
+            return {"cond": whole}
+        if call.batch % 2:
+            raise ValueError(
+                f"branch {self._branch!r} asks for one half of a batch [unconditional, conditional], but the batch has "
+                f"{call.batch} samples; leave branch out to read the whole batch"
+            )
+        half = call.batch // 2
+        return {"cond": slice(half, call.batch), "uncond": slice(0, half)}
+
+    def _wanted(self, step: int) -> bool:
+        if self._steps is None:
+            return True
+        count = self._counter.count
+        if count is None:
+            return step in self._steps
+        for wanted in self._steps:
+            if not -count <= wanted < count:
+                raise ValueError(
+                    f"step {wanted} is outside this run, which has {count} steps (0 to {count - 1}, or -{count} to -1 "
+                    "from the last)"
+                )
+        return step in {wanted % count for wanted in self._steps}
+
+    def _request(
+        self, layer: int, call: ForwardCall, rows: tuple[tuple[str | None, slice], ...], stop: bool
+    ) -> ReadRequest:
+        step = self._counter.step
+        return ReadRequest(
+            grid=call.grid,
+            operations=self._operations[layer],
+            named=self._named,
+            rows=rows,
+            keep_graph=self._keep_graph,
+            deliver=lambda result: self._deliver(step, layer, result),
+            stop=stop and layer == max(self._operations),
+        )
+
+    def _deliver(self, step: int, layer: int, result: Any) -> None:
+        key = (step, layer)
+        self._fired.add(key)
+        if self._callback is not None:
+            self._callback(step, layer, result)
+            return
+        if key in self._results:
+            earlier = self._results[key]
+            if self._branch != "both" or earlier.keys() & result.keys():
+                raise ValueError(
+                    f"(step, layer) {key} was read twice: the model ran again inside one capture; open a capture for each "
+                    "run, call .clear() between them, or give callback="
+                )
+            result = {**earlier, **result}
+        self._results[key] = result
+
+    def _check_fired(self) -> None:
+        wanted = self._steps
+        if wanted is not None and self._counter.count is not None:
+            count = self._counter.count
+            wanted = [step % count for step in wanted if -count <= step < count] if self._calls_seen else wanted
+        missing = [
+            (step, layer)
+            for layer in self._operations
+            for step in (wanted if wanted is not None else [None])
+            if not any(fired == layer and step in (None, at) for at, fired in self._fired)
+        ]
+        if missing:
+            raise ValueError(f"the capture never fired for {_keys(missing)}: {self._reason()}")
+
+    def _reason(self) -> str:
+        if not self._calls_seen:
+            return "the transformer did not run inside the block; call the pipeline or the transformer there"
+        if not self._counter.step >= max(self._steps or [0]):
+            return f"the run ended after step {self._counter.step}"
+        if self._branch == "uncond":
+            return "the run used no classifier-free guidance, so it has no unconditional branch; raise guidance_scale"
+        return (
+            "the layer ran without this processor (something replaced the attention processors inside the block, for "
+            "instance fuse_qkv_projections(), or the run stopped early)"
+        )
+
+
+class _ForwardWatch:
+    """Arms the processors of one transformer before a forward that is wanted, and disarms them after it."""
+
+    def __init__(
+        self,
+        owner: Capture,
+        layout: TransformerLayout,
+        processors: Mapping[int, CorrespondenceProcessor],
+        stop: bool,
+    ) -> None:
+        self._owner = owner
+        self._layout = layout
+        self._processors = processors
+        self._stop = stop
+
+    def before(self, transformer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        owner = self._owner
+        call = self._layout.read_call(transformer, forward_arguments(transformer, args, kwargs))
+        owner._counter.advance(call)
+        owner._calls_seen += 1
+        if not owner._wanted(owner._counter.step):
+            return
+        rows = owner._rows(self._layout, call)
+        if not rows:
+            return
+        for layer, processor in self._processors.items():
+            check_processor(processor.inner)
+            processor._request = owner._request(layer, call, rows, self._stop)
+
+    def after(self, transformer: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        try:
+            for processor in self._processors.values():
+                processor.collect_compiled()
+        finally:
+            self.disarm()
+
+    def disarm(self) -> None:
+        for processor in self._processors.values():
+            processor._request = None
+
+
+class _Hook:
+    """A forward hook that a pickled or copied module does not take along."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> None:
+        self._function(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_no_hook, ())
+
+
+def _no_hook() -> Callable[..., None]:
+    return _ignore
+
+
+def _ignore(*args: Any) -> None:
+    """What a capture's hook becomes in a copy of the model."""
+
+
+def _restore(module: torch.nn.Module, processor: CorrespondenceProcessor) -> None:
+    # If something else replaced the processor meanwhile, that is what the user wants to keep.
+    if module.processor is processor:
+        module.processor = processor.inner
+
+
+def _transformers_of(model: Any) -> tuple[list[torch.nn.Module], Any]:
+    """The transformers of a pipeline and the pipeline itself, or a bare transformer and None."""
+    if isinstance(model, torch.nn.Module):
+        return [model], None
+    found = [getattr(model, name, None) for name in ("transformer", "transformer_2")]
+    transformers = [module for module in found if isinstance(module, torch.nn.Module)]
+    if not transformers or not hasattr(model, "scheduler"):
+        raise ValueError(
+            "capture needs a diffusers video pipeline (with .transformer and .scheduler) or its transformer, got "
+            f"{type(model).__name__}"
+        )
+    return transformers, model
+
+
+def _indices(name: str, value: int | Iterable[int]) -> list[int]:
+    entries = list(value) if isinstance(value, Iterable) else [value]
+    try:
+        indices = [operator.index(entry) for entry in entries]
+    except TypeError:
+        raise ValueError(f"{name} must be whole numbers, got {value!r}") from None
+    if not indices:
+        raise ValueError(f"{name} is empty; give at least one")
+    return indices
+
+
+def _keys(missing: list[tuple[int | None, int]]) -> str:
+    shown = [f"layer {layer}" if step is None else f"(step {step}, layer {layer})" for step, layer in missing[:6]]
+    return ", ".join(shown) + (f" and {len(missing) - 6} more" if len(missing) > 6 else "")

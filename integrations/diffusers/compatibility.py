@@ -1,0 +1,121 @@
+"""What cannot be read, and why: refusals with the reason and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+SDPA_BACKENDS = frozenset(
+    {"native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math"}
+)
+"""Attention backends of diffusers that call `scaled_dot_product_attention`."""
+
+SKIPPING_HOOKS = {
+    "faster_cache": "FasterCache",
+    "first_block_cache": "FirstBlockCache",
+    "layer_skip": "layer skipping",
+    "mag_cache": "MagCache",
+    "pyramid_attention_broadcast": "PyramidAttentionBroadcast",
+    "sea_cache": "SeaCache",
+    "taylorseer_cache": "TaylorSeerCache",
+}
+"""Modules of `diffusers.hooks` whose hooks leave out blocks or attention, by the name users know."""
+
+PARALLEL_HOOKS = {"context_parallel": "context parallelism", "tensor_parallel": "tensor parallelism"}
+
+
+def check_transformer(transformer: torch.nn.Module) -> None:
+    """Refuses a transformer whose queries and keys cannot be read whole.
+
+    Raises:
+        ValueError: whole-model compilation, context or tensor parallelism, or a feature cache that skips blocks.
+    """
+    if getattr(transformer, "_compiled_call_impl", None) is not None:
+        raise ValueError(
+            "the whole transformer is compiled, so its forwards cannot be told apart; compile its blocks instead "
+            "(transformer.compile_repeated_blocks(), or block.compile() for each block)"
+        )
+    config = getattr(transformer, "_parallel_config", None)
+    if config is not None:
+        tensor_parallel = getattr(config, "tensor_parallel_config", None) is not None
+        _refuse_parallelism("tensor parallelism" if tensor_parallel else "context parallelism")
+    for module in transformer.modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        if registry is not None:
+            _check_hooks(registry.hooks.values())
+
+
+def check_processor(processor: Any) -> None:
+    """Refuses an attention processor whose backend or parallelism hides queries and keys.
+
+    Raises:
+        ValueError: context parallelism, or an attention backend that does not call scaled_dot_product_attention.
+    """
+    if getattr(processor, "_parallel_config", None) is not None:
+        _refuse_parallelism("context parallelism")
+    check_attention_backend(processor)
+
+
+def check_attention_backend(processor: Any) -> None:
+    """Refuses by name an attention backend that does not call scaled_dot_product_attention.
+
+    Families whose processors call it directly (CogVideoX, Mochi) have no backend and pass.
+
+    Raises:
+        ValueError: such a backend.
+    """
+    if not hasattr(processor, "_attention_backend"):
+        return
+    backend = processor._attention_backend
+    if backend is None:
+        backend = _active_backend()
+    name = getattr(backend, "value", backend)
+    if name not in SDPA_BACKENDS:
+        raise ValueError(
+            f"the attention backend {name!r} does not go through scaled_dot_product_attention, so its queries and keys "
+            f"cannot be read; set one of {', '.join(sorted(SDPA_BACKENDS))} "
+            '(transformer.set_attention_backend("native")) for the capture'
+        )
+
+
+def is_offloaded(transformer: torch.nn.Module) -> bool:
+    """Whether modules move their weights in and out around their forward (diffusers' or accelerate's hooks)."""
+    for module in transformer.modules():
+        if hasattr(module, "_hf_hook"):
+            return True
+        registry = getattr(module, "_diffusers_hook", None)
+        if registry is not None and any("offload" in name for name in registry.hooks):
+            return True
+    return False
+
+
+def has_compiled_blocks(transformer: torch.nn.Module) -> bool:
+    """Whether some block was compiled in place."""
+    return any(module._compiled_call_impl is not None for module in transformer.modules())
+
+
+def _active_backend() -> Any:
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    return _AttentionBackendRegistry.get_active_backend()[0]
+
+
+def _check_hooks(hooks: Iterable[Any]) -> None:
+    for hook in hooks:
+        origin = type(hook).__module__.rpartition(".")[2]
+        if origin in PARALLEL_HOOKS:
+            _refuse_parallelism(PARALLEL_HOOKS[origin])
+        if origin in SKIPPING_HOOKS:
+            raise ValueError(
+                f"{SKIPPING_HOOKS[origin]} is enabled on the transformer: it skips blocks at some steps, whose queries "
+                "and keys then do not exist; call transformer.disable_cache() for the capture"
+            )
+
+
+def _refuse_parallelism(kind: str) -> None:
+    raise ValueError(
+        f"the transformer runs under {kind}: each process holds only a part of the queries and keys, so correspondence "
+        "cannot be read; load it on one device"
+    )

@@ -1,0 +1,294 @@
+"""The attention processor that reads queries and keys by delegating to the processor it replaces.
+
+The stock processor runs unchanged under a local `TorchFunctionMode` which sees its call of
+`torch.nn.functional.scaled_dot_product_attention`. The tensors of that call are the queries and keys after
+normalisation and rotary embedding, text included, in the order the model uses; they go to an operation and are freed.
+The call itself is passed on as it was, so the model's output does not change by a bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from corrdit.grid import TokenGrid
+from corrdit.integrations.diffusers.attention_inputs import AttentionInputs, GatheredCalls
+from corrdit.integrations.diffusers.compatibility import check_attention_backend
+from corrdit.integrations.diffusers.results import released, saved_tensors_kept_apart, unchanged
+
+Operation = Callable[[torch.Tensor, torch.Tensor, TokenGrid, torch.Tensor | None], Any]
+"""`operation(q, k, grid, key_mask)`: q, k `[B, H, N, D]`, key_mask bool `[B, N]` or None; tensors out."""
+
+SCALED_DOT_PRODUCT_ATTENTION = F.scaled_dot_product_attention
+
+
+class EarlyExit(Exception):
+    """Raised out of the last layer a capture needs; caught where the transformer was called."""
+
+
+@dataclass
+class ReadRequest:
+    """What one attention layer has to hand over in the forward that is running.
+
+    Args:
+        grid: the layer's token axis.
+        operations: operation by name.
+        named: whether results are kept by operation name even for one operation.
+        rows: (branch, slice of the batch) to read; the branch is None where results are not told apart by branch.
+        keep_graph: whether results stay attached to the autograd graph.
+        deliver: takes the result.
+        stop: whether nothing after this layer is needed.
+    """
+
+    grid: TokenGrid
+    operations: Mapping[str, Operation]
+    named: bool
+    rows: tuple[tuple[str | None, slice], ...]
+    keep_graph: bool
+    deliver: Callable[[Any], None]
+    stop: bool = False
+
+
+class CorrespondenceProcessor:
+    """Drop-in attention processor: the inner processor's output, and an operation on its queries and keys.
+
+    ```python
+    block.attn1.processor = CorrespondenceProcessor(block.attn1.processor, grid, operation)
+    model(...)
+    block.attn1.processor.result
+    block.attn1.processor = block.attn1.processor.inner
+    ```
+
+    A pickled or deep-copied instance is its inner processor, so a model that is saved while it is being read comes
+    back as it was before.
+
+    Args:
+        inner: the processor of a self-attention module, as `module.processor` holds it.
+        grid: the module's token axis; its number of tokens is checked at every forward. Text tokens that a family
+            drops sample by sample (Mochi) count: pass the padded length.
+        operation: `operation(q, k, grid, key_mask) -> tensors`, with q and k `[B, H, N, D]` after normalisation and
+            rotary embedding and key_mask bool `[B, N]` or None, or a dict of such operations by name. It must neither
+            write to q and k nor return a part of them.
+        keep_graph: leave the result attached to the autograd graph.
+
+    Attributes:
+        inner: the processor that computes the attention.
+        result: of the latest forward; a dict if `operation` was one.
+
+    Raises:
+        ValueError: arguments that do not fit; at the forward, a token count other than the grid's, a module that is
+            not self-attention, an attention backend that does not call scaled_dot_product_attention, or an operation
+            that wrote to q or k or returned a part of them.
+    """
+
+    def __init__(
+        self,
+        inner: Any,
+        grid: TokenGrid | None,
+        operation: Operation | Mapping[str, Operation] | None,
+        *,
+        keep_graph: bool = False,
+    ) -> None:
+        if not callable(inner) or isinstance(inner, type):
+            raise ValueError(
+                "CorrespondenceProcessor needs the attention processor it delegates to, as module.processor holds it, "
+                f"got {inner!r}"
+            )
+        self.inner = inner
+        # Attention modules pass on only the keyword arguments they find in the processor's signature, and they look
+        # it up through the instance: the inner method shows its own names there, while a call takes the class's.
+        self.__call__ = inner.__call__
+        self._captured_by: Any = None
+        self._request: ReadRequest | None = None
+        self._compiled_reads: list[AttentionInputs] = []
+        self._compiled_text_mask: torch.Tensor | None = None
+        self._result: Any = None
+        self._fired = False
+        if operation is not None:
+            if not isinstance(grid, TokenGrid):
+                raise ValueError(f"CorrespondenceProcessor needs a TokenGrid, got {grid!r}")
+            self._request = ReadRequest(
+                grid=grid,
+                operations=named_operations(operation),
+                named=isinstance(operation, Mapping),
+                rows=((None, slice(None)),),
+                keep_graph=keep_graph,
+                deliver=self._keep,
+            )
+
+    def __call__(self, attn: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        request = self._request
+        if request is None:
+            return self.inner(attn, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            return self._call_while_compiling(attn, *args, **kwargs)
+        if _recomputing():
+            return self.inner(attn, *args, **kwargs)
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        gathered = GatheredCalls(
+            hidden_states.shape[0], request.grid, skip_attention=request.stop, text_mask=_text_mask(kwargs)
+        )
+
+        def observe(inputs: AttentionInputs) -> torch.Tensor | None:
+            if gathered.add(inputs):
+                self._fire(request, gathered.joined())
+            return gathered.stand_in(inputs)
+
+        with _AttentionReader(observe):
+            output = self.inner(attn, *args, **kwargs)
+        self._check_complete(gathered)
+        return output
+
+    def _call_while_compiling(self, attn: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # Queries and keys become outputs of the compiled graph; the operation runs when they are collected.
+        reads: list[AttentionInputs] = []
+        with _AttentionReader(reads.append):
+            output = self.inner(attn, *args, **kwargs)
+        self._compiled_reads = reads
+        self._compiled_text_mask = _text_mask(kwargs)
+        return output
+
+    def collect_compiled(self) -> None:
+        """Run the operation on what a compiled block read; does nothing if there is nothing to collect."""
+        reads, self._compiled_reads = self._compiled_reads, []
+        if not reads or self._request is None:
+            return
+        batch = sum(inputs.query.shape[0] for inputs in reads)
+        gathered = GatheredCalls(batch, self._request.grid, text_mask=self._compiled_text_mask)
+        for inputs in reads:
+            gathered.add(inputs)
+        self._fire(self._request, gathered.joined())
+
+    @property
+    def result(self) -> Any:
+        """What the operation returned in the latest forward.
+
+        Raises:
+            ValueError: the processor has not been called since it was made.
+        """
+        self.collect_compiled()
+        if not self._fired:
+            raise ValueError(
+                "this CorrespondenceProcessor has no result: no forward has gone through it; assign it to "
+                "module.processor of a self-attention module and run the model first"
+            )
+        return self._result
+
+    @property
+    def _attention_backend(self) -> Any:
+        return getattr(self.inner, "_attention_backend", None)
+
+    @_attention_backend.setter
+    def _attention_backend(self, backend: Any) -> None:
+        self.inner._attention_backend = backend
+
+    @property
+    def _parallel_config(self) -> Any:
+        return getattr(self.inner, "_parallel_config", None)
+
+    @_parallel_config.setter
+    def _parallel_config(self, config: Any) -> None:
+        self.inner._parallel_config = config
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_itself, (self.inner,))
+
+    def _keep(self, result: Any) -> None:
+        self._result = result
+        self._fired = True
+
+    def _fire(self, request: ReadRequest, inputs: AttentionInputs) -> None:
+        results: dict[str | None, Any] = {}
+        with _operation_context(request, inputs.query):
+            for branch, rows in request.rows:
+                q, k = inputs.query[rows], inputs.key[rows]
+                key_mask = None if inputs.key_mask is None else inputs.key_mask[rows]
+                if not request.keep_graph:
+                    q, k = q.detach(), k.detach()
+                by_name = {}
+                for name, operation in request.operations.items():
+                    with unchanged(q, k, name):
+                        by_name[name] = released(operation(q, k, request.grid, key_mask), q, k, request.keep_graph)
+                results[branch] = by_name if request.named else next(iter(by_name.values()))
+        request.deliver(results[None] if None in results else results)
+        if request.stop:
+            raise EarlyExit
+
+    def _check_complete(self, gathered: GatheredCalls) -> None:
+        if not gathered.complete:
+            check_attention_backend(self.inner)
+            raise ValueError(
+                f"{type(self.inner).__name__} did not call scaled_dot_product_attention for every sample (seen "
+                f"{gathered.samples} of {gathered.batch}), so its queries and keys cannot be read; use a model whose "
+                "self-attention is one softmax over all tokens, with a native attention backend"
+            )
+
+
+class _AttentionReader(TorchFunctionMode):
+    """Shows the arguments of every scaled_dot_product_attention to `observe` and passes the call on as it was.
+
+    If `observe` returns a tensor, that stands in for the attention output.
+    """
+
+    def __init__(self, observe: Callable[[AttentionInputs], torch.Tensor | None]) -> None:
+        super().__init__()
+        self.observe = observe
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is SCALED_DOT_PRODUCT_ATTENTION:
+            stand_in = self.observe(AttentionInputs.of_call(*args, **kwargs))
+            if stand_in is not None:
+                return stand_in
+        return func(*args, **kwargs)
+
+
+def named_operations(operation: Operation | Mapping[str, Operation]) -> dict[str, Operation]:
+    """An operation, or operations by name, as a checked dict.
+
+    Raises:
+        ValueError: not callable, or an empty dict.
+    """
+    operations = dict(operation) if isinstance(operation, Mapping) else {"operation": operation}
+    if not operations:
+        raise ValueError("operation is an empty dict; give at least one operation(q, k, grid, key_mask)")
+    for name, candidate in operations.items():
+        if not callable(candidate):
+            raise ValueError(
+                f"operation {name!r} must be a function operation(q, k, grid, key_mask) -> tensors, got {candidate!r}"
+            )
+    return operations
+
+
+@contextlib.contextmanager
+def _operation_context(request: ReadRequest, query: torch.Tensor) -> Iterator[None]:
+    """Gradients only if asked for, the tensors' own precision, and nothing saved in a checkpointed block."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.set_grad_enabled(request.keep_graph and torch.is_grad_enabled()))
+        stack.enter_context(torch.autocast(query.device.type, enabled=False))
+        if request.keep_graph:
+            stack.enter_context(saved_tensors_kept_apart())
+        yield
+
+
+def _recomputing() -> bool:
+    """Whether this call is gradient checkpointing's second forward, which runs inside the backward pass."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _text_mask(arguments: dict[str, Any]) -> torch.Tensor | None:
+    """The `[B, T]` mask of a family that drops text padding before it calls attention (Mochi)."""
+    mask = arguments.get("attention_mask")
+    return mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+
+
+def _itself(inner: Any) -> Any:
+    return inner

@@ -1,0 +1,94 @@
+"""What an operation hands back: free of queries and keys, detached unless asked otherwise."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+
+def released(result: Any, q: torch.Tensor, k: torch.Tensor, keep_graph: bool) -> Any:
+    """The result with its tensors detached (unless `keep_graph`), none of which shares memory with q or k.
+
+    Args:
+        result: a tensor, or tensors in dicts, lists, tuples or dataclasses; anything else is passed on.
+        q: the queries the operation was given.
+        k: the keys it was given.
+        keep_graph: leave tensors attached to the autograd graph.
+
+    Raises:
+        ValueError: a tensor of the result is q, k or a view of them, which would keep a whole layer in memory.
+    """
+    if isinstance(result, torch.Tensor):
+        for name, source in (("q", q), ("k", k)):
+            if result.numel() and _memory(result) == _memory(source):
+                raise ValueError(
+                    f"the operation returned {name} or a view of it, which would keep the whole layer in memory; return "
+                    "what it computes, or a copy (.clone()) of the part you need"
+                )
+        return result if keep_graph else result.detach()
+    if isinstance(result, Mapping):
+        return {name: released(value, q, k, keep_graph) for name, value in result.items()}
+    if isinstance(result, tuple) and hasattr(result, "_fields"):
+        return type(result)(*(released(value, q, k, keep_graph) for value in result))
+    if isinstance(result, (list, tuple)):
+        return type(result)(released(value, q, k, keep_graph) for value in result)
+    if dataclasses.is_dataclass(result) and not isinstance(result, type):
+        fields = {field.name: getattr(result, field.name) for field in dataclasses.fields(result) if field.init}
+        return dataclasses.replace(result, **{n: released(v, q, k, keep_graph) for n, v in fields.items()})
+    return result
+
+
+def first_tensor(value: Any) -> torch.Tensor | None:
+    """The first tensor in a result, depth first; None if there is none."""
+    if isinstance(value, torch.Tensor):
+        return value
+    if isinstance(value, Mapping):
+        children = list(value.values())
+    elif isinstance(value, (list, tuple)):
+        children = list(value)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        children = [getattr(value, field.name) for field in dataclasses.fields(value)]
+    else:
+        return None
+    return next((found for child in children if (found := first_tensor(child)) is not None), None)
+
+
+@contextlib.contextmanager
+def unchanged(q: torch.Tensor, k: torch.Tensor, name: str) -> Iterator[None]:
+    """Raises ValueError if q or k were written to inside the block (tensors of inference mode keep no count)."""
+    watched = [(label, tensor) for label, tensor in (("q", q), ("k", k)) if not tensor.is_inference()]
+    versions = [tensor._version for _, tensor in watched]
+    yield
+    for (label, tensor), version in zip(watched, versions, strict=True):
+        if tensor._version != version:
+            raise ValueError(
+                f"{name} wrote to {label} in place, which would change the model's output; work on {label}.clone()"
+            )
+
+
+@contextlib.contextmanager
+def saved_tensors_kept_apart() -> Iterator[None]:
+    """Inside, autograd keeps what it saves by itself.
+
+    A checkpointed block counts the tensors saved in its forward and expects the same ones when it is run again; an
+    operation inside it does not run again.
+    """
+    with torch.autograd.graph.saved_tensors_hooks(_pack, _unpack):
+        yield
+
+
+def _pack(tensor: torch.Tensor) -> torch.Tensor:
+    # Keeping the tensor itself would make a reference cycle where it is the output of the node that saves it.
+    return tensor.detach()
+
+
+def _unpack(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -1,0 +1,84 @@
+"""Counting denoising steps and the calls within one, from outside the denoising loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from corrdit.integrations.diffusers.layouts import ForwardCall
+
+
+class PipelineSteps:
+    """The step a pipeline is at, counted through its scheduler.
+
+    A run begins when the scheduler has set its timesteps anew. Within a run a step is one pass of the pipeline's loop,
+    which keeps its timestep as one tensor object for all calls of the transformer; so steps are told apart without
+    reading a number back from the device, and second-order schedulers, which repeat a timestep, count right.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = pipe
+        self._schedule: Any = None
+        self._marker: Any = None
+        self.guided = False
+        self.runs = 0
+        self.step = -1
+        self.call = -1
+
+    def advance(self, call: ForwardCall) -> None:
+        """Take note of a call of the transformer (of any of the pipeline's transformers)."""
+        schedule = self._pipe.scheduler.timesteps
+        if schedule is not self._schedule:
+            self._schedule, self._marker, self.step = schedule, None, -1
+            self.runs += 1
+            # Dynamic guidance overwrites the scale after the first forward, so it is read before.
+            self.guided = _uses_guidance(self._pipe)
+        marker = getattr(self._pipe, "_current_timestep", None)
+        if marker is None:
+            marker = float(torch.as_tensor(call.timestep).max())
+        if self._marker is not None and _same(marker, self._marker):
+            self.call += 1
+            return
+        self._marker = marker
+        self.step += 1
+        self.call = 0
+
+    @property
+    def count(self) -> int:
+        """Steps of the run in progress."""
+        count = getattr(self._pipe, "_num_timesteps", None)
+        return int(count) if count is not None else len(self._pipe.scheduler.timesteps)
+
+
+class TransformerSteps:
+    """Steps of a bare transformer: each distinct timestep, in the order of calls."""
+
+    count: int | None = None
+    runs = 1
+
+    def __init__(self) -> None:
+        self._calls: dict[float, int] = {}
+        self.step = -1
+        self.call = -1
+
+    def advance(self, call: ForwardCall) -> None:
+        """Take note of a call of the transformer."""
+        timestep = float(torch.as_tensor(call.timestep).max())
+        self.call = self._calls.get(timestep, -1) + 1
+        self._calls[timestep] = self.call
+        self.step = list(self._calls).index(timestep)
+
+
+def _uses_guidance(pipe: Any) -> bool:
+    for name in ("do_classifier_free_guidance", "guidance_scale"):
+        value = getattr(pipe, name, None)
+        if value is not None:
+            return bool(value) if name == "do_classifier_free_guidance" else value > 1
+    return False
+
+
+def _same(marker: Any, other: Any) -> bool:
+    if isinstance(marker, float) and isinstance(other, float):
+        return marker == other
+    return marker is other
