@@ -1,0 +1,122 @@
+"""Options of the tracker, checked once, and the presets that set them together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from corrdit.grid import whole_number
+from corrdit.ops.backends import BACKENDS
+from corrdit.tracking.chunks import SCHEDULES
+from corrdit.tracking.geometry import GEOMETRIES
+
+VISIBILITIES = ("consistency", "all")
+
+
+@dataclass(frozen=True)
+class TrackerOptions:
+    """How a video is cut into forward passes and how their cost maps become tracks.
+
+    Args:
+        layer: attention block whose queries and keys are matched; the backbone's preset by default.
+        step: denoising step out of `inference_steps`, negative from the end; the backbone's preset by default.
+        inference_steps: steps of the schedule that `step` counts; the backbone's preset by default.
+        noise: whether the latents get the noise of that step (from `seed`); otherwise they stay clean.
+        seed: of the noise.
+        heads: "probabilities", "logits" or "features", see `corrdit.ops.match`; the backbone's preset by default.
+        head_weights: weights over heads; the backbone's preset by default.
+        bidirectional: whether the backward softmax takes part in the cost.
+        frames_per_chunk: frames of a forward pass, the query's frame included; the backbone's preset by default.
+        schedule: "spread", "interleaved" or "consecutive" (see `corrdit.tracking.chunks.anchored_chunks`) with the
+            query's frame in every chunk, or "chained" without.
+        stride: frames between the starts of chunks, for "consecutive".
+        average_overlap: whether cost maps of frames that several chunks hold are averaged; otherwise the first stands.
+        height, width: size in pixels at which frames are encoded; the backbone's preset by default.
+        resize_first: (height, width) to which frames are resized before that (DiffTrack's evaluation: 256 x 256).
+        refine: radius in tokens of the cost-weighted mean round the best token; 0 for the best token itself.
+        geometry: "centers" (token centres) or "released" (DiffTrack's reading of match maps).
+        visibility: "consistency" (matching back leads to the query) or "all" (every point is called visible).
+        tolerance: largest distance in tokens between query and match back for a visible point.
+        backend: of the operations, see `corrdit.ops`.
+        memory_budget: bytes an operation may use beyond inputs and outputs (streaming).
+    """
+
+    layer: int | None = None
+    step: int | None = None
+    inference_steps: int | None = None
+    noise: bool | None = None
+    seed: int = 0
+    heads: str | None = None
+    head_weights: tuple[float, ...] | None = None
+    bidirectional: bool = True
+    frames_per_chunk: int | None = None
+    schedule: str = "spread"
+    stride: int | None = None
+    average_overlap: bool = True
+    height: int | None = None
+    width: int | None = None
+    resize_first: tuple[int, int] | None = None
+    refine: int = 1
+    geometry: str = "centers"
+    visibility: str = "consistency"
+    tolerance: float = 2.0
+    backend: str = "auto"
+    memory_budget: int | None = None
+
+    def __post_init__(self) -> None:
+        _choice("schedule", self.schedule, SCHEDULES)
+        _choice("geometry", self.geometry, GEOMETRIES)
+        _choice("visibility", self.visibility, VISIBILITIES)
+        _choice("backend", self.backend, BACKENDS)
+        if self.heads is not None:
+            _choice("heads", self.heads, ("probabilities", "logits", "features"))
+        whole_number("refine", self.refine, 0)
+        for name, minimum in (("inference_steps", 1), ("frames_per_chunk", 2), ("height", 1), ("width", 1)):
+            if getattr(self, name) is not None:
+                whole_number(name, getattr(self, name), minimum)
+        if (self.height is None) != (self.width is None):
+            raise ValueError("height and width of the encoded frames go together; give both or neither")
+        if not self.tolerance >= 0:
+            raise ValueError(f"tolerance must be a distance in tokens of at least 0, got {self.tolerance}")
+        if self.geometry == "released" and self.refine:
+            raise ValueError('geometry="released" reads whole-token matches; give refine=0 with it')
+        if isinstance(self.head_weights, Iterable):
+            object.__setattr__(self, "head_weights", tuple(float(weight) for weight in self.head_weights))
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    # DiffTrack's released evaluation procedure; layer and step are the backbone's published ones.
+    "published": {
+        "noise": False,
+        "heads": "probabilities",
+        "head_weights": (),
+        "schedule": "interleaved",
+        "frames_per_chunk": 13,
+        "resize_first": (256, 256),
+        "refine": 0,
+        "geometry": "released",
+        "visibility": "all",
+    },
+}
+
+
+def tracker_options(preset: str, given: dict[str, Any]) -> TrackerOptions:
+    """The options of a preset with those given by name in place of its own.
+
+    Raises:
+        ValueError: an unknown preset or option, or a value out of range.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    known = [field.name for field in fields(TrackerOptions)]
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ValueError(f"unknown tracker option {unknown[0]!r}; the options are {', '.join(known)}")
+    return replace(TrackerOptions(), **{**PRESETS[preset], **given})
+
+
+def _choice(name: str, value: str, accepted: tuple[str, ...]) -> None:
+    if value not in accepted:
+        raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {value!r}")

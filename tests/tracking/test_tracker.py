@@ -1,0 +1,266 @@
+"""The tracker on a backbone whose queries and keys are the pixels themselves, so that every answer is known."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from corrdit import PointTracker, TokenGrid
+from corrdit.tracking.chunks import anchored_chunks, chained_chunks
+from corrdit.tracking.options import PRESETS
+from corrdit.tracking.peaks import refined_peaks
+
+STRIDE = 4
+
+
+class PixelBackbone:
+    """Tokens are 4 x 4 patches; queries and keys are their centred, normalised pixels."""
+
+    layers = 3
+    token_stride = (STRIDE, STRIDE)
+
+    def __init__(self, sharpness: float = 60.0) -> None:
+        self.preset = SimpleNamespace(
+            layer=1, step=-1, inference_steps=50, heads="probabilities", head_weights=None, frames_per_chunk=5,
+            noise=False,
+        )  # fmt: skip
+        self.sharpness = sharpness
+        self.forwards: list[int] = []
+
+    def timestep(self, step: int, inference_steps: int) -> float:
+        return 1000.0 * -step / inference_steps
+
+    def working_size(self, height: int, width: int) -> tuple[int, int]:
+        return height // STRIDE * STRIDE, width // STRIDE * STRIDE
+
+    def encode_frames(self, video: torch.Tensor, *, height: int, width: int) -> torch.Tensor:
+        assert video.shape[1:3] == (height, width)
+        return video.permute(0, 3, 1, 2).float() / 255
+
+    def add_noise(self, latents: torch.Tensor, timestep: float, *, seed: int) -> torch.Tensor:
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
+        return latents + 0.5 * noise
+
+    def forward(self, latents, timestep, operations):
+        self.forwards.append(len(latents))
+        patches = torch.nn.functional.unfold(latents, STRIDE, stride=STRIDE).transpose(1, 2)
+        patches = torch.nn.functional.normalize(patches - patches.mean(-1, keepdim=True), dim=-1)
+        tokens = patches.flatten(0, 1)[None, None] * (self.sharpness * patches.shape[-1] ** 0.5) ** 0.5
+        grid = TokenGrid(len(latents), latents.shape[2] // STRIDE, latents.shape[3] // STRIDE)
+        return {layer: operation(tokens, tokens, grid, None) for layer, operation in operations.items()}
+
+
+def moving_texture(frames: int, step: tuple[int, int], size: tuple[int, int] = (64, 96), seed: int = 0) -> np.ndarray:
+    """uint8 `[T, H, W, 3]`: noise that moves by `step` (dx, dy) pixels a frame."""
+    rng = np.random.default_rng(seed)
+    reach = frames * max(abs(step[0]), abs(step[1])) + 8
+    texture = rng.integers(0, 256, (size[0] + 2 * reach, size[1] + 2 * reach, 3), dtype=np.uint8)
+    return np.stack([
+        texture[reach - t * step[1] :, reach - t * step[0] :][: size[0], : size[1]] for t in range(frames)
+    ])  # fmt: skip
+
+
+def test_points_follow_a_texture_moving_by_whole_tokens_from_any_query_frame():
+    video = moving_texture(7, (STRIDE, 0))
+    queries = [(0, 30.0, 20.0), (3, 42.0, 33.0), (6, 70.0, 50.0)]
+    tracks = PointTracker(PixelBackbone()).track(video, queries)
+    assert tracks.xy.shape == (7, 3, 2)
+    for point, (frame, x, y) in enumerate(queries):
+        expected = torch.tensor([[x + STRIDE * (t - frame), y] for t in range(7)])
+        torch.testing.assert_close(tracks.xy[:, point], expected, atol=0.05, rtol=0)
+        assert bool(tracks.visible[:, point].all())
+        assert tracks.xy[frame, point].tolist() == [x, y]
+        assert tracks.score[frame, point] == 1
+
+
+def test_a_point_that_leaves_the_frame_is_called_hidden():
+    video = moving_texture(7, (2 * STRIDE, 0))
+    tracks = PointTracker(PixelBackbone(), tolerance=1.0).track(video, [(0, 80.0, 30.0)])
+    assert tracks.visible[:2, 0].all()
+    assert not tracks.visible[4:, 0].any()
+    assert PointTracker(PixelBackbone(), visibility="all").track(video, [(0, 80.0, 30.0)]).visible.all()
+
+
+def test_border_points_of_a_still_video_stay_where_they_are():
+    video = moving_texture(3, (0, 0))
+    queries = [(0, 0.0, 0.0), (0, 96.0, 64.0), (0, 95.5, 1.0), (1, 2.0, 63.0)]
+    tracks = PointTracker(PixelBackbone()).track(video, queries)
+    expected = torch.tensor(queries)[:, 1:].expand(3, -1, -1)
+    torch.testing.assert_close(tracks.xy, expected, atol=0.02, rtol=0)
+
+
+def test_the_video_may_be_larger_than_the_encoded_frames():
+    class Halving(PixelBackbone):
+        def working_size(self, height, width):
+            return height // 2, width // 2
+
+        def encode_frames(self, video, *, height, width):
+            assert video.shape[1:3] == (2 * height, 2 * width)
+            return video[:, ::2, ::2].permute(0, 3, 1, 2).float() / 255
+
+    video = moving_texture(4, (STRIDE, 0)).repeat(2, axis=1).repeat(2, axis=2)
+    tracks = PointTracker(Halving()).track(video, [(0, 60.0, 40.0)])
+    torch.testing.assert_close(tracks.xy[3, 0], torch.tensor([60.0 + 3 * 2 * STRIDE, 40.0]), atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("schedule", ["spread", "interleaved", "consecutive", "chained"])
+def test_every_schedule_tracks_every_frame(schedule):
+    video = moving_texture(11, (STRIDE, 0), size=(48, 96))
+    backbone = PixelBackbone()
+    calls: list[tuple[int, int]] = []
+    tracker = PointTracker(backbone, schedule=schedule, frames_per_chunk=4)
+    tracks = tracker.track(video, [(2, 20.0, 22.0)], progress=lambda done, total: calls.append((done, total)))
+    expected = torch.tensor([[20.0 + STRIDE * (t - 2), 22.0] for t in range(11)])
+    torch.testing.assert_close(tracks.xy[:, 0], expected, atol=0.1, rtol=0)
+    assert max(backbone.forwards) <= 4
+    assert calls[0][0] == 0
+    assert calls[-1] == (len(backbone.forwards), len(backbone.forwards))
+
+
+def test_noise_follows_the_seed():
+    video = moving_texture(3, (STRIDE, 0))
+    query = [(0, 30.0, 20.0)]
+    scores = [
+        PointTracker(PixelBackbone(), noise=noise, seed=seed).track(video, query).score[1, 0].item()
+        for noise, seed in ((False, 0), (True, 0), (True, 0), (True, 1))
+    ]
+    assert scores[1] == scores[2]
+    assert len(set(scores)) == 3
+
+
+def test_published_preset_reads_whole_token_matches_in_the_released_geometry():
+    backbone = PixelBackbone()
+    tracker = PointTracker(backbone, preset="published", resize_first=None)
+    video = moving_texture(14, (0, 0))
+    tracks = tracker.track(video, [(0, 40.0, 24.0)])
+    assert backbone.forwards[0] == 13
+    # The match of a still token is itself, so the map is read at column x / 4 / (24 - 24 / 64) * 23 and row
+    # y / 4 / (16 - 24 / 64) * 15, and token t is taken for pixel 4 t.
+    expected = torch.tensor([40 / (24 - 24 / 64) * 23, 24 / (16 - 24 / 64) * 15])
+    torch.testing.assert_close(tracks.xy[5, 0], expected, atol=1e-3, rtol=0)
+    assert tracks.visible.all()
+    assert PRESETS["published"]["resize_first"] == (256, 256)
+
+
+def test_averaging_and_first_chunk_differ_only_where_chunks_overlap():
+    video = np.concatenate([moving_texture(6, (3, 1)), moving_texture(6, (2, -1), seed=1)])
+    query = [(0, 30.0, 20.0)]
+    options = {"schedule": "consecutive", "stride": 2, "frames_per_chunk": 5}
+    averaged = PointTracker(PixelBackbone(), **options).track(video, query)
+    first = PointTracker(PixelBackbone(), average_overlap=False, **options).track(video, query)
+    torch.testing.assert_close(averaged.score, first.score)  # this backbone's maps do not depend on the chunk
+    torch.testing.assert_close(averaged.xy, first.xy, atol=1e-4, rtol=0)
+
+
+class ChunkDependentBackbone(PixelBackbone):
+    """Its n-th forward pass has its own sharpness, so that two chunks disagree about a frame they share."""
+
+    def forward(self, latents, timestep, operations):
+        self.sharpness = 20.0 * (len(self.forwards) + 1)
+        return super().forward(latents, timestep, operations)
+
+
+def test_overlaps_average_costs_not_positions():
+    video = moving_texture(4, (3, 1))
+    query = [(0, 30.0, 20.0)]
+    options = {"schedule": "consecutive", "stride": 1, "frames_per_chunk": 3, "refine": 0}
+    averaged = PointTracker(ChunkDependentBackbone(), **options).track(video, query)
+    first = PointTracker(ChunkDependentBackbone(), average_overlap=False, **options).track(video, query)
+    assert averaged.score[1, 0] == first.score[1, 0]  # frame 1 is in the first chunk only
+    assert averaged.score[2, 0] > first.score[2, 0]  # frame 2 is in a second, sharper one too
+
+
+def test_released_schedule_for_fifty_frames():
+    chunks = anchored_chunks(50, 0, frames_per_chunk=13, schedule="interleaved")
+    assert [chunk.targets[0] for chunk in chunks] == [1, 2, 3, 4, 5]
+    assert chunks[0].targets == tuple(range(1, 46, 4))
+    assert chunks[4].targets == tuple(range(5, 50, 4))
+
+
+@pytest.mark.parametrize("frames", [2, 3, 12, 13, 14, 24, 25, 50, 300])
+@pytest.mark.parametrize("schedule", ["spread", "interleaved", "consecutive"])
+def test_chunks_cover_the_video_within_their_size(frames, schedule):
+    for anchor in {0, frames // 2, frames - 1}:
+        chunks = anchored_chunks(frames, anchor, schedule=schedule)
+        covered = {frame for chunk in chunks for frame in chunk.targets}
+        assert covered == set(range(frames)) - {anchor}
+        assert all(len(chunk.frames) <= 13 and chunk.source == anchor for chunk in chunks)
+        if schedule == "spread":
+            assert len(chunks) == -(-(frames - 1) // 12)
+
+
+def test_chained_chunks_start_where_the_one_before_ended():
+    chunks = chained_chunks(12, 4, frames_per_chunk=4)
+    assert [(chunk.source, chunk.targets) for chunk in chunks] == [
+        (4, (5, 6, 7)), (7, (8, 9, 10)), (10, (11,)), (4, (3, 2, 1)), (1, (0,)),
+    ]  # fmt: skip
+
+
+def test_refined_peak_is_the_weighted_mean_clipped_at_the_border():
+    cost = torch.zeros(3, 4, 5)
+    cost[0, 1, 2], cost[0, 1, 3] = 0.6, 0.2
+    cost[1, 0, 0], cost[1, 3, 4] = 0.5, 0.4
+    xy, score = refined_peaks(cost, 1)
+    torch.testing.assert_close(xy, torch.tensor([[2.25, 1.0], [0.0, 0.0], [0.0, 0.0]]))
+    torch.testing.assert_close(score, torch.tensor([0.6, 0.5, 0.0]))
+    assert refined_peaks(cost, 0)[0][0].tolist() == [2.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("queries", "message"),
+    [
+        ([], "queries must have shape"),
+        (np.zeros((0, 3)), "no point"),
+        ([(0, 1.0)], "shape"),
+        ([(0, float("nan"), 1.0)], "finite"),
+        ([(9, 1.0, 1.0)], "frame must be a whole number from 0 to 2"),
+        ([(0.5, 1.0, 1.0)], "frame must be a whole number"),
+        ([(0, 97.0, 1.0)], "x must be from 0 to 96"),
+        ([(0, 1.0, -1.0)], "y must be from 0 to 64"),
+        ("corner", "must be numbers"),
+    ],
+)
+def test_bad_queries_are_named(queries, message):
+    with pytest.raises(ValueError, match=message):
+        PointTracker(PixelBackbone()).track(moving_texture(3, (0, 0)), queries)
+
+
+@pytest.mark.parametrize(
+    ("video", "message"),
+    [
+        (moving_texture(1, (0, 0)), "at least two"),
+        (np.zeros((3, 8, 8), np.uint8), "frames, height, width, 3"),
+        (np.zeros((3, 8, 8, 3), np.float32), "must be uint8"),
+    ],
+)
+def test_bad_videos_are_named(video, message):
+    with pytest.raises(ValueError, match=message):
+        PointTracker(PixelBackbone()).track(video, [(0, 1.0, 1.0)])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layer": 3}, "layer must be from 0 to 2"),
+        ({"preset": "best"}, "preset must be one of"),
+        ({"speed": 1}, "unknown tracker option 'speed'"),
+        ({"schedule": "random"}, "schedule must be one of"),
+        ({"geometry": "released"}, "give refine=0"),
+        ({"frames_per_chunk": 1}, "frames_per_chunk"),
+        ({"height": 64}, "go together"),
+        ({"tolerance": float("nan")}, "tolerance"),
+        ({"heads": "none"}, "heads must be one of"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        PointTracker(PixelBackbone(), **options)
+
+
+def test_heads_of_weight_zero_are_left_out_and_wrong_counts_named():
+    video = moving_texture(3, (STRIDE, 0))
+    assert PointTracker(PixelBackbone(), head_weights=[1.0]).track(video, [(0, 30.0, 20.0)]).frames == 3
+    with pytest.raises(ValueError, match="2 weights, but the layer has 1 heads"):
+        PointTracker(PixelBackbone(), head_weights=[1.0, 0.0]).track(video, [(0, 30.0, 20.0)])
