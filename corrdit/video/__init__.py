@@ -5,10 +5,20 @@ at a reduced size without its full-size frames ever being held together; writing
 under its name only when it is complete.
 """
 
-from corrdit.video.reading import Video, VideoInfo, fit_size, iterate_frames, probe_video, read_video
+from corrdit.video.reading import (
+    StreamedVideo,
+    Video,
+    VideoInfo,
+    fit_size,
+    iterate_frames,
+    probe_video,
+    read_video,
+    resize_frame,
+)
 from corrdit.video.writing import VideoWriter, write_video
 
 __all__ = [
+    "StreamedVideo",
     "Video",
     "VideoInfo",
     "VideoWriter",
@@ -16,5 +26,6 @@ __all__ = [
     "iterate_frames",
     "probe_video",
     "read_video",
+    "resize_frame",
     "write_video",
 ]

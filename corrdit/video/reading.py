@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import warnings
@@ -86,10 +87,7 @@ def iterate_frames(
     Raises:
         ValueError: as `read_video`.
     """
-    if start < 0 or (max_frames is not None and max_frames < 1):
-        raise ValueError(
-            f"start={start}, max_frames={max_frames}: start must be 0 or more, max_frames 1 or more (or None)"
-        )
+    _check_part(start, max_frames)
     path = _existing(path)
     decoded = _folder_frames(path, start, size) if path.is_dir() else _file_frames(path, start, size)
     for count, frame in enumerate(decoded, start=1):
@@ -135,16 +133,61 @@ def read_video(
             frames = np.concatenate([frames, np.empty_like(frames)])
         frames[count] = frame
         count += 1
-    missing = expected - count
-    if info.path.is_file() and missing > 1:  # one may be cut off by an edit list
-        warnings.warn(f"{info.path} promises {expected} frames and gives {count}; it seems to be cut off", stacklevel=2)
-    if count < min_frames:
-        part = "" if start == 0 and max_frames is None else f" from start={start} with max_frames={max_frames}"
-        raise ValueError(
-            f"{info.path} gives {count} frame{'' if count == 1 else 's'}{part}; at least {min_frames} are needed"
-            + (", because tracking goes from one frame to another" if min_frames == 2 else "")
-        )
+    _check_count(info, count, start, max_frames, min_frames)
     return Video(frames[:count], info.fps if fps is None else float(fps))
+
+
+class StreamedVideo:
+    """The frames of a video on demand: `shape`, `dtype`, slices and iteration as of an array, few frames in memory.
+
+    The frames are counted by decoding the video once, so that the count is exact and a damaged frame is found early.
+    Slices in ascending order decode it once more in all.
+
+    Args and errors: as `read_video`.
+
+    Attributes:
+        shape: (T, H, W, 3) of the frames as they are read.
+        dtype: uint8.
+        info: the file's own size and rate.
+    """
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        max_frames: int | None = None,
+        start: int = 0,
+        max_side: int | None = None,
+        min_frames: int = 2,
+    ) -> None:
+        self.info = probe_video(path)
+        self._size = fit_size(self.info.height, self.info.width, max_side)
+        self._part = {"start": start, "max_frames": max_frames}
+        count = _count_frames(self.info.path, start, max_frames)
+        _check_count(self.info, count, start, max_frames, min_frames)
+        self.shape = (count, *self._size, 3)
+        self._position = 0
+        self._frames: Iterator[np.ndarray] = iter(self)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return iterate_frames(self.info.path, size=self._size, **self._part)
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """Consecutive frames, uint8 `[t, H, W, 3]`."""
+        if not isinstance(part, slice) or part.step not in (None, 1):
+            raise ValueError(f"a StreamedVideo gives slices of consecutive frames, not [{part!r}]; see read_video")
+        first, end, _ = part.indices(len(self))
+        if first < self._position:
+            self._position, self._frames = 0, iter(self)
+        frames = itertools.islice(self._frames, first - self._position, max(first, end) - self._position)
+        chosen = list(frames)
+        self._position = max(first, end)
+        return np.stack(chosen) if chosen else np.empty((0, *self.shape[1:]), np.uint8)
 
 
 def fit_size(height: int, width: int, max_side: int | None) -> tuple[int, int]:
@@ -155,6 +198,47 @@ def fit_size(height: int, width: int, max_side: int | None) -> tuple[int, int]:
         raise ValueError(f"max_side={max_side} was given; accepted is a number of pixels of 1 or more, or None")
     factor = min(1.0, max_side / max(height, width))
     return max(1, round(height * factor)), max(1, round(width * factor))
+
+
+def resize_frame(frame: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resize a frame, uint8 `[H, W, 3]`: averages areas when it shrinks, bicubic when it grows."""
+    import av
+
+    if frame.shape[:2] == (height, width):
+        return frame
+    shrinks = height * width < frame.shape[0] * frame.shape[1]
+    picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+    return picture.reformat(width, height, interpolation="AREA" if shrinks else "BICUBIC").to_ndarray()
+
+
+def _count_frames(path: Path, start: int, max_frames: int | None) -> int:
+    """Frames that `iterate_frames` gives; pictures of a folder are read, those of a file decoded but not converted."""
+    if path.is_dir():
+        return sum(1 for _ in iterate_frames(path, start=start, max_frames=max_frames))
+    _check_part(start, max_frames)
+    end = None if max_frames is None else start + max_frames
+    with _open_container(path) as container:
+        return sum(1 for _ in itertools.islice(_decode(container, path), start, end))
+
+
+def _check_part(start: int, max_frames: int | None) -> None:
+    if start < 0 or (max_frames is not None and max_frames < 1):
+        raise ValueError(
+            f"start={start}, max_frames={max_frames}: start must be 0 or more, max_frames 1 or more (or None)"
+        )
+
+
+def _check_count(info: VideoInfo, count: int, start: int, max_frames: int | None, min_frames: int) -> None:
+    """Refuse too few frames, and warn of a file that ends early."""
+    promised = max(info.frames - start, 1) if max_frames is None else min(info.frames - start, max_frames)
+    if info.path.is_file() and promised - count > 1:  # one may be cut off by an edit list
+        warnings.warn(f"{info.path} promises {promised} frames and gives {count}; it seems to be cut off", stacklevel=3)
+    if count < min_frames:
+        part = "" if start == 0 and max_frames is None else f" from start={start} with max_frames={max_frames}"
+        raise ValueError(
+            f"{info.path} gives {count} frame{'' if count == 1 else 's'}{part}; at least {min_frames} are needed"
+            + (", because tracking goes from one frame to another" if min_frames == 2 else "")
+        )
 
 
 def _existing(path: str | os.PathLike[str]) -> Path:
@@ -249,8 +333,6 @@ def _read_picture(path: Path) -> np.ndarray:
 
 
 def _folder_frames(folder: Path, start: int, size: tuple[int, int] | None) -> Iterator[np.ndarray]:
-    import av
-
     pictures = _frame_files(folder)
     first_shape = None
     for path in pictures[start:]:
@@ -265,6 +347,5 @@ def _folder_frames(folder: Path, start: int, size: tuple[int, int] | None) -> It
             )
         if size not in (None, pixels.shape[:2]):
             assert size is not None
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-            pixels = picture.reformat(size[1], size[0], interpolation="AREA").to_ndarray()
+            pixels = resize_frame(pixels, *size)
         yield pixels

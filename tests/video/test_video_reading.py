@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import av
@@ -9,7 +10,7 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 
-from corrdit.video import fit_size, iterate_frames, probe_video, read_video, write_video
+from corrdit.video import StreamedVideo, fit_size, iterate_frames, probe_video, read_video, write_video
 
 HEIGHT, WIDTH, FRAMES = 32, 48, 5
 
@@ -207,3 +208,42 @@ def test_fit_size_keeps_the_shape_and_never_enlarges() -> None:
     assert fit_size(2, 2000, 100) == (1, 100)
     with pytest.raises(ValueError, match="max_side=0"):
         fit_size(10, 10, 0)
+
+
+def test_streamed_video_is_an_array_on_demand(video_path: Path) -> None:
+    whole = read_video(video_path, max_side=24).frames
+    streamed = StreamedVideo(video_path, max_side=24)
+    assert streamed.shape == whole.shape
+    assert streamed.dtype == np.uint8
+    np.testing.assert_array_equal(streamed[0:2], whole[0:2])
+    np.testing.assert_array_equal(streamed[3:9], whole[3:])
+    np.testing.assert_array_equal(streamed[1:2], whole[1:2])
+    np.testing.assert_array_equal(np.stack(list(streamed)), whole)
+    assert streamed[4:4].shape == (0, *whole.shape[1:])
+    part = StreamedVideo(video_path, start=1, max_frames=3, max_side=24)
+    np.testing.assert_array_equal(part[1:3], whole[2:4])
+    with pytest.raises(ValueError, match="slices of consecutive frames"):
+        streamed[0]  # type: ignore[index]
+
+
+def test_streamed_video_holds_few_frames(tmp_path: Path) -> None:
+    """Reading 120 frames in pieces needs no more memory than a piece."""
+    shape = (120, 128, 128, 3)
+    write_video(tmp_path / "long.mp4", (np.full(shape[1:], index, np.uint8) for index in range(shape[0])))
+    streamed = StreamedVideo(tmp_path / "long.mp4")
+    tracemalloc.start()
+    try:
+        means = [streamed[start : start + 8].mean() for start in range(0, shape[0], 8)]
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert np.diff(means).min() > 0
+    assert peak < 0.3 * np.prod(shape)
+
+
+def test_streamed_video_refuses_what_read_video_refuses(tmp_path: Path) -> None:
+    write_video(tmp_path / "one.mp4", moving_square(1))
+    with pytest.raises(ValueError, match="gives 1 frame; at least 2 are needed"):
+        StreamedVideo(tmp_path / "one.mp4")
+    with pytest.raises(ValueError, match="start must be 0 or more"):
+        StreamedVideo(tmp_path / "one.mp4", start=-1)

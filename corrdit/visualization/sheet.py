@@ -1,0 +1,118 @@
+"""Contact sheets: some frames of a video side by side, with their numbers."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from corrdit.files import written_beside
+from corrdit.video import resize_frame
+
+_MARGIN = 16
+_GAP = 10
+_LABEL = 24
+_SHEET_WIDTH = 1600
+_INK = "#3a4048"
+
+
+def sheet_frames(frames: int, cells: int = 12) -> list[int]:
+    """Evenly spaced frame numbers for a sheet of at most `cells` pictures, first and last included."""
+    return sorted({round(position) for position in np.linspace(0, frames - 1, min(frames, cells))})
+
+
+def sheet_columns(cells: int, height: int, width: int) -> int:
+    """Columns that make the sheet of `cells` pictures roughly 4:3 without a ragged last row where that is possible."""
+    wanted = max(1.0, math.sqrt(cells * 4 / 3 * height / width))
+    candidates = range(1, cells + 1)
+    return min(candidates, key=lambda columns: abs(math.log(columns / wanted)) + 0.5 * (-cells % columns) / columns)
+
+
+def cell_size(cells: int, height: int, width: int) -> tuple[int, int]:
+    """(height, width) in pixels of one picture on a sheet of `cells` pictures of a `height` x `width` video."""
+    columns = sheet_columns(cells, height, width)
+    cell_width = (_SHEET_WIDTH - 2 * _MARGIN - (columns - 1) * _GAP) // columns
+    cell_width = min(cell_width, 8 * width)
+    return max(1, round(cell_width * height / width)), cell_width
+
+
+def contact_sheet(
+    pictures: Sequence[np.ndarray] | np.ndarray,
+    labels: Sequence[str],
+    *,
+    path: str | os.PathLike[str] | None = None,
+    caption: str = "",
+) -> np.ndarray:
+    """Put pictures in a grid, each with its label above it.
+
+    Args:
+        pictures: uint8 `[h, w, 3]` each, all of one size.
+        labels: one for each picture, such as "frame 12".
+        path: PNG file to write (beside, then renamed); None writes nothing.
+        caption: a line below the grid.
+
+    Returns:
+        The sheet, uint8 `[sheet height, sheet width, 3]`.
+
+    Raises:
+        ValueError: no pictures, different sizes, a label too few or too many, a path that does not end in .png.
+    """
+    if len(pictures) == 0 or len(pictures) != len(labels):
+        raise ValueError(f"{len(pictures)} pictures and {len(labels)} labels were given; one label for each is needed")
+    shapes = {tuple(picture.shape) for picture in pictures}
+    if len(shapes) > 1:
+        raise ValueError(f"the pictures have different sizes: {sorted(shapes)}; a contact sheet needs one size")
+    if path is not None and Path(path).suffix.lower() != ".png":
+        raise ValueError(f"a contact sheet is a PNG file; {path} does not end in .png")
+    height, width = pictures[0].shape[:2]
+    columns = sheet_columns(len(pictures), height, width)
+    cell = cell_size(len(pictures), height, width)
+    sheet, corners = _lay_out(pictures, columns, cell, bool(caption))
+    sheet = _write_labels(sheet, corners, labels, caption)
+    if path is not None:
+        import imageio.v3 as imageio
+
+        encoded = io.BytesIO()
+        imageio.imwrite(encoded, sheet, extension=".png", plugin="pillow")
+        with written_beside(path) as file:
+            file.write(encoded.getvalue())
+    return sheet
+
+
+def _lay_out(
+    pictures: Sequence[np.ndarray] | np.ndarray, columns: int, cell: tuple[int, int], caption: bool
+) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    """White sheet with the pictures on it, and the (row, column) pixel of each picture's top left corner."""
+    rows = -(-len(pictures) // columns)
+    height = _MARGIN + rows * (_LABEL + cell[0] + _GAP) - _GAP + _MARGIN + (_LABEL if caption else 0)
+    width = 2 * _MARGIN + columns * (cell[1] + _GAP) - _GAP
+    sheet = np.full((height, width, 3), 255, np.uint8)
+    corners = []
+    for index, picture in enumerate(pictures):
+        top = _MARGIN + _LABEL + (index // columns) * (_LABEL + cell[0] + _GAP)
+        left = _MARGIN + (index % columns) * (cell[1] + _GAP)
+        sheet[top : top + cell[0], left : left + cell[1]] = resize_frame(picture, *cell)
+        corners.append((top, left))
+    return sheet, corners
+
+
+def _write_labels(
+    sheet: np.ndarray, corners: Sequence[tuple[int, int]], labels: Sequence[str], caption: str
+) -> np.ndarray:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    height, width = sheet.shape[:2]
+    figure = Figure(figsize=(width / 72, height / 72), dpi=72)
+    canvas = FigureCanvasAgg(figure)
+    figure.figimage(sheet, 0, 0, origin="upper")
+    for (top, left), label in zip(corners, labels, strict=True):
+        figure.text(left / width, 1 - (top - 6) / height, label, fontsize=13, color=_INK, va="baseline")
+    if caption:
+        figure.text(_MARGIN / width, (_MARGIN - 4) / height, caption, fontsize=12, color=_INK, va="baseline")
+    canvas.draw()
+    return np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])
