@@ -9,11 +9,13 @@ _LAZY_ATTRIBUTES = {
     "Tracks": "corrdit.tracking.tracks",
     "interpolate_tracks": "corrdit.tracking.interpolation",
     "PointTracker": "corrdit.tracking.tracker",
+    "TrackerOptions": "corrdit.tracking.options",
 }
-__all__ = ["PointTracker", "Tracks", "interpolate_tracks"]
+__all__ = ["PointTracker", "TrackerOptions", "Tracks", "interpolate_tracks"]
 
 if TYPE_CHECKING:
     from corrdit.tracking.interpolation import interpolate_tracks
+    from corrdit.tracking.options import TrackerOptions
     from corrdit.tracking.tracker import PointTracker
     from corrdit.tracking.tracks import Tracks
 

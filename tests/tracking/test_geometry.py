@@ -77,14 +77,15 @@ def test_released_geometry_misplaces_a_still_point_by_up_to_half_a_token():
     assert 4 < error < 12
 
 
-def test_sampling_agrees_with_grid_sample():
+@pytest.mark.parametrize("padding", ["border", "zeros"])
+def test_sampling_agrees_with_grid_sample(padding):
     values = torch.randn(3, 4, 5, 6, dtype=torch.float64)
     tokens = torch.rand(40, 2, dtype=torch.float64) * torch.tensor([7.0, 6.0]) - 1
     scaled = tokens / torch.tensor([5 - 1, 4 - 1]) * 2 - 1
     expected = torch.nn.functional.grid_sample(
-        values.permute(0, 3, 1, 2), scaled[None, None].expand(3, 1, -1, -1), align_corners=True, padding_mode="border"
+        values.permute(0, 3, 1, 2), scaled[None, None].expand(3, 1, -1, -1), align_corners=True, padding_mode=padding
     )[:, :, 0].permute(0, 2, 1)
-    torch.testing.assert_close(sample_map(values, tokens), expected)
+    torch.testing.assert_close(sample_map(values, tokens, padding=padding), expected)
     each = torch.rand(3, 40, 2, dtype=torch.float64) * 4
     alone = torch.stack([sample_map(value, position) for value, position in zip(values, each, strict=True)])
     torch.testing.assert_close(sample_map(values, each), alone)
@@ -116,6 +117,7 @@ def test_nearest_token_owns_the_pixels_it_spans():
         (lambda: sample_matches(torch.zeros(4, 5, 2), torch.zeros(2), 4), "points must have shape"),
         (lambda: sample_map(torch.zeros(4, 5, 2, dtype=torch.int64), torch.zeros(1, 2)), "floating-point"),
         (lambda: bilinear_tokens(torch.full((1, 2), torch.nan), (2, 2)), "NaN"),
+        (lambda: bilinear_tokens(torch.zeros(1, 2), (2, 2), padding="reflect"), "padding must be one of"),
         (lambda: nearest_tokens(torch.zeros(1, 2), (0, 2)), "grid_size"),
     ],
 )

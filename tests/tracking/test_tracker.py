@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+
 from corrdit import PointTracker, TokenGrid
 from corrdit.tracking.chunks import anchored_chunks, chained_chunks
 from corrdit.tracking.options import PRESETS
