@@ -15,15 +15,27 @@ _LAZY_ATTRIBUTES = {
     "Preset": "corrdit.integrations.diffusers.backbones.presets",
     "TransformerLayout": "corrdit.integrations.diffusers.layouts",
     "available_backbones": "corrdit.integrations.diffusers.backbones.loading",
+    "backbone_of": "corrdit.integrations.diffusers.backbones.loading",
     "capture": "corrdit.integrations.diffusers.capture",
     "load_backbone": "corrdit.integrations.diffusers.backbones.loading",
     "register_layout": "corrdit.integrations.diffusers.layouts",
 }
-__all__ = [*_LAZY_ATTRIBUTES]
+__all__ = [
+    "Backbone",
+    "Capture",
+    "CorrespondenceProcessor",
+    "Preset",
+    "TransformerLayout",
+    "available_backbones",
+    "backbone_of",
+    "capture",
+    "load_backbone",
+    "register_layout",
+]
 
 if TYPE_CHECKING:
     from corrdit.integrations.diffusers.backbones.base import Backbone
-    from corrdit.integrations.diffusers.backbones.loading import available_backbones, load_backbone
+    from corrdit.integrations.diffusers.backbones.loading import available_backbones, backbone_of, load_backbone
     from corrdit.integrations.diffusers.backbones.presets import Preset
     from corrdit.integrations.diffusers.capture import Capture, capture
     from corrdit.integrations.diffusers.layouts import TransformerLayout, register_layout

@@ -185,5 +185,5 @@ def _check_tokens(tokens: int, expected: int, grid: TokenGrid) -> None:
     if tokens != expected:
         raise ValueError(
             f"the attention has {tokens} tokens but the grid has {expected} ({expected - grid.video_tokens} text + "
-            f"{grid.frames} frames of {grid.height} x {grid.width}); give the TokenGrid of this model and this video size"
+            f"{grid.frames} frames of {grid.height} x {grid.width}); give the TokenGrid of this model and video size"
         )

@@ -123,7 +123,9 @@ class Capture(Mapping[tuple[int, int], Any]):
         self._steps = steps
         self._named, self._callback, self._keep_graph = named, callback, keep_graph
         if self._pipe is not None and early_exit:
-            raise ValueError("early_exit would leave the pipeline without a prediction; capture pipe.transformer instead")
+            raise ValueError(
+                "early_exit would leave the pipeline without a prediction; capture pipe.transformer instead"
+            )
         if self._pipe is None and any(step < 0 for step in steps or ()):
             raise ValueError(
                 f"steps {steps}: a bare transformer does not say how many steps there are, so they cannot be counted "
@@ -199,8 +201,8 @@ class Capture(Mapping[tuple[int, int], Any]):
         for module in layout.attention_modules(transformer):
             if getattr(module.processor, "_captured_by", None) is not None:
                 raise ValueError(
-                    f"this {type(transformer).__name__} is already being captured; give all layers, steps and operations "
-                    "to one capture, or close the other first"
+                    f"this {type(transformer).__name__} is already being captured; give all layers, steps and "
+                    "operations to one capture, or close the other first"
                 )
             check_processor(module.processor)
 
@@ -283,8 +285,8 @@ class Capture(Mapping[tuple[int, int], Any]):
             earlier = self._results[key]
             if self._branch != "both" or earlier.keys() & result.keys():
                 raise ValueError(
-                    f"(step, layer) {key} was read twice: the model ran again inside one capture; open a capture for each "
-                    "run, call .clear() between them, or give callback="
+                    f"(step, layer) {key} was read twice: the model ran again inside one capture; open a capture for "
+                    "each run, call .clear() between them, or give callback="
                 )
             result = {**earlier, **result}
         self._results[key] = result

@@ -7,9 +7,7 @@ from typing import Any
 
 import torch
 
-SDPA_BACKENDS = frozenset(
-    {"native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math"}
-)
+SDPA_BACKENDS = frozenset({"native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math"})
 """Attention backends of diffusers that call `scaled_dot_product_attention`."""
 
 SKIPPING_HOOKS = {

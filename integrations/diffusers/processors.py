@@ -216,7 +216,7 @@ class CorrespondenceProcessor:
                     with unchanged(q, k, name):
                         by_name[name] = released(operation(q, k, request.grid, key_mask), q, k, request.keep_graph)
                 results[branch] = by_name if request.named else next(iter(by_name.values()))
-        request.deliver(results[None] if None in results else results)
+        request.deliver(results.get(None, results))
         if request.stop:
             raise EarlyExit
 

@@ -26,8 +26,8 @@ def released(result: Any, q: torch.Tensor, k: torch.Tensor, keep_graph: bool) ->
         for name, source in (("q", q), ("k", k)):
             if result.numel() and _memory(result) == _memory(source):
                 raise ValueError(
-                    f"the operation returned {name} or a view of it, which would keep the whole layer in memory; return "
-                    "what it computes, or a copy (.clone()) of the part you need"
+                    f"the operation returned {name} or a view of it, which would keep the whole layer in memory; "
+                    "return what it computes, or a copy (.clone()) of the part you need"
                 )
         return result if keep_graph else result.detach()
     if isinstance(result, Mapping):

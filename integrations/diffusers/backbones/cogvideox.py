@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from corrdit.grid import TokenGrid
+from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.layouts import ForwardCall, TransformerLayout
 
 
@@ -32,3 +34,88 @@ class CogVideoXLayout(TransformerLayout):
         batch, frames, _, height, width = latents.shape
         grid = replace(self.video_grid(transformer, frames, height, width), text_tokens=text.shape[1], text_first=True)
         return ForwardCall(batch=batch, grid=grid, timestep=arguments["timestep"])
+
+
+class CogVideoXBackbone(Backbone):
+    """CogVideoX-2B, 5B, 1.5 and their image-to-video models, whose image condition is the first frame given."""
+
+    family = "cogvideox"
+    layout = CogVideoXLayout
+
+    @property
+    def spatial_compression(self) -> int:
+        return int(self.pipe.vae_scale_factor_spatial)
+
+    @property
+    def temporal_compression(self) -> int:
+        return int(self.pipe.vae_scale_factor_temporal)
+
+    @property
+    def latent_channels(self) -> int:
+        return int(self.transformer.config.out_channels)
+
+    @property
+    def takes_image(self) -> bool:
+        """Whether the transformer is given image latents beside the noisy ones."""
+        return self.transformer.config.in_channels == 2 * self.latent_channels
+
+    def normalized(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents * self.pipe.vae_scaling_factor_image
+
+    def encoded_prompt(self, prompt: str) -> dict[str, torch.Tensor]:
+        embeds, _ = self.pipe.encode_prompt(
+            prompt, do_classifier_free_guidance=False, max_sequence_length=self._text_tokens
+        )
+        return {"encoder_hidden_states": embeds.to(self.dtype)}
+
+    def blank_prompt(self) -> dict[str, torch.Tensor]:
+        shape = (1, self._text_tokens, self.transformer.config.text_embed_dim)
+        return {"encoder_hidden_states": torch.zeros(shape, device=self.device, dtype=self.dtype)}
+
+    def with_text(self, video: TokenGrid) -> TokenGrid:
+        tokens = self.empty_prompt()["encoder_hidden_states"].shape[1]
+        return replace(video, text_tokens=tokens, text_first=True)
+
+    def call_arguments(
+        self, latents: torch.Tensor, timestep: float, text: Mapping[str, torch.Tensor]
+    ) -> dict[str, Any]:
+        batch, frames, _, height, width = latents.shape
+        rotary = None
+        self._check_size(height, width)
+        if self.transformer.config.use_rotary_positional_embeddings:
+            stride = self.spatial_compression
+            rotary = self.pipe._prepare_rotary_positional_embeddings(
+                height * stride, width * stride, frames, self.device
+            )
+        if self.takes_image:
+            latents = torch.cat([latents, self._image_condition(latents)], dim=2)
+        arguments = {
+            "hidden_states": latents,
+            "timestep": torch.full((batch,), timestep, device=self.device),
+            "image_rotary_emb": rotary,
+            **text,
+        }
+        if self.transformer.config.ofs_embed_dim is not None:
+            arguments["ofs"] = latents.new_full((1,), 2.0)
+        return arguments
+
+    def _check_size(self, height: int, width: int) -> None:
+        """1.5 cuts its rotary table out of one of fixed size."""
+        config = self.transformer.config
+        if config.patch_size_t is not None and (height > config.sample_height or width > config.sample_width):
+            stride = self.spatial_compression
+            raise ValueError(
+                f"{self.name} has positions for frames of up to {config.sample_height * stride} x "
+                f"{config.sample_width * stride} pixels, got {height * stride} x {width * stride}; resize the video"
+            )
+
+    def _image_condition(self, latents: torch.Tensor) -> torch.Tensor:
+        """The first frame as the pipeline gives it: scaled the other way round for 1.5, zeros behind it."""
+        image = latents[:, :1]
+        if getattr(self.pipe.vae.config, "invert_scale_latents", False):
+            image = image / self.pipe.vae_scaling_factor_image**2
+        return torch.cat([image, torch.zeros_like(latents[:, 1:])], dim=1)
+
+    @property
+    def _text_tokens(self) -> int:
+        return int(self.transformer.config.max_text_seq_length)

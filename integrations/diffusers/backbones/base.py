@@ -1,0 +1,330 @@
+"""A video diffusion model as a source of correspondence: encode, run once, read chosen layers."""
+
+from __future__ import annotations
+
+import abc
+import warnings
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from corrdit.grid import TokenGrid, whole_number
+from corrdit.integrations.diffusers.backbones.presets import Preset, preset_for
+from corrdit.integrations.diffusers.capture import Capture
+from corrdit.integrations.diffusers.layouts import TransformerLayout
+from corrdit.integrations.diffusers.processors import Operation, named_operations
+
+PIXELS_PER_ENCODER_CALL = 480 * 720
+"""Frames are given to the codec in groups of about this many pixels, so that memory does not grow with the video."""
+
+
+class Backbone(abc.ABC):
+    """A diffusers video pipeline seen as encoder, transformer and token grid.
+
+    Latents are `[F, C, h, w]` (or `[B, F, C, h, w]`), where one entry of F is one frame of tokens; families that join
+    several latent frames in a token hold them side by side in C.
+
+    Args:
+        pipe: a loaded pipeline of the family.
+        name: how the backbone is called in messages and tables.
+        preset: settings for reading correspondence; None for the published ones of a model of this shape.
+
+    Attributes:
+        family: name of the family.
+        layers: number of attention layers, over all blocks.
+        heads: attention heads.
+    """
+
+    family: ClassVar[str]
+    layout: ClassVar[type[TransformerLayout]]
+
+    def __init__(self, pipe: Any, *, name: str, preset: Preset | None = None) -> None:
+        self.pipe = pipe
+        self.name = name
+        self.transformer: torch.nn.Module = pipe.transformer
+        self._layout = self.layout()
+        self.layers = len(self._layout.attention_modules(self.transformer))
+        self.heads = int(self.transformer.config.num_attention_heads)
+        self.preset = preset or preset_for(self.family, self.layers, self.heads)
+        if not -self.layers <= self.preset.layer < self.layers:
+            raise ValueError(
+                f"the preset of {name} reads layer {self.preset.layer}, but there are {self.layers} layers"
+            )
+        self._empty_prompt: dict[str, torch.Tensor] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer runs."""
+        return self.pipe._execution_device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the transformer's input."""
+        return self.transformer.dtype
+
+    @property
+    def token_stride(self) -> tuple[int, int]:
+        """(dy, dx): pixels of the encoded video a token spans."""
+        _, patch_h, patch_w = self._layout.patch_size(self.transformer)
+        return (self.spatial_compression * patch_h, self.spatial_compression * patch_w)
+
+    @property
+    def frames_per_token(self) -> int:
+        """Latent frames of the codec that one frame of tokens stands for."""
+        return self._layout.patch_size(self.transformer)[0]
+
+    @property
+    @abc.abstractmethod
+    def spatial_compression(self) -> int:
+        """Pixels a latent spans."""
+
+    @property
+    @abc.abstractmethod
+    def temporal_compression(self) -> int:
+        """Video frames a latent frame stands for, the first one excepted."""
+
+    @abc.abstractmethod
+    def normalized(self, latents: torch.Tensor) -> torch.Tensor:
+        """The codec's latents `[B, C, F, h, w]` as the transformer was trained on them."""
+
+    @abc.abstractmethod
+    def encoded_prompt(self, prompt: str) -> dict[str, torch.Tensor]:
+        """The transformer's text arguments for one prompt, batch 1, by argument name."""
+
+    @abc.abstractmethod
+    def blank_prompt(self) -> dict[str, torch.Tensor]:
+        """Zeros in the shapes of `encoded_prompt`, batch 1."""
+
+    @abc.abstractmethod
+    def call_arguments(
+        self, latents: torch.Tensor, timestep: float, text: Mapping[str, torch.Tensor]
+    ) -> dict[str, Any]:
+        """The transformer's arguments for latents `[B, F, C, h, w]`, C and F as the codec counts them."""
+
+    def transformer_at(self, timestep: float) -> torch.nn.Module:
+        """The transformer that denoises at this timestep."""
+        return self.transformer
+
+    def timestep(self, step: int, inference_steps: int | None = None) -> float:
+        """The timestep of a denoising step, by the pipeline's scheduler with trailing spacing.
+
+        Args:
+            step: 0 is the noisiest; negative steps count from the last.
+            inference_steps: steps of the schedule; None for the preset's.
+
+        Raises:
+            ValueError: a step outside the schedule.
+        """
+        steps = whole_number("inference_steps", inference_steps or self.preset.inference_steps, 1)
+        if not -steps <= step < steps:
+            raise ValueError(
+                f"step {step} is outside a schedule of {steps} steps (0 to {steps - 1}, or -{steps} to -1)"
+            )
+        return float(self.schedule(steps)[step])
+
+    def schedule(self, inference_steps: int) -> torch.Tensor:
+        """Timesteps from the noisiest to the cleanest; the pipeline's own scheduler is left as it is."""
+        scheduler = self.pipe.scheduler
+        changes = {"timestep_spacing": "trailing"} if "timestep_spacing" in scheduler.config else {}
+        copy = type(scheduler).from_config(scheduler.config, **changes)
+        copy.set_timesteps(inference_steps)
+        return copy.timesteps
+
+    def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timestep: float) -> torch.Tensor:
+        """Latents noised to a timestep, by the pipeline's scheduler."""
+        at = torch.tensor([timestep], device=latents.device).long()
+        return self.pipe.scheduler.add_noise(latents, noise, at)
+
+    def encode_frames(
+        self, video: np.ndarray | torch.Tensor, *, height: int | None = None, width: int | None = None
+    ) -> torch.Tensor:
+        """Every frame as a latent of its own: no temporal compression.
+
+        Args:
+            video: uint8 `[T, H, W, 3]`.
+            height: height to resize to before encoding; None for the preset's or the video's own.
+            width: likewise.
+
+        Returns:
+            Latents `[T, C, h, w]`.
+
+        Raises:
+            ValueError: not such a video, or a size that is not a multiple of `token_stride`.
+        """
+        frames = self._prepared(video, height, width)
+        group = max(1, PIXELS_PER_ENCODER_CALL // (frames.shape[2] * frames.shape[3]))
+        latents = [
+            self._encode(frames[start : start + group, :, None].to(self.device))
+            for start in range(0, len(frames), group)
+        ]
+        return torch.cat(latents)[:, :, 0].repeat(1, self.frames_per_token, 1, 1)
+
+    def encode_video(
+        self, video: np.ndarray | torch.Tensor, *, height: int | None = None, width: int | None = None
+    ) -> torch.Tensor:
+        """The video through the codec as it was trained, temporally compressed; `latent_frame_map` says how.
+
+        Arguments, result and errors as for `encode_frames`, with F latent frames instead of T. The last frame is
+        repeated until the codec's and the transformer's temporal strides fit.
+        """
+        frames = self._prepared(video, height, width)
+        missing = len(self.latent_frame_map(len(frames), padded=True)) * self.frames_per_token
+        length = (missing - 1) * self.temporal_compression + 1
+        frames = torch.cat([frames, frames[-1:].expand(length - len(frames), -1, -1, -1)])
+        latents = self._encode(frames.transpose(0, 1)[None].to(self.device))[0].transpose(0, 1)
+        count = len(latents) // self.frames_per_token
+        return latents.reshape(count, self.frames_per_token * latents.shape[1], *latents.shape[2:])
+
+    def latent_frame_map(self, frames: int, *, padded: bool = False) -> list[list[int]]:
+        """Which video frames each latent frame of `encode_video` stands for.
+
+        Args:
+            frames: T.
+            padded: also list frame indices past the end, which repeat the last frame.
+        """
+        ratio = self.temporal_compression
+        single = 1 + -(-(frames - 1) // ratio)
+        joined = -(-single // self.frames_per_token)
+        groups: list[list[int]] = [[] for _ in range(joined)]
+        for latent in range(joined * self.frames_per_token):
+            start = 0 if latent == 0 else (latent - 1) * ratio + 1
+            covered = range(start, start + (1 if latent == 0 else ratio))
+            groups[latent // self.frames_per_token] += [index for index in covered if padded or index < frames]
+        return groups
+
+    def grid(self, frames: int, latent_height: int, latent_width: int) -> TokenGrid:
+        """The token axis of a forward of latents `[frames, C, latent_height, latent_width]` with the empty prompt."""
+        video = self._layout.video_grid(self.transformer, frames * self.frames_per_token, latent_height, latent_width)
+        return self.with_text(video)
+
+    @abc.abstractmethod
+    def with_text(self, video: TokenGrid) -> TokenGrid:
+        """The grid with the text tokens of the empty prompt where this family puts them."""
+
+    @torch.no_grad()
+    def empty_prompt(self) -> dict[str, torch.Tensor]:
+        """Text arguments of the empty prompt, batch 1; zeros, said once, for a pipeline without a text encoder."""
+        if self._empty_prompt is None:
+            if getattr(self.pipe, "text_encoder", None) is None:
+                warnings.warn(
+                    f"{self.name} has no text encoder; its empty prompt is taken as zeros", UserWarning, stacklevel=3
+                )
+                self._empty_prompt = self.blank_prompt()
+            else:
+                self._empty_prompt = self.encoded_prompt("")
+        return self._empty_prompt
+
+    def forward(
+        self,
+        latents: torch.Tensor,
+        timestep: float,
+        operations: Mapping[int, Operation | Mapping[str, Operation]],
+        *,
+        prompt_embeds: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
+        early_exit: bool = True,
+        keep_graph: bool = False,
+    ) -> dict[int, Any]:
+        """One call of the transformer with the conditional prompt; the results of operations on chosen layers.
+
+        Args:
+            latents: `[F, C, h, w]` or `[B, F, C, h, w]`, as `encode_frames` or `encode_video` gives them.
+            timestep: as the scheduler counts it.
+            operations: `operation(q, k, grid, key_mask)`, or a dict of them by name, for each layer.
+            prompt_embeds: text embeddings `[1 or B, tokens, C]`, or the transformer's text arguments by name; None for
+                the empty prompt.
+            early_exit: stop after the last layer that is needed.
+            keep_graph: leave results attached to the autograd graph.
+
+        Returns:
+            Results by layer, as the layers were given.
+
+        Raises:
+            ValueError: latents that do not fit the model, no operations, or what `capture` refuses.
+        """
+        batched = self._batched(latents)
+        if not operations:
+            raise ValueError("operations is empty; give at least one {layer: operation}")
+        text = self._text(prompt_embeds, batched.shape[0])
+        transformer = self.transformer_at(timestep)
+        reader = Capture(
+            transformer,
+            operations={layer: named_operations(operation) for layer, operation in operations.items()},
+            named=True,
+            keep_graph=keep_graph,
+            early_exit=early_exit,
+        )
+        with torch.set_grad_enabled(keep_graph and torch.is_grad_enabled()), reader:
+            transformer(**self.call_arguments(batched, timestep, text))
+        results = {}
+        for layer, operation in operations.items():
+            by_name = reader[0, layer % self.layers]
+            results[layer] = by_name if isinstance(operation, Mapping) else by_name["operation"]
+        return results
+
+    def _text(
+        self, prompt_embeds: torch.Tensor | Mapping[str, torch.Tensor] | None, batch: int
+    ) -> dict[str, torch.Tensor]:
+        text = dict(self.empty_prompt())
+        if isinstance(prompt_embeds, Mapping):
+            text = dict(prompt_embeds)
+        elif prompt_embeds is not None:
+            text = self.text_with(text, prompt_embeds)
+        moved = {name: value.to(self.device) for name, value in text.items()}
+        return {
+            name: value.expand(batch, *value.shape[1:]) if value.shape[0] == 1 else value
+            for name, value in moved.items()
+        }
+
+    def text_with(self, text: Mapping[str, torch.Tensor], prompt_embeds: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Text arguments with other embeddings, all of whose tokens take part."""
+        return {**text, "encoder_hidden_states": prompt_embeds.to(self.dtype)}
+
+    def _batched(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents as `[B, frames, C, h, w]`, frames and C as the codec counts them."""
+        latents = latents[None] if latents.ndim == 4 else latents
+        channels = self.latent_channels * self.frames_per_token
+        if latents.ndim != 5 or latents.shape[2] != channels:
+            raise ValueError(
+                f"latents must be [F, {channels}, h, w] or [B, F, {channels}, h, w] for {self.name}, got "
+                f"{tuple(latents.shape)}; make them with encode_frames or encode_video"
+            )
+        batch, frames, _, height, width = latents.shape
+        latents = latents.to(device=self.device, dtype=self.dtype)
+        return latents.reshape(batch, frames * self.frames_per_token, self.latent_channels, height, width)
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of a latent."""
+        return int(self.transformer.config.in_channels)
+
+    def _prepared(self, video: np.ndarray | torch.Tensor, height: int | None, width: int | None) -> torch.Tensor:
+        """Video frames float `[T, 3, height, width]` in -1..1 on the CPU."""
+        frames = torch.as_tensor(video)
+        if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != torch.uint8 or not len(frames):
+            raise ValueError(f"video must be uint8 [T, H, W, 3], got {frames.dtype} {tuple(frames.shape)}")
+        height = height or self.preset.height or frames.shape[1]
+        width = width or self.preset.width or frames.shape[2]
+        for name, size, stride in zip(("height", "width"), (height, width), self.token_stride, strict=True):
+            if size % stride:
+                raise ValueError(
+                    f"{name} {size} is not a multiple of {stride}, the pixels a token of {self.name} spans; give "
+                    f"{name}={max(stride, round(size / stride) * stride)}"
+                )
+        images = frames.permute(0, 3, 1, 2)
+        if images.shape[2:] == (height, width):
+            return images.float() / 127.5 - 1
+        resized = [
+            F.interpolate(part.float(), (height, width), mode="bilinear", antialias=True) for part in images.split(1)
+        ]
+        return torch.cat(resized).clamp(0, 255) / 127.5 - 1
+
+    @torch.no_grad()
+    def _encode(self, clips: torch.Tensor) -> torch.Tensor:
+        """Clips `[B, 3, T, H, W]` to normalised latents `[B, C, F, h, w]`."""
+        vae = self.pipe.vae
+        if vae is None:
+            raise ValueError(f"{self.name} was loaded without its video codec (vae), so videos cannot be encoded")
+        return self.normalized(vae.encode(clips.to(vae.dtype)).latent_dist.mode()).to(self.dtype)

@@ -1,0 +1,221 @@
+"""Finding and loading a backbone: embedded, from a folder, from the hub, or from someone else's package."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+import torch
+
+from corrdit.integrations.diffusers.backbones.base import Backbone
+from corrdit.integrations.diffusers.backbones.presets import PUBLISHED_MODELS, Preset
+from corrdit.integrations.diffusers.layouts import layout_of
+
+ENTRY_POINT_GROUP = "corrdit.backbones"
+EMBEDDED = "embedded"
+FAMILY_BACKBONES = {
+    "CogVideoXTransformer3DModel": "corrdit.integrations.diffusers.backbones.cogvideox:CogVideoXBackbone",
+}
+"""Backbone class by the transformer's class name."""
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def load_backbone(
+    name: str | os.PathLike[str], *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+) -> Backbone:
+    """A video diffusion model ready to be read.
+
+    Args:
+        name: "embedded"; a short name of a published model (`available_backbones` lists them); a name another package
+            registered under the entry-point group `corrdit.backbones`; a folder written by a pipeline's
+            `save_pretrained`, with an optional `preset.json`; or a hub id such as "THUDM/CogVideoX-2b".
+        device: where to put it; None for the CPU.
+        dtype: precision; None for float32 on the CPU and the published precision (or bfloat16) elsewhere.
+
+    Raises:
+        ValueError: an unknown name (with what is accepted), a folder without a pipeline, a hub id that is not on this
+            machine while offline or cannot be fetched, or a model that is not supported, with the reason.
+    """
+    device = torch.device(device or "cpu")
+    text = os.fspath(name)
+    if text == EMBEDDED:
+        return _embedded(device, dtype)
+    registered = _third_party().get(text)
+    if registered is not None:
+        return _from_entry_point(registered, device, dtype)
+    folder = pathlib.Path(text)
+    if folder.is_dir():
+        return _from_folder(folder, device, dtype)
+    hub_id = PUBLISHED_MODELS[text.lower()].hub_id if text.lower() in PUBLISHED_MODELS else text
+    if folder.is_absolute() or text.startswith(".") or not _HUB_ID.fullmatch(hub_id):
+        raise ValueError(f"unknown model {text!r}; accepted are {_accepted()}")
+    return _from_hub(hub_id, device, dtype)
+
+
+def available_backbones() -> list[dict[str, Any]]:
+    """What `load_backbone` takes by name, one row each: name, family, layers, heads, preset and source.
+
+    Nothing is downloaded; `layers`, `heads` and `preset` are None where they are only known once loaded.
+    """
+    rows: list[dict[str, Any]] = [_embedded_row()]
+    for name, model in PUBLISHED_MODELS.items():
+        row = {"name": name, "family": model.family, "layers": model.layers, "heads": model.heads}
+        rows.append({**row, "preset": model.preset, "source": model.hub_id})
+    for name, point in _third_party().items():
+        row = {"name": name, "family": None, "layers": None, "heads": None}
+        rows.append({**row, "preset": None, "source": f"{point.value} (entry point)"})
+    return rows
+
+
+def backbone_of(pipe: Any, *, name: str | None = None, preset: Preset | None = None) -> Backbone:
+    """The backbone round a pipeline that is already loaded.
+
+    Raises:
+        ValueError: a pipeline without a transformer that is known, with the reason or what is known.
+    """
+    transformer = getattr(pipe, "transformer", None)
+    if not isinstance(transformer, torch.nn.Module):
+        raise ValueError(f"{type(pipe).__name__} has no transformer; give a video pipeline of {_families()}")
+    layout_of(transformer)
+    for candidate in type(transformer).__mro__:
+        target = FAMILY_BACKBONES.get(candidate.__name__)
+        if target is not None:
+            module, _, attribute = target.partition(":")
+            return getattr(importlib.import_module(module), attribute)(
+                pipe, name=name or type(pipe).__name__, preset=preset
+            )
+    raise ValueError(f"{type(transformer).__name__} can be captured but is no backbone; backbones are {_families()}")
+
+
+def _embedded(device: torch.device, dtype: torch.dtype | None) -> Backbone:
+    from corrdit.integrations.diffusers.embedded import load_embedded_pipeline, read_preset
+
+    pipe = load_embedded_pipeline(dtype=dtype or torch.float32).to(device)
+    return backbone_of(pipe, name=EMBEDDED, preset=Preset.from_mapping(read_preset()))
+
+
+def _embedded_row() -> dict[str, Any]:
+    from corrdit.integrations.diffusers.embedded.loading import WEIGHTS, read_preset
+
+    row: dict[str, Any] = {"name": EMBEDDED, "family": "cogvideox", "layers": None, "heads": None, "preset": None}
+    if not (WEIGHTS / "model_index.json").is_file():
+        return {**row, "source": f"missing: {WEIGHTS} holds no weights (corrdit train makes them)"}
+    config = json.loads((WEIGHTS / "transformer" / "config.json").read_text(encoding="utf-8"))
+    row["layers"] = config["num_layers"]
+    preset = Preset.from_mapping(read_preset())
+    return {**row, "heads": config["num_attention_heads"], "preset": preset, "source": "in the package"}
+
+
+def _from_entry_point(point: EntryPoint, device: torch.device, dtype: torch.dtype | None) -> Backbone:
+    factory: Callable[..., Any] = point.load()
+    backbone = factory(device=device, dtype=dtype)
+    if not isinstance(backbone, Backbone):
+        raise ValueError(
+            f"the entry point {point.name} = {point.value} returned {type(backbone).__name__}; it must be a function "
+            "(device, dtype) -> Backbone"
+        )
+    return backbone
+
+
+def _from_folder(folder: pathlib.Path, device: torch.device, dtype: torch.dtype | None) -> Backbone:
+    index_file = folder / "model_index.json"
+    if not index_file.is_file():
+        raise ValueError(
+            f"{folder} holds no diffusers pipeline (no model_index.json); give a folder of save_pretrained"
+        )
+    index = json.loads(index_file.read_text(encoding="utf-8"))
+    pipe = _load_pipeline(str(folder), index, device, dtype or _default_dtype(str(folder), device))
+    preset_file = folder / "preset.json"
+    preset = None
+    if preset_file.is_file():
+        preset = Preset.from_mapping(json.loads(preset_file.read_text(encoding="utf-8")))
+    return backbone_of(pipe, name=str(folder), preset=preset)
+
+
+def _from_hub(hub_id: str, device: torch.device, dtype: torch.dtype | None) -> Backbone:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.constants import is_offline_mode
+
+    offline = is_offline_mode()
+    try:
+        index_file = hf_hub_download(hub_id, "model_index.json", local_files_only=offline)
+        index = json.loads(pathlib.Path(index_file).read_text(encoding="utf-8"))
+        pipe = _load_pipeline(hub_id, index, device, dtype or _default_dtype(hub_id, device), offline=offline)
+    except OSError as error:
+        reason = "offline (HF_HUB_OFFLINE is set) and it is not in the local cache" if offline else str(error)
+        raise ValueError(
+            f"cannot load {hub_id}: {reason}; without a network there are {EMBEDDED!r} and folders written by save_pretrained"
+        ) from error
+    return backbone_of(pipe, name=hub_id)
+
+
+def _load_pipeline(
+    source: str, index: dict[str, Any], device: torch.device, dtype: torch.dtype, offline: bool = True
+) -> Any:
+    import diffusers
+
+    class_name = index["_class_name"]
+    if class_name == "EmbeddedVideoPipeline":
+        from corrdit.integrations.diffusers.embedded import load_embedded_pipeline
+
+        return load_embedded_pipeline(source, dtype=dtype).to(device)
+    if not hasattr(diffusers, class_name):
+        raise ValueError(f"{source} is a {class_name}, which this diffusers ({diffusers.__version__}) does not have")
+    absent = {key: None for key, value in index.items() if isinstance(value, list) and value[0] is None}
+    with _quiet_loading():
+        pipe = getattr(diffusers, class_name).from_pretrained(
+            source,
+            torch_dtype=dtype,
+            local_files_only=offline,
+            low_cpu_mem_usage=importlib.util.find_spec("accelerate") is not None,
+            **absent,
+        )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+@contextlib.contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """No progress bar for a pipeline's components; and newer versions of diffusers warn about `torch_dtype`, the only
+    name the older ones know."""
+    from diffusers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _default_dtype(source: str, device: torch.device) -> torch.dtype:
+    if device.type == "cpu":
+        return torch.float32
+    published = {model.hub_id: model.dtype for model in PUBLISHED_MODELS.values()}
+    return getattr(torch, published.get(source, "bfloat16"))
+
+
+def _third_party() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
+
+
+def _families() -> str:
+    return ", ".join(sorted(FAMILY_BACKBONES))
+
+
+def _accepted() -> str:
+    names = [EMBEDDED, *PUBLISHED_MODELS, *_third_party()]
+    return f"{', '.join(names)}, a folder written by save_pretrained, or a hub id such as THUDM/CogVideoX-2b"

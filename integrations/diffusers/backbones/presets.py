@@ -1,0 +1,104 @@
+"""Where correspondence is read from each model: published settings, and a starting point for models without any."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+PUBLISHED_LAYER_SHARE = 17 / 30
+"""Depth of the published layer in CogVideoX-2B; the starting point for models nobody has published a layer for."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Settings for reading correspondence from a model.
+
+    Args:
+        layer: attention layer, counted over all blocks.
+        step: denoising step; -1 is the last of `inference_steps`.
+        inference_steps: length of the schedule `step` counts in.
+        heads: how heads are combined: "logits", "features", "probabilities" or "none".
+        head_weights: weight of each head, or None for equal weights.
+        head: a single head to use, or None.
+        frames_per_chunk: latent frames the model is given at once.
+        height: working height in pixels, or None for the video's own.
+        width: working width in pixels, or None for the video's own.
+        source: where the settings come from.
+    """
+
+    layer: int
+    step: int = -1
+    inference_steps: int = 50
+    heads: str = "probabilities"
+    head_weights: tuple[float, ...] | None = None
+    head: int | None = None
+    frames_per_chunk: int = 13
+    height: int | None = None
+    width: int | None = None
+    source: str = "given"
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Preset:
+        """From a preset.json; entries this version does not know are left alone.
+
+        Raises:
+            ValueError: no layer in it.
+        """
+        known = {field.name for field in fields(cls)}
+        chosen = {name: value for name, value in values.items() if name in known}
+        if "layer" not in chosen:
+            raise ValueError(f"a preset needs a layer; it holds {', '.join(values) or 'nothing'}")
+        if chosen.get("head_weights") is not None:
+            chosen["head_weights"] = tuple(chosen["head_weights"])
+        return cls(**chosen)
+
+
+@dataclass(frozen=True)
+class PublishedModel:
+    """A model with published settings.
+
+    Args:
+        hub_id: repository of the weights.
+        family: family of the transformer.
+        layers: attention layers.
+        heads: attention heads.
+        dtype: precision of the published results.
+        preset: the settings.
+    """
+
+    hub_id: str
+    family: str
+    layers: int
+    heads: int
+    dtype: str
+    preset: Preset
+
+
+_DIFFTRACK = "DiffTrack's released tracking"
+PUBLISHED_MODELS = {
+    "cogvideox-2b": PublishedModel(
+        "THUDM/CogVideoX-2b", "cogvideox", 30, 30, "float16", Preset(17, height=480, width=720, source=_DIFFTRACK)
+    ),
+    "cogvideox-5b": PublishedModel(
+        "THUDM/CogVideoX-5b", "cogvideox", 42, 48, "bfloat16", Preset(17, height=480, width=720, source=_DIFFTRACK)
+    ),
+    "hunyuanvideo": PublishedModel(
+        "hunyuanvideo-community/HunyuanVideo",
+        "hunyuanvideo",
+        60,
+        24,
+        "bfloat16",
+        Preset(16, step=29, inference_steps=30, height=480, width=720, source=_DIFFTRACK),
+    ),
+}
+"""By the short name `load_backbone` takes."""
+
+
+def preset_for(family: str, layers: int, heads: int) -> Preset:
+    """The published preset of the model with this shape, or a starting point that says it is one."""
+    for model in PUBLISHED_MODELS.values():
+        if (model.family, model.layers, model.heads) == (family, layers, heads):
+            return model.preset
+    layer = min(layers - 1, round(PUBLISHED_LAYER_SHARE * layers))
+    return Preset(layer, source="a starting point at the published depth; nothing is published for this model")
