@@ -12,7 +12,7 @@ border that does not move is left where it is.
 `"released"` (DiffTrack's code, for parity). A map of h x w tokens is read at column `x / dx / (w - w / 64) * (w - 1)`
 and row `y / dy / (h - w / 64) * (h - 1)`: the margin w / 64 of its starting grid is taken from the *width* on both
 axes. Absolute positions are interpolated, and token t is taken for pixel `stride * t`, without the half token. Both
-together are off by up to half a token. Points beyond the last token read the border.
+together are off by up to half a token. Beyond the last token, in the margin, what is read fades to position 0.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from collections.abc import Sequence
 import torch
 
 GEOMETRIES = ("centers", "released")
+PADDINGS = ("border", "zeros")
 RELEASED_MARGIN = 64
 
 Stride = float | tuple[float, float]
@@ -82,34 +83,39 @@ def pixels_to_tokens(
     return position / extent * points.new_tensor((width - 1, height - 1))
 
 
-def bilinear_tokens(tokens: torch.Tensor, grid_size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+def bilinear_tokens(
+    tokens: torch.Tensor, grid_size: tuple[int, int], *, padding: str = "border"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The four tokens around each position and their bilinear weights.
 
     Args:
-        tokens: `[..., P, 2]` (x = column, y = row), continuous; clamped to the outermost token centres.
+        tokens: `[..., P, 2]` (x = column, y = row), continuous.
         grid_size: (h, w) tokens of a frame.
+        padding: positions beyond the outermost token centres are clamped to them ("border"), or blend with zeros
+            ("zeros").
 
     Returns:
-        indices int64 `[..., P, 4]`, flat (row * w + column), and weights `[..., P, 4]`, which sum to one.
+        indices int64 `[..., P, 4]`, flat (row * w + column), and weights `[..., P, 4]`, which sum to one (to less
+        outside with "zeros").
+
+    Raises:
+        ValueError: a last axis other than 2, NaN, an empty grid, an unknown padding.
     """
+    if padding not in PADDINGS:
+        raise ValueError(f"padding must be one of {', '.join(map(repr, PADDINGS))}, got {padding!r}")
     height, width = _checked_size(grid_size)
     tokens = _real_points("tokens", tokens)
     if not bool(torch.isfinite(tokens).all()):
         raise ValueError("tokens holds positions that are NaN or infinite; all must be finite")
     last = tokens.new_tensor((width - 1, height - 1))
-    position = torch.minimum(tokens.clamp(min=0), last)
-    low = torch.minimum(position.floor(), (last - 1).clamp(min=0))
-    share = position - low
-    column, row = low.long().unbind(-1)
-    next_column, next_row = (column + 1).clamp(max=width - 1), (row + 1).clamp(max=height - 1)
-    share_x, share_y = share.unbind(-1)
-    indices = torch.stack(
-        (row * width + column, row * width + next_column, next_row * width + column, next_row * width + next_column), -1
-    )
-    weights = torch.stack(
-        ((1 - share_x) * (1 - share_y), share_x * (1 - share_y), (1 - share_x) * share_y, share_x * share_y), -1
-    )
-    return indices, weights
+    outside = tokens.new_tensor(0.0 if padding == "border" else 1.0)
+    position = torch.minimum(tokens.maximum(-outside), last + outside)
+    low = position.floor()
+    corners = low.unsqueeze(-2) + low.new_tensor(((0, 0), (1, 0), (0, 1), (1, 1)))
+    weights = (1 - (position.unsqueeze(-2) - corners).abs()).prod(-1)
+    inside = ((corners >= 0) & (corners <= last)).all(-1)
+    column, row = torch.minimum(corners.clamp(min=0), last).long().unbind(-1)
+    return row * width + column, weights * inside
 
 
 def nearest_tokens(tokens: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
@@ -121,13 +127,14 @@ def nearest_tokens(tokens: torch.Tensor, grid_size: tuple[int, int]) -> torch.Te
     return row * width + column
 
 
-def sample_map(values: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def sample_map(values: torch.Tensor, tokens: torch.Tensor, *, padding: str = "border") -> torch.Tensor:
     """Bilinear reading of a map over the tokens of a frame.
 
     Args:
         values: float `[..., h, w, C]`.
         tokens: `[P, 2]` for all maps alike or `[..., P, 2]` with the leading axes of `values` (broadcast); (x = column,
-            y = row), continuous, clamped to the outermost token centres.
+            y = row), continuous.
+        padding: as `bilinear_tokens` takes it.
 
     Returns:
         `[..., P, C]`; differentiable in `values`.
@@ -138,7 +145,7 @@ def sample_map(values: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
             f"got {values.dtype} {list(values.shape)}"
         )
     height, width, channels = values.shape[-3:]
-    indices, weights = bilinear_tokens(tokens, (height, width))
+    indices, weights = bilinear_tokens(tokens, (height, width), padding=padding)
     flat = values.flatten(-3, -2)
     if tokens.ndim == 2:
         corners = flat[..., indices, :]
@@ -176,7 +183,7 @@ def sample_matches(
         raise ValueError(f"points must have shape [points, 2] or [..., points, 2], got {list(points.shape)}")
     position = pixels_to_tokens(points, stride, geometry=geometry, grid_size=(height, width))
     if geometry == "released":
-        return tokens_to_pixels(sample_map(match_xy, position), stride, geometry=geometry)
+        return tokens_to_pixels(sample_map(match_xy, position, padding="zeros"), stride, geometry=geometry)
     row, column = torch.meshgrid(
         torch.arange(height, device=match_xy.device, dtype=match_xy.dtype),
         torch.arange(width, device=match_xy.device, dtype=match_xy.dtype),

@@ -25,14 +25,16 @@ class TrackerOptions:
         noise: whether the latents get the noise of that step (from `seed`); otherwise they stay clean.
         seed: of the noise.
         heads: "probabilities", "logits" or "features", see `corrdit.ops.match`; the backbone's preset by default.
-        head_weights: weights over heads; the backbone's preset by default.
+        head_weights: weights over heads; the backbone's preset by default, () for the plain mean.
         bidirectional: whether the backward softmax takes part in the cost.
         frames_per_chunk: frames of a forward pass, the query's frame included; the backbone's preset by default.
         schedule: "spread", "interleaved" or "consecutive" (see `corrdit.tracking.chunks.anchored_chunks`) with the
             query's frame in every chunk, or "chained" without.
         stride: frames between the starts of chunks, for "consecutive".
         average_overlap: whether cost maps of frames that several chunks hold are averaged; otherwise the first stands.
-        height, width: size in pixels at which frames are encoded; the backbone's preset by default.
+        height, width: size in pixels at which frames are encoded; the backbone's preset by default, or else the video's
+            shape with at most `tokens_per_frame` tokens.
+        tokens_per_frame: limit of tokens a frame is encoded to, in place of a size.
         resize_first: (height, width) to which frames are resized before that (DiffTrack's evaluation: 256 x 256).
         refine: radius in tokens of the cost-weighted mean round the best token; 0 for the best token itself.
         geometry: "centers" (token centres) or "released" (DiffTrack's reading of match maps).
@@ -56,6 +58,7 @@ class TrackerOptions:
     average_overlap: bool = True
     height: int | None = None
     width: int | None = None
+    tokens_per_frame: int | None = None
     resize_first: tuple[int, int] | None = None
     refine: int = 1
     geometry: str = "centers"
@@ -72,11 +75,19 @@ class TrackerOptions:
         if self.heads is not None:
             _choice("heads", self.heads, ("probabilities", "logits", "features"))
         whole_number("refine", self.refine, 0)
-        for name, minimum in (("inference_steps", 1), ("frames_per_chunk", 2), ("height", 1), ("width", 1)):
+        for name, minimum in (
+            ("inference_steps", 1),
+            ("frames_per_chunk", 2),
+            ("height", 1),
+            ("width", 1),
+            ("tokens_per_frame", 1),
+        ):
             if getattr(self, name) is not None:
                 whole_number(name, getattr(self, name), minimum)
         if (self.height is None) != (self.width is None):
             raise ValueError("height and width of the encoded frames go together; give both or neither")
+        if self.height is not None and self.tokens_per_frame is not None:
+            raise ValueError("height and width fix the tokens of a frame; drop tokens_per_frame or the two")
         if not self.tolerance >= 0:
             raise ValueError(f"tolerance must be a distance in tokens of at least 0, got {self.tolerance}")
         if self.geometry == "released" and self.refine:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -20,22 +21,25 @@ from corrdit.tracking.tracks import Tracks
 
 Progress = Callable[[int, int], None]
 ENCODED_TOGETHER = 16
+TOKENS_PER_FRAME = 30 * 45
+"""Tokens of a frame of 480 x 720 pixels in CogVideoX; the limit where a backbone has no working size of its own."""
 
 
 class TrackingBackbone(Protocol):
     """What the tracker asks of a video transformer; `corrdit.load_backbone` gives one."""
 
     layers: int
+    heads: int
     preset: Any
-    token_stride: tuple[int, int]
+
+    @property
+    def token_stride(self) -> tuple[int, int]: ...
 
     def timestep(self, step: int, inference_steps: int) -> float: ...
 
-    def working_size(self, height: int, width: int) -> tuple[int, int]: ...
-
     def encode_frames(self, video: Tensor, *, height: int, width: int) -> Tensor: ...
 
-    def add_noise(self, latents: Tensor, timestep: float, *, seed: int) -> Tensor: ...
+    def add_noise(self, latents: Tensor, noise: Tensor, timestep: float) -> Tensor: ...
 
     def forward(
         self, latents: Tensor, timestep: float, operations: Mapping[int, Callable[..., Any]]
@@ -133,7 +137,9 @@ class _Run:
         self.timestep = self.backbone.timestep(_first_given(self.options.step, preset.step), inference_steps)
         self.latents = self._encode(video, *encoded)
         if _first_given(self.options.noise, preset.noise):
-            self.latents = self.backbone.add_noise(self.latents, self.timestep, seed=self.options.seed)
+            generator = torch.Generator().manual_seed(self.options.seed)
+            noise = torch.randn(self.latents.shape, generator=generator).to(self.latents)
+            self.latents = self.backbone.add_noise(self.latents, noise, self.timestep)
 
     def follow(self, points: Tensor, chunks: list[Chunk]) -> dict[int, Found]:
         """For every target frame xy `[P, 2]` in pixels, visible `[P]` and score `[P]` of points `[P, 2]`."""
@@ -162,15 +168,18 @@ class _Run:
         return found
 
     def _encoded_size(self, height: int, width: int) -> tuple[int, int]:
-        options = self.options
-        size = (options.height, options.width) if options.height else self.backbone.working_size(height, width)
-        stride = self.backbone.token_stride
-        if size[0] % stride[0] or size[1] % stride[1]:
+        options, preset, stride = self.options, self.backbone.preset, self.backbone.token_stride
+        if options.height is None and options.tokens_per_frame is None and preset.height is not None:
+            return preset.height, preset.width
+        if options.height is None or options.width is None:
+            tokens = _first_given(options.tokens_per_frame, TOKENS_PER_FRAME)
+            return working_size(height, width, stride, tokens)
+        if options.height % stride[0] or options.width % stride[1]:
             raise ValueError(
-                f"frames of {size[0]} x {size[1]} (height x width) are no whole number of tokens of "
+                f"frames of {options.height} x {options.width} (height x width) are no whole number of tokens of "
                 f"{stride[0]} x {stride[1]} pixels; give a multiple of these"
             )
-        return int(size[0]), int(size[1])
+        return options.height, options.width
 
     def _encode(self, video: Any, height: int, width: int) -> Tensor:
         """Latents `[T, C, lh, lw]`, every frame a latent of its own."""
@@ -188,14 +197,12 @@ class _Run:
         if self.options.geometry == "centers":
             around, _ = bilinear_tokens(pixels_to_tokens(position, self.stride), self.grid_size)
             tokens = around.unique()
-        preset = self.backbone.preset
-        weights = _first_given(self.options.head_weights, preset.head_weights)
         operation = cost_operation(
             tokens,
             self.grid_size,
             source=chunk.frames.index(chunk.source),
-            heads=_first_given(self.options.heads, preset.heads),
-            head_weights=weights or None,
+            heads=_first_given(self.options.heads, self.backbone.preset.heads),
+            head_weights=self._head_weights(),
             bidirectional=self.options.bidirectional,
             way_back=self.options.visibility == "consistency",
             backend=self.options.backend,
@@ -204,6 +211,15 @@ class _Run:
         result = self.backbone.forward(self.latents[list(chunk.frames)], self.timestep, {self.layer: operation})
         self.report()
         return ChunkCost(tokens, *result[self.layer])
+
+    def _head_weights(self) -> tuple[float, ...] | None:
+        """The weights asked for, those of the preset, or None for the plain mean."""
+        if self.options.head_weights is not None:
+            return self.options.head_weights or None
+        preset = self.backbone.preset
+        if preset.head is not None:
+            return tuple(float(head == preset.head) for head in range(self.backbone.heads))
+        return preset.head_weights
 
     def _locate(self, position: Tensor, tokens: Tensor, cost: FrameCost) -> Found:
         """Positions in one target frame from the cost rows of `tokens`; `position [P, 2]` in encoded pixels."""
@@ -227,6 +243,18 @@ class _Run:
             returned = peaks + sample_map(cost.back - tokens_xy, peaks)
             visible = (returned - place).norm(dim=-1) <= self.options.tolerance
         return tokens_to_pixels(peaks, self.stride) / self.to_encoded, visible, score
+
+
+def working_size(height: int, width: int, stride: tuple[int, int], tokens_per_frame: int) -> tuple[int, int]:
+    """(height, width) in whole tokens of `stride` pixels, near the video's shape and at most `tokens_per_frame`.
+
+    Frames are never enlarged beyond the next whole token.
+    """
+    shrink = min(1.0, math.sqrt(tokens_per_frame * stride[0] * stride[1] / (height * width)))
+    rows, columns = (max(1, round(size * shrink / step)) for size, step in zip((height, width), stride, strict=True))
+    while rows * columns > tokens_per_frame and max(rows, columns) > 1:
+        rows, columns = (rows - 1, columns) if rows * width > columns * height else (rows, columns - 1)
+    return rows * stride[0], columns * stride[1]
 
 
 def resized(video: Tensor, height: int, width: int) -> Tensor:

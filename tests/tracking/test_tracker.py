@@ -12,6 +12,7 @@ from corrdit import PointTracker, TokenGrid
 from corrdit.tracking.chunks import anchored_chunks, chained_chunks
 from corrdit.tracking.options import PRESETS
 from corrdit.tracking.peaks import refined_peaks
+from corrdit.tracking.tracker import working_size
 
 STRIDE = 4
 
@@ -20,12 +21,13 @@ class PixelBackbone:
     """Tokens are 4 x 4 patches; queries and keys are their centred, normalised pixels."""
 
     layers = 3
+    heads = 1
     token_stride = (STRIDE, STRIDE)
 
     def __init__(self, sharpness: float = 60.0) -> None:
         self.preset = SimpleNamespace(
-            layer=1, step=-1, inference_steps=50, heads="probabilities", head_weights=None, frames_per_chunk=5,
-            noise=False,
+            layer=1, step=-1, inference_steps=50, heads="probabilities", head_weights=None, head=None,
+            frames_per_chunk=5, noise=False, height=None, width=None,
         )  # fmt: skip
         self.sharpness = sharpness
         self.forwards: list[int] = []
@@ -33,15 +35,11 @@ class PixelBackbone:
     def timestep(self, step: int, inference_steps: int) -> float:
         return 1000.0 * -step / inference_steps
 
-    def working_size(self, height: int, width: int) -> tuple[int, int]:
-        return height // STRIDE * STRIDE, width // STRIDE * STRIDE
-
     def encode_frames(self, video: torch.Tensor, *, height: int, width: int) -> torch.Tensor:
         assert video.shape[1:3] == (height, width)
         return video.permute(0, 3, 1, 2).float() / 255
 
-    def add_noise(self, latents: torch.Tensor, timestep: float, *, seed: int) -> torch.Tensor:
-        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
+    def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timestep: float) -> torch.Tensor:
         return latents + 0.5 * noise
 
     def forward(self, latents, timestep, operations):
@@ -94,15 +92,12 @@ def test_border_points_of_a_still_video_stay_where_they_are():
 
 def test_the_video_may_be_larger_than_the_encoded_frames():
     class Halving(PixelBackbone):
-        def working_size(self, height, width):
-            return height // 2, width // 2
-
         def encode_frames(self, video, *, height, width):
             assert video.shape[1:3] == (2 * height, 2 * width)
             return video[:, ::2, ::2].permute(0, 3, 1, 2).float() / 255
 
     video = moving_texture(4, (STRIDE, 0)).repeat(2, axis=1).repeat(2, axis=2)
-    tracks = PointTracker(Halving()).track(video, [(0, 60.0, 40.0)])
+    tracks = PointTracker(Halving(), tokens_per_frame=16 * 24).track(video, [(0, 60.0, 40.0)])
     torch.testing.assert_close(tracks.xy[3, 0], torch.tensor([60.0 + 3 * 2 * STRIDE, 40.0]), atol=0.1, rtol=0)
 
 
@@ -251,6 +246,7 @@ def test_bad_videos_are_named(video, message):
         ({"geometry": "released"}, "give refine=0"),
         ({"frames_per_chunk": 1}, "frames_per_chunk"),
         ({"height": 64}, "go together"),
+        ({"height": 64, "width": 96, "tokens_per_frame": 9}, "drop tokens_per_frame"),
         ({"tolerance": float("nan")}, "tolerance"),
         ({"heads": "none"}, "heads must be one of"),
     ],
@@ -258,6 +254,25 @@ def test_bad_videos_are_named(video, message):
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         PointTracker(PixelBackbone(), **options)
+
+
+@pytest.mark.parametrize(("height", "width"), [(480, 720), (720, 480), (64, 96), (30, 1000), (3, 3), (1080, 1920)])
+def test_working_size_keeps_shape_and_limit(height, width):
+    rows, columns = working_size(height, width, (4, 4), 1350)
+    assert rows % 4 == 0
+    assert columns % 4 == 0
+    assert rows * columns <= 1350 * 16
+    assert rows <= -(-height // 4) * 4
+    assert columns <= -(-width // 4) * 4
+    if min(height, width) > 30:
+        assert abs(rows / columns / (height / width) - 1) < 0.06
+    if (height, width) == (480, 720):
+        assert (rows, columns) == (120, 180)
+
+
+def test_an_encoded_size_must_be_whole_tokens():
+    with pytest.raises(ValueError, match="no whole number of tokens"):
+        PointTracker(PixelBackbone(), height=62, width=96).track(moving_texture(3, (0, 0)), [(0, 1.0, 1.0)])
 
 
 def test_heads_of_weight_zero_are_left_out_and_wrong_counts_named():
