@@ -23,7 +23,6 @@ test-all: $(INSTALLED)
 	$(PYTEST)
 
 $(VENV)/.linted: $(INSTALLED)
-	$(BIN)/pip install --constraint constraints.txt ".[lint]" --no-deps --quiet --dry-run >/dev/null
 	$(BIN)/pip install --constraint constraints.txt ruff mypy
 	touch $@
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import logging
 import os
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "triton", "streaming", "reference")
+
+_MODULES = {"triton": "kernels", "streaming": "streaming", "reference": "reference"}
 
 _logger = logging.getLogger("corrdit")
 
@@ -32,12 +35,7 @@ def select_backend(backend: str, tensor: Tensor) -> ModuleType:
         if reason:
             kind = ValueError if tensor.dtype == torch.float64 else RuntimeError
             raise kind(f'backend="triton" cannot run: {reason}; use backend="streaming" or backend="auto"')
-        import corrdit.kernels as module
-    elif backend == "streaming":
-        import corrdit.streaming as module
-    else:
-        import corrdit.reference as module
-    return module
+    return importlib.import_module(f"corrdit.{_MODULES[backend]}")
 
 
 def triton_unavailable(device: str, dtype: torch.dtype) -> str | None:

@@ -129,7 +129,7 @@ def _displacement_request(
     checks.check_tokens(grid, q=q, k=k)
     weights = checks.check_heads(heads, head_weights, q)
     pairs = grid.frame_pairs(frames)
-    options = {
+    options: dict[str, Any] = {
         "scale": checks.check_scale(scale, q.shape[-1]),
         "temperature": checks.check_number("temperature", temperature, positive=True),
         "window": None if window is None else whole_number("window", window, 0),
