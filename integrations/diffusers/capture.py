@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -12,7 +13,8 @@ import torch
 
 from corrdit.integrations.diffusers.compatibility import check_processor, check_transformer
 from corrdit.integrations.diffusers.early_exit import leaving_after
-from corrdit.integrations.diffusers.layouts import ForwardCall, TransformerLayout, forward_arguments, layout_of
+from corrdit.integrations.diffusers.forward_watch import ForwardWatch, RemovableHook
+from corrdit.integrations.diffusers.layouts import ForwardCall, TransformerLayout, layout_of
 from corrdit.integrations.diffusers.processors import (
     CorrespondenceProcessor,
     Operation,
@@ -218,10 +220,10 @@ class Capture(Mapping[tuple[int, int], Any]):
         stop = False
         if self._early_exit:
             stop = stack.enter_context(leaving_after(transformer, layout, max(self._operations)))
-        watch = _ForwardWatch(self, layout, processors, stop)
+        watch = ForwardWatch(self, layout, processors, stop)
         stack.callback(watch.disarm)
-        stack.callback(transformer.register_forward_pre_hook(_Hook(watch.before), with_kwargs=True).remove)
-        stack.callback(transformer.register_forward_hook(_Hook(watch.after), always_call=True).remove)
+        stack.callback(transformer.register_forward_pre_hook(RemovableHook(watch.before), with_kwargs=True).remove)
+        stack.callback(transformer.register_forward_hook(RemovableHook(watch.after), always_call=True).remove)
 
     def _rows(self, layout: TransformerLayout, call: ForwardCall) -> tuple[tuple[str | None, slice], ...]:
         """The branches of this call that are wanted and where they are in the batch."""
@@ -261,19 +263,26 @@ class Capture(Mapping[tuple[int, int], Any]):
                 )
         return step in {wanted % count for wanted in self._steps}
 
-    def _request(
-        self, layer: int, call: ForwardCall, rows: tuple[tuple[str | None, slice], ...], stop: bool
-    ) -> ReadRequest:
+    def requests(self, layout: TransformerLayout, call: ForwardCall, stop: bool) -> dict[int, ReadRequest]:
+        """Takes note of a call of a transformer, and says what each layer has to hand over in it."""
+        self._counter.advance(call)
+        self._calls_seen += 1
         step = self._counter.step
-        return ReadRequest(
-            grid=call.grid,
-            operations=self._operations[layer],
-            named=self._named,
-            rows=rows,
-            keep_graph=self._keep_graph,
-            deliver=lambda result: self._deliver(step, layer, result),
-            stop=stop and layer == max(self._operations),
-        )
+        rows = self._rows(layout, call) if self._wanted(step) else ()
+        if not rows:
+            return {}
+        return {
+            layer: ReadRequest(
+                grid=call.grid,
+                operations=operations,
+                named=self._named,
+                rows=rows,
+                keep_graph=self._keep_graph,
+                deliver=functools.partial(self._deliver, step, layer),
+                stop=stop and layer == max(self._operations),
+            )
+            for layer, operations in self._operations.items()
+        }
 
     def _deliver(self, step: int, layer: int, result: Any) -> None:
         key = (step, layer)
@@ -316,68 +325,6 @@ class Capture(Mapping[tuple[int, int], Any]):
             "the layer ran without this processor (something replaced the attention processors inside the block, for "
             "instance fuse_qkv_projections(), or the run stopped early)"
         )
-
-
-class _ForwardWatch:
-    """Arms the processors of one transformer before a forward that is wanted, and disarms them after it."""
-
-    def __init__(
-        self,
-        owner: Capture,
-        layout: TransformerLayout,
-        processors: Mapping[int, CorrespondenceProcessor],
-        stop: bool,
-    ) -> None:
-        self._owner = owner
-        self._layout = layout
-        self._processors = processors
-        self._stop = stop
-
-    def before(self, transformer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        owner = self._owner
-        call = self._layout.read_call(transformer, forward_arguments(transformer, args, kwargs))
-        owner._counter.advance(call)
-        owner._calls_seen += 1
-        if not owner._wanted(owner._counter.step):
-            return
-        rows = owner._rows(self._layout, call)
-        if not rows:
-            return
-        for layer, processor in self._processors.items():
-            check_processor(processor.inner)
-            processor._request = owner._request(layer, call, rows, self._stop)
-
-    def after(self, transformer: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        try:
-            for processor in self._processors.values():
-                processor.collect_compiled()
-        finally:
-            self.disarm()
-
-    def disarm(self) -> None:
-        for processor in self._processors.values():
-            processor._request = None
-
-
-class _Hook:
-    """A forward hook that a pickled or copied module does not take along."""
-
-    def __init__(self, function: Callable[..., None]) -> None:
-        self._function = function
-
-    def __call__(self, *args: Any) -> None:
-        self._function(*args)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (_no_hook, ())
-
-
-def _no_hook() -> Callable[..., None]:
-    return _ignore
-
-
-def _ignore(*args: Any) -> None:
-    """What a capture's hook becomes in a copy of the model."""
 
 
 def _restore(module: torch.nn.Module, processor: CorrespondenceProcessor) -> None:

@@ -19,6 +19,10 @@ from corrdit.grid import TokenGrid
 
 FAMILY_LAYOUTS = {
     "CogVideoXTransformer3DModel": "corrdit.integrations.diffusers.backbones.cogvideox:CogVideoXLayout",
+    "HunyuanVideoTransformer3DModel": "corrdit.integrations.diffusers.backbones.hunyuanvideo:HunyuanVideoLayout",
+    "LTXVideoTransformer3DModel": "corrdit.integrations.diffusers.backbones.ltx:LTXLayout",
+    "MochiTransformer3DModel": "corrdit.integrations.diffusers.backbones.mochi:MochiLayout",
+    "WanTransformer3DModel": "corrdit.integrations.diffusers.backbones.wan:WanLayout",
 }
 """Layout class by the transformer's class name."""
 

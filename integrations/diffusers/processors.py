@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.attention_inputs import AttentionInputs, GatheredCalls
-from corrdit.integrations.diffusers.compatibility import check_attention_backend
+from corrdit.integrations.diffusers.compatibility import check_attention_backend, check_processor
 from corrdit.integrations.diffusers.results import released, saved_tensors_kept_apart, unchanged
 
 Operation = Callable[[torch.Tensor, torch.Tensor, TokenGrid, torch.Tensor | None], Any]
@@ -153,6 +153,20 @@ class CorrespondenceProcessor:
         self._compiled_reads = reads
         self._compiled_text_mask = _text_mask(kwargs)
         return output
+
+    def arm(self, request: ReadRequest) -> None:
+        """Hand over queries and keys in the forwards that follow.
+
+        Raises:
+            ValueError: the inner processor's attention cannot be read.
+        """
+        check_processor(self.inner)
+        self._request = request
+
+    def disarm(self) -> None:
+        """Pass everything through."""
+        self._request = None
+        self._compiled_reads = []
 
     def collect_compiled(self) -> None:
         """Run the operation on what a compiled block read; does nothing if there is nothing to collect."""

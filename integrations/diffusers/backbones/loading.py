@@ -24,6 +24,10 @@ ENTRY_POINT_GROUP = "corrdit.backbones"
 EMBEDDED = "embedded"
 FAMILY_BACKBONES = {
     "CogVideoXTransformer3DModel": "corrdit.integrations.diffusers.backbones.cogvideox:CogVideoXBackbone",
+    "HunyuanVideoTransformer3DModel": "corrdit.integrations.diffusers.backbones.hunyuanvideo:HunyuanVideoBackbone",
+    "LTXVideoTransformer3DModel": "corrdit.integrations.diffusers.backbones.ltx:LTXBackbone",
+    "MochiTransformer3DModel": "corrdit.integrations.diffusers.backbones.mochi:MochiBackbone",
+    "WanTransformer3DModel": "corrdit.integrations.diffusers.backbones.wan:WanBackbone",
 }
 """Backbone class by the transformer's class name."""
 
@@ -154,7 +158,7 @@ def _from_hub(hub_id: str, device: torch.device, dtype: torch.dtype | None) -> B
     except OSError as error:
         reason = "offline (HF_HUB_OFFLINE is set) and it is not in the local cache" if offline else str(error)
         raise ValueError(
-            f"cannot load {hub_id}: {reason}; without a network there are {EMBEDDED!r} and folders written by save_pretrained"
+            f"cannot load {hub_id}: {reason}; without a network there are {EMBEDDED!r} and folders of save_pretrained"
         ) from error
     return backbone_of(pipe, name=hub_id)
 
