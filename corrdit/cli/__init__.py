@@ -1,0 +1,170 @@
+"""The command line: `corrdit COMMAND ...`.
+
+Each command is a module of this package with `HELP` (one line), `add_arguments(parser)`, `run(arguments) -> int` and,
+if it likes, `USAGE`. It is imported only when it is called, so that `corrdit --help` needs neither torch nor
+jsonargparse.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+COMMANDS = {
+    "track": "follow points through a video",
+    "demo": "track points through a generated clip and compare with its exact truth",
+    "models": "list the backbones with their layers and presets",
+    "doctor": "show versions, devices and backends, and why a backend cannot run",
+}
+
+_SUCCESS, _FAILURE, _BAD_INPUT, _INTERRUPTED = 0, 1, 2, 130
+_EPILOG = """\
+`corrdit COMMAND --help` tells what a command reads and writes. Exit status: 0 success, 2 bad input, 130 Ctrl-C.
+Errors are one line; --traceback after any command, or CORRDIT_DEBUG=1, shows where they come from."""
+
+
+def entry_point() -> None:
+    """The console script `corrdit`."""
+    for variable in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
+        os.environ.setdefault(variable, "error")
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGTERM, _terminate)
+    sys.exit(main())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status; nothing but Ctrl-C and SIGTERM handling depends on the process."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--traceback" in arguments or os.environ.get("CORRDIT_DEBUG", "0") not in ("", "0")
+    arguments = [argument for argument in arguments if argument != "--traceback"]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return _SUCCESS
+    if arguments[0] in ("-V", "--version", "version"):
+        from corrdit import __version__
+
+        print(f"corrdit {__version__}")
+        return _SUCCESS
+    command = arguments[0]
+    if command not in COMMANDS:
+        return _unknown_command(command)
+    with _one_line_warnings(command):
+        return _run_guarded(command, arguments[1:], debug)
+
+
+def _run_guarded(command: str, arguments: list[str], debug: bool) -> int:
+    """Run a command and turn every exception into one line and an exit status."""
+    try:
+        status = _run(command, arguments)
+        sys.stdout.flush()
+        return status
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else _SUCCESS if stop.code is None else _BAD_INPUT
+    except BrokenPipeError:
+        # the reader of our output has gone, as `corrdit models | head -1` does; keep Python from flushing into it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _SUCCESS
+    except KeyboardInterrupt as error:
+        message, status, caught = "stopped by Ctrl-C; nothing unfinished was left behind", _INTERRUPTED, error
+    except Exception as error:
+        message, status, caught = _one_line(error), _BAD_INPUT, error
+        if not _is_bad_input(error):
+            message = f"{type(error).__name__}: {message} (--traceback shows where this comes from)"
+            status = _FAILURE
+    if debug:
+        traceback.print_exception(caught)
+    print(f"corrdit {command}: {message}", file=sys.stderr)
+    return status
+
+
+def _run(command: str, arguments: list[str]) -> int:
+    from jsonargparse import ArgumentParser
+
+    module: Any = importlib.import_module(f"corrdit.cli.{command}")
+    parser = ArgumentParser(
+        prog=f"corrdit {command}",
+        usage=f"corrdit {command} {getattr(module, 'USAGE', '[options]')}",
+        description=module.__doc__ or module.HELP,
+        formatter_class=_help_formatter(),
+        exit_on_error=False,
+    )
+    module.add_arguments(parser)
+    if not any("--config" in action.option_strings for action in parser._actions):
+        parser.add_argument("--config", action="config", help="YAML file with values for these options")
+    return int(module.run(parser.parse_args(arguments)))
+
+
+def _help_formatter() -> type:
+    """jsonargparse's formatter with the paragraphs of the description kept as they are written."""
+    from argparse import RawDescriptionHelpFormatter
+
+    from jsonargparse import DefaultHelpFormatter
+
+    return type("HelpFormatter", (RawDescriptionHelpFormatter, DefaultHelpFormatter), {})
+
+
+def _is_bad_input(error: Exception) -> bool:
+    from argparse import ArgumentError
+
+    if isinstance(error, (ValueError, OSError, ImportError, MemoryError, ArgumentError)):
+        return True
+    text = str(error).lower()  # torch says it has no memory left by a bare RuntimeError
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f": {error.filename}" if error.filename else "")
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _unknown_command(command: str) -> int:
+    near = difflib.get_close_matches(command, COMMANDS, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    print(f"corrdit: there is no command {command!r}{hint} Commands are {', '.join(COMMANDS)}.", file=sys.stderr)
+    return _BAD_INPUT
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:<{width}}{text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: corrdit COMMAND [options]",
+            "       corrdit --version",
+            "",
+            "Point correspondence, guidance and motion transfer from the attention of video diffusion transformers.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            _EPILOG,
+        ]
+    )
+
+
+@contextlib.contextmanager
+def _one_line_warnings(command: str) -> Iterator[None]:
+    """Show our warnings as one line each, and not those that libraries address to their developers."""
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **options: Any) -> None:
+        print(f"corrdit {command}: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
+            warnings.simplefilter("ignore", category)
+        warnings.showwarning = show
+        yield
+
+
+def _terminate(number: int, frame: Any) -> None:
+    """SIGTERM leaves by an exception, so that half-written files are removed on the way out."""
+    raise SystemExit(128 + number)

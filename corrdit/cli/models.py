@@ -1,0 +1,59 @@
+"""List what --model accepts by name, with layers, heads and the settings read from each (layers count from 0).
+
+reads   nothing but the package; nothing is downloaded
+writes  a table to standard output, or with --json one JSON object a line
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from corrdit.cli.tables import print_table
+
+HELP = "list the backbones with their layers and presets"
+
+
+def add_arguments(parser: Any) -> None:
+    parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
+
+
+def run(arguments: Any) -> int:
+    from corrdit.integrations.diffusers import available_backbones
+
+    backbones = available_backbones()
+    if arguments.json:
+        for backbone in backbones:
+            preset = backbone["preset"]
+            print(json.dumps({**backbone, "preset": None if preset is None else dataclasses.asdict(preset)}))
+        return 0
+    print_table(
+        ("name", "family", "layers", "heads", "preset", "weights"),
+        [
+            (
+                backbone["name"],
+                _known(backbone["family"]),
+                _known(backbone["layers"]),
+                _known(backbone["heads"]),
+                _preset_text(backbone["preset"]),
+                backbone["source"],
+            )
+            for backbone in backbones
+        ],
+    )
+    print("A folder written by save_pretrained and a hub id such as THUDM/CogVideoX-2b are accepted too.")
+    return 0
+
+
+def _known(value: Any) -> str:
+    return "?" if value is None else str(value)
+
+
+def _preset_text(preset: Any) -> str:
+    if preset is None:
+        return "known once loaded"
+    step = preset.step + preset.inference_steps if preset.step < 0 else preset.step
+    size = f"{preset.height} x {preset.width}" if preset.height else "the video's own size"
+    chunk = f"{preset.frames_per_chunk} frames a chunk"
+    return f"layer {preset.layer}, step {step} of {preset.inference_steps}, {chunk}, {size}"

@@ -1,0 +1,42 @@
+"""The options of `PointTracker` on the command line; each left out keeps what the preset says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_OPTIONS: dict[str, tuple[Any, str]] = {
+    "layer": (int, "attention block whose queries and keys are matched, counted from 0 (see `corrdit models`)"),
+    "step": (int, "denoising step, counted from 0 or from the end by a negative number"),
+    "inference_steps": (int, "steps of the schedule that --step counts"),
+    "noise": (bool, "give the latents the noise of that step"),
+    "seed": (int, "of that noise"),
+    "heads": (str, "what is averaged over heads: probabilities, logits, or features for none"),
+    "head_weights": (list[float], "weights of the heads, such as [1,0,0,0]"),
+    "bidirectional": (bool, "use the softmax over source tokens too"),
+    "frames_per_chunk": (int, "frames in one forward pass, the query's frame included"),
+    "schedule": (str, "how frames are put into chunks: spread, interleaved, consecutive or chained"),
+    "stride": (int, "frames between the starts of consecutive chunks"),
+    "average_overlap": (bool, "average the costs of frames that several chunks hold"),
+    "height": (int, "height in pixels at which frames are encoded; goes with --width"),
+    "width": (int, "width in pixels at which frames are encoded; goes with --height"),
+    "tokens_per_frame": (int, "most tokens a frame is encoded to, in place of a size"),
+    "resize_first": (tuple[int, int], "size [height,width] frames are brought to before they are encoded"),
+    "refine": (int, "radius in tokens within which a match is refined; 0 keeps the best token"),
+    "geometry": (str, "how tokens and pixels correspond: centers or released"),
+    "visibility": (str, "consistency (the match back must lead to the query) or all (every point is called visible)"),
+    "tolerance": (float, "largest distance in tokens between a query and its match back for a visible point"),
+    "backend": (str, "of the attention operations: auto, triton, streaming or reference"),
+    "memory_budget": (int, "bytes an attention operation may use beyond its inputs and outputs"),
+}
+
+
+def add_tracker_options(parser: Any) -> None:
+    """One option for each field of `TrackerOptions`, all of them unset."""
+    group = parser.add_argument_group("tracker options (default: what --preset and the model say)")
+    for name, (kind, text) in _OPTIONS.items():
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind | None, default=None, help=text)
+
+
+def given_tracker_options(arguments: Any) -> dict[str, Any]:
+    """The options that were given, by their names in `TrackerOptions`."""
+    return {name: arguments[name] for name in _OPTIONS if arguments[name] is not None}

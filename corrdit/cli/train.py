@@ -1,0 +1,47 @@
+"""Train the embedded video diffusion transformer on generated videos."""
+
+import pathlib
+from typing import Any
+
+HELP = "train the embedded model on generated videos"
+
+
+def add_arguments(parser: Any) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("--output", required=True, help="folder for checkpoints, metrics.csv and the exported pipeline")
+    parser.add_argument(
+        "--recipe",
+        default="cpu",
+        help="a recipe shipped with the package (cpu, gpu, smoke) or a YAML file with the same entries",
+    )
+    parser.add_argument("--steps", type=int, default=None, help="number of steps in place of the recipe's")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
+    parser.add_argument("--export-only", action="store_true", help="only export the newest checkpoint as a pipeline")
+    parser.add_argument("--checkpoint-every", type=int, default=200, help="steps between checkpoints")
+    parser.add_argument(
+        "--threads", type=int, default=None, help="CPU threads of a process; PyTorch's default otherwise"
+    )
+    parser.add_argument("--processes", type=int, default=1, help="data-parallel processes that share each batch")
+
+
+def run(arguments: Any) -> int:
+    """Train, or resume, and export float16 weights with a model card."""
+    from corrdit.integrations.lightning.recipes import export_checkpoint, load_recipe, newest_checkpoint, train
+
+    config = load_recipe(arguments.recipe, steps=arguments.steps)
+    output = pathlib.Path(arguments.output)
+    output.mkdir(parents=True, exist_ok=True)
+    if not arguments.export_only:
+        module = train(
+            config,
+            output,
+            resume=arguments.resume,
+            checkpoint_every=arguments.checkpoint_every,
+            threads=arguments.threads,
+            processes=arguments.processes,
+        )
+        if not module.trainer.is_global_zero:
+            return 0
+    folder = export_checkpoint(newest_checkpoint(output), output / "pipeline")
+    print(f"exported {folder}")
+    return 0

@@ -1,0 +1,179 @@
+"""The dispatcher: quick help, one-line errors, exit status, signals."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import corrdit.cli
+from corrdit.cli import COMMANDS, main
+
+CORRDIT = Path(sys.executable).with_name("corrdit")
+HARNESS = """
+import sys, time
+from types import SimpleNamespace
+import corrdit, corrdit.cli
+
+class Endless:
+    def __init__(self, backbone, **options):
+        pass
+
+    def track(self, video, queries, progress=None):
+        print("tracking", flush=True)
+        time.sleep(60)
+
+vars(corrdit)["PointTracker"] = Endless
+vars(corrdit)["load_backbone"] = lambda name, **options: SimpleNamespace(name=name)
+sys.argv[0] = "corrdit"
+corrdit.cli.entry_point()
+"""
+
+
+def test_help_needs_no_heavy_module() -> None:
+    code = (
+        "import sys; sys.path.pop(0); from corrdit.cli import main; assert main(['--help']) == 0;"
+        "assert main(['--version']) == 0;"
+        "heavy = {'torch', 'numpy', 'jsonargparse', 'matplotlib', 'diffusers', 'lightning', 'rich'} & set(sys.modules);"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for name, text in COMMANDS.items():
+        assert name in done.stdout
+        assert text in done.stdout
+    assert f"corrdit {corrdit.__version__}" in done.stdout
+
+
+def test_console_script_and_status() -> None:
+    done = subprocess.run(
+        [CORRDIT, "track", "nowhere.mp4", "--output", "out"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("corrdit track: there is no file or folder nowhere.mp4; accepted are mp4")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    module: Any = importlib.import_module(f"corrdit.cli.{command}")
+    assert COMMANDS[command] == module.HELP
+    assert main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: corrdit {command}")
+    assert "reads" in text
+    assert "writes" in text
+
+
+def test_no_command_prints_the_overview(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert "commands:" in capsys.readouterr().out
+
+
+def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trak"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("corrdit: there is no command 'trak'; did you mean track? Commands are track, demo")
+    assert error.count("\n") == 1
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """A command that does what the test puts into its `run`."""
+    module = types.ModuleType("corrdit.cli.experiment", "reads and writes nothing")
+    module.HELP = "experiment"  # type: ignore[attr-defined]
+    module.add_arguments = lambda parser: None  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "corrdit.cli.experiment", module)
+    monkeypatch.setitem(corrdit.cli.COMMANDS, "experiment", "experiment")
+    return module
+
+
+@pytest.mark.parametrize(
+    "error, status, line",
+    [
+        (ValueError("two\n  lines"), 2, "two lines"),
+        (FileNotFoundError(2, "No such file or directory", "a.txt"), 2, "No such file or directory: a.txt"),
+        (ModuleNotFoundError("No module named 'diffusers'"), 2, "No module named 'diffusers'"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "DefaultCPUAllocator: can't allocate memory"),
+        (KeyboardInterrupt(), 130, "stopped by Ctrl-C; nothing unfinished was left behind"),
+        (KeyError("layer"), 1, "KeyError: 'layer' (--traceback shows where this comes from)"),
+    ],
+)
+def test_errors_are_one_line(
+    command: Any, capsys: pytest.CaptureFixture[str], error: BaseException, status: int, line: str
+) -> None:
+    def run(arguments: Any) -> int:
+        raise error
+
+    command.run = run
+    assert main(["experiment"]) == status
+    assert capsys.readouterr().err == f"corrdit experiment: {line}\n"
+
+
+@pytest.mark.parametrize("by_variable", [False, True])
+def test_traceback_on_request(
+    command: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, by_variable: bool
+) -> None:
+    def run(arguments: Any) -> int:
+        raise ValueError("wrong number")
+
+    command.run = run
+    if by_variable:
+        monkeypatch.setenv("CORRDIT_DEBUG", "1")
+    assert main(["experiment"] if by_variable else ["experiment", "--traceback"]) == 2
+    error = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in error
+    assert error.endswith("corrdit experiment: wrong number\n")
+
+
+def test_warnings_are_one_line(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    import warnings
+
+    def run(arguments: Any) -> int:
+        warnings.warn("the file seems\nto be cut off")
+        warnings.warn("use another name", DeprecationWarning)
+        return 0
+
+    command.run = run
+    assert main(["experiment"]) == 0
+    assert capsys.readouterr().err == "corrdit experiment: warning: the file seems to be cut off\n"
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_leave_nothing_behind(tmp_path: Path, clip: Path, number: signal.Signals, status: int) -> None:
+    (tmp_path / "harness.py").write_text(HARNESS)
+    output = tmp_path / "results" / "out"
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "harness.py", "track", clip, "--output", output],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "tracking\n"
+    assert any(name.name.endswith(".part") for name in output.parent.iterdir()), "written beside"
+    began = time.monotonic()
+    process.send_signal(number)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == status
+    assert time.monotonic() - began < 20
+    assert error == {130: "corrdit track: stopped by Ctrl-C; nothing unfinished was left behind\n", 143: ""}[status]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["harness.py"]
+
+
+def test_reader_that_goes_away() -> None:
+    """`corrdit doctor | head -1` is no error."""
+    code = f"{CORRDIT} doctor | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stderr == ""
