@@ -1,0 +1,139 @@
+"""One pass over the score maps of frame pairs: plan, workspace, and the matrices that each block multiplies."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from corrdit.grid import FramePairs, TokenGrid
+from corrdit.streaming.blocks import Block, BlockPlan, KeyGroup, key_groups, take
+from corrdit.streaming.budget import frames_in_a_group, rows_in_a_chunk
+from corrdit.streaming.products import HeadProducts
+
+# exp2 is several times faster than exp on a CPU; the change of base is free inside the factor of a matrix product.
+LOG2_E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class PairProblem:
+    """What is asked about q and k; `factor` is what q.k is multiplied by before the softmax."""
+
+    grid: TokenGrid
+    pairs: FramePairs
+    heads: str
+    weights: Tensor | None
+    factor: float
+    key_mask: Tensor | None
+    window: int | None
+    center: Tensor | None
+    memory_budget: int | None
+
+
+class PairPass:
+    """Workspace and plan of one pass over all blocks of the score maps.
+
+    Args:
+        score_tiles: buffers of the size of a block that the pass needs.
+        key_matrices: matrices of the size of a group's keys that it needs, the keys included.
+        reserved_bytes: workspace that the caller allocates itself.
+        purpose: named when the budget is too small.
+    """
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        problem: PairProblem,
+        *,
+        score_tiles: int,
+        key_matrices: int,
+        purpose: str,
+        reserved_bytes: int = 0,
+    ) -> None:
+        self.q, self.k, self.problem = q, k, problem
+        self.grid = grid = problem.grid
+        self.products = products = HeadProducts(q, problem.heads, problem.weights)
+        tokens, size = grid.tokens_per_frame, products.element_bytes
+        masked = problem.key_mask is not None or problem.window is not None
+        frames, frame_bytes = 1, tokens * products.width * size * key_matrices
+        if problem.window is None:
+            frames = frames_in_a_group(problem.memory_budget, frame_bytes, grid.frames, tokens)
+        else:
+            frame_bytes *= 2  # the rectangle of keys a tile reads, and that of their gradients
+        rows = rows_in_a_chunk(
+            problem.memory_budget,
+            fixed_bytes=reserved_bytes + frames * frame_bytes + 16 * tokens * size,
+            row_bytes=frames * (tokens * (score_tiles * size + 3 * masked) + 24 * size) + 4 * products.width * size,
+            tile_row_bytes=frames * tokens * size,
+            rows=tokens,
+            device=q.device,
+            purpose=purpose,
+        )
+        self.groups = key_groups(problem.pairs, frames)
+        self.plan = BlockPlan(
+            grid,
+            rows=rows,
+            key_mask=problem.key_mask,
+            window=problem.window,
+            center=problem.center,
+            device=q.device,
+            dtype=products.dtype,
+        )
+        self._tiles = torch.empty((score_tiles, rows * frames * tokens), dtype=products.dtype, device=q.device)
+
+    def tile(self, number: int, queries: int, keys: int) -> Tensor:
+        """A buffer `[queries, keys]`; its contents last until the next block."""
+        return self._tiles[number, : queries * keys].view(queries, keys)
+
+    def key_matrix(self, batch: int, index: int, group: KeyGroup) -> Tensor:
+        """`[frames * S, width]` keys of a group; removed keys are 0, so that not even a NaN of theirs spreads."""
+        tokens = self.group_tokens(group)
+        keys = self.products.keys(self.products.heads_of(self.k[batch], index)[:, tokens])
+        if self.problem.key_mask is not None:
+            keys = keys.masked_fill(~self.problem.key_mask[batch, tokens].unsqueeze(-1), 0.0)
+        return keys
+
+    def group_tokens(self, group: KeyGroup) -> slice:
+        """Where the keys of a group stand in the token axis."""
+        start = self.grid.frame_slice(group.frame).start
+        return slice(start, start + group.frames * self.grid.tokens_per_frame)
+
+    def part_of_group(self, matrix: Tensor, group: KeyGroup, block: Block) -> Tensor:
+        """The rows of a group's matrix `[frames * S, width]` that a block is about, `[..., width]`; a view."""
+        if self.problem.window is not None:
+            return take(matrix, block.keys, self.grid)
+        tokens = self.grid.tokens_per_frame
+        first = (block.run.key_frame - group.frame) * tokens
+        return matrix[first : first + block.run.key_frames * tokens]
+
+    def block_keys(self, keys: Tensor, group: KeyGroup, block: Block) -> Tensor:
+        """`[n, width]` keys that a block reads."""
+        return self.part_of_group(keys, group, block).reshape(-1, self.products.width)
+
+    def query_part(self, tensor: Tensor, batch: int, index: int, block: Block) -> Tensor:
+        """The queries of a block in a tensor like q: a view `[H or 1, ..., D]`."""
+        frame = self.grid.frame_slice(block.run.query_frame)
+        return take(self.products.heads_of(tensor[batch], index)[:, frame], block.queries, self.grid)
+
+    def query_matrix(self, batch: int, index: int, block: Block) -> Tensor:
+        """`[n, width]` queries of a block."""
+        return self.products.queries(self.query_part(self.q, batch, index, block))
+
+    def scores(self, queries: Tensor, keys: Tensor, block: Block, tile: int = 0) -> Tensor:
+        """`[n, frames, keys]` logits of a block in base 2, -inf where a key is not allowed."""
+        flat = self.tile(tile, queries.shape[0], keys.shape[0])
+        torch.addmm(flat, queries, keys.t(), beta=0, alpha=self.problem.factor * LOG2_E, out=flat)
+        scores = flat.view(-1, block.run.key_frames, block.keys.tokens)
+        if block.removed is not None:
+            scores.masked_fill_(block.removed, float("-inf"))
+        return scores
+
+    def exponentials(self, scores: Tensor) -> Tensor:
+        """Scores to exponentials relative to the largest of a row, in place; 0 throughout a row without keys."""
+        largest = scores.amax(-1, keepdim=True)
+        if self.plan.may_leave_rows_empty:
+            largest.masked_fill_(largest == float("-inf"), 0.0)
+        return scores.sub_(largest).exp2_()

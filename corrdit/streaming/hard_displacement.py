@@ -1,0 +1,92 @@
+"""Displacement to the best key in blocks of score maps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from corrdit.grid import FramePairs, TokenGrid
+from corrdit.streaming.blocks import Block, KeyGroup, take
+from corrdit.streaming.frame_pairs import PairPass, PairProblem
+from corrdit.streaming.products import HeadProducts
+
+
+@torch.no_grad()
+def hard_displacement(
+    q: Tensor,
+    k: Tensor,
+    grid: TokenGrid,
+    pairs: FramePairs,
+    *,
+    heads: str,
+    weights: Tensor | None,
+    scale: float,
+    temperature: float,
+    key_mask: Tensor | None,
+    window: int | None,
+    center: Tensor | None,
+    memory_budget: int | None = None,
+) -> Tensor:
+    """int64 `[B, P, h, w, 2]`, or `[B, H, P, h, w, 2]` for heads="none"; see `corrdit.ops.hard_displacement`."""
+    problem = PairProblem(grid, pairs, heads, weights, scale * temperature, key_mask, window, center, memory_budget)
+    with torch.autocast(q.device.type, enabled=False):
+        return _displacement(q, k, problem)
+
+
+def _displacement(q: Tensor, k: Tensor, problem: PairProblem) -> Tensor:
+    products, grid = HeadProducts(q, problem.heads, problem.weights), problem.grid
+    # The average of probabilities needs the maps of all heads at once, everything else one after the other.
+    together = products.maps if products.averaged else 1
+    work = PairPass(
+        q, k, problem, score_tiles=1 + products.averaged, key_matrices=together, purpose="hard displacement"
+    )
+    shape = (q.shape[0], products.maps // together, len(problem.pairs), grid.tokens_per_frame, 2)
+    result = torch.zeros(shape, dtype=torch.int64, device=q.device)
+    for batch in range(q.shape[0]):
+        for row in range(shape[1]):
+            maps = range(row * together, (row + 1) * together)
+            for group in work.groups:
+                keys = {index: work.key_matrix(batch, index, group) for index in maps}
+                for block in work.plan.blocks(batch, group.runs):
+                    moved = _to_best(_rating(work, batch, keys, group, block), block)
+                    pairs = slice(block.run.pair, block.run.pair + block.run.key_frames)
+                    place = take(result[batch, row, pairs], block.queries, grid)
+                    place.copy_(moved.transpose(0, 1).reshape(place.shape))
+    result = result.unflatten(-2, (grid.height, grid.width))
+    return result if problem.heads == "none" else result.squeeze(1)
+
+
+def _rating(work: PairPass, batch: int, keys: dict[int, Tensor], group: KeyGroup, block: Block) -> Tensor:
+    """`[n, frames, keys]` logits, or probabilities averaged over heads; -inf where a key is not allowed."""
+    average = None
+    for index, matrix in keys.items():
+        queries, block_keys = work.query_matrix(batch, index, block), work.block_keys(matrix, group, block)
+        scores = work.scores(queries, block_keys, block)
+        if not work.products.averaged:
+            return scores
+        if average is None:
+            average = work.tile(1, queries.shape[0], block_keys.shape[0]).view(scores.shape).zero_()
+        exponentials = work.exponentials(scores)
+        share = work.products.map_weights[index] / exponentials.sum(-1, keepdim=True)
+        average.addcmul_(exponentials, share)
+    assert average is not None
+    if block.removed is not None:
+        average.masked_fill_(block.removed, float("-inf"))
+    return average
+
+
+def _to_best(rating: Tensor, block: Block) -> Tensor:
+    """int64 `[n, frames, 2]` from each query to its first best allowed key, 0 where there is none."""
+    best = rating.argmax(-1)
+    positions = block.table.sums[1:].t().long()
+    moved = positions[best] - block.own.long()
+    if block.removed is None:
+        return moved
+    removed = block.removed.expand(rating.shape)
+    stuck = removed.gather(-1, best.unsqueeze(-1)).squeeze(-1)
+    if stuck.any():
+        # Every allowed score is -inf, so that argmax took a removed key; the first allowed one is the best of equals.
+        first = (~removed).int().argmax(-1)
+        moved = torch.where(stuck.unsqueeze(-1), positions[first] - block.own.long(), moved)
+        moved = moved.masked_fill_(removed.all(-1, keepdim=True), 0)
+    return moved
