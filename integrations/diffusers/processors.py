@@ -132,7 +132,11 @@ class CorrespondenceProcessor:
             return self.inner(attn, *args, **kwargs)
         hidden_states = args[0] if args else kwargs["hidden_states"]
         gathered = GatheredCalls(
-            hidden_states.shape[0], request.grid, skip_attention=request.stop, text_mask=_text_mask(kwargs)
+            hidden_states.shape[0],
+            request.grid,
+            # A checkpointed block runs again in backward and has to make the same graph then.
+            skip_attention=request.stop and not torch.is_grad_enabled(),
+            text_mask=_text_mask(kwargs),
         )
 
         def observe(inputs: AttentionInputs) -> torch.Tensor | None:

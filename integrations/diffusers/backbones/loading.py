@@ -181,7 +181,7 @@ def _load_pipeline(
             source,
             torch_dtype=dtype,
             local_files_only=offline,
-            low_cpu_mem_usage=importlib.util.find_spec("accelerate") is not None,
+            low_cpu_mem_usage=True if importlib.util.find_spec("accelerate") else None,
             **absent,
         )
     pipe.set_progress_bar_config(disable=True)

@@ -1,0 +1,37 @@
+"""Checks for backbones, and tiny random models to run them on.
+
+`check_backbone` tells the author of a backbone whether its queries and keys, token order, text position, masks, early
+exit and restoring are right; `tiny_backbone` builds each supported family with random weights, on the CPU, in well
+under a second.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_LAZY_ATTRIBUTES = {
+    "CheckResult": "corrdit.testing.conformance",
+    "TINY_MODELS": "corrdit.testing.tiny_models",
+    "check_backbone": "corrdit.testing.conformance",
+    "tiny_backbone": "corrdit.testing.tiny_models",
+    "tiny_generation": "corrdit.testing.tiny_models",
+    "tiny_pipeline": "corrdit.testing.tiny_models",
+}
+__all__ = ["TINY_MODELS", "CheckResult", "check_backbone", "tiny_backbone", "tiny_generation", "tiny_pipeline"]
+
+if TYPE_CHECKING:
+    from corrdit.testing.conformance import CheckResult, check_backbone
+    from corrdit.testing.tiny_models import TINY_MODELS, tiny_backbone, tiny_generation, tiny_pipeline
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY_ATTRIBUTES:
+        value = getattr(importlib.import_module(_LAZY_ATTRIBUTES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'corrdit.testing' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,103 @@
+"""`check_backbone`: whether a backbone hands over the queries and keys its model really uses, and leaves no trace."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from corrdit.testing import guidance_checks, reading_checks, restoring_checks
+from corrdit.testing.subject import Check, Subject
+
+if TYPE_CHECKING:
+    from corrdit.integrations.diffusers.backbones.base import Backbone
+
+CHECKS: dict[str, Check] = {
+    "grid": reading_checks.check_grid,
+    "output unchanged": reading_checks.check_output_unchanged,
+    "attention reproduced": reading_checks.check_attention_reproduced,
+    "token order": reading_checks.check_token_order,
+    "text position": reading_checks.check_text_position,
+    "masks": reading_checks.check_masks,
+    "early exit": reading_checks.check_early_exit,
+    "gradient checkpointing": reading_checks.check_gradient_checkpointing,
+    "restored after exit": restoring_checks.check_restored_after_exit,
+    "restored after an exception": restoring_checks.check_restored_after_exception,
+    "restored after nesting": restoring_checks.check_restored_after_nesting,
+    "pickling": restoring_checks.check_pickling,
+    "saving": restoring_checks.check_saving,
+    "memory": restoring_checks.check_memory,
+}
+"""Checks of a backbone by name, in the order they run."""
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """Outcome of one check; `problem` is empty if it passed."""
+
+    name: str
+    problem: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing was wrong."""
+        return not self.problem
+
+
+def check_backbone(
+    backbone: Backbone,
+    *,
+    frames: int = 3,
+    batch: int = 2,
+    seed: int = 0,
+    generation: Mapping[str, Any] | None = None,
+    only: tuple[str, ...] | None = None,
+) -> list[CheckResult]:
+    """Run the conformance checks on a backbone, best on a tiny random model on the CPU.
+
+    Random weights are wanted: constant or zero-initialised position tables hide mistakes (randomise Mochi's
+    `pos_frequencies`).
+
+    Args:
+        backbone: under test; its model is left as it was.
+        frames: latent frames of the random video.
+        batch: samples of it, at least 2.
+        seed: of the random video and prompt.
+        generation: keyword arguments for a guided call of `backbone.pipe` with `prompt_embeds`,
+            `negative_prompt_embeds` and `output_type="latent"`; with them, steps and branches are checked in a whole
+            generation too.
+        only: names of checks to run; None for all.
+
+    Returns:
+        One result for each check.
+
+    Raises:
+        AssertionError: some checks failed; the message names each with what was found.
+        ValueError: an unknown name in `only`.
+    """
+    unknown = set(only or ()) - set(CHECKS) - {GENERATION_CHECK}
+    if unknown:
+        raise ValueError(f"unknown checks {sorted(unknown)}; there are {', '.join([*CHECKS, GENERATION_CHECK])}")
+    subject = Subject.random(backbone, frames=frames, batch=max(2, batch), seed=seed)
+    results = [
+        CheckResult(name, _problem(check, subject)) for name, check in CHECKS.items() if only is None or name in only
+    ]
+    if generation is not None and (only is None or GENERATION_CHECK in only):
+        problem = _problem(lambda _: guidance_checks.check_generation(backbone, generation), subject)
+        results.append(CheckResult(GENERATION_CHECK, problem))
+    failed = [result for result in results if not result.passed]
+    if failed:
+        listed = "\n".join(f"- {result.name}: {result.problem}" for result in failed)
+        raise AssertionError(f"{backbone.name} fails {len(failed)} of {len(results)} checks:\n{listed}")
+    return results
+
+
+GENERATION_CHECK = "steps and branches"
+
+
+def _problem(check: Check, subject: Subject) -> str:
+    try:
+        check(subject)
+    except (AssertionError, ValueError, TypeError, RuntimeError, AttributeError, KeyError) as error:
+        return f"{error}" if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
+    return ""

@@ -1,0 +1,174 @@
+"""The backbone under test: one random forward, and ways to read it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+if TYPE_CHECKING:
+    from corrdit.grid import TokenGrid
+    from corrdit.integrations.diffusers.backbones.base import Backbone
+
+MASKED_TEXT_TOKENS = 3
+
+
+@dataclass(frozen=True)
+class LayerRead:
+    """Copies of what an operation was given: q, k `[B, H, N, D]`, the grid, and the key mask `[B, N]` or None."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    grid: TokenGrid
+    key_mask: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class AttentionRecord:
+    """One call of scaled_dot_product_attention as the model made it."""
+
+    value: torch.Tensor
+    output: torch.Tensor
+
+
+class AttentionRecorder(TorchFunctionMode):
+    """Keeps values and outputs of the attention calls of some modules, as the model itself makes them.
+
+    Args:
+        modules: self-attention modules; calls made outside them are left alone.
+    """
+
+    def __init__(self, modules: list[torch.nn.Module]) -> None:
+        super().__init__()
+        self.records: list[list[AttentionRecord]] = [[] for _ in modules]
+        self._modules = modules
+        self._running: int | None = None
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> AttentionRecorder:
+        for index, module in enumerate(self._modules):
+            self._hooks.append(module.register_forward_pre_hook(lambda *_, index=index: self._set(index)))
+            self._hooks.append(module.register_forward_hook(lambda *_: self._set(None)))
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        super().__exit__(*exception)
+
+    def _set(self, running: int | None) -> None:
+        self._running = running
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if func is F.scaled_dot_product_attention and self._running is not None:
+            value = kwargs["value"] if "value" in kwargs else args[2]
+            self.records[self._running].append(AttentionRecord(value.detach().clone(), output.detach().clone()))
+        return output
+
+
+@dataclass
+class Subject:
+    """A backbone with random latents and a random prompt, partly masked where the family has a prompt mask.
+
+    Args:
+        backbone: under test, in evaluation mode.
+        latents: `[B, F, C, h, w]` as `Backbone.forward` takes them.
+        text: the transformer's text arguments by name, for the whole batch.
+        timestep: of the forward.
+    """
+
+    backbone: Backbone
+    latents: torch.Tensor
+    text: dict[str, torch.Tensor]
+    timestep: float
+    layers: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.layers = tuple(range(self.backbone.layers))
+
+    @classmethod
+    def random(cls, backbone: Backbone, *, frames: int, batch: int, seed: int) -> Subject:
+        """Random latents of `frames` frames with four rows and five columns of tokens."""
+        source = torch.Generator().manual_seed(seed)
+        layout = backbone.layout()
+        _, patch_h, patch_w = layout.patch_size(backbone.transformer)
+        rows, columns = fitting_tokens(backbone, 4, 5)
+        channels = backbone.latent_channels * backbone.frames_per_token
+        shape = (batch, frames, channels, rows * patch_h, columns * patch_w)
+        text = {}
+        for name, blank in backbone.blank_prompt().items():
+            if name.endswith("attention_mask"):
+                value = torch.ones_like(blank).expand(batch, -1).clone()
+                value[1:, -MASKED_TEXT_TOKENS:] = 0
+            else:
+                value = torch.randn(batch, *blank.shape[1:], generator=source).to(blank)
+            text[name] = value
+        latents = torch.randn(shape, generator=source).to(device=backbone.device, dtype=backbone.dtype)
+        return cls(backbone, latents, text, backbone.timestep(backbone.preset.inference_steps // 2))
+
+    @property
+    def transformer(self) -> torch.nn.Module:
+        """The transformer that runs at the subject's timestep."""
+        return self.backbone.transformer_at(self.timestep)
+
+    @property
+    def modules(self) -> list[torch.nn.Module]:
+        """Its self-attention modules."""
+        return self.backbone.layout().attention_modules(self.transformer)
+
+    def arguments(self, latents: torch.Tensor | None = None, text: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The transformer's arguments for (other) latents and text."""
+        chosen = self.latents if latents is None else latents
+        batch, frames, _, height, width = chosen.shape
+        joined = self.backbone.frames_per_token
+        split = chosen.reshape(batch, frames * joined, self.backbone.latent_channels, height, width)
+        return self.backbone.call_arguments(split, self.timestep, text or self.text)
+
+    @torch.no_grad()
+    def prediction(self) -> torch.Tensor:
+        """The transformer's output."""
+        return self.transformer(**self.arguments(), return_dict=False)[0]
+
+    @torch.no_grad()
+    def read(self, layers: tuple[int, ...] | None = None, **changes: Any) -> dict[int, LayerRead]:
+        """Copies of queries and keys of layers, from one captured forward with other latents or text."""
+        from corrdit.integrations.diffusers.capture import capture
+
+        chosen = layers or self.layers
+        with capture(self.transformer, layers=chosen, operation=copy_of_inputs) as captured:
+            self.transformer(**self.arguments(**changes))
+        return {layer: captured[0, layer] for layer in chosen}
+
+
+def copy_of_inputs(q: torch.Tensor, k: torch.Tensor, grid: TokenGrid, key_mask: torch.Tensor | None) -> LayerRead:
+    """An operation that keeps copies of everything it is given."""
+    return LayerRead(q.clone(), k.clone(), grid, None if key_mask is None else key_mask.clone())
+
+
+def small_scalar(q: torch.Tensor, k: torch.Tensor, grid: TokenGrid, key_mask: torch.Tensor | None) -> torch.Tensor:
+    """An operation with a gradient in every query and key."""
+    return (q.float() * k.float()).sin().sum() / math.sqrt(q.numel())
+
+
+def fitting_tokens(backbone: Backbone, rows: int, columns: int) -> tuple[int, int]:
+    """At most this many rows and columns of tokens, within what the model has positions for."""
+    config = backbone.transformer.config
+    sample = (config.get("sample_height"), config.get("sample_width"))
+    _, patch_h, patch_w = backbone.layout().patch_size(backbone.transformer)
+    limits = [
+        size // patch if size else most
+        for size, patch, most in zip(sample, (patch_h, patch_w), (rows, columns), strict=True)
+    ]
+    return min(rows, limits[0]), min(columns, limits[1])
+
+
+Check = Callable[[Subject], None]

@@ -1,0 +1,318 @@
+"""Whole pipelines of the supported families with random weights, small enough for a CPU test.
+
+They have a real video codec of their family and no text encoder, so prompts are given as embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from corrdit.integrations.diffusers.backbones.base import Backbone
+
+TEXT_TOKENS = 8
+TEXT_CHANNELS = 16
+LATENT_CHANNELS = 4
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """One tiny model.
+
+    Args:
+        build: makes its pipeline; weights come from torch's global random numbers.
+        generation: keyword arguments its pipeline's call needs beyond those all families share.
+        height: of the smallest video that makes a grid of 4 x 4 tokens (2 x 2 for LTX).
+    """
+
+    build: Callable[[], Any]
+    generation: Callable[[torch.Generator], dict[str, Any]]
+    height: int = 64
+
+
+def tiny_pipeline(name: str, *, seed: int = 0) -> Any:
+    """A pipeline of the family, in evaluation mode, with weights that follow from the seed.
+
+    Raises:
+        ValueError: an unknown name, with the known ones.
+    """
+    model = _model(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipe = model.build()
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.eval()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_backbone(name: str, *, seed: int = 0) -> Backbone:
+    """`tiny_pipeline` as a backbone."""
+    from corrdit.integrations.diffusers.backbones.loading import backbone_of
+
+    return backbone_of(tiny_pipeline(name, seed=seed), name=f"tiny {name}")
+
+
+def tiny_generation(name: str, *, steps: int = 3, guided: bool = True, seed: int = 0) -> dict[str, Any]:
+    """Keyword arguments for a call of `tiny_pipeline(name)`: random prompts, nine frames, latents as output.
+
+    Args:
+        name: of the model.
+        steps: denoising steps.
+        guided: with classifier-free guidance.
+        seed: of prompts and noise; every call makes a new generator.
+    """
+    model = _model(name)
+    source = torch.Generator().manual_seed(seed)
+    arguments = model.generation(source)
+    if "hunyuanvideo" in name:
+        arguments["true_cfg_scale"] = 5.0 if guided else 1.0
+    else:
+        arguments["guidance_scale"] = 5.0 if guided else 1.0
+    if not guided:
+        arguments = {key: value for key, value in arguments.items() if not key.startswith("negative")}
+    return {
+        "num_inference_steps": steps,
+        "num_frames": 13 if name == "mochi" else 9,
+        "height": model.height,
+        "width": model.height,
+        "output_type": "latent",
+        "generator": torch.Generator().manual_seed(seed + 1),
+        **arguments,
+    }
+
+
+def _model(name: str) -> TinyModel:
+    if name not in TINY_MODELS:
+        raise ValueError(f"unknown tiny model {name!r}; known are {', '.join(TINY_MODELS)}")
+    return TINY_MODELS[name]
+
+
+def _prompts(source: torch.Generator, tokens: int = TEXT_TOKENS) -> dict[str, torch.Tensor]:
+    names = ("prompt_embeds", "negative_prompt_embeds")
+    return {name: torch.randn(1, tokens, TEXT_CHANNELS, generator=source) for name in names}
+
+
+def _masked_prompts(source: torch.Generator) -> dict[str, torch.Tensor]:
+    """Prompts of different lengths."""
+    valid = torch.arange(TEXT_TOKENS)[None]
+    return {
+        **_prompts(source),
+        "prompt_attention_mask": valid < TEXT_TOKENS - 2,
+        "negative_prompt_attention_mask": valid < TEXT_TOKENS - 5,
+    }
+
+
+def _hunyuan_prompts(source: torch.Generator) -> dict[str, torch.Tensor]:
+    pooled = {
+        name: torch.randn(1, 8, generator=source) for name in ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    }
+    return {**_masked_prompts(source), **pooled}
+
+
+def _cogvideox(**changes: Any) -> Any:
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+
+    config = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "in_channels": LATENT_CHANNELS,
+        "out_channels": LATENT_CHANNELS,
+        "time_embed_dim": 8,
+        "text_embed_dim": TEXT_CHANNELS,
+        "num_layers": 3,
+        "sample_width": 8,
+        "sample_height": 8,
+        "sample_frames": 9,
+        "max_text_seq_length": TEXT_TOKENS,
+    }
+    codec = AutoencoderKLCogVideoX(
+        block_out_channels=(8, 8, 8, 8), latent_channels=LATENT_CHANNELS, layers_per_block=1, norm_num_groups=2
+    )
+    scheduler = CogVideoXDDIMScheduler(timestep_spacing="trailing", prediction_type="v_prediction")
+    return CogVideoXPipeline(None, None, codec, CogVideoXTransformer3DModel(**{**config, **changes}), scheduler)
+
+
+def _cogvideox_rotary() -> Any:
+    return _cogvideox(use_rotary_positional_embeddings=True)
+
+
+def _cogvideox_1_5() -> Any:
+    return _cogvideox(use_rotary_positional_embeddings=True, patch_size_t=2, patch_bias=False)
+
+
+def _cogvideox_image() -> Any:
+    from diffusers import CogVideoXImageToVideoPipeline
+
+    parts = _cogvideox(use_rotary_positional_embeddings=True, in_channels=2 * LATENT_CHANNELS).components
+    return CogVideoXImageToVideoPipeline(**parts)
+
+
+def _hunyuanvideo() -> Any:
+    from diffusers import (
+        AutoencoderKLHunyuanVideo,
+        FlowMatchEulerDiscreteScheduler,
+        HunyuanVideoPipeline,
+        HunyuanVideoTransformer3DModel,
+    )
+
+    transformer = HunyuanVideoTransformer3DModel(
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        num_attention_heads=2,
+        attention_head_dim=10,
+        num_layers=2,
+        num_single_layers=2,
+        num_refiner_layers=1,
+        patch_size=2,
+        patch_size_t=1,
+        guidance_embeds=True,
+        text_embed_dim=TEXT_CHANNELS,
+        pooled_projection_dim=8,
+        rope_axes_dim=(2, 4, 4),
+    )
+    codec = AutoencoderKLHunyuanVideo(
+        latent_channels=LATENT_CHANNELS, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4
+    )
+    return HunyuanVideoPipeline(
+        text_encoder=None,
+        tokenizer=None,
+        transformer=transformer,
+        vae=codec,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder_2=None,
+        tokenizer_2=None,
+    )
+
+
+def _wan_transformer() -> Any:
+    from diffusers import WanTransformer3DModel
+
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        text_dim=TEXT_CHANNELS,
+        freq_dim=256,
+        ffn_dim=32,
+        num_layers=3,
+        cross_attn_norm=True,
+        rope_max_seq_len=32,
+    )
+
+
+def _wan(boundary_ratio: float | None = None) -> Any:
+    from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
+
+    codec = AutoencoderKLWan(
+        base_dim=4,
+        z_dim=LATENT_CHANNELS,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.1] * LATENT_CHANNELS,
+        latents_std=[0.9] * LATENT_CHANNELS,
+    )
+    return WanPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=codec,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        transformer=_wan_transformer(),
+        transformer_2=None if boundary_ratio is None else _wan_transformer(),
+        boundary_ratio=boundary_ratio,
+    )
+
+
+def _wan_2_2() -> Any:
+    return _wan(boundary_ratio=0.875)
+
+
+def _ltx() -> Any:
+    from diffusers import (
+        AutoencoderKLLTXVideo,
+        FlowMatchEulerDiscreteScheduler,
+        LTXPipeline,
+        LTXVideoTransformer3DModel,
+    )
+
+    transformer = LTXVideoTransformer3DModel(
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        num_layers=3,
+        caption_channels=TEXT_CHANNELS,
+    )
+    codec = AutoencoderKLLTXVideo(
+        latent_channels=LATENT_CHANNELS,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.1)
+    return LTXPipeline(scheduler=scheduler, vae=codec, text_encoder=None, tokenizer=None, transformer=transformer)
+
+
+def _mochi() -> Any:
+    from diffusers import (
+        AutoencoderKLMochi,
+        FlowMatchEulerDiscreteScheduler,
+        MochiPipeline,
+        MochiTransformer3DModel,
+    )
+
+    transformer = MochiTransformer3DModel(
+        patch_size=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=3,
+        pooled_projection_dim=16,
+        in_channels=LATENT_CHANNELS,
+        text_embed_dim=TEXT_CHANNELS,
+        time_embed_dim=4,
+        max_sequence_length=TEXT_TOKENS,
+    )
+    # Fresh weights start at 0, which makes the rotary embedding do nothing.
+    torch.nn.init.normal_(transformer.pos_frequencies)
+    codec = AutoencoderKLMochi(
+        latent_channels=LATENT_CHANNELS,
+        latents_mean=None,
+        latents_std=None,
+        encoder_block_out_channels=(32, 32, 32, 32),
+        decoder_block_out_channels=(32, 32, 32, 32),
+        layers_per_block=(1, 1, 1, 1, 1),
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+    return MochiPipeline(scheduler=scheduler, vae=codec, text_encoder=None, tokenizer=None, transformer=transformer)
+
+
+def _image_prompts(source: torch.Generator) -> dict[str, Any]:
+    return {**_prompts(source), "image": torch.rand(1, 3, 64, 64, generator=source), "max_sequence_length": TEXT_TOKENS}
+
+
+def _short_prompts(source: torch.Generator) -> dict[str, Any]:
+    return {**_prompts(source), "max_sequence_length": TEXT_TOKENS}
+
+
+TINY_MODELS = {
+    "cogvideox": TinyModel(_cogvideox, _short_prompts),
+    "cogvideox-rotary": TinyModel(_cogvideox_rotary, _short_prompts),
+    "cogvideox-1.5": TinyModel(_cogvideox_1_5, _short_prompts),
+    "cogvideox-image": TinyModel(_cogvideox_image, _image_prompts),
+    "hunyuanvideo": TinyModel(_hunyuanvideo, _hunyuan_prompts),
+    "wan": TinyModel(_wan, _prompts),
+    "wan-2.2": TinyModel(_wan_2_2, _prompts),
+    "ltx": TinyModel(_ltx, _masked_prompts, height=128),
+    "mochi": TinyModel(_mochi, _masked_prompts),
+}
+"""Tiny models by name: the five families and the variants that differ for a capture."""
