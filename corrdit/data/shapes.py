@@ -1,0 +1,89 @@
+"""Outlines of sprites as signed distances, negative inside, in a local frame whose outline has radius about one.
+
+The distances are exact for the disc, ring, square and diamond and bounds for the others; only their sign and their
+slope near the outline are used (coverage of a pixel and occlusion). Formulas follow Quilez, "2D distance functions".
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+SHAPES = ("disc", "square", "triangle", "star", "ring", "diamond", "cross", "heart")
+
+
+def _disc(x: Tensor, y: Tensor) -> Tensor:
+    return torch.hypot(x, y) - 0.92
+
+
+def _ring(x: Tensor, y: Tensor) -> Tensor:
+    return (torch.hypot(x, y) - 0.7).abs() - 0.3
+
+
+def _box(x: Tensor, y: Tensor, half_width: float, half_height: float) -> Tensor:
+    dx, dy = x.abs() - half_width, y.abs() - half_height
+    return torch.hypot(dx.clamp(min=0), dy.clamp(min=0)) + torch.maximum(dx, dy).clamp(max=0)
+
+
+def _square(x: Tensor, y: Tensor) -> Tensor:
+    return _box(x, y, 0.8, 0.8)
+
+
+def _diamond(x: Tensor, y: Tensor) -> Tensor:
+    return (x.abs() + 0.8 * y.abs() - 0.85) / math.hypot(1.0, 0.8)
+
+
+def _cross(x: Tensor, y: Tensor) -> Tensor:
+    return torch.minimum(_box(x, y, 1.0, 0.4), _box(x, y, 0.4, 1.0))
+
+
+def _triangle(x: Tensor, y: Tensor) -> Tensor:
+    slanted = (math.sqrt(3.0) * x.abs() - (y + 1.0)) / 2
+    return torch.maximum(slanted, y - 0.7)
+
+
+def _star(x: Tensor, y: Tensor) -> Tensor:
+    """Five points: the plane is folded into one half point, whose edge runs from the tip to the inner corner."""
+    radius, sector = torch.hypot(x, y), 2 * math.pi / 5
+    angle = torch.atan2(x, -y)
+    folded = (angle - sector * torch.round(angle / sector)).abs()
+    px, py = radius * torch.cos(folded), radius * torch.sin(folded)
+    inner_x, inner_y = 0.5 * math.cos(sector / 2), 0.5 * math.sin(sector / 2)
+    edge_x, edge_y = inner_x - 1.05, inner_y
+    length = math.hypot(edge_x, edge_y)
+    return ((px - 1.05) * edge_y - py * edge_x) / length
+
+
+def _heart(x: Tensor, y: Tensor) -> Tensor:
+    px, py = x.abs() / 1.6, 0.55 - y / 1.6
+    lobe = torch.hypot(px - 0.25, py - 0.75) - math.sqrt(2.0) / 4
+    diagonal = 0.5 * (px + py).clamp(min=0)
+    below = torch.minimum(torch.hypot(px, py - 1.0), torch.hypot(px - diagonal, py - diagonal)) * torch.sign(px - py)
+    return torch.where(px + py > 1.0, lobe, below) * 1.6
+
+
+_DISTANCES: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
+    _disc,
+    _square,
+    _triangle,
+    _star,
+    _ring,
+    _diamond,
+    _cross,
+    _heart,
+)
+
+
+def signed_distance(local: Tensor, shape: Tensor) -> Tensor:
+    """Signed distance of points to their sprite's outline, in units of the sprite's radius.
+
+    local: [N, ..., 2] points in the local frame (x right, y down) of N sprites; shape: int64 [N] indices into SHAPES.
+    Returns [N, ...] in the dtype of `local`.
+    """
+    distance = torch.empty_like(local[..., 0])
+    for index in shape.unique().tolist():
+        chosen = shape == index
+        points = local[chosen]
+        distance[chosen] = _DISTANCES[index](points[..., 0], points[..., 1])
+    return distance

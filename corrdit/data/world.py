@@ -1,0 +1,282 @@
+"""The generated video world: videos from seeds with exact point correspondence.
+
+A video shows a textured background under a moving camera and one to five textured sprites with their own motion that
+occlude each other and leave the frame; light may change, and there may be blur and noise. Since every surface moves
+by a known similarity transform, the place and the visibility of any of its points in any frame are exact.
+
+Pixel coordinates: the origin is the frame's top left corner and the centre of the first pixel is (0.5, 0.5).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from corrdit.data.prompts import describe
+from corrdit.data.scene import MOST_SPRITES, SPRITE_TEXTURES, Scene, Sprite, draw_scene
+from corrdit.data.shapes import SHAPES, signed_distance
+from corrdit.data.textures import BACKGROUND_EXTENT, SPRITE_EXTENT, background_images, sprite_images
+
+_RIM = 0.13
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    """Size and content of the videos: frames, height and width in pixels, least and most number of sprites."""
+
+    frames: int = 8
+    height: int = 32
+    width: int = 32
+    sprites: tuple[int, int] = (1, MOST_SPRITES)
+
+    def __post_init__(self) -> None:
+        if self.frames < 1 or self.height < 8 or self.width < 8:
+            raise ValueError(
+                f"a generated video needs at least 1 frame of 8x8 pixels, got {self.frames} frames of "
+                f"{self.height}x{self.width}"
+            )
+
+    @property
+    def unit(self) -> int:
+        """Pixels in one unit of length, the shorter side."""
+        return min(self.height, self.width)
+
+    def scene(self, seed: int) -> Scene:
+        """The scene of a seed in this aspect ratio and number of frames."""
+        return draw_scene(seed, self.frames, self.width / self.height, self.sprites)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Exact tracks: xy float32 [T, P, 2] in pixels, visible bool [T, P]; positions of hidden points are exact too."""
+
+    xy: np.ndarray
+    visible: np.ndarray
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Exact forward flow: displacement float32 [T-1, H, W, 2] in pixels, of every pixel centre from a frame to the
+    next; visible bool [T-1, H, W], whether the pixel's point is seen in the next frame."""
+
+    displacement: np.ndarray
+    visible: np.ndarray
+
+
+def _rotation(angle: Tensor) -> Tensor:
+    cosine, sine = torch.cos(angle), torch.sin(angle)
+    return torch.stack([torch.stack([cosine, -sine], -1), torch.stack([sine, cosine], -1)], -2)
+
+
+def _screen_grid(config: WorldConfig) -> Tensor:
+    """Pixel centres in units, [H, W, 2]."""
+    rows = (torch.arange(config.height) + 0.5 - config.height / 2) / config.unit
+    columns = (torch.arange(config.width) + 0.5 - config.width / 2) / config.unit
+    return torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)
+
+
+def _paint_background(scenes: Sequence[Scene], config: WorldConfig, grid: Tensor) -> Tensor:
+    """[B, T, 3, H, W]"""
+    images = background_images(
+        [scene.background for scene in scenes], [scene.background_seed for scene in scenes], config.unit
+    )
+    center = torch.from_numpy(np.stack([scene.camera.center for scene in scenes])).float()
+    angle = torch.from_numpy(np.stack([scene.camera.angle for scene in scenes])).float()
+    zoom = torch.from_numpy(np.stack([scene.camera.zoom for scene in scenes])).float()
+    matrix = _rotation(angle) * zoom[..., None, None]
+    places = torch.einsum("btij,hwj->bthwi", matrix, grid) + center[:, :, None, None]
+    batch, frames, height, width, _ = places.shape
+    sampled = F.grid_sample(
+        images,
+        (places / BACKGROUND_EXTENT).reshape(batch, frames * height, width, 2),
+        mode="bilinear",
+        padding_mode="reflection",
+        align_corners=False,
+    )
+    return sampled.reshape(batch, 3, frames, height, width).transpose(1, 2).contiguous()
+
+
+def _sprite_poses(sprites: Sequence[Sprite], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Inverse rotation [N, T, 2, 2], centre [N, T, 2] and radius [N, T]."""
+    angle = torch.from_numpy(np.stack([sprite.angle for sprite in sprites])).to(dtype)
+    center = torch.from_numpy(np.stack([sprite.center for sprite in sprites])).to(dtype)
+    radius = torch.from_numpy(np.stack([sprite.radius for sprite in sprites])).to(dtype)
+    return _rotation(-angle), center, radius
+
+
+def _shape_indices(sprites: Sequence[Sprite]) -> Tensor:
+    return torch.tensor([SHAPES.index(sprite.shape) for sprite in sprites])
+
+
+def _paint_sprites(sprites: Sequence[Sprite], config: WorldConfig, grid: Tensor) -> tuple[Tensor, Tensor]:
+    """Colour [N, T, 3, H, W] and coverage [N, T, 1, H, W] of every sprite by itself, with a dark rim inside its
+    outline."""
+    images = sprite_images(
+        [sprite.texture for sprite in sprites],
+        [sprite.colours for sprite in sprites],
+        [sprite.texture_seed for sprite in sprites],
+        0.25 * config.unit,
+    )
+    inverse, center, radius = _sprite_poses(sprites, torch.float32)
+    offset = grid - center[:, :, None, None]
+    local = torch.einsum("ntij,nthwj->nthwi", inverse, offset) / radius[:, :, None, None, None]
+    distance = signed_distance(local, _shape_indices(sprites))
+    pixels = (radius * config.unit)[:, :, None, None]
+    coverage = (0.5 - distance * pixels).clamp(0, 1)
+    rim = ((distance + _RIM) * pixels + 0.5).clamp(0, 1)
+    count, frames, height, width, _ = local.shape
+    colour = F.grid_sample(
+        images,
+        (local / SPRITE_EXTENT).reshape(count, frames * height, width, 2),
+        mode="bilinear",
+        padding_mode="border",
+        align_corners=False,
+    )
+    colour = colour.reshape(count, 3, frames, height, width).transpose(1, 2)
+    return colour * (1 - 0.7 * rim[:, :, None]), coverage[:, :, None]
+
+
+def _develop(video: Tensor, scenes: Sequence[Scene], config: WorldConfig) -> Tensor:
+    """Light, blur and noise on painted frames [B, T, 3, H, W]."""
+    gain = torch.from_numpy(np.stack([scene.gain for scene in scenes])).float()[:, :, None, None, None]
+    offset = torch.from_numpy(np.stack([scene.offset for scene in scenes])).float()[:, :, None, None, None]
+    video = video * gain + offset
+    for index, scene in enumerate(scenes):
+        sigma = scene.blur * config.unit
+        if sigma > 0.15:
+            radius = max(1, round(2.5 * sigma))
+            taps = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / sigma) ** 2)
+            taps = (taps / taps.sum()).expand(3, 1, 1, -1)
+            padded = F.pad(video[index], (radius,) * 4, mode="replicate")
+            video[index] = F.conv2d(F.conv2d(padded, taps, groups=3), taps.transpose(2, 3), groups=3)
+        if scene.noise > 0:
+            rng = np.random.default_rng(scene.noise_seed)
+            grain = rng.standard_normal((config.frames, 3, config.height, config.width), dtype=np.float32)
+            video[index] += scene.noise * torch.from_numpy(grain)
+    return video.clamp(0, 1)
+
+
+def render(scenes: Sequence[Scene], config: WorldConfig) -> Tensor:
+    """Paint scenes drawn for `config`: float32 [B, T, 3, H, W] in 0..1."""
+    if not scenes:
+        raise ValueError("no scenes were given; give at least one")
+    grid = _screen_grid(config)
+    video = _paint_background(scenes, config, grid)
+    owners = [index for index, scene in enumerate(scenes) for _ in scene.sprites]
+    ranks = [rank for scene in scenes for rank in range(len(scene.sprites))]
+    colour, coverage = _paint_sprites([sprite for scene in scenes for sprite in scene.sprites], config, grid)
+    for rank in range(max(ranks) + 1):
+        chosen = [index for index, value in enumerate(ranks) if value == rank]
+        below = [owners[index] for index in chosen]
+        video[below] += (colour[chosen] - video[below]) * coverage[chosen]
+    return _develop(video, scenes, config)
+
+
+class Clip:
+    """One generated video with its exact truth.
+
+    video: uint8 [T, H, W, 3]; prompt: its caption; scene: what it shows.
+    """
+
+    def __init__(self, scene: Scene, config: WorldConfig, video: np.ndarray) -> None:
+        self.scene = scene
+        self.config = config
+        self.video = video
+        self.prompt = describe(scene)
+
+    def layers(self, frame: int, xy: np.ndarray) -> np.ndarray:
+        """Which surface is seen at points xy [P, 2] (pixels) of a frame: int64 [P], 0 the background, k the k-th sprite
+        from the back."""
+        seen = self._sprite_cover(torch.as_tensor(xy, dtype=torch.float64)[None], [frame])[:, 0]
+        order = torch.arange(1, len(seen) + 1)[:, None]
+        return (seen * order).amax(dim=0).numpy()
+
+    def tracks(self, queries: np.ndarray) -> Truth:
+        """Exact tracks of the surface points seen at the queries.
+
+        queries: [P, 3] (frame, x, y), whole frame numbers and pixels inside of the frame. Raises ValueError otherwise.
+        """
+        queries = np.asarray(queries, dtype=np.float64)
+        self._check_queries(queries)
+        frames, xy = queries[:, 0].astype(np.int64), queries[:, 1:]
+        layer = np.zeros(len(queries), dtype=np.int64)
+        for frame in np.unique(frames):
+            chosen = frames == frame
+            layer[chosen] = self.layers(int(frame), xy[chosen])
+        moved = self._move(torch.from_numpy(frames), torch.from_numpy(xy), torch.from_numpy(layer))
+        cover = self._sprite_cover(moved, list(range(self.config.frames)))
+        order = torch.arange(1, len(cover) + 1)[:, None, None]
+        hidden = (cover & (order > torch.from_numpy(layer))).any(dim=0)
+        size = torch.tensor([self.config.width, self.config.height])
+        inside = ((moved >= 0) & (moved < size)).all(dim=-1)
+        return Truth(moved.float().numpy(), (inside & ~hidden).numpy())
+
+    def flow(self) -> Flow:
+        """Exact forward flow of every pixel centre."""
+        config = self.config
+        columns, rows = np.meshgrid(np.arange(config.width) + 0.5, np.arange(config.height) + 0.5)
+        xy = np.stack([columns, rows], axis=-1).reshape(-1, 2)
+        displacement, visible = [], []
+        for frame in range(config.frames - 1):
+            truth = self.tracks(np.concatenate([np.full((len(xy), 1), float(frame)), xy], axis=1))
+            displacement.append((truth.xy[frame + 1] - xy).reshape(config.height, config.width, 2))
+            visible.append(truth.visible[frame + 1].reshape(config.height, config.width))
+        if not displacement:
+            raise ValueError("flow needs at least two frames, the clip has one")
+        return Flow(np.stack(displacement).astype(np.float32), np.stack(visible))
+
+    def _check_queries(self, queries: np.ndarray) -> None:
+        config = self.config
+        if queries.ndim != 2 or queries.shape[1] != 3 or not np.isfinite(queries).all():
+            raise ValueError(f"queries must be finite and of shape [P, 3] (frame, x, y), got shape {queries.shape}")
+        highest = np.array([config.frames - 1, config.width, config.height])
+        if (queries < 0).any() or (queries > highest).any() or (queries[:, 0] != np.floor(queries[:, 0])).any():
+            raise ValueError(
+                f"queries must lie on frames 0..{config.frames - 1} and inside of {config.width}x{config.height} pixels"
+            )
+
+    def _to_units(self, xy: Tensor) -> Tensor:
+        return (xy - torch.tensor([self.config.width, self.config.height]) / 2) / self.config.unit
+
+    def _to_pixels(self, units: Tensor) -> Tensor:
+        return units * self.config.unit + torch.tensor([self.config.width, self.config.height]) / 2
+
+    def _sprite_cover(self, xy: Tensor, frames: list[int]) -> Tensor:
+        """Whether each sprite covers points xy [T', P, 2] of the given T' frames: bool [sprites, T', P]."""
+        inverse, center, radius = _sprite_poses(self.scene.sprites, torch.float64)
+        offset = self._to_units(xy) - center[:, frames, None]
+        local = torch.einsum("ntij,ntpj->ntpi", inverse[:, frames], offset) / radius[:, frames, None, None]
+        return signed_distance(local, _shape_indices(self.scene.sprites)) <= 0
+
+    def _move(self, frames: Tensor, xy: Tensor, layer: Tensor) -> Tensor:
+        """Carry points [P, 2] seen on a layer of their frames to all frames: [T, P, 2]."""
+        camera, sprites = self.scene.camera, self.scene.sprites
+        # As a screen-from-surface similarity the background has the inverse of the camera's zoom and angle.
+        angle = torch.from_numpy(np.stack([-camera.angle, *(sprite.angle for sprite in sprites)]))
+        scale = torch.from_numpy(np.stack([1 / camera.zoom, *(sprite.radius for sprite in sprites)]))
+        matrix = _rotation(angle) * scale[..., None, None]
+        background_shift = -torch.einsum("tij,tj->ti", matrix[0], torch.from_numpy(camera.center))
+        shift = torch.stack([background_shift, *(torch.from_numpy(sprite.center) for sprite in sprites)])
+        start = self._to_units(xy) - shift[layer, frames]
+        surface = torch.linalg.solve(matrix[layer, frames], start)
+        return self._to_pixels(torch.einsum("ptij,pj->tpi", matrix[layer], surface) + shift[layer].transpose(0, 1))
+
+
+def generate(seeds: Sequence[int], config: WorldConfig | None = None) -> list[Clip]:
+    """Generated clips of one size, one for each seed; a seed gives the same clip in any batch."""
+    config = config or WorldConfig()
+    scenes = [config.scene(seed) for seed in seeds]
+    frames = (render(scenes, config) * 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2)
+    return [Clip(scene, config, video.contiguous().numpy()) for scene, video in zip(scenes, frames, strict=True)]
+
+
+def demo_clip(seed: int = 3) -> tuple[np.ndarray, Clip]:
+    """A clip for demonstrations: video uint8 [20, 160, 240, 3] and the clip whose `tracks` gives its exact truth."""
+    clip = generate([seed], WorldConfig(frames=20, height=160, width=240, sprites=(2, 4)))[0]
+    return clip.video, clip
+
+
+__all__ = ["SHAPES", "SPRITE_TEXTURES", "Clip", "Flow", "Truth", "WorldConfig", "demo_clip", "generate", "render"]
