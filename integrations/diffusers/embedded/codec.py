@@ -1,0 +1,89 @@
+"""A fixed, exactly invertible video codec with the interface of diffusers' video autoencoders.
+
+Every frame becomes a latent of its own: an orthonormal Haar transform of 2x2 pixels in each colour axis, with gains
+that bring the twelve channels near the same deviation, as a learned codec's latents have. There is nothing to train.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import ModelMixin
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from torch import Tensor
+
+
+@dataclass
+class PointDistribution:
+    """The codec's "distribution": all mass on one latent, so sample and mode agree."""
+
+    latent: Tensor
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """The latent; `generator` is there for the interface's sake."""
+        return self.latent
+
+    def mode(self) -> Tensor:
+        """The latent."""
+        return self.latent
+
+
+def _colour_axes() -> Tensor:
+    """Orthonormal brightness, red-blue and green-magenta axes, [3, 3]."""
+    axes = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]])
+    return axes / axes.norm(dim=1, keepdim=True)
+
+
+def _haar_axes() -> Tensor:
+    """Orthonormal mean, column, row and diagonal differences of 2x2 pixels in row-major order, [4, 4]."""
+    signs = [[1.0, 1.0, 1.0, 1.0], [1.0, -1.0, 1.0, -1.0], [1.0, 1.0, -1.0, -1.0], [1.0, -1.0, -1.0, 1.0]]
+    return torch.tensor(signs) / 2
+
+
+class HaarVideoCodec(ModelMixin, ConfigMixin):
+    """Videos [B, 3, T, H, W] in -1..1 to latents [B, 12, T, H/2, W/2] and back without loss (up to rounding).
+
+    scaling_factor is 1: the gains already normalise. The empty list of names after the first entry of
+    `block_out_channels` is not used for layers; its length tells diffusers' pipelines the spatial factor 2.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        latent_channels: int = 12,
+        block_out_channels: tuple[int, ...] = (12, 12),
+        temporal_compression_ratio: int = 1,
+        scaling_factor: float = 1.0,
+        colour_gains: tuple[float, float, float] = (0.75, 1.3, 2.4),
+        detail_gains: tuple[float, float, float, float] = (1.0, 4.0, 4.0, 7.0),
+    ) -> None:
+        super().__init__()
+        if in_channels != 3 or latent_channels != 12:
+            raise ValueError(f"the codec maps 3 colours to 12 channels, got {in_channels} and {latent_channels}")
+        matrix = torch.einsum("ci,dp->cdip", _colour_axes(), _haar_axes()).reshape(12, 12)
+        gains = torch.outer(torch.tensor(colour_gains), torch.tensor(detail_gains)).reshape(12)
+        self.register_buffer("analysis", matrix * gains[:, None])
+        self.register_buffer("synthesis", (matrix / gains[:, None]).T.contiguous())
+
+    def encode(self, sample: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[PointDistribution]:
+        """sample: [B, 3, T, H, W] in -1..1, H and W even. `.latent_dist` holds [B, 12, T, H/2, W/2]."""
+        if sample.ndim != 5 or sample.shape[1] != 3 or sample.shape[3] % 2 or sample.shape[4] % 2:
+            raise ValueError(f"the codec encodes [B, 3, T, even H, even W], got {tuple(sample.shape)}")
+        batch, _, frames, height, width = sample.shape
+        cells = sample.reshape(batch, 3, frames, height // 2, 2, width // 2, 2)
+        cells = cells.permute(0, 2, 3, 5, 1, 4, 6).flatten(4)
+        latent = (cells @ self.analysis.T).permute(0, 4, 1, 2, 3)
+        distribution = PointDistribution(latent.contiguous())
+        return AutoencoderKLOutput(latent_dist=distribution) if return_dict else (distribution,)
+
+    def decode(self, latent: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
+        """latent: [B, 12, T, h, w]. `.sample` holds [B, 3, T, 2h, 2w]."""
+        if latent.ndim != 5 or latent.shape[1] != 12:
+            raise ValueError(f"the codec decodes [B, 12, T, h, w], got {tuple(latent.shape)}")
+        batch, _, frames, height, width = latent.shape
+        cells = latent.permute(0, 2, 3, 4, 1) @ self.synthesis.T
+        cells = cells.reshape(batch, frames, height, width, 3, 2, 2).permute(0, 4, 1, 2, 5, 3, 6)
+        sample = cells.reshape(batch, 3, frames, 2 * height, 2 * width)
+        return DecoderOutput(sample=sample) if return_dict else (sample,)

@@ -1,0 +1,40 @@
+"""Reading the shipped checkpoint and its preset from package data, offline."""
+
+import json
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from corrdit.integrations.diffusers.embedded.pipeline import EmbeddedVideoPipeline
+
+WEIGHTS = pathlib.Path(__file__).parent / "weights"
+PRESET_FILE = "preset.json"
+
+
+def load_embedded_pipeline(
+    folder: str | pathlib.Path | None = None, dtype: torch.dtype = torch.float32
+) -> "EmbeddedVideoPipeline":
+    """The embedded pipeline from the package, or from a folder written by its `save_pretrained`. Never uses a network.
+
+    Raises FileNotFoundError if the folder holds no pipeline.
+    """
+    from corrdit.integrations.diffusers.embedded.pipeline import EmbeddedVideoPipeline
+
+    source = WEIGHTS if folder is None else pathlib.Path(folder)
+    if not (source / "model_index.json").is_file():
+        raise FileNotFoundError(
+            f"{source} holds no diffusers pipeline (no model_index.json); give a folder written by save_pretrained"
+        )
+    pipe = EmbeddedVideoPipeline.from_pretrained(str(source), torch_dtype=dtype, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def read_preset(folder: str | pathlib.Path | None = None) -> dict[str, Any]:
+    """Where the embedded model's correspondence is best: layer, head, step and the sizes it was trained on."""
+    path = (WEIGHTS if folder is None else pathlib.Path(folder)) / PRESET_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; it is written by `corrdit train` when it exports a checkpoint")
+    return json.loads(path.read_text(encoding="utf-8"))

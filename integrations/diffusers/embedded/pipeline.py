@@ -1,0 +1,118 @@
+"""CogVideoX's pipeline with the embedded components: short prompts and rotary positions in tokens at every size."""
+
+from typing import Any
+
+import torch
+from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers.models.embeddings import get_3d_rotary_pos_embed
+from torch import Tensor
+
+from corrdit.integrations.diffusers.embedded.codec import HaarVideoCodec
+from corrdit.integrations.diffusers.embedded.text import WordEncoder, WordTokenizer
+
+TEXT_TOKENS = 24
+TEXT_DIM = 64
+
+
+def rotary_positions(head_dim: int, frames: int, height: int, width: int, device: Any = None) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [frames * height * width, head_dim] of CogVideoX's three-axis rotary embedding, where a token's
+    position is its plain (frame, row, column) index whatever the size of the grid."""
+    return get_3d_rotary_pos_embed(
+        embed_dim=head_dim,
+        crops_coords=None,
+        grid_size=(height, width),
+        temporal_size=frames,
+        grid_type="slice",
+        max_size=(height, width),
+        device=device,
+    )
+
+
+class EmbeddedVideoPipeline(CogVideoXPipeline):
+    """CogVideoXPipeline for the embedded model. `pipe("a striped disc moves left over grass").frames`.
+
+    Two things differ from its parent. Prompts are padded to the transformer's own text length. Rotary positions are
+    token indices; the parent stretches every frame to the size of training, which would change what a distance of
+    one token means.
+    """
+
+    def __init__(
+        self,
+        tokenizer: WordTokenizer,
+        text_encoder: WordEncoder,
+        vae: HaarVideoCodec,
+        transformer: CogVideoXTransformer3DModel,
+        scheduler: CogVideoXDDIMScheduler,
+    ) -> None:
+        super().__init__(
+            tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
+        )
+
+    def _get_t5_prompt_embeds(
+        self,
+        prompt: str | list[str] | None = None,
+        num_videos_per_prompt: int = 1,
+        max_sequence_length: int = TEXT_TOKENS,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        longest = self.transformer.config.max_text_seq_length
+        return super()._get_t5_prompt_embeds(
+            prompt, num_videos_per_prompt, min(max_sequence_length, longest), device, dtype
+        )
+
+    def _prepare_rotary_positional_embeddings(
+        self, height: int, width: int, num_frames: int, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        stride = self.vae_scale_factor_spatial * self.transformer.config.patch_size
+        head_dim = self.transformer.config.attention_head_dim
+        return rotary_positions(head_dim, num_frames, height // stride, width // stride, device)
+
+
+def build_transformer(
+    layers: int = 6, heads: int = 4, head_dim: int = 32, positions: str = "rotary", frames: int = 8, size: int = 32
+) -> CogVideoXTransformer3DModel:
+    """A fresh transformer for the embedded codec and text encoder.
+
+    positions: "rotary" (runs at any size) or "absolute" (a fixed table, made for `frames` of `size` x `size` pixels).
+    """
+    if positions not in ("rotary", "absolute"):
+        raise ValueError(f"positions must be 'rotary' or 'absolute', got {positions!r}")
+    return CogVideoXTransformer3DModel(
+        num_attention_heads=heads,
+        attention_head_dim=head_dim,
+        in_channels=12,
+        out_channels=12,
+        time_embed_dim=4 * heads * head_dim // 2,
+        text_embed_dim=TEXT_DIM,
+        num_layers=layers,
+        sample_width=size // 2,
+        sample_height=size // 2,
+        sample_frames=frames,
+        patch_size=2,
+        temporal_compression_ratio=1,
+        max_text_seq_length=TEXT_TOKENS,
+        spatial_interpolation_scale=1.0,
+        use_rotary_positional_embeddings=positions == "rotary",
+    )
+
+
+def build_scheduler() -> CogVideoXDDIMScheduler:
+    """The noise schedule of training: CogVideoX's without its shift towards noise, which is made for large frames."""
+    return CogVideoXDDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        snr_shift_scale=1.0,
+        timestep_spacing="trailing",
+    )
+
+
+def build_pipeline(transformer: CogVideoXTransformer3DModel) -> EmbeddedVideoPipeline:
+    """A whole pipeline round a transformer."""
+    tokenizer = WordTokenizer()
+    encoder = WordEncoder(vocab_size=tokenizer.vocab_size, embed_dim=TEXT_DIM, max_length=TEXT_TOKENS + 8)
+    return EmbeddedVideoPipeline(tokenizer, encoder, HaarVideoCodec(), transformer, build_scheduler())

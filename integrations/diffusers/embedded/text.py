@@ -1,0 +1,119 @@
+"""A small fixed text encoder: a word list, hashed places for unknown words, and vectors that follow from a seed."""
+
+import json
+import os
+import re
+import zlib
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers import ModelMixin
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from torch import Tensor
+from transformers import PreTrainedTokenizer
+
+from corrdit.data.scene import BACKGROUNDS, COLOURS, DIRECTIONS, SPRITE_TEXTURES
+from corrdit.data.shapes import SHAPES
+
+PADDING, END = "<pad>", "<end>"
+_SPRITE_WORDS = ("moves", "accelerates", "circles", "bounces", "turns", "grows", "shrinks", "stands", "still")
+_FUNCTION_WORDS = (
+    *("a", "an", "the", "and", "over", "camera", "is"),
+    *_SPRITE_WORDS,
+    *("clockwise", "anticlockwise", "pans", "zooms", "in", "out"),
+)
+_VOCABULARY_FILE = "vocabulary.json"
+
+
+def world_vocabulary() -> list[str]:
+    """Every word of the generated world's prompts, in a fixed order, after padding and end."""
+    directions = [word for name in DIRECTIONS for word in name.split()]
+    words = [*_FUNCTION_WORDS, *directions, *SHAPES, *SPRITE_TEXTURES, *COLOURS, *BACKGROUNDS]
+    return list(dict.fromkeys([PADDING, END, *words]))
+
+
+class WordTokenizer(PreTrainedTokenizer):
+    """Lower-case words to ids; a word that is not in the list gets one of `hash_buckets` further ids by its CRC-32."""
+
+    vocab_files_names: ClassVar[dict[str, str]] = {"vocab_file": _VOCABULARY_FILE}
+    model_input_names: ClassVar[list[str]] = ["input_ids", "attention_mask"]
+
+    def __init__(self, vocab_file: str | None = None, hash_buckets: int = 256, **kwargs: Any) -> None:
+        if vocab_file is None:
+            words = world_vocabulary()
+        else:
+            with open(vocab_file, encoding="utf-8") as file:
+                words = json.load(file)
+        self.words: list[str] = words
+        self.word_ids = {word: index for index, word in enumerate(words)}
+        self.hash_buckets = hash_buckets
+        kwargs.setdefault("pad_token", PADDING)
+        kwargs.setdefault("eos_token", END)
+        super().__init__(hash_buckets=hash_buckets, **kwargs)
+
+    @property
+    def vocab_size(self) -> int:
+        """Known words and hashed places together."""
+        return len(self.words) + self.hash_buckets
+
+    def get_vocab(self) -> dict[str, int]:
+        """Known words to ids."""
+        return dict(self.word_ids)
+
+    def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
+        return re.findall(r"[^\W_]+", text.lower())
+
+    def _convert_token_to_id(self, token: str) -> int:
+        known = self.word_ids.get(token)
+        return len(self.words) + zlib.crc32(token.encode()) % self.hash_buckets if known is None else known
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return self.words[index] if index < len(self.words) else f"<unknown {index - len(self.words)}>"
+
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        """The words, then the end token."""
+        return [*token_ids_0, *(token_ids_1 or []), self.word_ids[END]]
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
+        """Write the word list as JSON; returns the path."""
+        name = f"{filename_prefix}-{_VOCABULARY_FILE}" if filename_prefix else _VOCABULARY_FILE
+        path = os.path.join(save_directory, name)
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(self.words, file)
+        return (path,)
+
+
+class WordEncoder(ModelMixin, ConfigMixin):
+    """Fixed vectors for word ids: the word's own, its place in the sentence, and a fading memory of the words before
+    it.
+
+    The memory tells the two subjects of a sentence apart, since the transformer's text tokens carry no position.
+    Nothing is trained; all vectors follow from `seed` through numpy's generator.
+    """
+
+    @register_to_config
+    def __init__(self, vocab_size: int = 320, embed_dim: int = 64, max_length: int = 32, seed: int = 7) -> None:
+        super().__init__()
+        rng = np.random.default_rng(seed)
+        words = rng.standard_normal((vocab_size, embed_dim), dtype=np.float32)
+        words[0] = 0.0
+        self.register_buffer("words", torch.from_numpy(words))
+        places = 0.5 * rng.standard_normal((max_length, embed_dim), dtype=np.float32)
+        self.register_buffer("places", torch.from_numpy(places))
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor]:
+        """input_ids: int64 [B, L]. Returns ([B, L, embed_dim],) as a transformers encoder would; padding gives
+        zeros."""
+        if input_ids.shape[1] > self.places.shape[0]:
+            raise ValueError(f"at most {self.places.shape[0]} words are encoded, got {input_ids.shape[1]}")
+        words = self.words[input_ids]
+        memory = torch.zeros_like(words[:, 0])
+        rows = []
+        for position in range(words.shape[1]):
+            rows.append(words[:, position] + self.places[position] + 0.6 * memory)
+            memory = 0.7 * memory + 0.5 * words[:, position]
+        present = (input_ids != 0)[..., None]
+        return (torch.stack(rows, dim=1) * present,)
