@@ -1,0 +1,246 @@
+"""Training of the embedded video diffusion transformer on the generated world, by Lightning.
+
+The data follow from the seed and the number of the step alone: a run that was killed and resumed sees the same
+videos, noise and timesteps as one that was not, and logs the same losses.
+"""
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils.data import DataLoader, IterableDataset
+
+from corrdit.data import PROMPT_KINDS, WorldConfig, describe, render
+from corrdit.integrations.diffusers.embedded.pipeline import build_pipeline, build_transformer, rotary_positions
+
+HELD_OUT_SEEDS = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """A recipe. `shapes` lists (frames, height, width) in pixels, taken in turn by the steps; a step's batch has one
+    shape.
+
+    empty_prompts is the share of videos without a prompt, part_prompts of those with the subject or the scene alone.
+    """
+
+    seed: int = 0
+    steps: int = 4000
+    batch_size: int = 16
+    shapes: tuple[tuple[int, int, int], ...] = ((8, 32, 32),)
+    layers: int = 6
+    heads: int = 4
+    head_dim: int = 32
+    positions: str = "rotary"
+    learning_rate: float = 1e-3
+    warmup: int = 100
+    final_rate: float = 0.02
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    average_decay: float = 0.998
+    empty_prompts: float = 0.2
+    part_prompts: float = 0.2
+    precision: str = "bf16-mixed"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shapes", tuple(tuple(int(size) for size in shape) for shape in self.shapes))
+        if self.steps < 1 or self.batch_size < 1 or self.seed < 0:
+            raise ValueError(f"need steps >= 1, batch_size >= 1 and seed >= 0, got {self}")
+        for shape in self.shapes:
+            if len(shape) != 3 or shape[1] % 4 or shape[2] % 4:
+                raise ValueError(f"a shape is (frames, height, width) with sizes divisible by 4, got {shape}")
+        if self.seed * self.steps * self.batch_size >= HELD_OUT_SEEDS:
+            raise ValueError("seed * steps * batch_size must stay below 1e9, where the held-out videos begin")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "TrainingConfig":
+        """A recipe from a config file's entries. Raises ValueError for an entry that does not exist."""
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"unknown entries {unknown} in the recipe; known are {sorted(known)}")
+        return cls(**values)
+
+
+class GeneratedBatches(IterableDataset):
+    """Batches of generated videos, from a given step on: dicts with `video` [B, T, 3, H, W] in 0..1, `prompts`,
+    `step` and `share`, the slice of the step's whole batch that this process (`rank` of `processes`) holds."""
+
+    def __init__(self, config: TrainingConfig, first_step: int = 0, rank: int = 0, processes: int = 1) -> None:
+        if config.batch_size % processes:
+            raise ValueError(f"batch_size {config.batch_size} cannot be shared evenly by {processes} processes")
+        self.config = config
+        self.first_step = first_step
+        each = config.batch_size // processes
+        self.share = slice(rank * each, (rank + 1) * each)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for step in range(self.first_step, self.config.steps):
+            yield self.batch(step)
+
+    def batch(self, step: int) -> dict[str, Any]:
+        """This process's share of the batch of one step."""
+        config = self.config
+        frames, height, width = config.shapes[step % len(config.shapes)]
+        world = WorldConfig(frames, height, width)
+        first = (config.seed * config.steps + step) * config.batch_size
+        scenes = [world.scene(first + index) for index in range(config.batch_size)]
+        rng = np.random.default_rng([config.seed, step, 1])
+        prompts = []
+        for scene in scenes:
+            draw = rng.random()
+            kind = PROMPT_KINDS[1 + int(rng.integers(2))] if draw < config.part_prompts else "caption"
+            prompts.append("" if rng.random() < config.empty_prompts else describe(scene, kind))
+        chosen = scenes[self.share]
+        return {"video": render(chosen, world), "prompts": prompts[self.share], "step": step, "share": self.share}
+
+
+class WorldDataModule(lightning.LightningDataModule):
+    """Generated training batches that start at the trainer's current step."""
+
+    def __init__(self, config: TrainingConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def train_dataloader(self) -> DataLoader:
+        """One endless epoch; batches come whole from the dataset."""
+        if self.trainer is None:
+            return DataLoader(GeneratedBatches(self.config), batch_size=None)
+        batches = GeneratedBatches(
+            self.config, self.trainer.global_step, self.trainer.global_rank, self.trainer.world_size
+        )
+        return DataLoader(batches, batch_size=None)
+
+
+class MaterialisedAttention(TorchFunctionMode):
+    """Runs attention as two batched matrix products and a softmax, in bfloat16.
+
+    For the few hundred tokens of training this takes half the time of PyTorch's fused attention on the CPU, whose
+    backward is slow there. Needs 2 * batch * heads * tokens**2 bytes for each layer.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: dict[str, Any] | None = None
+    ) -> Any:
+        """Replace plain calls of scaled_dot_product_attention; everything else runs as it is."""
+        keywords = keywords or {}
+        plain = not keywords.get("is_causal") and keywords.get("attn_mask") is None and len(arguments) == 3
+        if function is not F.scaled_dot_product_attention or not plain:
+            return function(*arguments, **keywords)
+        query, key, value = (tensor.to(torch.bfloat16).flatten(0, 1) for tensor in arguments)
+        with torch.autocast(query.device.type, enabled=False):
+            scores = torch.bmm(query * query.shape[-1] ** -0.5, key.transpose(1, 2))
+            mixed = torch.bmm(scores.softmax(dim=-1), value)
+        return mixed.unflatten(0, arguments[0].shape[:2])
+
+
+class EmbeddedTraining(lightning.LightningModule):
+    """v-prediction training of CogVideoX's transformer with warm-up, cosine decay and an average of the weights.
+
+    `transformer` is what is trained, `average` its exponential moving average, which is what gets exported.
+    """
+
+    def __init__(self, config: TrainingConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.save_hyperparameters(asdict(config) | {"shapes": [list(shape) for shape in config.shapes]})
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.transformer = build_transformer(config.layers, config.heads, config.head_dim, config.positions)
+        self._close_gates()
+        self.average = copy.deepcopy(self.transformer).requires_grad_(False)
+        pipe = build_pipeline(self.transformer)
+        self.tokenizer = pipe.tokenizer
+        self.codec = pipe.vae.requires_grad_(False)
+        self.text_encoder = pipe.text_encoder
+        self.register_buffer("signal_power", pipe.scheduler.alphas_cumprod.float(), persistent=False)
+
+    def _close_gates(self) -> None:
+        """Start every block as the identity and the output at zero, as DiT's adaLN-Zero (Peebles and Xie, section
+        3.2)."""
+        for block in self.transformer.transformer_blocks:
+            for norm in (block.norm1, block.norm2):
+                torch.nn.init.zeros_(norm.linear.weight)
+                torch.nn.init.zeros_(norm.linear.bias)
+        torch.nn.init.zeros_(self.transformer.proj_out.weight)
+        torch.nn.init.zeros_(self.transformer.proj_out.bias)
+
+    def embed(self, prompts: list[str]) -> Tensor:
+        """Text embeddings [B, text tokens, dim] of prompts."""
+        length = self.transformer.config.max_text_seq_length
+        encoded = self.tokenizer(
+            prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).input_ids
+        return self.text_encoder(encoded.to(self.device))[0]
+
+    def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
+        """Mean squared error of the predicted velocity on one batch."""
+        latents = self.codec.encode((2 * batch["video"] - 1).transpose(1, 2)).latent_dist.mode().transpose(1, 2)
+        _, frames, channels, height, width = latents.shape
+        timestep, noise = self._draw(int(batch["step"]), batch["share"], (frames, channels, height, width))
+        power = self.signal_power[timestep].view(-1, 1, 1, 1, 1)
+        noisy = power.sqrt() * latents + (1 - power).sqrt() * noise
+        velocity = power.sqrt() * noise - (1 - power).sqrt() * latents
+        rotary = None
+        if self.config.positions == "rotary":
+            rotary = rotary_positions(self.config.head_dim, frames, height // 2, width // 2, self.device)
+        text = self.embed(batch["prompts"])
+        fast = self.device.type == "cpu" and self.config.precision.startswith("bf16")
+        with MaterialisedAttention() if fast else nullcontext():
+            predicted = self.transformer(
+                hidden_states=noisy,
+                encoder_hidden_states=text,
+                timestep=timestep,
+                image_rotary_emb=rotary,
+                return_dict=False,
+            )[0]
+        loss = F.mse_loss(predicted.float(), velocity)
+        self.log("loss", loss, prog_bar=True, sync_dist=True)
+        return loss
+
+    def _draw(self, step: int, share: slice, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Timesteps [B], spread evenly over the whole batch, and noise [B, *shape] of one step.
+
+        They are drawn for the whole batch on the CPU, so that they are the same on every device and for any number of
+        processes.
+        """
+        count = self.config.batch_size
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
+        order = torch.randperm(count, generator=generator)
+        place = (order + torch.rand(count, generator=generator)) / count
+        timestep = (place * len(self.signal_power)).long().clamp(max=len(self.signal_power) - 1)
+        noise = torch.randn((count, *shape), generator=generator)
+        return timestep[share].to(self.device), noise[share].to(self.device)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_index: int) -> None:
+        """Move the average towards the weights, faster in the first steps."""
+        done = self.trainer.global_step
+        keep = min(self.config.average_decay, (1 + done) / (10 + done))
+        with torch.no_grad():
+            averaged, current = list(self.average.parameters()), list(self.transformer.parameters())
+            torch._foreach_lerp_(averaged, [weight.detach() for weight in current], 1 - keep)
+
+    def rate_at(self, step: int) -> float:
+        """Share of the learning rate at a step: linear warm-up, then a cosine down to `final_rate`."""
+        warm = min(1.0, (step + 1) / max(self.config.warmup, 1))
+        progress = min(1.0, step / self.config.steps)
+        return warm * (self.config.final_rate + (1 - self.config.final_rate) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW with weight decay on matrices only."""
+        weights = list(self.transformer.parameters())
+        groups = [
+            {"params": [weight for weight in weights if weight.ndim > 1], "weight_decay": self.config.weight_decay},
+            {"params": [weight for weight in weights if weight.ndim <= 1], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, self.config.learning_rate, betas=(0.9, 0.98))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate_at)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
