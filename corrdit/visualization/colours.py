@@ -48,10 +48,17 @@ def position_colours(xy: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _srgb_from_oklch(lightness: np.ndarray, chroma: float, hue: np.ndarray) -> np.ndarray:
-    """sRGB `[P, 3]` with the largest chroma up to `chroma` that stays inside the gamut."""
-    candidates = np.linspace(chroma, 0.0, 41)[:, None]
-    lab = np.stack(np.broadcast_arrays(lightness, candidates * np.cos(hue), candidates * np.sin(hue)), axis=-1)
-    linear = (lab @ _LMS_FROM_LAB.T) ** 3 @ _RGB_FROM_LMS.T
-    inside = ((linear >= -1e-4) & (linear <= 1 + 1e-4)).all(-1)
-    chosen = np.take_along_axis(linear, inside.argmax(0)[None, :, None], axis=0)[0].clip(0, 1)
-    return np.where(chosen <= 0.0031308, 12.92 * chosen, 1.055 * chosen ** (1 / 2.4) - 0.055)
+    """sRGB `[P, 3]` with the largest chroma up to `chroma` that stays inside the gamut, by bisection."""
+    low, high = np.zeros_like(hue), np.full_like(hue, chroma)
+    for _ in range(16):
+        middle = (low + high) / 2
+        linear = _linear_rgb(lightness, middle, hue)
+        inside = ((linear >= 0) & (linear <= 1)).all(-1)
+        low, high = np.where(inside, middle, low), np.where(inside, high, middle)
+    linear = _linear_rgb(lightness, low, hue).clip(0, 1)
+    return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+def _linear_rgb(lightness: np.ndarray, chroma: np.ndarray, hue: np.ndarray) -> np.ndarray:
+    lab = np.stack((lightness, chroma * np.cos(hue), chroma * np.sin(hue)), axis=-1)
+    return (lab @ _LMS_FROM_LAB.T) ** 3 @ _RGB_FROM_LMS.T

@@ -73,7 +73,6 @@ class TrackPainter:
         if len(self._colours) != self._xy.shape[1]:
             raise ValueError(f"starts has {len(self._colours)} points, the tracks have {self._xy.shape[1]}")
         self._radius = self.style.radius or _dot_radius(self.size, self._xy.shape[1])
-        self._figure, self._axes = _transparent_figure(self.size)
 
     @property
     def frames(self) -> int:
@@ -94,72 +93,44 @@ class TrackPainter:
 
     def _render(self, index: int) -> np.ndarray:
         """The tracks alone, uint8 `[h, w, 4]`, not premultiplied."""
-        self._axes.clear()
-        self._axes.set(xlim=(0, self.size[1]), ylim=(self.size[0], 0))
-        self._axes.axis("off")
-        self._add_trails(index)
-        self._add_dots(index)
-        self._figure.canvas.draw()
-        return np.asarray(self._figure.canvas.buffer_rgba())
+        canvas = _Canvas(*self.size)
+        self._add_trails(canvas, index)
+        self._add_dots(canvas, index)
+        return canvas.pixels()
 
-    def _add_trails(self, index: int) -> None:
-        from matplotlib.collections import LineCollection
-
+    def _add_trails(self, canvas: _Canvas, index: int) -> None:
         first = max(0, index - self.style.trail)
         if first == index:
             return
-        path = self._xy[first : index + 1].swapaxes(0, 1)
-        segments = np.stack((path[:, :-1], path[:, 1:]), axis=2)
-        seen = (self._visible[first:index] & self._visible[first + 1 : index + 1]).T
-        if self.style.hidden:
-            strength = np.where(seen, 1.0, 0.35)
-        else:
-            strength = seen.astype(np.float64)
-        age = np.arange(index - first, 0, -1) - 1
+        path = self._xy[first : index + 1]
+        seen = self._visible[first:index] & self._visible[first + 1 : index + 1]
+        strength = np.where(seen, 1.0, 0.35 if self.style.hidden else 0.0)
+        age = np.arange(index - first, 0, -1)[:, None] - 1
         alpha = strength * (1 - age / self.style.trail) ** 1.2
-        moved = np.linalg.norm(segments[:, :, 1] - segments[:, :, 0], axis=-1) > 1e-3
+        moved = np.linalg.norm(np.diff(path, axis=0), axis=-1) > 1e-3
         chosen = moved & (alpha > 0.01)
-        colours = np.concatenate(
-            (np.broadcast_to(self._colours[:, None], (*alpha.shape, 3)), alpha[..., None]), axis=-1
-        )
-        dark = np.concatenate((np.zeros((*alpha.shape, 3)), 0.45 * alpha[..., None]), axis=-1)
-        for colour, width in ((dark, 0.9 * self._radius + 1.4), (colours, 0.9 * self._radius)):
-            lines = LineCollection(segments[chosen], colors=colour[chosen], linewidths=width, capstyle="butt")
-            self._axes.add_collection(lines, autolim=False)
+        segments = np.stack((path[:-1], path[1:]), axis=2)[chosen]
+        colours = np.broadcast_to(self._colours, (*alpha.shape, 3))[chosen]
+        width = 0.9 * self._radius
+        canvas.lines(segments, _with_opacity(0.0 * colours, 0.45 * alpha[chosen]), width + 1.4)
+        canvas.lines(segments, _with_opacity(colours, alpha[chosen]), width)
 
-    def _add_dots(self, index: int) -> None:
-        inside = ((self._xy[index] >= -2) & (self._xy[index] <= np.array(self.size[::-1]) + 2)).all(-1)
-        visible = self._visible[index] & inside
-        halo = max(0.9, 0.3 * self._radius)
-        clear, dark = (0.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.7)
+    def _add_dots(self, canvas: _Canvas, index: int) -> None:
+        place, radius = self._xy[index], self._radius
+        halo, rim = max(0.9, 0.3 * radius), 0.4 * radius
+        inside = ((place >= -radius) & (place <= np.array(self.size[::-1]) + radius)).all(-1)
         if self.style.hidden:
-            hidden, ring = self._xy[index, ~self._visible[index] & inside], self._radius
-            self._circles(hidden, ring, clear, dark, 0.4 * self._radius + halo)
-            self._circles(hidden, ring, clear, self._colours[~self._visible[index] & inside], 0.4 * self._radius)
-        self._circles(self._xy[index, visible], self._radius + halo, dark, clear, 0)
-        self._circles(self._xy[index, visible], self._radius, self._colours[visible], clear, 0)
+            hidden = inside & ~self._visible[index]
+            canvas.rings(place[hidden], radius, _with_opacity(0.0 * self._colours[hidden], 0.7), rim + halo)
+            canvas.rings(place[hidden], radius, _with_opacity(self._colours[hidden], 1.0), rim)
+        seen = inside & self._visible[index]
+        canvas.discs(place[seen], radius + halo, _with_opacity(0.0 * self._colours[seen], 0.7))
+        canvas.discs(place[seen], radius, _with_opacity(self._colours[seen], 1.0))
 
-    def _circles(self, centres: np.ndarray, radius: float, face: Any, edge: Any, rim: float) -> None:
-        from matplotlib.collections import EllipseCollection
 
-        if len(centres) == 0:
-            return
-        diameters = np.full(len(centres), 2 * radius)
-        self._axes.add_collection(
-            EllipseCollection(
-                diameters,
-                diameters,
-                np.zeros(len(centres)),
-                units="xy",
-                offsets=centres,
-                offset_transform=self._axes.transData,
-                facecolors=face,
-                edgecolors=edge,
-                linewidths=rim,
-                snap=False,
-            ),
-            autolim=False,
-        )
+def _with_opacity(colours: np.ndarray, opacity: np.ndarray | float) -> np.ndarray:
+    """`[N, 3]` with an opacity for each or all: `[N, 4]`."""
+    return np.column_stack((colours, np.broadcast_to(opacity, len(colours))))
 
 
 def iterate_drawn_tracks(
@@ -227,13 +198,52 @@ def _dot_radius(size: tuple[int, int], points: int) -> float:
     return float(np.clip(0.10 * spacing, 0.0045 * min(size) + 0.6, 0.008 * min(size) + 1.0))
 
 
-def _transparent_figure(size: tuple[int, int]) -> tuple[Any, Any]:
-    """A figure without pyplot, so that no global state is touched and threads can draw side by side."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+class _Canvas:
+    """Anti-aliased shapes at sub-pixel positions on a transparent picture, by Matplotlib's Agg.
 
-    figure = Figure(figsize=(size[1] / 72, size[0] / 72), dpi=72, facecolor=(0, 0, 0, 0))
-    FigureCanvasAgg(figure)
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.patch.set_alpha(0)
-    return figure, axes
+    No pyplot, so no global state is touched. Each collection gets its line width twice: Agg draws a collection whose
+    properties are all single as markers, which it puts on whole pixels.
+    """
+
+    def __init__(self, height: int, width: int) -> None:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.transforms import Affine2D
+
+        # at 72 dots per inch a point is a pixel
+        self._figure = Figure(figsize=(width / 72, height / 72), dpi=72, facecolor=(0, 0, 0, 0))
+        self._canvas = FigureCanvasAgg(self._figure)
+        self._downwards = Affine2D.from_values(1, 0, 0, -1, 0, height)
+
+    def lines(self, segments: np.ndarray, colours: np.ndarray, width: float) -> None:
+        """`segments [N, 2, 2]` (start and end, (x, y)), `colours [N, 4]`."""
+        from matplotlib.collections import LineCollection
+
+        lines = LineCollection(segments, colors=colours, linewidths=(width, width), capstyle="butt", snap=False)
+        self._add(lines, len(segments), transform=self._downwards)
+
+    def rings(self, centres: np.ndarray, radius: float, colours: np.ndarray, width: float) -> None:
+        """`centres [N, 2]` (x, y), `colours [N, 4]`."""
+        self._circles(centres, radius, facecolors="none", edgecolors=colours, linewidths=(width, width))
+
+    def discs(self, centres: np.ndarray, radius: float, colours: np.ndarray) -> None:
+        """`centres [N, 2]` (x, y), `colours [N, 4]`."""
+        self._circles(centres, radius, facecolors=colours, edgecolors="none", linewidths=(0, 0))
+
+    def pixels(self) -> np.ndarray:
+        """uint8 `[h, w, 4]`, not premultiplied."""
+        self._canvas.draw()
+        return np.asarray(self._canvas.buffer_rgba())
+
+    def _circles(self, centres: np.ndarray, radius: float, **properties: Any) -> None:
+        from matplotlib.collections import CircleCollection
+
+        area = np.full(max(len(centres), 2), np.pi * radius**2)
+        circles = CircleCollection(area, offsets=centres, offset_transform=self._downwards, snap=False, **properties)
+        self._add(circles, len(centres))
+
+    def _add(self, collection: Any, count: int, transform: Any = None) -> None:
+        if count:
+            if transform is not None:
+                collection.set_transform(transform)
+            self._figure.add_artist(collection, clip=False)
