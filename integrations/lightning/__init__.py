@@ -1,0 +1,45 @@
+"""Plugging into Lightning: callbacks for anyone's module, and modules and data modules of our own.
+
+Names are resolved on first use, so that importing this package does not load lightning.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_LAZY_ATTRIBUTES = {
+    "CorrespondenceCallback": "corrdit.integrations.lightning.callback",
+    "CorrespondenceMonitor": "corrdit.integrations.lightning.monitor",
+    "TrackingModule": "corrdit.integrations.lightning.modules",
+    "VideoDataModule": "corrdit.integrations.lightning.data_modules",
+    "WorldProbe": "corrdit.integrations.lightning.probe",
+    "tracking_report": "corrdit.integrations.lightning.modules",
+}
+__all__ = [
+    "CorrespondenceCallback",
+    "CorrespondenceMonitor",
+    "TrackingModule",
+    "VideoDataModule",
+    "WorldProbe",
+    "tracking_report",
+]
+
+if TYPE_CHECKING:
+    from corrdit.integrations.lightning.callback import CorrespondenceCallback
+    from corrdit.integrations.lightning.data_modules import VideoDataModule
+    from corrdit.integrations.lightning.modules import TrackingModule, tracking_report
+    from corrdit.integrations.lightning.monitor import CorrespondenceMonitor
+    from corrdit.integrations.lightning.probe import WorldProbe
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY_ATTRIBUTES:
+        value = getattr(importlib.import_module(_LAZY_ATTRIBUTES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'corrdit.integrations.lightning' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
