@@ -201,18 +201,7 @@ class Clip:
         """
         queries = np.asarray(queries, dtype=np.float64)
         self._check_queries(queries)
-        frames, xy = queries[:, 0].astype(np.int64), queries[:, 1:]
-        layer = np.zeros(len(queries), dtype=np.int64)
-        for frame in np.unique(frames):
-            chosen = frames == frame
-            layer[chosen] = self.layers(int(frame), xy[chosen])
-        moved = self._move(torch.from_numpy(frames), torch.from_numpy(xy), torch.from_numpy(layer))
-        cover = self._sprite_cover(moved, list(range(self.config.frames)))
-        order = torch.arange(1, len(cover) + 1)[:, None, None]
-        hidden = (cover & (order > torch.from_numpy(layer))).any(dim=0)
-        size = torch.tensor([self.config.width, self.config.height])
-        inside = ((moved >= 0) & (moved < size)).all(dim=-1)
-        return Truth(moved.float().numpy(), (inside & ~hidden).numpy())
+        return self._follow(queries, list(range(self.config.frames)))
 
     def flow(self) -> Flow:
         """Exact forward flow of every pixel centre."""
@@ -221,12 +210,28 @@ class Clip:
         xy = np.stack([columns, rows], axis=-1).reshape(-1, 2)
         displacement, visible = [], []
         for frame in range(config.frames - 1):
-            truth = self.tracks(np.concatenate([np.full((len(xy), 1), float(frame)), xy], axis=1))
-            displacement.append((truth.xy[frame + 1] - xy).reshape(config.height, config.width, 2))
-            visible.append(truth.visible[frame + 1].reshape(config.height, config.width))
+            queries = np.concatenate([np.full((len(xy), 1), float(frame)), xy], axis=1)
+            truth = self._follow(queries, [frame + 1])
+            displacement.append((truth.xy[0] - xy).reshape(config.height, config.width, 2))
+            visible.append(truth.visible[0].reshape(config.height, config.width))
         if not displacement:
             raise ValueError("flow needs at least two frames, the clip has one")
         return Flow(np.stack(displacement).astype(np.float32), np.stack(visible))
+
+    def _follow(self, queries: np.ndarray, targets: list[int]) -> Truth:
+        """Places and visibility in the target frames only, [targets, P]."""
+        frames, xy = queries[:, 0].astype(np.int64), queries[:, 1:]
+        layer = np.zeros(len(queries), dtype=np.int64)
+        for frame in np.unique(frames):
+            chosen = frames == frame
+            layer[chosen] = self.layers(int(frame), xy[chosen])
+        moved = self._move(torch.from_numpy(frames), torch.from_numpy(xy), torch.from_numpy(layer), targets)
+        cover = self._sprite_cover(moved, targets)
+        order = torch.arange(1, len(cover) + 1)[:, None, None]
+        hidden = (cover & (order > torch.from_numpy(layer))).any(dim=0)
+        size = torch.tensor([self.config.width, self.config.height])
+        inside = ((moved >= 0) & (moved < size)).all(dim=-1)
+        return Truth(moved.float().numpy(), (inside & ~hidden).numpy())
 
     def _check_queries(self, queries: np.ndarray) -> None:
         config = self.config
@@ -251,8 +256,8 @@ class Clip:
         local = torch.einsum("ntij,ntpj->ntpi", inverse[:, frames], offset) / radius[:, frames, None, None]
         return signed_distance(local, _shape_indices(self.scene.sprites)) <= 0
 
-    def _move(self, frames: Tensor, xy: Tensor, layer: Tensor) -> Tensor:
-        """Carry points [P, 2] seen on a layer of their frames to all frames: [T, P, 2]."""
+    def _move(self, frames: Tensor, xy: Tensor, layer: Tensor, targets: list[int]) -> Tensor:
+        """Carry points [P, 2] seen on a layer of their frames to the target frames: [targets, P, 2]."""
         camera, sprites = self.scene.camera, self.scene.sprites
         # As a screen-from-surface similarity the background has the inverse of the camera's zoom and angle.
         angle = torch.from_numpy(np.stack([-camera.angle, *(sprite.angle for sprite in sprites)]))
@@ -262,6 +267,7 @@ class Clip:
         shift = torch.stack([background_shift, *(torch.from_numpy(sprite.center) for sprite in sprites)])
         start = self._to_units(xy) - shift[layer, frames]
         surface = torch.linalg.solve(matrix[layer, frames], start)
+        matrix, shift = matrix[:, targets], shift[:, targets]
         return self._to_pixels(torch.einsum("ptij,pj->tpi", matrix[layer], surface) + shift[layer].transpose(0, 1))
 
 

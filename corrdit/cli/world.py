@@ -1,0 +1,90 @@
+"""Write generated videos with exact tracks: moving textured sprites over a moving textured background.
+
+reads   nothing; the videos follow from --seed
+writes  into the folder --output, all of them or none, for each video NNNN:
+        NNNN.mp4     the frames (compressed; the exact frames are in the npz)
+        NNNN.npz     video uint8 [T, H, W, 3], xy float32 [T, P, 2] in pixels, visible bool [T, P], queries [P, 3]
+                     (frame, x, y), flow float32 [T-1, H, W, 2] and flow_visible bool [T-1, H, W]
+        prompts.csv  one row a video: name, seed, caption, subject, scene
+        world.pkl    with --tapvid: all videos in the layout of TAP-Vid's DAVIS file
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from corrdit.cli.output import OutputFolder
+from corrdit.cli.progress import progress_bar
+
+if TYPE_CHECKING:
+    from corrdit.data import Clip
+
+HELP = "write generated videos with exact tracks, flow and prompts"
+USAGE = "--output DIR [--videos N] [--seed S] [options]"
+_FPS = 8.0
+
+
+def add_arguments(parser: Any) -> None:
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for the videos, made if need be")
+    parser.add_argument("--videos", type=int, default=10, metavar="N", help="how many")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="video i follows from seed 100000 * S + i")
+    parser.add_argument("--frames", type=int, default=24, help="frames of each video")
+    parser.add_argument("--height", type=int, default=160, help="height in pixels")
+    parser.add_argument("--width", type=int, default=240, help="width in pixels")
+    parser.add_argument("--points", type=int, default=256, metavar="P", help="tracked points of each video")
+    parser.add_argument("--tapvid", action="store_true", help="also write world.pkl in the layout of TAP-Vid")
+
+
+def run(arguments: Any) -> int:
+    from corrdit.data import PROMPT_KINDS, WorldConfig, describe
+    from corrdit.data.sampling import as_tapvid, sample_queries
+    from corrdit.data.tapvid_writing import write_tapvid
+
+    for name in ("videos", "points"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name} {getattr(arguments, name)} was given; accepted is 1 or more")
+    if arguments.seed < 0:
+        raise ValueError(f"--seed {arguments.seed} was given; accepted is 0 or more")
+    config = WorldConfig(arguments.frames, arguments.height, arguments.width)
+    annotated = []
+    with OutputFolder(arguments.output) as folder, progress_bar("videos") as report:
+        with (folder / "prompts.csv").open("w", newline="", encoding="utf-8") as file:
+            table = csv.writer(file)
+            table.writerow(["name", "seed", *PROMPT_KINDS])
+            for index, clip in enumerate(_clips(100_000 * arguments.seed, arguments.videos, config)):
+                name = f"{index:04d}"
+                queries = sample_queries(clip, arguments.points)
+                _write(folder, name, clip, queries)
+                table.writerow([name, clip.scene.seed, *(describe(clip.scene, kind) for kind in PROMPT_KINDS)])
+                if arguments.tapvid:
+                    annotated.append(as_tapvid(clip, queries, name))
+                report(index + 1, arguments.videos)
+        if arguments.tapvid:
+            write_tapvid(folder / "world.pkl", annotated)
+    size = f"{config.frames} frames of {config.height} x {config.width}"
+    print(f"{arguments.videos} videos of {size}: {arguments.output}")
+    return 0
+
+
+def _clips(first_seed: int, count: int, config: Any) -> Iterator[Clip]:
+    from corrdit.data import generate
+
+    for index in range(count):
+        yield generate([first_seed + index], config)[0]
+
+
+def _write(folder: Path, name: str, clip: Clip, queries: np.ndarray) -> None:
+    from corrdit.video import write_video
+
+    truth = clip.tracks(queries)
+    arrays = {"video": clip.video, "xy": truth.xy, "visible": truth.visible, "queries": queries}
+    if clip.config.frames > 1:
+        flow = clip.flow()
+        arrays |= {"flow": flow.displacement, "flow_visible": flow.visible}
+    np.savez_compressed(folder / f"{name}.npz", **arrays)
+    write_video(folder / f"{name}.mp4", clip.video, _FPS)
