@@ -1,0 +1,326 @@
+"""Guidance away from the model's own prediction without cross-frame attention.
+
+Source: DiffTrack (arXiv 2506.17220), cross-attention guidance (CAG).
+
+With c and u the conditional and unconditional predictions, p the conditional one with perturbed layers, w the scale of
+classifier-free guidance and s that of this guidance, the sampler is to use
+
+    u + w (c - u) + s (c - p).
+
+Adding s (c - p) to both u and c gives exactly that, whatever w is and whenever the pipeline decides on it; and c alone
+gives c + s (c - p) where there is no classifier-free guidance. So the pipeline's own code stays as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from corrdit.integrations.diffusers.compatibility import check_processor, check_transformer
+from corrdit.integrations.diffusers.guidance.options import GuidanceOptions, Heads, checked_heads, checked_layers
+from corrdit.integrations.diffusers.guidance.perturbed_pass import PerturbedPass, prediction_of
+from corrdit.integrations.diffusers.guidance.presets import guidance_preset
+from corrdit.integrations.diffusers.layouts import ForwardCall, TransformerLayout, forward_arguments, layout_of
+from corrdit.integrations.diffusers.steps import PipelineSteps
+
+DEFAULT_RENORMALIZE = True
+PUBLISHED = "published"
+
+_guided_transformers: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+
+
+class CrossAttentionGuidance:
+    """Guide a video pipeline away from what it predicts when chosen layers lose their cross-frame attention.
+
+    ```python
+    with CrossAttentionGuidance(pipe, layers=(13, 17, 21), scale=1.0):
+        pipe(prompt, guidance_scale=6)
+    ```
+
+    The pipeline is not changed and the model is as before when the block ends. Each guided step costs one more forward
+    of the conditional sample alone, which starts at the first perturbed layer.
+
+    Args:
+        pipe: a diffusers video pipeline (or a backbone), with or without classifier-free guidance.
+        layers: attention layers to perturb, counted over all blocks in the order they run, negative ones from the
+            last. With preset="published" they may be left out.
+        scale: s, in predictions of the model; 0 runs the pipeline as if there were no guidance, bit for bit.
+        start: share of the denoising steps before guidance begins.
+        stop: share of the denoising steps after which it ends.
+        renormalize: True removes cross-frame keys before the softmax, False drops their weights after it. None means
+            True, or with preset="published" what the released code does: False with classifier-free guidance, True
+            without.
+        span: frames `|i - j| <= span` count as a token's own.
+        perturbation: "cross_frame"; "identity", where a video token sees itself and the text only (perturbed-attention
+            guidance, arXiv 2403.17377); or "skip", where the blocks of the layers are left out (spatiotemporal skip
+            guidance, arXiv 2411.18664).
+        heads: heads to perturb, the same in every layer or by layer; None for all.
+        adaptive_scale: the scale falls by this for each timestep from the noisiest, down to 0, as in diffusers'
+            perturbed-attention pipelines.
+        preset: "published" for the published layers and variant of this model.
+        backend: of `corrdit.ops.frame_local_attention`.
+
+    Raises:
+        ValueError: settings out of range, a pipeline or model that cannot be guided (with the reason), a model under
+            another guidance; during generation, attention that is not full, or an odd batch under guidance.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        layers: int | Iterable[int] | None = None,
+        scale: float = 1.0,
+        start: float = 0.0,
+        stop: float = 1.0,
+        *,
+        renormalize: bool | None = None,
+        span: int = 0,
+        perturbation: str = "cross_frame",
+        heads: Heads = None,
+        adaptive_scale: float = 0.0,
+        preset: str | None = None,
+        backend: str = "auto",
+    ) -> None:
+        self.pipe = _pipeline_of(pipe)
+        self.options = GuidanceOptions(
+            scale=scale,
+            start=start,
+            stop=stop,
+            renormalize=renormalize,
+            span=span,
+            perturbation=perturbation,
+            adaptive_scale=adaptive_scale,
+            backend=backend,
+        )
+        self._published = _checked_preset(preset)
+        transformers = [
+            module
+            for name in ("transformer", "transformer_2")
+            if isinstance(module := getattr(self.pipe, name, None), torch.nn.Module)
+        ]
+        layouts = [layout_of(transformer) for transformer in transformers]
+        transformer = transformers[0]
+        count = min(len(layout.attention_modules(each)) for each, layout in zip(transformers, layouts, strict=True))
+        self.layers = checked_layers(self._given_layers(layers, transformer), count, type(transformer).__name__)
+        model_heads = int(transformer.config.num_attention_heads)  # type: ignore[union-attr, arg-type]
+        self.heads = checked_heads(heads, self.layers, model_heads, perturbation)
+        self._watches = [_ForwardWatch(self, each, layout) for each, layout in zip(transformers, layouts, strict=True)]
+        self._steps = PipelineSteps(self.pipe)
+        self._shift: torch.Tensor | None = None
+        self._open: ExitStack | None = None
+
+    def __enter__(self) -> CrossAttentionGuidance:
+        if self._open is not None:
+            raise ValueError("this guidance is already open; leave its block first, or make another")
+        self._steps = PipelineSteps(self.pipe)
+        self._shift = None
+        for watch in self._watches:
+            watch.check()
+        with ExitStack() as stack:
+            for watch in self._watches:
+                watch.attach(stack)
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        stack, self._open = self._open, None
+        self._shift = None
+        if stack is not None:
+            stack.close()
+
+    def _given_layers(self, layers: int | Iterable[int] | None, transformer: torch.nn.Module) -> int | Iterable[int]:
+        if layers is not None:
+            return layers
+        name = type(transformer).__name__
+        if not self._published:
+            raise ValueError('no layers to perturb were given; give layers=(...), or preset="published"')
+        preset = guidance_preset(transformer)
+        if preset is None:
+            raise ValueError(
+                f'preset="published" has no layers for this {name}: they are published for CogVideoX-2B and 5B; give '
+                "layers=(...)"
+            )
+        return preset.layers
+
+    def _renormalizes(self) -> bool:
+        if self.options.renormalize is not None:
+            return self.options.renormalize
+        return not self._steps.guided if self._published else DEFAULT_RENORMALIZE
+
+    def _scale_now(self, call: ForwardCall) -> float:
+        """s at the step in progress; 0 where it is not guided."""
+        options, steps = self.options, self._steps
+        if not options.scale or not options.includes(steps.step, steps.count):
+            return 0.0
+        if not options.adaptive_scale:
+            return options.scale
+        current = getattr(self.pipe, "_current_timestep", None)
+        timestep = float(torch.as_tensor(call.timestep if current is None else current).max())
+        return options.scale_at(timestep, int(self.pipe.scheduler.config.num_train_timesteps))
+
+    def _rows(self, layout: TransformerLayout, call: ForwardCall) -> slice | None:
+        """Where the conditional samples of this call are; None in a call of unconditional ones."""
+        if layout.guidance == "separate":
+            if self._steps.call > 1:
+                raise ValueError(
+                    f"the pipeline calls its transformer {self._steps.call + 1} times in step {self._steps.step}; "
+                    "guidance knows a conditional and an unconditional call"
+                )
+            return slice(0, call.batch) if self._steps.call == 0 else None
+        if not self._steps.guided:
+            return slice(0, call.batch)
+        if call.batch % 2:
+            raise ValueError(
+                f"classifier-free guidance is on, but the batch of {call.batch} samples does not hold as many "
+                "unconditional as conditional ones"
+            )
+        return slice(call.batch // 2, call.batch)
+
+
+@dataclass(frozen=True)
+class _GuidedCall:
+    """A conditional forward in progress that will be followed by a perturbed one."""
+
+    arguments: dict[str, Any]
+    call: ForwardCall
+    rows: slice
+    scale: float
+
+
+class _ForwardWatch:
+    """Sees the forwards of one transformer and adds the guidance to what they return."""
+
+    def __init__(self, owner: CrossAttentionGuidance, transformer: torch.nn.Module, layout: TransformerLayout) -> None:
+        self._owner = owner
+        self._transformer = transformer
+        self._layout = layout
+        self._pass = PerturbedPass(transformer, layout, owner.layers, owner.heads)
+        self._guided: _GuidedCall | None = None
+
+    def check(self) -> None:
+        """Refuses, with the reason, a transformer that cannot be guided now."""
+        if self._transformer in _guided_transformers:
+            raise ValueError(
+                f"this {type(self._transformer).__name__} is already under a guidance; leave its block first, or give "
+                "all layers to one"
+            )
+        modules = self._layout.attention_modules(self._transformer)
+        try:
+            check_transformer(self._transformer)
+            for layer in self._owner.layers:
+                check_processor(modules[layer].processor)
+        except ValueError as error:
+            raise ValueError(f"this model cannot be guided: {error}") from error
+        if self._owner.options.perturbation == "skip":
+            self._pass.check_left_out()
+
+    def attach(self, stack: ExitStack) -> None:
+        """Listen until the stack closes."""
+        _guided_transformers.add(self._transformer)
+        stack.callback(_guided_transformers.discard, self._transformer)
+        stack.enter_context(self._pass.watch())
+        stack.callback(self._forget)
+        before, after = _Hook(self._before), _Hook(self._after)
+        stack.callback(self._transformer.register_forward_pre_hook(before, with_kwargs=True).remove)
+        stack.callback(self._transformer.register_forward_hook(after, with_kwargs=True).remove)
+
+    def _forget(self) -> None:
+        self._guided = None
+        self._pass.forget()
+
+    def _before(self, transformer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        owner = self._owner
+        self._forget()
+        arguments = forward_arguments(transformer, args, kwargs)
+        arguments.pop("self")
+        call = self._layout.read_call(transformer, arguments)
+        owner._steps.advance(call)
+        if owner._steps.call == 0:
+            owner._shift = None
+        rows = owner._rows(self._layout, call)
+        if rows is None:
+            return
+        scale = owner._scale_now(call)
+        if scale:
+            _check_checkpointing(transformer)
+            self._guided = _GuidedCall(arguments, call, rows, scale)
+            self._pass.keep_prefix(rows)
+
+    def _after(self, transformer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        owner, guided = self._owner, self._guided
+        if guided is not None and output is not None:
+            prediction = prediction_of(output)
+            attention = owner.options.attention(owner._renormalizes())
+            perturbed = self._pass.run(guided.arguments, guided.call, guided.rows, attention)
+            precise = torch.promote_types(prediction.dtype, torch.float32)
+            owner._shift = guided.scale * (prediction[guided.rows].to(precise) - perturbed.to(precise))
+        self._forget()
+        return output if owner._shift is None or output is None else _shifted(output, owner._shift)
+
+
+class _Hook:
+    """A forward hook that a pickled or copied model does not take along."""
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_no_hook, ())
+
+
+def _no_hook() -> Any:
+    return _ignore
+
+
+def _ignore(*args: Any) -> None:
+    """What a hook becomes in a copy of the model."""
+
+
+def _shifted(output: Any, shift: torch.Tensor) -> Any:
+    """The transformer's output with the same shift added to every branch in it."""
+    prediction = prediction_of(output)
+    branches = prediction.unflatten(0, (-1, shift.shape[0])).to(shift.dtype)
+    moved = (branches + shift).flatten(0, 1).to(prediction.dtype)
+    if isinstance(output, tuple):
+        return (moved, *output[1:])
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        return dataclasses.replace(output, **{dataclasses.fields(output)[0].name: moved})
+    raise ValueError(f"the transformer returned a {type(output).__name__}; guidance needs a tuple or a model output")
+
+
+def _check_checkpointing(transformer: torch.nn.Module) -> None:
+    if torch.is_grad_enabled() and getattr(transformer, "gradient_checkpointing", False):
+        raise ValueError(
+            "guidance cannot be differentiated through gradient checkpointing, whose second forward would run "
+            "unperturbed; call transformer.disable_gradient_checkpointing(), or generate under torch.no_grad()"
+        )
+
+
+def _checked_preset(preset: str | None) -> bool:
+    if preset not in (None, PUBLISHED):
+        raise ValueError(f'preset must be "published" or None, got {preset!r}')
+    return preset is not None
+
+
+def _pipeline_of(pipe: Any) -> Any:
+    inner = getattr(pipe, "pipe", pipe)
+    if isinstance(inner, torch.nn.Module) or not isinstance(getattr(inner, "transformer", None), torch.nn.Module):
+        raise ValueError(
+            "guidance needs a diffusers video pipeline (with .transformer and .scheduler), whose steps it counts, got "
+            f"{type(pipe).__name__}"
+        )
+    if not hasattr(inner, "scheduler"):
+        raise ValueError(f"{type(inner).__name__} has no scheduler, so its denoising steps cannot be counted")
+    return inner

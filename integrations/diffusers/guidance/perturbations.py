@@ -1,0 +1,190 @@
+"""What a perturbed attention layer computes instead of full attention. Text keeps its attention in all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from corrdit import ops
+from corrdit.grid import TokenGrid
+from corrdit.integrations.diffusers.attention_inputs import key_mask_of
+from corrdit.integrations.diffusers.compatibility import check_attention_backend
+from corrdit.integrations.diffusers.processors import SCALED_DOT_PRODUCT_ATTENTION
+
+LOGITS_AT_ONCE = 2**23
+"""Elements of the video-to-text logits that identity attention holds at a time (32 MiB in float32)."""
+
+AttentionFunction = Callable[..., torch.Tensor]
+"""`attention(q, k, v, grid, *, scale, key_mask) -> [B, H, N, D]`."""
+
+
+def identity_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    grid: TokenGrid,
+    *,
+    scale: float,
+    key_mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention in which a video token sees itself and the text only; text tokens see everything.
+
+    Source: perturbed-attention guidance (arXiv 2403.17377), in its form for joint attention with text.
+
+    Args:
+        q, k, v: `[B, H, N, D]`, text included.
+        grid: how the N tokens are arranged.
+        scale: factor of q.k.
+        key_mask: bool `[B, N]`, True = may be attended, or None.
+
+    Returns:
+        `[B, H, N, D]` in the dtype of the input.
+    """
+    video, text = grid.video_slice, grid.text_slice
+    if not grid.text_tokens:
+        return v.clone()
+    allowed = None if key_mask is None else key_mask[:, None, None, :]
+    from_text = F.scaled_dot_product_attention(q[:, :, text], k, v, attn_mask=allowed, scale=scale)
+    text_allowed = None if allowed is None else allowed[..., text]
+    rows = max(1, LOGITS_AT_ONCE // (q.shape[0] * q.shape[1] * (grid.text_tokens + 1)))
+    parts = [
+        _self_and_text(
+            *(tensor[:, :, video][:, :, start : start + rows] for tensor in (q, k, v)),
+            k[:, :, text],
+            v[:, :, text],
+            scale,
+            text_allowed,
+        )
+        for start in range(0, grid.video_tokens, rows)
+    ]
+    from_video = torch.cat(parts, dim=2)
+    return torch.cat([from_text, from_video] if grid.text_first else [from_video, from_text], dim=2)
+
+
+def _self_and_text(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    text_k: torch.Tensor,
+    text_v: torch.Tensor,
+    scale: float,
+    text_allowed: torch.Tensor | None,
+) -> torch.Tensor:
+    """Each query sees the key of its own row and the text; all `[B, H, n, D]`."""
+    own = (q.float() * k.float()).sum(dim=-1, keepdim=True) if q.dtype != torch.float64 else (q * k).sum(-1, True)
+    to_text = (q @ text_k.transpose(-1, -2)).to(own.dtype)
+    if text_allowed is not None:
+        to_text = to_text.masked_fill(~text_allowed, -torch.inf)
+    weight = (torch.cat([own, to_text], dim=-1) * scale).softmax(dim=-1).to(v.dtype)
+    return weight[..., :1] * v + weight[..., 1:] @ text_v
+
+
+def frame_local(*, renormalize: bool, span: int, backend: str) -> AttentionFunction:
+    """`corrdit.ops.frame_local_attention` with these settings."""
+
+    def attention(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        grid: TokenGrid,
+        *,
+        scale: float,
+        key_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        return ops.frame_local_attention(
+            q,
+            k,
+            v,
+            grid,
+            renormalize=renormalize,
+            span=span,
+            scale=scale,
+            key_mask=key_mask,
+            backend=backend,
+        )
+
+    return attention
+
+
+class SubstituteAttention(TorchFunctionMode):
+    """Answers every scaled_dot_product_attention inside with another attention; all else passes.
+
+    The processor round the call is the model's own, so projections, norms and rotary positions are too.
+
+    Args:
+        attention: what answers.
+        grid: the layer's token axis, padded text included.
+        heads: the heads that are perturbed, or None for all; the others keep full attention.
+
+    Attributes:
+        samples: answered so far.
+    """
+
+    def __init__(self, attention: AttentionFunction, grid: TokenGrid, heads: tuple[int, ...] | None) -> None:
+        super().__init__()
+        self._attention = attention
+        self._grid = grid
+        self._heads = heads
+        self.samples = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is SCALED_DOT_PRODUCT_ATTENTION:
+            return self._answer(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _answer(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        batch, heads, tokens, head_dim = query.shape
+        grid = self._grid_of(tokens, key.shape[2], is_causal)
+        if key.shape[1] != heads:
+            key, value = (tensor.repeat_interleave(heads // key.shape[1], dim=1) for tensor in (key, value))
+        self.samples += batch
+        arguments = {
+            "scale": head_dim**-0.5 if scale is None else scale,
+            "key_mask": key_mask_of(attn_mask, batch, tokens),
+        }
+        if self._heads is None:
+            return self._attention(query, key, value, grid, **arguments)
+        chosen = list(self._heads)
+        output = F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, scale=scale)
+        perturbed = self._attention(*(tensor[:, chosen] for tensor in (query, key, value)), grid, **arguments)
+        return output.index_copy(1, torch.tensor(chosen, device=output.device), perturbed)
+
+    def _grid_of(self, tokens: int, keys: int, causal: bool) -> TokenGrid:
+        """The grid of one call, in which a family may have dropped a sample's text padding (Mochi)."""
+        text = tokens - self._grid.video_tokens
+        if keys != tokens or causal or not 0 <= text <= self._grid.text_tokens:
+            kind = "causal" if causal else f"of {tokens} queries and {keys} keys"
+            raise ValueError(
+                f"guidance needs full self-attention over {self._grid.video_tokens} video tokens and at most "
+                f"{self._grid.text_tokens} text tokens, but a perturbed layer has attention {kind}; block-causal, "
+                "windowed and cross-attention cannot be perturbed"
+            )
+        return replace(self._grid, text_tokens=text)
+
+
+def check_answered(substitute: SubstituteAttention, batch: int, processor: Any) -> None:
+    """Raises ValueError where a layer did not put every sample through scaled_dot_product_attention."""
+    if substitute.samples != batch:
+        check_attention_backend(processor)
+        raise ValueError(
+            f"{type(processor).__name__} called scaled_dot_product_attention for {substitute.samples} of {batch} "
+            "samples, so its attention cannot be perturbed; use a model whose self-attention is one softmax over all "
+            'tokens, with a native attention backend (transformer.set_attention_backend("native"))'
+        )

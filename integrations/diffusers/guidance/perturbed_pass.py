@@ -1,0 +1,280 @@
+"""The second forward: one branch of the batch again, from the first perturbed layer on.
+
+Up to that layer the perturbed sample equals the one it is a copy of. So what the last block before it returned is kept
+in the pipeline's own forward, and the blocks of this prefix return it in the second forward instead of computing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from corrdit.integrations.diffusers.guidance.forwards import replaced_forward
+from corrdit.integrations.diffusers.guidance.perturbations import (
+    AttentionFunction,
+    SubstituteAttention,
+    check_answered,
+)
+from corrdit.integrations.diffusers.layouts import ForwardCall, TransformerLayout
+from corrdit.integrations.diffusers.processors import CorrespondenceProcessor
+
+SHARED_ARGUMENTS = frozenset({"image_rotary_emb", "ofs", "rope_interpolation_scale", "attention_kwargs", "return_dict"})
+"""Arguments of transformers that all samples of a batch share."""
+
+
+class PerturbedPass:
+    """Keeps the prefix of one transformer's forwards and runs the second ones.
+
+    Args:
+        transformer: the model.
+        layout: of its family.
+        layers: perturbed attention layers, sorted and non-negative.
+        heads: perturbed heads by layer; a layer that is not named is perturbed in all heads.
+
+    Raises:
+        ValueError: blocks and attention layers that do not correspond one to one.
+    """
+
+    def __init__(
+        self,
+        transformer: torch.nn.Module,
+        layout: TransformerLayout,
+        layers: tuple[int, ...],
+        heads: Mapping[int, tuple[int, ...]],
+    ) -> None:
+        self._transformer = transformer
+        self._layers, self._heads = layers, dict(heads)
+        self._modules = layout.attention_modules(transformer)
+        names = layout.block_lists(transformer)
+        self._lists = [list(transformer.get_submodule(name).children()) for name in names]
+        self._blocks = [block for blocks in self._lists for block in blocks]
+        _check_correspondence(transformer, self._blocks, self._modules)
+        self._rows: slice | None = None
+        self._kept: dict[int, Any] = {}
+
+    def watch(self) -> contextlib.ExitStack:
+        """Begin to listen to the ends of the prefix; close the result to stop."""
+        stack = contextlib.ExitStack()
+        stack.callback(self.forget)
+        for index in self._prefix_ends():
+            block = self._blocks[index]
+            if block._compiled_call_impl is None:
+                stack.callback(block.register_forward_hook(_PrefixHook(self, index)).remove)
+            else:
+                stack.enter_context(_kept_outside_graph(block, functools.partial(self._keep, index)))
+        return stack
+
+    def keep_prefix(self, rows: slice) -> None:
+        """Keep these samples of the next forward."""
+        self._kept.clear()
+        self._rows = rows
+
+    def forget(self) -> None:
+        """Let go of what was kept."""
+        self._kept.clear()
+        self._rows = None
+
+    def run(
+        self,
+        arguments: Mapping[str, Any],
+        call: ForwardCall,
+        rows: slice,
+        attention: AttentionFunction | None,
+    ) -> torch.Tensor:
+        """The prediction for these samples with perturbed layers.
+
+        Args:
+            arguments: of the forward whose prefix was kept, by name.
+            call: the same forward.
+            rows: the samples.
+            attention: of the perturbed layers; None leaves their blocks out (they return what they are given).
+
+        Raises:
+            ValueError: attention that cannot be perturbed.
+        """
+        count = len(range(*rows.indices(call.batch)))
+        chosen = {name: _rows_of(name, value, rows, call.batch) for name, value in arguments.items()}
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.forget)
+            stack.enter_context(_reading_suspended(self._modules))
+            for index, block in enumerate(self._blocks[: self._layers[0]]):
+                stack.enter_context(replaced_forward(block, self._kept_output(index)))
+            for layer in self._layers:
+                if attention is None:
+                    left_out = functools.partial(_leave_out, self._blocks[layer])
+                    stack.enter_context(replaced_forward(self._blocks[layer], left_out))
+                else:
+                    substitute = functools.partial(self._substitute, layer, attention, call, count)
+                    stack.enter_context(replaced_forward(self._blocks[layer], _as_written))
+                    stack.enter_context(replaced_forward(self._modules[layer], substitute))
+            return prediction_of(self._transformer.forward(**chosen))
+
+    def check_left_out(self) -> None:
+        """Raises ValueError where the blocks of the perturbed layers cannot be left out."""
+        for layer in self._layers:
+            _check_can_be_left_out(self._blocks[layer])
+
+    def _prefix_ends(self) -> list[int]:
+        """The last block before the first perturbed one, and the last of each list of blocks that ends earlier."""
+        first = self._layers[0]
+        lengths = [len(blocks) for blocks in self._lists]
+        ends = [sum(lengths[: position + 1]) - 1 for position in range(len(lengths))]
+        return [end for end in ends if end < first - 1] + ([first - 1] if first else [])
+
+    def _keep(self, index: int, output: Any) -> None:
+        if self._rows is None:
+            return
+        # Of an earlier list only the shape matters: everything computed from it is replaced by the last end.
+        copy = torch.clone if index == self._layers[0] - 1 else _placeholder
+        self._kept[index] = _map_tensors(output, lambda tensor: copy(tensor[self._rows]))
+
+    def _kept_output(self, index: int) -> Callable[..., Any]:
+        """What block `index` of the prefix returns: the output of the first end at or after it."""
+        end = next(end for end in self._prefix_ends() if end >= index)
+
+        def kept(original: Any, args: Any, kwargs: Any) -> Any:
+            return self._kept[end]
+
+        return kept
+
+    def _substitute(
+        self,
+        layer: int,
+        attention: AttentionFunction,
+        call: ForwardCall,
+        count: int,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        substitute = SubstituteAttention(attention, call.grid, self._heads.get(layer))
+        with substitute:
+            output = original(*args, **kwargs)
+        check_answered(substitute, count, self._modules[layer].processor)
+        return output
+
+
+class _PrefixHook:
+    """Keeps a block's output; a pickled or copied block does not take it along."""
+
+    def __init__(self, owner: PerturbedPass, index: int) -> None:
+        self._owner, self._index = owner, index
+
+    def __call__(self, block: torch.nn.Module, args: Any, output: Any) -> None:
+        self._owner._keep(self._index, output)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_no_hook, ())
+
+
+def _no_hook() -> Callable[..., None]:
+    return _ignore
+
+
+def _ignore(*args: Any) -> None:
+    """What a hook becomes in a copy of the model."""
+
+
+@contextlib.contextmanager
+def _kept_outside_graph(block: torch.nn.Module, keep: Callable[[Any], None]) -> Iterator[None]:
+    """Hands on the output of a block that was compiled in place without becoming part of its graph."""
+    compiled: Any = block._compiled_call_impl
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        output = compiled(*args, **kwargs)
+        keep(output)
+        return output
+
+    block.__dict__["_compiled_call_impl"] = call
+    try:
+        yield
+    finally:
+        block.__dict__["_compiled_call_impl"] = compiled
+
+
+@contextlib.contextmanager
+def _reading_suspended(modules: list[torch.nn.Module]) -> Iterator[None]:
+    """Inside, a capture of the same model reads nothing: its results are those of the pipeline's own forward."""
+    processors = [module.processor for module in modules if isinstance(module.processor, CorrespondenceProcessor)]
+    requests = [processor._request for processor in processors]
+    try:
+        for processor in processors:
+            processor._request = None
+        yield
+    finally:
+        for processor, request in zip(processors, requests, strict=True):
+            processor._request = request
+
+
+def prediction_of(output: Any) -> torch.Tensor:
+    """The prediction in what a transformer's forward returned."""
+    return output[0]
+
+
+def _as_written(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return original(*args, **kwargs)
+
+
+def _check_can_be_left_out(block: torch.nn.Module) -> None:
+    """Raises ValueError for a block of which diffusers does not say how its outputs follow its inputs."""
+    from diffusers.hooks._helpers import TransformerBlockRegistry
+
+    try:
+        TransformerBlockRegistry.get(type(block))
+    except ValueError:
+        raise ValueError(
+            f"diffusers does not say which outputs of {type(block).__name__} belong to which inputs, so such blocks "
+            'cannot be left out; use perturbation="cross_frame" or "identity"'
+        ) from None
+
+
+def _leave_out(
+    block: torch.nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """The block's inputs in the form of its outputs, by diffusers' own table of blocks."""
+    from diffusers.hooks._helpers import TransformerBlockRegistry
+
+    metadata = TransformerBlockRegistry.get(type(block))
+    hidden = metadata._get_parameter_from_args_kwargs(metadata.hidden_states_argument_name, args, kwargs)
+    if metadata.return_encoder_hidden_states_index is None:
+        return hidden
+    text = metadata._get_parameter_from_args_kwargs(metadata.encoder_hidden_states_argument_name, args, kwargs)
+    return (hidden, text) if metadata.return_hidden_states_index == 0 else (text, hidden)
+
+
+def _check_correspondence(
+    transformer: torch.nn.Module, blocks: list[torch.nn.Module], modules: list[torch.nn.Module]
+) -> None:
+    if len(blocks) != len(modules) or any(
+        all(module is not part for part in block.modules()) for block, module in zip(blocks, modules, strict=False)
+    ):
+        raise ValueError(
+            f"{type(transformer).__name__} has {len(blocks)} blocks and {len(modules)} self-attention layers that do "
+            "not belong to each other one by one, so a second forward cannot start at a layer; correct block_lists "
+            "and attention_modules of its layout"
+        )
+
+
+def _rows_of(name: str, value: Any, rows: slice, batch: int) -> Any:
+    if name in SHARED_ARGUMENTS:
+        return value
+    return _map_tensors(value, lambda tensor: tensor[rows] if tensor.ndim and tensor.shape[0] == batch else tensor)
+
+
+def _map_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {name: _map_tensors(part, function) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_map_tensors(part, function) for part in value)
+    return value
+
+
+def _placeholder(tensor: torch.Tensor) -> torch.Tensor:
+    """Zeros of the tensor's shape that take no memory."""
+    return tensor.new_zeros(()).expand(tensor.shape)
