@@ -1,1 +1,30 @@
-"""Triton kernels."""
+"""Triton kernels of the operations, forward and backward; one function for each, as in `corrdit.reference`.
+
+Importing this package imports neither triton nor torch; a function's kernels are loaded when it is first asked for. The
+kernels run on NVIDIA devices of compute capability 8.0 and later. AMD devices are refused with a RuntimeError: no tiles
+of theirs have been tried. With TRITON_INTERPRET=1 set before triton is imported they run on CPU tensors, slowly.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "soft_displacement": "soft_displacement",
+    "float32_precision": "launch",
+}
+
+__all__ = ["float32_precision", "soft_displacement"]  # noqa: F822
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

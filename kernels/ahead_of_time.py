@@ -1,0 +1,152 @@
+"""Compiling every kernel for a GPU that is not there, and reading from the machine code what it would cost.
+
+The host functions run on meta tensors, so that what is compiled is what is launched: the same arguments, tiles and
+specialisation on strides. A driver that only names its architecture stands in for the CUDA driver.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import MockTensor
+
+from corrdit.kernels.configs import SHARED_BYTES, Tiles
+from corrdit.kernels.disassembly import Disassembly, MainLoop, resources
+from corrdit.kernels.launch import compile_only
+
+ARCHITECTURES = {80: "8.0", 89: "8.9", 90: "9.0", 100: "10.0"}
+# Lanes a multiprocessor issues in a cycle, exponentials, and multiply-adds of 16-bit matrix products (by architecture).
+ISSUE_LANES = 128
+EXPONENTIALS = 16
+TENSOR_PRODUCTS = {"8.0": 1024, "8.9": 512, "9.0": 2048, "10.0": 4096}
+
+
+class Compiled(NamedTuple):
+    """One kernel as it would be launched.
+
+    Attributes:
+        shared_bytes: shared memory of a block. spill_bytes: local memory of a thread.
+        launchable: whether the chip has that much shared memory, and a block its registers.
+        tensor_cores: whether every matrix product runs on tensor cores.
+        main_loop: None where the kernel has no loop over score tiles.
+        elements: scores of a tile in each thread.
+    """
+
+    kernel: str
+    architecture: str
+    tiles: Tiles
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    launchable: bool
+    tensor_cores: bool
+    main_loop: MainLoop | None
+    elements: int
+
+    def instructions_per_element(self, inner_turns: int = 1) -> float | None:
+        """Instructions of the main loop for each score, the inner loop over head_dim turning `inner_turns` times."""
+        if self.main_loop is None:
+            return None
+        return (self.main_loop.own + inner_turns * self.main_loop.inner) / (self.main_loop.tiles * self.elements)
+
+    def epilogue_share(self, depth: int) -> float | None:
+        """Cycles of a tile outside the product of depth `depth`, over the cycles of that product on tensor cores.
+
+        The larger of issue and exponential cycles, at the units' rates.
+        """
+        if self.main_loop is None:
+            return None
+        scores = self.main_loop.tiles * self.elements
+        issue = self.main_loop.own / scores / ISSUE_LANES
+        exponential = self.main_loop.exponentials / scores / EXPONENTIALS
+        return max(issue, exponential) / (depth / TENSOR_PRODUCTS[self.architecture])
+
+
+class _AbsentDevice:
+    """A driver that names an architecture and has no device."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        # Triton keeps compiled kernels by device: one number for each architecture keeps them apart.
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+
+@contextlib.contextmanager
+def absent_device(arch: int) -> Iterator[None]:
+    """Within it, triton compiles for compute capability `arch` (90 for 9.0) without a device.
+
+    Raises:
+        ValueError: an architecture without tile tables.
+        RuntimeError: triton interprets kernels in this process and cannot compile them.
+    """
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"arch must be one of {', '.join(map(str, ARCHITECTURES))}, got {arch}")
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET=1 is set, kernels cannot be compiled in this process; unset it")
+    before = driver._active
+    driver.set_active(_AbsentDevice(arch))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        driver._active = before
+
+
+@contextlib.contextmanager
+def recording(arch: int) -> Iterator[list[Compiled]]:
+    """Within it, host functions called on meta tensors append what they would launch to the list."""
+    compiled: list[Compiled] = []
+    architecture = ARCHITECTURES[arch]
+
+    def compile_launch(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        mocked = [MockTensor(a.dtype) if isinstance(a, Tensor) else a for a in arguments]
+        if "BLOCK_M" not in options:
+            return  # element by element, no tiles to look at
+        binary = kernel.warmup(*mocked, grid=(1,), enable_fp_fusion=True, **options)
+        compiled.append(_inspect(binary, kernel.__name__, architecture, options))
+
+    with absent_device(arch), compile_only(architecture, compile_launch):
+        yield compiled
+
+
+def _inspect(binary: Any, name: str, architecture: str, options: dict[str, Any]) -> Compiled:
+    cubin = binary.asm["cubin"]
+    registers, spill = resources(cubin)
+    code = Disassembly(cubin)
+    warps = options["num_warps"]
+    rows, columns = options["BLOCK_M"], options["BLOCK_N"]
+    elements = max(1, rows * columns // (32 * warps))
+    shared = int(binary.metadata.shared)
+    # A product that missed the tensor cores keeps a result in a plain blocked layout.
+    plain = any("tt.dot" in line and "#blocked" in line.rsplit("->", 1)[-1] for line in binary.asm["ttgir"].splitlines())
+    return Compiled(
+        kernel=name.removesuffix("_kernel"),
+        architecture=architecture,
+        tiles=Tiles(rows, columns, options.get("BLOCK_D", 0), warps, options["num_stages"]),
+        registers=registers,
+        spill_bytes=spill,
+        shared_bytes=shared,
+        launchable=shared <= SHARED_BYTES[architecture] and registers * 32 * warps <= 65536,
+        tensor_cores=code.uses_tensor_cores() and not plain,
+        main_loop=code.main_loop(elements),
+        elements=elements,
+    )
+
+
+def meta_heads(heads: int, tokens: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+    """`[1, H, tokens, D]` without memory, laid out `[B, tokens, H, D]` as a transformer's projections are."""
+    return torch.empty(1, tokens, heads, head_dim, dtype=dtype, device="meta").transpose(1, 2)

@@ -1,0 +1,128 @@
+"""Reading a compiled kernel: resources, and the instructions of its main loop, by the tools in the triton package."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from typing import NamedTuple
+
+import triton
+
+_INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P[T0-9]+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
+_LABEL = re.compile(r"\s*(\.L_\w+):")
+_TENSOR_CORE = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "UTCOMMA", "QGMMA", "IMMA", "IGMMA", "DMMA")
+
+
+class Instruction(NamedTuple):
+    name: str
+    operands: str
+
+    @property
+    def family(self) -> str:
+        """The name without its modifiers."""
+        return self.name.split(".")[0]
+
+
+class Loop(NamedTuple):
+    """A loop of the machine code: instructions `first` to `last`, both included."""
+
+    first: int
+    last: int
+
+
+class MainLoop(NamedTuple):
+    """Instructions a thread issues in one turn of the loop that walks the score tiles.
+
+    Attributes:
+        own: those outside inner loops.
+        inner: those of all inner loops, each counted for one turn.
+        exponentials: how many of all are EX2.
+        tiles: score tiles a turn handles (above 1 where the compiler unrolled).
+    """
+
+    own: int
+    inner: int
+    exponentials: int
+    tiles: int
+
+
+def _tool(name: str) -> str:
+    path = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    if not path.is_file():
+        raise FileNotFoundError(f"the triton package has no {name} at {path}; install a triton wheel for Linux")
+    return str(path)
+
+
+def _run(name: str, *options: str, cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([_tool(name), *options, file.name], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{name} cannot read the compiled kernel: {done.stderr.strip()}")
+    return done.stdout
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """(registers a thread, bytes of local memory a thread: what does not fit registers)."""
+    usage = _run("cuobjdump", "-res-usage", cubin=cubin)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump says nothing of registers: {usage.strip()}")
+    registers, stack, local = map(int, found.groups())
+    return registers, stack + local
+
+
+class Disassembly:
+    """The machine code of one kernel."""
+
+    def __init__(self, cubin: bytes) -> None:
+        self.instructions: list[Instruction] = []
+        labels: dict[str, int] = {}
+        for line in _run("nvdisasm", "-c", cubin=cubin).splitlines():
+            if label := _LABEL.match(line):
+                labels[label.group(1)] = len(self.instructions)
+            elif found := _INSTRUCTION.match(line):
+                self.instructions.append(Instruction(*found.groups()))
+        self.loops = sorted(self._find_loops(labels))
+
+    def _find_loops(self, labels: dict[str, int]) -> set[Loop]:
+        ends: dict[int, int] = {}
+        for index, instruction in enumerate(self.instructions):
+            target = re.search(r"\.L_\w+", instruction.operands) if instruction.family == "BRA" else None
+            if target and labels.get(target.group(0), index + 1) < index:
+                start = labels[target.group(0)]
+                ends[start] = max(ends.get(start, 0), index)
+        return {Loop(start, end) for start, end in ends.items()}
+
+    def count(self, family: str, loop: Loop | None = None) -> int:
+        """Instructions of one family (a name, with modifiers if given) in a loop, or in the whole kernel."""
+        part = self.instructions if loop is None else self.instructions[loop.first : loop.last + 1]
+        return sum(i.name == family or i.family == family for i in part)
+
+    def families(self, loop: Loop | None = None) -> Counter[str]:
+        part = self.instructions if loop is None else self.instructions[loop.first : loop.last + 1]
+        return Counter(i.family for i in part)
+
+    def uses_tensor_cores(self) -> bool:
+        return any(instruction.family in _TENSOR_CORE for instruction in self.instructions)
+
+    def main_loop(self, elements: int) -> MainLoop | None:
+        """The loop over score tiles, for `elements` scores of a tile in each thread.
+
+        It is the shortest loop that handles that many scores: by exponentials, one a score, or by comparisons where the
+        kernel takes none. The loop over ragged or masked tiles is longer and does not win. None if there is no loop.
+        """
+        for measure in ("MUFU.EX2", "FSETP", "FMNMX"):
+            candidates = [loop for loop in self.loops if self.count(measure, loop) >= 0.9 * elements]
+            if candidates:
+                loop = min(candidates, key=lambda found: found.last - found.first)
+                within = [x for x in self.loops if x != loop and loop.first <= x.first and x.last <= loop.last]
+                inner = len({index for x in within for index in range(x.first, x.last + 1)})
+                total = loop.last - loop.first + 1
+                tiles = max(1, round(self.count(measure, loop) / elements))
+                return MainLoop(total - inner, inner, self.count("MUFU.EX2", loop), tiles)
+        return None
