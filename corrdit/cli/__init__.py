@@ -21,6 +21,7 @@ from typing import Any
 COMMANDS = {
     "track": "follow points through a video",
     "demo": "track points through a generated clip and compare with its exact truth",
+    "train": "train the embedded model on generated videos",
     "models": "list the backbones with their layers and presets",
     "doctor": "show versions, devices and backends, and why a backend cannot run",
 }

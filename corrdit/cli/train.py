@@ -1,4 +1,8 @@
-"""Train the embedded video diffusion transformer on generated videos."""
+"""Train the embedded video diffusion transformer on generated videos.
+
+reads   --recipe: a recipe of the package or a YAML file; the videos are generated while it trains
+writes  into the folder --output: checkpoints, metrics.csv and pipeline/, which `corrdit track --model` takes
+"""
 
 import pathlib
 from typing import Any

@@ -36,7 +36,7 @@ def cell_size(cells: int, height: int, width: int) -> tuple[int, int]:
     """(height, width) in pixels of one picture on a sheet of `cells` pictures of a `height` x `width` video."""
     columns = sheet_columns(cells, height, width)
     cell_width = (_SHEET_WIDTH - 2 * _MARGIN - (columns - 1) * _GAP) // columns
-    cell_width = min(cell_width, 8 * width)
+    cell_width = min(cell_width, max(320, 2 * width))
     return max(1, round(cell_width * height / width)), cell_width
 
 

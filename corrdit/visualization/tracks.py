@@ -26,7 +26,8 @@ class TrackStyle:
         trail: number of past frames whose path is drawn behind a point; 0 draws dots only.
         radius: of a dot, in pixels of the drawn picture; None follows the picture's size.
         fade: how far the video is moved towards a darker grey, 0 to 1, so that the colours stand out.
-        hidden: draw points that are not visible (hollow, with a dotted look of their trail) or leave them out.
+        hidden: draw points that are not visible, as hollow rings, or leave them out. Trails are drawn only between
+            frames in which a point is visible: where it is hidden, its place is a guess.
     """
 
     trail: int = 16
@@ -104,9 +105,8 @@ class TrackPainter:
             return
         path = self._xy[first : index + 1]
         seen = self._visible[first:index] & self._visible[first + 1 : index + 1]
-        strength = np.where(seen, 1.0, 0.35 if self.style.hidden else 0.0)
         age = np.arange(index - first, 0, -1)[:, None] - 1
-        alpha = strength * (1 - age / self.style.trail) ** 1.2
+        alpha = np.where(seen, (1 - age / self.style.trail) ** 1.2, 0.0)
         moved = np.linalg.norm(np.diff(path, axis=0), axis=-1) > 1e-3
         chosen = moved & (alpha > 0.01)
         segments = np.stack((path[:-1], path[1:]), axis=2)[chosen]
@@ -121,8 +121,8 @@ class TrackPainter:
         inside = ((place >= -radius) & (place <= np.array(self.size[::-1]) + radius)).all(-1)
         if self.style.hidden:
             hidden = inside & ~self._visible[index]
-            canvas.rings(place[hidden], radius, _with_opacity(0.0 * self._colours[hidden], 0.7), rim + halo)
-            canvas.rings(place[hidden], radius, _with_opacity(self._colours[hidden], 1.0), rim)
+            canvas.rings(place[hidden], radius, _with_opacity(0.0 * self._colours[hidden], 0.5), rim + halo)
+            canvas.rings(place[hidden], radius, _with_opacity(self._colours[hidden], 0.8), rim)
         seen = inside & self._visible[index]
         canvas.discs(place[seen], radius + halo, _with_opacity(0.0 * self._colours[seen], 0.7))
         canvas.discs(place[seen], radius, _with_opacity(self._colours[seen], 1.0))
@@ -162,7 +162,7 @@ def draw_tracks(
 ) -> np.ndarray:
     """Draw tracks over a video: a dot for each point, coloured by where it starts, with a fading trail.
 
-    Visible points are filled dots, hidden ones hollow rings with a faint trail.
+    Visible points are filled dots, hidden ones hollow rings; see `TrackStyle`.
 
     Args:
         video: uint8 `[T, H, W, 3]`.

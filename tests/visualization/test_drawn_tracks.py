@@ -81,6 +81,12 @@ def test_trails_follow_the_path_and_fade() -> None:
     assert change[100, 40 + 30 * 4 + 15] > change[100, 40 + 30 * 2 + 15] > 0, "older parts are fainter"
     assert change[100, 40 + 15] == 0, "only four frames back"
     assert change[100, 40 + 30 * 6 + 15] == 0, "nothing ahead"
+    visible = np.arange(FRAMES)[:, None] != 5
+    gap = Tracks(xy=path, visible=visible, score=np.ones((FRAMES, 1)))
+    drawn = draw_tracks(grey_video(), gap, style=TrackStyle(trail=4, radius=4.0, fade=0.0))
+    change = np.abs(drawn[7].astype(int) - 128).sum(-1)
+    assert change[100, 40 + 30 * 3 + 15] > 0
+    assert change[100, 40 + 30 * 4 + 15] == change[100, 40 + 30 * 5 + 15] == 0, "no trail where it is hidden"
 
 
 def test_drawing_one_by_one_is_the_same() -> None:
@@ -144,6 +150,7 @@ def test_sheet_layout() -> None:
     assert sheet_columns(1, 480, 720) == 1
     height, width = cell_size(12, 480, 720)
     assert height / width == pytest.approx(480 / 720, rel=0.01)
+    assert cell_size(12, 32, 32) == (320, 320), "tiny videos are not blown up to a whole sheet"
 
 
 def test_contact_sheet_shows_every_picture(tmp_path: Path) -> None:
