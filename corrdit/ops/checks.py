@@ -62,7 +62,7 @@ def check_number(name: str, value: object, *, positive: bool = False) -> float:
 
 def check_scale(scale: float | None, head_dim: int) -> float:
     """The factor of q.k: `head_dim ** -0.5` unless given."""
-    return head_dim**-0.5 if scale is None else check_number("scale", scale)
+    return head_dim**-0.5 if scale is None else check_number("scale", scale, positive=True)
 
 
 def check_budget(memory_budget: int | None) -> int | None:
