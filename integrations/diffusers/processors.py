@@ -9,6 +9,8 @@ The call itself is passed on as it was, so the model's output does not change by
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -87,6 +89,9 @@ class CorrespondenceProcessor:
             that wrote to q or k or returned a part of them.
     """
 
+    def __new__(cls, inner: Any, *args: Any, **kwargs: Any) -> CorrespondenceProcessor:
+        return object.__new__(_with_argument_names(cls, type(inner)))
+
     def __init__(
         self,
         inner: Any,
@@ -101,9 +106,6 @@ class CorrespondenceProcessor:
                 f"got {inner!r}"
             )
         self.inner = inner
-        # Attention modules pass on only the keyword arguments they find in the processor's signature, and they look
-        # it up through the instance: the inner method shows its own names there, while a call takes the class's.
-        self.__call__ = inner.__call__
         self._captured_by: Any = None
         self._request: ReadRequest | None = None
         self._compiled_reads: list[AttentionInputs] = []
@@ -122,7 +124,8 @@ class CorrespondenceProcessor:
                 deliver=self._keep,
             )
 
-    def __call__(self, attn: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def read(self, attn: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The inner processor's output; queries and keys go to the operation. A call of the processor is this."""
         request = self._request
         if request is None:
             return self.inner(attn, *args, **kwargs)
@@ -266,7 +269,25 @@ class _AttentionReader(TorchFunctionMode):
             stand_in = self.observe(AttentionInputs.of_call(*args, **kwargs))
             if stand_in is not None:
                 return stand_in
+        if func is torch.Tensor.unflatten:
+            # The method asks for its base class's, which torch.compile cannot follow under a function mode.
+            func = torch.unflatten
         return func(*args, **kwargs)
+
+
+@functools.cache
+def _with_argument_names(base: type[CorrespondenceProcessor], inner: type) -> type[CorrespondenceProcessor]:
+    """`base` with the argument names of `inner.__call__`.
+
+    Attention modules pass on only the keyword arguments they find in the signature of the processor's `__call__`; a
+    processor that takes `**kwargs` would silently lose the rotary embedding.
+    """
+
+    def __call__(self: CorrespondenceProcessor, attn: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.read(attn, *args, **kwargs)
+
+    __call__.__signature__ = inspect.signature(inner.__call__)  # type: ignore[attr-defined]
+    return type(base.__name__, (base,), {"__call__": __call__, "__module__": base.__module__, "__doc__": base.__doc__})
 
 
 def named_operations(operation: Operation | Mapping[str, Operation]) -> dict[str, Operation]:
