@@ -16,6 +16,7 @@ _LAZY_ATTRIBUTES = {
     "Tracks": "corrdit.tracking",
     "PointTracker": "corrdit.tracking",
     "CorrespondenceProcessor": "corrdit.integrations.diffusers",
+    "CrossAttentionGuidance": "corrdit.integrations.diffusers",
     "capture": "corrdit.integrations.diffusers",
     "load_backbone": "corrdit.integrations.diffusers",
 }
@@ -23,6 +24,7 @@ _LAZY_MODULES = ("data", "metrics", "motion", "ops", "testing", "tracking", "vid
 
 __all__ = [
     "CorrespondenceProcessor",
+    "CrossAttentionGuidance",
     "PointTracker",
     "TokenGrid",
     "Tracks",
@@ -42,7 +44,12 @@ __all__ = [
 if TYPE_CHECKING:
     from corrdit import data, metrics, motion, ops, testing, tracking, video, visualization
     from corrdit.grid import TokenGrid
-    from corrdit.integrations.diffusers import CorrespondenceProcessor, capture, load_backbone
+    from corrdit.integrations.diffusers import (
+        CorrespondenceProcessor,
+        CrossAttentionGuidance,
+        capture,
+        load_backbone,
+    )
     from corrdit.tracking import PointTracker, Tracks
 
 

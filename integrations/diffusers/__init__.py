@@ -12,6 +12,7 @@ _LAZY_ATTRIBUTES = {
     "Backbone": "corrdit.integrations.diffusers.backbones.base",
     "Capture": "corrdit.integrations.diffusers.capture",
     "CorrespondenceProcessor": "corrdit.integrations.diffusers.processors",
+    "CrossAttentionGuidance": "corrdit.integrations.diffusers.guidance",
     "Preset": "corrdit.integrations.diffusers.backbones.presets",
     "TransformerLayout": "corrdit.integrations.diffusers.layouts",
     "available_backbones": "corrdit.integrations.diffusers.backbones.loading",
@@ -24,6 +25,7 @@ __all__ = [
     "Backbone",
     "Capture",
     "CorrespondenceProcessor",
+    "CrossAttentionGuidance",
     "Preset",
     "TransformerLayout",
     "available_backbones",
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from corrdit.integrations.diffusers.backbones.loading import available_backbones, backbone_of, load_backbone
     from corrdit.integrations.diffusers.backbones.presets import Preset
     from corrdit.integrations.diffusers.capture import Capture, capture
+    from corrdit.integrations.diffusers.guidance import CrossAttentionGuidance
     from corrdit.integrations.diffusers.layouts import TransformerLayout, register_layout
     from corrdit.integrations.diffusers.processors import CorrespondenceProcessor
 

@@ -1,0 +1,245 @@
+"""The pipeline round the guidance: restored, composed, refused."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from diffusers import LattePipeline, LatteTransformer3DModel
+from diffusers.hooks import apply_group_offloading
+
+from corrdit import TokenGrid, capture
+from corrdit.integrations.diffusers import CorrespondenceProcessor
+from corrdit.integrations.diffusers.guidance import CrossAttentionGuidance, GuidancePreset, guidance_preset
+from corrdit.integrations.diffusers.guidance.presets import PUBLISHED_GUIDANCE
+from corrdit.testing import tiny_generation, tiny_pipeline
+
+
+def state_of(pipe: Any) -> dict[str, tuple[Any, ...]]:
+    """Everything a module's instance holds besides weights, by module."""
+    return {
+        name: (
+            sorted(set(vars(module)) - {"_diffusers_hook"}),
+            list(module._forward_hooks.values()),
+            list(module._forward_pre_hooks.values()),
+            list(module._forward_hooks_with_kwargs),
+            vars(module).get("forward"),
+            vars(module).get("processor"),
+            module._compiled_call_impl,
+        )
+        for name, module in pipe.transformer.named_modules()
+    }
+
+
+@pytest.mark.parametrize("name", ["cogvideox", "hunyuanvideo", "wan"])
+def test_model_is_restored(name: str) -> None:
+    pipe = tiny_pipeline(name)
+    plain = pipe(**tiny_generation(name, steps=2)).frames
+    before = state_of(pipe)
+    for perturbation in ("cross_frame", "skip"):
+        with CrossAttentionGuidance(pipe, (-1,), perturbation=perturbation):
+            guided = pipe(**tiny_generation(name, steps=2)).frames
+        assert not torch.equal(guided, plain)
+        assert state_of(pipe) == before
+    assert torch.equal(pipe(**tiny_generation(name, steps=2)).frames, plain)
+
+
+@pytest.mark.parametrize(
+    "where, forward",
+    [
+        ("transformer_blocks.0", "own"),
+        ("transformer_blocks.1.attn1", "own"),
+        ("transformer_blocks.1.attn1", "perturbed"),
+        ("transformer_blocks.2.ff", "perturbed"),
+    ],
+)
+def test_model_is_restored_after_an_exception(where: str, forward: str) -> None:
+    pipe = tiny_pipeline("cogvideox")
+    plain = pipe(**tiny_generation("cogvideox", steps=2)).frames
+    module = pipe.transformer.get_submodule(where)
+    batch = 2 if forward == "own" else 1
+
+    def fail(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if hidden.shape[0] == batch:
+            raise RuntimeError("stop")
+
+    handle = module.register_forward_pre_hook(fail, with_kwargs=True)
+    before = state_of(pipe)
+    guidance = CrossAttentionGuidance(pipe, 1)
+    with pytest.raises(RuntimeError, match="stop"), guidance:
+        pipe(**tiny_generation("cogvideox", steps=2))
+    assert state_of(pipe) == before
+    handle.remove()
+    assert torch.equal(pipe(**tiny_generation("cogvideox", steps=2)).frames, plain)
+    with guidance:
+        assert not torch.equal(pipe(**tiny_generation("cogvideox", steps=2)).frames, plain)
+
+
+def test_a_copy_made_inside_is_not_guided() -> None:
+    pipe = tiny_pipeline("wan")
+    plain = pipe(**tiny_generation("wan", steps=2)).frames
+    with CrossAttentionGuidance(pipe, 1):
+        copied = copy.deepcopy(pipe.transformer)
+    pipe.transformer = copied
+    assert torch.equal(pipe(**tiny_generation("wan", steps=2)).frames, plain)
+
+
+@pytest.mark.parametrize("order", ["capture first", "guidance first"])
+@pytest.mark.parametrize("name", ["cogvideox", "wan"])
+def test_capture_reads_the_unperturbed_forward(name: str, order: str) -> None:
+    def operation(q: torch.Tensor, k: torch.Tensor, grid: TokenGrid, key_mask: Any) -> torch.Tensor:
+        return q.sum(dim=(1, 3)) + k.sum(dim=(1, 3))
+
+    pipe = tiny_pipeline(name)
+    with capture(pipe, layers=[0, 2], operation=operation, branch="both") as alone:
+        pipe(**tiny_generation(name, steps=2))
+    guidance = CrossAttentionGuidance(pipe, 2)
+    with guidance:
+        guided = pipe(**tiny_generation(name, steps=2)).frames
+    reader = capture(pipe, layers=[0, 2], operation=operation, branch="both")
+    outer, inner = (reader, guidance) if order == "capture first" else (guidance, reader)
+    with outer, inner:
+        both = pipe(**tiny_generation(name, steps=2)).frames
+    assert torch.equal(both, guided)
+    assert reader.keys() == alone.keys()
+    for layer in (0, 2):
+        for branch in ("cond", "uncond"):
+            assert torch.equal(reader[0, layer][branch], alone[0, layer][branch])
+        assert not torch.equal(reader[1, layer]["cond"], alone[1, layer]["cond"])
+
+
+def test_processor_put_in_by_hand_keeps_its_result() -> None:
+    pipe = tiny_pipeline("cogvideox")
+    attention = pipe.transformer.transformer_blocks[2].attn1
+    stock = attention.processor
+    attention.processor = CorrespondenceProcessor(
+        stock, TokenGrid(3, 4, 4, text_tokens=8), lambda q, k, grid, key_mask: q.mean(dim=(1, 2))
+    )
+    with CrossAttentionGuidance(pipe, 2):
+        pipe(**tiny_generation("cogvideox", steps=2))
+    assert attention.processor.result.shape[0] == 2
+    assert isinstance(attention.processor, CorrespondenceProcessor)
+
+
+def test_group_offloading_hooks_run_in_skipped_blocks() -> None:
+    pipe = tiny_pipeline("cogvideox")
+    with CrossAttentionGuidance(pipe, 1):
+        expected = pipe(**tiny_generation("cogvideox", steps=2)).frames
+    apply_group_offloading(
+        pipe.transformer,
+        onload_device=torch.device("cpu"),
+        offload_device=torch.device("cpu"),
+        offload_type="block_level",
+        num_blocks_per_group=1,
+    )
+    with CrossAttentionGuidance(pipe, 1):
+        assert torch.equal(pipe(**tiny_generation("cogvideox", steps=2)).frames, expected)
+
+
+@pytest.mark.slow
+def test_compiled_blocks() -> None:
+    pipe = tiny_pipeline("cogvideox")
+    with CrossAttentionGuidance(pipe, 1):
+        expected = pipe(**tiny_generation("cogvideox", steps=2)).frames
+    for block in pipe.transformer.transformer_blocks:
+        block.compile(backend="eager", dynamic=True)
+    before = state_of(pipe)
+    with CrossAttentionGuidance(pipe, 1):
+        compiled = pipe(**tiny_generation("cogvideox", steps=2)).frames
+    torch.testing.assert_close(compiled, expected)
+    assert state_of(pipe) == before
+
+
+def test_one_guidance_at_a_time() -> None:
+    pipe = tiny_pipeline("cogvideox")
+    guidance = CrossAttentionGuidance(pipe, 1)
+    with guidance:
+        with pytest.raises(ValueError, match="already under a guidance"), CrossAttentionGuidance(pipe, 2):
+            pass
+        with pytest.raises(ValueError, match="already open"), guidance:
+            pass
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"layers": 3}, "layer 3 is outside CogVideoXTransformer3DModel, which has 3"),
+        ({"layers": (-4,)}, "outside"),
+        ({"layers": ()}, "layers is empty"),
+        ({"layers": (1, -2)}, "twice"),
+        ({"layers": 1.5}, "whole numbers"),
+        ({"layers": None}, "no layers"),
+        ({"layers": None, "preset": "published"}, "published for CogVideoX-2B and 5B"),
+        ({"preset": "best"}, "preset must be"),
+        ({"scale": -1.0}, "scale must be a finite number"),
+        ({"scale": float("nan")}, "scale must be a finite number"),
+        ({"scale": "1"}, "scale must be a finite number"),
+        ({"adaptive_scale": -0.1}, "adaptive_scale must be"),
+        ({"start": -0.1}, "start is a share"),
+        ({"stop": 1.1}, "stop is a share"),
+        ({"stop": float("nan")}, "stop is a share"),
+        ({"start": 0.5, "stop": 0.5}, "start must be below stop"),
+        ({"span": -1}, "span"),
+        ({"span": 1, "perturbation": "identity"}, "span and renormalize belong to"),
+        ({"perturbation": "blur"}, "perturbation must be one of"),
+        ({"renormalize": 1}, "renormalize must be"),
+        ({"heads": [2]}, "heads of layer 1 must be different numbers from 0 to 1"),
+        ({"heads": {2: [0]}}, "not perturbed"),
+        ({"heads": [0], "perturbation": "skip"}, "no heads to choose"),
+        ({"backend": "cuda"}, "backend must be one of"),
+    ],
+)
+def test_bad_settings_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CrossAttentionGuidance(tiny_pipeline("cogvideox"), **{"layers": 1, **options})
+
+
+def test_models_that_cannot_be_guided_are_refused() -> None:
+    pipe = tiny_pipeline("cogvideox")
+    with pytest.raises(ValueError, match="needs a diffusers video pipeline"):
+        CrossAttentionGuidance(pipe.transformer, 1)
+    latte = LatteTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=4,
+        in_channels=4,
+        num_layers=1,
+        caption_channels=8,
+        sample_size=8,
+        patch_size=2,
+    )
+    with pytest.raises(ValueError, match="factored attention"):
+        CrossAttentionGuidance(LattePipeline(None, None, None, latte, pipe.scheduler), 0)
+    wan = tiny_pipeline("wan")
+    wan.transformer.set_attention_backend("flex")
+    with (
+        pytest.raises(ValueError, match="cannot be guided: the attention backend 'flex'"),
+        CrossAttentionGuidance(wan, 1),
+    ):
+        pass
+
+
+def test_checkpointed_gradients_are_refused() -> None:
+    pipe = tiny_pipeline("cogvideox")
+    pipe.transformer.enable_gradient_checkpointing()
+    with CrossAttentionGuidance(pipe, 1):
+        pipe(**tiny_generation("cogvideox", steps=2))
+        pipe.scheduler.set_timesteps(2)
+        arguments = {
+            "hidden_states": torch.randn(2, 3, 4, 8, 8),
+            "encoder_hidden_states": torch.randn(2, 8, 16),
+            "timestep": torch.tensor([500, 500]),
+        }
+        with pytest.raises(ValueError, match="gradient checkpointing"):
+            pipe.transformer(**arguments)
+
+
+def test_published_settings_are_found_by_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny_pipeline("cogvideox")
+    assert guidance_preset(pipe.transformer) is None
+    assert {preset.layers for preset in PUBLISHED_GUIDANCE.values()} == {(13, 17, 21), (15, 17, 18)}
+    monkeypatch.setitem(PUBLISHED_GUIDANCE, ("CogVideoXTransformer3DModel", 3, 2), GuidancePreset((0, 2)))
+    assert CrossAttentionGuidance(pipe, preset="published").layers == (0, 2)
+    assert CrossAttentionGuidance(pipe, 1, preset="published").layers == (1,)
