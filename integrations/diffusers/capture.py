@@ -312,12 +312,12 @@ class Capture(Mapping[tuple[int, int], Any]):
             if not any(fired == layer and step in (None, at) for at, fired in self._fired)
         ]
         if missing:
-            raise ValueError(f"the capture never fired for {_keys(missing)}: {self._reason()}")
+            raise ValueError(f"the capture never fired for {_keys(missing)}: {self._reason(missing)}")
 
-    def _reason(self) -> str:
+    def _reason(self, missing: list[tuple[int | None, int]]) -> str:
         if not self._calls_seen:
             return "the transformer did not run inside the block; call the pipeline or the transformer there"
-        if not self._counter.step >= max(self._steps or [0]):
+        if any(step is not None and step > self._counter.step for step, _ in missing):
             return f"the run ended after step {self._counter.step}"
         if self._branch == "uncond":
             return "the run used no classifier-free guidance, so it has no unconditional branch; raise guidance_scale"
