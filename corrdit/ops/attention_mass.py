@@ -10,7 +10,7 @@ from torch import Tensor
 
 from corrdit.grid import TokenGrid
 from corrdit.ops import checks
-from corrdit.ops.backends import select_backend
+from corrdit.ops.backends import BackendInput, backend_input, select_backend
 
 
 class AttentionMass(NamedTuple):
@@ -72,18 +72,20 @@ def attention_mass(
     checks.check_tokens(grid, q=q, k=k)
     weights = checks.check_heads(heads, head_weights, q)
     source = checks.check_frame("source", source, grid)
-    folded = checks.fold_features(q, k, heads, weights)
+    key_mask = checks.check_key_mask(key_mask, q)
+    module = select_backend(backend, q)
+    given = backend_input(module, BackendInput(q, k, grid, key_mask, heads, weights), video_only=False)
     return AttentionMass(
-        *select_backend(backend, q).attention_mass(
-            folded.q,
-            folded.k,
-            grid,
+        *module.attention_mass(
+            given.q,
+            given.k,
+            given.grid,
             checks.check_frame_tokens(tokens, grid, q.device),
             source=source,
-            heads=folded.heads,
-            weights=folded.weights,
+            heads=given.heads,
+            weights=given.weights,
             scale=checks.check_scale(scale, q.shape[-1]),
-            key_mask=checks.check_key_mask(key_mask, q),
+            key_mask=given.key_mask,
             memory_budget=checks.check_budget(memory_budget),
         )
     )

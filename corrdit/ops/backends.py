@@ -8,9 +8,12 @@ import importlib.util
 import logging
 import os
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from corrdit.grid import TokenGrid
 
 BACKENDS = ("auto", "triton", "streaming", "reference")
 
@@ -36,6 +39,39 @@ def select_backend(backend: str, tensor: Tensor) -> ModuleType:
             kind = ValueError if tensor.dtype == torch.float64 else RuntimeError
             raise kind(f'backend="triton" cannot run: {reason}; use backend="streaming" or backend="auto"')
     return importlib.import_module(f"corrdit.{_MODULES[backend]}")
+
+
+class BackendInput(NamedTuple):
+    """Queries and keys as a backend takes them: `grid` and `key_mask` describe the tokens of `q` and `k`."""
+
+    q: Tensor
+    k: Tensor
+    grid: TokenGrid
+    key_mask: Tensor | None
+    heads: str
+    weights: Tensor | None
+
+
+def backend_input(module: ModuleType, given: BackendInput, *, video_only: bool = True) -> BackendInput:
+    """What an operation hands to a backend.
+
+    The streaming backend takes everything as it is and reads the heads and the video tokens it needs block by block:
+    a copy of the means over heads, or the padding of gradients of a slice, would grow with the video, past its budget.
+    The others get the video tokens alone where no text takes part, and heads="features" as the one head of "logits"
+    that the means over heads are.
+    """
+    if module.__name__ == f"corrdit.{_MODULES['streaming']}":
+        return given
+    q, k, grid, key_mask, heads, weights = given
+    if video_only:
+        q, k = q[:, :, grid.video_slice], k[:, :, grid.video_slice]
+        key_mask = None if key_mask is None else key_mask[:, grid.video_slice]
+        grid = grid.without_text()
+    if heads == "features":
+        assert weights is not None
+        q, k = (torch.einsum("bhnd,h->bnd", t.to(weights.dtype), weights).unsqueeze(1) for t in (q, k))
+        heads, weights = "logits", torch.ones(1, dtype=weights.dtype, device=q.device)
+    return BackendInput(q, k, grid, key_mask, heads, weights)
 
 
 def triton_unavailable(device: str, dtype: torch.dtype) -> str | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,15 +13,6 @@ from corrdit.grid import TokenGrid, whole_number
 
 HEAD_MODES = ("logits", "features", "probabilities", "none")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-class Folded(NamedTuple):
-    """Queries and keys with the head mode a backend understands ("features" is one head of "logits")."""
-
-    q: Tensor
-    k: Tensor
-    heads: str
-    weights: Tensor | None
 
 
 def check_tokens(grid: TokenGrid, **tensors: Tensor) -> None:
@@ -104,15 +94,6 @@ def check_heads(heads: str, head_weights: Tensor | Iterable[float] | None, q: Te
     if not bool(torch.isfinite(weights).all()) or bool((weights < 0).any()) or float(weights.sum()) <= 0:
         raise ValueError(f"head_weights must be finite, not negative and not all zero, got {weights.tolist()}")
     return weights / weights.sum()
-
-
-def fold_features(q: Tensor, k: Tensor, heads: str, weights: Tensor | None) -> Folded:
-    """For heads="features" the weighted mean of q and of k over heads as one head of "logits"; else unchanged."""
-    if heads != "features":
-        return Folded(q, k, heads, weights)
-    assert weights is not None
-    q, k = (torch.einsum("bhnd,h->bnd", t.to(weights.dtype), weights).unsqueeze(1) for t in (q, k))
-    return Folded(q, k, "logits", torch.ones(1, dtype=weights.dtype, device=q.device))
 
 
 def check_frame(name: str, frame: int, grid: TokenGrid) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from corrdit.grid import TokenGrid
 from corrdit.ops import checks
-from corrdit.ops.backends import select_backend
+from corrdit.ops.backends import BackendInput, backend_input, select_backend
 
 
 @torch.no_grad()
@@ -52,17 +52,19 @@ def cost_rows(
     weights = checks.check_heads(heads, head_weights, q)
     source = checks.check_frame("source", source, grid)
     key_mask = checks.check_key_mask(key_mask, q)
-    folded = checks.fold_features(q[:, :, grid.video_slice], k[:, :, grid.video_slice], heads, weights)
-    return select_backend(backend, q).cost_rows(
-        folded.q,
-        folded.k,
-        grid.without_text(),
+    module = select_backend(backend, q)
+    given = backend_input(module, BackendInput(q, k, grid, key_mask, heads, weights))
+    rows: Tensor = module.cost_rows(
+        given.q,
+        given.k,
+        given.grid,
         checks.check_frame_tokens(tokens, grid, q.device),
         source=source,
-        heads=folded.heads,
-        weights=folded.weights,
+        heads=given.heads,
+        weights=given.weights,
         scale=checks.check_scale(scale, q.shape[-1]),
-        key_mask=None if key_mask is None else key_mask[:, grid.video_slice],
+        key_mask=given.key_mask,
         bidirectional=bool(bidirectional),
         memory_budget=checks.check_budget(memory_budget),
     )
+    return rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -10,12 +11,13 @@ from torch import Tensor
 
 from corrdit.grid import FramePairs, TokenGrid, whole_number
 from corrdit.ops import checks
-from corrdit.ops.backends import select_backend
+from corrdit.ops.backends import BackendInput, backend_input, select_backend
 
 
 class _Request(NamedTuple):
     """What a backend is called with, and how its frame pairs are to be arranged."""
 
+    backend: ModuleType
     arguments: tuple[Any, ...]
     options: dict[str, Any]
     square: bool
@@ -70,9 +72,9 @@ def soft_displacement(
     """
     request = _displacement_request(
         q, k, grid, heads=heads, head_weights=head_weights, temperature=temperature, frames=frames, window=window,
-        center=center, scale=scale, key_mask=key_mask, memory_budget=memory_budget,
+        center=center, scale=scale, key_mask=key_mask, backend=backend, memory_budget=memory_budget,
     )  # fmt: skip
-    return _arrange(select_backend(backend, q).soft_displacement(*request.arguments, **request.options), request, grid)
+    return _arrange(request.backend.soft_displacement(*request.arguments, **request.options), request, grid)
 
 
 @torch.no_grad()
@@ -106,9 +108,9 @@ def hard_displacement(
     """
     request = _displacement_request(
         q, k, grid, heads=heads, head_weights=head_weights, temperature=temperature, frames=frames, window=window,
-        center=center, scale=scale, key_mask=key_mask, memory_budget=memory_budget,
+        center=center, scale=scale, key_mask=key_mask, backend=backend, memory_budget=memory_budget,
     )  # fmt: skip
-    return _arrange(select_backend(backend, q).hard_displacement(*request.arguments, **request.options), request, grid)
+    return _arrange(request.backend.hard_displacement(*request.arguments, **request.options), request, grid)
 
 
 def _displacement_request(
@@ -124,6 +126,7 @@ def _displacement_request(
     center: Tensor | None,
     scale: float | None,
     key_mask: Tensor | None,
+    backend: str,
     memory_budget: int | None,
 ) -> _Request:
     checks.check_tokens(grid, q=q, k=k)
@@ -136,12 +139,10 @@ def _displacement_request(
         "memory_budget": checks.check_budget(memory_budget),
     }
     options["center"] = _check_center(center, options["window"], q, grid, pairs, square=frames is None)
-    key_mask = checks.check_key_mask(key_mask, q)
-    options["key_mask"] = None if key_mask is None else key_mask[:, grid.video_slice]
-    video_q, video_k = q[:, :, grid.video_slice], k[:, :, grid.video_slice]
-    folded = checks.fold_features(video_q, video_k, heads, weights)
-    options.update(heads=folded.heads, weights=folded.weights)
-    return _Request((folded.q, folded.k, grid.without_text(), pairs), options, square=frames is None)
+    module = select_backend(backend, q)
+    given = backend_input(module, BackendInput(q, k, grid, checks.check_key_mask(key_mask, q), heads, weights))
+    options.update(heads=given.heads, weights=given.weights, key_mask=given.key_mask)
+    return _Request(module, (given.q, given.k, given.grid, pairs), options, square=frames is None)
 
 
 def _check_center(

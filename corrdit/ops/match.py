@@ -10,7 +10,7 @@ from torch import Tensor
 
 from corrdit.grid import TokenGrid, whole_number
 from corrdit.ops import checks
-from corrdit.ops.backends import select_backend
+from corrdit.ops.backends import BackendInput, backend_input, select_backend
 
 
 class Match(NamedTuple):
@@ -83,17 +83,18 @@ def match(
         if not wanted:
             raise ValueError("targets is empty; give at least one frame, or None for every frame but the source")
     key_mask = checks.check_key_mask(key_mask, q)
-    folded = checks.fold_features(q[:, :, grid.video_slice], k[:, :, grid.video_slice], heads, weights)
-    xy, score = select_backend(backend, q).match(
-        folded.q,
-        folded.k,
-        grid.without_text(),
+    module = select_backend(backend, q)
+    given = backend_input(module, BackendInput(q, k, grid, key_mask, heads, weights))
+    xy, score = module.match(
+        given.q,
+        given.k,
+        given.grid,
         source,
         wanted,
-        heads=folded.heads,
-        weights=folded.weights,
+        heads=given.heads,
+        weights=given.weights,
         scale=checks.check_scale(scale, q.shape[-1]),
-        key_mask=None if key_mask is None else key_mask[:, grid.video_slice],
+        key_mask=given.key_mask,
         bidirectional=bool(bidirectional),
         refine=whole_number("refine", refine, 0),
         memory_budget=checks.check_budget(memory_budget),

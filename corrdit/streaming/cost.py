@@ -27,12 +27,14 @@ class CostProblem:
 
 
 class _FrameMatrices:
-    """The query and key matrices of one frame, each made when first asked for."""
+    """The query matrix of one frame, times the factor of the scores, and its key matrix."""
 
     def __init__(self, cost: CostRows, batch: int, index: int, frame: int) -> None:
         heads = cost.products.heads_of
         tokens = cost.problem.grid.frame_slice(frame)
-        self.queries = cost.products.queries(heads(cost.q[batch], index)[:, tokens])
+        # The factor goes into the queries: in the product, BLAS may round equal scores differently and break ties.
+        queries = cost.products.queries(heads(cost.q[batch], index)[:, tokens])
+        self.queries = queries * (cost.problem.scale * LOG2_E)
         self.keys = cost.products.keys(heads(cost.k[batch], index)[:, tokens])
         self.removed: Tensor | None = None
         if cost.problem.key_mask is not None:
@@ -53,7 +55,7 @@ class CostRows:
         # Maps whose mean is one cost map; those of heads="none" are cost maps of their own.
         self.maps_together = products.maps if products.averaged else 1
         tokens, size = problem.grid.tokens_per_frame, products.element_bytes
-        matrices = 4 * self.maps_together * tokens * products.width * size
+        matrices = tokens * size * (6 * self.maps_together * products.width + products.copied_width)
         self.rows = rows_in_a_chunk(
             problem.memory_budget,
             fixed_bytes=matrices + (3 * self.maps_together + 24) * tokens * size,
@@ -77,7 +79,7 @@ class CostRows:
     def scores(self, queries: Tensor, keys: Tensor) -> Tensor:
         """`[n, m]` logits in base 2, in a buffer."""
         flat = self._scores[: queries.shape[0] * keys.shape[0]].view(queries.shape[0], keys.shape[0])
-        return torch.addmm(flat, queries, keys.t(), beta=0, alpha=self.problem.scale * LOG2_E, out=flat)
+        return torch.mm(queries, keys.t(), out=flat)
 
     def zeros(self, rows: int) -> Tensor:
         tokens = self.problem.grid.tokens_per_frame

@@ -55,8 +55,9 @@ class _FrameLocalAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        with torch.autocast(gradient.device.type, enabled=False):
-            dq, dk, dv = _gradients(*ctx.saved_tensors, gradient, ctx.problem)
+        q, k, v = ctx.saved_tensors
+        with torch.autocast(q.device.type, enabled=False):
+            dq, dk, dv = _gradients(q, k, v, gradient, ctx.problem)
         return dq, dk, dv, None
 
 

@@ -58,7 +58,8 @@ class PairPass:
         self.products = products = HeadProducts(q, problem.heads, problem.weights)
         tokens, size = grid.tokens_per_frame, products.element_bytes
         masked = problem.key_mask is not None or problem.window is not None
-        frames, frame_bytes = 1, tokens * products.width * size * key_matrices
+        copied = products.copied_width * size
+        frames, frame_bytes = 1, tokens * (products.width * size * key_matrices + copied)
         if problem.window is None:
             frames = frames_in_a_group(problem.memory_budget, frame_bytes, grid.frames, tokens)
         else:
@@ -66,7 +67,7 @@ class PairPass:
         rows = rows_in_a_chunk(
             problem.memory_budget,
             fixed_bytes=reserved_bytes + frames * frame_bytes + 16 * tokens * size,
-            row_bytes=frames * (tokens * (score_tiles * size + 3 * masked) + 24 * size) + 4 * products.width * size,
+            row_bytes=frames * (tokens * (score_tiles * size + 3 * masked) + 24 * size) + 4 * copied,
             tile_row_bytes=frames * tokens * size,
             rows=tokens,
             device=q.device,
@@ -122,17 +123,17 @@ class PairPass:
         """`[n, width]` queries of a block."""
         return self.products.queries(self.query_part(self.q, batch, index, block))
 
-    def scores(self, queries: Tensor, keys: Tensor, block: Block, tile: int = 0) -> Tensor:
-        """`[n, frames, keys]` logits of a block in base 2, -inf where a key is not allowed."""
-        flat = self.tile(tile, queries.shape[0], keys.shape[0])
-        torch.addmm(flat, queries, keys.t(), beta=0, alpha=self.problem.factor * LOG2_E, out=flat)
+    def scores(self, queries: Tensor, keys: Tensor, block: Block, factor: float) -> Tensor:
+        """`[n, frames, keys]` products of a block times a factor, -inf where a key is not allowed; in tile 0."""
+        flat = self.tile(0, queries.shape[0], keys.shape[0])
+        torch.addmm(flat, queries, keys.t(), beta=0, alpha=factor, out=flat)
         scores = flat.view(-1, block.run.key_frames, block.keys.tokens)
         if block.removed is not None:
             scores.masked_fill_(block.removed, float("-inf"))
         return scores
 
     def exponentials(self, scores: Tensor) -> Tensor:
-        """Scores to exponentials relative to the largest of a row, in place; 0 throughout a row without keys."""
+        """Scores in base 2 to exponentials relative to the largest of a row, in place; all 0 in a row without keys."""
         largest = scores.amax(-1, keepdim=True)
         if self.plan.may_leave_rows_empty:
             largest.masked_fill_(largest == float("-inf"), 0.0)

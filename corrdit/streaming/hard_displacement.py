@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from corrdit.grid import FramePairs, TokenGrid
 from corrdit.streaming.blocks import Block, KeyGroup, take
-from corrdit.streaming.frame_pairs import PairPass, PairProblem
+from corrdit.streaming.frame_pairs import LOG2_E, PairPass, PairProblem
 from corrdit.streaming.products import HeadProducts
 
 
@@ -57,13 +59,18 @@ def _displacement(q: Tensor, k: Tensor, problem: PairProblem) -> Tensor:
 
 
 def _rating(work: PairPass, batch: int, keys: dict[int, Tensor], group: KeyGroup, block: Block) -> Tensor:
-    """`[n, frames, keys]` logits, or probabilities averaged over heads; -inf where a key is not allowed."""
+    """`[n, frames, keys]` what the best key is the largest of; -inf where a key is not allowed.
+
+    Products that are equal must stay equal for ties to go to the lowest index. BLAS libraries apply a factor here and
+    there in different places, with different rounding, so they are given none but 1, 0 and -1.
+    """
+    factor = work.problem.factor
     average = None
     for index, matrix in keys.items():
         queries, block_keys = work.query_matrix(batch, index, block), work.block_keys(matrix, group, block)
-        scores = work.scores(queries, block_keys, block)
         if not work.products.averaged:
-            return scores
+            return work.scores(queries, block_keys, block, math.copysign(bool(factor), factor))
+        scores = work.scores(queries * (factor * LOG2_E), block_keys, block, 1.0)
         if average is None:
             average = work.tile(1, queries.shape[0], block_keys.shape[0]).view(scores.shape).zero_()
         exponentials = work.exponentials(scores)

@@ -8,7 +8,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from corrdit.grid import FramePairs, TokenGrid
 from corrdit.streaming.blocks import Block, KeyGroup, take
-from corrdit.streaming.frame_pairs import PairPass, PairProblem
+from corrdit.streaming.frame_pairs import LOG2_E, PairPass, PairProblem
 from corrdit.streaming.products import HeadProducts
 
 
@@ -72,7 +72,7 @@ def _displacement(q: Tensor, k: Tensor, problem: PairProblem) -> Tensor:
                 keys = work.key_matrix(batch, index, group)
                 for block in work.plan.blocks(batch, group.runs):
                     queries = work.query_matrix(batch, index, block)
-                    scores = work.scores(queries, work.block_keys(keys, group, block), block)
+                    scores = work.scores(queries, work.block_keys(keys, group, block), block, problem.factor * LOG2_E)
                     inverse, expected = _expected_position(work, work.exponentials(scores), block)
                     moved = expected - block.own
                     if work.plan.may_leave_rows_empty:
@@ -100,7 +100,7 @@ def _backward_pass(q: Tensor, k: Tensor, problem: PairProblem) -> PairPass:
     products = HeadProducts(q, problem.heads, problem.weights)
     frame_sum = 0
     if q.dtype != products.dtype:
-        frame_sum = problem.grid.tokens_per_frame * products.width * products.element_bytes
+        frame_sum = problem.grid.tokens_per_frame * products.copied_width * products.element_bytes
     return PairPass(q, k, problem, score_tiles=2, key_matrices=2, purpose=purpose, reserved_bytes=frame_sum)
 
 
@@ -133,7 +133,7 @@ class _Slopes:
     def of_block(self, batch: int, index: int, queries: Tensor, keys: Tensor, block: Block) -> Tensor:
         """`[n, keys]`: factor * P * (g . (position - expected position))."""
         work, run = self.work, block.run
-        scores = work.scores(queries, keys, block)
+        scores = work.scores(queries, keys, block, work.problem.factor * LOG2_E)
         exponentials = work.exponentials(scores)
         inverse, expected = _expected_position(work, exponentials, block)
         of_map = self.gradient[batch, index if work.problem.heads == "none" else 0]
