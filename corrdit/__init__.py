@@ -17,7 +17,8 @@ _LAZY_ATTRIBUTES = {
     "PointTracker": "corrdit.tracking",
     "CorrespondenceProcessor": "corrdit.integrations.diffusers",
     "CrossAttentionGuidance": "corrdit.integrations.diffusers",
-    "capture": "corrdit.integrations.diffusers",
+    # By its module: the package attribute of this name is the module once that is imported.
+    "capture": "corrdit.integrations.diffusers.capture",
     "load_backbone": "corrdit.integrations.diffusers",
 }
 _LAZY_MODULES = ("data", "metrics", "motion", "ops", "testing", "tracking", "video", "visualization")
