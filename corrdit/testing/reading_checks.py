@@ -143,15 +143,18 @@ def _gradient(subject: Subject, layer: int, early_exit: bool) -> tuple[torch.Ten
         calls.append(layer)
         return small_scalar(q, k, grid, key_mask)
 
-    with (
-        torch.enable_grad(),
-        capture(
-            subject.transformer, layers=[layer], operation=counted, keep_graph=True, early_exit=early_exit
-        ) as captured,
-    ):
-        subject.transformer(**subject.arguments(latents=latents))
+    def backward() -> torch.Tensor:
+        (gradient,) = torch.autograd.grad(captured[0, layer], latents)
+        return gradient
+
+    captured = capture(subject.transformer, layers=[layer], operation=counted, keep_graph=True, early_exit=early_exit)
+    # Backward once with the processors still in place and once after they are gone: both have to work.
+    with torch.enable_grad():
+        with captured:
+            subject.transformer(**subject.arguments(latents=latents))
+            gradient = None if early_exit else backward()
+        gradient = backward() if gradient is None else gradient
     result = captured[0, layer]
-    (gradient,) = torch.autograd.grad(result, latents)
     assert len(calls) == 1, f"the operation ran {len(calls)} times for one forward and its backward"
     return result.detach(), gradient
 
