@@ -1,6 +1,7 @@
 """Tracks a folder of videos on several processes; Lightning starts the other processes by running this file again.
 
 Arguments: folder of videos, output folder, number of processes, and optionally a video at which its process is killed.
+Every process adds a line to the file `OUTPUT.counts`: the number of videos it did.
 """
 
 import os
@@ -40,8 +41,9 @@ def main() -> None:
         enable_progress_bar=False,
     )
     trainer.predict(module, VideoDataModule(folder, output=output), return_predictions=False)
+    with open(f"{output}.counts", "a", encoding="utf-8") as file:
+        file.write(f"{trainer.predict_loop.batch_progress.current.completed}\n")
     trainer.strategy.barrier("all videos done")
-    print(f"rank {trainer.global_rank} did {trainer.predict_loop.batch_progress.current.completed}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -208,27 +209,46 @@ def test_only_prediction_is_offered(videos, backbone, tmp_path):
         module(backbone, tmp_path).setup("test")
 
 
-def test_two_processes_killed_and_resumed_give_the_results_of_one(videos, results, tmp_path):
-    killed = run_processes(videos, tmp_path, 2, "d.mp4")
-    assert killed.returncode != 0
-    assert not (tmp_path / "d.mp4" / "tracks.npz").exists()
-    done_before = set(tmp_path.rglob("tracks.npz"))
-    assert done_before
-    resumed = run_processes(videos, tmp_path, 2)
+def counts(output: pathlib.Path) -> list[int]:
+    """Videos each process of the last run did, in ascending order."""
+    file = pathlib.Path(f"{output}.counts")
+    numbers = sorted(int(line) for line in file.read_text().splitlines())
+    file.unlink()
+    return numbers
+
+
+def test_two_processes_finish_what_a_killed_one_left_with_the_same_results(videos, results, tmp_path):
+    output = tmp_path / "output"
+    killed = run_processes(videos, output, 1, "d.mp4")
+    assert killed.returncode == -signal.SIGKILL
+    done = {path: path.stat().st_mtime_ns for path in output.rglob("tracks.npz")}
+    assert [path.parent.name for path in sorted(done)] == ["a.mp4", "b.mp4"]
+    resumed = run_processes(videos, output, 2)
     assert resumed.returncode == 0, resumed.stderr
-    report = tracking_report(tmp_path, find_videos(videos))
+    assert counts(output) == [1, 2]
+    report = tracking_report(output, find_videos(videos))
     assert (len(report["done"]), list(report["failed"]), report["left"]) == (4, ["broken.mp4"], {})
-    assert same_results(results, tmp_path)
-    assert not list(tmp_path.rglob(".part-*"))
-    left = len(NAMES) - len(done_before)
-    assert sum(int(line.split()[-1]) for line in resumed.stdout.splitlines() if "did" in line) == left
+    assert same_results(results, output)
+    assert all(path.stat().st_mtime_ns == time for path, time in done.items())
+    assert not list(output.rglob(".part-*"))
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_killed_fails_the_run_which_can_be_resumed(videos, results, tmp_path):
+    output = tmp_path / "output"
+    killed = run_processes(videos, output, 2, "d.mp4")
+    assert killed.returncode != 0
+    assert not (output / "d.mp4" / "tracks.npz").exists()
+    assert run_processes(videos, output, 1).returncode == 0
+    assert same_results(results, output)
 
 
 @pytest.mark.slow
 def test_three_processes_give_the_results_of_one_and_more_processes_than_videos_are_no_harm(videos, results, tmp_path):
-    for _ in range(2):
-        run = run_processes(videos, tmp_path, 3)
+    output = tmp_path / "output"
+    for expected in ([1, 2, 2], [0, 0, 1]):
+        run = run_processes(videos, output, 3)
         assert run.returncode == 0, run.stderr
-        assert same_results(results, tmp_path)
-    # In the second run only the broken video was left, for one process of three.
-    assert sorted(int(line.split()[-1]) for line in run.stdout.splitlines() if "did" in line) == [0, 0, 1]
+        assert same_results(results, output)
+        # In the second run only the broken video is left.
+        assert counts(output) == expected

@@ -1,0 +1,275 @@
+"""A callback that watches correspondence emerge while a video transformer trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from corrdit.grid import whole_number
+from corrdit.integrations.lightning.discovery import find_video_model, layer_count, transformer_of
+from corrdit.integrations.lightning.measurement import MatchMeasurement
+from corrdit.integrations.lightning.probe import WorldProbe
+from corrdit.integrations.lightning.reading import BatchReading, layer_indices
+from corrdit.integrations.lightning.reports import FOLDER, draw_heatmap, log_figures, log_picture, log_table
+from corrdit.metrics.matching import MatchingHits, matching_hits
+
+TRAINING_TIMESTEPS = 1000
+
+
+@dataclass(frozen=True)
+class BatchTruth:
+    """Where points of a training batch really are.
+
+    Args:
+        tracks: `[B, T, P, 2]`, (x, y) in pixels of the video.
+        visible: bool `[B, T, P]`.
+        height: of the video, in pixels.
+        width: of the video, in pixels.
+    """
+
+    tracks: torch.Tensor
+    visible: torch.Tensor
+    height: int
+    width: int
+
+
+def batch_truth(batch: Any) -> BatchTruth:
+    """The truth of a batch with the entries `tracks`, `visible` and `video`, whose last two axes are rows and columns.
+
+    Raises:
+        ValueError: a batch without them, with what it holds.
+    """
+    names = ("tracks", "visible", "video")
+    if not isinstance(batch, Mapping) or not all(name in batch for name in names):
+        held = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+        raise ValueError(
+            "matching accuracy needs the truth: a batch with tracks [B, T, P, 2], visible [B, T, P] and video "
+            "[..., height, width], a function truth=(batch) -> BatchTruth, or probe=WorldProbe(); the batch holds "
+            f"{held}"
+        )
+    return BatchTruth(batch["tracks"], batch["visible"], *batch["video"].shape[-2:])
+
+
+class CorrespondenceMonitor(Callback):
+    """Logs matching accuracy by layer and noise level while a module trains, with nothing to change in it.
+
+    Without `probe` the forward of the training step itself is read, every `every` steps, and its matches are compared
+    with the truth of the batch; timesteps fall into `noise_levels` equal bins. With a `WorldProbe` generated videos go
+    through the model at the probe's own noise levels instead, which any module with a pipeline can do. Either way the
+    step's loss, gradients and random numbers are as without the monitor.
+
+    Logged to the module's loggers: `correspondence/train/layer_L/noise_N/accuracy` (and, from batches, `.../score` and
+    `.../consistency`, which need no truth), and at the end of training a table and a picture over layers and noise
+    levels, of the latest `history` measurements of each. With several processes the first one's own batches are read.
+
+    Args:
+        layers: indices over all attention blocks, or "all".
+        every: training steps between measurements.
+        probe: generated videos to measure on.
+        pipeline: function (module) -> diffusers pipeline, for `probe` on a module that holds none.
+        truth: function (batch) -> BatchTruth; None reads a dict with tracks, visible and video. `False` logs only what
+            needs no truth.
+        noise_levels: bins of the timesteps of training batches.
+        training_timesteps: timesteps the bins share out.
+        threshold: largest distance of a right match, in tokens.
+        least_motion: points that moved by more than this many tokens count.
+        attribute: dotted name of the pipeline or transformer; None looks for it.
+        history: measurements kept for the table and picture.
+
+    Raises:
+        ValueError: numbers out of range; when training starts, no transformer found (with what was found); at a
+            measurement, a batch without truth, or a training step that never ran the transformer.
+    """
+
+    def __init__(
+        self,
+        layers: int | Iterable[int] | str = "all",
+        *,
+        every: int = 100,
+        probe: WorldProbe | None = None,
+        pipeline: Callable[[Any], Any] | None = None,
+        truth: Callable[[Any], BatchTruth] | bool | None = None,
+        noise_levels: int = 4,
+        training_timesteps: int = TRAINING_TIMESTEPS,
+        threshold: float = 1.0,
+        least_motion: float = 1.5,
+        attribute: str | None = None,
+        history: int = 10,
+    ) -> None:
+        self.layers = layers
+        self.every = whole_number("every", every, 1)
+        self.probe, self.pipeline = probe, pipeline
+        self.truth = None if truth is False else (batch_truth if truth in (None, True) else truth)
+        self.noise_levels = whole_number("noise_levels", noise_levels, 1)
+        self.training_timesteps = whole_number("training_timesteps", training_timesteps, 1)
+        self.threshold, self.least_motion = threshold, least_motion
+        self.attribute = attribute
+        self.history = whole_number("history", history, 1)
+        self._reading: BatchReading | None = None
+        self._backbone: Any = None
+        self._open = False
+        self._results: list[tuple[int, torch.Tensor, dict[str, torch.Tensor]]] = []
+        self._kept: dict[tuple[int, str], list[MatchingHits]] = {}
+        self._measured_at = -1
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the model, so that a module without one is refused before it trains."""
+        self._kept, self._measured_at = {}, -1
+        if self.probe is not None:
+            self._backbone = self._probed(pl_module)
+            return
+        transformer = transformer_of(find_video_model(pl_module, self.attribute))
+        self._reading = BatchReading(
+            transformer, layers=self.layers, steps=None, operation=MatchMeasurement(), deliver=self._receive
+        )
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._reading is None or not trainer.is_global_zero or not self._due(trainer.global_step):
+            return
+        self._results = []
+        self._measured_at = trainer.global_step
+        self._reading.open()
+        self._open = True
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
+        """The forward is over: restore the model before checkpointed blocks run again."""
+        if self._open and self._reading is not None:
+            self._open = False
+            self._reading.close()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if self.probe is not None and self._due(step):
+            self._measured_at = step
+            found = self.probe.measure(self._backbone, layer_indices(self._backbone.transformer, self.layers))
+            self._log(trainer, {(layer, f"noise_{time:g}"): hits for (layer, time), hits in found.items()}, {})
+        elif self._results:
+            results, self._results = self._results, []
+            if self._open and self._reading is not None:
+                self._open = False
+                self._reading.close()
+            self._log(trainer, self._accuracy(results, batch), self._without_truth(results))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the table and the picture over layers and noise levels."""
+        if not self._kept or not trainer.is_global_zero:
+            return
+        latest = {key: _total(hits[-self.history :]) for key, hits in self._kept.items()}
+        rows = [
+            {"layer": layer, "noise": level, "accuracy": hits.accuracy[0], "points": hits.cases}
+            for (layer, level), hits in sorted(latest.items(), key=lambda item: (item[0][0], _order(item[0][1])))
+        ]
+        log_table(trainer, f"{FOLDER}/train", rows, trainer.global_step)
+        layers, levels = sorted({row["layer"] for row in rows}), sorted({row["noise"] for row in rows}, key=_order)
+        table = np.full((len(layers), len(levels)), np.nan)
+        for row in rows:
+            table[layers.index(row["layer"]), levels.index(row["noise"])] = row["accuracy"]
+        names = [f"layer {layer}" for layer in layers]
+        picture = draw_heatmap(table, names, [level.replace("_", " ") for level in levels], "matching accuracy")
+        log_picture(trainer, f"{FOLDER}/train/accuracy", picture, trainer.global_step)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Restore the model whatever happened in the step."""
+        if self._reading is not None:
+            self._open = False
+            self._reading.close(exception)
+
+    def _due(self, step: int) -> bool:
+        return step % self.every == 0 and step != self._measured_at
+
+    def _probed(self, module: LightningModule) -> Any:
+        from corrdit.integrations.diffusers.backbones.loading import backbone_of
+
+        pipe = self.pipeline(module) if self.pipeline is not None else find_video_model(module, self.attribute)
+        if isinstance(pipe, torch.nn.Module):
+            raise ValueError(
+                f"{type(module).__name__} holds a transformer but no pipeline, which a probe needs to encode its "
+                "videos; give pipeline=(function of the module that makes one)"
+            )
+        layer_count(pipe)
+        return backbone_of(pipe, name=type(module).__name__)
+
+    def _receive(self, step: int, layer: int, timesteps: torch.Tensor, result: Any) -> None:
+        self._results.append((layer, timesteps, result))
+
+    def _level(self, timestep: float) -> str:
+        width = self.training_timesteps / self.noise_levels
+        index = min(int(timestep / width), self.noise_levels - 1)
+        return f"noise_{index * width:g}-{(index + 1) * width:g}"
+
+    def _accuracy(self, results: Sequence[Any], batch: Any) -> dict[tuple[int, str], MatchingHits]:
+        if self.truth is None:
+            return {}
+        truth = self.truth(batch)  # type: ignore[operator]
+        found: dict[tuple[int, str], MatchingHits] = {}
+        for layer, timesteps, result in results:
+            matches = result["match_xy"]
+            frames = latent_frames(truth.tracks.shape[1], matches.shape[1] + 1)
+            stride = (truth.height / matches.shape[2], truth.width / matches.shape[3])
+            for sample, match_xy in enumerate(matches):
+                hits = matching_hits(
+                    match_xy,
+                    truth.tracks[sample, frames].float().cpu(),
+                    truth.visible[sample, frames].cpu(),
+                    source=0,
+                    stride=stride,
+                    thresholds=(self.threshold,),
+                    least_motion=self.least_motion,
+                )
+                key = (layer, self._level(float(timesteps.expand(len(matches))[sample])))
+                found[key] = found[key] + hits if key in found else hits
+        return found
+
+    def _without_truth(self, results: Sequence[Any]) -> dict[str, float]:
+        groups: dict[str, list[float]] = {}
+        for layer, timesteps, result in results:
+            for name in ("score", "consistency"):
+                for timestep, value in zip(timesteps.expand(len(result[name])), result[name], strict=True):
+                    groups.setdefault(f"layer_{layer}/{self._level(float(timestep))}/{name}", []).append(float(value))
+        return {name: float(np.mean(values)) for name, values in groups.items()}
+
+    def _log(
+        self, trainer: Trainer, accuracy: Mapping[tuple[int, str], MatchingHits], others: Mapping[str, float]
+    ) -> None:
+        figures = dict(others)
+        for (layer, level), hits in accuracy.items():
+            kept = self._kept.setdefault((layer, level), [])
+            kept.append(hits)
+            del kept[: -self.history]
+            figures[f"layer_{layer}/{level}/accuracy"] = hits.accuracy[0]
+        if trainer.is_global_zero:
+            named = {f"{FOLDER}/train/{name}": value for name, value in figures.items()}
+            log_figures(trainer, named, trainer.global_step)
+
+
+def latent_frames(video_frames: int, frames: int) -> list[int]:
+    """The video frames that stand for the latent frames of a causal codec: every n-th, beginning with the first.
+
+    Raises:
+        ValueError: numbers of frames that do not fit.
+    """
+    if frames == 1 or (video_frames - 1) % (frames - 1):
+        raise ValueError(
+            f"tracks of {video_frames} frames do not fit {frames} latent frames: {video_frames} - 1 must be a multiple "
+            f"of {frames} - 1; give truth= a function that returns tracks at the latent frames"
+        )
+    stride = (video_frames - 1) // (frames - 1)
+    return [frame * stride for frame in range(frames)]
+
+
+def _total(hits: Sequence[MatchingHits]) -> MatchingHits:
+    total = hits[0]
+    for more in hits[1:]:
+        total = total + more
+    return total
+
+
+def _order(level: str) -> float:
+    return float(level.removeprefix("noise_").split("-")[0])

@@ -1,0 +1,251 @@
+"""Captures in other people's LightningModules: found, logged, restored, and nothing else changed."""
+
+from __future__ import annotations
+
+import csv
+import pathlib
+
+import lightning
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from corrdit import TokenGrid, ops
+from corrdit.integrations.lightning import CorrespondenceCallback
+from corrdit.integrations.lightning.discovery import find_video_model
+from corrdit.integrations.lightning.measurement import MatchMeasurement
+from corrdit.integrations.lightning.reports import draw_heatmap, draw_matches
+from corrdit.testing.tiny_models import tiny_backbone, tiny_pipeline
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
+FIGURES = ["score", "consistency", "motion", "text", "own_frame", "other_frames"]
+
+
+def trainer(logger=False, **options) -> lightning.Trainer:
+    return lightning.Trainer(
+        accelerator="cpu",
+        logger=logger,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+
+
+def table(folder: pathlib.Path, name: str) -> list[dict[str, str]]:
+    with open(folder / "correspondence" / name, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def processors(transformer: torch.nn.Module) -> list[str]:
+    return [type(module.processor).__name__ for module in transformer.modules() if hasattr(module, "processor")]
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_every_stage_of_a_module_with_a_pipeline_is_read_and_its_output_unchanged(held, tmp_path, stage):
+    module = held.GeneratingModule()
+    plain = held.GeneratingModule()
+    before = processors(module.pipe.transformer)
+    logger = CSVLogger(tmp_path, name="run", version=0)
+    callback = CorrespondenceCallback(layers=[0, -1], steps=[0, -1])
+    getattr(trainer(logger, callbacks=[callback]), stage)(module, held.seeds(2))
+    getattr(trainer(), stage)(plain, held.seeds(2))
+    assert all(torch.equal(*pair) for pair in zip(module.generated, plain.generated, strict=True))
+    assert processors(module.pipe.transformer) == before
+
+    folder = tmp_path / "run" / "version_0"
+    rows = table(folder, f"correspondence_{stage}_000000.csv")
+    last = str(len(module.pipe.transformer.transformer_blocks) - 1)
+    assert [(row["batch"], row["step"], row["layer"]) for row in rows] == [
+        (batch, step, layer) for batch in "01" for step in "02" for layer in ("0", last)
+    ]
+    assert list(rows[0]) == ["batch", "sample", "step", "timestep", "layer", *FIGURES]
+    for row in rows:
+        attention = sum(float(row[name]) for name in ("text", "own_frame", "other_frames"))
+        assert attention == pytest.approx(1, abs=1e-5)
+        assert 0 <= float(row["consistency"]) <= 1
+    assert float(rows[0]["timestep"]) > float(rows[2]["timestep"])
+    pictures = sorted(path.name for path in (folder / "correspondence").glob("*.png"))
+    assert pictures == [
+        f"correspondence_{stage}_consistency_000000.png",
+        f"correspondence_{stage}_matches_0_0_000000.png",
+        f"correspondence_{stage}_matches_1_0_000000.png",
+    ]
+    with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
+        (logged,) = csv.DictReader(file)
+    mean = np.mean([float(row["score"]) for row in rows if (row["step"], row["layer"]) == ("2", last)])
+    assert float(logged[f"correspondence/{stage}/step_2/layer_{last}/score"]) == pytest.approx(mean, rel=1e-5)
+
+
+def test_a_pipeline_is_read_at_its_last_step_by_default_and_batches_are_limited(held, tmp_path):
+    module = held.GeneratingModule("wan")
+    logger = CSVLogger(tmp_path, name="", version="")
+    callback = CorrespondenceCallback(layers=[1], batches=1, pictures=0)
+    trainer(logger, callbacks=[callback]).validate(module, held.seeds(2))
+    (row,) = table(pathlib.Path(logger.log_dir), "correspondence_validate_000000.csv")
+    assert (row["batch"], row["step"], row["layer"]) == ("0", "2", "1")
+    assert float(row["text"]) == 0
+    assert len(list(pathlib.Path(logger.log_dir).rglob("*.png"))) == 1
+
+
+def test_a_bare_transformer_is_read_sample_by_sample(held, tmp_path):
+    module = held.DenoisingModule()
+    batches = held.latent_batches(1)
+    logger = CSVLogger(tmp_path, name="", version="")
+    trainer(logger, callbacks=[CorrespondenceCallback()]).validate(module, batches)
+    rows = table(pathlib.Path(logger.log_dir), "correspondence_validate_000000.csv")
+    timesteps = next(iter(batches))["timestep"].tolist()
+    assert [(row["sample"], row["layer"], float(row["timestep"])) for row in rows] == [
+        (str(sample), str(layer), float(timesteps[sample]))
+        for layer in range(len(module.transformer.transformer_blocks))
+        for sample in (0, 1)
+    ]
+
+
+def test_tensorboard_gets_figures_a_table_and_pictures(held, tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    logger = TensorBoardLogger(tmp_path, name="run")
+    trainer(logger, callbacks=[CorrespondenceCallback(layers=[0])]).validate(held.GeneratingModule(), held.seeds(1))
+    logger.experiment.flush()
+    events = event_accumulator.EventAccumulator(logger.log_dir)
+    events.Reload()
+    assert "correspondence/validate/step_2/layer_0/score" in events.Tags()["scalars"]
+    assert sorted(events.Tags()["images"]) == [
+        "correspondence/validate/consistency",
+        "correspondence/validate/matches_0_0",
+    ]
+    assert any("correspondence/validate" in tag for tag in events.Tags()["tensors"])
+
+
+def test_an_operation_of_ones_own_fills_the_table(held, tmp_path):
+    def sharpness(q, k, grid, key_mask):
+        return {"largest": (q @ k.transpose(-1, -2)).amax((1, 2, 3)), "map": q.new_zeros(len(q), 2, 2)}
+
+    logger = CSVLogger(tmp_path, name="", version="")
+    callback = CorrespondenceCallback(layers=[0], operation=sharpness)
+    trainer(logger, callbacks=[callback]).test(held.GeneratingModule(), held.seeds(1))
+    (row,) = table(pathlib.Path(logger.log_dir), "correspondence_test_000000.csv")
+    assert list(row) == ["batch", "sample", "step", "timestep", "layer", "largest"]
+
+
+def test_stages_left_out_are_not_read(held, tmp_path):
+    callback = CorrespondenceCallback(stages="test")
+    trainer(callbacks=[callback], default_root_dir=tmp_path).validate(held.GeneratingModule(), held.seeds(1))
+    assert list(tmp_path.iterdir()) == []
+
+
+class NoModel(lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.backbone = torch.nn.Linear(2, 2)
+        self.helper = TokenGrid(2, 2, 2)
+
+    def validation_step(self, batch, batch_idx):
+        return None
+
+
+def test_a_module_without_a_transformer_is_told_what_was_found(held):
+    with pytest.raises(ValueError, match=r"NoModel holds no .* found backbone \(Linear\), helper \(TokenGrid\)"):
+        trainer(callbacks=[CorrespondenceCallback()]).validate(NoModel(), held.seeds(1))
+
+
+def test_the_model_is_restored_after_an_error_in_a_batch(held):
+    class Breaking(held.GeneratingModule):
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            raise RuntimeError("broken batch")
+
+    module = Breaking()
+    before = processors(module.pipe.transformer)
+    with pytest.raises(RuntimeError, match="broken batch"):
+        trainer(callbacks=[CorrespondenceCallback()]).validate(module, held.seeds(1))
+    assert processors(module.pipe.transformer) == before
+    assert not module.pipe.transformer._forward_pre_hooks
+
+
+def test_a_batch_that_never_runs_the_transformer_is_an_error(held):
+    class Idle(held.GeneratingModule):
+        def validation_step(self, batch, batch_idx):
+            return None
+
+    module = Idle()
+    with pytest.raises(ValueError, match="never fired"):
+        trainer(callbacks=[CorrespondenceCallback()]).validate(module, held.seeds(1))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"layers": [9]}, r"which has layers 0 to \d"),
+        ({"layers": "most"}, "whole numbers or"),
+        ({"attribute": "model.transformer"}, "no attribute 'model.transformer'; it holds pipe"),
+        ({"attribute": "family"}, "family is a str"),
+    ],
+)
+def test_wrong_layers_and_names_are_refused(held, options, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(callbacks=[CorrespondenceCallback(**options)]).validate(held.GeneratingModule(), held.seeds(1))
+
+
+def test_unknown_stages_and_results_are_refused(held):
+    with pytest.raises(ValueError, match="stages must be some of"):
+        CorrespondenceCallback(stages=["fit"])
+    with pytest.raises(ValueError, match="stages must be some of"):
+        CorrespondenceCallback(stages=[])
+    callback = CorrespondenceCallback(layers=[0], operation=lambda q, k, grid, key_mask: q.mean())
+    with pytest.raises(ValueError, match="must return a dict of tensors"):
+        trainer(callbacks=[callback]).validate(held.GeneratingModule(), held.seeds(1))
+
+
+def test_the_model_is_found_where_people_keep_it(held):
+    pipe, backbone = tiny_pipeline("cogvideox"), tiny_backbone("cogvideox")
+    module = NoModel()
+    module.deep = torch.nn.Module()
+    module.deep.model = pipe.transformer
+    assert find_video_model(module) is pipe.transformer
+    module.deep.second = backbone.transformer
+    with pytest.raises(ValueError, match=r"several video models: deep\.model .*deep\.second"):
+        find_video_model(module)
+    assert find_video_model(module, "deep.second") is backbone.transformer
+    module.transformer = backbone.transformer
+    assert find_video_model(module) is backbone.transformer
+    module.generator = pipe
+    assert find_video_model(module) is pipe
+    module.reader = backbone
+    with pytest.raises(ValueError, match=r"several video models: generator .*reader"):
+        find_video_model(module)
+    assert find_video_model(module, "reader") is backbone.pipe
+
+
+def test_the_measurement_knows_a_perfect_translation():
+    # Each token's query and key are a one-hot of its content, which moves one token to the right each frame.
+    grid = TokenGrid(3, 4, 6, text_tokens=2)
+    content = torch.arange(24).reshape(4, 6)
+    frames = [content.roll(shift, 1).flatten() for shift in range(3)]
+    vectors = torch.nn.functional.one_hot(torch.stack(frames).flatten(), 24).float() * 12
+    q = torch.cat([torch.zeros(2, 24), vectors])[None, None]
+    figures = MatchMeasurement(backend="reference")(q, q, grid, None)
+    assert figures["consistency"].item() == 1
+    xy = figures["match_xy"][0, 1, 2, :4]
+    assert xy.tolist() == [[2, 2], [3, 2], [4, 2], [5, 2]]
+    assert figures["text"].item() + figures["own_frame"].item() + figures["other_frames"].item() == pytest.approx(1)
+    assert figures["other_frames"].item() == pytest.approx(2 * figures["own_frame"].item(), rel=1e-4)
+    expected = ops.match(q, q, grid, backend="reference")
+    assert torch.equal(figures["match_xy"], expected.xy)
+    assert figures["score"].item() == pytest.approx(expected.score.mean().item())
+    with pytest.raises(ValueError, match="at least two latent frames"):
+        MatchMeasurement()(q[:, :, :26], q[:, :, :26], TokenGrid(1, 4, 6, text_tokens=2), None)
+
+
+def test_pictures_show_what_they_are_given():
+    own = np.stack(np.meshgrid(np.arange(6), np.arange(4)), -1).astype(float)
+    still = draw_matches({"layer 0": own[None]}, "still")
+    turned = draw_matches({"layer 0": own[None, ::-1, ::-1]}, "still")
+    assert still.dtype == np.uint8
+    assert still.shape == turned.shape
+    assert (still != turned).any()
+    low = draw_heatmap(np.array([[0.0, 1.0]]), ["a"], ["b", "c"], "t")
+    high = draw_heatmap(np.array([[1.0, 0.0]]), ["a"], ["b", "c"], "t")
+    assert (low != high).any()
+    assert draw_heatmap(np.array([[np.nan, 1.0]]), ["a"], ["b", "c"], "t").shape == low.shape
