@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from corrdit.grid import TokenGrid
 from corrdit.streaming.budget import keys_in_a_segment, rows_in_a_chunk, working_dtype
 from corrdit.streaming.frame_pairs import LOG2_E
+from corrdit.streaming.once import first_gradient
 
 
 def frame_local_attention(
@@ -53,11 +55,9 @@ class _FrameLocalAttention(torch.autograd.Function):
             return _attend(q, k, v, problem)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v = ctx.saved_tensors
-        with torch.autocast(q.device.type, enabled=False):
-            dq, dk, dv = _gradients(q, k, v, gradient, ctx.problem)
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        compute = functools.partial(_gradients, ctx.problem)
+        dq, dk, dv = first_gradient("frame_local_attention", compute, *ctx.saved_tensors, gradient)
         return dq, dk, dv, None
 
 
@@ -190,7 +190,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, problem: _Problem) -> Tensor:
     return result
 
 
-def _gradients(q: Tensor, k: Tensor, v: Tensor, gradient: Tensor, problem: _Problem) -> tuple[Tensor, Tensor, Tensor]:
+def _gradients(problem: _Problem, q: Tensor, k: Tensor, v: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     chunks = _Rows(q, problem, backward=True)
     for place, head in _heads(q, k, v, problem):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from corrdit.grid import FramePairs, TokenGrid
 from corrdit.streaming.blocks import Block, KeyGroup, take
 from corrdit.streaming.frame_pairs import LOG2_E, PairPass, PairProblem
+from corrdit.streaming.once import first_gradient
 from corrdit.streaming.products import HeadProducts
 
 
@@ -48,14 +49,16 @@ class _SoftDisplacement(torch.autograd.Function):
             return _displacement(q, k, problem)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        q, k = ctx.saved_tensors
         needs_dq, needs_dk, _ = ctx.needs_input_grad
-        dq = torch.zeros_like(q) if needs_dq else None
-        dk = torch.zeros_like(k) if needs_dk else None
-        with torch.autocast(q.device.type, enabled=False):
-            _gradients(q, k, ctx.problem, gradient, dq, dk)
+
+        def gradients(q: Tensor, k: Tensor, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+            dq = torch.zeros_like(q) if needs_dq else None
+            dk = torch.zeros_like(k) if needs_dk else None
+            _add_gradients(q, k, ctx.problem, gradient, dq, dk)
+            return dq, dk
+
+        dq, dk = first_gradient("soft_displacement", gradients, *ctx.saved_tensors, gradient)
         return dq, dk, None
 
 
@@ -104,7 +107,7 @@ def _backward_pass(q: Tensor, k: Tensor, problem: PairProblem) -> PairPass:
     return PairPass(q, k, problem, score_tiles=2, key_matrices=2, purpose=purpose, reserved_bytes=frame_sum)
 
 
-def _gradients(
+def _add_gradients(
     q: Tensor, k: Tensor, problem: PairProblem, gradient: Tensor, dq: Tensor | None, dk: Tensor | None
 ) -> None:
     work = _backward_pass(q, k, problem)
