@@ -50,7 +50,7 @@ class CorrespondenceCallback(Callback):
         stages: of "validate", "test" and "predict".
         attribute: dotted name of the pipeline or transformer; None looks for it.
         batches: read only so many batches of an epoch; None for all.
-        pictures: draw the tokens of so many samples of an epoch.
+        pictures: draw the tokens of so many samples of an epoch, each layer at the last step read.
         picture: the column drawn over layers and steps.
 
     Raises:
@@ -80,7 +80,7 @@ class CorrespondenceCallback(Callback):
         self.batches, self.pictures, self.picture = batches, pictures, picture
         self._reading: BatchReading | None = None
         self._rows: list[dict[str, Any]] = []
-        self._drawn: dict[tuple[int, int], dict[str, np.ndarray]] = {}
+        self._drawn: dict[tuple[int, int], dict[int, tuple[int, np.ndarray]]] = {}
         self._batch = 0
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -163,7 +163,7 @@ class CorrespondenceCallback(Callback):
             place = (self._batch, sample)
             if "match_xy" in result and (place in self._drawn or len(self._drawn) < self.pictures):
                 match_xy = result["match_xy"][sample].float().cpu().numpy()
-                self._drawn.setdefault(place, {})[f"step {step}\nlayer {layer}"] = match_xy
+                self._drawn.setdefault(place, {})[layer] = (step, match_xy)
 
     def _report(self, trainer: Trainer, stage: str) -> None:
         reading, self._reading = self._reading, None
@@ -181,7 +181,8 @@ class CorrespondenceCallback(Callback):
         log_figures(trainer, figures, trainer.global_step)
         for (batch, sample), matches in self._drawn.items():
             title = f"{stage}, batch {batch}, sample {sample}: where tokens of the source frame go"
-            picture = draw_matches(matches, title)
+            shown = {f"step {step}\nlayer {layer}": xy for layer, (step, xy) in sorted(matches.items())}
+            picture = draw_matches(shown, title)
             log_picture(trainer, f"{name}/matches_{batch}_{sample}", picture, trainer.global_step)
         if self.picture in rows[0]:
             log_picture(trainer, f"{name}/{self.picture}", _over_layers(rows, self.picture), trainer.global_step)

@@ -89,13 +89,16 @@ def draw_heatmap(table: np.ndarray, rows: Sequence[str], columns: Sequence[str],
     return _pixels(figure)
 
 
-def draw_matches(match_xy: Mapping[str, np.ndarray], title: str, most_frames: int = 6) -> np.ndarray:
+def draw_matches(
+    match_xy: Mapping[str, np.ndarray], title: str, most_frames: int = 6, most_rows: int = 12
+) -> np.ndarray:
     """Where tokens go: each token of the source frame has a colour by the place of its match.
 
     Args:
         match_xy: `[F - 1, h, w, 2]` by the name of a row, in tokens.
         title: over the picture.
         most_frames: target frames shown, evenly chosen.
+        most_rows: entries shown, evenly chosen.
 
     Returns:
         uint8 `[H, W, 3]`; one row for each entry, the first column with the colours of the source frame itself.
@@ -103,7 +106,8 @@ def draw_matches(match_xy: Mapping[str, np.ndarray], title: str, most_frames: in
     from corrdit.visualization import position_colours
 
     frames, height, width = next(iter(match_xy.values())).shape[:3]
-    shown = np.unique(np.linspace(0, frames - 1, min(frames, most_frames)).round().astype(int))
+    shown = _evenly(frames, most_frames)
+    match_xy = {name: match_xy[name] for name in np.array(list(match_xy))[_evenly(len(match_xy), most_rows)]}
     own = np.stack(np.meshgrid(np.arange(width), np.arange(height)), -1)
     colours = position_colours(own.reshape(-1, 2), height, width).reshape(height, width, 3)
     figure = _figure(1.2 * (len(shown) + 1) + 1.0, (1.2 * height / width + 0.25) * len(match_xy) + 0.8)
@@ -119,6 +123,11 @@ def draw_matches(match_xy: Mapping[str, np.ndarray], title: str, most_frames: in
         axes.set_title(label, fontsize=7)
     figure.suptitle(title, fontsize=9)
     return _pixels(figure)
+
+
+def _evenly(count: int, most: int) -> np.ndarray:
+    """At most `most` of the indices below `count`, the first and the last among them."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
 
 
 def _figure(width: float, height: float) -> Any:
@@ -144,4 +153,4 @@ def _markdown(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _file_name(name: str) -> str:
-    return name.replace("/", "_")
+    return name.removeprefix(f"{FOLDER}/").replace("/", "_")

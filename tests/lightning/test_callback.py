@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import os
 import pathlib
+import subprocess
+import sys
 
 import lightning
 import numpy as np
@@ -55,7 +58,7 @@ def test_every_stage_of_a_module_with_a_pipeline_is_read_and_its_output_unchange
     assert processors(module.pipe.transformer) == before
 
     folder = tmp_path / "run" / "version_0"
-    rows = table(folder, f"correspondence_{stage}_000000.csv")
+    rows = table(folder, f"{stage}_000000.csv")
     last = str(len(module.pipe.transformer.transformer_blocks) - 1)
     assert [(row["batch"], row["step"], row["layer"]) for row in rows] == [
         (batch, step, layer) for batch in "01" for step in "02" for layer in ("0", last)
@@ -68,9 +71,9 @@ def test_every_stage_of_a_module_with_a_pipeline_is_read_and_its_output_unchange
     assert float(rows[0]["timestep"]) > float(rows[2]["timestep"])
     pictures = sorted(path.name for path in (folder / "correspondence").glob("*.png"))
     assert pictures == [
-        f"correspondence_{stage}_consistency_000000.png",
-        f"correspondence_{stage}_matches_0_0_000000.png",
-        f"correspondence_{stage}_matches_1_0_000000.png",
+        f"{stage}_consistency_000000.png",
+        f"{stage}_matches_0_0_000000.png",
+        f"{stage}_matches_1_0_000000.png",
     ]
     with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
         (logged,) = csv.DictReader(file)
@@ -83,7 +86,7 @@ def test_a_pipeline_is_read_at_its_last_step_by_default_and_batches_are_limited(
     logger = CSVLogger(tmp_path, name="", version="")
     callback = CorrespondenceCallback(layers=[1], batches=1, pictures=0)
     trainer(logger, callbacks=[callback]).validate(module, held.seeds(2))
-    (row,) = table(pathlib.Path(logger.log_dir), "correspondence_validate_000000.csv")
+    (row,) = table(pathlib.Path(logger.log_dir), "validate_000000.csv")
     assert (row["batch"], row["step"], row["layer"]) == ("0", "2", "1")
     assert float(row["text"]) == 0
     assert len(list(pathlib.Path(logger.log_dir).rglob("*.png"))) == 1
@@ -94,7 +97,7 @@ def test_a_bare_transformer_is_read_sample_by_sample(held, tmp_path):
     batches = held.latent_batches(1)
     logger = CSVLogger(tmp_path, name="", version="")
     trainer(logger, callbacks=[CorrespondenceCallback()]).validate(module, batches)
-    rows = table(pathlib.Path(logger.log_dir), "correspondence_validate_000000.csv")
+    rows = table(pathlib.Path(logger.log_dir), "validate_000000.csv")
     timesteps = next(iter(batches))["timestep"].tolist()
     assert [(row["sample"], row["layer"], float(row["timestep"])) for row in rows] == [
         (str(sample), str(layer), float(timesteps[sample]))
@@ -125,7 +128,7 @@ def test_an_operation_of_ones_own_fills_the_table(held, tmp_path):
     logger = CSVLogger(tmp_path, name="", version="")
     callback = CorrespondenceCallback(layers=[0], operation=sharpness)
     trainer(logger, callbacks=[callback]).test(held.GeneratingModule(), held.seeds(1))
-    (row,) = table(pathlib.Path(logger.log_dir), "correspondence_test_000000.csv")
+    (row,) = table(pathlib.Path(logger.log_dir), "test_000000.csv")
     assert list(row) == ["batch", "sample", "step", "timestep", "layer", "largest"]
 
 
@@ -236,6 +239,33 @@ def test_the_measurement_knows_a_perfect_translation():
     assert figures["score"].item() == pytest.approx(expected.score.mean().item())
     with pytest.raises(ValueError, match="at least two latent frames"):
         MatchMeasurement()(q[:, :, :26], q[:, :, :26], TokenGrid(1, 4, 6, text_tokens=2), None)
+
+
+@pytest.mark.slow
+def test_two_processes_put_their_rows_together(held, tmp_path):
+    script = pathlib.Path(__file__).with_name("validate_process.py")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
+    subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "two"), "2"],
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        check=True,
+        timeout=300,
+    )
+    logger = CSVLogger(tmp_path, name="one", version="")
+    callback = CorrespondenceCallback(layers=[0, 1], pictures=1)
+    trainer(logger, callbacks=[callback]).validate(held.GeneratingModule(), held.seeds(3))
+    alone, both = (table(tmp_path / name, "validate_000000.csv") for name in ("one", "two"))
+    # Lightning gives each process as many batches as the other, so the first batch comes twice.
+    assert [row["batch"] for row in both] == ["0", "0", "1", "1", "2", "2", "3", "3"]
+    figures = [[row[name] for name in FIGURES] for row in both]
+    assert figures[:6] == [[row[name] for name in FIGURES] for row in alone]
+    assert figures[6:] == figures[:2]
+
+
+def test_pictures_of_many_layers_show_some_of_them():
+    own = np.stack(np.meshgrid(np.arange(3), np.arange(2)), -1).astype(float)
+    few, many = ({f"layer {index}": own[None] for index in range(count)} for count in (3, 40))
+    assert draw_matches(many, "t", most_rows=3).shape == draw_matches(few, "t").shape
 
 
 def test_pictures_show_what_they_are_given():

@@ -102,8 +102,8 @@ def test_accuracy_is_that_of_the_matches_by_layer_and_noise_level(held, tmp_path
         assert found == pytest.approx(hits.accuracy[0], rel=1e-5)
     folder = pathlib.Path(logger.log_dir) / "correspondence"
     assert sorted(path.name for path in folder.iterdir()) == [
-        "correspondence_train_000004.csv",
-        "correspondence_train_accuracy_000004.png",
+        "train_000004.csv",
+        "train_accuracy_000004.png",
     ]
 
 
