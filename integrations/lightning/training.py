@@ -5,7 +5,6 @@ videos, noise and timesteps as one that was not, and logs the same losses.
 """
 
 import copy
-import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from corrdit.data import PROMPT_KINDS, WorldConfig, describe, render
 from corrdit.integrations.diffusers.embedded.pipeline import build_pipeline, build_transformer, rotary_positions
+from corrdit.integrations.lightning.muon import MuonWithAdamW
 
 HELD_OUT_SEEDS = 1_000_000_000
 
@@ -43,6 +43,7 @@ class TrainingConfig:
     positions: str = "rotary"
     learning_rate: float = 1e-3
     warmup: int = 100
+    slowing_share: float = 0.3
     final_rate: float = 0.02
     weight_decay: float = 0.01
     clip: float = 1.0
@@ -50,11 +51,15 @@ class TrainingConfig:
     empty_prompts: float = 0.2
     part_prompts: float = 0.2
     precision: str = "bf16-mixed"
+    optimizer: str = "adamw"
+    matrix_rate: float = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shapes", tuple(tuple(int(size) for size in shape) for shape in self.shapes))
         if self.steps < 1 or self.batch_size < 1 or self.seed < 0:
             raise ValueError(f"need steps >= 1, batch_size >= 1 and seed >= 0, got {self}")
+        if self.optimizer not in ("adamw", "muon"):
+            raise ValueError(f"optimizer must be 'adamw' or 'muon', got {self.optimizer!r}")
         for shape in self.shapes:
             if len(shape) != 3 or shape[1] % 4 or shape[2] % 4:
                 raise ValueError(f"a shape is (frames, height, width) with sizes divisible by 4, got {shape}")
@@ -143,7 +148,7 @@ class MaterialisedAttention(TorchFunctionMode):
 
 
 class EmbeddedTraining(lightning.LightningModule):
-    """v-prediction training of CogVideoX's transformer with warm-up, cosine decay and an average of the weights.
+    """v-prediction training of CogVideoX's transformer with warm-up, a slowing end and an average of the weights.
 
     `transformer` is what is trained, `average` its exponential moving average, which is what gets exported.
     """
@@ -220,8 +225,12 @@ class EmbeddedTraining(lightning.LightningModule):
         noise = torch.randn((count, *shape), generator=generator)
         return timestep[share].to(self.device), noise[share].to(self.device)
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_index: int) -> None:
-        """Move the average towards the weights, faster in the first steps."""
+    def optimizer_step(self, *arguments: Any, **keywords: Any) -> None:
+        """Step, then move the average towards the weights, faster in the first steps.
+
+        Done here and not at the end of the batch, because checkpoints are written before the module's own hook there.
+        """
+        super().optimizer_step(*arguments, **keywords)
         done = self.trainer.global_step
         keep = min(self.config.average_decay, (1 + done) / (10 + done))
         with torch.no_grad():
@@ -229,18 +238,28 @@ class EmbeddedTraining(lightning.LightningModule):
             torch._foreach_lerp_(averaged, [weight.detach() for weight in current], 1 - keep)
 
     def rate_at(self, step: int) -> float:
-        """Share of the learning rate at a step: linear warm-up, then a cosine down to `final_rate`."""
+        """Share of the learning rate at a step: linear warm-up, constant, then linear down to `final_rate`.
+
+        Runs of different length are the same until the shorter one begins to slow down.
+        """
         warm = min(1.0, (step + 1) / max(self.config.warmup, 1))
-        progress = min(1.0, step / self.config.steps)
-        return warm * (self.config.final_rate + (1 - self.config.final_rate) * 0.5 * (1 + math.cos(math.pi * progress)))
+        left = max(0.0, 1 - step / self.config.steps) / self.config.slowing_share
+        return warm * (self.config.final_rate + (1 - self.config.final_rate) * min(1.0, left))
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW with weight decay on matrices only."""
-        weights = list(self.transformer.parameters())
-        groups = [
-            {"params": [weight for weight in weights if weight.ndim > 1], "weight_decay": self.config.weight_decay},
-            {"params": [weight for weight in weights if weight.ndim <= 1], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, self.config.learning_rate, betas=(0.9, 0.98))
+        """AdamW, or Muon for the blocks' attention and feed-forward matrices, with decay on matrices only."""
+        named = list(self.transformer.named_parameters())
+        inner = {name for name, _ in named if ".attn1.to_" in name or ".ff.net." in name}
+        matrices = [weight for name, weight in named if name in inner and weight.ndim == 2]
+        if self.config.optimizer == "adamw":
+            matrices = []
+        chosen = {id(weight) for weight in matrices}
+        optimizer = MuonWithAdamW(
+            matrices,
+            [weight for _, weight in named if id(weight) not in chosen],
+            self.config.learning_rate,
+            matrix_rate=self.config.matrix_rate,
+            weight_decay=self.config.weight_decay,
+        )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate_at)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

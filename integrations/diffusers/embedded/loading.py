@@ -2,6 +2,8 @@
 
 import json
 import pathlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,9 +29,27 @@ def load_embedded_pipeline(
         raise FileNotFoundError(
             f"{source} holds no diffusers pipeline (no model_index.json); give a folder written by save_pretrained"
         )
-    pipe = EmbeddedVideoPipeline.from_pretrained(str(source), torch_dtype=dtype, local_files_only=True)
+    # The keyword for a precision changed its name between releases of diffusers; converting afterwards needs none.
+    with _quiet_loading():
+        pipe = EmbeddedVideoPipeline.from_pretrained(str(source), local_files_only=True, low_cpu_mem_usage=False)
+    if dtype != torch.float32:
+        pipe.to(dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """No progress bar for reading five small files."""
+    from diffusers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def read_preset(folder: str | pathlib.Path | None = None) -> dict[str, Any]:
