@@ -22,6 +22,8 @@ COMMANDS = {
     "track": "follow points through a video",
     "demo": "track points through a generated clip and compare with its exact truth",
     "train": "train the embedded model on generated videos",
+    "generate": "generate videos from prompts, with cross-attention guidance beside without",
+    "world": "write generated videos with exact tracks, flow and prompts",
     "models": "list the backbones with their layers and presets",
     "doctor": "show versions, devices and backends, and why a backend cannot run",
 }

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from corrdit.cli.devices import add_device_options, checked_device, checked_dtype
+from corrdit.cli.model_options import add_model_options, loaded_backbone
 from corrdit.cli.output import OutputFolder
 from corrdit.cli.points import grid_points
 from corrdit.cli.progress import progress_bar
@@ -34,12 +34,11 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results, made if need be")
     parser.add_argument("--seed", type=int, default=3, help="of the clip")
     parser.add_argument("--points", type=int, default=16, metavar="N", help="N x N points on the first frame")
-    parser.add_argument("--model", default="embedded", help="embedded, a local diffusers folder, or a hub id")
-    add_device_options(parser)
+    add_model_options(parser)
 
 
 def run(arguments: Any) -> int:
-    from corrdit import PointTracker, load_backbone
+    from corrdit import PointTracker
     from corrdit.data import demo_clip
     from corrdit.tracking.baselines import nearest_patches, standing_still
 
@@ -50,8 +49,7 @@ def run(arguments: Any) -> int:
     queries = grid_points(arguments.points, height, width)
     truth = clip.tracks(queries)
     with OutputFolder(arguments.output) as folder:
-        device, dtype = checked_device(arguments.device), checked_dtype(arguments.dtype)
-        backbone = load_backbone(arguments.model, device=device, dtype=dtype)
+        backbone = loaded_backbone(arguments)
         began = time.perf_counter()
         with progress_bar("tracking") as report:
             tracks = PointTracker(backbone).track(video, queries, progress=report)

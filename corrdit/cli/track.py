@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from corrdit.cli.devices import add_device_options, checked_device, checked_dtype
+from corrdit.cli.model_options import add_model_options, loaded_backbone
 from corrdit.cli.output import OutputFolder
 from corrdit.cli.points import check_points_spec, read_points
 from corrdit.cli.progress import progress_bar
@@ -31,10 +31,9 @@ USAGE = "VIDEO --output DIR [--points grid:16 | FILE.csv] [--model embedded] [op
 def add_arguments(parser: Any) -> None:
     parser.add_argument("video", metavar="VIDEO", help="video file, or folder of frames")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results, made if need be")
-    parser.add_argument("--model", default="embedded", help="embedded, a local diffusers folder, or a hub id")
+    add_model_options(parser)
     parser.add_argument("--points", default="grid:16", metavar="grid:N|FILE.csv", help="the points to follow")
     parser.add_argument("--preset", choices=["default", "published"], default="default", help="tracker options at once")
-    add_device_options(parser)
     parser.add_argument("--start", type=int, default=0, metavar="N", help="skip the first N frames")
     parser.add_argument("--max-frames", type=int | None, default=None, metavar="N", help="read at most N frames")
     parser.add_argument(
@@ -90,10 +89,9 @@ def _refuse_folder_of_videos(path: Path) -> None:
 
 def _track(arguments: Any, video: Any, queries: np.ndarray) -> Any:
     """Tracks in the file's own pixels; the tracker sees the frames at the size they are read."""
-    from corrdit import PointTracker, load_backbone
+    from corrdit import PointTracker
 
-    device, dtype = checked_device(arguments.device), checked_dtype(arguments.dtype)
-    backbone = load_backbone(arguments.model, device=device, dtype=dtype)
+    backbone = loaded_backbone(arguments)
     tracker = PointTracker(backbone, preset=arguments.preset, **given_tracker_options(arguments))
     with progress_bar("tracking") as report:
         return track_at_size(tracker, video, queries, (video.info.height, video.info.width), progress=report)
