@@ -16,7 +16,7 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument(
         "--recipe",
         default="cpu",
-        help="a recipe shipped with the package (cpu, gpu, smoke) or a YAML file with the same entries",
+        help="a recipe shipped with the package (cpu, smoke) or a YAML file with the same entries",
     )
     parser.add_argument("--steps", type=int, default=None, help="number of steps in place of the recipe's")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
@@ -24,6 +24,9 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument("--checkpoint-every", type=int, default=200, help="steps between checkpoints")
     parser.add_argument(
         "--threads", type=int, default=None, help="CPU threads of a process; PyTorch's default otherwise"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=None, help="stop after this long, with a checkpoint; go on with --resume"
     )
     parser.add_argument("--processes", type=int, default=1, help="data-parallel processes that share each batch")
 
@@ -43,6 +46,7 @@ def run(arguments: Any) -> int:
             checkpoint_every=arguments.checkpoint_every,
             threads=arguments.threads,
             processes=arguments.processes,
+            minutes=arguments.minutes,
         )
         if not module.trainer.is_global_zero:
             return 0

@@ -1,10 +1,13 @@
 """Running a recipe: read it, train with checkpoints and logs, resume after a kill, export the averaged weights."""
 
 import dataclasses
+import json
 import logging
 import pathlib
 import shutil
 import tempfile
+from collections.abc import Mapping
+from datetime import timedelta
 from importlib import resources
 from typing import Any
 
@@ -14,7 +17,9 @@ import yaml
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
 
+from corrdit.integrations.diffusers.embedded.loading import PRESET_FILE
 from corrdit.integrations.diffusers.embedded.pipeline import build_pipeline
+from corrdit.integrations.lightning.model_card import model_card
 from corrdit.integrations.lightning.training import EmbeddedTraining, TrainingConfig, WorldDataModule
 
 _LOG = logging.getLogger(__name__)
@@ -67,6 +72,7 @@ def train(
     checkpoint_every: int = 200,
     threads: int | None = None,
     processes: int = 1,
+    minutes: float | None = None,
     callbacks: list[Callback] | None = None,
     stop_after: int | None = None,
     progress: bool = True,
@@ -75,6 +81,7 @@ def train(
 
     resume: go on from the newest checkpoint; the rest of the run is the same as without the interruption.
     processes: data-parallel processes; two with one thread each are faster on two busy cores than one with two threads.
+    minutes: stop after this long; the run can be resumed.
     stop_after: stop at this step although the recipe (and its learning-rate schedule) is longer.
     Raises FileNotFoundError if there is nothing to resume and ValueError if a fresh run would overwrite one.
     """
@@ -98,6 +105,7 @@ def train(
         precision=config.precision,  # type: ignore[arg-type]
         max_steps=min(config.steps, stop_after or config.steps),
         max_epochs=-1,
+        max_time=None if minutes is None else timedelta(minutes=minutes),
         gradient_clip_val=config.clip,
         logger=_loggers(output, resume),
         callbacks=[saver, *(callbacks or [])],
@@ -126,17 +134,34 @@ def load_checkpoint(checkpoint: pathlib.Path) -> EmbeddedTraining:
     return module
 
 
-def export_checkpoint(checkpoint: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
-    """Write the averaged weights as a float16 diffusers pipeline folder that `load_embedded_pipeline` reads.
+def export_checkpoint(
+    checkpoint: pathlib.Path,
+    folder: pathlib.Path,
+    *,
+    preset: Mapping[str, Any] | None = None,
+    measured: Mapping[str, Any] | None = None,
+    notes: str = "",
+) -> pathlib.Path:
+    """Write the averaged weights as a float16 diffusers pipeline folder that `load_embedded_pipeline` reads, with a
+    card.
 
+    preset: where to read correspondence, written as preset.json; measured and notes: for the model card.
     The folder is replaced as a whole, only after everything is written.
     """
     module = load_checkpoint(checkpoint)
+    steps = int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"])
     pipe = build_pipeline(module.average.to(torch.float16))
+    parameters = sum(weight.numel() for weight in module.average.parameters())
+    card = model_card(dict(module.hparams), steps, parameters, measured=measured, notes=notes)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
         fresh = pathlib.Path(work) / "pipeline"
         pipe.save_pretrained(str(fresh), safe_serialization=True)
+        (fresh / "README.md").write_text(card, encoding="utf-8")
+        if preset is not None:
+            (fresh / PRESET_FILE).write_text(json.dumps(dict(preset), indent=2) + "\n", encoding="utf-8")
+        for file in fresh.rglob("*.safetensors"):
+            file.chmod(0o644)
         if folder.exists():
             shutil.rmtree(folder)
         fresh.replace(folder)

@@ -1,0 +1,104 @@
+"""The model card that goes with exported weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+_CARD = """\
+---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: text-to-video
+---
+
+# Embedded video diffusion transformer of corrdit
+
+A small text-to-video diffusion transformer of CogVideoX's architecture (diffusers' `CogVideoXTransformer3DModel`,
+{parameters:.1f} M parameters, {layers} layers, {heads} heads of {head_dim}, {positions} positions), trained from
+scratch on videos that are generated while it trains. It is there so that reading correspondence from attention can
+be used, tested and studied without downloading anything. It knows nothing of the real world.
+
+- **Data**: the generated world of `corrdit.data`: one to five textured sprites on their own paths over a textured
+  background under a moving camera. No recorded or collected data. Training videos follow from seeds below 10^9,
+  held-out ones from seeds of 10^9 and above.
+- **Latents**: a fixed, invertible Haar transform of 2 x 2 pixels; a token spans 4 x 4 pixels of one frame.
+- **Text**: a fixed word encoder; words outside of the world's vocabulary get a place by a hash and carry no meaning.
+- **Objective**: v-prediction at uniform timesteps, with CogVideoX's noise schedule without its shift towards noise.
+- **Weights**: exponential moving average after {steps} steps, rounded to float16.
+
+## Recipe
+
+`corrdit train --recipe FILE.yaml --processes 2 --threads 1 --output DIR` with
+
+```yaml
+{recipe}```
+{notes}
+## Measured
+{quality}
+"""
+
+_UNMEASURED = """
+Not measured yet; `python benchmarks/embedded_matching.py --pipeline FOLDER --output FILE.json` does it.
+"""
+
+
+def model_card(
+    config: Mapping[str, Any],
+    steps: int,
+    parameters: int,
+    *,
+    measured: Mapping[str, Any] | None = None,
+    notes: str = "",
+) -> str:
+    """Markdown for the weights' folder.
+
+    config: the recipe; steps: training steps done; parameters: of the transformer; measured: what
+    benchmarks/embedded_matching.py wrote; notes: anything about the run that the recipe does not say.
+    """
+    quality = _UNMEASURED if measured is None else _quality(measured)
+    return _CARD.format(
+        parameters=parameters / 1e6,
+        layers=config["layers"],
+        heads=config["heads"],
+        head_dim=config["head_dim"],
+        positions=config["positions"],
+        steps=steps,
+        recipe=yaml.safe_dump(dict(config), sort_keys=False, default_flow_style=None),
+        notes=f"\n{notes}\n" if notes else "",
+        quality=quality,
+    )
+
+
+def _quality(measured: Mapping[str, Any]) -> str:
+    sizes = {
+        "training_size": "8 frames of 32 x 32, as in half of the training",
+        "large": "24 frames of 480 x 720 at a working grid of 20 x 30 tokens",
+    }
+    parts = [_table(title, measured[key]) for key, title in sizes.items() if key in measured]
+    made = measured["environment"]
+    versions = f"torch {made['torch']} and diffusers {made['diffusers']}"
+    parts.append(f"\nMeasured by `{made['command']}` at commit {made['commit']} with {versions}.")
+    return "\n".join(parts)
+
+
+def _table(title: str, table: Mapping[str, Any]) -> str:
+    kinds = ("best head", "best layer", "best features", "patches")
+    lines = [
+        f"\n{title}: share of visible points that moved by more than 1.5 tokens which are matched within one token,",
+        f"from the first frame to all others, {table['videos']} held-out videos, 95 % bootstrap interval over videos.",
+        "Standing still scores 0 on these points.\n",
+        "| t of 1000 | " + " | ".join(kinds) + " |",
+        "| --- " * (len(kinds) + 1) + "|",
+    ]
+    for timestep, rows in table["summary"].items():
+        cells = [_cell(rows[kind]) for kind in kinds]
+        lines.append(f"| {timestep} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(row: Mapping[str, Any]) -> str:
+    where = "" if row["reading"] == "patches" else f"<br>{row['reading'].removeprefix('query-key ')}"
+    return f"{row['share']:.3f} ({row['low']:.3f} to {row['high']:.3f}){where}"
