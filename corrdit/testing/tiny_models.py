@@ -143,7 +143,9 @@ def _cogvideox_rotary() -> Any:
 
 
 def _cogvideox_1_5() -> Any:
-    return _cogvideox(use_rotary_positional_embeddings=True, patch_size_t=2, patch_bias=False)
+    return _cogvideox(
+        use_rotary_positional_embeddings=True, patch_size_t=2, patch_bias=False, sample_height=32, sample_width=32
+    )
 
 
 def _cogvideox_image() -> Any:

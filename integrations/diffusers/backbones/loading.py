@@ -58,7 +58,7 @@ def load_backbone(
     if registered is not None:
         return _from_entry_point(registered, device, dtype)
     folder = pathlib.Path(text)
-    if folder.is_dir():
+    if text and folder.is_dir():
         return _from_folder(folder, device, dtype)
     hub_id = PUBLISHED_MODELS[text.lower()].hub_id if text.lower() in PUBLISHED_MODELS else text
     if folder.is_absolute() or text.startswith(".") or not _HUB_ID.fullmatch(hub_id):
@@ -137,7 +137,11 @@ def _from_folder(folder: pathlib.Path, device: torch.device, dtype: torch.dtype 
         raise ValueError(
             f"{folder} holds no diffusers pipeline (no model_index.json); give a folder of save_pretrained"
         )
-    index = json.loads(index_file.read_text(encoding="utf-8"))
+    try:
+        index = json.loads(index_file.read_text(encoding="utf-8"))
+        index["_class_name"]
+    except (json.JSONDecodeError, TypeError, KeyError) as error:
+        raise ValueError(f"{index_file} is not a model index as save_pretrained writes it: {error!r}") from error
     pipe = _load_pipeline(str(folder), index, device, dtype or _default_dtype(str(folder), device))
     preset_file = folder / "preset.json"
     preset = None

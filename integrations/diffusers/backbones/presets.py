@@ -21,6 +21,7 @@ class Preset:
         heads: how heads are combined: "logits", "features", "probabilities" or "none".
         head_weights: weight of each head, or None for equal weights.
         head: a single head to use, or None.
+        noise: whether latents are noised to the step's timestep before they are read.
         noise: whether latents of a given video get the noise of the step before they are read.
         frames_per_chunk: latent frames the model is given at once.
         height: working height in pixels, or None for the video's own.
@@ -34,6 +35,7 @@ class Preset:
     heads: str = "probabilities"
     head_weights: tuple[float, ...] | None = None
     head: int | None = None
+    noise: bool = False
     noise: bool = False
     frames_per_chunk: int = 13
     height: int | None = None
