@@ -11,11 +11,22 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "attention_mass": "attention_mass",
+    "cost_rows": "cost_rows",
+    "hard_displacement": "hard_displacement",
+    "match": "match",
     "soft_displacement": "soft_displacement",
     "float32_precision": "launch",
 }
 
-__all__ = ["float32_precision", "soft_displacement"]  # noqa: F822
+__all__ = [
+    "attention_mass",
+    "cost_rows",
+    "float32_precision",
+    "hard_displacement",
+    "match",
+    "soft_displacement",
+]
 
 
 def __getattr__(name: str) -> Any:

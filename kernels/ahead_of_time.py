@@ -132,7 +132,8 @@ def _inspect(binary: Any, name: str, architecture: str, options: dict[str, Any])
     elements = max(1, rows * columns // (32 * warps))
     shared = int(binary.metadata.shared)
     # A product that missed the tensor cores keeps a result in a plain blocked layout.
-    plain = any("tt.dot" in line and "#blocked" in line.rsplit("->", 1)[-1] for line in binary.asm["ttgir"].splitlines())
+    products = [line for line in binary.asm["ttgir"].splitlines() if "tt.dot" in line]
+    plain = any("#blocked" in line.rsplit("->", 1)[-1] for line in products)
     return Compiled(
         kernel=name.removesuffix("_kernel"),
         architecture=architecture,

@@ -30,14 +30,23 @@ class Tiles(NamedTuple):
 # kernel -> padded head_dim up to which a row holds -> tiles. 16-bit operands, shared memory of 9.0 and 10.0.
 _LARGE = {
     "soft_forward": {64: Tiles(128, 128, 64, 8, 3), 128: Tiles(128, 128, 128, 8, 3), 256: Tiles(128, 64, 256, 8, 2)},
-    "soft_backward_query": {64: Tiles(128, 128, 64, 8, 3), 128: Tiles(128, 64, 128, 8, 2), 256: Tiles(64, 64, 256, 8, 2)},
+    "soft_backward_query": {
+        64: Tiles(128, 128, 64, 8, 3),
+        128: Tiles(128, 64, 128, 8, 2),
+        256: Tiles(64, 64, 256, 8, 2),
+    },
     "soft_backward_key": {64: Tiles(64, 128, 64, 8, 3), 128: Tiles(64, 128, 128, 8, 2), 256: Tiles(64, 64, 256, 8, 2)},
     "folded_forward": {256: Tiles(128, 256, 64, 8, 3)},
     "folded_gradient": {256: Tiles(128, 128, 64, 8, 3)},
     "statistics": {256: Tiles(128, 128, 64, 8, 3)},
     "correspondence": {256: Tiles(64, 128, 64, 8, 2)},
+    "refinement": {256: Tiles(64, 16, 64, 4, 1)},
     "local_forward": {64: Tiles(128, 64, 64, 4, 3), 128: Tiles(128, 64, 128, 8, 2), 256: Tiles(64, 64, 256, 8, 2)},
-    "local_backward_query": {64: Tiles(128, 64, 64, 8, 2), 128: Tiles(64, 64, 128, 4, 2), 256: Tiles(64, 64, 256, 8, 1)},
+    "local_backward_query": {
+        64: Tiles(128, 64, 64, 8, 2),
+        128: Tiles(64, 64, 128, 4, 2),
+        256: Tiles(64, 64, 256, 8, 1),
+    },
     "local_backward_key": {64: Tiles(64, 128, 64, 8, 2), 128: Tiles(64, 64, 128, 4, 2), 256: Tiles(64, 64, 256, 8, 1)},
 }
 # The same for the shared memory of 8.0 (163 KiB) and of 8.9 (99 KiB), where products run on mma.sync.
@@ -49,6 +58,7 @@ _MEDIUM = {
     "folded_gradient": {256: Tiles(128, 128, 32, 8, 3)},
     "statistics": {256: Tiles(128, 64, 64, 8, 2)},
     "correspondence": {256: Tiles(64, 64, 64, 4, 2)},
+    "refinement": {256: Tiles(64, 16, 64, 4, 1)},
     "local_forward": {64: Tiles(128, 64, 64, 4, 2), 128: Tiles(64, 64, 128, 4, 2), 256: Tiles(64, 32, 256, 4, 1)},
     "local_backward_query": {64: Tiles(64, 64, 64, 4, 2), 128: Tiles(64, 32, 128, 4, 1), 256: Tiles(64, 16, 256, 8, 1)},
     "local_backward_key": {64: Tiles(64, 64, 64, 4, 2), 128: Tiles(32, 64, 128, 4, 1), 256: Tiles(16, 64, 256, 8, 1)},
@@ -73,7 +83,7 @@ def table_of(capability: tuple[int, int]) -> str:
     """
     if capability < (8, 0):
         raise RuntimeError(
-            f"the Triton kernels need compute capability 8.0 or later, this device has {capability[0]}.{capability[1]}; "
+            f"the Triton kernels need compute capability 8.0 or later, this one has {capability[0]}.{capability[1]}; "
             'use backend="streaming"'
         )
     if capability == (8, 0):

@@ -101,7 +101,7 @@ class Disassembly:
     def count(self, family: str, loop: Loop | None = None) -> int:
         """Instructions of one family (a name, with modifiers if given) in a loop, or in the whole kernel."""
         part = self.instructions if loop is None else self.instructions[loop.first : loop.last + 1]
-        return sum(i.name == family or i.family == family for i in part)
+        return sum(family in (i.name, i.family) for i in part)
 
     def families(self, loop: Loop | None = None) -> Counter[str]:
         part = self.instructions if loop is None else self.instructions[loop.first : loop.last + 1]

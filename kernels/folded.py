@@ -90,7 +90,6 @@ def folded_gradient_kernel(
     inside = keys < frame_tokens
     center_x, center_y = load_centers(center, pair, rows, kept_rows, width, WINDOW)
     start, end = key_range(center_y, kept_rows, radius, width, frame_tokens, WINDOW)
-    places = workspace + wide(rows - first_query)[:, None] * workspace_stride + (pair + keys)[None, :]
     stored = kept_rows[:, None] & inside[None, :]
     if (first_key < end) & (first_key + BLOCK_N > start):
         scores = head_scores(
@@ -104,9 +103,12 @@ def folded_gradient_kernel(
         row_planes, shift = load_gradient_rows(planes, shifts, pair, rows, kept_rows)
         coordinates = coordinate_tile(table, keys, inside, True)
         dlogit = logit_gradients(scores, scale, shift, row_planes, coordinates, PRECISION)
+        # The workspace is small: int32 places, worked out after the product whose registers they would take.
+        places = workspace + (rows - first_query)[:, None] * workspace_stride + (pair.to(tl.int32) + keys)[None, :]
         tl.store(places, dlogit.to(workspace.dtype.element_ty), mask=stored)
     else:
         # Out of reach of every window of the tile.
+        places = workspace + (rows - first_query)[:, None] * workspace_stride + (pair.to(tl.int32) + keys)[None, :]
         tl.store(places, tl.zeros([BLOCK_M, BLOCK_N], workspace.dtype.element_ty), mask=stored)
 
 
@@ -153,7 +155,7 @@ def folded_forward(
         table.pairs if center is None else center, table.pairs if visited is None else visited,
         q.stride(), k.stride(), mask.stride(), heads, pair_count, frame_tokens, width, exponent, window,
         D=head_dim, BLOCK_D=tiles.dims, BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, HAS_MASK=key_mask is not None,
-        WINDOW=window_kind(window, center), WEIGHTED=factors is not None, COUNTED=visited is not None,
+        WINDOW=window_kind(window, center), WEIGHTED=int(factors is not None), COUNTED=visited is not None,
         PRECISION=product_precision(), tiles=tiles,
     )  # fmt: skip
     return displacement, statistics
@@ -213,7 +215,7 @@ class _FoldedGradient(NamedTuple):
             self.frame_tokens, self.width, self.exponent, self.window,
             D=self.q.shape[-1], BLOCK_D=tiles.dims, BLOCK_M=tiles.rows, BLOCK_N=tiles.columns,
             HAS_MASK=self.key_mask is not None, WINDOW=window_kind(self.window, self.center),
-            WEIGHTED=self.factors is not None, PRECISION=product_precision(), tiles=tiles,
+            WEIGHTED=int(self.factors is not None), PRECISION=product_precision(), tiles=tiles,
         )  # fmt: skip
         return dlogit
 

@@ -186,7 +186,8 @@ def head_scores(
 
     Args:
         q, k: pointers to the batch entry; the head and dim axes are walked by their strides, nothing is copied.
-        head_weights: float32 `[H]`, read if WEIGHTED: the query tile is multiplied by its head's weight.
+        head_weights: float32 `[H]`, read if WEIGHTED: the first tile (1) or the second (2), whichever holds the
+            queries, is multiplied by its head's weight.
     """
     chunks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     scores = tl.zeros([q_tokens.shape[0], k_tokens.shape[0]], tl.float32)
@@ -195,10 +196,17 @@ def head_scores(
         dims = (index % chunks) * BLOCK_D + tl.arange(0, BLOCK_D)
         q_tile = load_tile(q + wide(head) * q_strides[1], q_tokens, dims, q_strides, q_kept, GUARD, D)
         k_tile = load_tile(k + wide(head) * k_strides[1], k_tokens, dims, k_strides, k_kept, GUARD, D)
-        if WEIGHTED:
+        if WEIGHTED == 1:
             q_tile = (q_tile.to(tl.float32) * tl.load(head_weights + head)).to(k_tile.dtype)
+        elif WEIGHTED == 2:
+            k_tile = (k_tile.to(tl.float32) * tl.load(head_weights + head)).to(q_tile.dtype)
         scores = multiply(q_tile, tl.trans(k_tile), scores, PRECISION)
     return scores
+
+
+@triton.jit
+def is_nan(values):
+    return values != values  # noqa: PLR0124
 
 
 @triton.jit
@@ -210,8 +218,9 @@ def better_match(best, best_token, undefined_token, scores, tokens, kept):
         best_token: `[M]` its token; undefined_token: `[M]` the first token of a NaN score; both start at `no_token()`.
         scores: `[M, N]`; tokens: `[N]` in rising order; kept: `[M or 1, N]`.
     """
-    undefined = (scores != scores) & kept
-    candidates = tl.where(kept & (scores == scores), scores, float("-inf"))
+    undefined = is_nan(scores) & kept
+    kept = kept & (undefined == 0)
+    candidates = tl.where(kept, scores, float("-inf"))
     tile_best = tl.max(candidates, 1)
     first = tl.min(tl.where(kept & (candidates == tile_best[:, None]), tokens[None, :], _NO_TOKEN), 1)
     undefined_token = tl.minimum(undefined_token, tl.min(tl.where(undefined, tokens[None, :], _NO_TOKEN), 1))

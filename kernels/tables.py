@@ -47,6 +47,12 @@ def _frame_pairs(flat: tuple[int, ...], frames: int, device: torch.device) -> Fr
     return FramePairTable(*(table.to(device=device, dtype=torch.int32).contiguous() for table in tables))
 
 
+@functools.cache
+def token_segments(segments: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    """int32 `[G, 2]` (first token, tokens) of stretches of the token axis; kept as long as the process, like pairs."""
+    return torch.tensor(segments, dtype=torch.int32).to(device)
+
+
 def coordinate_table(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """`[h * w, 16]` rows (1, x, y, 1, x, y, 0, ...): what softmax weights are multiplied with on tensor cores.
 
@@ -58,7 +64,7 @@ def coordinate_table(height: int, width: int, dtype: torch.dtype, device: torch.
     """
     if max(height, width) > _LARGEST_SIDE:
         raise ValueError(
-            f"the Triton kernels take frames of up to {_LARGEST_SIDE} x {_LARGEST_SIDE} tokens, got {height} x {width}; "
+            f"the Triton kernels take up to {_LARGEST_SIDE} x {_LARGEST_SIDE} tokens a frame, got {height} x {width}; "
             'use backend="streaming"'
         )
     row = torch.arange(height, device=device).repeat_interleave(width, output_size=height * width)
