@@ -279,7 +279,7 @@ def generate(seeds: Sequence[int], config: WorldConfig | None = None) -> list[Cl
     return [Clip(scene, config, video.contiguous().numpy()) for scene, video in zip(scenes, frames, strict=True)]
 
 
-def demo_clip(seed: int = 3) -> tuple[np.ndarray, Clip]:
+def demo_clip(seed: int = 22) -> tuple[np.ndarray, Clip]:
     """A clip for demonstrations: video uint8 [20, 160, 240, 3] and the clip whose `tracks` gives its exact truth."""
     clip = generate([seed], WorldConfig(frames=20, height=160, width=240, sprites=(2, 4)))[0]
     return clip.video, clip
