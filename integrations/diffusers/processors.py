@@ -90,7 +90,7 @@ class CorrespondenceProcessor:
     """
 
     def __new__(cls, inner: Any, *args: Any, **kwargs: Any) -> CorrespondenceProcessor:
-        return object.__new__(_with_argument_names(cls, type(inner)))
+        return object.__new__(_with_argument_names(cls, type(inner)))  # type: ignore[arg-type]
 
     def __init__(
         self,

@@ -35,13 +35,13 @@ class LTXLayout(TransformerLayout):
         return (config.patch_size_t, config.patch_size, config.patch_size)
 
     def read_call(self, transformer: torch.nn.Module, arguments: Mapping[str, Any]) -> ForwardCall:
-        sizes = [arguments.get(name) for name in ("num_frames", "height", "width")]
-        if any(size is None for size in sizes):
+        frames, height, width = (arguments.get(name) for name in ("num_frames", "height", "width"))
+        if frames is None or height is None or width is None:
             raise ValueError(
                 "this forward of LTX gives coordinates instead of num_frames, height and width (conditioning on images "
                 "or videos adds tokens), so its tokens are not a grid of frames; use the text-to-video pipeline"
             )
-        grid = self.video_grid(transformer, *sizes)
+        grid = self.video_grid(transformer, frames, height, width)
         return ForwardCall(batch=arguments["hidden_states"].shape[0], grid=grid, timestep=arguments["timestep"])
 
 

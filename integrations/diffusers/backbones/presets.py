@@ -22,7 +22,6 @@ class Preset:
         head_weights: weight of each head, or None for equal weights.
         head: a single head to use, or None.
         noise: whether latents are noised to the step's timestep before they are read.
-        noise: whether latents of a given video get the noise of the step before they are read.
         frames_per_chunk: latent frames the model is given at once.
         height: working height in pixels, or None for the video's own.
         width: working width in pixels, or None for the video's own.
@@ -35,7 +34,6 @@ class Preset:
     heads: str = "probabilities"
     head_weights: tuple[float, ...] | None = None
     head: int | None = None
-    noise: bool = False
     noise: bool = False
     frames_per_chunk: int = 13
     height: int | None = None
