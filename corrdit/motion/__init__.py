@@ -1,5 +1,22 @@
-"""Motion features and losses for transferring the motion of one video to another."""
+"""Motion features and losses for transferring the motion of one video to another, and errors of motion."""
 
+from corrdit.motion.flow_loss import coarse_centers, flow_loss
+from corrdit.motion.latent_displacement import latent_displacement
 from corrdit.motion.moft import moft_channels, moft_loss
+from corrdit.motion.motion_error import MotionError, direction_agreement, motion_error
+from corrdit.motion.smm import smm_loss
+from corrdit.motion.temporal_attention import temporal_attention, temporal_attention_loss
 
-__all__ = ["moft_channels", "moft_loss"]
+__all__ = [
+    "MotionError",
+    "coarse_centers",
+    "direction_agreement",
+    "flow_loss",
+    "latent_displacement",
+    "moft_channels",
+    "moft_loss",
+    "motion_error",
+    "smm_loss",
+    "temporal_attention",
+    "temporal_attention_loss",
+]

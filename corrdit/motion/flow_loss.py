@@ -1,0 +1,105 @@
+"""Attention motion flow as a loss: the displacement of every token between frames, pulled towards a reference's.
+
+Source: DiTFlow, "Video Motion Transfer with Diffusion Transformers" (arXiv 2412.07776).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from corrdit import ops
+from corrdit.grid import TokenGrid, whole_number
+
+FLOW_LOSSES = ("released", "paper")
+
+
+def flow_loss(flow: Tensor, reference: Tensor, *, variant: str = "released") -> Tensor:
+    """Difference between two fields of displacements.
+
+    Args:
+        flow: `[..., 2]` (dx, dy) in tokens, of the video being made; the loss is differentiable in it.
+        reference: the same shape, float or integer, of the video whose motion is wanted.
+        variant: "released" is the mean squared error over the components of those vectors whose reference is not zero
+            (DiTFlow's code); "paper" the squared norm of the whole difference.
+
+    Returns:
+        Scalar in the precision of `flow`.
+
+    Raises:
+        ValueError: shapes that differ, an unknown variant, or "released" with a reference that is zero everywhere.
+    """
+    if variant not in FLOW_LOSSES:
+        raise ValueError(f"variant must be one of {', '.join(map(repr, FLOW_LOSSES))}, got {variant!r}")
+    if flow.shape != reference.shape or flow.ndim < 2 or flow.shape[-1] != 2:
+        raise ValueError(
+            f"flow and reference must be displacements [..., 2] of one shape, got {list(flow.shape)} and "
+            f"{list(reference.shape)}"
+        )
+    moving = (reference != 0).any(-1, keepdim=True)
+    reference = reference.to(flow)
+    if variant == "paper":
+        return (flow - reference).square().sum()
+    count = int(moving.sum())
+    if count == 0:
+        raise ValueError(
+            "the reference's displacements are all zero: nothing in it moves by a token or more, so there is no motion "
+            'to follow; take a reference with motion, another block, or variant="paper"'
+        )
+    # Multiplying by the mask keeps the shape, where picking the vectors would wait for the device.
+    return ((flow - reference) * moving).square().sum() / (2 * count)
+
+
+def coarse_centers(
+    q: Tensor,
+    k: Tensor,
+    grid: TokenGrid,
+    tile: int,
+    *,
+    heads: str = "logits",
+    frames: int | list[tuple[int, int]] | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Where each token's match lies roughly: the best match between tiles of tokens.
+
+    Queries and keys are averaged over tiles of `tile` x `tile` tokens, matched there, and the displacement of a tile is
+    given to all its tokens. For the `center` of `corrdit.ops.soft_displacement`, as FastVMT (arXiv 2602.05551) looks
+    for motion in a window round the tile's.
+
+    Args:
+        q, k: `[B, H, N, D]`.
+        grid: how the N tokens are arranged.
+        tile: tokens a side, at least 2 and at most the longer side of the frame.
+        heads: as for `soft_displacement`; "none" keeps them apart and cannot serve here.
+        frames: as for `soft_displacement`.
+        scale: as for `soft_displacement`.
+        backend: as for `soft_displacement`.
+
+    Returns:
+        float32 (x, y) in tokens of the key frame, `[B, F, F, h, w, 2]` or `[B, P, h, w, 2]` with `frames`.
+
+    Raises:
+        ValueError: a tile out of range, or what `hard_displacement` refuses.
+    """
+    tile = whole_number("tile", tile, 2)
+    if tile > max(grid.height, grid.width):
+        raise ValueError(f"a tile of {tile} tokens is larger than a frame of {grid.height} x {grid.width} tokens")
+    coarse = TokenGrid(grid.frames, -(-grid.height // tile), -(-grid.width // tile))
+    pooled = [_tile_means(tensor.detach(), grid, tile) for tensor in (q, k)]
+    moved = ops.hard_displacement(*pooled, coarse, heads=heads, frames=frames, scale=scale, backend=backend)
+    rows = torch.arange(grid.height, device=q.device) // tile
+    columns = torch.arange(grid.width, device=q.device) // tile
+    spread = moved.index_select(-3, rows).index_select(-2, columns)
+    own = grid.coordinates(q.device).unflatten(0, (grid.height, grid.width))
+    return own + tile * spread.to(own.dtype)
+
+
+def _tile_means(tensor: Tensor, grid: TokenGrid, tile: int) -> Tensor:
+    """Means over tiles of the video tokens of `[B, H, N, D]`, `[B, H, F * tiles, D]`."""
+    batch, heads, _, channels = tensor.shape
+    maps = tensor[:, :, grid.video_slice].reshape(-1, grid.height, grid.width, channels).movedim(-1, 1)
+    dtype = tensor.dtype if tensor.dtype == torch.float64 else torch.float32
+    means = functional.avg_pool2d(maps.to(dtype), tile, ceil_mode=True, count_include_pad=False)
+    return means.to(tensor.dtype).movedim(1, -1).reshape(batch, heads, -1, channels)

@@ -1,0 +1,70 @@
+"""MotionClone's motion representation, for transformers whose attention runs over space and time at once.
+
+Ling et al., "MotionClone: Training-Free Motion Cloning for Controllable Video Generation" (2024): the temporal
+attention of the reference, of which only the largest weights are followed. A video transformer has no temporal
+attention of its own; it is cut out of the joint one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from corrdit.grid import TokenGrid, whole_number
+
+
+def temporal_attention(q: Tensor, k: Tensor, grid: TokenGrid, *, scale: float | None = None) -> Tensor:
+    """Attention of each token on the tokens at its own place in the other frames.
+
+    The own frame is left out: in joint attention a token's own key wins against all others, so the largest weight would
+    never say anything about motion.
+
+    Args:
+        q, k: `[B, H, N, D]`.
+        grid: how the N tokens are arranged; at least two frames.
+        scale: of q.k, `D ** -0.5` by default.
+
+    Returns:
+        float32 (float64 for float64) `[B, H, S, F, F]` (place, query frame, key frame), each row summing to 1 over the
+        key frames, 0 on the diagonal.
+
+    Raises:
+        ValueError: one frame only.
+    """
+    if grid.frames < 2:
+        raise ValueError("temporal attention needs at least two frames, the grid has one")
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    # [B, H, S, F, D]
+    queries, keys = (
+        tensor[:, :, grid.video_slice].to(dtype).unflatten(2, (grid.frames, -1)).transpose(2, 3) for tensor in (q, k)
+    )
+    logits = scale * queries @ keys.transpose(-1, -2)
+    own = torch.eye(grid.frames, dtype=torch.bool, device=q.device)
+    return logits.masked_fill(own, float("-inf")).softmax(-1)
+
+
+def temporal_attention_loss(target: Tensor, reference: Tensor, *, largest: int = 1) -> Tensor:
+    """Mean squared difference of attention weights where the reference's are largest.
+
+    Args:
+        target: `[..., F, F]` as `temporal_attention` gives it; the loss is differentiable in it.
+        reference: the same shape.
+        largest: weights of each row that are followed (MotionClone takes 1).
+
+    Returns:
+        Scalar.
+
+    Raises:
+        ValueError: shapes that differ, or `largest` outside 1 to F - 1.
+    """
+    if target.shape != reference.shape or target.ndim < 2:
+        raise ValueError(
+            f"target and reference must be attention [..., F, F] of one shape, got {list(target.shape)} and "
+            f"{list(reference.shape)}"
+        )
+    largest = whole_number("largest", largest, 1)
+    if largest >= reference.shape[-1]:
+        raise ValueError(f"largest is {largest}, but a row has {reference.shape[-1] - 1} other frames")
+    followed = reference.topk(largest, dim=-1).indices
+    return (target.gather(-1, followed) - reference.gather(-1, followed)).square().mean()

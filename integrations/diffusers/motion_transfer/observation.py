@@ -1,0 +1,105 @@
+"""Running a transformer up to the blocks whose motion is read."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from corrdit.grid import TokenGrid
+from corrdit.integrations.diffusers.capture import Capture
+from corrdit.integrations.diffusers.early_exit import leaving_after
+from corrdit.integrations.diffusers.forward_watch import RemovableHook
+from corrdit.integrations.diffusers.layouts import TransformerLayout
+from corrdit.integrations.diffusers.processors import EarlyExit, Operation
+
+
+def attention_observed(
+    transformer: torch.nn.Module, arguments: Mapping[str, Any], operations: Mapping[int, Mapping[str, Operation]]
+) -> dict[int, dict[str, Any]]:
+    """Results of operations on queries and keys, by layer and name; the forward ends after the last layer.
+
+    Args:
+        transformer: to run once.
+        arguments: of its forward, by name.
+        operations: by layer (counted from 0) and name. Results stay attached to the graph where gradients are on.
+    """
+    reader = Capture(transformer, operations=operations, named=True, keep_graph=True, early_exit=True)
+    with reader:
+        transformer(**arguments)
+    return {layer: reader[0, layer] for layer in operations}
+
+
+def features_observed(
+    transformer: torch.nn.Module,
+    layout: TransformerLayout,
+    arguments: Mapping[str, Any],
+    grid: TokenGrid,
+    read: Callable[[Tensor], Any],
+    layers: tuple[int, ...],
+) -> dict[int, Any]:
+    """`read(features)` of the blocks' outputs for the video tokens, `[F, C, h, w]`, by layer.
+
+    Arguments as for `attention_observed`; the forward ends after the last block.
+
+    Raises:
+        ValueError: blocks whose output is not one vector for each video token.
+    """
+    blocks = _blocks(transformer, layout)
+    results: dict[int, Any] = {}
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(leaving_after(transformer, layout, max(layers)))
+        for layer in layers:
+            keep = _keeper(results, layer, grid, read, stop and layer == max(layers))
+            stack.callback(blocks[layer].register_forward_hook(RemovableHook(keep)).remove)
+        transformer(**arguments)
+    return results
+
+
+@contextlib.contextmanager
+def gradient_checkpointing(transformer: torch.nn.Module, wanted: bool) -> Iterator[None]:
+    """Gradient checkpointing on inside the block, if wanted, and as it was after it.
+
+    Raises:
+        ValueError: a transformer that does not have it.
+    """
+    if not wanted or getattr(transformer, "is_gradient_checkpointing", False):
+        yield
+        return
+    if not getattr(transformer, "_supports_gradient_checkpointing", False):
+        raise ValueError(
+            f"{type(transformer).__name__} has no gradient checkpointing; leave gradient_checkpointing out"
+        )
+    transformer.enable_gradient_checkpointing()  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        transformer.disable_gradient_checkpointing()  # type: ignore[operator]
+
+
+def _blocks(transformer: torch.nn.Module, layout: TransformerLayout) -> list[torch.nn.Module]:
+    return [block for name in layout.block_lists(transformer) for block in transformer.get_submodule(name).children()]
+
+
+def _keeper(
+    results: dict[int, Any], layer: int, grid: TokenGrid, read: Callable[[Tensor], Any], stop: bool
+) -> Callable[[torch.nn.Module, Any, Any], None]:
+    def keep(block: torch.nn.Module, inputs: Any, output: Any) -> None:
+        # Gradient checkpointing runs the block again in the backward pass.
+        if layer in results:
+            return
+        hidden = output[0] if isinstance(output, tuple) else output
+        if hidden.ndim != 3 or hidden.shape[1] != grid.video_tokens:
+            raise ValueError(
+                f"the output of {type(block).__name__} has shape {list(hidden.shape)}, which is not one vector for "
+                f"each of the {grid.video_tokens} video tokens; this method cannot read it"
+            )
+        maps = hidden[-1].unflatten(0, (grid.frames, grid.height, grid.width))
+        results[layer] = read(maps.movedim(-1, 1))
+        if stop:
+            raise EarlyExit
+
+    return keep

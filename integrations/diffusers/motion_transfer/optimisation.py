@@ -1,0 +1,134 @@
+"""The inner optimisation of one guided denoising step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from corrdit.integrations.diffusers.motion_transfer.settings import TransferSettings
+
+LARGEST_LOSS_SCALE = 2.0**16
+"""Where loss scaling for half precision begins, as `torch.amp.GradScaler` does."""
+
+Leaves = dict[str, Tensor]
+LossFunction = Callable[[Leaves], Tensor]
+
+
+class DivergedError(ValueError):
+    """The loss or its gradient became NaN or infinite.
+
+    Attributes:
+        step: denoising step, from 0.
+        iteration: step of the optimiser in it, from 0.
+        last_good: what was optimised, as it was before, by name.
+        losses: all losses so far, `[guided steps][optimisation steps]`.
+    """
+
+    def __init__(self, message: str, step: int, iteration: int, last_good: Leaves) -> None:
+        super().__init__(message)
+        self.step = step
+        self.iteration = iteration
+        self.last_good = last_good
+        self.losses: list[list[float]] = []
+
+
+@dataclass
+class OptimiserMemory:
+    """What is carried from one guided step to the next.
+
+    Args:
+        gradients: the latest, by name, for steps that use it again.
+        loss_scale: factor of the loss in half precision.
+    """
+
+    gradients: Leaves = field(default_factory=dict)
+    loss_scale: float = LARGEST_LOSS_SCALE
+
+
+def optimised(
+    start: Mapping[str, Tensor],
+    loss_of: LossFunction,
+    settings: TransferSettings,
+    step: int,
+    memory: OptimiserMemory,
+    *,
+    half_precision: bool,
+) -> tuple[Leaves, list[float]]:
+    """Some steps of the optimiser on the loss.
+
+    Args:
+        start: what is optimised, by name, in any precision; the optimiser works in float32 (float64).
+        loss_of: the loss of leaves, a scalar, differentiable.
+        settings: of the transfer.
+        step: guided step, from 0.
+        memory: carried between the guided steps; changed.
+        half_precision: scale the loss, because gradients pass through float16. A gradient that overflows is computed
+            again with a smaller scale.
+
+    Returns:
+        The optimised leaves, detached, and the loss before each step of the optimiser (NaN where the gradient of an
+        earlier guided step was used again, and no loss computed).
+
+    Raises:
+        DivergedError: a loss or a gradient that is not finite.
+    """
+    leaves = {name: _leaf(value) for name, value in start.items()}
+    optimiser = _optimiser(list(leaves.values()), settings, step)
+    again = step % settings.gradient_interval != 0 and bool(memory.gradients)
+    losses: list[float] = []
+    for iteration in range(settings.optimisation_steps):
+        if again:
+            losses.append(math.nan)
+            gradients = memory.gradients
+        else:
+            loss, gradients = _gradients(leaves, loss_of, memory, half_precision)
+            if not math.isfinite(loss) or not all(bool(torch.isfinite(g).all()) for g in gradients.values()):
+                what = f"the loss became {loss}" if not math.isfinite(loss) else "the gradient is not finite"
+                raise DivergedError(
+                    f"{what} at denoising step {step}, optimisation step {iteration}; the state before it is kept. "
+                    f"Take a smaller learning_rate than {settings.learning_rate} or another precision",
+                    step,
+                    iteration,
+                    {name: leaf.detach().clone() for name, leaf in leaves.items()},
+                )
+            losses.append(loss)
+        for name, leaf in leaves.items():
+            leaf.grad = gradients[name].to(leaf).clone()
+        optimiser.step()
+        memory.gradients = gradients
+    if settings.gradient_interval == 1:
+        memory.gradients = {}
+    return {name: leaf.detach() for name, leaf in leaves.items()}, losses
+
+
+def _gradients(
+    leaves: Leaves, loss_of: LossFunction, memory: OptimiserMemory, half_precision: bool
+) -> tuple[float, Leaves]:
+    """Loss and gradients; in half precision the scale of the loss falls until the gradients fit."""
+    while True:
+        scale = memory.loss_scale if half_precision else 1.0
+        with torch.enable_grad():
+            loss = loss_of(leaves)
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                return value, {}
+            found = torch.autograd.grad(loss * scale, list(leaves.values()))
+        gradients = {name: gradient / scale for name, gradient in zip(leaves, found, strict=True)}
+        if scale <= 1 or all(bool(torch.isfinite(gradient).all()) for gradient in gradients.values()):
+            return value, gradients
+        memory.loss_scale = scale / 2
+
+
+def _leaf(value: Tensor) -> Tensor:
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    return value.detach().to(dtype, copy=True).requires_grad_(True)
+
+
+def _optimiser(leaves: list[Tensor], settings: TransferSettings, step: int) -> torch.optim.Optimizer:
+    kinds: dict[str, Any] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+    return kinds[settings.optimizer](leaves, lr=settings.rate(step))

@@ -1,0 +1,195 @@
+"""The reference: its frames as the model takes them, and the motion that is read from them."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from corrdit.grid import TokenGrid, whole_number
+from corrdit.integrations.diffusers.backbones.base import Backbone
+from corrdit.integrations.diffusers.layouts import forward_arguments
+from corrdit.integrations.diffusers.motion_transfer.methods import MotionMethod, method_of, reference_flow
+from corrdit.integrations.diffusers.motion_transfer.observation import attention_observed, features_observed
+from corrdit.integrations.diffusers.motion_transfer.settings import TransferSettings
+
+FLAT_BELOW = 2
+"""A frame whose pixels differ by no more than this (of 255) shows nothing."""
+
+
+@dataclass
+class ReferenceMotion:
+    """A reference as the transfer needs it.
+
+    Args:
+        frames: uint8 `[T, H, W, 3]`, as the model is given them.
+        latents: `[F, C, h, w]`.
+        grid: video and text tokens of the model for it.
+        flows: hard displacement between all frames by block, int64 `[F, F, h, w, 2]` (dx, dy) in tokens.
+        wanted: what the method's loss compares with, by block.
+    """
+
+    frames: np.ndarray
+    latents: Tensor
+    grid: TokenGrid
+    flows: dict[int, Tensor] = field(default_factory=dict)
+    wanted: dict[int, Any] = field(default_factory=dict)
+
+
+def prepared_frames(
+    backbone: Backbone,
+    video: Any,
+    *,
+    num_frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+) -> np.ndarray:
+    """A video at a length and size the model can generate; says by a warning what was changed.
+
+    Args:
+        backbone: whose codec and token grid the video has to fit.
+        video: uint8 `[T, H, W, 3]`.
+        num_frames: frames wanted; None for as many as the video has and the codec can stand for.
+        height, width: size wanted; None for the preset's, or the nearest that fits.
+
+    Returns:
+        uint8 `[num_frames, height, width, 3]`.
+
+    Raises:
+        ValueError: not such a video, fewer than two latent frames, frames that show nothing at all, or a size that is
+            not a multiple of a token.
+    """
+    frames = torch.as_tensor(video)
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != torch.uint8 or not frames.numel():
+        raise ValueError(f"the reference must be uint8 [T, H, W, 3], got {frames.dtype} {list(frames.shape)}")
+    frames = _at_length(backbone, frames, num_frames)
+    frames = _at_size(backbone, frames, height, width)
+    spread = frames.flatten(1).amax(1).int() - frames.flatten(1).amin(1).int()
+    flat = (spread <= FLAT_BELOW).nonzero().flatten().tolist()
+    if len(flat) == len(frames):
+        raise ValueError("every frame of the reference is of one colour, so there is no motion in it to follow")
+    if flat:
+        _say(f"frames {', '.join(map(str, flat))} of the reference are of one colour; no motion is found there")
+    return frames.numpy()
+
+
+@torch.no_grad()
+def reference_motion(backbone: Backbone, frames: np.ndarray, settings: TransferSettings) -> ReferenceMotion:
+    """The motion of a reference: one forward of the clean latents with the empty prompt.
+
+    Args:
+        backbone: that reads it.
+        frames: as `prepared_frames` gives them.
+        settings: of the transfer, blocks counted from 0.
+    """
+    latents = backbone.encode_video(frames, height=frames.shape[1], width=frames.shape[2])
+    timestep = clean_timestep(backbone)
+    text = {name: value.to(backbone.device) for name, value in backbone.empty_prompt().items()}
+    arguments = backbone.call_arguments(codec_latents(backbone, latents), timestep, text)
+    transformer, layout = backbone.transformer_at(timestep), backbone.layout()
+    call = layout.read_call(transformer, forward_arguments(transformer, (), arguments))
+    reference = ReferenceMotion(frames=frames, latents=latents, grid=call.grid)
+
+    def flow(q: Tensor, k: Tensor, grid: TokenGrid, key_mask: Tensor | None) -> Tensor:
+        return reference_flow(q, k, grid, key_mask, settings)
+
+    method = method_of(settings)
+    operations: dict[str, Any] = {"flow": flow}
+    if method is not None and method.reads == "attention":
+        operations["wanted"] = method.reference_of_attention
+    observed = attention_observed(transformer, arguments, dict.fromkeys(settings.blocks, operations))
+    reference.flows = {block: results["flow"].cpu() for block, results in observed.items()}
+    if method is not None:
+        reference.wanted = _wanted(backbone, method, settings, arguments, call.grid, observed)
+    return reference
+
+
+def clean_timestep(backbone: Backbone) -> float:
+    """The timestep at which latents hold no noise: 0, or the end of time for a model whose time runs the other way."""
+    share = getattr(backbone, "noise_share", None)
+    if share is not None and share(0.0) > 0.5:
+        return float(backbone.pipe.scheduler.config.num_train_timesteps)
+    return 0.0
+
+
+def codec_latents(backbone: Backbone, latents: Tensor) -> Tensor:
+    """Latents `[F, C, h, w]` of a backbone as `[1, F, C, h, w]` with F and C as the codec counts them."""
+    frames, _, height, width = latents.shape
+    joined = backbone.frames_per_token
+    latents = latents.to(device=backbone.device, dtype=backbone.dtype)
+    return latents.reshape(1, frames * joined, -1, height, width)
+
+
+def _wanted(
+    backbone: Backbone,
+    method: MotionMethod,
+    settings: TransferSettings,
+    arguments: dict[str, Any],
+    grid: TokenGrid,
+    observed: dict[int, dict[str, Any]],
+) -> dict[int, Any]:
+    if method.reads == "attention":
+        return {block: results["wanted"] for block, results in observed.items()}
+    # Features are compared with those of the transformer that denoises the noisy steps, so they are read from it.
+    return features_observed(
+        backbone.transformer,
+        backbone.layout(),
+        arguments,
+        grid,
+        method.reference_of_features,
+        settings.blocks,
+    )
+
+
+def _at_length(backbone: Backbone, frames: Tensor, num_frames: int | None) -> Tensor:
+    given = len(frames)
+    ratio = backbone.temporal_compression
+    wanted = given if num_frames is None else whole_number("num_frames", num_frames, 1)
+    fitting = (wanted - 1) // ratio * ratio + 1
+    if fitting != wanted and num_frames is not None:
+        raise ValueError(
+            f"num_frames {num_frames} does not fit {backbone.name}, whose codec takes 1 + {ratio} n frames; give "
+            f"{fitting} or {fitting + ratio}"
+        )
+    if fitting < 2 or len(backbone.latent_frame_map(fitting)) < 2:
+        raise ValueError(
+            f"the reference has {given} frames, of which {backbone.name} makes one latent frame, and one frame has no "
+            f"motion; give at least {1 + ratio * max(1, 2 * backbone.frames_per_token - 1)} frames"
+        )
+    if given < fitting:
+        _say(f"the reference has {given} frames and {fitting} are wanted; its frames are repeated evenly")
+        return frames[torch.linspace(0, given - 1, fitting).round().long()]
+    if given > fitting:
+        _say(f"the first {fitting} of the reference's {given} frames are used")
+    return frames[:fitting]
+
+
+def _at_size(backbone: Backbone, frames: Tensor, height: int | None, width: int | None) -> Tensor:
+    own = (int(frames.shape[1]), int(frames.shape[2]))
+    preset = (backbone.preset.height, backbone.preset.width)
+    size = []
+    for name, given, chosen, actual, stride in zip(
+        ("height", "width"), (height, width), preset, own, backbone.token_stride, strict=True
+    ):
+        target = given or chosen or max(stride, round(actual / stride) * stride)
+        if target % stride:
+            raise ValueError(
+                f"{name} {target} is not a multiple of {stride}, the pixels a token of {backbone.name} spans; give "
+                f"{max(stride, round(target / stride) * stride)}"
+            )
+        size.append(target)
+    if tuple(size) == own:
+        return frames
+    _say(f"the reference's frames of {own[0]} x {own[1]} are resized to {size[0]} x {size[1]}")
+    images = frames.permute(0, 3, 1, 2)
+    resized = [functional.interpolate(part.float(), size, mode="bilinear", antialias=True) for part in images.split(1)]
+    return torch.cat(resized).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def _say(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=5)

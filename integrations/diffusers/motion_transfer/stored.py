@@ -1,0 +1,93 @@
+"""What was optimised, kept to be injected into other generations (zero-shot transfer)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from corrdit.files import written_beside
+
+FORMAT = "corrdit motion 1"
+
+
+@dataclass
+class StoredMotion:
+    """Optimised latents or positional embeddings of every guided step.
+
+    Args:
+        kind: "latent" or "embedding".
+        model: name of the backbone.
+        steps: denoising steps of the run.
+        num_frames: video frames.
+        height: pixels.
+        width: pixels.
+        tensors: float32 on the CPU by guided step and name.
+    """
+
+    kind: str
+    model: str
+    steps: int
+    num_frames: int
+    height: int
+    width: int
+    tensors: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file, whole or not at all."""
+        from safetensors.torch import save
+
+        flat = flattened(self.tensors)
+        facts = {"kind": self.kind, "model": self.model, "steps": self.steps}
+        facts |= {"num_frames": self.num_frames, "height": self.height, "width": self.width}
+        with written_beside(path) as file:
+            file.write(save(flat, metadata={"format": FORMAT, "facts": json.dumps(facts)}))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> StoredMotion:
+        """Read a file that `save` wrote.
+
+        Raises:
+            ValueError: another file.
+            FileNotFoundError: no file.
+        """
+        tensors, metadata = read_safetensors(path)
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"{path} holds no stored motion of a transfer; give a file that a transfer saved")
+        return cls(**json.loads(metadata["facts"]), tensors=nested(tensors))
+
+
+def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    Raises:
+        ValueError: not a safetensors file.
+        FileNotFoundError: no file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{os.fspath(path)} does not exist")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{os.fspath(path)} is not a whole safetensors file: {error}") from error
+
+
+def flattened(tensors: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """`{step: {name: tensor}}` as `{"step.name": tensor}`."""
+    return {f"{step}.{name}": t.contiguous() for step, by_name in tensors.items() for name, t in by_name.items()}
+
+
+def nested(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    """The reverse of `flattened`."""
+    result: dict[int, dict[str, Any]] = {}
+    for key, tensor in tensors.items():
+        step, _, name = key.partition(".")
+        result.setdefault(int(step), {})[name] = tensor
+    return result

@@ -1,0 +1,270 @@
+"""Motion transfer: a new video, from a prompt, with the motion of a reference."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+
+from corrdit.integrations.diffusers.backbones.base import Backbone
+from corrdit.integrations.diffusers.motion_transfer.guided_run import GuidedRun, StepReport
+from corrdit.integrations.diffusers.motion_transfer.presets import settings_for
+from corrdit.integrations.diffusers.motion_transfer.reference import (
+    ReferenceMotion,
+    prepared_frames,
+    reference_motion,
+)
+from corrdit.integrations.diffusers.motion_transfer.result import TransferResult
+from corrdit.integrations.diffusers.motion_transfer.run_state import RunState
+from corrdit.integrations.diffusers.motion_transfer.settings import (
+    TransferSettings,
+    changed_settings,
+    resolved_blocks,
+)
+from corrdit.integrations.diffusers.motion_transfer.stored import StoredMotion
+
+
+class MotionTransfer:
+    """Gives new videos the motion of a reference, by optimisation in the denoising steps of an unmodified pipeline.
+
+    ```python
+    result = MotionTransfer(load_backbone("embedded"))(reference_video, "a red disc over sand")
+    result.video, result.losses, result.flow
+    ```
+
+    Source: DiTFlow, "Video Motion Transfer with Diffusion Transformers" (arXiv 2412.07776).
+
+    Args:
+        backbone: as `corrdit.load_backbone` gives it.
+        block: attention layer, or several, whose motion is compared; None for the settings'.
+        settings: to start from; None for the published ones of a model of this shape, or a starting point.
+        changes: settings to change, by name; see `TransferSettings`.
+
+    Attributes:
+        settings: in use, blocks counted from 0.
+
+    Raises:
+        ValueError: an unknown setting, a value out of range, or a block the model does not have.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        block: int | Iterable[int] | None = None,
+        settings: TransferSettings | None = None,
+        **changes: Any,
+    ) -> None:
+        if not isinstance(backbone, Backbone):
+            raise ValueError(f"MotionTransfer needs a backbone of corrdit.load_backbone, got {type(backbone).__name__}")
+        if block is not None:
+            changes["blocks"] = block
+        chosen = changed_settings(settings or settings_for(backbone), changes)
+        resolved = {
+            name: resolved_blocks(name, getattr(chosen, name), backbone.layers, backbone.name)
+            for name in ("blocks", "injection_blocks")
+        }
+        self.backbone = backbone
+        self.settings = changed_settings(chosen, resolved)
+
+    def __call__(
+        self,
+        reference: np.ndarray | torch.Tensor | None,
+        prompt: str = "",
+        *,
+        stored: StoredMotion | str | os.PathLike[str] | None = None,
+        seed: int = 0,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        state_file: str | os.PathLike[str] | None = None,
+        report: StepReport | None = None,
+        **pipeline_arguments: Any,
+    ) -> TransferResult:
+        """Generate one video.
+
+        Args:
+            reference: uint8 `[T, H, W, 3]`; None with `stored`, or for the method "backbone".
+            prompt: for the new video.
+            stored: motion optimised in an earlier run (`TransferResult.optimised` or the file it was saved to),
+                injected at its steps; nothing is optimised.
+            seed: of the initial noise.
+            num_frames: None for as many as the reference has and the codec can stand for.
+            height, width: in pixels; None for the model's, or the nearest to the reference's.
+            state_file: keeps the run's state after each denoising step. A run that was killed goes on from there, with
+                the same result; the file is removed once the video is there.
+            report: `report(finished steps, steps, losses of the step)`.
+            pipeline_arguments: further arguments of the pipeline's call, for instance `image` or `prompt_embeds`.
+
+        Raises:
+            ValueError: a reference, prompt, size or stored motion that does not fit, with what is accepted.
+            DivergedError: the loss became NaN or infinite; names the step, and `state_file` keeps the one before.
+        """
+        motion = StoredMotion.load(stored) if isinstance(stored, (str, os.PathLike)) else stored
+        self._check_prompt(prompt)
+        if reference is None:
+            self._check_no_reference(motion, num_frames)
+        prepared = self._reference(reference, motion, num_frames, height, width)
+        size = self._size(prepared, motion, num_frames, height, width)
+        arguments = self._pipeline_arguments(prompt, size, pipeline_arguments)
+        fingerprint = self._fingerprint(prepared, prompt, seed, size, motion, pipeline_arguments)
+        state = RunState(fingerprint)
+        if state_file is not None and os.path.exists(state_file):
+            state = RunState.load(state_file, fingerprint, self.backbone.device)
+        generator = torch.Generator().manual_seed(seed)
+        save: Callable[[RunState], None] | None = None if state_file is None else lambda state: state.save(state_file)
+        run = GuidedRun(
+            self.backbone, self.settings, prepared, state, generator, stored=motion, finished_step=save, report=report
+        )  # fmt: skip
+        with run.attached():
+            output = self.backbone.pipe(generator=generator, **arguments)
+        if state_file is not None and os.path.exists(state_file):
+            os.remove(state_file)
+        return self._result(_as_uint8(output.frames[0]), run.state, prepared, motion, size, seed)
+
+    def reference_motion(
+        self,
+        reference: np.ndarray | torch.Tensor,
+        *,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> ReferenceMotion:
+        """The motion of a reference at the settings' blocks, without a generation; arguments as for a call."""
+        frames = prepared_frames(self.backbone, reference, num_frames=num_frames, height=height, width=width)
+        return reference_motion(self.backbone, frames, self.settings)
+
+    def _reference(
+        self,
+        reference: np.ndarray | torch.Tensor | None,
+        motion: StoredMotion | None,
+        num_frames: int | None,
+        height: int | None,
+        width: int | None,
+    ) -> ReferenceMotion | None:
+        if reference is None:
+            return None
+        if motion is not None:
+            num_frames, height, width = motion.num_frames, motion.height, motion.width
+        return self.reference_motion(reference, num_frames=num_frames, height=height, width=width)
+
+    def _check_no_reference(self, motion: StoredMotion | None, num_frames: int | None) -> None:
+        if self.settings.injection_blocks and self.settings.method != "backbone":
+            raise ValueError(
+                f"injection_blocks {self.settings.injection_blocks} need a reference for their keys and values; give "
+                "the reference, or injection_blocks=()"
+            )
+        if motion is None and self.settings.method != "backbone":
+            raise ValueError('give a reference video, stored motion, or method="backbone" for plain generation')
+        if motion is None and num_frames is None:
+            raise ValueError("without a reference or stored motion, num_frames has to be given")
+
+    def _check_prompt(self, prompt: str) -> None:
+        """Pipelines cut prompts that are too long without an error."""
+        if not isinstance(prompt, str):
+            raise ValueError(f"the prompt must be one string, got {type(prompt).__name__}")
+        tokenizer = getattr(self.backbone.pipe, "tokenizer", None)
+        if tokenizer is None or not prompt:
+            return
+        tokens = len(tokenizer(prompt).input_ids)
+        limit = self.backbone.empty_prompt()["encoder_hidden_states"].shape[1]
+        if tokens > limit:
+            raise ValueError(
+                f"the prompt has {tokens} tokens, but the text encoder of {self.backbone.name} takes {limit}; "
+                "shorten it"
+            )
+
+    def _size(
+        self,
+        prepared: ReferenceMotion | None,
+        motion: StoredMotion | None,
+        num_frames: int | None,
+        height: int | None,
+        width: int | None,
+    ) -> tuple[int, int, int]:
+        if prepared is not None:
+            frames, rows, columns, _ = prepared.frames.shape
+            return (frames, rows, columns)
+        if motion is not None:
+            return (motion.num_frames, motion.height, motion.width)
+        preset = self.backbone.preset
+        rows, columns = height or preset.height or 0, width or preset.width or 0
+        if not rows or not columns:
+            raise ValueError(f"{self.backbone.name} has no preset size; give height and width")
+        return (num_frames or 1, rows, columns)
+
+    def _pipeline_arguments(self, prompt: str, size: tuple[int, int, int], further: dict[str, Any]) -> dict[str, Any]:
+        settings = self.settings
+        chosen: dict[str, Any] = {"prompt": prompt, "num_inference_steps": settings.steps, "output_type": "np"}
+        chosen |= dict(zip(("num_frames", "height", "width"), size, strict=True))
+        if settings.guidance_scale is not None:
+            chosen["guidance_scale"] = settings.guidance_scale
+        if settings.negative_prompt is not None:
+            chosen["negative_prompt"] = settings.negative_prompt
+        for name in ("prompt", "negative_prompt"):
+            if f"{name}_embeds" in further:
+                chosen.pop(name, None)
+        refused = [name for name in further if name in ("generator", "latents", "output_type", "num_inference_steps")]
+        if refused:
+            raise ValueError(f"{', '.join(refused)} follow from seed and settings and cannot be given to the pipeline")
+        return {**chosen, **dict(settings.pipeline_options), **further}
+
+    def _fingerprint(
+        self,
+        prepared: ReferenceMotion | None,
+        prompt: str,
+        seed: int,
+        size: tuple[int, int, int],
+        motion: StoredMotion | None,
+        further: dict[str, Any],
+    ) -> str:
+        digest = hashlib.sha256()
+        facts = [self.backbone.name, str(self.backbone.dtype), prompt, seed, size, self.settings.described()]
+        digest.update(json.dumps(facts, sort_keys=True).encode())
+        if prepared is not None:
+            digest.update(prepared.frames.tobytes())
+        tensors = (
+            [] if motion is None else [t for step in sorted(motion.tensors) for t in motion.tensors[step].values()]
+        )
+        for name, value in sorted(further.items()):
+            digest.update(name.encode())
+            if isinstance(value, torch.Tensor):
+                tensors.append(value)
+            else:
+                digest.update(repr(value).encode())
+        for tensor in tensors:
+            digest.update(tensor.detach().cpu().float().numpy().tobytes())
+        return digest.hexdigest()
+
+    def _result(
+        self,
+        video: np.ndarray,
+        state: RunState,
+        prepared: ReferenceMotion | None,
+        motion: StoredMotion | None,
+        size: tuple[int, int, int],
+        seed: int,
+    ) -> TransferResult:
+        optimised = None
+        if state.optimised:
+            optimised = StoredMotion(
+                self.settings.optimise, self.backbone.name, self.settings.steps, *size, tensors=state.optimised
+            )
+        return TransferResult(
+            video=video,
+            losses=np.array(state.losses or np.empty((0, 0)), dtype=np.float64),
+            flows={} if prepared is None else prepared.flows,
+            reference=None if prepared is None else prepared.frames,
+            optimised=optimised,
+            seed=seed,
+        )
+
+
+def _as_uint8(frames: np.ndarray) -> np.ndarray:
+    """Frames `[T, H, W, 3]` in 0..1 as uint8."""
+    return (np.nan_to_num(np.asarray(frames)) * 255).round().clip(0, 255).astype(np.uint8)
