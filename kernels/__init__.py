@@ -13,6 +13,7 @@ from typing import Any
 _HOMES = {
     "attention_mass": "attention_mass",
     "cost_rows": "cost_rows",
+    "frame_local_attention": "frame_local_attention",
     "hard_displacement": "hard_displacement",
     "match": "match",
     "soft_displacement": "soft_displacement",
@@ -23,6 +24,7 @@ __all__ = [
     "attention_mass",
     "cost_rows",
     "float32_precision",
+    "frame_local_attention",
     "hard_displacement",
     "match",
     "soft_displacement",
