@@ -24,6 +24,7 @@ COMMANDS = {
     "train": "train the embedded model on generated videos",
     "generate": "generate videos from prompts, with cross-attention guidance beside without",
     "world": "write generated videos with exact tracks, flow and prompts",
+    "bench": "time the operations against other ways to compute them",
     "models": "list the backbones with their layers and presets",
     "doctor": "show versions, devices and backends, and why a backend cannot run",
 }
@@ -65,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run_guarded(command: str, arguments: list[str], debug: bool) -> int:
     """Run a command and turn every exception into one line and an exit status."""
+    caught: BaseException
     try:
         status = _run(command, arguments)
         sys.stdout.flush()

@@ -24,25 +24,17 @@ def add_arguments(parser: Any) -> None:
 
 
 def run(arguments: Any) -> int:
-    report = {
-        "versions": versions(),
-        "devices": devices(),
-        "backends": backends(),
-        "attention": attention_implementations(),
-        "files": files(),
-    }
+    found, runs = versions(), {"backends": backends(), "attention": attention_implementations()}
     if arguments.json:
-        print(json.dumps(report, indent=1))
+        print(json.dumps({"versions": found, "devices": devices(), **runs, "files": files()}, indent=1))
         return 0
-    rows = [
-        (name, entry["version"] or "not installed", entry["accepted"]) for name, entry in report["versions"].items()
-    ]
+    rows = [(name, entry["version"] or "not installed", entry["accepted"] or "") for name, entry in found.items()]
     print_table(("package", "version", "accepted"), rows, title="Versions")
-    print_table(("device", "what"), list(report["devices"].items()), title="Devices")
+    print_table(("device", "what"), list(devices().items()), title="Devices")
     for key, title in (("backends", "Backends of corrdit.ops"), ("attention", "Attention of the model (SDPA)")):
-        rows = [(name, "no" if reason else "yes", reason or "") for name, reason in report[key].items()]
-        print_table(("name", "runs here", "why not"), rows, title=title)
-    print_table(("what", "state"), list(report["files"].items()), title="Models and videos")
+        states = [(name, "no" if reason else "yes", reason or "") for name, reason in runs[key].items()]
+        print_table(("name", "runs here", "why not"), states, title=title)
+    print_table(("what", "state"), list(files().items()), title="Models and videos")
     return 0
 
 

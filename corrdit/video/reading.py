@@ -164,7 +164,7 @@ class StreamedVideo:
     ) -> None:
         self.info = probe_video(path)
         self._size = fit_size(self.info.height, self.info.width, max_side)
-        self._part = {"start": start, "max_frames": max_frames}
+        self._start, self._max_frames = start, max_frames
         count = _count_frames(self.info.path, start, max_frames)
         _check_count(self.info, count, start, max_frames, min_frames)
         self.shape = (count, *self._size, 3)
@@ -175,7 +175,7 @@ class StreamedVideo:
         return self.shape[0]
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        return iterate_frames(self.info.path, size=self._size, **self._part)
+        return iterate_frames(self.info.path, start=self._start, max_frames=self._max_frames, size=self._size)
 
     def __getitem__(self, part: slice) -> np.ndarray:
         """Consecutive frames, uint8 `[t, H, W, 3]`."""

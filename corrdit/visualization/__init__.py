@@ -1,6 +1,13 @@
-"""Pictures of tracks: dots with trails over the video, and contact sheets."""
+"""Pictures of tracks and of motion: dots with trails, displacement as colours and arrows, contact sheets."""
 
 from corrdit.visualization.colours import position_colours
+from corrdit.visualization.flow import (
+    colour_wheel,
+    draw_flow_arrows,
+    flow_colours,
+    write_flow_pictures,
+    write_loss_curve,
+)
 from corrdit.visualization.pictures import write_track_pictures
 from corrdit.visualization.sheet import contact_sheet
 from corrdit.visualization.tracks import TrackPainter, TrackStyle, draw_tracks, iterate_drawn_tracks
@@ -8,9 +15,14 @@ from corrdit.visualization.tracks import TrackPainter, TrackStyle, draw_tracks, 
 __all__ = [
     "TrackPainter",
     "TrackStyle",
+    "colour_wheel",
     "contact_sheet",
+    "draw_flow_arrows",
     "draw_tracks",
+    "flow_colours",
     "iterate_drawn_tracks",
     "position_colours",
+    "write_flow_pictures",
+    "write_loss_curve",
     "write_track_pictures",
 ]

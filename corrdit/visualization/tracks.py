@@ -28,18 +28,23 @@ class TrackStyle:
         fade: how far the video is moved towards a darker grey, 0 to 1, so that the colours stand out.
         hidden: draw points that are not visible, as hollow rings, or leave them out. Trails are drawn only between
             frames in which a point is visible: where it is hidden, its place is a guess.
+        leap: a step from one frame to the next that is longer than this share of the picture's diagonal gets no trail;
+            it is a mismatch or a cut rather than a motion, and its line would only cover the picture.
     """
 
-    trail: int = 16
+    trail: int = 12
     radius: float | None = None
     fade: float = 0.45
     hidden: bool = True
+    leap: float = 0.15
 
     def __post_init__(self) -> None:
         if self.trail < 0:
             raise ValueError(f"trail={self.trail} was given; accepted is a number of frames, 0 or more")
         if self.radius is not None and not self.radius > 0:
             raise ValueError(f"radius={self.radius} was given; accepted is a positive number of pixels, or None")
+        if not self.leap >= 0:
+            raise ValueError(f"leap={self.leap} was given; accepted is a share of the picture's diagonal, 0 or more")
         if not 0 <= self.fade <= 1:
             raise ValueError(f"fade={self.fade} was given; accepted is a number from 0 (as is) to 1 (dark grey)")
 
@@ -107,8 +112,8 @@ class TrackPainter:
         seen = self._visible[first:index] & self._visible[first + 1 : index + 1]
         age = np.arange(index - first, 0, -1)[:, None] - 1
         alpha = np.where(seen, (1 - age / self.style.trail) ** 1.2, 0.0)
-        moved = np.linalg.norm(np.diff(path, axis=0), axis=-1) > 1e-3
-        chosen = moved & (alpha > 0.01)
+        step = np.linalg.norm(np.diff(path, axis=0), axis=-1)
+        chosen = (step > 1e-3) & (step <= self.style.leap * np.hypot(*self.size)) & (alpha > 0.01)
         segments = np.stack((path[:-1], path[1:]), axis=2)[chosen]
         colours = np.broadcast_to(self._colours, (*alpha.shape, 3))[chosen]
         width = 0.9 * self._radius
@@ -219,7 +224,7 @@ class _Canvas:
         """`segments [N, 2, 2]` (start and end, (x, y)), `colours [N, 4]`."""
         from matplotlib.collections import LineCollection
 
-        lines = LineCollection(segments, colors=colours, linewidths=(width, width), capstyle="butt", snap=False)
+        lines = LineCollection(list(segments), colors=colours, linewidths=(width, width), capstyle="butt", snap=False)
         self._add(lines, len(segments), transform=self._downwards)
 
     def rings(self, centres: np.ndarray, radius: float, colours: np.ndarray, width: float) -> None:

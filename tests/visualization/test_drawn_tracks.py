@@ -81,6 +81,8 @@ def test_trails_follow_the_path_and_fade() -> None:
     assert change[100, 40 + 30 * 4 + 15] > change[100, 40 + 30 * 2 + 15] > 0, "older parts are fainter"
     assert change[100, 40 + 15] == 0, "only four frames back"
     assert change[100, 40 + 30 * 6 + 15] == 0, "nothing ahead"
+    short = draw_tracks(grey_video(), tracks, style=TrackStyle(trail=4, radius=4.0, fade=0.0, leap=0.07))
+    assert np.abs(short[6, 100, 40 + 30 * 4 + 15].astype(int) - 128).sum() == 0, "a step of 30 pixels is a leap of 28"
     visible = np.arange(FRAMES)[:, None] != 5
     gap = Tracks(xy=path, visible=visible, score=np.ones((FRAMES, 1)))
     drawn = draw_tracks(grey_video(), gap, style=TrackStyle(trail=4, radius=4.0, fade=0.0))
@@ -123,7 +125,7 @@ def test_bad_input() -> None:
         TrackPainter(tracks, HEIGHT, WIDTH, starts=np.zeros((2, 2)))
     with pytest.raises(ValueError, match="frame 8 was asked for"):
         TrackPainter(tracks, HEIGHT, WIDTH).draw(grey_video()[0], 8)
-    for wrong in ({"trail": -1}, {"radius": 0.0}, {"fade": 1.5}):
+    for wrong in ({"trail": -1}, {"radius": 0.0}, {"fade": 1.5}, {"leap": -1.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             TrackStyle(**wrong)  # type: ignore[arg-type]
 
