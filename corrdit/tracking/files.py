@@ -1,4 +1,4 @@
-"""Tracking a video file: frames read at a reduced size, results in the file's own pixels and beside it."""
+"""Tracking video files: finding them, frames read at a reduced size, results in the file's own pixels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from corrdit.tracking.tracks import Tracks
 
@@ -16,28 +15,77 @@ if TYPE_CHECKING:
     from corrdit.video import StreamedVideo
 
 RESULT_FILE = "tracks.npz"
+VIDEO_SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".gif")
+FRAME_SUFFIXES = (".png", ".jpg", ".jpeg")
 Progress = Callable[[int, int], None]
 
 
-def track_streamed(tracker: Any, video: StreamedVideo, queries: Any, *, progress: Progress | None = None) -> Tracks:
-    """Track points given in a file's own pixels through frames that are read at another size.
+def find_videos(folder: str | os.PathLike[str], *, without: str | os.PathLike[str] | None = None) -> list[str]:
+    """Names, relative to the folder and sorted, of the videos in it: video files, and folders that hold frames.
+
+    Hidden files and folders are passed over.
+
+    Args:
+        folder: looked through with its subfolders.
+        without: a folder to pass over, such as one for results.
+
+    Raises:
+        ValueError: not a folder, or one without videos.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise ValueError(f"{folder} is not a folder; give a folder of video files or of folders of frames")
+    skipped = None if without is None else Path(without).resolve()
+    found = []
+    for place, folders, files in os.walk(root):
+        here = Path(place)
+        folders[:] = [name for name in folders if not name.startswith(".") and (here / name).resolve() != skipped]
+        shown = [name for name in files if not name.startswith(".")]
+        found += [here / name for name in shown if name.lower().endswith(VIDEO_SUFFIXES)]
+        if here != root and any(name.lower().endswith(FRAME_SUFFIXES) for name in shown):
+            found.append(here)
+    if not found:
+        raise ValueError(
+            f"{folder} holds no videos; accepted are {', '.join(VIDEO_SUFFIXES)} files and folders of png or jpg frames"
+        )
+    return sorted(path.relative_to(root).as_posix() for path in found)
+
+
+def track_at_size(
+    tracker: Any, video: Any, queries: np.ndarray, size: tuple[int, int], *, progress: Progress | None = None
+) -> Tracks:
+    """Track points given in pixels of one size through frames that were shrunk to another while they were read.
 
     Args:
         tracker: a `corrdit.PointTracker`.
-        video: frames on demand; `video.info` knows the file's own size.
-        queries: `[P, 3]` (frame, x, y), frame as counted in `video`, x and y in pixels of the file.
+        video: what it tracks through, `[T, H, W, 3]`.
+        queries: float `[P, 3]` (frame, x, y), x and y in pixels of frames of `size`.
+        size: (height, width) in pixels.
         progress: called with (forward passes done, forward passes in all).
 
     Returns:
-        Tracks in pixels of the file.
+        Tracks in pixels of frames of `size`; every point is exactly at its query's place in its query's frame.
+
+    Raises:
+        ValueError: as `PointTracker.track`.
     """
-    factor = torch.tensor([video.shape[2] / video.info.width, video.shape[1] / video.info.height])
-    scaled = torch.as_tensor(queries, dtype=torch.float32).clone()
-    scaled[:, 1:] *= factor
-    tracks = tracker.track(video, scaled, progress=progress)
-    if bool((factor == 1).all()):
-        return tracks
-    return Tracks(xy=tracks.xy / factor, visible=tracks.visible, score=tracks.score)
+    queries = np.asarray(queries, dtype=np.float32)
+    if tuple(video.shape[1:3]) == tuple(size) or queries.ndim != 2 or queries.shape[1] != 3:
+        return tracker.track(video, queries, progress=progress)
+    extent = np.array([video.shape[2], video.shape[1]], dtype=np.float32)
+    factor = extent / np.array(size[::-1], dtype=np.float32)
+    shrunk = queries.copy()
+    shrunk[:, 1:] = _kept_inside(queries[:, 1:], factor, size)
+    tracks = tracker.track(video, shrunk, progress=progress)
+    xy = tracks.xy.numpy() / factor
+    xy[queries[:, 0].astype(int), np.arange(len(queries))] = queries[:, 1:]
+    return Tracks(xy=xy, visible=tracks.visible, score=tracks.score)
+
+
+def _kept_inside(xy: np.ndarray, factor: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Scaled places; those inside the frame stay inside although the product is rounded, those outside stay outside."""
+    largest = np.array(size[::-1], dtype=np.float32)
+    return np.where(xy <= largest, np.minimum(xy * factor, largest * factor), xy * factor)
 
 
 def write_track_results(

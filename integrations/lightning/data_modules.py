@@ -10,36 +10,7 @@ from typing import Any
 import lightning
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from corrdit.tracking.files import RESULT_FILE
-
-VIDEO_SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".gif")
-FRAME_SUFFIXES = (".png", ".jpg", ".jpeg")
-
-
-def find_videos(folder: str | os.PathLike[str]) -> list[str]:
-    """Names, relative to the folder and sorted, of the videos in it: video files, and folders that hold frames.
-
-    Hidden files and folders are passed over.
-
-    Raises:
-        ValueError: not a folder, or one without videos.
-    """
-    root = Path(folder)
-    if not root.is_dir():
-        raise ValueError(f"{folder} is not a folder; give a folder of video files or of folders of frames")
-    found = []
-    for place, folders, files in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        here = Path(place)
-        shown = [name for name in files if not name.startswith(".")]
-        found += [here / name for name in shown if name.lower().endswith(VIDEO_SUFFIXES)]
-        if here != root and any(name.lower().endswith(FRAME_SUFFIXES) for name in shown):
-            found.append(here)
-    if not found:
-        raise ValueError(
-            f"{folder} holds no videos; accepted are {', '.join(VIDEO_SUFFIXES)} files and folders of png or jpg frames"
-        )
-    return sorted(path.relative_to(root).as_posix() for path in found)
+from corrdit.tracking.files import RESULT_FILE, find_videos
 
 
 class VideoFiles(Dataset[dict[str, str]]):
@@ -97,7 +68,7 @@ class VideoDataModule(lightning.LightningDataModule):
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self.folder = Path(folder)
         self.output = None if output is None else Path(output)
-        available = find_videos(folder)
+        available = find_videos(folder, without=output)
         missing = sorted(set(names or ()) - set(available))
         if missing:
             raise ValueError(f"{folder} holds no video {missing[0]!r}; it holds {', '.join(available[:10])}")

@@ -18,7 +18,7 @@ import torch
 
 from corrdit.files import written_beside
 from corrdit.integrations.lightning.data_modules import has_result
-from corrdit.tracking.files import RESULT_FILE, track_streamed, write_track_results
+from corrdit.tracking.files import RESULT_FILE, track_at_size, write_track_results
 
 SETTINGS_FILE = "settings.json"
 FAILURE_FILE = "failed.json"
@@ -101,7 +101,7 @@ class TrackingModule(lightning.LightningModule):
         """Load the model on this process's device and check the output folder."""
         if stage != "predict":
             raise ValueError(f"TrackingModule has no {stage} step; call Trainer.predict")
-        self._check_settings()
+        self.check_settings()
         self.trainer.strategy.barrier("settings read")
         if self.trainer.is_global_zero:
             self.output.mkdir(parents=True, exist_ok=True)
@@ -127,7 +127,7 @@ class TrackingModule(lightning.LightningModule):
 
             video = StreamedVideo(path, **self.part)  # type: ignore[arg-type]
             queries = self._queries(len(video), video.info.height, video.info.width)
-            tracks = track_streamed(self._tracker, video, queries)
+            tracks = track_at_size(self._tracker, video, queries, (video.info.height, video.info.width))
         except (ValueError, OSError) as error:
             if self.on_broken == "raise":
                 raise ValueError(f"video {name}: {error}") from error
@@ -153,7 +153,8 @@ class TrackingModule(lightning.LightningModule):
             backbone = load_backbone(backbone, device=device, dtype=self.model_dtype)
         self._tracker = PointTracker(backbone, preset=self.preset, **self.options)
 
-    def _check_settings(self) -> None:
+    def check_settings(self) -> None:
+        """Raises ValueError where the output folder holds results that were made with other settings."""
         file = self.output / SETTINGS_FILE
         if not file.is_file():
             return

@@ -160,10 +160,9 @@ class TestBadVideo:
         line = refused("track", workplace / "given.png", "--output", workplace / "out")
         assert "is a single picture, one frame" in line
 
-    def test_folder_of_videos(self, workplace: Path, refused: Refused) -> None:
-        (workplace / "given").mkdir()
-        write_video(workplace / "given" / "a.mp4", np.zeros((2, 32, 32, 3), np.uint8))
-        assert "holds 1 videos (a.mp4 ...)" in refused("track", workplace / "given", "--output", workplace / "out")
+    def test_processes_for_one_video(self, workplace: Path, clip: Path, refused: Refused) -> None:
+        line = refused("track", clip, "--output", workplace / "out", "--processes", "2")
+        assert "--processes 2 shares out the videos of a folder" in line
 
     def test_start_beyond_the_end(self, workplace: Path, clip: Path, refused: Refused) -> None:
         line = refused("track", clip, "--output", workplace / "out", "--start", "6")
