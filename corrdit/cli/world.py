@@ -82,7 +82,7 @@ def _write(folder: Path, name: str, clip: Clip, queries: np.ndarray) -> None:
     from corrdit.video import write_video
 
     truth = clip.tracks(queries)
-    arrays = {"video": clip.video, "xy": truth.xy, "visible": truth.visible, "queries": queries}
+    arrays: dict[str, Any] = {"video": clip.video, "xy": truth.xy, "visible": truth.visible, "queries": queries}
     if clip.config.frames > 1:
         flow = clip.flow()
         arrays |= {"flow": flow.displacement, "flow_visible": flow.visible}
