@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 _LAZY_ATTRIBUTES = {
     "CorrespondenceCallback": "corrdit.integrations.lightning.callback",
     "CorrespondenceMonitor": "corrdit.integrations.lightning.monitor",
+    "GenerationModule": "corrdit.integrations.lightning.generation",
+    "GuidanceCallback": "corrdit.integrations.lightning.guidance_callback",
+    "PromptDataModule": "corrdit.integrations.lightning.generation",
     "TrackingModule": "corrdit.integrations.lightning.modules",
     "VideoDataModule": "corrdit.integrations.lightning.data_modules",
     "WorldProbe": "corrdit.integrations.lightning.probe",
@@ -19,6 +22,9 @@ _LAZY_ATTRIBUTES = {
 __all__ = [
     "CorrespondenceCallback",
     "CorrespondenceMonitor",
+    "GenerationModule",
+    "GuidanceCallback",
+    "PromptDataModule",
     "TrackingModule",
     "VideoDataModule",
     "WorldProbe",
@@ -28,6 +34,8 @@ __all__ = [
 if TYPE_CHECKING:
     from corrdit.integrations.lightning.callback import CorrespondenceCallback
     from corrdit.integrations.lightning.data_modules import VideoDataModule
+    from corrdit.integrations.lightning.generation import GenerationModule, PromptDataModule
+    from corrdit.integrations.lightning.guidance_callback import GuidanceCallback
     from corrdit.integrations.lightning.modules import TrackingModule, tracking_report
     from corrdit.integrations.lightning.monitor import CorrespondenceMonitor
     from corrdit.integrations.lightning.probe import WorldProbe

@@ -1,0 +1,185 @@
+"""Generate videos from prompts, with cross-attention guidance beside without.
+
+reads   PROMPT, or --prompts: a text file with one prompt a line (empty lines and lines that begin with # are left out)
+writes  into the folder --output, all of them or none; with --prompts into a folder 0000, 0001, ... of it for each, and
+        the next run with the same settings does what is left:
+        video.mp4         the video; with --cag the guided one
+        plain.mp4         with --cag: the same seed without guidance
+        side_by_side.mp4  with --cag: both, without guidance on the left
+        generation.json   prompt, seed and settings
+        vbench/           with --vbench: copies named PROMPT-SAMPLE.mp4, in guided/ and plain/, for VBench's own tool
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from corrdit.cli.devices import add_device_options, checked_device, checked_dtype
+from corrdit.cli.output import OutputFolder
+
+HELP = "generate videos from prompts, with cross-attention guidance beside without"
+USAGE = "PROMPT | --prompts FILE  --output DIR [--cag] [--model embedded] [options]"
+_VARIANTS = {"default": None, "masked": True, "zeroed": False}
+
+
+def add_arguments(parser: Any) -> None:
+    parser.add_argument("prompt", nargs="?", default=None, metavar="PROMPT", help="what the video shows")
+    parser.add_argument("--prompts", default=None, metavar="FILE", help="text file with one prompt a line")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results, made if need be")
+    parser.add_argument("--model", default="embedded", help="embedded, a local diffusers folder, or a hub id")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise; further videos get the numbers after it")
+    parser.add_argument("--samples", type=int, default=1, metavar="N", help="with --prompts: videos for each prompt")
+    parser.add_argument("--frames", type=int | None, default=None, metavar="N", help="frames; the model's if left out")
+    parser.add_argument("--height", type=int | None, default=None, help="pixels; the model's if left out")
+    parser.add_argument("--width", type=int | None, default=None, help="pixels; the model's if left out")
+    parser.add_argument("--steps", type=int | None, default=None, metavar="N", help="denoising steps")
+    parser.add_argument("--guidance-scale", type=float | None, default=None, help="of classifier-free guidance")
+    parser.add_argument("--negative-prompt", default=None, help="for classifier-free guidance")
+    parser.add_argument(
+        "--pipeline", type=dict | None, default=None, metavar="JSON", help="further arguments of the pipeline's call"
+    )
+    parser.add_argument("--fps", type=float, default=8.0, help="frames per second of the files")
+    add_device_options(parser)
+    parser.add_argument("--devices", type=int, default=1, metavar="N", help="with --prompts: so many GPUs or processes")
+    parser.add_argument("--vbench", action="store_true", help="also lay the videos out for VBench's own tool")
+    _add_guidance(parser)
+
+
+def _add_guidance(parser: Any) -> None:
+    group = parser.add_argument_group("cross-attention guidance")
+    group.add_argument("--cag", action="store_true", help="guide, and write the video without guidance too")
+    group.add_argument(
+        "--cag-layers",
+        default=None,
+        metavar="13,17,21",
+        help="layers that lose their cross-frame attention; published ones or the model's matching layer if left out",
+    )
+    group.add_argument("--cag-scale", type=float, default=1.0, help="guidance scale")
+    group.add_argument("--cag-start", type=float, default=0.0, help="share of the steps before it begins")
+    group.add_argument("--cag-stop", type=float, default=1.0, help="share of the steps after which it ends")
+    group.add_argument(
+        "--cag-variant",
+        choices=[*_VARIANTS, "published"],
+        default="default",
+        help="cross-frame keys masked before the softmax, or their weights zeroed after it",
+    )
+    group.add_argument("--cag-span", type=int, default=0, metavar="N", help="frames up to N away are kept")
+    group.add_argument(
+        "--cag-perturbation",
+        choices=["cross_frame", "identity", "skip"],
+        default="cross_frame",
+        help="identity: perturbed-attention guidance; skip: the blocks are left out",
+    )
+
+
+def run(arguments: Any) -> int:
+    if (arguments.prompt is None) == (arguments.prompts is None):
+        given = "both were given" if arguments.prompt is not None else "neither was given"
+        raise ValueError(f"generate takes a PROMPT or --prompts FILE; {given}")
+    if arguments.prompt is not None:
+        return _one(arguments)
+    return _many(arguments)
+
+
+def _one(arguments: Any) -> int:
+    from corrdit import load_backbone
+    from corrdit.integrations.diffusers.guidance import comparison
+
+    if not arguments.prompt.strip():
+        raise ValueError("PROMPT is empty; say what the video shows")
+    if arguments.samples != 1 or arguments.devices != 1 or arguments.vbench:
+        raise ValueError(
+            "--samples, --devices and --vbench go with --prompts FILE; leave them out with a single PROMPT"
+        )
+    began = time.perf_counter()
+    call, guidance = _call(arguments), _guidance(arguments)
+    with OutputFolder(arguments.output) as folder:
+        backbone = load_backbone(
+            arguments.model, device=checked_device(arguments.device), dtype=checked_dtype(arguments.dtype)
+        )
+        if guidance is not None and guidance["layers"] is None:
+            guidance["layers"] = comparison.default_layers(backbone)
+        generated = comparison.generate(backbone.pipe, arguments.prompt, arguments.seed, call, guidance)
+        details = {"model": backbone.name, "call": call, "guidance": guidance}
+        files = comparison.write_generated(folder, generated, fps=arguments.fps, details=details)
+    frames, height, width, _ = generated.video.shape
+    layers = "" if guidance is None else f", guided in layers {', '.join(map(str, guidance['layers']))}"
+    print(f"{frames} frames of {height} x {width} in {time.perf_counter() - began:.1f} s{layers}")
+    for file in files:
+        print(f"  {Path(arguments.output) / file.name}")
+    return 0
+
+
+def _many(arguments: Any) -> int:
+    import lightning
+
+    from corrdit.integrations.lightning import GenerationModule, PromptDataModule
+
+    began = time.perf_counter()
+    data = PromptDataModule(arguments.prompts, samples=arguments.samples, seed=arguments.seed, output=arguments.output)
+    module = GenerationModule(
+        arguments.model,
+        output=arguments.output,
+        call=_call(arguments),
+        guidance=_guidance(arguments),
+        fps=arguments.fps,
+        dtype=checked_dtype(arguments.dtype),
+        vbench=arguments.vbench,
+    )
+    device = checked_device(arguments.device)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*(num_workers|does not have many workers).*")
+        trainer = lightning.Trainer(
+            accelerator="auto" if device is None else {"cpu": "cpu", "cuda": "gpu"}.get(device.type, device.type),
+            devices=[device.index] if device is not None and device.index is not None else arguments.devices,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+        )
+        trainer.predict(module, data, return_predictions=False)
+    if trainer.is_global_zero:
+        done = len(data.pending)
+        print(f"{done} of {len(data.items)} videos generated in {time.perf_counter() - began:.1f} s, others were there")
+        print(f"  {arguments.output}")
+    return 0
+
+
+def _call(arguments: Any) -> dict[str, Any]:
+    """Arguments of the pipeline's call that were given."""
+    named = {
+        "num_frames": arguments.frames,
+        "height": arguments.height,
+        "width": arguments.width,
+        "num_inference_steps": arguments.steps,
+        "guidance_scale": arguments.guidance_scale,
+        "negative_prompt": arguments.negative_prompt,
+    }
+    return {**{name: value for name, value in named.items() if value is not None}, **(arguments.pipeline or {})}
+
+
+def _guidance(arguments: Any) -> dict[str, Any] | None:
+    if not arguments.cag:
+        return None
+    published = arguments.cag_variant == "published"
+    return {
+        "layers": None if arguments.cag_layers is None else _layers(arguments.cag_layers),
+        "scale": arguments.cag_scale,
+        "start": arguments.cag_start,
+        "stop": arguments.cag_stop,
+        "renormalize": None if published else _VARIANTS[arguments.cag_variant],
+        "preset": "published" if published else None,
+        "span": arguments.cag_span,
+        "perturbation": arguments.cag_perturbation,
+    }
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(
+            f"--cag-layers {text} is not a list of layers; accepted are numbers with commas, such as 13,17,21"
+        ) from None

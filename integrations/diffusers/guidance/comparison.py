@@ -1,0 +1,159 @@
+"""The same prompt and seed generated with guidance and without, and both side by side."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from corrdit.files import written_beside
+from corrdit.integrations.diffusers.guidance.cross_attention import CrossAttentionGuidance
+from corrdit.integrations.diffusers.guidance.presets import guidance_preset
+
+VIDEO_FILE = "video.mp4"
+PLAIN_FILE = "plain.mp4"
+BOTH_FILE = "side_by_side.mp4"
+DETAILS_FILE = "generation.json"
+GAP_PIXELS = 8
+VBENCH_FOLDER = "vbench"
+
+
+@dataclass(frozen=True)
+class GeneratedVideo:
+    """What was generated for one prompt and seed.
+
+    Args:
+        prompt: the words.
+        seed: of the noise.
+        video: uint8 `[T, H, W, 3]`, with guidance if there was any.
+        plain: the same without guidance; None if there was none.
+        sample: which of several videos of the same prompt it is.
+    """
+
+    prompt: str
+    seed: int
+    video: np.ndarray
+    plain: np.ndarray | None = None
+    sample: int = 0
+
+
+def default_layers(backbone: Any) -> tuple[int, ...]:
+    """The published layers of a model of this shape, or the layer where its frames match best."""
+    published = guidance_preset(backbone.transformer)
+    return (backbone.preset.layer,) if published is None else published.layers
+
+
+def check_call(pipe: Any, arguments: Mapping[str, Any]) -> None:
+    """Raises ValueError for an argument that the pipeline's call does not take."""
+    accepted = set(inspect.signature(type(pipe).__call__).parameters) - {"self"}
+    for name in arguments:
+        if name not in accepted:
+            raise ValueError(
+                f"{type(pipe).__name__} takes no argument {name!r}; accepted are {', '.join(sorted(accepted))}"
+            )
+
+
+def generate(
+    pipe: Any,
+    prompt: str,
+    seed: int,
+    call: Mapping[str, Any] | None = None,
+    guidance: Mapping[str, Any] | None = None,
+    sample: int = 0,
+) -> GeneratedVideo:
+    """Generate a video, and where guidance is asked for the one without it from the same noise.
+
+    Args:
+        pipe: a diffusers video pipeline.
+        prompt: for it.
+        seed: of the noise, which is drawn on the CPU, so that it is the same on every device.
+        call: further arguments of the pipeline's call.
+        guidance: arguments of `CrossAttentionGuidance`; None generates plainly.
+        sample: kept in the result.
+
+    Raises:
+        ValueError: what the pipeline's call does not take, or what the guidance refuses.
+    """
+    check_call(pipe, call or {})
+    arguments = {**(call or {}), "prompt": prompt, "output_type": "np"}
+    if guidance is None:
+        return GeneratedVideo(prompt, seed, _frames(pipe, arguments, seed), sample=sample)
+    with CrossAttentionGuidance(pipe, **guidance):
+        video = _frames(pipe, arguments, seed)
+    return GeneratedVideo(prompt, seed, video, _frames(pipe, arguments, seed), sample)
+
+
+def side_by_side(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Two videos of one shape beside each other, `[T, H, 2 W + gap, 3]`, with a white gap."""
+    if left.shape != right.shape:
+        raise ValueError(f"the videos differ in shape, {left.shape} and {right.shape}, so they do not fit side by side")
+    gap = np.full((*left.shape[:2], GAP_PIXELS, 3), 255, dtype=np.uint8)
+    return np.concatenate([left, gap, right], axis=2)
+
+
+def write_generated(
+    folder: str | os.PathLike[str], generated: GeneratedVideo, *, fps: float, details: Mapping[str, Any]
+) -> list[Path]:
+    """Write one result into an existing folder: `video.mp4`, `generation.json`, and with guidance `plain.mp4` and
+    `side_by_side.mp4` (without guidance on the left). `generation.json` comes last.
+
+    Args:
+        folder: must exist.
+        generated: what to write.
+        fps: frames per second.
+        details: kept in `generation.json` beside prompt, seed and size.
+
+    Returns:
+        The files.
+    """
+    from corrdit.video import write_video
+
+    place = Path(folder)
+    videos = {VIDEO_FILE: generated.video}
+    if generated.plain is not None:
+        videos |= {PLAIN_FILE: generated.plain, BOTH_FILE: side_by_side(generated.plain, generated.video)}
+    for name, frames in videos.items():
+        write_video(place / name, frames, fps)
+    facts = {"prompt": generated.prompt, "seed": generated.seed, "shape": list(generated.video.shape), "fps": fps}
+    with written_beside(place / DETAILS_FILE, "w") as file:
+        json.dump({**facts, **details}, file, indent=2)
+    return [place / name for name in (*videos, DETAILS_FILE)]
+
+
+def export_for_vbench(
+    result: str | os.PathLike[str], root: str | os.PathLike[str], prompt: str, sample: int
+) -> list[Path]:
+    """Copy the videos of a result into the folders VBench's own tool reads: `root/vbench/KIND/PROMPT-SAMPLE.mp4`.
+
+    KIND is "guided" and "plain" where the result has both, "plain" otherwise. A slash in the prompt becomes a dash.
+
+    Args:
+        result: folder that `write_generated` filled.
+        root: folder for the export, made if need be.
+        prompt: the words, which VBench looks up by the name of the file.
+        sample: number of the video among those of its prompt.
+    """
+    source, name = Path(result), f"{prompt.replace('/', '-')}-{sample}.mp4"
+    both = (source / PLAIN_FILE).is_file()
+    copied = []
+    for kind, file in (("guided", VIDEO_FILE), ("plain", PLAIN_FILE)) if both else (("plain", VIDEO_FILE),):
+        target = Path(root) / VBENCH_FOLDER / kind
+        target.mkdir(parents=True, exist_ok=True)
+        with written_beside(target / name) as copy, open(source / file, "rb") as original:
+            shutil.copyfileobj(original, copy)
+        copied.append(target / name)
+    return copied
+
+
+def _frames(pipe: Any, arguments: Mapping[str, Any], seed: int) -> np.ndarray:
+    generator = torch.Generator("cpu").manual_seed(seed)
+    frames = np.asarray(pipe(**arguments, generator=generator).frames[0])
+    return np.round(frames * 255).clip(0, 255).astype(np.uint8)

@@ -1,0 +1,88 @@
+"""A callback that puts anyone's generating LightningModule under cross-attention guidance while it predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from corrdit.integrations.diffusers.guidance.cross_attention import CrossAttentionGuidance
+from corrdit.integrations.diffusers.guidance.options import Heads
+from corrdit.integrations.lightning.discovery import find_video_model
+
+
+class GuidanceCallback(Callback):
+    """Runs every prediction batch of a module inside `corrdit.CrossAttentionGuidance`.
+
+    ```python
+    Trainer(callbacks=[GuidanceCallback(layers=(13, 17, 21))]).predict(module, prompts)
+    ```
+
+    The module holds a diffusers video pipeline (or a backbone) and calls it in `predict_step`; it is not changed, and
+    the model is as before after every batch, also after an exception.
+
+    Args:
+        layers, scale, start, stop, renormalize, span, perturbation, heads, adaptive_scale, preset, backend: as for
+            `corrdit.CrossAttentionGuidance`.
+        attribute: dotted name of the pipeline in the module; None looks for it.
+
+    Raises:
+        ValueError: when prediction starts, no pipeline found (with what was found), or what the guidance refuses.
+    """
+
+    def __init__(
+        self,
+        layers: int | Iterable[int] | None = None,
+        scale: float = 1.0,
+        start: float = 0.0,
+        stop: float = 1.0,
+        *,
+        renormalize: bool | None = None,
+        span: int = 0,
+        perturbation: str = "cross_frame",
+        heads: Heads = None,
+        adaptive_scale: float = 0.0,
+        preset: str | None = None,
+        backend: str = "auto",
+        attribute: str | None = None,
+    ) -> None:
+        self.options: dict[str, Any] = {
+            "layers": layers,
+            "scale": scale,
+            "start": start,
+            "stop": stop,
+            "renormalize": renormalize,
+            "span": span,
+            "perturbation": perturbation,
+            "heads": heads,
+            "adaptive_scale": adaptive_scale,
+            "preset": preset,
+            "backend": backend,
+        }
+        self.attribute = attribute
+        self._guidance: CrossAttentionGuidance | None = None
+        self._is_open = False
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._guidance = CrossAttentionGuidance(find_video_model(pl_module, self.attribute), **self.options)
+
+    def on_predict_batch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        if self._guidance is not None:
+            self._guidance.__enter__()
+            self._is_open = True
+
+    def on_predict_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        self._close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Restore the model whatever happened in the batch."""
+        self._close()
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._guidance = None
+
+    def _close(self) -> None:
+        if self._is_open and self._guidance is not None:
+            self._is_open = False
+            self._guidance.__exit__(None, None, None)

@@ -1,0 +1,233 @@
+"""Generating prompt by prompt: the comparison, the Lightning modules and the command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import pytest
+import torch
+
+from corrdit.cli import generate as command
+from corrdit.cli import main
+from corrdit.integrations.diffusers import backbone_of
+from corrdit.integrations.diffusers.embedded.pipeline import build_pipeline, build_transformer
+from corrdit.integrations.diffusers.guidance import CrossAttentionGuidance, comparison
+from corrdit.integrations.lightning import GenerationModule, GuidanceCallback, PromptDataModule
+from corrdit.testing import tiny_generation, tiny_pipeline
+from corrdit.video import read_video
+
+CALL = {"num_frames": 4, "num_inference_steps": 2}
+GUIDANCE = {"layers": (1,), "scale": 3.0}
+PROMPTS = ["a red disc moves left", "a blue square stands still", "a green ring circles clockwise"]
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = build_pipeline(build_transformer(layers=2, heads=2, head_dim=16, frames=4, size=32))
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+@pytest.fixture(scope="module")
+def folder(pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("model") / "pipeline"
+    pipe.save_pretrained(path)
+    return str(path)
+
+
+def trainer(**options: Any) -> lightning.Trainer:
+    return lightning.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+
+
+def test_comparison_has_the_guided_and_the_plain_video_of_one_seed(pipe: Any) -> None:
+    alone = comparison.generate(pipe, PROMPTS[0], 5, CALL)
+    both = comparison.generate(pipe, PROMPTS[0], 5, CALL, GUIDANCE)
+    with CrossAttentionGuidance(pipe, **GUIDANCE):
+        guided = comparison.generate(pipe, PROMPTS[0], 5, CALL)
+    assert alone.plain is None
+    assert both.plain is not None
+    np.testing.assert_array_equal(both.plain, alone.video)
+    np.testing.assert_array_equal(both.video, guided.video)
+    assert (both.video != both.plain).any()
+    shown = comparison.side_by_side(both.plain, both.video)
+    assert shown.shape == (4, 32, 72, 3)
+    np.testing.assert_array_equal(shown[:, :, -32:], both.video)
+    with pytest.raises(ValueError, match="differ in shape"):
+        comparison.side_by_side(both.plain, both.video[:2])
+    with pytest.raises(ValueError, match="takes no argument 'frames'; accepted are"):
+        comparison.generate(pipe, PROMPTS[0], 5, {"frames": 3})
+
+
+def test_default_layers(pipe: Any) -> None:
+    backbone = backbone_of(pipe)
+    assert comparison.default_layers(backbone) == (backbone.preset.layer,)
+
+
+def test_modules_generate_every_prompt_once_and_resume(pipe: Any, tmp_path: Path) -> None:
+    backbone = backbone_of(pipe, name="tiny")
+    module = GenerationModule(backbone, output=tmp_path, call=CALL, guidance=GUIDANCE, vbench=True)
+    data = PromptDataModule(PROMPTS, samples=2, seed=10, output=tmp_path)
+    assert [item["seed"] for item in data.items] == [10, 11, 12, 13, 14, 15]
+    results = trainer(limit_predict_batches=2).predict(module, data)
+    assert [result["name"] for result in results] == ["0000_0", "0000_1"]
+    results = trainer().predict(module, PromptDataModule(PROMPTS, samples=2, seed=10, output=tmp_path))
+    assert [result["seed"] for result in results] == [12, 13, 14, 15]
+    made = comparison.generate(pipe, PROMPTS[1], 13, CALL, GUIDANCE)
+    written = read_video(tmp_path / "0001_1" / "side_by_side.mp4").frames
+    expected = comparison.side_by_side(made.plain, made.video)
+    assert np.abs(written.astype(int) - expected).mean() < 12
+    assert sorted(path.name for path in (tmp_path / "vbench" / "guided").iterdir()) == sorted(
+        f"{prompt}-{sample}.mp4" for prompt in PROMPTS for sample in range(2)
+    )
+    details = json.loads((tmp_path / "0001_1" / "generation.json").read_text())
+    assert (details["prompt"], details["seed"], details["guidance"]["scale"]) == (PROMPTS[1], 13, 3.0)
+    assert not list(tmp_path.glob(".part-*"))
+    with pytest.raises(ValueError, match="another prompt or seed"):
+        trainer().predict(module, PromptDataModule(PROMPTS, samples=2, seed=11, output=tmp_path))
+    other = GenerationModule(backbone, output=tmp_path, call=CALL, guidance={"layers": (0,)})
+    with pytest.raises(ValueError, match="made with guidance="):
+        trainer().predict(other, PromptDataModule(PROMPTS, samples=2, seed=10, output=tmp_path))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [({"call": {"steps": 2}}, "takes no argument 'steps'"), ({"guidance": {"layers": (9,)}}, "layer 9 is outside")],
+)
+def test_bad_settings_stop_before_anything_is_written(
+    pipe: Any, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    module = GenerationModule(backbone_of(pipe), output=tmp_path / "out", **options)
+    with pytest.raises(ValueError, match=message):
+        trainer().predict(module, PromptDataModule(PROMPTS))
+    assert not (tmp_path / "out").exists()
+
+
+def test_prompts_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a dog\n\n# a cat\n  ein Igel läuft \n", encoding="utf-8")
+    assert PromptDataModule(file).prompts == ["a dog", "ein Igel läuft"]
+    file.write_text("# nothing\n")
+    with pytest.raises(ValueError, match="holds no prompts"):
+        PromptDataModule(file)
+    file.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="not UTF-8"):
+        PromptDataModule(file)
+    with pytest.raises(ValueError, match="no file of prompts"):
+        PromptDataModule(tmp_path / "none.txt")
+    with pytest.raises(ValueError, match="at least one text"):
+        PromptDataModule(["a dog", " "])
+
+
+class SeededModule(lightning.LightningModule):
+    """Anyone's module that generates."""
+
+    def __init__(self, fail: bool = False) -> None:
+        super().__init__()
+        self.pipe = tiny_pipeline("wan")
+        self.fail = fail
+
+    def predict_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        if self.fail:
+            raise RuntimeError("stop")
+        return self.pipe(**tiny_generation("wan", steps=2, seed=int(batch))).frames
+
+
+def test_callback_guides_each_batch_and_leaves_the_model_as_it_was() -> None:
+    module = SeededModule()
+    seeds = torch.utils.data.DataLoader([3, 4], batch_size=None)
+    plain = trainer().predict(module, seeds)
+    guided = trainer(callbacks=[GuidanceCallback(layers=1, scale=2.0)]).predict(module, seeds)
+    with CrossAttentionGuidance(module.pipe, 1, scale=2.0):
+        expected = module.pipe(**tiny_generation("wan", steps=2, seed=4)).frames
+    assert torch.equal(guided[1], expected)
+    assert not torch.equal(guided[1], plain[1])
+    again = trainer().predict(module, seeds)
+    assert all(torch.equal(*pair) for pair in zip(again, plain, strict=True))
+
+
+def test_callback_restores_after_an_exception_and_refuses_modules_without_a_pipeline() -> None:
+    module = SeededModule(fail=True)
+    seeds = torch.utils.data.DataLoader([3], batch_size=None)
+    with pytest.raises(RuntimeError, match="stop"):
+        trainer(callbacks=[GuidanceCallback(layers=1)]).predict(module, seeds)
+    assert not module.pipe.transformer._forward_hooks
+    with pytest.raises(ValueError, match="layer 5 is outside"):
+        trainer(callbacks=[GuidanceCallback(layers=5)]).predict(module, seeds)
+    module.pipe = None
+    with pytest.raises(ValueError, match="holds no diffusers video pipeline"):
+        trainer(callbacks=[GuidanceCallback(layers=1)]).predict(module, seeds)
+
+
+def test_command_for_one_prompt(folder: str, pipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model", folder, "--frames", "4", "--steps", "2", "--seed", "5"]
+    guided = ["--cag", "--cag-layers", "1", "--cag-scale", "3", "--cag-variant", "zeroed"]
+    out = tmp_path / "out"
+    assert main(["generate", PROMPTS[0], "--output", str(out), *options, *guided]) == 0
+    printed = capsys.readouterr().out
+    assert "4 frames of 32 x 32" in printed
+    assert "guided in layers 1" in printed
+    names = ["video.mp4", "plain.mp4", "side_by_side.mp4", "generation.json"]
+    assert sorted(path.name for path in out.iterdir()) == sorted(names)
+    assert all(str(out / name) in printed for name in names)
+    expected = comparison.generate(pipe, PROMPTS[0], 5, CALL, {**GUIDANCE, "renormalize": False})
+    details = json.loads((out / "generation.json").read_text())
+    assert details["guidance"]["renormalize"] is False
+    for name, frames in (("video.mp4", expected.video), ("plain.mp4", expected.plain)):
+        assert np.abs(read_video(out / name).frames.astype(int) - frames).mean() < 12
+    assert main(["generate", PROMPTS[0], "--output", str(tmp_path / "plain"), *options]) == 0
+    assert sorted(path.name for path in (tmp_path / "plain").iterdir()) == ["generation.json", "video.mp4"]
+
+
+def test_command_for_a_file_of_prompts(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS[:2]))
+    out = tmp_path / "out"
+    arguments = ["generate", "--prompts", str(prompts), "--output", str(out), "--model", folder, "--device", "cpu"]
+    arguments += ["--pipeline", '{"num_frames": 4, "num_inference_steps": 2}', "--cag"]
+    assert main(arguments) == 0
+    assert "2 of 2 videos generated" in capsys.readouterr().out
+    assert sorted(path.name for path in out.iterdir()) == ["0000", "0001", "settings.json"]
+    assert main(arguments) == 0
+    assert "0 of 2 videos generated" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "neither was given"),
+        (["a dog", "--prompts", "x.txt"], "both were given"),
+        ([" "], "PROMPT is empty"),
+        (["a dog", "--samples", "2"], "go with --prompts"),
+        (["a dog", "--cag", "--cag-layers", "1;2"], "--cag-layers 1;2 is not a list"),
+        (["a dog", "--cag", "--cag-layers", "1", "--cag-scale", "-1"], "scale must be a finite number"),
+        (["a dog", "--cag", "--cag-layers", "7"], "layer 7 is outside"),
+        (["a dog", "--pipeline", '{"length": 3}'], "takes no argument 'length'"),
+        (["--prompts", "nothing.txt"], "no file of prompts"),
+    ],
+)
+def test_command_refuses_bad_input_in_one_line(
+    folder: str, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = main(["generate", *arguments, "--model", folder, "--output", str(tmp_path / "out")])
+    out, err = capsys.readouterr()
+    assert (status, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert message in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_says_what_it_writes() -> None:
+    assert "side_by_side.mp4" in (command.__doc__ or "")
