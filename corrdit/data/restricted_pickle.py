@@ -89,6 +89,7 @@ class _Array(_StandIn):
     """`_reconstruct(ndarray, (0,), b"b")`, then the state (version, shape, dtype, Fortran order, data)."""
 
     __slots__ = ("data", "dtype", "order", "shape")
+    shape: tuple[int, ...]
 
     def __init__(self, subtype: Any, shape: tuple[int, ...], code: bytes) -> None:
         self.shape, self.dtype, self.order, self.data = (0,), np.dtype("u1"), "C", b""

@@ -71,8 +71,8 @@ class TapVidMetric(Metric):
             raise ValueError(f"videos names {len(videos)} videos, the arrays hold {len(batches)}")
         names = [UNNAMED] * len(batches) if videos is None else [_identity(name) for name in videos]
         rows = []
-        for name, arrays in zip(names, batches, strict=True):
-            figures = tapvid(*arrays, self.query_mode)
+        for name, (query, occluded, tracks, guessed_occluded, guessed_tracks) in zip(names, batches, strict=True):
+            figures = tapvid(query, occluded, tracks, guessed_occluded, guessed_tracks, self.query_mode)
             rows.append([name, *(float(figures[key][0]) for key in METRIC_NAMES)])
         self.records.append(torch.tensor(rows, dtype=torch.float64, device=self.device))
 

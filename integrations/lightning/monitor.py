@@ -162,7 +162,7 @@ class CorrespondenceMonitor(Callback):
         if not self._kept or not trainer.is_global_zero:
             return
         latest = {key: _total(hits[-self.history :]) for key, hits in self._kept.items()}
-        rows = [
+        rows: list[dict[str, Any]] = [
             {"layer": layer, "noise": level, "accuracy": hits.accuracy[0], "points": hits.cases}
             for (layer, level), hits in sorted(latest.items(), key=lambda item: (item[0][0], _order(item[0][1])))
         ]

@@ -62,6 +62,9 @@ def test_a_case_worked_by_hand():
     strided = metrics.tapvid(query, occluded, tracks, guessed_occluded, guess, "strided")
     assert math.isclose(strided["occlusion_accuracy"][0], 2 / 3)
     assert [strided[f"pts_within_{d}"][0] for d in (1, 2, 4)] == [0.5, 0.5, 1.0]
+    # A distance of exactly d is not within d.
+    guess[0, 0, 0, 0] = 14
+    assert metrics.tapvid(query, occluded, tracks, guessed_occluded, guess, "strided")["pts_within_4"][0] == 0.5
     # At d = 1: one hit; two visible cases and two false alarms (frames 0 and 3). At d = 4: two hits, one false alarm.
     assert math.isclose(strided["jaccard_1"][0], 1 / 4)
     assert math.isclose(strided["jaccard_4"][0], 2 / 3)
