@@ -17,6 +17,7 @@ _LAZY_ATTRIBUTES = {
     "PointTracker": "corrdit.tracking",
     "CorrespondenceProcessor": "corrdit.integrations.diffusers",
     "CrossAttentionGuidance": "corrdit.integrations.diffusers",
+    "MotionTransfer": "corrdit.integrations.diffusers",
     # By its module: the package attribute of this name is the module once that is imported.
     "capture": "corrdit.integrations.diffusers.capture",
     "load_backbone": "corrdit.integrations.diffusers",
@@ -26,6 +27,7 @@ _LAZY_MODULES = ("data", "metrics", "motion", "ops", "testing", "tracking", "vid
 __all__ = [
     "CorrespondenceProcessor",
     "CrossAttentionGuidance",
+    "MotionTransfer",
     "PointTracker",
     "TokenGrid",
     "Tracks",
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from corrdit.integrations.diffusers import (
         CorrespondenceProcessor,
         CrossAttentionGuidance,
+        MotionTransfer,
         capture,
         load_backbone,
     )

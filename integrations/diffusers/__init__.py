@@ -13,6 +13,7 @@ _LAZY_ATTRIBUTES = {
     "Capture": "corrdit.integrations.diffusers.capture",
     "CorrespondenceProcessor": "corrdit.integrations.diffusers.processors",
     "CrossAttentionGuidance": "corrdit.integrations.diffusers.guidance",
+    "MotionTransfer": "corrdit.integrations.diffusers.motion_transfer",
     "Preset": "corrdit.integrations.diffusers.backbones.presets",
     "TransformerLayout": "corrdit.integrations.diffusers.layouts",
     "available_backbones": "corrdit.integrations.diffusers.backbones.loading",
@@ -26,6 +27,7 @@ __all__ = [
     "Capture",
     "CorrespondenceProcessor",
     "CrossAttentionGuidance",
+    "MotionTransfer",
     "Preset",
     "TransformerLayout",
     "available_backbones",
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from corrdit.integrations.diffusers.capture import Capture, capture
     from corrdit.integrations.diffusers.guidance import CrossAttentionGuidance
     from corrdit.integrations.diffusers.layouts import TransformerLayout, register_layout
+    from corrdit.integrations.diffusers.motion_transfer import MotionTransfer
     from corrdit.integrations.diffusers.processors import CorrespondenceProcessor
 
 

@@ -14,6 +14,7 @@ _PUBLISHED_OPTIONS: dict[str, Any] = {
     "guidance_scale": 7.0,
     "negative_prompt": PUBLISHED_NEGATIVE_PROMPT,
     "injection_blocks": (0,),
+    "size": (480, 720),
     "source": _DITFLOW,
 }
 _COGVIDEOX_2B = TransferSettings(blocks=(15,), scheduler="CogVideoXDDIMScheduler", **_PUBLISHED_OPTIONS)

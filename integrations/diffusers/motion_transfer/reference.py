@@ -55,7 +55,7 @@ def prepared_frames(
         backbone: whose codec and token grid the video has to fit.
         video: uint8 `[T, H, W, 3]`.
         num_frames: frames wanted; None for as many as the video has and the codec can stand for.
-        height, width: size wanted; None for the preset's, or the nearest that fits.
+        height, width: size wanted; None for the nearest to the video's that fits.
 
     Returns:
         uint8 `[num_frames, height, width, 3]`.
@@ -171,12 +171,11 @@ def _at_length(backbone: Backbone, frames: Tensor, num_frames: int | None) -> Te
 
 def _at_size(backbone: Backbone, frames: Tensor, height: int | None, width: int | None) -> Tensor:
     own = (int(frames.shape[1]), int(frames.shape[2]))
-    preset = (backbone.preset.height, backbone.preset.width)
     size = []
-    for name, given, chosen, actual, stride in zip(
-        ("height", "width"), (height, width), preset, own, backbone.token_stride, strict=True
+    for name, given, actual, stride in zip(
+        ("height", "width"), (height, width), own, backbone.token_stride, strict=True
     ):
-        target = given or chosen or max(stride, round(actual / stride) * stride)
+        target = given or max(stride, round(actual / stride) * stride)
         if target % stride:
             raise ValueError(
                 f"{name} {target} is not a multiple of {stride}, the pixels a token of {backbone.name} spans; give "

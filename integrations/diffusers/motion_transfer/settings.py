@@ -57,6 +57,7 @@ class TransferSettings:
         gradient_checkpointing: recompute blocks in the backward pass.
         guidance_scale: of classifier-free guidance; None for the pipeline's own.
         negative_prompt: None for the pipeline's own.
+        size: (height, width) of the new video in pixels where a call gives none; None for the reference's.
         scheduler: name of a scheduler class of diffusers; None for the pipeline's own.
         timestep_spacing: of the scheduler, where it has the option.
         pipeline_options: further keyword arguments of the pipeline's call, as (name, value) pairs.
@@ -88,6 +89,7 @@ class TransferSettings:
     gradient_checkpointing: bool = False
     guidance_scale: float | None = None
     negative_prompt: str | None = None
+    size: tuple[int, int] | None = None
     scheduler: str | None = None
     timestep_spacing: str = "trailing"
     pipeline_options: tuple[tuple[str, Any], ...] = ()
@@ -97,6 +99,9 @@ class TransferSettings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", _whole_numbers("blocks", self.blocks))
         object.__setattr__(self, "injection_blocks", _whole_numbers("injection_blocks", self.injection_blocks))
+        if self.size is not None:
+            height, width = self.size
+            object.__setattr__(self, "size", (whole_number("height", height, 1), whole_number("width", width, 1)))
         object.__setattr__(self, "learning_rate", _rates(self.learning_rate))
         options = self.pipeline_options.items() if isinstance(self.pipeline_options, dict) else self.pipeline_options
         object.__setattr__(self, "pipeline_options", tuple((str(name), value) for name, value in options))

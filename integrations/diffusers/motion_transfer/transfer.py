@@ -95,7 +95,7 @@ class MotionTransfer:
                 injected at its steps; nothing is optimised.
             seed: of the initial noise.
             num_frames: None for as many as the reference has and the codec can stand for.
-            height, width: in pixels; None for the model's, or the nearest to the reference's.
+            height, width: in pixels; None for the settings', or the nearest to the reference's.
             state_file: keeps the run's state after each denoising step. A run that was killed goes on from there, with
                 the same result; the file is removed once the video is there.
             report: `report(finished steps, steps, losses of the step)`.
@@ -136,7 +136,10 @@ class MotionTransfer:
         width: int | None = None,
     ) -> ReferenceMotion:
         """The motion of a reference at the settings' blocks, without a generation; arguments as for a call."""
-        frames = prepared_frames(self.backbone, reference, num_frames=num_frames, height=height, width=width)
+        rows, columns = self.settings.size or (None, None)
+        frames = prepared_frames(
+            self.backbone, reference, num_frames=num_frames, height=height or rows, width=width or columns
+        )
         return reference_motion(self.backbone, frames, self.settings)
 
     def _reference(
@@ -192,10 +195,10 @@ class MotionTransfer:
             return (frames, rows, columns)
         if motion is not None:
             return (motion.num_frames, motion.height, motion.width)
-        preset = self.backbone.preset
-        rows, columns = height or preset.height or 0, width or preset.width or 0
+        chosen = self.settings.size or (0, 0)
+        rows, columns = height or chosen[0], width or chosen[1]
         if not rows or not columns:
-            raise ValueError(f"{self.backbone.name} has no preset size; give height and width")
+            raise ValueError("without a reference or stored motion, height and width have to be given")
         return (num_frames or 1, rows, columns)
 
     def _pipeline_arguments(self, prompt: str, size: tuple[int, int, int], further: dict[str, Any]) -> dict[str, Any]:
