@@ -24,6 +24,7 @@ from corrdit.integrations.diffusers.embedded.pipeline import EmbeddedVideoPipeli
 HELD_OUT_SEEDS = 1_000_000_000
 MOVED_TOKENS = 1.5
 NEAR_TOKENS = 1.0
+SMALL_FRAME = 256
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,10 @@ def nearest_patches(latents: Tensor, grid: TokenGrid) -> Tensor:
 
 
 def _match_operation(q: Tensor, k: Tensor, grid: TokenGrid, key_mask: Tensor | None) -> dict[str, Tensor]:
-    single = ops.match(q, k, grid, heads="none", key_mask=key_mask).xy.flatten(3, 4)
-    mean = ops.match(q, k, grid, heads="probabilities", key_mask=key_mask).xy.flatten(2, 3)
+    # Whole cost maps of small frames cost less than the bookkeeping of streaming over them.
+    backend = "reference" if grid.tokens_per_frame <= SMALL_FRAME else "auto"
+    single = ops.match(q, k, grid, heads="none", key_mask=key_mask, backend=backend).xy.flatten(3, 4)
+    mean = ops.match(q, k, grid, heads="probabilities", key_mask=key_mask, backend=backend).xy.flatten(2, 3)
     return {"mean": mean, **{f"head {head}": single[:, head] for head in range(single.shape[1])}}
 
 
