@@ -172,7 +172,7 @@ class _Run:
         if options.height is None and options.tokens_per_frame is None and preset.height is not None:
             return preset.height, preset.width
         if options.height is None or options.width is None:
-            tokens = _first_given(options.tokens_per_frame, TOKENS_PER_FRAME)
+            tokens = _first_given(options.tokens_per_frame, preset.tokens_per_frame or TOKENS_PER_FRAME)
             return working_size(height, width, stride, tokens)
         if options.height % stride[0] or options.width % stride[1]:
             raise ValueError(

@@ -27,7 +27,7 @@ class PixelBackbone:
     def __init__(self, sharpness: float = 60.0) -> None:
         self.preset = SimpleNamespace(
             layer=1, step=-1, inference_steps=50, heads="probabilities", head_weights=None, head=None,
-            frames_per_chunk=5, noise=False, height=None, width=None,
+            frames_per_chunk=5, noise=False, height=None, width=None, tokens_per_frame=None,
         )  # fmt: skip
         self.sharpness = sharpness
         self.forwards: list[int] = []

@@ -25,6 +25,7 @@ class Preset:
         frames_per_chunk: latent frames the model is given at once.
         height: working height in pixels, or None for the video's own.
         width: working width in pixels, or None for the video's own.
+        tokens_per_frame: limit of tokens a frame is encoded to where height and width are None.
         source: where the settings come from.
     """
 
@@ -38,6 +39,7 @@ class Preset:
     frames_per_chunk: int = 13
     height: int | None = None
     width: int | None = None
+    tokens_per_frame: int | None = None
     source: str = "given"
 
     @classmethod
