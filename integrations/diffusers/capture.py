@@ -47,7 +47,8 @@ def capture(
     ```
 
     Args:
-        model: a diffusers video pipeline, or a bare transformer.
+        model: a diffusers video pipeline (or a backbone, for its pipeline), or a bare transformer. Blocks may be
+            compiled one by one; their queries and keys then live until the end of the forward.
         layers: indices over all attention blocks in the order they run (HunyuanVideo: dual, then single);
             negative ones count from the last.
         steps: denoising steps of the pipeline's loop, negative ones counted from the last; None for every step.
@@ -72,7 +73,7 @@ def capture(
             compilation, attention backends that do not call scaled_dot_product_attention), indices out of range, a
             model already captured, and, when the block ends without an exception, a requested result that never came.
     """
-    if not isinstance(model, torch.nn.Module) and not hasattr(model, "transformer") and hasattr(model, "pipe"):
+    if not isinstance(model, torch.nn.Module) and hasattr(model, "pipe"):
         model = model.pipe
     operations = named_operations(operation)
     layer_list = _indices("layers", layers)

@@ -120,6 +120,11 @@ def layout_of(transformer: torch.nn.Module) -> TransformerLayout:
     )
 
 
+def has_layout(transformer: torch.nn.Module) -> bool:
+    """Whether `layout_of` knows the class of a transformer, or one of its base classes."""
+    return any(candidate.__name__ in _registered_layouts() for candidate in type(transformer).__mro__)
+
+
 def register_layout(transformer_class_name: str, layout: type[TransformerLayout]) -> None:
     """Make a family known to `capture`, for transformers whose class (or a base class) has this name.
 

@@ -280,6 +280,29 @@ def test_cogvideox_1_5_has_positions_for_a_largest_size():
         backbone.forward(torch.zeros(1, 8, 34, 8), 19.0, {0: grid_of}, prompt_embeds=torch.zeros(1, 8, 16))
 
 
+def test_a_backbone_of_another_package_brings_its_layout():
+    """A subclass under another class name, as a third party would write it, passes the conformance suite."""
+    from corrdit.integrations.diffusers.backbones.wan import WanBackbone, WanLayout
+    from corrdit.testing import check_backbone
+
+    class RenamedLayout(WanLayout):
+        pass
+
+    class RenamedBackbone(WanBackbone):
+        family = "renamed"
+        layout = RenamedLayout
+
+    pipe = tiny_pipeline("wan")
+    bases = type(pipe.transformer).__mro__[1:]
+    renamed = type("RenamedTransformer", bases, dict(vars(type(pipe.transformer))))
+    pipe.transformer.__class__ = renamed
+    with pytest.raises(ValueError, match="RenamedTransformer is not a known video transformer"):
+        backbone_of(pipe)
+    backbone = RenamedBackbone(pipe, name="renamed", preset=Preset(1))
+    results = check_backbone(backbone, only=("grid", "attention reproduced", "token order"))
+    assert len(results) == 3
+
+
 def test_heads_and_text_of_the_grid():
     backbone = tiny_backbone("wan")
     assert (backbone.layers, backbone.heads, backbone.family, backbone.frames_per_token) == (3, 2, "wan", 1)

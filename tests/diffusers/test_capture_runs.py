@@ -31,6 +31,15 @@ def test_keys_are_steps_and_layers_counted_from_zero(name, pipeline, generation,
         captured[0, 0]
 
 
+def test_a_backbone_is_captured_through_its_pipeline(generation, scores):
+    from corrdit.testing import tiny_backbone
+
+    backbone = tiny_backbone("wan")
+    with capture(backbone, layers=0, steps=[-1], operation=scores) as captured:
+        backbone.pipe(**generation("wan", steps=2))
+    assert list(captured) == [(1, 0)]
+
+
 def test_all_steps_are_read_without_steps(pipeline, generation, scores):
     pipe = pipeline("wan")
     with capture(pipe, layers=1, operation=scores) as captured:

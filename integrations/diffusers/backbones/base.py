@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from corrdit.grid import TokenGrid, whole_number
 from corrdit.integrations.diffusers.backbones.presets import Preset, preset_for
 from corrdit.integrations.diffusers.capture import Capture
-from corrdit.integrations.diffusers.layouts import TransformerLayout
+from corrdit.integrations.diffusers.layouts import TransformerLayout, has_layout, register_layout
 from corrdit.integrations.diffusers.processors import Operation, named_operations
 
 PIXELS_PER_ENCODER_CALL = 480 * 720
@@ -46,6 +46,8 @@ class Backbone(abc.ABC):
         self.name = name
         self.transformer: torch.nn.Module = pipe.transformer
         self._layout = self.layout()
+        if not has_layout(self.transformer):
+            register_layout(type(self.transformer).__name__, self.layout)
         self.layers = len(self._layout.attention_modules(self.transformer))
         self.heads = int(self.transformer.config.num_attention_heads)
         self.preset = preset or preset_for(self.family, self.layers, self.heads)
