@@ -54,6 +54,10 @@ def _preset_text(preset: Any) -> str:
     if preset is None:
         return "known once loaded"
     step = preset.step + preset.inference_steps if preset.step < 0 else preset.step
-    size = f"{preset.height} x {preset.width}" if preset.height else "the video's own size"
+    size = "the video's own size"
+    if preset.height:
+        size = f"{preset.height} x {preset.width}"
+    elif preset.tokens_per_frame:
+        size = f"at most {preset.tokens_per_frame} tokens a frame"
     chunk = f"{preset.frames_per_chunk} frames a chunk"
     return f"layer {preset.layer}, step {step} of {preset.inference_steps}, {chunk}, {size}"
