@@ -11,7 +11,11 @@ import re
 from setuptools import find_packages, setup
 
 ROOT = pathlib.Path(__file__).parent
-MAPPED_FOLDERS = {"kernels": "corrdit.kernels", "integrations": "corrdit.integrations"}
+MAPPED_FOLDERS = {
+    "kernels": "corrdit.kernels",
+    "integrations": "corrdit.integrations",
+    "benchmarks/baselines": "corrdit.benchmark.baselines",
+}
 
 REQUIREMENTS = [
     "torch>=2.11,<2.14",
@@ -49,8 +53,7 @@ def library_packages() -> list[str]:
     """Import names of all packages, the mapped folders under their place in `corrdit`."""
     names = find_packages(str(ROOT), include=["corrdit", "corrdit.*"])
     for folder, import_name in MAPPED_FOLDERS.items():
-        found = find_packages(str(ROOT), include=[folder, f"{folder}.*"])
-        names += [import_name + name[len(folder) :] for name in found]
+        names += [import_name, *(f"{import_name}.{name}" for name in find_packages(str(ROOT / folder)))]
     return names
 
 

@@ -14,7 +14,16 @@ import zipfile
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
-SOURCES = ("corrdit", "kernels", "integrations", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = (
+    "corrdit",
+    "kernels",
+    "integrations",
+    "benchmarks/baselines",
+    "setup.py",
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+)
 
 
 def build(kind: str, source: pathlib.Path, output: pathlib.Path) -> pathlib.Path:
@@ -57,6 +66,7 @@ def source_files() -> set[str]:
         ("corrdit", "corrdit"),
         ("kernels", "corrdit/kernels"),
         ("integrations", "corrdit/integrations"),
+        ("benchmarks/baselines", "corrdit/benchmark/baselines"),
     ):
         for path in (ROOT / folder).rglob("*"):
             if path.is_file() and "__pycache__" not in path.parts:

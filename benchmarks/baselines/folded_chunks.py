@@ -1,0 +1,36 @@
+"""The honest plain-PyTorch way for averaged logits: one product over the joined heads, query rows in chunks.
+
+The mean over heads of q_h.k_h is the product of the concatenated heads divided by H, so one map takes the place of H.
+Chunks are checkpointed: the backward pass computes them again instead of keeping their maps.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from corrdit.grid import TokenGrid
+
+ROWS = 512
+
+
+def soft_displacement(q: Tensor, k: Tensor, grid: TokenGrid, *, temperature: float = 1.0, rows: int = ROWS) -> Tensor:
+    """`[B, F, F, h, w, 2]`; `rows` query tokens at a time."""
+    factor = temperature * q.shape[-1] ** -0.5 / q.shape[1]
+    folded_q, folded_k = (tensor.transpose(1, 2).flatten(2) for tensor in (q, k))  # [B, N, H*D]
+    position = grid.coordinates(q.device, torch.promote_types(q.dtype, torch.float32))
+
+    def chunk(queries: Tensor, keys: Tensor) -> Tensor:
+        scores = torch.matmul(queries, keys.transpose(-1, -2)).to(position.dtype) * factor
+        weight = scores.unflatten(-1, (grid.frames, grid.tokens_per_frame)).softmax(-1)
+        return torch.matmul(weight, position)  # [B, rows, F, 2]
+
+    parts = []
+    for queries in folded_q.split(rows, dim=1):
+        if queries.requires_grad or folded_k.requires_grad:
+            parts.append(checkpoint(chunk, queries, folded_k, use_reentrant=False))
+        else:
+            parts.append(chunk(queries, folded_k))
+    expected = torch.cat(parts, dim=1).unflatten(1, (grid.frames, grid.tokens_per_frame)).transpose(2, 3)
+    return (expected - position).unflatten(-2, (grid.height, grid.width))
