@@ -23,6 +23,7 @@ COMMANDS = {
     "demo": "track points through a generated clip and compare with its exact truth",
     "train": "train the embedded model on generated videos",
     "generate": "generate videos from prompts, with cross-attention guidance beside without",
+    "transfer": "give a new video the motion of a reference",
     "world": "write generated videos with exact tracks, flow and prompts",
     "bench": "time the operations against other ways to compute them",
     "models": "list the backbones with their layers and presets",

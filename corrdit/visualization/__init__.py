@@ -8,6 +8,7 @@ from corrdit.visualization.flow import (
     write_flow_pictures,
     write_loss_curve,
 )
+from corrdit.visualization.page import write_comparison_page
 from corrdit.visualization.pictures import write_track_pictures
 from corrdit.visualization.sheet import contact_sheet
 from corrdit.visualization.tracks import TrackPainter, TrackStyle, draw_tracks, iterate_drawn_tracks
@@ -22,6 +23,7 @@ __all__ = [
     "flow_colours",
     "iterate_drawn_tracks",
     "position_colours",
+    "write_comparison_page",
     "write_flow_pictures",
     "write_loss_curve",
     "write_track_pictures",

@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 
 from corrdit.files import written_beside
+from corrdit.video import resize_frame
 from corrdit.visualization.sheet import contact_sheet
 
 _ARROW = "#ffffff"
 _ARROW_EDGE = "#202428"
 _MOST_ARROWS = 24
+_ARROW_ROOM = 40  # pixels of a token where frames are small
 
 
 def flow_colours(flow: Any, *, largest: float | None = None) -> np.ndarray:
@@ -102,7 +104,7 @@ def draw_flow_arrows(frame: np.ndarray, flow: Any, *, scale: tuple[float, float]
         color=_ARROW,
         edgecolor=_ARROW_EDGE,
         linewidth=0.4,
-        width=max(0.004, 1.5 / width),
+        width=max(0.003, 1.5 / width),
     )
     axes.set_xlim(0, width)
     axes.set_ylim(height, 0)
@@ -147,7 +149,8 @@ def write_flow_pictures(
         flow_colours(flow[source, target], largest=largest).repeat(enlarge, axis=0).repeat(enlarge, axis=1)
         for target in targets
     ]
-    arrows = [draw_flow_arrows(frames[source], flow[source, target]) for target in targets]
+    shown = _roomy(np.asarray(frames[source]), flow.shape[2:4])
+    arrows = [draw_flow_arrows(shown, flow[source, target]) for target in targets]
     labels = [f"to frame {target}" for target in targets]
     caption = f"displacement from frame {source}; full colour is {largest:.1f} tokens"
     files = [Path(folder) / f"{name}_colours.png", Path(folder) / f"{name}_arrows.png"]
@@ -157,6 +160,12 @@ def write_flow_pictures(
     contact_sheet([*colours, padded], [*labels, "directions"], path=files[0], caption=caption)
     contact_sheet(arrows, labels, path=files[1], caption=caption)
     return files
+
+
+def _roomy(frame: np.ndarray, tokens: tuple[int, ...]) -> np.ndarray:
+    """A frame large enough for an arrow in every token."""
+    factor = max(1.0, *(_ARROW_ROOM * count / size for count, size in zip(tokens, frame.shape[:2], strict=True)))
+    return resize_frame(frame, round(frame.shape[0] * factor), round(frame.shape[1] * factor))
 
 
 def write_loss_curve(path: str | os.PathLike[str], losses: Any) -> None:

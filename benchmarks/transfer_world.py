@@ -1,0 +1,138 @@
+"""References, prompts and measures of motion transfer on the generated world, where the true motion is known."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from corrdit import metrics, motion
+from corrdit.data import WorldConfig, generate
+from corrdit.data.prompts import subject_words
+from corrdit.data.scene import Scene
+from corrdit.tracking.baselines import nearest_patches
+
+SIZE = WorldConfig(frames=8, height=32, width=32)
+FIRST_SEED = 1_000_300_000
+"""Held out from training, and from the videos other choices were made on."""
+TUNING_SEED = 1_000_400_000
+OTHER_SCENES = 50_000
+GRID = 8
+MOVES = 2.0
+"""A track counts where it moves by this many pixels in all."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A reference with its true motion.
+
+    video: uint8 `[T, H, W, 3]`; queries: `[P, 3]` (frame, x, y); truth: `[P, T, 2]`; visible: `[P, T]`; prompts: by
+    kind.
+    """
+
+    seed: int
+    video: np.ndarray
+    queries: np.ndarray
+    truth: np.ndarray
+    visible: np.ndarray
+    prompts: dict[str, str]
+
+
+def motionless_prompt(scene: Scene) -> str:
+    """What is seen, without a word about how it moves."""
+    subjects = " and ".join(subject_words(sprite) for sprite in scene.sprites[::-1][:2])
+    return f"{subjects} over {scene.background}"
+
+
+def case_of(index: int, first_seed: int = FIRST_SEED) -> Case:
+    """Reference number `index`: at least an eighth of its points move.
+
+    Prompts, none of which names the motion, as in DiTFlow's evaluation: the caption of the reference, the same
+    background with another subject, and another scene altogether.
+    """
+    seed = first_seed + index
+    while True:
+        (clip,) = generate([seed], SIZE)
+        place = (np.arange(GRID) + 0.5) / GRID
+        y, x = np.meshgrid(place * SIZE.height, place * SIZE.width, indexing="ij")
+        queries = np.stack([np.zeros_like(x), x, y], axis=-1).reshape(-1, 3)
+        tracks = clip.tracks(queries)
+        truth, visible = np.asarray(tracks.xy).transpose(1, 0, 2), np.asarray(tracks.visible).T
+        travelled = np.linalg.norm(np.diff(truth, axis=1), axis=-1).sum(1)
+        chosen = (travelled > MOVES) & visible.all(1)
+        if chosen.sum() >= GRID:
+            break
+        seed += 10 * OTHER_SCENES
+    scene = clip.scene
+    other = SIZE.scene(first_seed + OTHER_SCENES + index)
+    prompts = {
+        "caption": motionless_prompt(scene),
+        "subject": f"{subject_words(other.sprites[-1])} over {scene.background}",
+        "scene": motionless_prompt(other),
+        "empty": "",
+    }
+    return Case(seed, clip.video, queries[chosen], truth[chosen], visible[chosen], prompts)
+
+
+def measures(case: Case, video: np.ndarray) -> dict[str, float]:
+    """Motion fidelity and exact motion error of a generated video.
+
+    Tracks of the generated video come from block matching, which knows nothing of the model; those of the reference
+    are the true ones.
+    """
+    tracks = np.asarray(nearest_patches(video, case.queries).xy).transpose(1, 0, 2)
+    error = motion.motion_error(tracks, case.truth, visible=case.visible, still_below=0.05)
+    return {
+        "fidelity": metrics.motion_fidelity(tracks, case.truth, still_below=0.05),
+        "fidelity_released": metrics.motion_fidelity(tracks, case.truth, variant="released", still_below=0.05),
+        "direction_error": error.direction,
+        "speed_error": error.speed,
+    }
+
+
+@torch.no_grad()
+def adherence(backbone: Any, video: np.ndarray, prompt: str, others: list[str], *, noises: int = 4) -> float:
+    """Share of other prompts that explain a video worse than its own, by the model's error at fixed noise."""
+    latents = backbone.encode_video(video, height=video.shape[1], width=video.shape[2])[None]
+    source = torch.Generator().manual_seed(0)
+    prompts = [prompt, *others]
+    text = torch.cat([backbone.encoded_prompt(entry)["encoder_hidden_states"] for entry in prompts])
+    error = torch.zeros(len(prompts))
+    for timestep in torch.linspace(300, 800, noises).round().tolist():
+        noise = torch.randn(latents.shape, generator=source)
+        power = backbone.pipe.scheduler.alphas_cumprod[int(timestep)].to(latents)
+        noisy = power.sqrt() * latents + (1 - power).sqrt() * noise
+        velocity = power.sqrt() * noise - (1 - power).sqrt() * latents
+        batch = noisy.expand(len(prompts), *noisy.shape[1:])
+        arguments = backbone.call_arguments(batch, timestep, {"encoder_hidden_states": text})
+        predicted = backbone.transformer(**arguments, return_dict=False)[0]
+        error += (predicted - velocity).square().mean(dim=(1, 2, 3, 4))
+    return float((error[1:] > error[0]).float().mean())
+
+
+def moved_frame(index: int, first_seed: int = FIRST_SEED) -> tuple[np.ndarray, np.ndarray]:
+    """A clip that is one picture moved in a known direction, and the motion of a frame (dx, dy) in pixels.
+
+    DiTFlow's appendix D. The picture is larger than the clip, so nothing has to be invented at the border.
+    """
+    side = 3 * SIZE.height
+    (clip,) = generate([first_seed + 3 * OTHER_SCENES + index], WorldConfig(frames=1, height=side, width=side))
+    rng = np.random.default_rng([first_seed, index])
+    angle, speed = rng.uniform(0, 2 * np.pi), rng.uniform(2, 4)
+    step = speed * np.array([np.cos(angle), np.sin(angle)])
+    frames = []
+    for frame in range(SIZE.frames):
+        left, top = ((side - SIZE.height) / 2 - step * (frame - (SIZE.frames - 1) / 2)).round().astype(int)
+        frames.append(clip.video[0, top : top + SIZE.height, left : left + SIZE.width])
+    return np.stack(frames), step
+
+
+def interval(values: Any, *, draws: int = 2000) -> dict[str, float]:
+    """Mean with its 95 % bootstrap interval over references."""
+    values = np.asarray(values, dtype=np.float64)
+    rng = np.random.default_rng(0)
+    means = values[rng.integers(0, len(values), (draws, len(values)))].mean(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return {"mean": float(values.mean()), "low": float(low), "high": float(high), "count": len(values)}

@@ -1,0 +1,173 @@
+"""Give a new video, made from a prompt, the motion of a reference video.
+
+reads   REFERENCE: a video file or a folder of frames; with --stored it may be the word none
+        PROMPT: what the new video shows
+        --stored: motion.safetensors of an earlier transfer, which is injected instead of optimising anything
+writes  into the folder --output, all of them or none:
+        result.mp4          the new video, and beside it reference.mp4, the reference as the model was given it
+        flow.npz            displacement (dx, dy) in tokens of the reference between all frames, one array a block:
+                            [frames, frames, rows, columns, 2]; flow_BLOCK_colours.png and flow_BLOCK_arrows.png show it
+        losses.png          the loss over the guided steps
+        motion.safetensors  the optimised latents or embeddings, for --stored
+        metrics.json        settings, losses and motion fidelity
+A run that is killed goes on after its last finished denoising step when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from corrdit.cli.devices import add_device_options, checked_device, checked_dtype
+from corrdit.cli.output import OutputFolder
+from corrdit.cli.progress import progress_bar
+
+HELP = "give a new video the motion of a reference"
+USAGE = "REFERENCE PROMPT --output DIR [--model embedded] [--method ditflow] [options]"
+
+_SETTINGS: dict[str, tuple[Any, str]] = {
+    "method": (str, "ditflow, smm, moft, motionclone, injection or backbone"),
+    "optimise": (str, "latent or embedding"),
+    "blocks": (list[int], "attention layers whose motion is compared, such as [15]"),
+    "steps": (int, "denoising steps"),
+    "guided_share": (float, "share of the steps that are guided, from the noisiest on"),
+    "optimisation_steps": (int, "steps of the optimiser at each guided step"),
+    "learning_rate": (list[float], "first and last learning rate, such as [0.002,0.001]"),
+    "optimizer": (str, "adam, adamw or sgd"),
+    "temperature": (float, "factor of the logits of the motion flow"),
+    "heads": (str, "how heads are combined: logits, features or probabilities"),
+    "loss": (str, "released or paper"),
+    "flow_reference": (str, "argmax or soft displacement of the reference"),
+    "span": (int, "compare only frames at most this far apart"),
+    "window": (int, "radius in tokens of the keys a query sees"),
+    "tile": (int, "with --window: it lies round the match of tiles of this many tokens a side"),
+    "gradient_interval": (int, "compute gradients at every n-th guided step, and use the last one again at the others"),
+    "injection_blocks": (list[int], "layers that get keys and values of the reference, such as [0]"),
+    "gradient_checkpointing": (bool, "less memory, more time"),
+    "guidance_scale": (float, "of classifier-free guidance"),
+    "negative_prompt": (str, "what the new video shall not show"),
+}
+
+
+def add_arguments(parser: Any) -> None:
+    parser.add_argument("reference", metavar="REFERENCE", help="video file, folder of frames, or none (with --stored)")
+    parser.add_argument("prompt", metavar="PROMPT", help="what the new video shows")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results, made if need be")
+    parser.add_argument("--model", default="embedded", help="embedded, a local diffusers folder, or a hub id")
+    parser.add_argument("--stored", default=None, metavar="FILE", help="inject the motion of an earlier transfer")
+    parser.add_argument("--seed", type=int, default=0, help="of the initial noise")
+    parser.add_argument("--num-frames", type=int | None, default=None, metavar="N", help="frames of the new video")
+    parser.add_argument("--height", type=int | None, default=None, help="of the new video; goes with --width")
+    parser.add_argument("--width", type=int | None, default=None, help="of the new video; goes with --height")
+    parser.add_argument("--start", type=int, default=0, metavar="N", help="skip the first N frames of the reference")
+    parser.add_argument("--max-frames", type=int | None, default=None, metavar="N", help="read at most N frames")
+    parser.add_argument(
+        "--fps", type=float | None, default=None, help="rate the reference is resampled to, and of the new video"
+    )
+    parser.add_argument("--format", choices=["mp4", "gif", "frames"], default="mp4", help="of the videos written")
+    parser.add_argument("--metrics", type=bool, default=True, help="track both videos and measure motion fidelity")
+    add_device_options(parser)
+    for name, (kind, text) in _SETTINGS.items():
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=kind | None, default=None, help=f"{text}; the model's preset if left out")
+
+
+def run(arguments: Any) -> int:
+    from corrdit import load_backbone
+    from corrdit.integrations.diffusers.motion_transfer import MotionTransfer, StoredMotion
+    from corrdit.integrations.diffusers.motion_transfer.results_on_disk import fidelity_of, write_transfer
+
+    began = time.perf_counter()
+    if (arguments.height is None) != (arguments.width is None):
+        raise ValueError("--height and --width go together; give both or none")
+    stored = StoredMotion.load(arguments.stored) if arguments.stored is not None else None
+    reference, fps = _reference(arguments)
+    if arguments.output and Path(arguments.output).is_file():
+        raise ValueError(f"the output folder {arguments.output} is a file; give a folder, which is made if need be")
+    backbone = load_backbone(
+        arguments.model, device=checked_device(arguments.device), dtype=checked_dtype(arguments.dtype)
+    )
+    changes = {name: getattr(arguments, name) for name in _SETTINGS if getattr(arguments, name) is not None}
+    transfer = MotionTransfer(backbone, **changes)
+    with OutputFolder(arguments.output) as folder:
+        with progress_bar("denoising") as show:
+            result = transfer(
+                reference,
+                arguments.prompt,
+                stored=stored,
+                seed=arguments.seed,
+                num_frames=arguments.num_frames,
+                height=arguments.height,
+                width=arguments.width,
+                state_file=_state_file(arguments.output),
+                report=lambda done, steps, losses: show(done, steps),
+            )
+        measured = fidelity_of(result, _tracker(backbone)) if arguments.metrics else {}
+        names = write_transfer(
+            folder,
+            result,
+            backbone,
+            transfer.settings,
+            prompt=arguments.prompt,
+            fps=fps,
+            file_format=arguments.format,
+            measured=measured,
+        )
+    frames, height, width, _ = result.video.shape
+    print(f"{frames} frames of {height} x {width} in {time.perf_counter() - began:.1f} s{_in_words(result, measured)}")
+    for name in names:
+        print(f"  {Path(arguments.output) / name}")
+    return 0
+
+
+def _reference(arguments: Any) -> tuple[np.ndarray | None, float]:
+    """The reference's frames, or None, and the rate of the new video."""
+    from corrdit.video import read_video
+    from corrdit.video.writing import DEFAULT_FPS
+
+    if arguments.fps is not None and not arguments.fps > 0:
+        raise ValueError(f"--fps must be above 0, got {arguments.fps}")
+    if arguments.reference == "none":
+        if arguments.stored is None:
+            raise ValueError(
+                "REFERENCE none goes with --stored FILE, the motion of an earlier transfer; give that file"
+            )
+        return None, arguments.fps or DEFAULT_FPS
+    video = read_video(arguments.reference, start=arguments.start, max_frames=arguments.max_frames)
+    own = video.fps
+    if arguments.fps is None or arguments.fps == own:
+        return video.frames, own
+    count = max(1, round(len(video.frames) / own * arguments.fps))
+    times = np.clip(np.round(np.arange(count) * own / arguments.fps), 0, len(video.frames) - 1)
+    warnings.warn(
+        f"the reference's {len(video.frames)} frames at {own:g} a second are resampled to {count} at {arguments.fps:g}",
+        UserWarning,
+        stacklevel=2,
+    )
+    return video.frames[times.astype(int)], arguments.fps
+
+
+def _tracker(backbone: Any) -> Any:
+    from corrdit import PointTracker
+
+    return PointTracker(backbone).track
+
+
+def _state_file(output: str) -> Path:
+    """Beside the output folder, which appears only with its results."""
+    folder = Path(output).absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return folder.parent / f".{folder.name}.transfer-state.safetensors"
+
+
+def _in_words(result: Any, measured: dict[str, float]) -> str:
+    words = ""
+    if result.losses.size:
+        words += f"; loss {result.losses[0, 0]:.3f} to {np.nanmin(result.losses[-1]):.3f}"
+    if measured:
+        words += f"; motion fidelity {measured['motion_fidelity']:.2f}"
+    return words

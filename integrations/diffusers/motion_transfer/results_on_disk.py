@@ -1,0 +1,134 @@
+"""Writing a transfer's results into a folder, and measuring its motion fidelity."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from corrdit.files import written_beside
+from corrdit.integrations.diffusers.backbones.base import Backbone
+from corrdit.integrations.diffusers.motion_transfer.result import TransferResult
+from corrdit.integrations.diffusers.motion_transfer.settings import TransferSettings
+
+FORMATS = ("mp4", "gif", "frames")
+TRACKED_GRID = 8
+METRICS_FILE = "metrics.json"
+
+Track = Callable[[np.ndarray, np.ndarray], Any]
+"""`track(video [T, H, W, 3], queries [P, 3]) -> Tracks`."""
+
+
+def fidelity_of(result: TransferResult, track: Track) -> dict[str, float]:
+    """Motion fidelity between a result and its reference, by tracks of a grid of points on the first frame.
+
+    Args:
+        result: with a reference.
+        track: a point tracker, for instance `PointTracker(backbone).track`.
+
+    Returns:
+        "motion_fidelity" (two-sided) and "motion_fidelity_released"; empty without a reference.
+    """
+    from corrdit import metrics
+
+    if result.reference is None:
+        return {}
+    height, width = result.video.shape[1:3]
+    share = (np.arange(TRACKED_GRID) + 0.5) / TRACKED_GRID
+    y, x = np.meshgrid(share * height, share * width, indexing="ij")
+    queries = np.stack((np.zeros_like(x), x, y), axis=-1).reshape(-1, 3).astype(np.float32)
+    frames = min(len(result.video), len(result.reference))
+    made, wanted = (
+        np.asarray(track(video[:frames], queries).xy).transpose(1, 0, 2) for video in (result.video, result.reference)
+    )
+    return {
+        "motion_fidelity": metrics.motion_fidelity(made, wanted),
+        "motion_fidelity_released": metrics.motion_fidelity(made, wanted, variant="released"),
+    }
+
+
+def write_transfer(
+    folder: Path,
+    result: TransferResult,
+    backbone: Backbone,
+    settings: TransferSettings,
+    *,
+    prompt: str,
+    fps: float,
+    file_format: str = "mp4",
+    measured: dict[str, float] | None = None,
+) -> list[str]:
+    """Write the new video, the reference beside it, the loss curve, the motion flow with pictures, and the measures.
+
+    Args:
+        folder: an existing folder.
+        result: of the transfer.
+        backbone: it was made with.
+        settings: it was made with.
+        prompt: it was made with.
+        fps: frames a second of the videos.
+        file_format: "mp4", "gif", or "frames" for folders of PNG files.
+        measured: further measures for metrics.json.
+
+    Returns:
+        Names of what was written; metrics.json is the last.
+    """
+    from corrdit.visualization import write_loss_curve
+
+    names = [_write_video(folder, "result", result.video, fps, file_format)]
+    if result.reference is not None:
+        names.append(_write_video(folder, "reference", result.reference, fps, file_format))
+        names += _write_flow(folder, result, backbone)
+    if result.losses.size:
+        write_loss_curve(folder / "losses.png", result.losses)
+        names.append("losses.png")
+    if result.optimised is not None:
+        result.optimised.save(folder / "motion.safetensors")
+        names.append("motion.safetensors")
+    losses = [[None if np.isnan(value) else float(value) for value in step] for step in result.losses]
+    facts = {
+        "model": backbone.name,
+        "prompt": prompt,
+        "seed": result.seed,
+        "settings": settings.described(),
+        "losses": losses,
+        **(measured or {}),
+    }
+    with written_beside(folder / METRICS_FILE, "w") as file:
+        json.dump(facts, file, indent=2)
+    return [*names, METRICS_FILE]
+
+
+def _write_video(folder: Path, name: str, video: np.ndarray, fps: float, file_format: str) -> str:
+    from corrdit.video import write_video
+
+    if file_format not in FORMATS:
+        raise ValueError(f"the format must be one of {', '.join(FORMATS)}, got {file_format!r}")
+    if file_format == "frames":
+        import imageio.v3 as imageio
+
+        (folder / name).mkdir()
+        for index, frame in enumerate(video):
+            imageio.imwrite(folder / name / f"{index:05d}.png", frame)
+        return name
+    write_video(folder / f"{name}.{file_format}", list(video), fps)
+    return f"{name}.{file_format}"
+
+
+def _write_flow(folder: Path, result: TransferResult, backbone: Backbone) -> list[str]:
+    from corrdit.visualization import write_flow_pictures
+
+    assert result.reference is not None
+    arrays = {f"block_{block}": flow.numpy().astype(np.int16) for block, flow in result.flows.items()}
+    with written_beside(folder / "flow.npz") as file:
+        np.savez_compressed(file, **arrays)
+    groups = backbone.latent_frame_map(len(result.reference))
+    shown = [result.reference[group[len(group) // 2]] if group else result.reference[-1] for group in groups]
+    names = ["flow.npz"]
+    for block, flow in result.flows.items():
+        files = write_flow_pictures(folder, f"flow_{block}", flow.numpy(), shown)
+        names += [file.name for file in files]
+    return names
