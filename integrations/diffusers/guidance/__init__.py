@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 _LAZY_ATTRIBUTES = {
     "CrossAttentionGuidance": "corrdit.integrations.diffusers.guidance.cross_attention",
+    "CrossAttentionGuider": "corrdit.integrations.diffusers.guidance.guider",
     "GuidancePreset": "corrdit.integrations.diffusers.guidance.presets",
     "guidance_preset": "corrdit.integrations.diffusers.guidance.presets",
 }
-__all__ = ["CrossAttentionGuidance", "GuidancePreset", "guidance_preset"]
+__all__ = ["CrossAttentionGuidance", "CrossAttentionGuider", "GuidancePreset", "guidance_preset"]
 
 if TYPE_CHECKING:
     from corrdit.integrations.diffusers.guidance.cross_attention import CrossAttentionGuidance
+    from corrdit.integrations.diffusers.guidance.guider import CrossAttentionGuider
     from corrdit.integrations.diffusers.guidance.presets import GuidancePreset, guidance_preset
 
 

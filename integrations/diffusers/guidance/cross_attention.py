@@ -186,6 +186,12 @@ class CrossAttentionGuidance:
         return slice(call.batch // 2, call.batch)
 
 
+def guidance_shift(conditional: torch.Tensor, perturbed: torch.Tensor, scale: float) -> torch.Tensor:
+    """s (c - p), in float32 at least."""
+    precise = torch.promote_types(conditional.dtype, torch.float32)
+    return scale * (conditional.to(precise) - perturbed.to(precise))
+
+
 @dataclass(frozen=True)
 class _GuidedCall:
     """A conditional forward in progress that will be followed by a perturbed one."""
@@ -261,8 +267,7 @@ class _ForwardWatch:
             prediction = prediction_of(output)
             attention = owner.options.attention(owner._renormalizes())
             perturbed = self._pass.run(guided.arguments, guided.call, guided.rows, attention)
-            precise = torch.promote_types(prediction.dtype, torch.float32)
-            owner._shift = guided.scale * (prediction[guided.rows].to(precise) - perturbed.to(precise))
+            owner._shift = guidance_shift(prediction[guided.rows], perturbed, guided.scale)
         self._forget()
         return output if owner._shift is None or output is None else _shifted(output, owner._shift)
 
