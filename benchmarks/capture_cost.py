@@ -6,7 +6,9 @@ with a capture whose operation does nothing (the cost of capturing), and with a 
 displacement (the cost a user sees), whose own time is measured inside the operation. Medians over the rounds, with the
 spread between the quartiles.
 
-    python benchmarks/capture_cost.py [--rounds 7] [--steps 2] [--heads 4] [--device cpu]
+    python benchmarks/capture_cost.py [--rounds 7] [--steps 2] [--heads 4] [--device cpu] [--clock wall]
+
+`--clock cpu` counts the processor time of this process instead, for a machine that is busy with other work.
 """
 
 from __future__ import annotations
@@ -61,17 +63,15 @@ def nothing(q: torch.Tensor, k: torch.Tensor, grid: Any, key_mask: torch.Tensor 
 class Timed:
     """An operation that adds up the time it takes."""
 
-    def __init__(self, operation: Callable[..., Any], synchronize: Callable[[], None]) -> None:
+    def __init__(self, operation: Callable[..., Any], clock: Callable[[], float]) -> None:
         self.operation = operation
-        self.synchronize = synchronize
+        self.clock = clock
         self.seconds = 0.0
 
     def __call__(self, *inputs: Any) -> Any:
-        self.synchronize()
-        start = time.perf_counter()
+        start = self.clock()
         result = self.operation(*inputs)
-        self.synchronize()
-        self.seconds += time.perf_counter() - start
+        self.seconds += self.clock() - start
         return result
 
 
@@ -84,21 +84,30 @@ def generate(pipe: Any, steps: int) -> torch.Tensor:
     ).frames
 
 
-def measure(pipe: Any, steps: int, operation: Callable[..., Any] | None) -> tuple[torch.Tensor, float, float]:
+def clock_of(kind: str, device: str) -> Callable[[], float]:
+    """Seconds by the wall clock or of processor time, once the device has finished its work."""
+    read = {"wall": time.perf_counter, "cpu": time.process_time}[kind]
+
+    def seconds() -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return read()
+
+    return seconds
+
+
+def measure(
+    pipe: Any, steps: int, operation: Callable[..., Any] | None, clock: Callable[[], float]
+) -> tuple[torch.Tensor, float, float]:
     """Latents, seconds of the whole generation, and seconds of the operation in it."""
-    synchronize = torch.cuda.synchronize if pipe.device.type == "cuda" else lambda: None
-    synchronize()
-    start = time.perf_counter()
+    start = clock()
     if operation is None:
         latents = generate(pipe, steps)
-        inside = 0.0
-    else:
-        timed = Timed(operation, synchronize)
-        with capture(pipe, layers=[LAYER], steps=[-1], operation=timed):
-            latents = generate(pipe, steps)
-        inside = timed.seconds
-    synchronize()
-    return latents, time.perf_counter() - start, inside
+        return latents, clock() - start, 0.0
+    timed = Timed(operation, clock)
+    with capture(pipe, layers=[LAYER], steps=[-1], operation=timed):
+        latents = generate(pipe, steps)
+    return latents, clock() - start, timed.seconds
 
 
 def spread(values: list[float]) -> tuple[float, float]:
@@ -107,24 +116,25 @@ def spread(values: list[float]) -> tuple[float, float]:
     return middle, high - low
 
 
-def run(rounds: int, steps: int, heads: int, device: str) -> dict[str, Any]:
+def run(rounds: int, steps: int, heads: int, device: str, clock_kind: str) -> dict[str, Any]:
     """One row of results.
 
     Raises:
         RuntimeError: a capture changed the generated latents.
     """
     pipe = build_pipeline(heads, device)
+    clock = clock_of(clock_kind, device)
     kinds: dict[str, Callable[..., Any] | None] = {"plain": None, "nothing": nothing, "displacement": soft_displacement}
-    reference = {name: measure(pipe, steps, operation)[0] for name, operation in kinds.items()}
+    reference = {name: measure(pipe, steps, operation, clock)[0] for name, operation in kinds.items()}
     if not all(torch.equal(latents, reference["plain"]) for latents in reference.values()):
         raise RuntimeError("a capture changed the generated latents; no time is printed")
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
     extra: dict[str, list[float]] = {"nothing": [], "displacement": []}
     for _ in range(rounds):
-        plain = measure(pipe, steps, None)[1]
+        plain = measure(pipe, steps, None, clock)[1]
         seconds["plain"].append(plain)
         for name, ratios in extra.items():
-            _, total, inside = measure(pipe, steps, kinds[name])
+            _, total, inside = measure(pipe, steps, kinds[name], clock)
             seconds[name].append(total)
             ratios.append((total - inside) / plain - 1)
     row: dict[str, Any] = {
@@ -134,6 +144,7 @@ def run(rounds: int, steps: int, heads: int, device: str) -> dict[str, Any]:
         "steps": steps,
         "rounds": rounds,
         "device": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU",
+        "clock": clock_kind,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
@@ -152,8 +163,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--clock", default="wall", choices=("wall", "cpu"))
     arguments = parser.parse_args()
-    print(json.dumps(run(arguments.rounds, arguments.steps, arguments.heads, arguments.device)))
+    row = run(arguments.rounds, arguments.steps, arguments.heads, arguments.device, arguments.clock)
+    print(json.dumps(row))
 
 
 if __name__ == "__main__":

@@ -29,9 +29,10 @@ FAMILY_LAYOUTS = {
 REFUSED_TRANSFORMERS = {
     "LatteTransformer3DModel": "it attends within frames and across time in separate layers (factored attention)",
     "SanaVideoTransformer3DModel": "its attention is linear, without a softmax over tokens",
-    "Kandinsky5Transformer3DModel": "its sparse attention reorders the tokens",
+    "Kandinsky5Transformer3DModel": "its sparse attention (NABLA) reorders the tokens",
     "HunyuanVideoFramepackTransformer3DModel": "it prepends a packed history whose tokens are not frames of the video",
     "HeliosTransformer3DModel": "it prepends a history whose tokens are not frames of the video",
+    "SkyReelsV2Transformer3DModel": "its attention is block-causal, so a frame does not attend to later ones",
 }
 """Reason by class name for video transformers without a plain softmax map from frame to frame."""
 
