@@ -218,19 +218,30 @@ def counts(output: pathlib.Path) -> list[int]:
     return numbers
 
 
-def test_two_processes_finish_what_a_killed_one_left_with_the_same_results(videos, results, tmp_path):
+def test_two_processes_finish_what_one_began_with_the_same_results(videos, backbone, results, tmp_path):
     output = tmp_path / "output"
-    killed = run_processes(videos, output, 1, "d.mp4")
-    assert killed.returncode == -signal.SIGKILL
+    begun = VideoDataModule(videos, output=output, names=["a.mp4", "b.mp4"])
+    trainer().predict(module(backbone, output), begun, return_predictions=False)
     done = {path: path.stat().st_mtime_ns for path in output.rglob("tracks.npz")}
-    assert [path.parent.name for path in sorted(done)] == ["a.mp4", "b.mp4"]
     resumed = run_processes(videos, output, 2)
     assert resumed.returncode == 0, resumed.stderr
     assert counts(output) == [1, 2]
     report = tracking_report(output, find_videos(videos))
     assert (len(report["done"]), list(report["failed"]), report["left"]) == (4, ["broken.mp4"], {})
     assert same_results(results, output)
+    assert len(done) == 2
     assert all(path.stat().st_mtime_ns == time for path, time in done.items())
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_the_middle_is_resumed(videos, results, tmp_path):
+    output = tmp_path / "output"
+    killed = run_processes(videos, output, 1, "d.mp4")
+    assert killed.returncode == -signal.SIGKILL
+    assert sorted(path.parent.name for path in output.rglob("tracks.npz")) == ["a.mp4", "b.mp4"]
+    assert run_processes(videos, output, 1).returncode == 0
+    assert counts(output) == [3]
+    assert same_results(results, output)
     assert not list(output.rglob(".part-*"))
 
 
