@@ -66,12 +66,18 @@ def check(arguments: argparse.Namespace) -> dict[str, list[float]]:
 
 
 def timed(arguments: argparse.Namespace) -> dict[str, dict[str, Times]]:
-    """Forward and backward times of every way, measured in turns."""
+    """Forward and backward times of every way, measured in turns, and processor seconds of both passes together.
+
+    Processor seconds of one thread hardly change with what else the machine does; of several threads that wait for
+    each other on a busy machine they do.
+    """
     grid, q, k, incoming = inputs(arguments, arguments.frames)
-    seconds: dict[str, dict[str, list[float]]] = {name: {"forward": [], "backward": [], "both": []} for name in WAYS}
+    seconds: dict[str, dict[str, list[float]]] = {
+        name: {"forward": [], "backward": [], "both": [], "processor": []} for name in WAYS
+    }
     for number in range(arguments.rounds + 1):
         for name, way in WAYS.items():
-            start = time.perf_counter()
+            start, processor = time.perf_counter(), time.process_time()
             moved = way(q, k, grid)
             middle = time.perf_counter()
             torch.autograd.grad(moved, (q, k), incoming)
@@ -81,6 +87,7 @@ def timed(arguments: argparse.Namespace) -> dict[str, dict[str, Times]]:
                 of_way["forward"].append(middle - start)
                 of_way["backward"].append(stop - middle)
                 of_way["both"].append(stop - start)
+                of_way["processor"].append(time.process_time() - processor)
                 print(f"round {number} {name}: {middle - start:.2f} s + {stop - middle:.2f} s", flush=True)
     return {name: {part: Times.of(values) for part, values in parts.items()} for name, parts in seconds.items()}
 
@@ -145,6 +152,7 @@ def main() -> None:
     ratios = {
         name: {
             "time": times[name]["both"].median / times["streaming"]["both"].median,
+            "processor_time": times[name]["processor"].median / times["streaming"]["processor"].median,
             "extra_bytes": memory[name] / memory["streaming"],
         }
         for name in WAYS

@@ -98,6 +98,19 @@ def test_nan_of_hard_displacement_is_that_of_argmax(backend):
 
 
 @BACKENDS
+@pytest.mark.parametrize("heads", ["logits", "none"])
+def test_scores_of_minus_infinity_still_go_to_an_allowed_key(backend, heads):
+    q, k = (torch.ones_like(tensor) for tensor in tensors(2))
+    q[..., 0] = float("-inf")
+    mask = torch.ones(2, GRID.tokens, dtype=torch.bool)
+    mask[:, GRID.token(1, 0, 0)] = False
+    moved = ops.hard_displacement(q, k, GRID, heads=heads, key_mask=mask, frames=[(0, 0), (0, 1)], backend=backend)
+    place = moved + GRID.coordinates(dtype=torch.float64).long().view(4, 5, 2)
+    first_allowed = torch.tensor([[0, 0], [1, 0]])[:, None, None]
+    assert torch.equal(place, first_allowed.expand_as(place))
+
+
+@BACKENDS
 @HEADS
 def test_rows_without_keys_give_zero(backend, heads):
     q, k, v = (tensor.requires_grad_() for tensor in tensors())
