@@ -15,6 +15,8 @@ _LAZY_ATTRIBUTES = {
     "GuidanceCallback": "corrdit.integrations.lightning.guidance_callback",
     "PromptDataModule": "corrdit.integrations.lightning.generation",
     "TrackingModule": "corrdit.integrations.lightning.modules",
+    "TransferDataModule": "corrdit.integrations.lightning.transfer",
+    "TransferModule": "corrdit.integrations.lightning.transfer",
     "VideoDataModule": "corrdit.integrations.lightning.data_modules",
     "WorldProbe": "corrdit.integrations.lightning.probe",
     "tracking_report": "corrdit.integrations.lightning.modules",
@@ -26,6 +28,8 @@ __all__ = [
     "GuidanceCallback",
     "PromptDataModule",
     "TrackingModule",
+    "TransferDataModule",
+    "TransferModule",
     "VideoDataModule",
     "WorldProbe",
     "tracking_report",
@@ -39,6 +43,7 @@ if TYPE_CHECKING:
     from corrdit.integrations.lightning.modules import TrackingModule, tracking_report
     from corrdit.integrations.lightning.monitor import CorrespondenceMonitor
     from corrdit.integrations.lightning.probe import WorldProbe
+    from corrdit.integrations.lightning.transfer import TransferDataModule, TransferModule
 
 
 def __getattr__(name: str) -> Any:

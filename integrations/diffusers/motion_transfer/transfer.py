@@ -121,7 +121,8 @@ class MotionTransfer:
         run = GuidedRun(
             self.backbone, self.settings, prepared, state, generator, stored=motion, finished_step=save, report=report
         )  # fmt: skip
-        with run.attached():
+        # Lightning predicts in inference mode, whose tensors can have no gradients.
+        with torch.inference_mode(False), torch.no_grad(), run.attached():
             output = self.backbone.pipe(generator=generator, **arguments)
         if state_file is not None and os.path.exists(state_file):
             os.remove(state_file)
@@ -140,7 +141,8 @@ class MotionTransfer:
         frames = prepared_frames(
             self.backbone, reference, num_frames=num_frames, height=height or rows, width=width or columns
         )
-        return reference_motion(self.backbone, frames, self.settings)
+        with torch.inference_mode(False):
+            return reference_motion(self.backbone, frames, self.settings)
 
     def _reference(
         self,
