@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -20,6 +19,7 @@ from triton.runtime.jit import MockTensor
 from corrdit.kernels.configs import SHARED_BYTES, Tiles
 from corrdit.kernels.disassembly import Disassembly, MainLoop, resources
 from corrdit.kernels.launch import compile_only
+from corrdit.kernels.primitives import INTERPRETED
 
 ARCHITECTURES = {80: "8.0", 89: "8.9", 90: "9.0", 100: "10.0"}
 # Lanes a multiprocessor issues in a cycle, exponentials, and multiply-adds of 16-bit matrix products (by architecture).
@@ -35,6 +35,7 @@ class Compiled(NamedTuple):
         shared_bytes: shared memory of a block. spill_bytes: local memory of a thread.
         launchable: whether the chip has that much shared memory, and a block its registers.
         tensor_cores: whether every matrix product runs on tensor cores.
+        serialized: whether ptxas made each wgmma wait for the one before, for lack of registers.
         main_loop: None where the kernel has no loop over score tiles.
         elements: scores of a tile in each thread.
     """
@@ -47,6 +48,7 @@ class Compiled(NamedTuple):
     shared_bytes: int
     launchable: bool
     tensor_cores: bool
+    serialized: bool
     main_loop: MainLoop | None
     elements: int
 
@@ -96,7 +98,7 @@ def absent_device(arch: int) -> Iterator[None]:
     """
     if arch not in ARCHITECTURES:
         raise ValueError(f"arch must be one of {', '.join(map(str, ARCHITECTURES))}, got {arch}")
-    if triton.knobs.runtime.interpret:
+    if INTERPRETED.value:
         raise RuntimeError("TRITON_INTERPRET=1 is set, kernels cannot be compiled in this process; unset it")
     before = driver._active
     driver.set_active(_AbsentDevice(arch))  # type: ignore[arg-type]
@@ -143,6 +145,7 @@ def _inspect(binary: Any, name: str, architecture: str, options: dict[str, Any])
         shared_bytes=shared,
         launchable=shared <= SHARED_BYTES[architecture] and registers * 32 * warps <= 65536,
         tensor_cores=code.uses_tensor_cores() and not plain,
+        serialized=code.serialized(sum("warp_group_dot " in line for line in binary.asm["ttgir"].splitlines())),
         main_loop=code.main_loop(elements),
         elements=elements,
     )

@@ -110,6 +110,11 @@ class Disassembly:
     def uses_tensor_cores(self) -> bool:
         return any(instruction.family in _TENSOR_CORE for instruction in self.instructions)
 
+    def serialized(self, products: int) -> bool:
+        """Whether every wgmma is waited for by itself, where `products` matrix products would be waited for."""
+        steps = [instruction for instruction in self.instructions if instruction.family == "HGMMA"]
+        return len(steps) > 2 * products and all("gsb0" in step.operands for step in steps)
+
     def main_loop(self, elements: int) -> MainLoop | None:
         """The loop over score tiles, for `elements` scores of a tile in each thread.
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from corrdit.kernels import configs
+from corrdit.kernels.primitives import INTERPRETED
 
 LOG2_E = 1.4426950408889634
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -61,7 +61,7 @@ def check_device(tensor: Tensor) -> None:
     kind = tensor.device.type
     if _compiler is not None:
         return
-    if kind == "cpu" and triton.knobs.runtime.interpret:
+    if kind == "cpu" and INTERPRETED.value:
         return
     if kind == "cpu":
         raise RuntimeError(

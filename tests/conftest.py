@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import pathlib
 from collections.abc import Callable
 
 import numpy as np
 import pytest
+
+if importlib.util.find_spec("triton"):
+    # Triton settles at its first import, which may be diffusers' in any test, whether it can interpret kernels, as
+    # tests/kernels does. The variable goes at once: nothing else is to take the kernels for CPU tensors.
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton  # noqa: F401
+
+    del os.environ["TRITON_INTERPRET"]
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 

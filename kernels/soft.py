@@ -20,8 +20,7 @@ from corrdit.kernels.soft_forward import soft_forward
 from corrdit.kernels.tables import frame_pairs, window_centers
 
 
-@torch.library.custom_op("corrdit::soft_displacement", mutates_args=())
-def _soft_displacement(
+def compute_soft_displacement(
     q: Tensor,
     k: Tensor,
     weights: Tensor | None,
@@ -43,6 +42,9 @@ def _soft_displacement(
         return soft_forward(q, k, table, height, width, scale, key_mask, center, window)
 
 
+_soft_displacement = torch.library.custom_op("corrdit::soft_displacement", compute_soft_displacement, mutates_args=())
+
+
 @_soft_displacement.register_fake
 def _(
     q: Tensor, k: Tensor, weights: Any, key_mask: Any, center: Any, pairs: Sequence[int], height: int, width: int,
@@ -52,8 +54,7 @@ def _(
     return q.new_empty(*shape, 2, dtype=torch.float32), q.new_empty(shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("corrdit::soft_displacement_backward", mutates_args=())
-def _soft_displacement_backward(
+def compute_soft_displacement_backward(
     gradient: Tensor,
     q: Tensor,
     k: Tensor,
@@ -80,6 +81,11 @@ def _soft_displacement_backward(
         return soft_backward(
             gradient, q, k, displacement, statistics, table, height, width, scale, key_mask, center, window
         )
+
+
+_soft_displacement_backward = torch.library.custom_op(
+    "corrdit::soft_displacement_backward", compute_soft_displacement_backward, mutates_args=()
+)
 
 
 @_soft_displacement_backward.register_fake

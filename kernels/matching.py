@@ -19,8 +19,7 @@ from corrdit.kernels.launch import canonical, check_device, check_tensors, float
 from corrdit.kernels.refinement import refine
 
 
-@torch.library.custom_op("corrdit::match", mutates_args=())
-def _match(
+def compute_match(
     q: Tensor,
     k: Tensor,
     weights: Tensor | None,
@@ -54,6 +53,9 @@ def _match(
             q, k, both, height, width, arrangement, factor, key_mask, forward, backward, tokens, radius
         )  # fmt: skip
     return positions, scores
+
+
+_match = torch.library.custom_op("corrdit::match", compute_match, mutates_args=())
 
 
 @_match.register_fake

@@ -14,8 +14,7 @@ from corrdit.kernels.frame_local_forward import LocalLayout, local_forward
 from corrdit.kernels.launch import LOG2_E, canonical, check_device, check_tensors, float32_precision, product_precision
 
 
-@torch.library.custom_op("corrdit::frame_local_attention", mutates_args=())
-def _frame_local_attention(
+def compute_frame_local_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -30,13 +29,17 @@ def _frame_local_attention(
         return local_forward(q, k, v, LocalLayout(*layout), scale, key_mask, renormalize)
 
 
+_frame_local_attention = torch.library.custom_op(
+    "corrdit::frame_local_attention", compute_frame_local_attention, mutates_args=()
+)
+
+
 @_frame_local_attention.register_fake
 def _(q: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("corrdit::frame_local_attention_backward", mutates_args=())
-def _frame_local_attention_backward(
+def compute_frame_local_attention_backward(
     gradient: Tensor,
     q: Tensor,
     k: Tensor,
@@ -54,6 +57,11 @@ def _frame_local_attention_backward(
         return local_backward(
             gradient, q, k, v, output, statistics, LocalLayout(*layout), scale, key_mask, renormalize
         )  # fmt: skip
+
+
+_frame_local_attention_backward = torch.library.custom_op(
+    "corrdit::frame_local_attention_backward", compute_frame_local_attention_backward, mutates_args=()
+)
 
 
 @_frame_local_attention_backward.register_fake

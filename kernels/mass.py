@@ -13,8 +13,7 @@ from corrdit.kernels.launch import check_device, check_tensors, float32_precisio
 from corrdit.kernels.token_rows import mass_of_rows, row_statistics
 
 
-@torch.library.custom_op("corrdit::attention_mass", mutates_args=())
-def _attention_mass(
+def compute_attention_mass(
     q: Tensor,
     k: Tensor,
     tokens: Tensor,
@@ -39,6 +38,9 @@ def _attention_mass(
     with float32_precision(precision):
         statistics = row_statistics(q, k, rows, [(0, q.shape[2])], arrangement, factor, key_mask)
         return mass_of_rows(q, k, rows, segments, arrangement, factor, key_mask, statistics)
+
+
+_attention_mass = torch.library.custom_op("corrdit::attention_mass", compute_attention_mass, mutates_args=())
 
 
 @_attention_mass.register_fake

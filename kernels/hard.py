@@ -15,8 +15,7 @@ from corrdit.kernels.launch import canonical, check_device, check_tensors, float
 from corrdit.kernels.tables import window_centers
 
 
-@torch.library.custom_op("corrdit::hard_displacement", mutates_args=())
-def _hard_displacement(
+def compute_hard_displacement(
     q: Tensor,
     k: Tensor,
     weights: Tensor | None,
@@ -47,6 +46,9 @@ def _hard_displacement(
         )  # fmt: skip
     own = torch.arange(height * width, device=q.device)
     return token_positions(tokens, width) - token_positions(own, width)
+
+
+_hard_displacement = torch.library.custom_op("corrdit::hard_displacement", compute_hard_displacement, mutates_args=())
 
 
 @_hard_displacement.register_fake

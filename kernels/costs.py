@@ -13,8 +13,7 @@ from corrdit.kernels.launch import canonical, check_device, check_tensors, float
 from corrdit.kernels.token_rows import cost_of_rows, row_statistics
 
 
-@torch.library.custom_op("corrdit::cost_rows", mutates_args=())
-def _cost_rows(
+def compute_cost_rows(
     q: Tensor,
     k: Tensor,
     tokens: Tensor,
@@ -46,6 +45,9 @@ def _cost_rows(
                 q, k, towards, height, width, arrangement, weights, positive, key_mask
             )  # fmt: skip
         return cost_of_rows(q, k, rows, frames, arrangement, factor, key_mask, forward, backward)
+
+
+_cost_rows = torch.library.custom_op("corrdit::cost_rows", compute_cost_rows, mutates_args=())
 
 
 @_cost_rows.register_fake

@@ -1,0 +1,202 @@
+"""Kernels under Triton's interpreter, and how their results are compared.
+
+A result may be off from the float64 reference by a small multiple of what plain PyTorch is off by in the same
+precision, in its worst element and in the root mean square. Plain PyTorch is the reference run without its upcast.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from corrdit import TokenGrid, reference
+
+os.environ["TRITON_INTERPRET"] = "1"
+try:
+    # Whether a kernel is interpreted is settled when its module is loaded.
+    from corrdit import kernels
+    from corrdit.kernels import ahead_of_time, configs, primitives
+    from corrdit.kernels.configs import Tiles
+
+    for name in kernels.__all__:
+        getattr(kernels, name)
+finally:
+    del os.environ["TRITON_INTERPRET"]
+assert primitives.INTERPRETED.value, "a kernel module was loaded before tests/kernels/conftest.py"
+assert ahead_of_time is not None
+
+WORST, ROOT_MEAN_SQUARE = 4.0, 3.0
+SMALL = Tiles(16, 16, 16, 1, 1)
+LARGE = Tiles(64, 64, 32, 1, 1)
+KERNELS = (
+    "soft_forward", "soft_backward_query", "soft_backward_key", "folded_forward", "folded_gradient", "statistics",
+    "correspondence", "refinement", "local_forward", "local_backward_query", "local_backward_key",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`corrdit.ops` takes the kernels for CPU tensors."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def undefined_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory nobody wrote holds NaN, or a token far outside."""
+    empty = torch.empty
+
+    def poisoned(*arguments: Any, **options: Any) -> Tensor:
+        memory = empty(*arguments, **options)
+        if memory.device.type == "meta":
+            return memory
+        return memory.fill_(float("nan") if memory.is_floating_point() else 2**30)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    monkeypatch.setattr(torch, "empty_like", lambda t, **options: poisoned(t.shape, **{"dtype": t.dtype, **options}))
+
+
+@pytest.fixture(autouse=True)
+def small_tiles() -> Iterator[None]:
+    """Tiles so small that a few dozen tokens are several tiles with a ragged last one."""
+    with configs.override(**dict.fromkeys(KERNELS, SMALL)):
+        yield
+
+
+@pytest.fixture
+def large_tiles() -> Iterator[None]:
+    """Fewer programs for the interpreter, which takes milliseconds for each."""
+    with configs.override(**dict.fromkeys(KERNELS, LARGE)):
+        yield
+
+
+class Case(NamedTuple):
+    """One pinned input; `options` go to the operation as they are."""
+
+    dtype: torch.dtype = torch.float32
+    head_dim: int = 16
+    grid: TokenGrid = TokenGrid(2, 3, 6)
+    batch: int = 1
+    heads: int = 2
+    weights: tuple[float, ...] | None = None
+    mode: str | None = "none"
+    kept: float = 1.0
+    layout: str = "heads first"
+    size: float = 2.0
+    options: dict[str, Any] | None = None
+    window: int | None = None
+    moved: bool = False
+    pairs: tuple[tuple[int, int], ...] = ((0, 1), (1, 0))
+
+    def tensor(self, seed: int) -> Tensor:
+        """`[B, H, N, D]`, in memory as the layout says."""
+        generator = torch.Generator().manual_seed(seed)
+        tokens = self.grid.tokens
+        if self.layout == "tokens first":
+            drawn = torch.randn(self.batch, tokens, self.heads, self.head_dim, generator=generator).transpose(1, 2)
+        elif self.layout == "slices":
+            wide = torch.randn(self.batch, self.heads, tokens + 9, 2 * self.head_dim + 1, generator=generator)
+            drawn = wide[:, :, 5 : 5 + tokens, 1::2]
+        elif self.layout == "dims first":
+            drawn = torch.randn(self.batch, self.heads, self.head_dim, tokens, generator=generator).transpose(2, 3)
+        else:
+            drawn = torch.randn(self.batch, self.heads, tokens, self.head_dim, generator=generator)
+        return (drawn * self.size).to(self.dtype)
+
+    def key_mask(self) -> Tensor | None:
+        if self.kept == 1.0:
+            return None
+        generator = torch.Generator().manual_seed(7)
+        # A slice of something longer, as the operations pass it.
+        return (torch.rand(self.batch, self.grid.tokens + 3, generator=generator) < self.kept)[:, 3:]
+
+    def head_weights(self) -> Tensor | None:
+        if self.mode in (None, "none"):
+            return None
+        weights = torch.tensor(self.weights or (1.0,) * self.heads)
+        return weights / weights.sum()
+
+    def centers(self) -> Tensor | None:
+        if not self.moved:
+            return None
+        shape = (self.batch, len(self.pairs), self.grid.height, self.grid.width, 2)
+        return torch.rand(shape, generator=torch.Generator().manual_seed(8)) * 9 - 1.5
+
+
+def errors(result: Tensor, exact: Tensor) -> tuple[float, float]:
+    difference = (result.detach().double() - exact.detach()).flatten()
+    return float(difference.abs().max()), float(difference.square().mean().sqrt())
+
+
+def assert_as_exact_as_plain(what: str, result: Tensor, exact: Tensor, plain: Tensor) -> None:
+    """The tolerance; a plain result that happens to be exact still grants a few roundings of the largest value."""
+    assert result.shape == exact.shape, what
+    assert not result.isnan().any(), f"{what} holds NaN"
+    rounding = 4 * torch.finfo(result.dtype).eps * (float(exact.detach().abs().max()) or 1.0)
+    for kind, factor, mine, theirs in zip(
+        ("worst element", "root mean square"),
+        (WORST, ROOT_MEAN_SQUARE),
+        errors(result, exact),
+        errors(plain, exact),
+        strict=True,
+    ):
+        allowed = factor * max(theirs, rounding)
+        assert mine <= allowed, f"{what}: {kind} is off by {mine:.3g}, plain PyTorch by {theirs:.3g}"
+
+
+def results(module: Any, operation: str, case: Case, dtype: torch.dtype, gradients: bool) -> list[Tensor]:
+    """What the operation gives on one backend, computed from inputs of `dtype`; then its gradients."""
+    count = 3 if operation == "frame_local_attention" else 2
+    inputs = [case.tensor(seed).to(dtype).requires_grad_(gradients) for seed in range(count)]
+    options: dict[str, Any] = {"scale": 0.8 * case.head_dim**-0.5, "key_mask": case.key_mask(), **(case.options or {})}
+    if case.mode is not None:
+        weights = case.head_weights()
+        # The kernels read float32 weights, whatever the dtype.
+        kept = torch.float32 if module is kernels else dtype
+        options.update(heads=case.mode, weights=None if weights is None else weights.to(kept))
+    arguments: list[Any] = [*inputs, case.grid]
+    if operation.endswith("displacement"):
+        arguments.append(list(case.pairs))
+        options.update(temperature=1.3, window=case.window, center=case.centers())
+    arguments += options.pop("positional", [])
+    found = getattr(module, operation)(*arguments, **options)
+    outputs = [found] if isinstance(found, Tensor) else list(found)
+    if not gradients:
+        return outputs
+    generator = torch.Generator().manual_seed(9)
+    towards = torch.randn(outputs[0].shape, generator=generator)
+    # Rows of very different gradients: each is to be as exact as if it were alone.
+    towards = towards * torch.rand(outputs[0].shape[:-1], generator=generator).pow(4)[..., None]
+    return outputs + list(torch.autograd.grad(outputs[0], inputs, towards.to(outputs[0].dtype)))
+
+
+@pytest.fixture
+def check(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`check(operation, case, gradients)`: the kernels against the reference and plain PyTorch."""
+
+    def compare(operation: str, case: Case, gradients: bool = False) -> None:
+        mine = results(kernels, operation, case, case.dtype, gradients)
+        exact = results(reference, operation, case, torch.float64, gradients)
+        with monkeypatch.context() as patch:
+            for module in (reference.scores, reference.frame_local_attention.__globals__):
+                if isinstance(module, dict):
+                    patch.setitem(module, "working_dtype", lambda t: t.dtype)
+                else:
+                    patch.setattr(module, "working_dtype", lambda t: t.dtype)
+            plain = results(reference, operation, case, case.dtype, gradients)
+        for index, (one, two, three) in enumerate(zip(mine, exact, plain, strict=True)):
+            if one.dtype == torch.int64:
+                assert torch.equal(one, two), f"{operation}: {int((one != two).sum())} of {one.numel()} differ"
+            else:
+                assert_as_exact_as_plain(f"{operation}, tensor {index}", one, two, three)
+
+    return compare
+
+
+@pytest.fixture(scope="session")
+def case() -> type[Case]:
+    return Case

@@ -1,0 +1,67 @@
+"""Frame-local attention on kernels: both variants with gradients on pinned shapes, determinism, NaN."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from corrdit import TokenGrid, kernels
+
+HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
+TEXT_FIRST, TEXT_LAST = TokenGrid(2, 2, 5, text_tokens=18), TokenGrid(3, 1, 6, text_tokens=3, text_first=False)
+NO_TEXT = TokenGrid(2, 1, 17)
+
+PINNED: list[dict[str, Any]] = [
+    {"dtype": SINGLE, "grid": TEXT_FIRST, "heads": 1},
+    {"dtype": SINGLE, "grid": TEXT_FIRST, "heads": 1, "options": {"renormalize": False}},
+    {"dtype": BRAIN, "grid": TEXT_LAST, "head_dim": 64, "heads": 1},
+    {"dtype": BRAIN, "grid": TEXT_LAST, "head_dim": 64, "heads": 1, "options": {"renormalize": False}},
+    {"dtype": HALF, "grid": NO_TEXT, "head_dim": 10, "layout": "slices", "heads": 1},
+    {"dtype": HALF, "grid": NO_TEXT, "head_dim": 10, "heads": 1, "options": {"renormalize": False}},
+    {"dtype": SINGLE, "grid": TEXT_LAST, "kept": 0.6, "layout": "tokens first"},
+    {"dtype": SINGLE, "grid": TEXT_LAST, "kept": 0.6, "options": {"renormalize": False}, "heads": 1, "batch": 2},
+    {"dtype": SINGLE, "grid": TEXT_LAST, "options": {"span": 1}, "heads": 1},
+    {"dtype": BRAIN, "grid": TEXT_LAST, "options": {"span": 1, "renormalize": False}, "heads": 1},
+    {"dtype": SINGLE, "grid": TEXT_LAST, "options": {"span": 7, "renormalize": False}, "heads": 1},
+    {"dtype": SINGLE, "grid": NO_TEXT, "kept": 0.0, "heads": 1},
+    {"dtype": SINGLE, "grid": NO_TEXT, "kept": 0.0, "heads": 1, "options": {"renormalize": False}},
+    {"dtype": BRAIN, "grid": TEXT_LAST, "head_dim": 96, "layout": "dims first", "heads": 1},
+    {"dtype": SINGLE, "grid": TokenGrid(1, 1, 3, text_tokens=2), "head_dim": 256, "heads": 1},
+]
+
+
+@pytest.mark.parametrize("pinned", PINNED)
+def test_values_and_gradients(check, case, pinned):
+    options = {"renormalize": True, "span": 0, **pinned.get("options", {})}
+    check("frame_local_attention", case(**{**pinned, "mode": None, "options": options}), gradients=True)
+
+
+def test_gradients_are_the_same_from_run_to_run(case):
+    pinned = case(dtype=torch.bfloat16, mode=None, grid=TEXT_LAST)
+    inputs = [pinned.tensor(seed).requires_grad_() for seed in range(3)]
+    options = {"scale": 0.3, "key_mask": None, "renormalize": True, "span": 0}
+    first, second = (
+        torch.autograd.grad(
+            kernels.frame_local_attention(*inputs, pinned.grid, **options).float().square().sum(), inputs
+        )
+        for _ in range(2)
+    )
+    for one, two in zip(first, second, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_nan_stays_where_it_is_seen(case):
+    pinned = case(mode=None, grid=NO_TEXT)
+    q, k, v = (pinned.tensor(seed) for seed in range(3))
+    mask = torch.ones(1, 34, dtype=torch.bool)
+    mask[0, 30] = False
+    q[0, 0, 4] = k[0, 1, 30] = v[0, 1, 30] = float("nan")
+    inputs = [tensor.requires_grad_() for tensor in (q, k, v)]
+    found = kernels.frame_local_attention(*inputs, NO_TEXT, scale=0.3, key_mask=mask, renormalize=True, span=0)
+    expected = torch.zeros(1, 2, 34, dtype=torch.bool)
+    expected[0, 0, 4] = True
+    assert torch.equal(found.isnan().any(-1), expected)
+    (dq,) = torch.autograd.grad(found.masked_fill(found.isnan(), 0.0).sum(), inputs[:1])
+    assert torch.equal(dq.isnan().any(-1) & ~expected, torch.zeros_like(expected))

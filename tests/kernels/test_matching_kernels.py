@@ -1,0 +1,142 @@
+"""Hard displacement, matching, cost rows and attention mass on kernels: pinned shapes, ties, NaN, skipped tiles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from corrdit import TokenGrid, kernels
+from corrdit.kernels import best_match, correspondence
+
+HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
+RAGGED = TokenGrid(2, 5, 7)
+TEXT_FIRST, TEXT_LAST = TokenGrid(2, 3, 6, text_tokens=19), TokenGrid(2, 3, 6, text_tokens=5, text_first=False)
+ONE_PAIR = ((1, 0),)
+
+HARD: list[dict[str, Any]] = [
+    {"dtype": SINGLE, "head_dim": 8, "grid": TokenGrid(2, 1, 5)},
+    {"dtype": BRAIN, "head_dim": 10, "grid": RAGGED, "pairs": ONE_PAIR, "layout": "slices"},
+    {"dtype": HALF, "head_dim": 96, "pairs": ONE_PAIR, "kept": 0.5},
+    {"dtype": SINGLE, "window": 1, "batch": 2},
+    {"dtype": SINGLE, "window": 2, "moved": True, "kept": 0.4},
+    {"dtype": SINGLE, "kept": 0.0, "pairs": ONE_PAIR},
+    {"dtype": SINGLE, "mode": "logits", "heads": 3, "layout": "tokens first"},
+    {"dtype": BRAIN, "mode": "logits", "pairs": ONE_PAIR, "kept": 0.7},
+    {"dtype": SINGLE, "mode": "logits", "weights": (0.3, 0.7), "window": 1},
+    {"dtype": SINGLE, "mode": "probabilities", "heads": 3, "batch": 2, "pairs": ONE_PAIR},
+    {"dtype": SINGLE, "mode": "probabilities", "weights": (0.1, 0.9), "kept": 0.6},
+    {"dtype": SINGLE, "mode": "probabilities", "window": 1, "moved": True, "kept": 0.6},
+    {"dtype": BRAIN, "mode": "probabilities", "grid": RAGGED, "pairs": ONE_PAIR},
+    {"dtype": SINGLE, "mode": "probabilities", "kept": 0.0, "pairs": ONE_PAIR},
+    {"dtype": SINGLE, "grid": TokenGrid(3, 1, 17), "pairs": ((2, 0), (0, 2)), "layout": "dims first"},
+]
+MATCH: list[dict[str, Any]] = [
+    {"dtype": SINGLE, "mode": "probabilities", "options": {"refine": 1}},
+    {"dtype": SINGLE, "mode": "probabilities", "options": {"refine": 1, "bidirectional": False}, "kept": 0.5},
+    {"dtype": BRAIN, "mode": "probabilities", "weights": (0.2, 0.8), "layout": "tokens first"},
+    {"dtype": HALF, "mode": "probabilities", "grid": RAGGED, "head_dim": 10, "layout": "slices"},
+    {"dtype": SINGLE, "mode": "probabilities", "kept": 0.0, "options": {"refine": 1}},
+    {"dtype": SINGLE, "mode": "logits", "options": {"refine": 2}, "kept": 0.7, "grid": TokenGrid(2, 2, 4)},
+    {"dtype": SINGLE, "mode": "logits", "heads": 3, "weights": (0.5, 0.0, 0.5), "options": {"bidirectional": False}},
+    {"dtype": BRAIN, "mode": "logits", "head_dim": 40},
+    {"dtype": SINGLE, "mode": "none", "batch": 2, "options": {"refine": 1}, "grid": TokenGrid(2, 2, 4)},
+    {"dtype": SINGLE, "mode": "none", "kept": 0.6, "options": {"bidirectional": False}},
+    {"dtype": HALF, "mode": "none", "head_dim": 128, "layout": "dims first"},
+    {"dtype": SINGLE, "mode": "probabilities", "heads": 1, "head_dim": 256, "grid": TokenGrid(2, 1, 5)},
+]
+ROWS: list[dict[str, Any]] = [
+    {"dtype": SINGLE, "mode": "probabilities"},
+    {"dtype": BRAIN, "mode": "probabilities", "weights": (0.4, 0.6), "kept": 0.5, "options": {"bidirectional": False}},
+    {"dtype": SINGLE, "mode": "logits", "kept": 0.6, "weights": (0.4, 0.6)},
+    {"dtype": HALF, "mode": "logits", "options": {"bidirectional": False}},
+    {"dtype": SINGLE, "mode": "none", "batch": 2, "kept": 0.6},
+    {"dtype": BRAIN, "mode": "none", "head_dim": 10, "layout": "slices"},
+    {"dtype": SINGLE, "mode": "probabilities", "kept": 0.0},
+]
+MASS: list[dict[str, Any]] = [
+    {"dtype": SINGLE, "mode": "probabilities", "grid": TEXT_FIRST},
+    {"dtype": SINGLE, "mode": "none", "grid": TEXT_LAST, "kept": 0.5},
+    {"dtype": BRAIN, "mode": "probabilities", "grid": TEXT_LAST, "weights": (0.3, 0.7), "kept": 0.7},
+    {"dtype": SINGLE, "mode": "logits", "grid": TEXT_LAST, "weights": (0.3, 0.7)},
+    {"dtype": HALF, "mode": "logits", "heads": 3, "grid": TEXT_FIRST, "layout": "tokens first"},
+    {"dtype": SINGLE, "mode": "probabilities", "batch": 2, "head_dim": 10, "layout": "slices"},
+    {"dtype": SINGLE, "mode": "none", "grid": TEXT_FIRST, "kept": 0.0},
+]
+
+
+@pytest.mark.parametrize("pinned", HARD)
+def test_hard_displacement(check, case, pinned):
+    check("hard_displacement", case(**pinned))
+
+
+@pytest.mark.parametrize("pinned", MATCH)
+def test_matching(check, case, pinned):
+    options = {"bidirectional": True, "refine": 0, **pinned.get("options", {})}
+    check("match", case(**{**pinned, "options": {**options, "positional": [1, [0, 1]]}}))
+
+
+@pytest.mark.parametrize("pinned", ROWS)
+def test_cost_rows(check, case, pinned):
+    options = {"bidirectional": True, "source": 1, **pinned.get("options", {})}
+    tokens = torch.tensor([17, 0, 3, 3])
+    check("cost_rows", case(**{**pinned, "options": {**options, "positional": [tokens]}}))
+
+
+@pytest.mark.parametrize("pinned", MASS)
+def test_attention_mass(check, case, pinned):
+    tokens = torch.arange(18).roll(5)
+    check("attention_mass", case(**{**pinned, "options": {"source": 1, "positional": [tokens]}}))
+
+
+def hard(q: torch.Tensor, k: torch.Tensor, grid: TokenGrid, mode: str) -> torch.Tensor:
+    return kernels.hard_displacement(
+        q, k, grid, [(0, 0)], heads=mode, weights=None, scale=1.0, temperature=1.0, key_mask=None, window=None,
+        center=None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["none", "logits", "probabilities"])
+def test_ties_go_to_the_lowest_index_and_nan_wins(mode):
+    grid = TokenGrid(1, 1, 40)
+    q = torch.ones(1, 1, 40, 8)
+    k = torch.zeros(1, 1, 40, 8)
+    own = torch.arange(40)
+    assert torch.equal(hard(q, k, grid, mode)[..., 0].flatten(), -own)
+    k[0, 0, 7] = k[0, 0, 21] = k[0, 0, 39] = 2.0
+    assert torch.equal(hard(q, k, grid, mode)[..., 0].flatten(), 7 - own)
+    if mode != "probabilities":
+        k[0, 0, 25] = k[0, 0, 36] = float("nan")
+        assert torch.equal(hard(q, k, grid, mode)[..., 0].flatten(), 25 - own)
+    q[0, 0, 3] = float("nan")
+    found = hard(q, k, grid, mode)[..., 0].flatten()
+    assert found[3] == -3
+    assert found[4] == (25 if mode != "probabilities" else 7) - 4
+
+
+def test_nan_of_a_match_stays_in_its_row(case):
+    pinned = case(mode="probabilities")
+    q, k = (pinned.tensor(seed) for seed in range(2))
+    clean = kernels.match(q, k, pinned.grid, 0, [1], heads="probabilities", weights=None, scale=0.3, key_mask=None,
+                          bidirectional=False, refine=0)  # fmt: skip
+    q[0, 0, 4] = float("nan")
+    xy, score = kernels.match(q, k, pinned.grid, 0, [1], heads="probabilities", weights=None, scale=0.3, key_mask=None,
+                              bidirectional=False, refine=0)  # fmt: skip
+    assert score.flatten()[4].isnan()
+    others = torch.arange(18) != 4
+    assert torch.equal(score.flatten()[others], clean[1].flatten()[others])
+    assert torch.equal(xy.flatten(0, -2)[others], clean[0].flatten(0, -2)[others])
+
+
+def test_windows_skip_tiles_of_the_argmax():
+    q = torch.randn(1, 1, 96, 16)
+    arrangement = correspondence.arrange_heads(q, "none", None)
+    counts = {}
+    for window in (-1, 1, 0):
+        visited = torch.zeros(1, dtype=torch.int32)
+        best_match.best_match(
+            q, q, [(0, 0)], 12, 8, arrangement, 1.0, None, allowed_only=True, window=window, visited=visited
+        )
+        counts[window] = int(visited)
+    assert counts == {-1: 6 * 6, 1: 6 * 2, 0: 6 * 1}

@@ -1,0 +1,168 @@
+"""The registration with torch: opcheck, compiled callers, one derivative only; refusals and imports."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from corrdit import TokenGrid, kernels, ops
+from corrdit.kernels import configs, launch
+from corrdit.kernels.frame_local_forward import LocalLayout
+
+GRID = TokenGrid(2, 1, 4)
+
+
+def operator(name: str) -> Any:
+    return getattr(torch.ops.corrdit, name).default
+
+
+@pytest.fixture
+def inputs() -> list[torch.Tensor]:
+    return [torch.randn(1, 2, 8, 8, generator=torch.Generator().manual_seed(s)) for s in range(3)]
+
+
+@pytest.mark.parametrize("folded", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_opcheck_of_soft_displacement(inputs, folded):
+    q, k = (t.requires_grad_() for t in inputs[:2])
+    weights = torch.tensor([0.3, 0.7]) if folded else None
+    torch.library.opcheck(
+        operator("soft_displacement"), (q, k, weights, None, None, [0, 1], 1, 4, folded, 0.5, -1, "ieee")
+    )
+
+
+@pytest.mark.slow
+def test_opcheck_of_frame_local_attention(inputs):
+    q, k, v = (t.requires_grad_() for t in inputs)
+    torch.library.opcheck(
+        operator("frame_local_attention"), (q, k, v, None, list(LocalLayout.of(GRID, 0)), 0.5, False, "ieee")
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("hard_displacement", (None, None, None, [0, 1], 1, 4, "none", 0.5, -1, "ieee")),
+        pytest.param(
+            "match", (None, None, [0, 1], 1, 4, "probabilities", 0.5, True, 1, "ieee"), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "cost_rows",
+            (torch.tensor([1, 3]), None, None, 0, 1, 4, "probabilities", 0.5, True, "ieee"),
+            marks=pytest.mark.slow,
+        ),
+        ("attention_mass", (torch.tensor([1, 3]), None, None, 0, 0, 0, 2, 0, "none", 0.5, "ieee")),
+    ],
+)
+def test_opcheck_of_measures(inputs, name, arguments):
+    torch.library.opcheck(operator(name), (*inputs[:2], *arguments))
+
+
+def test_a_compiled_caller_is_one_graph(inputs):
+    q, k, v = (t.requires_grad_() for t in inputs)
+
+    def caller(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        moved = kernels.soft_displacement(
+            q * 2, k, GRID, [(0, 1)], heads="logits", weights=None, scale=0.3, temperature=1.0, key_mask=None,
+            window=None, center=None,
+        )  # fmt: skip
+        seen = kernels.frame_local_attention(q, k, v, GRID, scale=0.3, key_mask=None, renormalize=True, span=0)
+        return moved.square().sum() + seen.sin().sum()
+
+    compiled = torch.compile(caller, fullgraph=True, backend="aot_eager")
+    for one, two in zip(
+        torch.autograd.grad(compiled(q, k, v), (q, k, v)), torch.autograd.grad(caller(q, k, v), (q, k, v)), strict=True
+    ):
+        torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("operation", ["soft", "local"])
+def test_a_second_derivative_is_refused(inputs, operation):
+    q, k, v = (t.requires_grad_() for t in inputs)
+    if operation == "soft":
+        found = kernels.soft_displacement(
+            q, k, GRID, [(0, 1)], heads="none", weights=None, scale=0.3, temperature=1.0, key_mask=None, window=None,
+            center=None,
+        )  # fmt: skip
+    else:
+        found = kernels.frame_local_attention(q, k, v, GRID, scale=0.3, key_mask=None, renormalize=True, span=0)
+    (dq,) = torch.autograd.grad(found.square().sum(), (q,), create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        dq.sum().backward()
+
+
+def test_float64_and_head_dims_out_of_range_are_refused(inputs):
+    options = {"scale": 0.3, "key_mask": None, "renormalize": True, "span": 0}
+    with pytest.raises(ValueError, match="float64"):
+        kernels.frame_local_attention(*(t.double() for t in inputs), GRID, **options)
+    with pytest.raises(ValueError, match="head_dim 8 to 256, got 4"):
+        kernels.frame_local_attention(*(t[..., :4] for t in inputs), GRID, **options)
+    with pytest.raises(ValueError, match="float64"):
+        ops.match(inputs[0].double(), inputs[1].double(), GRID, backend="triton")
+
+
+def test_frames_too_wide_for_exact_coordinates_are_refused():
+    q = torch.zeros(1, 1, 2049, 8)
+    with pytest.raises(ValueError, match="2048 x 2048"):
+        ops.soft_displacement(q, q, TokenGrid(1, 1, 2049), heads="none", backend="triton")
+
+
+def test_devices_that_are_no_good_are_named(monkeypatch):
+    class Elsewhere:
+        device = torch.device("mps")
+
+    with pytest.raises(RuntimeError, match="got mps"):
+        launch.check_device(Elsewhere())
+    Elsewhere.device = torch.device("cuda")
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    with pytest.raises(RuntimeError, match="AMD"):
+        launch.check_device(Elsewhere())
+
+
+@pytest.mark.parametrize(
+    ("capability", "table"),
+    [((8, 0), "8.0"), ((8, 6), "8.9"), ((8, 9), "8.9"), ((9, 0), "9.0"), ((10, 0), "10.0"), ((12, 0), "8.9")],
+)
+def test_other_devices_take_the_nearest_table(capability, table):
+    assert configs.table_of(capability) == table
+
+
+def test_old_devices_are_refused():
+    with pytest.raises(RuntimeError, match=r"8\.0 or later"):
+        configs.table_of((7, 5))
+
+
+def test_overridden_tiles_are_checked_and_put_back():
+    before = configs.tiles("statistics", "9.0", 64, 2)
+    with pytest.raises(ValueError, match="no kernel is called"), configs.override(nothing=before):
+        pass
+    with pytest.raises(ValueError, match="powers of two"), configs.override(statistics=before._replace(rows=48)):
+        pass
+    with configs.override(statistics=before._replace(rows=32)):
+        assert configs.tiles("statistics", "9.0", 64, 2).rows == 32
+    assert configs.tiles("statistics", "9.0", 64, 2).rows != 32
+
+
+def test_precision_of_float32_products_is_asked_for(inputs):
+    with pytest.raises(ValueError, match="ieee, tf32"), kernels.float32_precision("fast"):
+        pass
+    with kernels.float32_precision("tf32"):
+        assert launch.product_precision() == "tf32"
+    assert launch.product_precision() == "ieee"
+
+
+def test_importing_the_package_imports_no_triton():
+    code = "import sys, corrdit.kernels; assert not {'triton', 'torch'} & set(sys.modules), 'imported'"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd="/")
+
+
+def test_every_operation_is_offered():
+    for name in kernels.__all__:
+        assert callable(getattr(kernels, name))
+    with pytest.raises(AttributeError, match="nothing"):
+        kernels.nothing  # noqa: B018
