@@ -9,15 +9,21 @@ from corrdit.metrics.motion_fidelity import motion_fidelity
 from corrdit.metrics.summary import harmonic_mean
 from corrdit.metrics.tapvid import tapvid
 
-__all__ = ["TapVidMetric", "harmonic_mean", "motion_fidelity", "tapvid"]
+_LAZY_ATTRIBUTES = {
+    "MatchingHits": "corrdit.metrics.matching",
+    "TapVidMetric": "corrdit.metrics.tapvid_torchmetrics",
+    "matching_hits": "corrdit.metrics.matching",
+}
+__all__ = ["MatchingHits", "TapVidMetric", "harmonic_mean", "matching_hits", "motion_fidelity", "tapvid"]
 
 if TYPE_CHECKING:
+    from corrdit.metrics.matching import MatchingHits, matching_hits
     from corrdit.metrics.tapvid_torchmetrics import TapVidMetric
 
 
 def __getattr__(name: str) -> Any:
-    if name == "TapVidMetric":
-        value = importlib.import_module("corrdit.metrics.tapvid_torchmetrics").TapVidMetric
+    if name in _LAZY_ATTRIBUTES:
+        value = getattr(importlib.import_module(_LAZY_ATTRIBUTES[name]), name)
         globals()[name] = value
         return value
     raise AttributeError(f"module 'corrdit.metrics' has no attribute {name!r}")

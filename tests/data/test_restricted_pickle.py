@@ -133,6 +133,13 @@ def test_damaged_files_are_named(tmp_path):
         load_arrays(tmp_path / "absent.pkl")
 
 
+def test_a_list_that_holds_itself_is_refused(tmp_path):
+    endless: list = []
+    endless.append(endless)
+    with pytest.raises(ValueError, match="not a whole pickle"):
+        load_arrays(write(tmp_path / "bad.pkl", endless))
+
+
 def test_shared_arrays_stay_shared(tmp_path):
     array = np.arange(4)
     again = load_arrays(write(tmp_path / "a.pkl", [array, array]))

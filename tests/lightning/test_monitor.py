@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
-from corrdit.integrations.lightning import CorrespondenceMonitor, WorldProbe
+from corrdit.integrations.lightning import CorrespondenceCallback, CorrespondenceMonitor, WorldProbe
 from corrdit.integrations.lightning.monitor import BatchTruth, latent_frames
 from corrdit.metrics.matching import MatchingHits, matching_hits
 from corrdit.testing.tiny_models import tiny_pipeline
@@ -105,6 +105,22 @@ def test_accuracy_is_that_of_the_matches_by_layer_and_noise_level(held, tmp_path
         "train_000004.csv",
         "train_accuracy_000004.png",
     ]
+
+
+def test_monitor_and_callback_share_a_run(held, tmp_path):
+    logger = CSVLogger(tmp_path, name="", version="")
+    callbacks = [CorrespondenceMonitor(layers=[0], every=1), CorrespondenceCallback(layers=[0], pictures=0)]
+    fit = trainer(logger, callbacks=callbacks, num_sanity_val_steps=1)
+    module = held.DenoisingModule()
+    fit.fit(module, held.latent_batches(2), held.latent_batches(1))
+    names = sorted(path.name for path in (pathlib.Path(logger.log_dir) / "correspondence").iterdir())
+    assert names == [
+        "train_000002.csv",
+        "train_accuracy_000002.png",
+        "validate_000002.csv",
+        "validate_consistency_000002.png",
+    ]
+    assert not module.transformer._forward_pre_hooks
 
 
 def test_measurements_come_every_so_many_steps_also_with_accumulated_gradients(held, tmp_path):
