@@ -52,16 +52,10 @@ def identity_attention(
     from_text = F.scaled_dot_product_attention(q[:, :, text], k, v, attn_mask=allowed, scale=scale)
     text_allowed = None if allowed is None else allowed[..., text]
     rows = max(1, LOGITS_AT_ONCE // (q.shape[0] * q.shape[1] * (grid.text_tokens + 1)))
-    parts = [
-        _self_and_text(
-            *(tensor[:, :, video][:, :, start : start + rows] for tensor in (q, k, v)),
-            k[:, :, text],
-            v[:, :, text],
-            scale,
-            text_allowed,
-        )
-        for start in range(0, grid.video_tokens, rows)
-    ]
+    parts = []
+    for start in range(0, grid.video_tokens, rows):
+        own_q, own_k, own_v = (tensor[:, :, video][:, :, start : start + rows] for tensor in (q, k, v))
+        parts.append(_self_and_text(own_q, own_k, own_v, k[:, :, text], v[:, :, text], scale, text_allowed))
     from_video = torch.cat(parts, dim=2)
     return torch.cat([from_text, from_video] if grid.text_first else [from_video, from_text], dim=2)
 

@@ -1,0 +1,190 @@
+"""What a guided denoising step costs, against three branches run plainly.
+
+One step of classifier-free guidance with a CogVideoX of 30 layers with random weights, layers 13, 17 and 21 perturbed,
+and with the embedded model, its matching layer perturbed. Three ways, in turn: two branches without guidance; the same
+inside CrossAttentionGuidance; and two branches plus a third whole forward whose perturbed layers get a mask of all
+tokens by all tokens, as the released code does it. The guided prediction has to equal the plain third branch's before
+any time is printed. Medians over the rounds with quartiles, one JSON object a line.
+
+    python benchmarks/guidance_cost.py [--rounds 5] [--heads 4] [--frames 9] [--rows 8] [--columns 12] [--device cpu]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from corrdit import CrossAttentionGuidance, TokenGrid, load_backbone
+from corrdit.benchmark.environment import environment
+from corrdit.integrations.diffusers.guidance.perturbations import SubstituteAttention
+
+LAYERS, PERTURBED = 30, (13, 17, 21)
+TEXT_TOKENS, TEXT_CHANNELS = 226, 64
+SCALE, CLASSIFIER_FREE_SCALE = 1.0, 6.0
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+
+
+def random_pipeline(arguments: argparse.Namespace) -> Any:
+    from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+
+    torch.manual_seed(0)
+    transformer = CogVideoXTransformer3DModel(
+        num_attention_heads=arguments.heads,
+        attention_head_dim=64,
+        num_layers=LAYERS,
+        text_embed_dim=TEXT_CHANNELS,
+        sample_height=2 * arguments.rows,
+        sample_width=2 * arguments.columns,
+        sample_frames=4 * (arguments.frames - 1) + 1,
+        max_text_seq_length=TEXT_TOKENS,
+    )
+    scheduler = CogVideoXDDIMScheduler(timestep_spacing="trailing")
+    pipe = CogVideoXPipeline(None, None, None, transformer.eval(), scheduler).to(arguments.device)
+    return pipe.to(getattr(torch, arguments.dtype))
+
+
+class Step:
+    """One denoising step of a pipeline in three ways; `prediction` is what the scheduler was given."""
+
+    def __init__(self, pipe: Any, layers: tuple[int, ...], call: dict[str, Any]) -> None:
+        self.pipe, self.layers, self.call = pipe, layers, call
+        self.third_branch = False
+        self.prediction = torch.empty(0)
+        self._third: torch.Tensor | None = None
+        pipe.set_progress_bar_config(disable=True)
+        pipe.transformer.register_forward_hook(self._after_forward, with_kwargs=True)
+        self._scheduler_step = pipe.scheduler.step
+        pipe.scheduler.step = self._recorded_step
+
+    def run(self, guided: bool, third_branch: bool) -> None:
+        self.third_branch = third_branch
+        guidance: Any = contextlib.nullcontext()
+        if guided:
+            guidance = CrossAttentionGuidance(self.pipe, self.layers, SCALE)
+        with guidance:
+            self.pipe(**self.call, generator=torch.Generator().manual_seed(0))
+
+    def _recorded_step(self, prediction: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.prediction = prediction if self._third is None else prediction + SCALE * self._third.float()
+        self._third = None
+        return self._scheduler_step(prediction, *args, **kwargs)
+
+    def _after_forward(self, transformer: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if not self.third_branch:
+            return
+        half = {name: self._conditional(value) for name, value in kwargs.items()}
+        frames, height, width = (kwargs["hidden_states"].shape[index] for index in (1, 3, 4))
+        text = kwargs["encoder_hidden_states"].shape[1]
+        grid = TokenGrid(frames, height // 2, width // 2, text_tokens=text)
+        with contextlib.ExitStack() as stack:
+            for layer in self.layers:
+                stack.callback(_masked(transformer.transformer_blocks[layer].attn1, grid))
+            third = transformer.forward(**half)[0]
+        self._third = output[0].chunk(2)[1] - third
+
+    @staticmethod
+    def _conditional(value: Any) -> Any:
+        return value[1:] if isinstance(value, torch.Tensor) and value.shape[0] == 2 else value
+
+
+def _masked(module: torch.nn.Module, grid: TokenGrid) -> Callable[[], None]:
+    """Give a module full attention with a mask of all tokens by all tokens; returns what undoes it."""
+    original = module.forward
+
+    def attention(q: Any, k: Any, v: Any, grid: TokenGrid, *, scale: float, key_mask: Any) -> torch.Tensor:
+        frame = torch.full((grid.tokens,), -1, device=q.device)
+        frame[grid.video_slice] = torch.arange(grid.frames, device=q.device).repeat_interleave(grid.tokens_per_frame)
+        seen = (frame[:, None] == frame) | (frame[:, None] < 0) | (frame < 0)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with SubstituteAttention(attention, grid, None):
+            return original(*args, **kwargs)
+
+    module.__dict__["forward"] = forward
+    return lambda: module.__dict__.pop("forward")
+
+
+def measure(step: Step, rounds: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    ways = {"two branches": (False, False), "guided": (True, False), "three branches": (False, True)}
+    predictions = {}
+    for name, way in ways.items():
+        step.run(*way)
+        predictions[name] = step.prediction.float()
+    error = float((predictions["guided"] - predictions["three branches"]).abs().max())
+    error /= float(predictions["three branches"].abs().max())
+    changed = float((predictions["guided"] - predictions["two branches"]).abs().max())
+    if not error < TOLERANCE[dtype] or changed == 0:
+        raise SystemExit(f"the guided prediction differs from the plain third branch by {error:.1e}; no times")
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            _synchronise(device)
+            began = time.perf_counter()
+            step.run(*way)
+            _synchronise(device)
+            seconds[name].append(time.perf_counter() - began)
+    rows = {name: statistics.quantiles(values, n=4) for name, values in seconds.items()}
+    plain, guided, third = (rows[name][1] for name in ways)
+    return {
+        "error": error,
+        "seconds_quartiles": rows,
+        "extra_of_a_third_branch": (guided - plain) / (third - plain),
+        "guided_over_plain": guided / plain,
+        "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
+    }
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--frames", type=int, default=9, help="latent frames")
+    parser.add_argument("--rows", type=int, default=8, help="rows of tokens")
+    parser.add_argument("--columns", type=int, default=12, help="columns of tokens")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    arguments = parser.parse_args()
+    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
+    embeds = torch.randn(2, 1, TEXT_TOKENS, TEXT_CHANNELS, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    call = {"num_inference_steps": 1, "guidance_scale": CLASSIFIER_FREE_SCALE, "output_type": "latent"}
+    prompts = {"prompt_embeds": embeds[0], "negative_prompt_embeds": embeds[1]}
+    with torch.inference_mode():
+        pipe = random_pipeline(arguments)
+        row = measure(Step(pipe, PERTURBED, {**call, **prompts}), arguments.rounds, device, dtype)
+        tokens = TEXT_TOKENS + arguments.frames * arguments.rows * arguments.columns
+        _report("30 layers, random", PERTURBED, tokens, arguments, row, device)
+        backbone = load_backbone("embedded", device=device, dtype=dtype)
+        layers = (backbone.preset.layer,)
+        step = Step(backbone.pipe, layers, {**call, "prompt": "a red disc moves left over stripes"})
+        row = measure(step, arguments.rounds, device, dtype)
+        _report("embedded", layers, 24 + 8 * 64, arguments, row, device)
+
+
+def _report(
+    model: str,
+    layers: tuple[int, ...],
+    tokens: int,
+    arguments: argparse.Namespace,
+    row: dict[str, Any],
+    device: torch.device,
+) -> None:
+    facts = {"model": model, "layers": layers, "tokens": tokens, "heads": arguments.heads, "dtype": arguments.dtype}
+    print(json.dumps({**facts, **row, **environment(device)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

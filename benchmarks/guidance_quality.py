@@ -1,0 +1,219 @@
+"""Does cross-attention guidance help the embedded model? One factor at a time, over prompts and seeds, paired.
+
+    python benchmarks/guidance_quality.py --output benchmarks/results/guidance_quality.json --shards FOLDER
+
+Prompts are the captions of held-out scenes of the generated world; each has a seed of its own, the same in every
+setting, so differences to no guidance are paired. Measures are those of video_measures.py and two of prompt adherence
+by the model as a diffusion classifier (arXiv 2303.16203): the denoising error under the video's own prompt against that
+under other prompts of the set. Rendered videos of the same prompts stand beside. Feature extractors for subject and
+background consistency are not available offline; `corrdit generate --vbench` lays videos out for the tool that has
+them. One shard for each setting and group of prompts; shards that are there are not made again, so a run may be stopped
+at any time, and the summary holds what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import pathlib
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from video_measures import measures
+
+from corrdit import CrossAttentionGuidance, load_backbone
+from corrdit.benchmark.environment import environment
+from corrdit.data import WorldConfig, describe, render
+from corrdit.files import written_beside
+
+HELD_OUT = 10**9 + 40_000
+GROUP = 16
+WORLD = WorldConfig()
+CLASSIFIER_TIMESTEPS = (300, 700)
+OTHER_PROMPTS = 2
+RESAMPLES = 2000
+BASELINE, RENDERED = "none", "rendered"
+
+
+def settings(layers: int, matching: int) -> dict[str, dict[str, Any] | None]:
+    """Arguments of the guidance by name of the setting; the matching layer at scale 1, masked, is the centre."""
+    centre = {"layers": (matching,), "scale": 1.0, "renormalize": True}
+    found: dict[str, dict[str, Any] | None] = {RENDERED: None, BASELINE: None, "centre": centre}
+    for layer in range(layers):
+        if layer != matching:
+            found[f"layer {layer}"] = {**centre, "layers": (layer,)}
+    for scale in (0.25, 0.5, 2.0, 4.0):
+        found[f"scale {scale:g}"] = {**centre, "scale": scale}
+    found["zeroed"] = {**centre, "renormalize": False}
+    found["zeroed, scale 0.5"] = {**centre, "renormalize": False, "scale": 0.5}
+    found["zeroed, scale 2"] = {**centre, "renormalize": False, "scale": 2.0}
+    found["first half of the steps"] = {**centre, "stop": 0.5}
+    found["second half of the steps"] = {**centre, "start": 0.5}
+    found["all layers"] = {**centre, "layers": tuple(range(layers))}
+    found["span 1"] = {**centre, "span": 1}
+    for perturbation in ("identity", "skip"):
+        found[perturbation] = {"layers": (matching,), "scale": 1.0, "perturbation": perturbation}
+    return found
+
+
+@torch.no_grad()
+def videos_of(pipe: Any, name: str, guidance: dict[str, Any] | None, group: int, call: dict[str, Any]) -> torch.Tensor:
+    """Float videos `[GROUP, T, 3, H, W]` in 0..1 of one group of prompts."""
+    scenes = [WORLD.scene(HELD_OUT + number) for number in numbers(group)]
+    if name == RENDERED:
+        return render(scenes, WORLD)
+    generators = [torch.Generator().manual_seed(number) for number in numbers(group)]
+    size = {"num_frames": WORLD.frames, "height": WORLD.height, "width": WORLD.width}
+    context = contextlib.nullcontext() if guidance is None else CrossAttentionGuidance(pipe, **guidance)
+    with context:
+        prompts = [describe(scene) for scene in scenes]
+        return pipe(prompts, generator=generators, output_type="pt", **size, **call).frames.float()
+
+
+def weights_digest(transformer: torch.nn.Module) -> str:
+    """Which weights the figures belong to: the start of the SHA-256 of all of them in float16."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(transformer.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.to(torch.float16).contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def numbers(group: int) -> range:
+    return range(GROUP * group, GROUP * (group + 1))
+
+
+@torch.no_grad()
+def adherence(pipe: Any, videos: torch.Tensor, group: int) -> dict[str, torch.Tensor]:
+    """By the model itself: whether a video's own prompt explains it better than others do, and by how much.
+
+    - adherence: share of other prompts with a larger denoising error.
+    - margin: by how much their error is larger, relative to that under the own prompt.
+    """
+    prompts = [describe(WORLD.scene(HELD_OUT + number)) for number in numbers(group)]
+    text, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
+    latents = pipe.vae.encode((2 * videos - 1).transpose(1, 2)).latent_dist.mode().transpose(1, 2)
+    latents = latents * pipe.vae.config.scaling_factor
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(group))
+    frames, height, width = WORLD.frames, WORLD.height, WORLD.width
+    rotary = pipe._prepare_rotary_positional_embeddings(height, width, frames, latents.device)
+    errors = []
+    for shift in range(OTHER_PROMPTS + 1):
+        total = torch.zeros(len(videos))
+        for timestep in CLASSIFIER_TIMESTEPS:
+            times = torch.full((len(videos),), timestep)
+            noisy = pipe.scheduler.add_noise(latents, noise, times)
+            target = pipe.scheduler.get_velocity(latents, noise, times)
+            predicted = pipe.transformer(noisy, text.roll(shift, 0), times, image_rotary_emb=rotary, return_dict=False)
+            total += (predicted[0] - target).square().mean(dim=(1, 2, 3, 4))
+        errors.append(total)
+    own, others = errors[0], torch.stack(errors[1:])
+    return {
+        "adherence": (others > own).float().mean(dim=0),
+        "margin": ((others - own) / own).mean(dim=0),
+    }
+
+
+def make_shard(
+    pipe: Any, path: pathlib.Path, name: str, guidance: Any, group: int, call: dict[str, Any], weights: str
+) -> None:
+    began = time.process_time()
+    videos = videos_of(pipe, name, guidance, group, call)
+    seconds = time.process_time() - began
+    values = {**measures(videos), **adherence(pipe, videos, group)}
+    shard = {
+        "setting": name,
+        "guidance": guidance,
+        "group": group,
+        "call": call,
+        "weights": weights,
+        "processor_seconds": seconds,
+        "values": {key: value.tolist() for key, value in values.items()},
+    }
+    with written_beside(path, "w") as file:
+        json.dump(shard, file)
+
+
+def interval(values: np.ndarray) -> list[float]:
+    """Mean and bootstrap interval of 95 %."""
+    source = np.random.default_rng(0)
+    means = values[source.integers(0, len(values), (RESAMPLES, len(values)))].mean(axis=1)
+    return [float(values.mean()), *(float(value) for value in np.quantile(means, (0.025, 0.975)))]
+
+
+def summarised(shards: dict[tuple[str, int], dict[str, Any]], names: list[str]) -> dict[str, Any]:
+    """By setting and measure: mean with interval, and the paired difference to no guidance with interval."""
+    summary: dict[str, Any] = {}
+    for name in names:
+        groups = sorted(group for setting, group in shards if setting == name)
+        paired = [group for group in groups if (BASELINE, group) in shards]
+        if not groups:
+            continue
+        row: dict[str, Any] = {"videos": GROUP * len(groups), "guidance": shards[name, groups[0]]["guidance"]}
+        for measure in shards[name, groups[0]]["values"]:
+            values = joined(shards, name, groups, measure)
+            row[measure] = {"mean": interval(values)}
+            if paired and name != BASELINE:
+                difference = joined(shards, name, paired, measure) - joined(shards, BASELINE, paired, measure)
+                row[measure]["difference"] = interval(difference)
+        summary[name] = row
+    return summary
+
+
+def joined(shards: dict[tuple[str, int], dict[str, Any]], name: str, groups: list[int], measure: str) -> np.ndarray:
+    return np.concatenate([shards[name, group]["values"][measure] for group in groups])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", required=True, help="JSON file to write")
+    parser.add_argument("--shards", required=True, help="folder for shards, made if need be")
+    parser.add_argument("--model", default="embedded", help="for load_backbone")
+    parser.add_argument("--videos", type=int, default=64, help=f"prompts, a multiple of {GROUP}")
+    parser.add_argument("--steps", type=int, default=25, help="denoising steps")
+    parser.add_argument("--guidance-scale", type=float, default=3.0, help="of classifier-free guidance")
+    parser.add_argument("--settings", nargs="*", default=None, help="only these; all if left out")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no shard after so many")
+    arguments = parser.parse_args()
+    deadline = time.monotonic() + 60 * arguments.minutes
+    backbone = load_backbone(arguments.model)
+    call = {"num_inference_steps": arguments.steps, "guidance_scale": arguments.guidance_scale}
+    weights = weights_digest(backbone.transformer)
+    chosen = settings(backbone.layers, backbone.preset.layer)
+    if arguments.settings is not None:
+        chosen = {name: chosen[name] for name in arguments.settings}
+    folder = pathlib.Path(arguments.shards)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = {}
+    for group in range(arguments.videos // GROUP):
+        for name, guidance in chosen.items():
+            path = folder / f"{name.replace(' ', '_').replace(',', '')}-{group}.json"
+            if not path.is_file() and time.monotonic() < deadline:
+                make_shard(backbone.pipe, path, name, guidance, group, call, weights)
+                print(f"{name}, group {group}: done", file=sys.stderr, flush=True)
+            if path.is_file():
+                shard = json.loads(path.read_text())
+                expected = json.loads(json.dumps([call, weights, guidance]))
+                if [shard["call"], shard["weights"], shard["guidance"]] != expected:
+                    raise SystemExit(f"{path} was made with other settings; give another folder for shards")
+                shards[name, group] = shard
+    result = {
+        "command": " ".join(["python", *sys.argv]),
+        **environment(torch.device("cpu")),
+        "model": backbone.name,
+        "weights": weights,
+        "matching_layer": backbone.preset.layer,
+        "call": call,
+        "settings": summarised(shards, list(chosen)),
+    }
+    with written_beside(arguments.output, "w") as file:
+        json.dump(result, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
