@@ -30,7 +30,7 @@ from corrdit import MotionTransfer, load_backbone, motion
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 KINDS = ("caption", "subject", "scene")
-BASE: dict[str, Any] = {"steps": 25, "guidance_scale": 3.0}
+BASE: dict[str, Any] = {"steps": 20, "guidance_scale": 1.0}
 MAIN: dict[str, dict[str, Any]] = {
     "backbone": {"method": "backbone"},
     "injection": {"method": "injection", "injection_blocks": (0,)},
@@ -123,7 +123,7 @@ def run_tuning(arguments: argparse.Namespace, backbone: Any, rows: Rows, indices
         f"{name} at {rate}": {**settings, "learning_rate": rate}
         for name, settings in MAIN.items()
         if name not in ("backbone", "injection")
-        for rate in (0.01, 0.02, 0.05, 0.1)
+        for rate in (0.02, 0.05, 0.1, 0.2)
     }
     configurations |= {f"ditflow block {block}": {"blocks": (block,)} for block in (2, 3, 5)}
     configurations["backbone"] = MAIN["backbone"]

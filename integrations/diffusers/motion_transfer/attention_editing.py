@@ -38,7 +38,7 @@ class EditingProcessor:
     """
 
     def __new__(cls, inner: Any, *args: Any, **kwargs: Any) -> EditingProcessor:
-        return super().__new__(_with_argument_names(cls, type(inner)))
+        return super().__new__(_with_argument_names(cls, type(inner)))  # type: ignore[arg-type]
 
     def __init__(self, inner: Any, edit: Edit | None, *, rotary: Callable[[Any], None] | None = None) -> None:
         check_processor(inner)
@@ -49,7 +49,8 @@ class EditingProcessor:
     def run(self, attn: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The inner processor's output, from edited queries, keys and values."""
         if self._rotary is not None:
-            bound = _signature(type(self.inner)).bind(self.inner, attn, *args, **kwargs)
+            signature = _signature(type(self.inner))  # type: ignore[arg-type]
+            bound = signature.bind(self.inner, attn, *args, **kwargs)
             name = next((name for name in ROTARY_ARGUMENTS if bound.arguments.get(name) is not None), None)
             if name is not None:
                 self._rotary(bound.arguments[name])

@@ -100,7 +100,7 @@ class GuidedRun:
         import diffusers
 
         own = self._backbone.pipe.scheduler
-        kind = type(own)
+        kind: Any = type(own)
         if self._settings.scheduler is not None:
             kind = getattr(diffusers, self._settings.scheduler, None)
             if kind is None:
