@@ -7,6 +7,7 @@ import pathlib
 import numpy as np
 import pytest
 import torch
+from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
 from corrdit.integrations.diffusers.embedded import load_embedded_pipeline, read_preset
 from corrdit.integrations.diffusers.embedded.pipeline import (
@@ -52,11 +53,21 @@ def test_precision_is_chosen_at_loading(tiny: EmbeddedVideoPipeline, tmp_path: p
     assert load_embedded_pipeline(tmp_path, dtype=torch.bfloat16).transformer.dtype == torch.bfloat16
 
 
-def test_rotary_positions_are_token_indices_at_every_size() -> None:
+def test_rotary_positions_are_token_indices_up_to_the_longest_side_of_training() -> None:
     small = rotary_positions(16, 3, 4, 5)[0].reshape(3, 4, 5, 16)
-    large = rotary_positions(16, 6, 9, 11)[0].reshape(6, 9, 11, 16)
+    large = rotary_positions(16, 6, 9, 13)[0].reshape(6, 9, 13, 16)
     torch.testing.assert_close(large[:3, :4, :5], small, atol=0, rtol=0)
     assert (small[0, 0, 0] == 1).all()
+    shrunk = rotary_positions(16, 6, 18, 26)[0].reshape(6, 18, 26, 16)
+    torch.testing.assert_close(shrunk[:, ::2, ::2], large, atol=1e-6, rtol=0)
+
+
+def test_rotary_positions_are_those_of_diffusers() -> None:
+    expected = get_3d_rotary_pos_embed(
+        embed_dim=32, crops_coords=None, grid_size=(5, 7), temporal_size=4, grid_type="slice", max_size=(5, 7)
+    )
+    for ours, theirs in zip(rotary_positions(32, 4, 5, 7), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
 
 
 def test_absolute_variant_runs() -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
-from diffusers.models.embeddings import get_3d_rotary_pos_embed
+from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from torch import Tensor
 
 from corrdit.integrations.diffusers.embedded.codec import HaarVideoCodec
@@ -12,20 +12,35 @@ from corrdit.integrations.diffusers.embedded.text import WordEncoder, WordTokeni
 
 TEXT_TOKENS = 24
 TEXT_DIM = 64
+LONGEST_SIDE = 13
+"""Tokens of the longest side seen in training."""
 
 
 def rotary_positions(head_dim: int, frames: int, height: int, width: int, device: Any = None) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [frames * height * width, head_dim] of CogVideoX's three-axis rotary embedding, where a token's
-    position is its plain (frame, row, column) index whatever the size of the grid."""
-    return get_3d_rotary_pos_embed(
-        embed_dim=head_dim,
-        crops_coords=None,
-        grid_size=(height, width),
-        temporal_size=frames,
-        grid_type="slice",
-        max_size=(height, width),
-        device=device,
-    )
+    """Cosines and sines [frames * height * width, head_dim] of CogVideoX's three-axis rotary embedding.
+
+    A token's position is its (frame, row, column) index. Frames longer than LONGEST_SIDE tokens are shrunk to that
+    length in both axes, so that no distance is larger than in training (Chen et al., "Extending context window of large
+    language models via positional interpolation", 2023).
+    """
+    scale = min(1.0, LONGEST_SIDE / max(height, width))
+    # An axis of the head's dimensions for each of frame, row and column, in the shares of `get_3d_rotary_pos_embed`.
+    time_dim, side_dim = head_dim // 4, head_dim // 8 * 3
+    tables = [
+        get_1d_rotary_pos_embed(time_dim, torch.arange(frames, device=device), use_real=True),
+        get_1d_rotary_pos_embed(side_dim, torch.arange(height, device=device) * scale, use_real=True),
+        get_1d_rotary_pos_embed(side_dim, torch.arange(width, device=device) * scale, use_real=True),
+    ]
+    joined = []
+    for part in (0, 1):
+        over_time, down, across = (table[part] for table in tables)
+        axes = (
+            over_time[:, None, None].expand(-1, height, width, -1),
+            down[None, :, None].expand(frames, -1, width, -1),
+            across[None, None].expand(frames, height, -1, -1),
+        )
+        joined.append(torch.cat(axes, dim=-1).flatten(0, 2).float())
+    return joined[0], joined[1]
 
 
 class EmbeddedVideoPipeline(CogVideoXPipeline):
