@@ -33,9 +33,9 @@ _LARGE = {
     "soft_backward_query": {
         64: Tiles(128, 128, 64, 8, 3),
         128: Tiles(128, 64, 128, 8, 2),
-        256: Tiles(64, 64, 256, 8, 2),
+        256: Tiles(64, 32, 256, 8, 2),
     },
-    "soft_backward_key": {64: Tiles(64, 128, 64, 8, 3), 128: Tiles(64, 128, 128, 8, 2), 256: Tiles(64, 64, 256, 8, 2)},
+    "soft_backward_key": {64: Tiles(64, 128, 64, 8, 3), 128: Tiles(64, 64, 128, 8, 2), 256: Tiles(32, 64, 256, 8, 2)},
     "folded_forward": {256: Tiles(128, 256, 64, 8, 3)},
     "folded_gradient": {256: Tiles(128, 128, 64, 8, 3)},
     "statistics": {256: Tiles(128, 128, 64, 8, 3)},
@@ -47,7 +47,7 @@ _LARGE = {
         128: Tiles(64, 64, 128, 4, 2),
         256: Tiles(64, 64, 256, 8, 1),
     },
-    "local_backward_key": {64: Tiles(64, 128, 64, 8, 2), 128: Tiles(64, 64, 128, 4, 2), 256: Tiles(64, 64, 256, 8, 1)},
+    "local_backward_key": {64: Tiles(64, 64, 64, 4, 2), 128: Tiles(64, 64, 128, 8, 2), 256: Tiles(64, 64, 256, 8, 1)},
 }
 # The same for the shared memory of 8.0 (163 KiB) and of 8.9 (99 KiB), where products run on mma.sync.
 _MEDIUM = {

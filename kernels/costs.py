@@ -9,7 +9,14 @@ from torch import Tensor
 
 from corrdit.grid import TokenGrid
 from corrdit.kernels.correspondence import arrange_heads, exponent, pair_statistics
-from corrdit.kernels.launch import canonical, check_device, check_tensors, float32_precision, product_precision
+from corrdit.kernels.launch import (
+    canonical,
+    check_device,
+    check_tensors,
+    float32_precision,
+    product_precision,
+    unequal_weights,
+)
 from corrdit.kernels.token_rows import cost_of_rows, row_statistics
 
 
@@ -81,7 +88,7 @@ def cost_rows(
     check_tensors(q, k)
     check_device(q)
     costs = _cost_rows(
-        q.detach(), k.detach(), tokens, weights, key_mask, source, grid.height, grid.width, heads, scale,
-        bidirectional, product_precision(),
+        q.detach(), k.detach(), tokens, unequal_weights(weights), key_mask, source, grid.height, grid.width, heads,
+        scale, bidirectional, product_precision(),
     ).unflatten(-1, (grid.height, grid.width))  # fmt: skip
     return costs if heads == "none" else costs.squeeze(1)

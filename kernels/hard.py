@@ -11,7 +11,14 @@ from torch import Tensor
 from corrdit.grid import FramePairs, TokenGrid
 from corrdit.kernels.best_match import best_match, token_positions
 from corrdit.kernels.correspondence import arrange_heads, exponent, pair_statistics
-from corrdit.kernels.launch import canonical, check_device, check_tensors, float32_precision, product_precision
+from corrdit.kernels.launch import (
+    canonical,
+    check_device,
+    check_tensors,
+    float32_precision,
+    product_precision,
+    unequal_weights,
+)
 from corrdit.kernels.tables import window_centers
 
 
@@ -84,7 +91,7 @@ def hard_displacement(
     displacement = _hard_displacement(
         q.detach(),
         k.detach(),
-        weights,
+        unequal_weights(weights),
         key_mask,
         None if center is None else window_centers(center, grid.height, grid.width),
         [frame for pair in pairs for frame in pair],

@@ -125,5 +125,13 @@ def canonical(q: Tensor, logit_scale: float) -> tuple[Tensor, float]:
     return (q * 0.0, 1.0) if logit_scale == 0 else (-q, -logit_scale)
 
 
+def unequal_weights(weights: Tensor | None) -> Tensor | None:
+    """The weights, None where they are equal by construction: one number expanded over the heads.
+
+    Equal weights take the kernels without factors of the queries; reading the values would wait for the device.
+    """
+    return None if weights is None or weights.stride(0) == 0 else weights
+
+
 def tile_count(size: int, tile: int) -> int:
     return -(-size // tile)

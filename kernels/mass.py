@@ -9,7 +9,7 @@ from torch import Tensor
 
 from corrdit.grid import TokenGrid
 from corrdit.kernels.correspondence import arrange_heads, exponent
-from corrdit.kernels.launch import check_device, check_tensors, float32_precision, product_precision
+from corrdit.kernels.launch import check_device, check_tensors, float32_precision, product_precision, unequal_weights
 from corrdit.kernels.token_rows import mass_of_rows, row_statistics
 
 
@@ -72,8 +72,8 @@ def attention_mass(
     check_tensors(q, k)
     check_device(q)
     sums, peaks = _attention_mass(
-        q.detach(), k.detach(), tokens, weights, key_mask, grid.text_slice.start, grid.text_tokens, grid.video_start,
-        grid.frames, source, heads, scale, product_precision(),
+        q.detach(), k.detach(), tokens, unequal_weights(weights), key_mask, grid.text_slice.start, grid.text_tokens,
+        grid.video_start, grid.frames, source, heads, scale, product_precision(),
     )  # fmt: skip
     if heads != "none":
         sums, peaks = sums.squeeze(1), peaks.squeeze(1)

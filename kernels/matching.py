@@ -15,7 +15,14 @@ from torch import Tensor
 from corrdit.grid import TokenGrid
 from corrdit.kernels.best_match import best_match, token_positions
 from corrdit.kernels.correspondence import arrange_heads, exponent, pair_statistics
-from corrdit.kernels.launch import canonical, check_device, check_tensors, float32_precision, product_precision
+from corrdit.kernels.launch import (
+    canonical,
+    check_device,
+    check_tensors,
+    float32_precision,
+    product_precision,
+    unequal_weights,
+)
 from corrdit.kernels.refinement import refine
 
 
@@ -88,8 +95,9 @@ def match(
     """
     check_tensors(q, k)
     check_device(q)
+    pairs = [frame for target in targets for frame in (source, target)]
     xy, score = _match(
-        q.detach(), k.detach(), weights, key_mask, [frame for target in targets for frame in (source, target)],
+        q.detach(), k.detach(), unequal_weights(weights), key_mask, pairs,
         grid.height, grid.width, heads, scale, bidirectional, refine, product_precision(),
     )  # fmt: skip
     xy, score = xy.unflatten(-2, (grid.height, grid.width)), score.unflatten(-1, (grid.height, grid.width))

@@ -14,7 +14,15 @@ from torch import Tensor
 
 from corrdit.grid import FramePairs, TokenGrid
 from corrdit.kernels.folded import folded_backward, folded_forward
-from corrdit.kernels.launch import LOG2_E, canonical, check_device, check_tensors, float32_precision, product_precision
+from corrdit.kernels.launch import (
+    LOG2_E,
+    canonical,
+    check_device,
+    check_tensors,
+    float32_precision,
+    product_precision,
+    unequal_weights,
+)
 from corrdit.kernels.soft_backward import soft_backward
 from corrdit.kernels.soft_forward import soft_forward
 from corrdit.kernels.tables import frame_pairs, window_centers
@@ -148,7 +156,7 @@ def soft_displacement(
     displacement, _ = _soft_displacement(
         q,
         k,
-        weights if folded else None,
+        unequal_weights(weights) if folded else None,
         key_mask,
         None if center is None else window_centers(center, grid.height, grid.width),
         [frame for pair in pairs for frame in pair],

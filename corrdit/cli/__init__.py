@@ -26,6 +26,7 @@ COMMANDS = {
     "transfer": "give a new video the motion of a reference",
     "world": "write generated videos with exact tracks, flow and prompts",
     "bench": "time the operations against other ways to compute them",
+    "kernels": "compile every Triton kernel without a GPU and show registers, spills and instructions",
     "models": "list the backbones with their layers and presets",
     "doctor": "show versions, devices and backends, and why a backend cannot run",
 }

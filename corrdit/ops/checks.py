@@ -85,7 +85,8 @@ def check_heads(heads: str, head_weights: Tensor | Iterable[float] | None, q: Te
             raise ValueError('head_weights average heads, but heads="none" keeps them apart; drop one of the two')
         return None
     if head_weights is None:
-        return torch.full((count,), 1 / count, dtype=dtype, device=q.device)
+        # One number expanded: by its stride a backend knows equal weights without reading them from the device.
+        return torch.full((1,), 1 / count, dtype=dtype, device=q.device).expand(count)
     weights = torch.as_tensor(
         head_weights if isinstance(head_weights, Tensor) else list(head_weights), dtype=dtype, device=q.device
     ).detach()

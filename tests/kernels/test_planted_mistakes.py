@@ -1,0 +1,95 @@
+"""Each kernel with a mistake planted in it turns its test red: the tests can fail."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+
+from corrdit import TokenGrid
+from corrdit.kernels import (
+    best_match,
+    correspondence,
+    folded,
+    frame_local_backward,
+    frame_local_forward,
+    primitives,
+    refinement,
+    soft_backward,
+    soft_forward,
+    token_rows,
+)
+
+pytestmark = pytest.mark.slow
+TEXT = TokenGrid(2, 3, 6, text_tokens=19)
+LOCAL = {"mode": None, "grid": TokenGrid(3, 1, 6, text_tokens=3), "kept": 0.7, "heads": 1}
+ZEROED = {**LOCAL, "options": {"renormalize": False, "span": 0}}
+KEPT = {**LOCAL, "options": {"renormalize": True, "span": 0}}
+MATCH = {"mode": "probabilities", "options": {"bidirectional": True, "refine": 0, "positional": [1, [0]]}}
+REFINE = {"mode": "probabilities", "options": {"bidirectional": True, "refine": 1, "positional": [1, [0]]}}
+ROWS = {"mode": "probabilities", "options": {"bidirectional": True, "source": 1, "positional": [torch.tensor([17, 3])]}}
+MASS = {"mode": "probabilities", "grid": TEXT, "options": {"source": 1, "positional": [torch.tensor([17, 3])]}}
+
+# (module, function, what stands there, what is planted, operation, case): one row a mistake.
+PLANTED: list[tuple[Any, str, str, str, str, dict[str, Any]]] = [
+    (primitives, "accumulate_moments", "moments * shrink[:, None]", "moments", "soft_displacement", {}),
+    (primitives, "raise_peak", "tl.exp2(peak * scale - shift)", "tl.exp2(peak - shift)", "soft_displacement", {}),
+    (primitives, "log_sum_exp", "shift + tl.log2", "tl.log2", "soft_displacement", {}),
+    (primitives, "gradient_planes", "lanes % 3 == 1, x[:, None], y[:, None]", "lanes % 3 == 1, y[:, None], x[:, None]",
+     "soft_displacement", {}),
+    (primitives, "keep_window", "near_x & near_y", "near_x | near_y", "soft_displacement", {"window": 1}),
+    (primitives, "window_rows", "bottom + radius + 1", "bottom + radius", "soft_displacement", {"window": 1}),
+    (soft_forward, "store_displacement", "lane(moments, 1)", "lane(moments, 2)", "soft_displacement", {}),
+    (soft_forward, "masked_scores", "inside & tl.load", "inside | tl.load", "soft_displacement", {"kept": 0.6}),
+    (soft_forward, "guarded_tile", "first + columns < end", "first + columns < end + 16", "soft_displacement", {}),
+    (soft_backward, "soft_backward_query_kernel", "accumulator * (logit_scale * gradient_range)",
+     "accumulator * gradient_range", "soft_displacement", {}),
+    (soft_backward, "soft_backward_key_kernel", "accumulator * (logit_scale * gradient_range)",
+     "accumulator * logit_scale", "soft_displacement", {}),
+    (soft_backward, "gradient_rows_kernel", "mean_x, mean_y)", "mean_y, mean_x)", "soft_displacement", {}),
+    (folded, "folded_forward_kernel", "scale, width, rows", "scale * 2, width, rows", "soft_displacement",
+     {"mode": "logits"}),
+    (folded, "folded_gradient_kernel", "k + pair * k_strides[2]", "k", "soft_displacement",
+     {"mode": "logits", "pairs": ((0, 0), (0, 1))}),
+    (primitives, "head_scores", "index // chunks", "index // chunks * 0", "soft_displacement", {"mode": "logits"}),
+    (primitives, "better_match", "tile_best > best", "tile_best < best", "hard_displacement", {}),
+    (best_match, "best_match_kernel", "candidates & near_x & near_y", "candidates & near_x", "hard_displacement",
+     {"window": 1}),
+    (best_match, "best_match_kernel", "allowed[None, :]", "inside[None, :]", "hard_displacement", {"kept": 0.5}),
+    (correspondence, "cost_tile", "share * 0.5", "share", "match", MATCH),
+    (correspondence, "cost_tile", "level[None, :]", "level[None, :] * 0", "match", MATCH),
+    (refinement, "refinement_kernel", "sum_y / divisor", "sum_x / divisor", "match", REFINE),
+    (token_rows, "cost_rows_kernel", "wide(frame) * frame_tokens + columns", "columns", "cost_rows", ROWS),
+    (token_rows, "row_statistics_kernel", "total * shrink", "total", "attention_mass", MASS),
+    (token_rows, "attention_mass_kernel", "tl.maximum(peak, tl.max(weights, 1))", "tl.max(weights, 1)",
+     "attention_mass", MASS),
+    (frame_local_forward, "local_forward_kernel", "mean * shrink[:, None]", "mean", "frame_local_attention", KEPT),
+    (frame_local_forward, "visible_stretch", "frame + layout[5] + 1", "frame + layout[5] + 2", "frame_local_attention",
+     KEPT),
+    (frame_local_backward, "local_backward_query_kernel", "- delta[:, None])", ")", "frame_local_attention", KEPT),
+    (frame_local_backward, "local_backward_key_kernel", "sum_k * logit_scale", "sum_k", "frame_local_attention", KEPT),
+    (frame_local_backward, "local_backward_key_kernel", "-weights * delta", "weights * delta", "frame_local_attention",
+     ZEROED),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", PLANTED, ids=lambda row: f"{row[1]}: {row[3]}")
+def test_a_planted_mistake_is_found(check, case, monkeypatch, row):
+    from triton.runtime.interpreter import FunctionRewriter, InterpretedFunction
+
+    module, name, sound, planted, operation, pinned = row
+    function = getattr(module, name)
+    lines, _ = inspect.getsourcelines(function.fn)
+    rewriter = FunctionRewriter(function.fn, **function.kwargs)
+    rewriter.filename, rewriter.def_file_lineno = rewriter._get_jit_fn_file_line()
+    rewriter.def_lineno = rewriter._find_def(lines)
+    source = rewriter._prepare_source(lines)
+    assert sound in source, f"{name} has no {sound!r} any more; plant the mistake where it is now"
+    changed = rewriter._compile_and_exec(rewriter._transform_ast(source.replace(sound, planted)))
+    gradients = operation in ("soft_displacement", "frame_local_attention")
+    check(operation, case(**pinned), gradients)
+    monkeypatch.setitem(InterpretedFunction.rewritten_fn, function.fn, changed)
+    with pytest.raises(AssertionError):
+        check(operation, case(**pinned), gradients)
