@@ -1,8 +1,8 @@
 """Compile every Triton kernel ahead of time, without a GPU, and read its cost from the machine code.
 
 reads   nothing
-prints  a table, or with --json one JSON object a line: op, pass ("forward" or "backward"), heads, dtype, head_dim,
-        arch, kernel, tiles (rows, columns, dims, warps, stages), registers, spill_bytes, shared_bytes, launchable,
+writes  to standard output a table, or with --json one JSON object a line: op, pass ("forward" or "backward"), heads,
+        dtype, head_dim, arch, kernel, tiles (rows, columns, dims, warps, stages), registers, spill_bytes, shared_bytes, launchable,
         tensor_cores (in every matrix product), serialized_products, instructions_per_element (of the main loop)
 """
 
@@ -15,8 +15,9 @@ from typing import Any
 HELP = "compile every Triton kernel without a GPU and show registers, spills and instructions"
 USAGE = "[--arch 80 90 100] [--json] [--op OP ...] [--dtype DTYPE ...] [--head-dim D ...]"
 _COLUMNS = (
-    ("op", 22), ("pass", 9), ("heads", 14), ("kernel", 22), ("dtype", 9), ("head_dim", 9), ("arch", 5), ("registers", 10),
-    ("spill_bytes", 12), ("shared_bytes", 13), ("launchable", 11), ("tensor_cores", 13), ("instructions_per_element", 24),
+    ("op", 22), ("pass", 9), ("heads", 14), ("kernel", 22), ("dtype", 9), ("head_dim", 9), ("arch", 5),
+    ("registers", 10), ("spill_bytes", 12), ("shared_bytes", 13), ("launchable", 11), ("tensor_cores", 13),
+    ("instructions_per_element", 24),
 )  # fmt: skip
 
 
