@@ -9,7 +9,7 @@ writes  into the folder --output, all of them or none:
                             [frames, frames, rows, columns, 2]; flow_BLOCK_colours.png and flow_BLOCK_arrows.png show it
         losses.png          the loss over the guided steps
         motion.safetensors  the optimised latents or embeddings, for --stored
-        metrics.json        settings, losses and motion fidelity
+        metrics.json        settings, losses, motion fidelity and, with --clip, the prompt's cosine
 A run that is killed goes on after its last finished denoising step when the same command is given again.
 """
 
@@ -70,6 +70,9 @@ def add_arguments(parser: Any) -> None:
     )
     parser.add_argument("--format", choices=["mp4", "gif", "frames"], default="mp4", help="of the videos written")
     parser.add_argument("--metrics", type=bool, default=True, help="track both videos and measure motion fidelity")
+    parser.add_argument(
+        "--clip", default=None, metavar="MODEL", help="also measure the prompt's cosine by this CLIP (folder or hub id)"
+    )
     add_device_options(parser)
     for name, (kind, text) in _SETTINGS.items():
         option = f"--{name.replace('_', '-')}"
@@ -91,6 +94,7 @@ def run(arguments: Any) -> int:
     backbone = load_backbone(
         arguments.model, device=checked_device(arguments.device), dtype=checked_dtype(arguments.dtype)
     )
+    similarity = _similarity(arguments)
     changes = {name: getattr(arguments, name) for name in _SETTINGS if getattr(arguments, name) is not None}
     transfer = MotionTransfer(backbone, **changes)
     with OutputFolder(arguments.output) as folder:
@@ -107,6 +111,8 @@ def run(arguments: Any) -> int:
                 report=lambda done, steps, losses: show(done, steps),
             )
         measured = fidelity_of(result, _tracker(backbone)) if arguments.metrics else {}
+        if similarity is not None:
+            measured["image_quality"] = similarity(result.video, arguments.prompt)
         names = write_transfer(
             folder,
             result,
@@ -157,6 +163,14 @@ def _tracker(backbone: Any) -> Any:
     return PointTracker(backbone).track
 
 
+def _similarity(arguments: Any) -> Any:
+    if arguments.clip is None:
+        return None
+    from corrdit.motion import PromptSimilarity
+
+    return PromptSimilarity(arguments.clip, checked_device(arguments.device))
+
+
 def _state_file(output: str) -> Path:
     """Beside the output folder, which appears only with its results."""
     folder = Path(output).absolute()
@@ -168,6 +182,6 @@ def _in_words(result: Any, measured: dict[str, float]) -> str:
     words = ""
     if result.losses.size:
         words += f"; loss {result.losses[0, 0]:.3f} to {np.nanmin(result.losses[-1]):.3f}"
-    if measured:
+    if "motion_fidelity" in measured:
         words += f"; motion fidelity {measured['motion_fidelity']:.2f}"
     return words

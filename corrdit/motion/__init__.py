@@ -4,11 +4,13 @@ from corrdit.motion.flow_loss import coarse_centers, flow_loss
 from corrdit.motion.latent_displacement import latent_displacement
 from corrdit.motion.moft import moft_channels, moft_loss
 from corrdit.motion.motion_error import MotionError, direction_agreement, motion_error
+from corrdit.motion.prompt_similarity import PromptSimilarity
 from corrdit.motion.smm import smm_loss
 from corrdit.motion.temporal_attention import temporal_attention, temporal_attention_loss
 
 __all__ = [
     "MotionError",
+    "PromptSimilarity",
     "coarse_centers",
     "direction_agreement",
     "flow_loss",
