@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -108,7 +108,7 @@ def _soft_displacement(heads: str, q: Tensor, grid: TokenGrid, compiled: list[Co
     from corrdit.kernels.soft import compute_soft_displacement, compute_soft_displacement_backward
 
     folded = heads == "logits"
-    options = (_PAIRS, grid.height, grid.width, folded, 0.18, -1, "ieee")
+    options: tuple[Any, ...] = (_PAIRS, grid.height, grid.width, folded, 0.18, -1, "ieee")
     found = compute_soft_displacement(q, q, None, None, None, *options)
     count = len(compiled)
     compute_soft_displacement_backward(torch.empty_like(found[0]), q, q, None, None, None, *found, *options)
@@ -151,7 +151,7 @@ def _frame_local_attention(heads: str, q: Tensor, grid: TokenGrid, compiled: lis
     from corrdit.kernels.frame_local import compute_frame_local_attention, compute_frame_local_attention_backward
     from corrdit.kernels.frame_local_forward import LocalLayout
 
-    options = (list(LocalLayout.of(grid, 0)), 0.18, heads == "renormalized", "ieee")
+    options: tuple[Any, ...] = (list(LocalLayout.of(grid, 0)), 0.18, heads == "renormalized", "ieee")
     found = compute_frame_local_attention(q, q, q, None, *options)
     count = len(compiled)
     compute_frame_local_attention_backward(q, q, q, q, None, *found, *options)

@@ -45,9 +45,9 @@ _LARGE = {
     "local_backward_query": {
         64: Tiles(128, 64, 64, 8, 2),
         128: Tiles(64, 64, 128, 4, 2),
-        256: Tiles(64, 64, 256, 8, 1),
+        256: Tiles(32, 32, 256, 8, 1),
     },
-    "local_backward_key": {64: Tiles(64, 64, 64, 4, 2), 128: Tiles(64, 64, 128, 8, 2), 256: Tiles(64, 64, 256, 8, 1)},
+    "local_backward_key": {64: Tiles(64, 64, 64, 4, 2), 128: Tiles(64, 64, 128, 8, 2), 256: Tiles(32, 64, 256, 8, 1)},
 }
 # The same for the shared memory of 8.0 (163 KiB) and of 8.9 (99 KiB), where products run on mma.sync.
 _MEDIUM = {
