@@ -152,4 +152,6 @@ def test_memory_grows_by_one_sample_at_most(deep_pipeline: Any, guided: bool) ->
     activations = 4 * HEADS * HEAD_DIM * (VIDEO + TEXT)
     predictions = 2 * 4 * 4 * FRAMES * (2 * SIDE) ** 2
     scores_of_a_frame = 2 * 4 * SIDE**2 * (SIDE**2 + TEXT)
-    assert 0 <= peak(1.0) - peak(0.0) <= activations + predictions + scores_of_a_frame
+    # With two samples in the pipeline's own forward, the second one of a single sample stays below its peak.
+    further = 0 if guided else predictions + scores_of_a_frame
+    assert 0 <= peak(1.0) - peak(0.0) <= activations + further

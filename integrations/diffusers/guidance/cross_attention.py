@@ -69,7 +69,8 @@ class CrossAttentionGuidance:
 
     Raises:
         ValueError: settings out of range, a pipeline or model that cannot be guided (with the reason), a model under
-            another guidance; during generation, attention that is not full, or an odd batch under guidance.
+            another guidance; during generation, attention that is not full, an odd batch under
+            classifier-free guidance, or a forward with gradients enabled.
     """
 
     def __init__(
@@ -257,7 +258,7 @@ class _ForwardWatch:
             return
         scale = owner._scale_now(call)
         if scale:
-            _check_checkpointing(transformer)
+            _check_sampling()
             self._guided = _GuidedCall(arguments, call, rows, scale)
             self._pass.keep_prefix(rows)
 
@@ -305,11 +306,11 @@ def _shifted(output: Any, shift: torch.Tensor) -> Any:
     raise ValueError(f"the transformer returned a {type(output).__name__}; guidance needs a tuple or a model output")
 
 
-def _check_checkpointing(transformer: torch.nn.Module) -> None:
-    if torch.is_grad_enabled() and getattr(transformer, "gradient_checkpointing", False):
+def _check_sampling() -> None:
+    if torch.is_grad_enabled():
         raise ValueError(
-            "guidance cannot be differentiated through gradient checkpointing, whose second forward would run "
-            "unperturbed; call transformer.disable_gradient_checkpointing(), or generate under torch.no_grad()"
+            "a forward with gradients ran under guidance; guidance is for sampling, which pipelines do without, and "
+            "does not go together with optimising through the model (MotionTransfer): leave its block first"
         )
 
 
