@@ -2,8 +2,9 @@
 
 reads   nothing
 writes  to standard output a table, or with --json one JSON object a line: op, pass ("forward" or "backward"), heads,
-        dtype, head_dim, arch, kernel, tiles (rows, columns, dims, warps, stages), registers, spill_bytes, shared_bytes, launchable,
-        tensor_cores (in every matrix product), serialized_products, instructions_per_element (of the main loop)
+        dtype, head_dim, arch, kernel, tiles (rows, columns, dims, warps, stages), registers, spill_bytes,
+        shared_bytes, launchable, tensor_cores (in every matrix product), serialized_products,
+        instructions_per_element (of the main loop)
 """
 
 from __future__ import annotations
