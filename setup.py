@@ -1,8 +1,9 @@
 """Build description: three top-level folders, one import root.
 
 `corrdit/` is the library, `kernels/` and `integrations/` are its subpackages `corrdit.kernels` and
-`corrdit.integrations`. No other top-level import package is installed: one named `kernels` would collide with the
-package of that name which diffusers looks for.
+`corrdit.integrations`; `benchmarks/baselines/` is `corrdit.benchmark.baselines`, which `corrdit bench` times. No other
+top-level import package is installed: one named `kernels` would collide with the package of that name which diffusers
+looks for.
 """
 
 import pathlib
