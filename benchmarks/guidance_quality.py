@@ -175,6 +175,7 @@ def main() -> None:
     parser.add_argument("--shards", required=True, help="folder for shards, made if need be")
     parser.add_argument("--model", default="embedded", help="for load_backbone")
     parser.add_argument("--videos", type=int, default=64, help=f"prompts, a multiple of {GROUP}")
+    parser.add_argument("--layer", type=int, default=None, help="centre; the matching layer if left out")
     parser.add_argument("--steps", type=int, default=25, help="denoising steps")
     parser.add_argument("--guidance-scale", type=float, default=3.0, help="of classifier-free guidance")
     parser.add_argument("--settings", nargs="*", default=None, help="only these; all if left out")
@@ -184,7 +185,8 @@ def main() -> None:
     backbone = load_backbone(arguments.model)
     call = {"num_inference_steps": arguments.steps, "guidance_scale": arguments.guidance_scale}
     weights = weights_digest(backbone.transformer)
-    chosen = settings(backbone.layers, backbone.preset.layer)
+    centre = backbone.preset.layer if arguments.layer is None else arguments.layer
+    chosen = settings(backbone.layers, centre)
     if arguments.settings is not None:
         chosen = {name: chosen[name] for name in arguments.settings}
     folder = pathlib.Path(arguments.shards)
@@ -208,6 +210,7 @@ def main() -> None:
         "model": backbone.name,
         "weights": weights,
         "matching_layer": backbone.preset.layer,
+        "centre_layer": centre,
         "call": call,
         "settings": summarised(shards, list(chosen)),
     }
