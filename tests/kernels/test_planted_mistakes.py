@@ -25,6 +25,7 @@ from corrdit.kernels import (
 pytestmark = pytest.mark.slow
 TEXT = TokenGrid(2, 3, 6, text_tokens=19)
 LOCAL = {"mode": None, "grid": TokenGrid(3, 1, 6, text_tokens=3), "kept": 0.7, "heads": 1}
+WIDE = {"window": 1, "grid": TokenGrid(2, 5, 7), "pairs": ((1, 0),)}
 ZEROED = {**LOCAL, "options": {"renormalize": False, "span": 0}}
 KEPT = {**LOCAL, "options": {"renormalize": True, "span": 0}}
 MATCH = {"mode": "probabilities", "options": {"bidirectional": True, "refine": 0, "positional": [1, [0]]}}
@@ -40,7 +41,7 @@ PLANTED: list[tuple[Any, str, str, str, str, dict[str, Any]]] = [
     (primitives, "gradient_planes", "lanes % 3 == 1, x[:, None], y[:, None]", "lanes % 3 == 1, y[:, None], x[:, None]",
      "soft_displacement", {}),
     (primitives, "keep_window", "near_x & near_y", "near_x | near_y", "soft_displacement", {"window": 1}),
-    (primitives, "window_rows", "bottom + radius + 1", "bottom + radius", "soft_displacement", {"window": 1}),
+    (primitives, "window_rows", "bottom + radius + 1", "bottom + radius", "soft_displacement", WIDE),
     (soft_forward, "store_displacement", "lane(moments, 1)", "lane(moments, 2)", "soft_displacement", {}),
     (soft_forward, "masked_scores", "inside & tl.load", "inside | tl.load", "soft_displacement", {"kept": 0.6}),
     (soft_forward, "guarded_tile", "first + columns < end", "first + columns < end + 16", "soft_displacement", {}),
