@@ -51,7 +51,7 @@ def environment() -> dict[str, Any]:
         cwd=pathlib.Path(__file__).parent,
     )
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", f"benchmarks/{pathlib.Path(__file__).name}", *sys.argv[1:]]),
         "commit": commit.stdout.strip() or "unknown",
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -87,9 +87,10 @@ def _quality(measured: Mapping[str, Any]) -> str:
 def _table(title: str, table: Mapping[str, Any]) -> str:
     kinds = ("best head", "best layer", "best features", "patches")
     lines = [
-        f"\n{title}: share of visible points that moved by more than 1.5 tokens which are matched within one token,",
-        f"from the first frame to all others, {table['videos']} held-out videos, 95 % bootstrap interval over videos.",
-        "Standing still scores 0 on these points.\n",
+        f"\n{title}:",
+        "share of visible points that moved by more than 1.5 tokens which are matched within one token, from the first",
+        f"frame to all others, {table['videos']} held-out videos, 95 % bootstrap interval over videos. Standing still",
+        "scores 0 on these points.\n",
         "| t of 1000 | " + " | ".join(kinds) + " |",
         "| --- " * (len(kinds) + 1) + "|",
     ]
