@@ -4,7 +4,8 @@ One step of classifier-free guidance with a CogVideoX of 30 layers with random w
 and with the embedded model, its matching layer perturbed. Three ways, in turn: two branches without guidance; the same
 inside CrossAttentionGuidance; and two branches plus a third whole forward whose perturbed layers get a mask of all
 tokens by all tokens, as the released code does it. The guided prediction has to equal the plain third branch's before
-any time is printed. Medians over the rounds with quartiles, one JSON object a line.
+any time is printed. Medians over the rounds with quartiles, one JSON object a line: seconds of the processor on a CPU,
+which other programs on the machine do not lengthen, and of the clock on a GPU.
 
     python benchmarks/guidance_cost.py [--rounds 5] [--heads 4] [--frames 9] [--rows 8] [--columns 12] [--device cpu]
 """
@@ -124,14 +125,15 @@ def measure(step: Step, rounds: int, device: torch.device, dtype: torch.dtype) -
     changed = float((predictions["guided"] - predictions["two branches"]).abs().max())
     if not error < TOLERANCE[dtype] or changed == 0:
         raise SystemExit(f"the guided prediction differs from the plain third branch by {error:.1e}; no times")
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
             _synchronise(device)
-            began = time.perf_counter()
+            began = clock()
             step.run(*way)
             _synchronise(device)
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(clock() - began)
     rows = {name: statistics.quantiles(values, n=4) for name, values in seconds.items()}
     plain, guided, third = (rows[name][1] for name in ways)
     return {
