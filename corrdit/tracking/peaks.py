@@ -6,18 +6,21 @@ import torch
 from torch import Tensor
 
 
-def refined_peaks(cost: Tensor, radius: int) -> tuple[Tensor, Tensor]:
+def refined_peaks(cost: Tensor, radius: int, *, best: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Position and height of the maximum of each cost map.
 
     Args:
         cost: float `[P, h, w]`, not negative.
         radius: tokens round the maximum over which the cost-weighted mean of positions is taken; 0 for the maximum.
+        best: int64 `[P]` flat tokens to take in place of the maxima.
 
     Returns:
         xy `[P, 2]` (x, y) in tokens, and score `[P]`, the maximum.
     """
     count, height, width = cost.shape
-    score, best = cost.flatten(1).max(-1)
+    if best is None:
+        best = cost.flatten(1).argmax(-1)
+    score = cost.flatten(1).gather(1, best.unsqueeze(1)).squeeze(1)
     row, column = best // width, best % width
     if radius == 0:
         return torch.stack((column, row), -1).to(cost.dtype), score

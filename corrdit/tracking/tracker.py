@@ -15,6 +15,7 @@ from corrdit.tracking.chunks import Chunk, anchored_chunks, chained_chunks, last
 from corrdit.tracking.costs import ChunkCost, cost_operation
 from corrdit.tracking.geometry import bilinear_tokens, pixels_to_tokens, sample_map, sample_matches, tokens_to_pixels
 from corrdit.tracking.options import TrackerOptions, tracker_options
+from corrdit.tracking.paths import preferred_peaks
 from corrdit.tracking.peaks import refined_peaks
 from corrdit.tracking.queries import check_queries, check_video
 from corrdit.tracking.tracks import Tracks
@@ -148,10 +149,31 @@ class _Run:
         position = points * self.to_encoded
         accumulator = CostAccumulator(last_visits(chunks), average=self.options.average_overlap)
         found: dict[int, Found] = {}
+        maps: dict[int, FrameCost] = {}
         for index, chunk in enumerate(chunks):
             cost = self._chunk_cost(chunk, position)
             for frame, frame_cost in accumulator.add(index, chunk, cost):
-                found[frame] = self._locate(position, cost.tokens, frame_cost)
+                if self.options.geometry == "released":
+                    found[frame] = self._read_matches(position, frame_cost)
+                else:
+                    point_cost = self._point_costs(position, cost.tokens, frame_cost)
+                    if self.options.path_spread is None:
+                        found[frame] = self._locate(position, point_cost, None)
+                    else:
+                        # Half precision holds three digits of a cost, and these are kept until all frames are there.
+                        maps[frame] = point_cost._replace(rows=point_cost.rows.half())
+        return found if not maps else self._follow_paths(position, chunks[0].source, maps)
+
+    def _follow_paths(self, position: Tensor, anchor: int, maps: dict[int, FrameCost]) -> dict[int, Found]:
+        """From the anchor outwards in time, each frame's match near the path so far preferred."""
+        found: dict[int, Found] = {}
+        for way in (sorted(frame for frame in maps if frame > anchor), sorted(maps, reverse=True)):
+            expected = pixels_to_tokens(position, self.stride)
+            for frame in way:
+                if frame in found:
+                    continue
+                found[frame] = self._locate(position, maps[frame], expected)
+                expected = pixels_to_tokens(found[frame][0] * self.to_encoded, self.stride)
         return found
 
     def _follow_chained(self, points: Tensor, chunks: list[Chunk]) -> dict[int, Found]:
@@ -163,7 +185,7 @@ class _Run:
             cost = self._chunk_cost(chunk, position)
             accumulator = CostAccumulator(last_visits([chunk]), average=False)
             for frame, frame_cost in accumulator.add(0, chunk, cost):
-                xy, visible, score = self._locate(position, cost.tokens, frame_cost)
+                xy, visible, score = self._locate(position, self._point_costs(position, cost.tokens, frame_cost), None)
                 found[frame] = (xy, visible if seen is None else visible & seen, score)
         return found
 
@@ -221,19 +243,28 @@ class _Run:
             return tuple(float(head == preset.head) for head in range(self.backbone.heads))
         return preset.head_weights
 
-    def _locate(self, position: Tensor, tokens: Tensor, cost: FrameCost) -> Found:
-        """Positions in one target frame from the cost rows of `tokens`; `position [P, 2]` in encoded pixels."""
-        if self.options.geometry == "released":
-            best, height = refined_peaks(cost.rows, 0)
-            matches = best.unflatten(0, self.grid_size)
-            xy = sample_matches(matches, position, self.stride, geometry="released")
-            reading = pixels_to_tokens(position, self.stride, geometry="released", grid_size=self.grid_size)
-            score = sample_map(height.unflatten(0, self.grid_size)[..., None], reading)[..., 0]
-            return xy / self.to_encoded, torch.ones(len(xy), dtype=torch.bool), score
-        place = pixels_to_tokens(position, self.stride)
-        around, share = bilinear_tokens(place, self.grid_size)
+    def _read_matches(self, position: Tensor, cost: FrameCost) -> Found:
+        """Positions in one target frame as DiffTrack's released code reads them from the matches of all tokens."""
+        best, height = refined_peaks(cost.rows, 0)
+        xy = sample_matches(best.unflatten(0, self.grid_size), position, self.stride, geometry="released")
+        reading = pixels_to_tokens(position, self.stride, geometry="released", grid_size=self.grid_size)
+        score = sample_map(height.unflatten(0, self.grid_size)[..., None], reading)[..., 0]
+        return xy / self.to_encoded, torch.ones(len(xy), dtype=torch.bool), score
+
+    def _point_costs(self, position: Tensor, tokens: Tensor, cost: FrameCost) -> FrameCost:
+        """Cost maps `[P, h, w]` of points between token centres, from the rows of the four tokens round each."""
+        around, share = bilinear_tokens(pixels_to_tokens(position, self.stride), self.grid_size)
         rows = cost.rows[torch.searchsorted(tokens, around)]
-        peaks, score = refined_peaks((rows * share[..., None, None].to(rows.dtype)).sum(1), self.options.refine)
+        return cost._replace(rows=(rows * share[..., None, None].to(rows.dtype)).sum(1))
+
+    def _locate(self, position: Tensor, cost: FrameCost, expected: Tensor | None) -> Found:
+        """Positions in one target frame; `position [P, 2]` in encoded pixels, `expected [P, 2]` in tokens."""
+        place = pixels_to_tokens(position, self.stride)
+        rows, refine = cost.rows.float(), self.options.refine
+        if expected is None or self.options.path_spread is None:
+            peaks, score = refined_peaks(rows, refine)
+        else:
+            peaks, score = preferred_peaks(rows, expected, spread=self.options.path_spread, refine=refine)
         # A point between the outermost token centres and the border keeps its distance from the centre it is read at.
         last = torch.tensor([self.grid_size[1] - 1.0, self.grid_size[0] - 1.0])
         peaks = peaks + (place - torch.minimum(place.clamp(min=0), last))

@@ -90,6 +90,28 @@ def test_border_points_of_a_still_video_stay_where_they_are():
     torch.testing.assert_close(tracks.xy, expected, atol=0.02, rtol=0)
 
 
+def test_a_match_near_the_path_wins_over_an_equal_one_far_away():
+    frame = moving_texture(1, (0, 0))[0]
+    frame[:, 48:] = frame[:, :48]  # every place has a twin 48 pixels to the right
+    video = np.stack([np.roll(frame, step, axis=1) for step in (0, 4, 8, 12, 16)])
+    query = [(0, 70.0, 30.0)]
+    near = PointTracker(PixelBackbone()).track(video, query)
+    torch.testing.assert_close(near.xy[:, 0, 0], torch.tensor([70.0, 74.0, 78.0, 82.0, 86.0]), atol=0.1, rtol=0)
+    alone = PointTracker(PixelBackbone(), path_spread=None).track(video, query)
+    assert (alone.xy[1:, 0, 0] - near.xy[1:, 0, 0]).abs().max() > 40
+    for anchor in (2, 4):
+        back = PointTracker(PixelBackbone()).track(video, [(anchor, 70.0, 30.0)])
+        expected = torch.tensor([70.0 + 4 * (frame - anchor) for frame in range(5)])
+        torch.testing.assert_close(back.xy[:, 0, 0], expected, atol=0.1, rtol=0)
+
+
+def test_a_much_better_match_far_away_is_taken():
+    video = moving_texture(3, (0, 0))
+    video[1:] = np.roll(video[1:], 40, axis=2)
+    tracks = PointTracker(PixelBackbone()).track(video, [(0, 30.0, 30.0)])
+    torch.testing.assert_close(tracks.xy[1, 0], torch.tensor([70.0, 30.0]), atol=0.1, rtol=0)
+
+
 def test_the_video_may_be_larger_than_the_encoded_frames():
     class Halving(PixelBackbone):
         def encode_frames(self, video, *, height, width):
@@ -249,6 +271,7 @@ def test_bad_videos_are_named(video, message):
         ({"height": 64, "width": 96, "tokens_per_frame": 9}, "drop tokens_per_frame"),
         ({"tolerance": float("nan")}, "tolerance"),
         ({"heads": "none"}, "heads must be one of"),
+        ({"path_spread": 0.0}, "path_spread must be a distance"),
     ],
 )
 def test_bad_options_are_named(options, message):

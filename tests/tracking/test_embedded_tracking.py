@@ -1,0 +1,59 @@
+"""Tracking with the shipped model on generated clips whose truth is exact."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from corrdit import PointTracker, load_backbone
+from corrdit.data import WorldConfig, generate
+from corrdit.tracking.baselines import standing_still
+
+SEEDS = range(2_100_000_000, 2_100_000_006)
+MOVED_PIXELS = 8.0
+
+
+@pytest.fixture(scope="module")
+def clips():
+    return generate(list(SEEDS), WorldConfig(frames=6, height=48, width=64, sprites=(1, 3)))
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return load_backbone("embedded")
+
+
+def moving_errors(track, clips) -> torch.Tensor:
+    """Errors in pixels at visible positions that lie more than 8 pixels from the query, all clips together."""
+    x, y = np.meshgrid(np.arange(5, 64, 6) + 0.3, np.arange(4, 48, 5) + 0.7)
+    queries = np.stack([np.zeros(x.size), x.ravel(), y.ravel()], axis=1).astype(np.float32)
+    errors = []
+    for clip in clips:
+        truth, tracks = clip.tracks(queries), track(clip.video, queries)
+        moved = np.linalg.norm(truth.xy - queries[None, :, 1:], axis=-1) > MOVED_PIXELS
+        distance = np.linalg.norm(np.asarray(tracks.xy) - truth.xy, axis=-1)
+        errors.append(torch.from_numpy(distance[moved & truth.visible]))
+    return torch.cat(errors)
+
+
+def test_refinement_lowers_the_error(backbone, clips):
+    whole_tokens = moving_errors(PointTracker(backbone, refine=0).track, clips)
+    refined = moving_errors(PointTracker(backbone).track, clips)
+    assert refined.median() < 0.9 * whole_tokens.median()
+    assert (refined <= 2).float().mean() > (whole_tokens <= 2).float().mean()
+
+
+def test_the_path_so_far_helps_and_moving_points_are_followed(backbone, clips):
+    by_itself = moving_errors(PointTracker(backbone, path_spread=None).track, clips)
+    along_paths = moving_errors(PointTracker(backbone).track, clips)
+    still = moving_errors(lambda video, queries: standing_still(queries, len(video)), clips)
+    assert along_paths.mean() < by_itself.mean()
+    assert along_paths.median() < 0.5 * still.median()
+    assert (still <= MOVED_PIXELS).float().mean() == 0
+
+
+def test_released_procedure_is_behind_the_default(backbone, clips):
+    released = moving_errors(PointTracker(backbone, preset="published", resize_first=None).track, clips)
+    default = moving_errors(PointTracker(backbone).track, clips)
+    assert default.median() < released.median()
