@@ -30,7 +30,7 @@ from corrdit import MotionTransfer, load_backbone, motion
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 KINDS = ("caption", "subject", "scene")
-BASE: dict[str, Any] = {"steps": 20, "guidance_scale": 1.0}
+BASE: dict[str, Any] = {"steps": 20, "guidance_scale": 1.0, "learning_rate": 0.05}
 MAIN: dict[str, dict[str, Any]] = {
     "backbone": {"method": "backbone"},
     "injection": {"method": "injection", "injection_blocks": (0,)},
@@ -57,7 +57,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "window 2": {"window": 2},
     "window 2 round tiles of 2": {"window": 2, "tile": 2},
     "gradient every 2nd step": {"gradient_interval": 2},
-    **{f"learning rate {rate}": {"learning_rate": rate} for rate in (0.005, 0.05, 0.1)},
+    **{f"learning rate {rate}": {"learning_rate": rate} for rate in (0.02, 0.1, 0.2)},
 }
 
 

@@ -336,3 +336,24 @@ def test_the_reference_flow_is_the_hard_displacement(case):
     )
     torch.testing.assert_close(reference.flows[2][None], expected[2])
     assert list(reference.flows) == [0, 2]
+
+
+def test_the_optimised_latents_are_what_is_denoised(case):
+    backbone, video, arguments = case("cogvideox", guided=False)
+    seen = []
+
+    def keep(module, inputs, keywords, output):
+        if output is not None:
+            seen.append((keywords, output[0].clone()))
+
+    hook = backbone.transformer.register_forward_hook(keep, with_kwargs=True)
+    result = MotionTransfer(backbone, block=1, **{**SETTINGS, "guided_share": 0.3})(video, **arguments)
+    hook.remove()
+    (first, predicted), (second, _) = seen[-3:-1]
+    latents = result.optimised.tensors[0]["latent"]
+    with torch.no_grad():
+        torch.testing.assert_close(predicted, backbone.transformer(**{**first, "hidden_states": latents})[0])
+    scheduler = type(backbone.pipe.scheduler).from_config(backbone.pipe.scheduler.config)
+    scheduler.set_timesteps(3)
+    expected = scheduler.step(predicted, scheduler.timesteps[0], latents).prev_sample
+    torch.testing.assert_close(second["hidden_states"], expected)
