@@ -31,7 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "no refinement": {"refine": 0},
     "refine 2": {"refine": 2},
-    "every frame by itself": {"path_spread": None},
+    "every frame by itself": {"path_spread": 0.0},
     "one direction": {"bidirectional": False},
     "mean over heads": {"head_weights": ()},
     "noisy latents": {"noise": True, "step": -3},

@@ -22,6 +22,7 @@ _OPTIONS: dict[str, tuple[Any, str]] = {
     "tokens_per_frame": (int, "most tokens a frame is encoded to, in place of a size"),
     "resize_first": (tuple[int, int], "size [height,width] frames are brought to before they are encoded"),
     "refine": (int, "radius in tokens within which a match is refined; 0 keeps the best token"),
+    "path_spread": (float, "tokens from the path so far within which a match is preferred; 0: every frame by itself"),
     "geometry": (str, "how tokens and pixels correspond: centers or released"),
     "visibility": (str, "consistency (the match back must lead to the query) or all (every point is called visible)"),
     "tolerance": (float, "largest distance in tokens between a query and its match back for a visible point"),

@@ -38,7 +38,7 @@ class TrackerOptions:
         resize_first: (height, width) to which frames are resized before that (DiffTrack's evaluation: 256 x 256).
         refine: radius in tokens of the cost-weighted mean round the best token; 0 for the best token itself.
         path_spread: distance in tokens (standard deviation) from the path so far within which a match is preferred, see
-            `corrdit.tracking.paths`; None matches every frame by itself. Keeps the cost maps of all frames, two bytes
+            `corrdit.tracking.paths`; 0 matches every frame by itself. Keeps the cost maps of all frames, two bytes
             a point, frame and token. "chained" has no use for it.
         geometry: "centers" (token centres) or "released" (DiffTrack's reading of match maps).
         visibility: "consistency" (matching back leads to the query) or "all" (every point is called visible).
@@ -64,7 +64,7 @@ class TrackerOptions:
     tokens_per_frame: int | None = None
     resize_first: tuple[int, int] | None = None
     refine: int = 1
-    path_spread: float | None = 3.0
+    path_spread: float = 3.0
     geometry: str = "centers"
     visibility: str = "consistency"
     tolerance: float = 2.0
@@ -94,12 +94,10 @@ class TrackerOptions:
             raise ValueError("height and width fix the tokens of a frame; drop tokens_per_frame or the two")
         if not self.tolerance >= 0:
             raise ValueError(f"tolerance must be a distance in tokens of at least 0, got {self.tolerance}")
-        if self.path_spread is not None and not self.path_spread > 0:
-            raise ValueError(f"path_spread must be a distance in tokens above 0, or None, got {self.path_spread}")
-        if self.geometry == "released" and (self.refine or self.path_spread is not None):
-            raise ValueError(
-                'geometry="released" reads whole-token matches; give refine=0 and path_spread=None with it'
-            )
+        if not self.path_spread >= 0:
+            raise ValueError(f"path_spread must be a distance in tokens of at least 0, got {self.path_spread}")
+        if self.geometry == "released" and (self.refine or self.path_spread):
+            raise ValueError('geometry="released" reads whole-token matches; give refine=0 and path_spread=0 with it')
         if isinstance(self.head_weights, Iterable):
             object.__setattr__(self, "head_weights", tuple(float(weight) for weight in self.head_weights))
 
@@ -115,7 +113,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "frames_per_chunk": 13,
         "resize_first": (256, 256),
         "refine": 0,
-        "path_spread": None,
+        "path_spread": 0.0,
         "geometry": "released",
         "visibility": "all",
     },

@@ -157,7 +157,7 @@ class _Run:
                     found[frame] = self._read_matches(position, frame_cost)
                 else:
                     point_cost = self._point_costs(position, cost.tokens, frame_cost)
-                    if self.options.path_spread is None:
+                    if self.options.path_spread == 0:
                         found[frame] = self._locate(position, point_cost, None)
                     else:
                         # Half precision holds three digits of a cost, and these are kept until all frames are there.
@@ -261,7 +261,7 @@ class _Run:
         """Positions in one target frame; `position [P, 2]` in encoded pixels, `expected [P, 2]` in tokens."""
         place = pixels_to_tokens(position, self.stride)
         rows, refine = cost.rows.float(), self.options.refine
-        if expected is None or self.options.path_spread is None:
+        if expected is None:
             peaks, score = refined_peaks(rows, refine)
         else:
             peaks, score = preferred_peaks(rows, expected, spread=self.options.path_spread, refine=refine)

@@ -45,7 +45,7 @@ def test_refinement_lowers_the_error(backbone, clips):
 
 
 def test_the_path_so_far_helps_and_moving_points_are_followed(backbone, clips):
-    by_itself = moving_errors(PointTracker(backbone, path_spread=None).track, clips)
+    by_itself = moving_errors(PointTracker(backbone, path_spread=0).track, clips)
     along_paths = moving_errors(PointTracker(backbone).track, clips)
     still = moving_errors(lambda video, queries: standing_still(queries, len(video)), clips)
     assert along_paths.mean() < by_itself.mean()

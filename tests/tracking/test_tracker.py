@@ -97,7 +97,7 @@ def test_a_match_near_the_path_wins_over_an_equal_one_far_away():
     query = [(0, 70.0, 30.0)]
     near = PointTracker(PixelBackbone()).track(video, query)
     torch.testing.assert_close(near.xy[:, 0, 0], torch.tensor([70.0, 74.0, 78.0, 82.0, 86.0]), atol=0.1, rtol=0)
-    alone = PointTracker(PixelBackbone(), path_spread=None).track(video, query)
+    alone = PointTracker(PixelBackbone(), path_spread=0).track(video, query)
     assert (alone.xy[1:, 0, 0] - near.xy[1:, 0, 0]).abs().max() > 40
     for anchor in (2, 4):
         back = PointTracker(PixelBackbone()).track(video, [(anchor, 70.0, 30.0)])
@@ -271,7 +271,7 @@ def test_bad_videos_are_named(video, message):
         ({"height": 64, "width": 96, "tokens_per_frame": 9}, "drop tokens_per_frame"),
         ({"tolerance": float("nan")}, "tolerance"),
         ({"heads": "none"}, "heads must be one of"),
-        ({"path_spread": 0.0}, "path_spread must be a distance"),
+        ({"path_spread": -1.0}, "path_spread must be a distance"),
     ],
 )
 def test_bad_options_are_named(options, message):
