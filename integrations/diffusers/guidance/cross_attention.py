@@ -31,8 +31,8 @@ from corrdit.integrations.diffusers.layouts import ForwardCall, TransformerLayou
 from corrdit.integrations.diffusers.steps import PipelineSteps
 
 DEFAULT_RENORMALIZE = True
-"""Measured on the embedded model (benchmarks/results/guidance_quality.json): removing keys before the softmax makes videos
-more consistent in time, dropping weights after it less."""
+"""Measured on the embedded model (benchmarks/results/guidance_quality.json): removing keys before the softmax makes
+videos more consistent in time, dropping weights after it less."""
 PUBLISHED = "published"
 
 _guided_transformers: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
