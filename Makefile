@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-all lint types format figures clean
+.PHONY: demo test test-all test-oldest lint types format figures clean
 
 $(INSTALLED): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,12 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	$(PYTEST)
+
+# The oldest diffusers that setup.py claims, with the libraries of its time, laid over the environment.
+OLDEST := build/oldest
+test-oldest: $(INSTALLED)
+	$(BIN)/pip install --quiet --upgrade --target $(OLDEST) --requirement constraints-oldest.txt
+	PYTHONPATH=$(OLDEST) $(PYTEST) -m "not slow" tests/diffusers
 
 $(VENV)/.linted: $(INSTALLED)
 	$(BIN)/pip install --constraint constraints.txt ruff mypy

@@ -19,7 +19,7 @@ _LAZY_ATTRIBUTES = {
     "CrossAttentionGuidance": "corrdit.integrations.diffusers",
     "MotionTransfer": "corrdit.integrations.diffusers",
     # By its module: the package attribute of this name is the module once that is imported.
-    "capture": "corrdit.integrations.diffusers.capture",
+    "capture": "corrdit.integrations.diffusers.captures",
     "load_backbone": "corrdit.integrations.diffusers",
 }
 _LAZY_MODULES = ("data", "metrics", "motion", "ops", "testing", "tracking", "video", "visualization")

@@ -84,6 +84,10 @@ def triton_unavailable(device: str, dtype: torch.dtype) -> str | None:
         return None
     if device != "cuda":
         return f"the tensors are on {device}, the kernels need a CUDA device (or TRITON_INTERPRET=1 for CPU tensors)"
+    if torch.version.hip is not None:
+        return "the kernels are tuned and tested for NVIDIA devices only, this PyTorch is built for AMD"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return f"the kernels need compute capability 8.0 or later, this device has {torch.cuda.get_device_capability()}"
     return None
 
 

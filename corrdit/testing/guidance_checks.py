@@ -29,7 +29,7 @@ def check_generation(backbone: Backbone, generation: Mapping[str, Any]) -> None:
     The branch is recognised independently of the capture, by comparing the prompt each forward was given with
     `prompt_embeds` and `negative_prompt_embeds`; the queries are compared with those of the same forward repeated.
     """
-    from corrdit.integrations.diffusers.capture import capture
+    from corrdit.integrations.diffusers.captures import capture
 
     plain, calls, last = _recorded_generation(backbone, generation)
     layer = backbone.layers - 1
@@ -94,7 +94,7 @@ def _queries_of_prompt(
     backbone: Backbone, calls: list[RecordedCall], step: int, layer: int, prompt: torch.Tensor
 ) -> torch.Tensor:
     """Queries `[1, H, N, D]` of the sample of this step that was given this prompt."""
-    from corrdit.integrations.diffusers.capture import capture
+    from corrdit.integrations.diffusers.captures import capture
 
     for call in calls:
         if call.step != step:

@@ -25,7 +25,7 @@ def check_grid(subject: Subject) -> None:
 
 def check_output_unchanged(subject: Subject) -> None:
     """The model's output is bit-identical with and without a capture of every layer."""
-    from corrdit.integrations.diffusers.capture import capture
+    from corrdit.integrations.diffusers.captures import capture
 
     plain = subject.prediction()
     with capture(subject.transformer, layers=subject.layers, operation=small_scalar):
@@ -134,7 +134,7 @@ def check_gradient_checkpointing(subject: Subject) -> None:
 
 
 def _gradient(subject: Subject, layer: int, early_exit: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    from corrdit.integrations.diffusers.capture import capture
+    from corrdit.integrations.diffusers.captures import capture
 
     latents = subject.latents.clone().requires_grad_()
     calls: list[int] = []

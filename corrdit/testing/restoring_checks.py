@@ -20,7 +20,7 @@ class _Interruption(Exception):
 
 def check_restored_after_exit(subject: Subject) -> None:
     """Processors, hooks and attributes are the same objects as before."""
-    from corrdit.integrations.diffusers.capture import capture
+    from corrdit.integrations.diffusers.captures import capture
 
     before = _state(subject.transformer)
     for early_exit in (False, True):
@@ -31,7 +31,7 @@ def check_restored_after_exit(subject: Subject) -> None:
 
 def check_restored_after_exception(subject: Subject) -> None:
     """The same after an exception in the operation, and it reaches the caller."""
-    from corrdit.integrations.diffusers.capture import capture
+    from corrdit.integrations.diffusers.captures import capture
 
     def failing(q: Any, k: Any, grid: Any, key_mask: Any) -> None:
         raise _Interruption
@@ -49,7 +49,7 @@ def check_restored_after_exception(subject: Subject) -> None:
 def check_restored_after_nesting(subject: Subject) -> None:
     """A second capture of the same transformer is refused and does not disturb the first; a processor put in by hand
     under a capture still works, and both come off."""
-    from corrdit.integrations.diffusers.capture import capture
+    from corrdit.integrations.diffusers.captures import capture
     from corrdit.integrations.diffusers.processors import CorrespondenceProcessor
 
     before = _state(subject.transformer)
@@ -75,7 +75,7 @@ def check_restored_after_nesting(subject: Subject) -> None:
 
 def check_pickling(subject: Subject) -> None:
     """A copy pickled while a capture is open has stock processors and gives the same output."""
-    from corrdit.integrations.diffusers.capture import capture
+    from corrdit.integrations.diffusers.captures import capture
 
     plain = subject.prediction()
     with capture(subject.transformer, layers=subject.layers, operation=small_scalar):
@@ -96,7 +96,7 @@ def check_pickling(subject: Subject) -> None:
 
 def check_saving(subject: Subject) -> None:
     """`save_pretrained` while a capture is open writes the same files as before it."""
-    from corrdit.integrations.diffusers.capture import capture
+    from corrdit.integrations.diffusers.captures import capture
 
     before = _saved(subject.transformer)
     with capture(subject.transformer, layers=subject.layers, operation=small_scalar):
@@ -110,7 +110,7 @@ def check_saving(subject: Subject) -> None:
 
 def check_memory(subject: Subject) -> None:
     """No query or key outlives its layer, and no tensor is left behind."""
-    from corrdit.integrations.diffusers.capture import capture
+    from corrdit.integrations.diffusers.captures import capture
 
     alive: list[weakref.ref[torch.Tensor]] = []
     most_alive = 0

@@ -141,7 +141,7 @@ class Subject:
     @torch.no_grad()
     def read(self, layers: tuple[int, ...] | None = None, **changes: Any) -> dict[int, LayerRead]:
         """Copies of queries and keys of layers, from one captured forward with other latents or text."""
-        from corrdit.integrations.diffusers.capture import capture
+        from corrdit.integrations.diffusers.captures import capture
 
         chosen = layers or self.layers
         with capture(self.transformer, layers=chosen, operation=copy_of_inputs) as captured:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 _LAZY_ATTRIBUTES = {
     "Backbone": "corrdit.integrations.diffusers.backbones.base",
-    "Capture": "corrdit.integrations.diffusers.capture",
+    "Capture": "corrdit.integrations.diffusers.captures",
     "CorrespondenceProcessor": "corrdit.integrations.diffusers.processors",
     "CrossAttentionGuidance": "corrdit.integrations.diffusers.guidance",
     "MotionTransfer": "corrdit.integrations.diffusers.motion_transfer",
@@ -18,7 +18,7 @@ _LAZY_ATTRIBUTES = {
     "TransformerLayout": "corrdit.integrations.diffusers.layouts",
     "available_backbones": "corrdit.integrations.diffusers.backbones.loading",
     "backbone_of": "corrdit.integrations.diffusers.backbones.loading",
-    "capture": "corrdit.integrations.diffusers.capture",
+    "capture": "corrdit.integrations.diffusers.captures",
     "load_backbone": "corrdit.integrations.diffusers.backbones.loading",
     "register_layout": "corrdit.integrations.diffusers.layouts",
 }
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from corrdit.integrations.diffusers.backbones.base import Backbone
     from corrdit.integrations.diffusers.backbones.loading import available_backbones, backbone_of, load_backbone
     from corrdit.integrations.diffusers.backbones.presets import Preset
-    from corrdit.integrations.diffusers.capture import Capture, capture
+    from corrdit.integrations.diffusers.captures import Capture, capture
     from corrdit.integrations.diffusers.guidance import CrossAttentionGuidance
     from corrdit.integrations.diffusers.layouts import TransformerLayout, register_layout
     from corrdit.integrations.diffusers.motion_transfer import MotionTransfer

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from corrdit.integrations.diffusers.capture import Capture, capture
+from corrdit.integrations.diffusers.captures import Capture, capture
 from corrdit.integrations.diffusers.layouts import forward_arguments, layout_of
 from corrdit.integrations.lightning.discovery import layer_count, transformer_of
 

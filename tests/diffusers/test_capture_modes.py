@@ -33,6 +33,13 @@ def assert_reads_the_same(transformer, arguments, scores, *, layers=(0, 1), tole
     return captured
 
 
+def diffusers_version() -> tuple[int, int]:
+    import diffusers
+
+    major, minor = diffusers.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
 def test_inference_mode_gives_what_no_grad_gives(transformer_call, scores):
     transformer, arguments = transformer_call()
     reference = assert_reads_the_same(transformer, arguments, scores)
@@ -164,6 +171,8 @@ def test_whole_model_compilation_is_refused(pipeline, scores):
 @pytest.mark.parametrize("early_exit", [False, True])
 @pytest.mark.parametrize("granularity", ["block_level", "leaf_level"])
 def test_group_offloading(granularity, early_exit, transformer_call, scores):
+    if diffusers_version() < (0, 42) and not torch.accelerator.is_available():
+        pytest.skip("this diffusers offloads groups only where there is an accelerator")
     transformer, arguments = transformer_call()
     reference = assert_reads_the_same(transformer, arguments, scores)
     more = {"num_blocks_per_group": 1} if granularity == "block_level" else {}
@@ -269,6 +278,8 @@ def test_parallelism_is_refused(kind, pipeline, scores):
     pipe = pipeline("wan")
     config = ParallelConfig(context_parallel_config=ContextParallelConfig(ring_degree=2))
     if kind == "tensor":
+        if diffusers_version() < (0, 42):
+            pytest.skip("this diffusers has no tensor parallelism")
         from diffusers import TensorParallelConfig
 
         config = ParallelConfig(tensor_parallel_config=TensorParallelConfig(tp_degree=2))

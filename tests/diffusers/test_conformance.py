@@ -146,7 +146,7 @@ def test_masks_forgotten(name, monkeypatch):
 
 
 def test_processors_left_behind(monkeypatch):
-    monkeypatch.setattr("corrdit.integrations.diffusers.capture._restore", lambda module, processor: None)
+    monkeypatch.setattr("corrdit.integrations.diffusers.captures._restore", lambda module, processor: None)
     only = tuple(name for name in CHECKS if name.startswith("restored"))
     assert failures("wan", only=only) == set(only)
 

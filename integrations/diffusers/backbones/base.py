@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from corrdit.grid import TokenGrid, whole_number
 from corrdit.integrations.diffusers.backbones.presets import Preset, preset_for
-from corrdit.integrations.diffusers.capture import Capture
+from corrdit.integrations.diffusers.captures import Capture
 from corrdit.integrations.diffusers.layouts import TransformerLayout, has_layout, register_layout
 from corrdit.integrations.diffusers.processors import Operation, named_operations
 

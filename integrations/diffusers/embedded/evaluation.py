@@ -18,7 +18,7 @@ from torch import Tensor
 from corrdit import ops
 from corrdit.data import WorldConfig, generate
 from corrdit.grid import TokenGrid
-from corrdit.integrations.diffusers.capture import capture
+from corrdit.integrations.diffusers.captures import capture
 from corrdit.integrations.diffusers.embedded.pipeline import EmbeddedVideoPipeline
 
 HELD_OUT_SEEDS = 1_000_000_000

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from corrdit.grid import TokenGrid
-from corrdit.integrations.diffusers.capture import Capture
+from corrdit.integrations.diffusers.captures import Capture
 from corrdit.integrations.diffusers.early_exit import leaving_after
 from corrdit.integrations.diffusers.forward_watch import RemovableHook
 from corrdit.integrations.diffusers.layouts import TransformerLayout

@@ -1,0 +1,40 @@
+"""What "auto" takes, and why an explicit backend cannot run."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from corrdit.ops import backends
+
+
+@pytest.fixture(autouse=True)
+def forget_choices():
+    backends._automatic.cache_clear()
+    yield
+    backends._automatic.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "dtype", "reason"),
+    [
+        ((9, 0), None, torch.bfloat16, None),
+        ((7, 5), None, torch.float16, "compute capability 8.0"),
+        ((9, 4), "6.2", torch.float16, "AMD"),
+        ((9, 0), None, torch.float64, "not float64"),
+    ],
+)
+def test_auto_says_what_it_took_on_a_gpu(monkeypatch, caplog, capability, hip, dtype, reason):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    with caplog.at_level(logging.INFO, logger="corrdit"):
+        chosen = [backends._automatic("cuda", dtype) for _ in range(2)]
+    assert chosen == (["triton"] * 2 if reason is None else ["streaming"] * 2)
+    assert len(caplog.records) == 1
+    assert (reason or "takes") in caplog.text
+
+
+def test_auto_takes_streaming_on_the_cpu():
+    assert backends._automatic("cpu", torch.float32) == "streaming"
