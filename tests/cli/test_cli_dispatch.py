@@ -19,6 +19,9 @@ from corrdit.cli import COMMANDS, main
 
 CORRDIT = Path(sys.executable).with_name("corrdit")
 HARNESS = """
+import signal
+# A suite that a shell runs in the background inherits an ignored SIGINT, and so would the command.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import sys, time
 from types import SimpleNamespace
 import corrdit, corrdit.cli
