@@ -74,14 +74,7 @@ def match(
     checks.check_tokens(grid, q=q, k=k)
     weights = checks.check_heads(heads, head_weights, q)
     source = checks.check_frame("source", source, grid)
-    if targets is None:
-        wanted = [frame for frame in range(grid.frames) if frame != source]
-        if not wanted:
-            raise ValueError("the grid has one frame, so no frame but the source is left; give targets or more frames")
-    else:
-        wanted = [checks.check_frame("targets", frame, grid) for frame in targets]
-        if not wanted:
-            raise ValueError("targets is empty; give at least one frame, or None for every frame but the source")
+    wanted = _target_frames(targets, source, grid)
     key_mask = checks.check_key_mask(key_mask, q)
     module = select_backend(backend, q)
     given = backend_input(module, BackendInput(q, k, grid, key_mask, heads, weights))
@@ -100,3 +93,16 @@ def match(
         memory_budget=checks.check_budget(memory_budget),
     )
     return Match(xy, score)
+
+
+def _target_frames(targets: Iterable[int] | None, source: int, grid: TokenGrid) -> list[int]:
+    """The frames asked for; every frame but the source for None."""
+    if targets is None:
+        wanted = [frame for frame in range(grid.frames) if frame != source]
+        if not wanted:
+            raise ValueError("the grid has one frame, so no frame but the source is left; give targets or more frames")
+        return wanted
+    wanted = [checks.check_frame("targets", frame, grid) for frame in targets]
+    if not wanted:
+        raise ValueError("targets is empty; give at least one frame, or None for every frame but the source")
+    return wanted
