@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +205,31 @@ def test_command_for_a_file_of_prompts(folder: str, tmp_path: Path, capsys: pyte
     assert sorted(path.name for path in out.iterdir()) == ["0000", "0001", "settings.json"]
     assert main(arguments) == 0
     assert "0 of 2 videos generated" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_command_over_two_processes_makes_each_video_once(folder: str, tmp_path: Path) -> None:
+    """The installed command on two processes writes what one process writes, and counts every video once."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    arguments = ["generate", "--prompts", str(prompts), "--model", folder, "--device", "cpu"]
+    arguments += ["--pipeline", '{"num_frames": 4, "num_inference_steps": 2}']
+    executable = Path(sysconfig.get_path("scripts")) / "corrdit"
+    done = subprocess.run(
+        [str(executable), *arguments, "--devices", "2", "--output", str(tmp_path / "two")],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout.count("3 of 3 videos generated") == 1
+    assert main([*arguments, "--output", str(tmp_path / "one")]) == 0
+    for name in ("0000", "0001", "0002"):
+        one, two = (read_video(tmp_path / run / name / "video.mp4").frames for run in ("one", "two"))
+        np.testing.assert_array_equal(one, two)
 
 
 @pytest.mark.parametrize(
