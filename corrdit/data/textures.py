@@ -1,7 +1,9 @@
 """Surfaces of the generated world: fractal noise, patterns and palettes, as RGB images sampled by the renderer.
 
 Every surface carries detail at several scales that does not repeat, so that a small piece of it says where it is: a
-bare stripe or checker pattern would match itself a period away.
+bare stripe or checker pattern would match itself a period away. Hue varies independently of brightness, and coarse
+detail outweighs fine detail: brightness alone is one number, which many places share, and detail finer than a motion
+of half a token is no longer recognised after it.
 """
 
 import math
@@ -14,6 +16,10 @@ from torch import Tensor
 BACKGROUND_EXTENT = 1.6
 SPRITE_EXTENT = 1.15
 _FIELDS = 3
+_OCTAVE_FALLOFF = 0.5
+_BACKGROUND_HUE, _SPRITE_HUE = 0.08, 0.09
+# directions of colour that leave the brightness about as it is: red against blue, green against magenta
+_WARMTH, _GREENNESS = (1.0, -0.2, -0.8), (-0.5, 1.0, -0.5)
 
 _COLOUR_VALUES = {
     "red": (0.90, 0.12, 0.12),
@@ -54,7 +60,7 @@ def _fields(seeds: list[int], stretches: list[tuple[float, float]], sizes: list[
     total = torch.zeros(len(seeds), _FIELDS, texels, texels)
     weights = 0.0
     for octave, size in enumerate(sizes):
-        weight = 0.78**octave
+        weight = _OCTAVE_FALLOFF**octave
         lattices = []
         for seed, (stretch_x, stretch_y) in zip(seeds, stretches, strict=True):
             rows, columns = max(3, round(size / stretch_y)), max(3, round(size / stretch_x))
@@ -71,6 +77,13 @@ def _fields(seeds: list[int], stretches: list[tuple[float, float]], sizes: list[
 
 def _mix(first: Tensor, second: Tensor, share: Tensor) -> Tensor:
     return first + (second - first) * share
+
+
+def _tint(image: Tensor, fields: Tensor, strength: float) -> Tensor:
+    """Vary the hue by the second and the third field, and the brightness a little by the second."""
+    warmth, greenness = (torch.tensor(axis)[None, :, None, None] for axis in (_WARMTH, _GREENNESS))
+    hue = warmth * fields[:, 2:3] + 0.8 * greenness * fields[:, 1:2]
+    return image * (1 + 0.16 * fields[:, 1:2]) + strength * hue
 
 
 def _brick_pattern(grid_x: Tensor, grid_y: Tensor) -> Tensor:
@@ -97,8 +110,7 @@ def background_images(names: list[str], seeds: list[int], pixels_per_unit: float
     dark, middle, light = (torch.tensor([look[tone] for look in looks])[:, :, None, None] for tone in range(3))
     tone = torch.sigmoid(1.7 * fields[:, 0:1])
     image = _mix(_mix(dark, middle, (2 * tone).clamp(max=1)), light, (2 * tone - 1).clamp(min=0))
-    image = image * (1 + 0.16 * fields[:, 1:2])
-    image = image + 0.05 * fields[:, 2:3] * torch.tensor([1.0, -0.2, -0.8])[None, :, None, None]
+    image = _tint(image, fields, _BACKGROUND_HUE)
     bricks = [index for index, name in enumerate(names) if name == "brick"]
     if bricks:
         grid_x, grid_y = _surface_grid(texels, BACKGROUND_EXTENT)
@@ -144,5 +156,4 @@ def sprite_images(
         torch.tensor([_COLOUR_VALUES[pair[place]] for pair in colours])[:, :, None, None] for place in (0, 1)
     )
     image = _mix(first, 0.62 * second, share)
-    image = image * (1 + 0.17 * fields[:, 1:2]) + 0.05 * fields[:, 2:3]
-    return image.clamp(0.0, 1.0)
+    return _tint(image, fields, _SPRITE_HUE).clamp(0.0, 1.0)
