@@ -21,6 +21,7 @@ from typing import Any
 COMMANDS = {
     "track": "follow points through a video",
     "demo": "track points through a generated clip and compare with its exact truth",
+    "evaluate": "evaluate trackers on TAP-Vid or on generated videos",
     "train": "train the embedded model on generated videos",
     "generate": "generate videos from prompts, with cross-attention guidance beside without",
     "transfer": "give a new video the motion of a reference",

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import logging
 import sys
 import time
-import warnings
-from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from corrdit.cli.devices import checked_device, checked_dtype
+from corrdit.cli.lightning_runs import LONGEST_WAIT, predict, quiet_lightning
 from corrdit.cli.points import check_points_spec, read_points
 from corrdit.cli.tracker_options import given_tracker_options
-
-LONGEST_WAIT = timedelta(days=7)
-"""How long a process that is done waits for the others; torch's own limit of half an hour is less than one video."""
 
 
 def is_folder_of_videos(path: Path, output: str | None = None) -> bool:
@@ -44,7 +37,7 @@ def track_folder(arguments: Any) -> int:
     began = time.perf_counter()
     check_points_spec(arguments.points)
     devices = _device_options(arguments)
-    with _quiet_lightning():
+    with quiet_lightning():
         from lightning.pytorch import Trainer
 
         from corrdit.integrations.lightning import TrackingModule, VideoDataModule, tracking_report
@@ -71,7 +64,7 @@ def track_folder(arguments: Any) -> int:
             enable_model_summary=False,
             enable_progress_bar=sys.stderr.isatty(),
         )
-        _predict(trainer, module, data)
+        predict(trainer, module, data)
         trainer.strategy.barrier("every process has done its videos")
     if not trainer.is_global_zero:
         return 0
@@ -85,16 +78,6 @@ def track_folder(arguments: Any) -> int:
     )
     print(f"  {Path(arguments.output)}/VIDEO/tracks.npz, tracks.mp4, tracks.png")
     return 2 if report["failed"] or report["left"] else 0
-
-
-def _predict(trainer: Any, module: Any, data: Any) -> None:
-    """Lightning turns Ctrl-C into an exit with status 1; here it is Ctrl-C again."""
-    try:
-        trainer.predict(module, data, return_predictions=False)
-    except SystemExit:
-        if trainer.interrupted:
-            raise KeyboardInterrupt from None
-        raise
 
 
 def _points_of(spec: str) -> Any:
@@ -127,20 +110,3 @@ def _device_options(arguments: Any) -> dict[str, Any]:
     if processes > 1:
         options["strategy"] = DDPStrategy(timeout=LONGEST_WAIT)
     return options
-
-
-@contextlib.contextmanager
-def _quiet_lightning() -> Iterator[None]:
-    """Without the lines in which Lightning lists the machine and recommends more workers."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-            warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -3,6 +3,7 @@
 from corrdit.data.prompts import PROMPT_KINDS, describe
 from corrdit.data.scene import Scene
 from corrdit.data.tapvid import TapVidSample, TapVidVideo, read_tapvid
+from corrdit.data.tapvid_set import TapVidEntry, TapVidSet
 from corrdit.data.tapvid_writing import write_tapvid, write_tapvid_shards
 from corrdit.data.world import Clip, Flow, Truth, WorldConfig, demo_clip, generate, render
 
@@ -11,7 +12,9 @@ __all__ = [
     "Clip",
     "Flow",
     "Scene",
+    "TapVidEntry",
     "TapVidSample",
+    "TapVidSet",
     "TapVidVideo",
     "Truth",
     "WorldConfig",

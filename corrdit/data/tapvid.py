@@ -79,6 +79,13 @@ class TapVidVideo:
         for name, value in (("video", video), ("points", points), ("occluded", occluded)):
             object.__setattr__(self, name, value)
 
+    def shortened(self, frames: int) -> TapVidVideo:
+        """Its first frames, at least one; the whole video where it has no more."""
+        frames = whole_number("frames", frames, 1)
+        if frames >= len(self.video):
+            return self
+        return TapVidVideo(self.name, self.video[:frames], self.points[:, :frames], self.occluded[:, :frames])
+
     def sample(self, mode: str = "first", *, stride: int = PUBLISHED_STRIDE) -> TapVidSample:
         """Queries as the protocol chooses them.
 
@@ -185,7 +192,7 @@ def read_tapvid(
     path = Path(path)
     for file, prefix in _files(path):
         try:
-            entries = _named_entries(file, load_arrays(file))
+            entries = named_entries(file, load_arrays(file))
         except ValueError as error:
             if on_broken is None:
                 raise
@@ -194,7 +201,7 @@ def read_tapvid(
         while entries:
             name, entry = entries.pop(0)
             try:
-                video = _video(prefix + name, entry)
+                video = annotated_video(prefix + name, entry)
             except ValueError as error:
                 if on_broken is None:
                     raise ValueError(f"{file}: {error}") from error
@@ -207,6 +214,11 @@ def _files(path: Path) -> list[tuple[Path, str]]:
     """Files to read and what their videos' names begin with."""
     if not path.is_dir():
         return [(path, "")]
+    return [(shard, f"{shard.stem}/") for shard in shard_files(path)]
+
+
+def shard_files(path: Path) -> list[Path]:
+    """All shards of a folder in order; ValueError where there are none or some are missing."""
     shards = sorted(path.glob(SHARD_PATTERN))
     if not shards:
         raise ValueError(f"{path} holds no shards named like 0000_of_0010.pkl; give a TAP-Vid file or such a folder")
@@ -218,10 +230,11 @@ def _files(path: Path) -> list[tuple[Path, str]]:
             f"{path} holds {len(shards)} of {expected} shards; missing are {', '.join(missing) or 'none'}, and shards "
             "of different sets must not share a folder"
         )
-    return [(shard, f"{shard.stem}/") for shard in shards]
+    return shards
 
 
-def _named_entries(file: Path, contents: Any) -> list[tuple[str, Any]]:
+def named_entries(file: Path, contents: Any) -> list[tuple[str, Any]]:
+    """Names and raw contents of the videos in what a file holds; ValueError where it is no TAP-Vid file."""
     if isinstance(contents, dict) and contents and all(isinstance(entry, dict) for entry in contents.values()):
         return [(str(name), contents[name]) for name in sorted(contents, key=str)]
     if isinstance(contents, (list, tuple)) and contents:
@@ -232,7 +245,8 @@ def _named_entries(file: Path, contents: Any) -> list[tuple[str, Any]]:
     )
 
 
-def _video(name: str, entry: Any) -> TapVidVideo:
+def annotated_video(name: str, entry: Any) -> TapVidVideo:
+    """The video of raw contents, jpeg frames decoded; ValueError where something is missing or broken."""
     keys = ("video", "points", "occluded")
     if not isinstance(entry, dict) or not all(key in entry for key in keys):
         found = ", ".join(map(str, entry)) if isinstance(entry, dict) else type(entry).__name__

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 _LAZY_ATTRIBUTES = {
     "CorrespondenceCallback": "corrdit.integrations.lightning.callback",
     "CorrespondenceMonitor": "corrdit.integrations.lightning.monitor",
+    "EvaluationModule": "corrdit.integrations.lightning.evaluation",
     "GenerationModule": "corrdit.integrations.lightning.generation",
     "GuidanceCallback": "corrdit.integrations.lightning.guidance_callback",
     "PromptDataModule": "corrdit.integrations.lightning.generation",
+    "TapVidDataModule": "corrdit.integrations.lightning.tapvid_data",
     "TrackingModule": "corrdit.integrations.lightning.modules",
     "TransferDataModule": "corrdit.integrations.lightning.transfer",
     "TransferModule": "corrdit.integrations.lightning.transfer",
@@ -24,9 +26,11 @@ _LAZY_ATTRIBUTES = {
 __all__ = [
     "CorrespondenceCallback",
     "CorrespondenceMonitor",
+    "EvaluationModule",
     "GenerationModule",
     "GuidanceCallback",
     "PromptDataModule",
+    "TapVidDataModule",
     "TrackingModule",
     "TransferDataModule",
     "TransferModule",
@@ -38,11 +42,13 @@ __all__ = [
 if TYPE_CHECKING:
     from corrdit.integrations.lightning.callback import CorrespondenceCallback
     from corrdit.integrations.lightning.data_modules import VideoDataModule
+    from corrdit.integrations.lightning.evaluation import EvaluationModule
     from corrdit.integrations.lightning.generation import GenerationModule, PromptDataModule
     from corrdit.integrations.lightning.guidance_callback import GuidanceCallback
     from corrdit.integrations.lightning.modules import TrackingModule, tracking_report
     from corrdit.integrations.lightning.monitor import CorrespondenceMonitor
     from corrdit.integrations.lightning.probe import WorldProbe
+    from corrdit.integrations.lightning.tapvid_data import TapVidDataModule
     from corrdit.integrations.lightning.transfer import TransferDataModule, TransferModule
 
 

@@ -1,0 +1,42 @@
+"""Running Lightning's Trainer from a command: quiet, patient between processes, and with Ctrl-C as everywhere."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+LONGEST_WAIT = timedelta(days=7)
+"""How long a process that is done waits for the others; torch's own limit of half an hour is less than one video."""
+
+
+def predict(trainer: Any, module: Any, data: Any) -> None:
+    """`Trainer.predict`; Lightning turns Ctrl-C into an exit with status 1, here it is Ctrl-C again."""
+    try:
+        trainer.predict(module, data, return_predictions=False)
+    except SystemExit:
+        if trainer.interrupted:
+            raise KeyboardInterrupt from None
+        raise
+
+
+@contextlib.contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Without the lines in which Lightning lists the machine and recommends more workers."""
+    import lightning.pytorch  # noqa: F401  (sets the levels of its loggers when it is imported)
+
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

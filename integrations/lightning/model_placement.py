@@ -1,0 +1,76 @@
+"""Where the parts of a model go that does not fit one GPU: by what diffusers and accelerate have.
+
+`"device"`: everything on the process's device. `"offload"`: diffusers' model offloading, which keeps text encoder,
+transformer and codec in the computer's memory and moves each to the device while it runs. `"offload_layers"`:
+diffusers' sequential offloading, the same for every layer; slow, and needs the least. `"shards"`: accelerate spreads
+the transformer's blocks over all GPUs that one process sees (one process a machine: `--trainer.devices 1`).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+PLACEMENTS = ("device", "offload", "offload_layers", "shards")
+
+
+def placed_backbone(model: Any, *, device: torch.device, dtype: str | None, placement: str) -> Any:
+    """A backbone, loaded where it is not loaded already, with its parts where they run.
+
+    Args:
+        model: for `corrdit.load_backbone`, or a backbone, which is left where it is.
+        device: of the process.
+        dtype: name of a type of torch; None for the model's own (bfloat16 where parts are offloaded or spread).
+        placement: one of `PLACEMENTS`.
+
+    Raises:
+        ValueError: what `load_backbone` refuses, a placement that needs a GPU where there is none, or a backbone that
+            is loaded already and should be placed.
+    """
+    if not isinstance(model, (str, os.PathLike)):
+        if placement != "device":
+            raise ValueError(
+                f"placement={placement!r} is for a model that is loaded by name; this one is loaded already"
+            )
+        return model
+    from corrdit import load_backbone
+
+    precision = None if dtype is None else getattr(torch, dtype)
+    if placement == "device":
+        return load_backbone(model, device=device, dtype=precision)
+    if device.type == "cpu":
+        raise ValueError(f"placement={placement!r} moves parts of the model to a GPU, and this process has none")
+    backbone = load_backbone(model, device="cpu", dtype=precision or torch.bfloat16)
+    place(backbone.pipe, placement, device)
+    return backbone
+
+
+def place(pipe: Any, placement: str, device: torch.device) -> None:
+    """Put the parts of a pipeline that lies in the computer's memory where they run."""
+    if placement == "offload":
+        pipe.enable_model_cpu_offload(device=device)
+    elif placement == "offload_layers":
+        pipe.enable_sequential_cpu_offload(device=device)
+    else:
+        transformer, pipe.transformer = pipe.transformer, None
+        pipe.to(device)
+        pipe.transformer = transformer
+        spread(transformer, available_memory())
+
+
+def spread(transformer: torch.nn.Module, memory: dict[Any, int]) -> None:
+    """Put the blocks of a transformer, none of them divided, on devices that have so many bytes each."""
+    from accelerate import dispatch_model, infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
+    whole = list(getattr(transformer, "_no_split_modules", None) or [])
+    kept = {"no_split_module_classes": whole, "dtype": next(transformer.parameters()).dtype}
+    balanced = get_balanced_memory(transformer, max_memory=memory, **kept)
+    dispatch_model(transformer, infer_auto_device_map(transformer, max_memory=balanced, **kept))
+
+
+def available_memory() -> dict[Any, int]:
+    """Free bytes of every GPU this process sees."""
+    return {index: torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())}
