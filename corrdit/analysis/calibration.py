@@ -1,0 +1,194 @@
+"""Choosing the layer, step and head of a backbone from an analysis, as a preset."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from corrdit.analysis.table import AnalysisTable, total
+from corrdit.files import written_beside
+
+DRAWS = 2000
+FEW_VIDEOS = 5
+GUIDANCE_LAYERS = 3
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A reading of one layer at one step, and how well it matches.
+
+    Args:
+        layer, step, timestep: where.
+        head: a single head; None for the mean over heads.
+        accuracy: share of matches within the threshold.
+        low, high: 95 % interval over videos.
+    """
+
+    layer: int
+    step: int
+    timestep: float
+    head: int | None
+    accuracy: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What an analysis recommends.
+
+    Args:
+        best: the reading to use.
+        mean, single: the best mean over heads, and the best single head (None where heads were not read apart).
+        layers: layers by the accuracy of their mean over heads at the step of `best`, the best first.
+        threshold: in pixels of the encoded frames.
+        moving: whether only points that moved were counted; False where there were none.
+        videos: how many videos it rests on.
+    """
+
+    best: Choice
+    mean: Choice
+    single: Choice | None
+    layers: tuple[int, ...]
+    threshold: float
+    moving: bool
+    videos: int
+
+    def described(self) -> str:
+        """The choice in one sentence."""
+        head = "mean over heads" if self.best.head is None else f"head {self.best.head}"
+        kind = "visible points that moved" if self.moving else "visible points"
+        return (
+            f"layer {self.best.layer}, {head}, step {self.best.step} (timestep {self.best.timestep:g}): "
+            f"{100 * self.best.accuracy:.1f} % of {kind} within {self.threshold:g} px "
+            f"({100 * self.best.low:.1f} to {100 * self.best.high:.1f} %, {self.videos} videos)"
+        )
+
+
+def calibrate(tables: Sequence[AnalysisTable], *, threshold: float | None = None) -> Calibration:
+    """The layer, step and head whose query-key matches are right most often.
+
+    Points that moved are counted where there are any. A single head is taken in place of the mean over heads only
+    where it is better in 97.5 % of resamplings of the videos: of many heads the best looks better than it is.
+
+    Args:
+        tables: of several videos.
+        threshold: in pixels of the encoded frames; None for the one nearest to a token.
+
+    Raises:
+        ValueError: no table, tables that do not add up, an unknown threshold, no case at all.
+    """
+    summed = total(tables)
+    threshold = summed.main_threshold if threshold is None else float(threshold)
+    if threshold not in summed.thresholds:
+        accepted = ", ".join(f"{value:g}" for value in summed.thresholds)
+        raise ValueError(f"threshold {threshold:g} was not measured; accepted are {accepted} pixels")
+    moving = bool(summed.moving_cases.any())
+    accuracy = summed.accuracy(threshold, moving=moving)[..., : 1 + summed.heads]
+    if not np.isfinite(accuracy).any():
+        raise ValueError("no point is visible in any later frame, so nothing can be chosen")
+    counts = [_counts(table, threshold, moving) for table in tables]
+    mean = _choice(summed, accuracy, counts, 0, 1)
+    best, single = mean, None
+    if summed.heads:
+        single = _choice(summed, accuracy, counts, 1, 1 + summed.heads)
+        if _surely_better(summed, counts, single, mean):
+            best = single
+    at = summed.steps.index(best.step)
+    order = np.argsort(-np.nan_to_num(accuracy[at, :, 0], nan=-1.0), kind="stable")
+    layers = tuple(summed.layers[index] for index in order)
+    return Calibration(best, mean, single, layers, threshold, moving, len(tables))
+
+
+def preset_values(
+    calibration: Calibration, settings: dict[str, Any], *, inference_steps: int, base: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The contents of a preset.json: what `corrdit.Preset` reads, and figures for people.
+
+    Args:
+        calibration: the choice.
+        settings: of the analysis; `noise`, `tokens_per_frame` and `max_frames` of its options are kept.
+        inference_steps: of the schedule the step counts in.
+        base: preset of the backbone, for what an analysis does not choose.
+    """
+    best, options = calibration.best, settings.get("options", {})
+    kept = {name: value for name, value in (base or {}).items() if value is not None}
+    chosen = {
+        "layer": best.layer,
+        "step": -1 if best.step == inference_steps - 1 else best.step,
+        "inference_steps": inference_steps,
+        "heads": "probabilities",
+        "head": best.head,
+        "head_weights": None,
+        "noise": options.get("noise") == "noised",
+        "source": f"calibrated: {calibration.described()}",
+        "timestep": best.timestep,
+        "guidance_layers": list(calibration.layers[:GUIDANCE_LAYERS]),
+        "layers_by_accuracy": list(calibration.layers),
+    }
+    if options.get("tokens_per_frame"):
+        chosen["tokens_per_frame"] = options["tokens_per_frame"]
+    return {**kept, **chosen}
+
+
+def write_preset(path: str | os.PathLike[str], values: dict[str, Any]) -> None:
+    """Write a preset.json, beside and then renamed."""
+    with written_beside(path, "w") as file:
+        json.dump(values, file, indent=2)
+        file.write("\n")
+
+
+def interval(hits: np.ndarray, cases: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of a share over videos: hits `[V]` out of cases `[V]`, by resampling whole videos."""
+    low, high = np.quantile(_resampled(hits, cases, seed), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _counts(table: AnalysisTable, threshold: float, moving: bool) -> tuple[np.ndarray, np.ndarray]:
+    place = table.thresholds.index(threshold)
+    if moving:
+        return table.moving_hits[..., place], table.moving_cases
+    return table.hits[..., place], table.cases
+
+
+def _choice(
+    table: AnalysisTable, accuracy: np.ndarray, counts: list[tuple[np.ndarray, np.ndarray]], first: int, end: int
+) -> Choice:
+    part = np.nan_to_num(accuracy[..., first:end], nan=-1.0)
+    s, n, r = np.unravel_index(part.argmax(), part.shape)
+    place = (int(s), int(n), first + int(r))
+    hits, cases = (np.array([pair[kind][place] for pair in counts]) for kind in (0, 1))
+    return Choice(
+        layer=table.layers[n],
+        step=table.steps[s],
+        timestep=table.timesteps[s],
+        head=None if place[2] == 0 else place[2] - 1,
+        accuracy=float(accuracy[place]),
+        low=interval(hits, cases)[0],
+        high=interval(hits, cases)[1],
+    )
+
+
+def _surely_better(
+    table: AnalysisTable, counts: list[tuple[np.ndarray, np.ndarray]], single: Choice, mean: Choice
+) -> bool:
+    shares = []
+    for choice in (single, mean):
+        place = (
+            table.steps.index(choice.step),
+            table.layers.index(choice.layer),
+            0 if choice.head is None else 1 + choice.head,
+        )
+        hits, cases = (np.array([pair[kind][place] for pair in counts]) for kind in (0, 1))
+        shares.append(_resampled(hits, cases, 0))
+    return bool(np.quantile(shares[0] - shares[1], 0.025) > 0)
+
+
+def _resampled(hits: np.ndarray, cases: np.ndarray, seed: int) -> np.ndarray:
+    chosen = np.random.default_rng(seed).integers(len(hits), size=(DRAWS, len(hits)))
+    return hits[chosen].sum(1) / np.maximum(cases[chosen].sum(1), 1)

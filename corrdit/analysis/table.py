@@ -1,0 +1,184 @@
+"""The numbers of an analysis: counts and sums for every step, layer and reading, which add up over videos."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+
+from corrdit.analysis.options import FEATURE_READINGS
+from corrdit.analysis.scoring import AttentionSums, MatchCounts
+from corrdit.files import written_beside
+
+MEAN = "query-key mean"
+STANDING_STILL = "standing still"
+_ARRAYS = {
+    "hits": ("reading", "threshold"),
+    "moving_hits": ("reading", "threshold"),
+    "cases": ("reading",),
+    "moving_cases": ("reading",),
+    "confidence": ("head",),
+    "confidence_cases": (),
+    "text": ("head",),
+    "own": ("head",),
+    "cross": ("head",),
+    "attention_cases": (),
+}
+ATTENTION_SCORES = ("text", "own", "cross")
+
+
+@dataclass(frozen=True, eq=False)
+class AnalysisTable:
+    """Counts and sums over S steps, L layers, R readings, K thresholds and M = 1 + H (the mean over heads, each head).
+
+    Args:
+        steps, layers: indices of the rows and columns.
+        timesteps: of the steps, as the scheduler counts them.
+        heads: number of heads read by themselves; 0 for the mean alone.
+        features: whether intermediate features were matched.
+        thresholds: in pixels of the encoded frames.
+        stride: (dy, dx) pixels a token spans.
+        videos: how many videos are in the sums.
+        hits, moving_hits: int64 `[S, L, R, K]`; cases, moving_cases: int64 `[S, L, R]`.
+        confidence, text, own, cross: float64 `[S, L, M]`; confidence_cases, attention_cases: int64 `[S, L]`.
+
+    Raises:
+        ValueError: arrays of other shapes.
+    """
+
+    steps: tuple[int, ...]
+    layers: tuple[int, ...]
+    timesteps: tuple[float, ...]
+    heads: int
+    features: bool
+    thresholds: tuple[float, ...]
+    stride: tuple[int, int]
+    videos: int = 1
+    hits: np.ndarray = field(default=None)  # type: ignore[assignment]
+    moving_hits: np.ndarray = field(default=None)  # type: ignore[assignment]
+    cases: np.ndarray = field(default=None)  # type: ignore[assignment]
+    moving_cases: np.ndarray = field(default=None)  # type: ignore[assignment]
+    confidence: np.ndarray = field(default=None)  # type: ignore[assignment]
+    confidence_cases: np.ndarray = field(default=None)  # type: ignore[assignment]
+    text: np.ndarray = field(default=None)  # type: ignore[assignment]
+    own: np.ndarray = field(default=None)  # type: ignore[assignment]
+    cross: np.ndarray = field(default=None)  # type: ignore[assignment]
+    attention_cases: np.ndarray = field(default=None)  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        sizes = {"reading": len(self.readings), "threshold": len(self.thresholds), "head": 1 + self.heads}
+        for name, axes in _ARRAYS.items():
+            shape = (len(self.steps), len(self.layers), *(sizes[axis] for axis in axes))
+            value = getattr(self, name)
+            if value is None:
+                whole = "head" not in axes
+                object.__setattr__(self, name, np.zeros(shape, np.int64 if whole else np.float64))
+            elif value.shape != shape:
+                raise ValueError(f"{name} must have shape {shape}, got {value.shape}")
+
+    @property
+    def readings(self) -> tuple[str, ...]:
+        """Names of the R readings: the mean over heads, each head, features, and points that never move."""
+        single = tuple(f"query-key head {head}" for head in range(self.heads))
+        return (MEAN, *single, *(FEATURE_READINGS if self.features else ()), STANDING_STILL)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What two tables must share to be added up."""
+        return (
+            self.steps, self.layers, self.timesteps, self.heads, self.features, self.thresholds, self.stride,
+        )  # fmt: skip
+
+    def put_matches(self, step: int, layer: int, first: int, counts: MatchCounts) -> None:
+        """Enter the counts of consecutive readings, from reading number `first`; step and layer by their indices."""
+        place = (self.steps.index(step), self.layers.index(layer), slice(first, first + len(counts.hits)))
+        self.hits[place], self.moving_hits[place] = counts.hits, counts.moving_hits
+        self.cases[place], self.moving_cases[place] = counts.cases, counts.moving_cases
+
+    def put_still(self, counts: MatchCounts) -> None:
+        """Enter the counts of points that never move, the same for all steps and layers."""
+        self.hits[..., -1, :], self.moving_hits[..., -1, :] = counts.hits[0], counts.moving_hits[0]
+        self.cases[..., -1], self.moving_cases[..., -1] = counts.cases, counts.moving_cases
+
+    def put_attention(self, step: int, layer: int, sums: AttentionSums) -> None:
+        """Enter the attention of a step and layer."""
+        place = (self.steps.index(step), self.layers.index(layer))
+        for name, value in zip(sums._fields, sums, strict=True):
+            getattr(self, name)[place] = value
+
+    def __add__(self, other: AnalysisTable) -> AnalysisTable:
+        if self.key != other.key:
+            raise ValueError(
+                "analyses of different steps, layers, heads, thresholds or token sizes do not add up: "
+                f"{self.key} and {other.key}"
+            )
+        summed: dict[str, Any] = {name: getattr(self, name) + getattr(other, name) for name in _ARRAYS}
+        return replace(self, videos=self.videos + other.videos, **summed)
+
+    def accuracy(self, threshold: float | None = None, *, moving: bool = False) -> np.ndarray:
+        """Share of matches within a threshold (pixels; None for the main one), `[S, L, R]`; NaN without cases."""
+        place = self.thresholds.index(self.main_threshold if threshold is None else threshold)
+        hits, cases = (self.moving_hits, self.moving_cases) if moving else (self.hits, self.cases)
+        return _share(hits[..., place], cases)
+
+    @property
+    def main_threshold(self) -> float:
+        """The threshold nearest to one token, in pixels."""
+        return min(self.thresholds, key=lambda threshold: abs(threshold - min(self.stride)))
+
+    def confidence_score(self) -> np.ndarray:
+        """Mean largest weight in a later frame where the point is visible, `[S, L, M]`."""
+        return _share(self.confidence, self.confidence_cases[..., None])
+
+    def attention_score(self, part: str = "cross") -> np.ndarray:
+        """Mean weight on the "text", the "own" (first) frame or the other frames ("cross"), `[S, L, M]`."""
+        if part not in ATTENTION_SCORES:
+            raise ValueError(f"part must be one of {', '.join(ATTENTION_SCORES)}, got {part!r}")
+        return _share(getattr(self, part), self.attention_cases[..., None])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write an .npz file, beside and then renamed."""
+        facts = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in _ARRAYS}
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        with written_beside(path) as file:
+            np.savez_compressed(file, facts=np.array(json.dumps(facts)), **arrays)  # type: ignore[arg-type]
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> AnalysisTable:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: another file.
+        """
+        try:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+                facts = json.loads(str(archive["facts"]))
+                facts = {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
+                return cls(**facts, **{name: archive[name] for name in _ARRAYS})
+        except (ValueError, KeyError, TypeError, EOFError, AttributeError, IndexError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{os.fspath(path)} is not the result of an analysis: {error}") from error
+
+
+def total(tables: Sequence[AnalysisTable]) -> AnalysisTable:
+    """The sum over videos.
+
+    Raises:
+        ValueError: no table, or tables that do not add up.
+    """
+    if not tables:
+        raise ValueError("there is no result to sum up; every video failed or none was analysed")
+    summed = tables[0]
+    for table in tables[1:]:
+        summed = summed + table
+    return summed
+
+
+def _share(amount: np.ndarray, cases: np.ndarray) -> np.ndarray:
+    cases = np.broadcast_to(cases, amount.shape)
+    return np.divide(amount, cases, out=np.full(amount.shape, np.nan), where=cases > 0)

@@ -1,0 +1,103 @@
+"""Maps over the tokens of frames drawn over the frames themselves: attention, similarity, principal components."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from corrdit.video import resize_frame
+
+_FADE = 0.75
+_RING, _CROSS = "#ffffff", "#00e5ff"
+
+
+def draw_attention_maps(
+    frames: np.ndarray,
+    maps: np.ndarray,
+    *,
+    size: tuple[int, int],
+    query: np.ndarray | None = None,
+    truth: np.ndarray | None = None,
+    gain: float = 1.0,
+) -> list[np.ndarray]:
+    """Lay weights over darkened frames: the larger, the brighter the colour.
+
+    Each frame is scaled by itself, from its smallest weight to its largest.
+
+    Args:
+        frames: uint8 `[F, H, W, 3]`.
+        maps: float `[F, h, w]`.
+        size: (height, width) of the pictures in pixels.
+        query: (x, y) of the asking point in pixels of the first frame, drawn as a ring.
+        truth: `[F, 2]` true (x, y) in every frame, drawn as a cross; NaN where it is hidden.
+        gain: power the scaled weights are raised to; below 1 shows small ones.
+
+    Returns:
+        F pictures uint8 `[height, width, 3]`.
+
+    Raises:
+        ValueError: as many maps as frames are needed.
+    """
+    if len(frames) != len(maps) or maps.ndim != 3:
+        raise ValueError(f"{len(frames)} frames need maps [{len(frames)}, h, w], got {list(maps.shape)}")
+    from matplotlib import colormaps
+
+    pictures = []
+    for index, (frame, weights) in enumerate(zip(frames, np.asarray(maps, dtype=np.float64), strict=True)):
+        low, high = weights.min(), weights.max()
+        share = (weights - low) / max(high - low, 1e-12)
+        share = _enlarged(share**gain, size)[..., None]
+        grey = resize_frame(frame, *size).astype(np.float64).mean(-1, keepdims=True).repeat(3, -1) * _FADE
+        colour = 255 * colormaps["inferno"](share[..., 0])[..., :3]
+        picture = grey * (1 - 0.75 * share) + colour * (0.25 + 0.75 * share) * (0.35 + 0.65 * share)
+        scale = np.array(size[::-1]) / np.array(frame.shape[1::-1])
+        marks = []
+        if query is not None and index == 0:
+            marks.append((np.asarray(query) * scale, "ring"))
+        if truth is not None and index > 0 and np.isfinite(truth[index]).all():
+            marks.append((np.asarray(truth[index]) * scale, "cross"))
+        pictures.append(_marked(picture.clip(0, 255).astype(np.uint8), marks))
+    return pictures
+
+
+def draw_components(components: np.ndarray, size: tuple[int, int]) -> list[np.ndarray]:
+    """Three principal components `[F, h, w, 3]` in 0 to 1 as red, green and blue: F pictures, tokens as blocks."""
+    if components.ndim != 4 or components.shape[-1] != 3:
+        raise ValueError(f"components must be [frames, height, width, 3], got {list(components.shape)}")
+    row = (np.arange(size[0]) * components.shape[1]) // size[0]
+    column = (np.arange(size[1]) * components.shape[2]) // size[1]
+    pixels = (255 * np.asarray(components, dtype=np.float64).clip(0, 1) + 0.5).astype(np.uint8)
+    return [np.ascontiguousarray(picture[row][:, column]) for picture in pixels]
+
+
+def _enlarged(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """`[h, w]` to `size`, bilinear between token centres."""
+    placed = [
+        np.clip((np.arange(length) + 0.5) * count / length - 0.5, 0, count - 1)
+        for length, count in zip(size, values.shape, strict=True)
+    ]
+    for axis, place in enumerate(placed):
+        low = np.floor(place).astype(int)
+        high = np.minimum(low + 1, values.shape[axis] - 1)
+        share = np.expand_dims(place - low, 1 - axis)
+        values = np.take(values, low, axis) * (1 - share) + np.take(values, high, axis) * share
+    return values
+
+
+def _marked(picture: np.ndarray, marks: list[tuple[np.ndarray, str]]) -> np.ndarray:
+    if not marks:
+        return picture
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    height, width = picture.shape[:2]
+    figure = Figure(figsize=(width / 72, height / 72), dpi=72)
+    canvas = FigureCanvasAgg(figure)
+    figure.figimage(picture, 0, 0, origin="upper")
+    axis = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
+    axis.set_axis_off()
+    axis.patch.set_alpha(0)
+    for (x, y), kind in marks:
+        style = {"marker": "o", "mfc": "none", "mec": _RING} if kind == "ring" else {"marker": "+", "mec": _CROSS}
+        axis.plot([x], [y], markersize=11, markeredgewidth=2, clip_on=False, **style)
+    canvas.draw()
+    return np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])

@@ -1,0 +1,225 @@
+"""Analysing a given video: encoded, noised to each step, and read in one forward a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from corrdit.analysis.options import FEATURE_READINGS, AnalysisOptions, resolved
+from corrdit.analysis.reading import AttentionReading, read_attention, read_features
+from corrdit.analysis.scoring import TrueTracks, attention_sums, match_counts
+from corrdit.analysis.table import AnalysisTable
+from corrdit.grid import TokenGrid
+from corrdit.integrations.diffusers.analysis.capturing import reading_forward
+from corrdit.tracking.queries import check_video
+from corrdit.tracking.tracker import TOKENS_PER_FRAME, working_size
+
+Progress = Callable[[int, int], None]
+OnReading = Callable[[int, int, str, Any], None]
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedVideo:
+    """A video ready to be read, with its truth at the size it is encoded.
+
+    Args:
+        latents: `[F, C, h, w]`.
+        truth: of the points that are visible in the first frame.
+        frames: the chosen frames, uint8 `[T, H, W, 3]`, at their own size.
+        scale: (x, y) factor from pixels of the video to pixels of the encoded frames.
+    """
+
+    latents: Tensor
+    truth: TrueTracks
+    frames: np.ndarray
+    scale: tuple[float, float]
+
+
+def analysis_axes(backbone: Any, options: AnalysisOptions) -> AnalysisTable:
+    """An empty table of the layers, steps and timesteps that the options ask of a backbone.
+
+    Raises:
+        ValueError: a layer or step the backbone does not have.
+    """
+    inference_steps = options.inference_steps or backbone.preset.inference_steps
+    steps = resolved("step", options.steps, inference_steps, f"the schedule of {inference_steps} steps")
+    stride = tuple(backbone.token_stride)
+    return AnalysisTable(
+        steps=steps,
+        layers=resolved("layer", options.layers, backbone.layers, backbone.name),
+        timesteps=tuple(backbone.timestep(step, inference_steps) for step in steps),
+        heads=backbone.heads if options.per_head else 0,
+        features=options.features,
+        thresholds=options.thresholds_for(stride),
+        stride=stride,
+    )
+
+
+def encoded_video(
+    backbone: Any, video: np.ndarray, xy: np.ndarray, visible: np.ndarray, options: AnalysisOptions
+) -> EncodedVideo:
+    """Choose frames, encode them, and carry the tracks over.
+
+    Args:
+        backbone: of `load_backbone`.
+        video: uint8 `[T, H, W, 3]`.
+        xy: `[T, P, 2]`, true (x, y) in pixels of the video.
+        visible: bool `[T, P]`; points not visible in the first frame are left out.
+        options: see `AnalysisOptions`.
+
+    Raises:
+        ValueError: a video or tracks of another layout or length, no point that can be scored, or latents that are NaN.
+    """
+    check_video(video)
+    xy, visible = np.asarray(xy, dtype=np.float32), np.asarray(visible)
+    if xy.ndim != 3 or xy.shape[2] != 2 or visible.shape != xy.shape[:2] or visible.dtype != bool:
+        raise ValueError(
+            f"tracks must be xy [frames, points, 2] and visible boolean [frames, points], got {list(xy.shape)} and "
+            f"{visible.dtype} {list(visible.shape)}"
+        )
+    if len(xy) != len(video):
+        raise ValueError(f"the video has {len(video)} frames, its tracks have {len(xy)}; they must agree")
+    chosen = _chosen_frames(backbone, len(video), options)
+    frames, points = video[chosen], visible[0]
+    height, width = encoded_size(backbone, *video.shape[1:3], options)
+    encode = backbone.encode_frames if options.latents == "frames" else backbone.encode_video
+    latents = encode(frames, height=height, width=width)
+    if not bool(torch.isfinite(latents).all()):
+        raise ValueError("the codec gives latents that are NaN or infinite; check its precision and the video")
+    groups = [[frame] for frame in range(len(frames))]
+    if options.latents == "video":
+        groups = backbone.latent_frame_map(len(frames))
+    scale = (width / video.shape[2], height / video.shape[1])
+    truth = TrueTracks(
+        xy=torch.from_numpy(xy[chosen][:, points]) * torch.tensor(scale),
+        visible=torch.from_numpy(visible[chosen][:, points]),
+        frame_map=tuple(map(tuple, groups)),
+    )
+    return EncodedVideo(latents, truth, frames, scale)
+
+
+def analyze_video(
+    backbone: Any,
+    video: np.ndarray,
+    xy: np.ndarray,
+    visible: np.ndarray,
+    options: AnalysisOptions | None = None,
+    *,
+    progress: Progress | None = None,
+    on_reading: OnReading | None = None,
+) -> AnalysisTable:
+    """Matching, confidence and attention of every layer, step and head asked for, on a given video.
+
+    One forward a step reads all layers; every reading is turned into counts as it comes, so memory does not grow with
+    layers and steps.
+
+    Args:
+        backbone, video, xy, visible, options: as for `encoded_video`.
+        progress: called with (steps done, steps in all).
+        on_reading: `on_reading(step, layer, name, reading)`, called as each comes; name is "attention" or one of
+            `corrdit.analysis.FEATURE_READINGS`.
+
+    Raises:
+        ValueError: as `encoded_video`, a layer or step the backbone does not have, or queries, keys or features that
+            are NaN, with the layer and step.
+    """
+    options = options or AnalysisOptions()
+    table = analysis_axes(backbone, options)
+    encoded = encoded_video(backbone, video, xy, visible, options)
+    score_standing_still(table, encoded.truth, len(encoded.latents), options)
+    for done, (step, timestep) in enumerate(zip(table.steps, table.timesteps, strict=True), start=1):
+
+        def receive(layer: int, name: str, reading: Any, step: int = step) -> None:
+            score_reading(table, step, layer, name, reading, encoded.truth, options)
+            if on_reading is not None:
+                on_reading(step, layer, name, reading)
+
+        operation, feature_operation = reading_operations(backbone, encoded.truth.queries, options)
+        try:
+            reading_forward(
+                backbone,
+                noised(backbone, encoded.latents, step, timestep, options),
+                timestep,
+                layers=table.layers,
+                operation=operation,
+                feature_operation=feature_operation,
+                deliver=receive,
+            )
+        except ValueError as error:
+            raise ValueError(f"step {step}: {error}") from error
+        if progress is not None:
+            progress(done, len(table.steps))
+    return table
+
+
+def reading_operations(backbone: Any, points: Tensor, options: AnalysisOptions) -> tuple[Any, Any]:
+    """The operations on queries and keys and on features (or None) for points `[P, 2]` in encoded pixels."""
+    stride = tuple(backbone.token_stride)
+
+    def attention(q: Tensor, k: Tensor, grid: TokenGrid, key_mask: Tensor | None) -> AttentionReading:
+        return read_attention(q, k, grid, key_mask, points=points, stride=stride, options=options)
+
+    def features(values: Tensor, grid: TokenGrid) -> Tensor:
+        return read_features(values, grid, heads=backbone.heads, points=points, stride=stride, options=options)
+
+    return attention, features if options.features else None
+
+
+def score_reading(
+    table: AnalysisTable,
+    step: int,
+    layer: int,
+    name: str,
+    reading: Any,
+    truth: TrueTracks,
+    options: AnalysisOptions,
+) -> None:
+    """Enter a reading ("attention", or a feature's name) into the table as counts and sums."""
+    settings: dict[str, Any] = {"stride": table.stride, "thresholds": table.thresholds, "options": options}
+    if name in FEATURE_READINGS:
+        first = table.readings.index(name)
+        table.put_matches(step, layer, first, match_counts(reading, truth, **settings))
+        return
+    table.put_matches(step, layer, 0, match_counts(reading.positions, truth, **settings))
+    table.put_attention(step, layer, attention_sums(reading, truth))
+
+
+def score_standing_still(table: AnalysisTable, truth: TrueTracks, frames: int, options: AnalysisOptions) -> None:
+    """Enter points that never move, in `frames` latent frames."""
+    still = truth.queries.expand(1, frames - 1, -1, -1)
+    settings: dict[str, Any] = {"stride": table.stride, "thresholds": table.thresholds, "options": options}
+    table.put_still(match_counts(still, truth, **settings))
+
+
+def noised(backbone: Any, latents: Tensor, step: int, timestep: float, options: AnalysisOptions) -> Tensor:
+    """The latents as the model is given them at a step; the noise follows from the seed and the step alone."""
+    if options.noise == "clean":
+        return latents
+    generator = torch.Generator().manual_seed(1_000_003 * options.seed + step)
+    noise = torch.randn(latents.shape, generator=generator).to(latents)
+    return backbone.add_noise(latents, noise, timestep)
+
+
+def encoded_size(backbone: Any, height: int, width: int, options: AnalysisOptions) -> tuple[int, int]:
+    """(height, width) in pixels at which frames are encoded: the preset's, or near the video's in whole tokens."""
+    preset = backbone.preset
+    if options.tokens_per_frame is None and preset.height is not None:
+        return preset.height, preset.width
+    tokens = options.tokens_per_frame or preset.tokens_per_frame or TOKENS_PER_FRAME
+    return working_size(height, width, backbone.token_stride, tokens)
+
+
+def _chosen_frames(backbone: Any, frames: int, options: AnalysisOptions) -> np.ndarray:
+    if options.latents == "frames":
+        most = options.max_frames or backbone.preset.frames_per_chunk
+    elif options.max_frames is None:
+        most = frames
+    else:
+        latents = options.max_frames * backbone.frames_per_token
+        most = (latents - 1) * backbone.temporal_compression + 1
+    return np.unique(np.linspace(0, frames - 1, min(frames, most)).round().astype(int))
