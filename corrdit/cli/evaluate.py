@@ -23,7 +23,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ActionConfigFile
+from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 
 from corrdit.cli.devices import DTYPES
 from corrdit.cli.lightning_runs import LONGEST_WAIT, predict, quiet_lightning
@@ -170,7 +170,7 @@ def run(arguments: Any) -> int:
         except ValueError:
             if trainer.is_global_zero:
                 raise
-            return 2  # every process found the same, the first one says it
+            return 0  # every process found the same; the first one says it, and its status is that of the run
     if not trainer.is_global_zero:
         return 0
     _report(summaries)

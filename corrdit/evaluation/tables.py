@@ -71,7 +71,7 @@ def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _tracker_row(summary: TrackerSummary) -> dict[str, Any]:
-    ends = {}
+    ends: dict[str, float | None] = {}
     for name in ("average_jaccard", "average_pts_within_thresh", "occlusion_accuracy"):
         low, high = summary.intervals[name] or (None, None)
         ends |= {f"{name}_low": low, f"{name}_high": high}

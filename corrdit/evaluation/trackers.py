@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -74,6 +75,18 @@ def _nearest_patches(backbone: Any, options: Mapping[str, Any]) -> Track:
     return lambda video, queries: nearest_patches(video, queries, **options)
 
 
+def _lucas_kanade_installed(options: Mapping[str, Any]) -> None:
+    _checked_signature(lambda: None)(options)
+    if importlib.util.find_spec("cv2") is None:
+        raise ValueError("Lucas-Kanade is OpenCV's; install opencv-python-headless, or leave this tracker out")
+
+
+def _lucas_kanade(backbone: Any, options: Mapping[str, Any]) -> Track:
+    from corrdit.analysis.pseudo_truth import lucas_kanade
+
+    return lucas_kanade
+
+
 TRACKER_KINDS: dict[str, TrackerKind] = {
     "ours": TrackerKind(
         "queries and keys of the model, with the options of corrdit's default",
@@ -99,6 +112,12 @@ TRACKER_KINDS: dict[str, TrackerKind] = {
         False,
         _checked_signature(lambda: None),
         _standing_still,
+    ),
+    "lucas_kanade": TrackerKind(
+        "OpenCV's Lucas-Kanade from frame to frame (needs opencv-python-headless)",
+        False,
+        _lucas_kanade_installed,
+        _lucas_kanade,
     ),
 }
 

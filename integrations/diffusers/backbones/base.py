@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from corrdit.grid import TokenGrid, whole_number
 from corrdit.integrations.diffusers.backbones.presets import Preset, preset_for
 from corrdit.integrations.diffusers.captures import Capture
+from corrdit.integrations.diffusers.indices import resolved_index
 from corrdit.integrations.diffusers.layouts import TransformerLayout, has_layout, register_layout
 from corrdit.integrations.diffusers.processors import Operation, named_operations
 
@@ -120,12 +121,14 @@ class Backbone(abc.ABC):
         Raises:
             ValueError: a step outside the schedule.
         """
-        steps = whole_number("inference_steps", inference_steps or self.preset.inference_steps, 1)
-        if not -steps <= step < steps:
+        given = self.preset.inference_steps if inference_steps is None else inference_steps
+        steps = whole_number("inference_steps", given, 1)
+        index = resolved_index("step", step, steps)
+        if index is None:
             raise ValueError(
                 f"step {step} is outside a schedule of {steps} steps (0 to {steps - 1}, or -{steps} to -1)"
             )
-        return float(self.schedule(steps)[step])
+        return float(self.schedule(steps)[index])
 
     def schedule(self, inference_steps: int) -> torch.Tensor:
         """Timesteps from the noisiest to the cleanest; the pipeline's own scheduler is left as it is."""
@@ -246,9 +249,11 @@ class Backbone(abc.ABC):
         Raises:
             ValueError: latents that do not fit the model, no operations, or what `capture` refuses.
         """
-        batched = self._batched(latents)
+        if not isinstance(operations, Mapping):
+            raise ValueError(f"operations must be a dict {{layer: operation}}, got {type(operations).__name__}")
         if not operations:
             raise ValueError("operations is empty; give at least one {layer: operation}")
+        batched = self._batched(latents)
         text = self._text(prompt_embeds, batched.shape[0])
         transformer = self.transformer_at(timestep)
         reader = Capture(
@@ -275,6 +280,9 @@ class Backbone(abc.ABC):
         elif prompt_embeds is not None:
             text = self.text_with(text, prompt_embeds)
         moved = {name: value.to(self.device) for name, value in text.items()}
+        for name, value in moved.items():
+            if len(value) not in (1, batch):
+                raise ValueError(f"{name} has {len(value)} samples and the latents {batch}; give 1 or {batch} prompts")
         return {
             name: value.expand(batch, *value.shape[1:]) if value.shape[0] == 1 else value
             for name, value in moved.items()
@@ -286,6 +294,7 @@ class Backbone(abc.ABC):
 
     def _batched(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents as `[B, frames, C, h, w]`, frames and C as the codec counts them."""
+        latents = torch.as_tensor(latents)
         latents = latents[None] if latents.ndim == 4 else latents
         channels = self.latent_channels * self.frames_per_token
         if latents.ndim != 5 or latents.shape[2] != channels:
@@ -329,4 +338,10 @@ class Backbone(abc.ABC):
         vae = self.pipe.vae
         if vae is None:
             raise ValueError(f"{self.name} was loaded without its video codec (vae), so videos cannot be encoded")
-        return self.normalized(vae.encode(clips.to(vae.dtype)).latent_dist.mode()).to(self.dtype)
+        latents = self.normalized(vae.encode(clips.to(vae.dtype)).latent_dist.mode()).to(self.dtype)
+        if not torch.isfinite(latents).all():
+            raise ValueError(
+                f"the codec of {self.name} in {vae.dtype} gives latents that are NaN or infinite; load the model in "
+                "bfloat16 or float32"
+            )
+        return latents
