@@ -2,7 +2,7 @@
 
 The expected position under a softmax is attention with the positions as values. PyTorch's fused kernels want values as
 wide as the keys, so x and y are padded with zeros: most of the second product is wasted, and which kernel runs depends
-on the width (`chosen_kernel` says). Heads="logits" is one head of width H*D; per-head softmax is the plain case.
+on the width (`kernel_name` says). Heads="logits" is one head of width H*D; per-head softmax is the plain case.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
 from corrdit.grid import TokenGrid
 
@@ -19,13 +19,7 @@ def soft_displacement(
     q: Tensor, k: Tensor, grid: TokenGrid, *, heads: str = "logits", temperature: float = 1.0
 ) -> Tensor:
     """`[B, F, F, h, w, 2]` for heads="logits" or "probabilities"; one attention call for each key frame."""
-    if heads == "logits":
-        factor = q.shape[-1] ** -0.5 / q.shape[1]
-        q, k = (tensor.transpose(1, 2).flatten(2).unsqueeze(1) for tensor in (q, k))
-    elif heads == "probabilities":
-        factor = q.shape[-1] ** -0.5
-    else:
-        raise ValueError(f'heads must be "logits" or "probabilities" here, got {heads!r}')
+    q, k, factor = _arranged(q, k, heads)
     tokens, width = grid.tokens_per_frame, q.shape[-1]
     # Centred, and scaled to about 1: half precision has too few bits for the positions themselves.
     position = grid.coordinates(q.device, torch.promote_types(q.dtype, torch.float32))
@@ -41,13 +35,24 @@ def soft_displacement(
     return (result - position).unflatten(-2, (grid.height, grid.width))
 
 
-def chosen_kernel(q: Tensor, k: Tensor) -> str:
-    """Which of PyTorch's attention kernels runs for such queries and keys."""
-    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
-        try:
-            with sdpa_kernel(backend):
-                functional.scaled_dot_product_attention(q[:, :, :16], k[:, :, :16], k[:, :, :16])
-        except RuntimeError:
-            continue
-        return backend.name.lower()
-    return SDPBackend.MATH.name.lower()
+def _arranged(q: Tensor, k: Tensor, heads: str) -> tuple[Tensor, Tensor, float]:
+    """Queries and keys as one attention call takes them, and the factor of their products."""
+    if heads == "logits":
+        factor = q.shape[-1] ** -0.5 / q.shape[1]
+        q, k = (tensor.transpose(1, 2).flatten(2).unsqueeze(1) for tensor in (q, k))
+        return q, k, factor
+    if heads == "probabilities":
+        return q, k, q.shape[-1] ** -0.5
+    raise ValueError(f'heads must be "logits" or "probabilities" here, got {heads!r}')
+
+
+def chosen_kernel(q: Tensor, k: Tensor, grid: TokenGrid, heads: str) -> str:
+    """Which of PyTorch's attention kernels `soft_displacement` ends up in for such tensors."""
+    q, k, _ = _arranged(q, k, heads)
+    return kernel_name(q, k[:, :, : grid.tokens_per_frame], k[:, :, : grid.tokens_per_frame])
+
+
+def kernel_name(q: Tensor, k: Tensor, v: Tensor) -> str:
+    """What PyTorch's own choice for `scaled_dot_product_attention` is: flash, efficient, cudnn or math."""
+    choice = SDPBackend(torch._fused_sdp_choice(q, k, v))
+    return str(choice.name).lower().removesuffix("_attention")

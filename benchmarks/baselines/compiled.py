@@ -1,9 +1,14 @@
-"""`torch.compile` of the reference, and FlexAttention with the coordinates as values."""
+"""`torch.compile` of the reference, and FlexAttention with the coordinates as values.
+
+The reference goes over frame pairs in a Python loop, which the compiler would unroll into hundreds of copies: its body
+for one pair is compiled instead and called for each. Frames are all alike, so it is compiled once.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,31 +17,100 @@ from torch.nn import functional
 from corrdit import reference
 from corrdit.grid import TokenGrid
 
+# Shapes, passes and operations of one run, each compiled for its own: more than the eight that the compiler allows.
+RECOMPILATIONS = 256
 
-@functools.cache
-def _compiled_reference(name: str) -> Callable[..., Tensor]:
-    compiled: Callable[..., Tensor] = torch.compile(getattr(reference, name))
+
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled for each shape by itself; where that cannot be done it raises instead of running the plain function."""
+    torch._dynamo.config.recompile_limit = max(RECOMPILATIONS, torch._dynamo.config.recompile_limit)
+    compiled: Callable[..., Any] = torch.compile(function, dynamic=False, fullgraph=True)
     return compiled
 
 
+@functools.cache
+def _compiled_reference(name: str) -> Callable[..., Any]:
+    return _compile(getattr(reference, name))
+
+
+def _common(q: Tensor, heads: str) -> dict[str, Any]:
+    weights = torch.full((q.shape[1],), 1 / q.shape[1], device=q.device)
+    return {"heads": heads, "weights": weights, "scale": q.shape[-1] ** -0.5, "key_mask": None}
+
+
+def _two_frames(tensor: Tensor, grid: TokenGrid, first: int, second: int) -> Tensor:
+    return torch.cat((tensor[:, :, grid.frame_slice(first)], tensor[:, :, grid.frame_slice(second)]), dim=2)
+
+
+def _by_pair(
+    name: str, q: Tensor, k: Tensor, grid: TokenGrid, heads: str, window: int | None, temperature: float = 1.0
+) -> Tensor:
+    """`[B, F, F, h, w, 2]` from the compiled displacement of one pair of frames."""
+    own = TokenGrid(1, grid.height, grid.width)
+    options = {**_common(q, heads), "temperature": temperature, "window": window, "center": None}
+    moved = [
+        _compiled_reference(name)(q[:, :, grid.frame_slice(i)], k[:, :, grid.frame_slice(j)], own, [(0, 0)], **options)
+        for i in range(grid.frames)
+        for j in range(grid.frames)
+    ]
+    return torch.cat(moved, dim=1).unflatten(1, (grid.frames, grid.frames))
+
+
 def soft_displacement(
-    q: Tensor, k: Tensor, grid: TokenGrid, *, heads: str = "logits", temperature: float = 1.0
+    q: Tensor, k: Tensor, grid: TokenGrid, *, heads: str = "logits", window: int | None = None, temperature: float = 1.0
 ) -> Tensor:
     """The materialising reference under `torch.compile`: `[B, F, F, h, w, 2]`."""
-    weights = torch.full((q.shape[1],), 1 / q.shape[1], device=q.device)
-    moved = _compiled_reference("soft_displacement")(
-        q, k, grid, grid.frame_pairs(), heads=heads, weights=weights, scale=q.shape[-1] ** -0.5,
-        temperature=temperature, key_mask=None, window=None, center=None,
-    )  # fmt: skip
-    return moved.unflatten(1, (grid.frames, grid.frames))
+    return _by_pair("soft_displacement", q, k, grid, heads, window, temperature)
+
+
+def hard_displacement(q: Tensor, k: Tensor, grid: TokenGrid) -> Tensor:
+    """The same with the argmax: int64 `[B, F, F, h, w, 2]`."""
+    return _by_pair("hard_displacement", q, k, grid, "logits", None)
+
+
+def match(q: Tensor, k: Tensor, grid: TokenGrid, *, bidirectional: bool = True) -> tuple[Tensor, Tensor]:
+    """Frame 0 in every other frame: xy `[B, F - 1, h, w, 2]` and score `[B, F - 1, h, w]`."""
+    two = TokenGrid(2, grid.height, grid.width)
+    options = {**_common(q, "probabilities"), "bidirectional": bidirectional, "refine": 0}
+    found = [
+        _compiled_reference("match")(*(_two_frames(t, grid, 0, target) for t in (q, k)), two, 0, [1], **options)
+        for target in range(1, grid.frames)
+    ]
+    return torch.cat([xy for xy, _ in found], dim=1), torch.cat([score for _, score in found], dim=1)
+
+
+def cost_rows(q: Tensor, k: Tensor, grid: TokenGrid, tokens: Tensor) -> Tensor:
+    """Cost maps of tokens of frame 0: `[B, P, F, h, w]`."""
+    two = TokenGrid(2, grid.height, grid.width)
+    options = {**_common(q, "probabilities"), "bidirectional": True, "source": 0}
+    rows = [
+        _compiled_reference("cost_rows")(*(_two_frames(t, grid, 0, target) for t in (q, k)), two, tokens, **options)
+        for target in range(grid.frames)
+    ]
+    return torch.stack([both[:, :, 1] for both in rows], dim=2)
+
+
+def attention_mass(q: Tensor, k: Tensor, grid: TokenGrid, tokens: Tensor) -> tuple[Tensor, ...]:
+    """Attention of tokens of frame 0; takes text tokens."""
+    mass: tuple[Tensor, ...] = _compiled_reference("attention_mass")(
+        q, k, grid, tokens, source=0, **_common(q, "probabilities")
+    )
+    return mass
+
+
+def frame_local_attention(q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, *, renormalize: bool = True) -> Tensor:
+    """The whole map under `torch.compile`; takes text tokens."""
+    attended: Tensor = _compiled_reference("frame_local_attention")(
+        q, k, v, grid, scale=q.shape[-1] ** -0.5, key_mask=None, renormalize=renormalize, span=0
+    )
+    return attended
 
 
 @functools.cache
 def _compiled_flex_attention() -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    compiled: Callable[..., Tensor] = torch.compile(flex_attention)
-    return compiled
+    return _compile(flex_attention)
 
 
 def flex_soft_displacement(q: Tensor, k: Tensor, grid: TokenGrid, *, temperature: float = 1.0) -> Tensor:
@@ -55,7 +129,7 @@ def flex_soft_displacement(q: Tensor, k: Tensor, grid: TokenGrid, *, temperature
     return (result - position).unflatten(-2, (grid.height, grid.width))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4)
 def _same_frame_mask(grid: TokenGrid, device: torch.device) -> object:
     from torch.nn.attention.flex_attention import create_block_mask
 
@@ -66,7 +140,9 @@ def _same_frame_mask(grid: TokenGrid, device: torch.device) -> object:
         text = (query < first) | (query >= last) | (key < first) | (key >= last)
         return text | ((query - first) // tokens == (key - first) // tokens)
 
-    return create_block_mask(seen, None, None, grid.tokens, grid.tokens, device=device)
+    # Compiled on a GPU, where a map of all pairs of a long video would not fit.
+    make = torch.compile(create_block_mask) if device.type == "cuda" else create_block_mask
+    return make(seen, None, None, grid.tokens, grid.tokens, device=device)
 
 
 def flex_frame_local_attention(q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid) -> Tensor:

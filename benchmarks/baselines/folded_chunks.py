@@ -34,3 +34,15 @@ def soft_displacement(q: Tensor, k: Tensor, grid: TokenGrid, *, temperature: flo
             parts.append(chunk(queries, folded_k))
     expected = torch.cat(parts, dim=1).unflatten(1, (grid.frames, grid.tokens_per_frame)).transpose(2, 3)
     return (expected - position).unflatten(-2, (grid.height, grid.width))
+
+
+def hard_displacement(q: Tensor, k: Tensor, grid: TokenGrid, *, rows: int = ROWS) -> Tensor:
+    """The argmax of the same scores: int64 `[B, F, F, h, w, 2]`."""
+    folded_q, folded_k = (tensor.transpose(1, 2).flatten(2) for tensor in (q, k))
+    best = []
+    for queries in folded_q.split(rows, dim=1):
+        scores = torch.matmul(queries, folded_k.transpose(-1, -2))
+        best.append(scores.unflatten(-1, (grid.frames, grid.tokens_per_frame)).argmax(-1))  # [B, rows, F]
+    by_frame = torch.cat(best, dim=1).unflatten(1, (grid.frames, grid.tokens_per_frame)).transpose(2, 3)
+    position = grid.coordinates(q.device).long()
+    return (position[by_frame] - position).unflatten(-2, (grid.height, grid.width))

@@ -41,21 +41,46 @@ def hard_displacement(q: Tensor, k: Tensor, grid: TokenGrid) -> Tensor:
     return (position[best] - position).unflatten(-2, (grid.height, grid.width))
 
 
-def match(q: Tensor, k: Tensor, grid: TokenGrid, *, source: int = 0) -> tuple[Tensor, Tensor]:
+def match(
+    q: Tensor, k: Tensor, grid: TokenGrid, *, source: int = 0, bidirectional: bool = True
+) -> tuple[Tensor, Tensor]:
     """Matching as in DiffTrack's released code: softmax of every head in both directions, mean, argmax.
 
     Returns:
         xy `[B, F - 1, h, w, 2]` and score `[B, F - 1, h, w]`.
     """
+    others = [frame for frame in range(grid.frames) if frame != source]
+    score, best = _cost(q, k, grid, source, others, bidirectional).max(-1)
+    xy = grid.coordinates(q.device, score.dtype)[best]
+    return xy.unflatten(-2, (grid.height, grid.width)), score.unflatten(-1, (grid.height, grid.width))
+
+
+def cost_rows(q: Tensor, k: Tensor, grid: TokenGrid, tokens: Tensor, *, source: int = 0) -> Tensor:
+    """Rows of the same maps, of which the released code makes all: `[B, P, F, h, w]`."""
+    cost = _cost(q, k, grid, source, list(range(grid.frames)), bidirectional=True)
+    return cost[:, :, tokens].transpose(1, 2).unflatten(-1, (grid.height, grid.width))
+
+
+def _cost(q: Tensor, k: Tensor, grid: TokenGrid, source: int, targets: list[int], bidirectional: bool) -> Tensor:
+    """`[B, targets, S, S]` mean over heads of the forward softmax, or of both directions."""
     tokens, factor = grid.tokens_per_frame, q.shape[-1] ** -0.5
     q, k = (tensor.unflatten(2, (grid.frames, tokens)) for tensor in (q, k))
-    others = [frame for frame in range(grid.frames) if frame != source]
-    forward = torch.einsum("bhpd,bhfkd->bfhpk", q[:, :, source], k[:, :, others]) * factor
-    backward = torch.einsum("bhfkd,bhpd->bfhkp", q[:, :, others], k[:, :, source]) * factor
-    cost = forward.softmax(-1).mean(2) + backward.softmax(-1).mean(2).transpose(-1, -2)
-    score, best = (cost / 2).max(-1)
-    xy = grid.coordinates(q.device, cost.dtype)[best]
-    return xy.unflatten(-2, (grid.height, grid.width)), score.unflatten(-1, (grid.height, grid.width))
+    forward = torch.einsum("bhpd,bhfkd->bfhpk", q[:, :, source], k[:, :, targets]) * factor
+    cost = forward.softmax(-1).mean(2)
+    if not bidirectional:
+        return cost
+    backward = torch.einsum("bhfkd,bhpd->bfhkp", q[:, :, targets], k[:, :, source]) * factor
+    return (cost + backward.softmax(-1).mean(2).transpose(-1, -2)) / 2
+
+
+def attention_mass(q: Tensor, k: Tensor, grid: TokenGrid, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(text, frames, text_peak, frame_peak) from the whole rows of tokens of frame 0; takes text tokens."""
+    queries = q[:, :, grid.frame_slice(0)][:, :, tokens]
+    weight = (torch.matmul(queries, k.transpose(-1, -2)) * q.shape[-1] ** -0.5).softmax(-1).mean(1)
+    text = weight[..., grid.text_slice]
+    frames = weight[..., grid.video_slice].unflatten(-1, (grid.frames, grid.tokens_per_frame))
+    text_peak = text.amax(-1) if grid.text_tokens else text.sum(-1)
+    return text.sum(-1), frames.sum(-1), text_peak, frames.amax(-1)
 
 
 def frame_local_attention(q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, *, renormalize: bool = True) -> Tensor:

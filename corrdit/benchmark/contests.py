@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from corrdit import ops
-from corrdit.benchmark.baselines import attention_positions, compiled, folded_chunks, materialized, window_gather
+from corrdit.benchmark import floors
+from corrdit.benchmark.baselines import (
+    attention_positions,
+    compiled,
+    folded_chunks,
+    frame_by_frame,
+    materialized,
+    window_gather,
+)
+from corrdit.benchmark.floors import QUERY_TOKENS, WINDOW, Work, WorkOf
 from corrdit.benchmark.shapes import Shape
 from corrdit.grid import TokenGrid
 
 Results = tuple[Tensor, ...]
-WINDOW = 4
-QUERY_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -32,10 +40,21 @@ class Scene:
         part = self.grid.video_slice
         return self.q[:, :, part], self.k[:, :, part], self.grid.without_text()
 
-    @property
-    def chosen_tokens(self) -> range:
+    @functools.cached_property
+    def chosen_tokens(self) -> Tensor:
         tokens = self.grid.tokens_per_frame
-        return range(0, tokens, max(1, tokens // QUERY_TOKENS))
+        return torch.linspace(0, tokens - 1, min(QUERY_TOKENS, tokens), device=self.q.device).round().long()
+
+
+RIVALS = {
+    "materialized": "all heads and all pairs at once, as the released code does",
+    "folded-chunks": "one product over the joined heads, query rows in chunks",
+    "sdpa": "scaled_dot_product_attention: the coordinates as values, or frame by frame",
+    "flex": "FlexAttention: the coordinates as values, or a block mask",
+    "compiled": "torch.compile of the reference",
+    "windows": "keys gathered into a window for each query, as FastVMT does",
+}
+MapBytes = Callable[[Shape, int], float]
 
 
 @dataclass(frozen=True)
@@ -44,154 +63,206 @@ class Rival:
 
     Attributes:
         run: the call.
-        whole_maps: score maps over all token pairs that it holds at once, for one head if `heads_at_once` is False.
-        device: the only kind of device it runs on; None for any.
+        map_bytes: bytes of the score maps it holds at once, from the shape and the bytes of a number.
+        forward_only_on: the kind of device on which it has no backward pass.
+        compiles: whether its first call at a shape compiles something.
         about: says what to know of a call, such as which library kernel it ends up in.
     """
 
     run: Callable[[Scene], Results]
-    whole_maps: float = 0.0
-    heads_at_once: bool = True
-    device: str | None = None
+    map_bytes: MapBytes = lambda shape, element_bytes: 0.0
+    forward_only_on: str | None = None
+    compiles: bool = False
     about: Callable[[Scene], str] | None = None
-
-    def held_bytes(self, shape: Shape, element_bytes: int) -> float:
-        """Bytes of the maps it cannot do without."""
-        heads = shape.heads if self.heads_at_once else 1
-        return self.whole_maps * heads * shape.grid.tokens**2 * element_bytes
 
 
 @dataclass(frozen=True)
 class Contest:
-    """An operation, its rivals, and its floor.
+    """An operation, its rivals, and its work.
 
     Attributes:
         run: the call; takes the backend.
-        products: floating-point operations of the matrix products that the forward pass cannot do without.
-        backward_products: the same for the backward pass, as a multiple of the forward pass; None without gradients.
+        forward: what the forward pass cannot do without.
+        backward: the same of the backward pass; None without gradients.
+        pair_maps: whether the reference holds the maps of one pair of frames at a time, not of all tokens.
     """
 
     run: Callable[[Scene, str], Results]
-    products: Callable[[Shape], float]
-    backward_products: float | None = None
-    rivals: dict[str, Rival] = field(default_factory=dict)
+    forward: WorkOf
+    backward: WorkOf | None = None
+    rivals: Mapping[str, Rival] = field(default_factory=dict)
+    pair_maps: bool = True
+
+    def work(self, shape: Shape, backward: bool) -> Work:
+        """What one timed call does: the forward pass, and the backward pass with it if asked for."""
+        if not backward:
+            return self.forward(shape)
+        assert self.backward is not None, "an operation without gradients has no backward pass"
+        return self.forward(shape) + self.backward(shape)
 
 
-def _pairs(shape: Shape) -> float:
-    return float(shape.frames * shape.height * shape.width) ** 2
+def _all_pairs(maps: float) -> MapBytes:
+    return lambda shape, element_bytes: maps * shape.heads * shape.grid.tokens**2 * element_bytes
 
 
-def _all_pairs(shape: Shape) -> float:
-    return 2 * shape.heads * shape.head_dim * _pairs(shape)
+def _source_pairs(maps: float) -> MapBytes:
+    return lambda shape, element_bytes: (
+        maps * shape.heads * shape.grid.video_tokens * shape.grid.tokens_per_frame * element_bytes
+    )
 
 
-def _window_pairs(shape: Shape) -> float:
-    return _all_pairs(shape) * (2 * WINDOW + 1) ** 2 / (shape.height * shape.width)
+def _window_keys(shape: Shape, element_bytes: int) -> float:
+    return float(window_gather.ROWS * (2 * WINDOW + 1) ** 2 * shape.channels * element_bytes)
 
 
-def _both_directions(shape: Shape) -> float:
-    return 2 * _all_pairs(shape) * (shape.frames - 1) / shape.frames**2
-
-
-def _row_sums_and_rows(shape: Shape) -> float:
-    tokens = shape.height * shape.width
-    return 2 * shape.heads * shape.head_dim * shape.frames * (tokens**2 + 2 * min(QUERY_TOKENS, tokens) * tokens)
-
-
-def _chosen_rows(shape: Shape) -> float:
-    return 2 * shape.heads * shape.head_dim * min(QUERY_TOKENS, shape.height * shape.width) * shape.grid.tokens
-
-
-def _near_pairs(shape: Shape) -> float:
-    tokens = shape.height * shape.width
-    pairs = shape.frames * tokens * (tokens + shape.text_tokens) + shape.text_tokens * shape.grid.tokens
-    return 4 * shape.heads * shape.head_dim * pairs
+def _chosen_rows(shape: Shape, element_bytes: int) -> float:
+    return 2.0 * shape.heads * QUERY_TOKENS * shape.grid.tokens * element_bytes
 
 
 def _soft(scene: Scene, backend: str, **options: object) -> Results:
     return (ops.soft_displacement(scene.q, scene.k, scene.grid, backend=backend, **options),)  # type: ignore[arg-type]
 
 
-def _folded_attention_kernel(scene: Scene) -> str:
-    q, k, _ = scene.video
-    return attention_positions.chosen_kernel(*(tensor.transpose(1, 2).flatten(2).unsqueeze(1) for tensor in (q, k)))
+def _compiled_soft(**options: object) -> Rival:
+    return Rival(
+        lambda s: (compiled.soft_displacement(*s.video, **options),),  # type: ignore[arg-type]
+        map_bytes=lambda shape, _: 8.0 * shape.heads * shape.grid.tokens_per_frame**2,
+        compiles=True,
+    )
 
 
-def _attention_kernel(scene: Scene) -> str:
-    q, k, _ = scene.video
-    return attention_positions.chosen_kernel(q, k)
+def _sdpa_soft(heads: str) -> Rival:
+    return Rival(
+        lambda s: (attention_positions.soft_displacement(*s.video, heads=heads),),
+        about=lambda s: attention_positions.chosen_kernel(*s.video, heads),
+    )
+
+
+def _matching(bidirectional: bool) -> Contest:
+    directions = 2 if bidirectional else 1
+    return Contest(
+        lambda s, backend: tuple(ops.match(s.q, s.k, s.grid, bidirectional=bidirectional, backend=backend)),
+        floors.match(directions),
+        rivals={
+            "materialized": Rival(
+                lambda s: tuple(materialized.match(*s.video, bidirectional=bidirectional)),
+                map_bytes=_source_pairs(2.0),
+            ),
+            "compiled": Rival(lambda s: compiled.match(*s.video, bidirectional=bidirectional), compiles=True),
+        },
+    )
+
+
+def _frame_local(renormalize: bool, rivals: Mapping[str, Rival]) -> Contest:
+    everywhere = {
+        "materialized": Rival(
+            lambda s: (materialized.frame_local_attention(s.q, s.k, s.v, s.grid, renormalize=renormalize),),
+            map_bytes=_all_pairs(2.0),
+        ),
+        "compiled": Rival(
+            lambda s: (compiled.frame_local_attention(s.q, s.k, s.v, s.grid, renormalize=renormalize),),
+            map_bytes=lambda shape, _: _all_pairs(2.0)(shape, 4),
+            compiles=True,
+        ),
+    }
+    return Contest(
+        lambda s, backend: (
+            ops.frame_local_attention(s.q, s.k, s.v, s.grid, renormalize=renormalize, backend=backend),
+        ),
+        floors.frame_local if renormalize else floors.frame_local_zeroed,
+        floors.frame_local_backward if renormalize else floors.frame_local_zeroed_backward,
+        rivals={**everywhere, **rivals},
+        pair_maps=False,
+    )
+
+
+def _displacement_work(maps: Callable[[Shape], int], pairs: Callable[[Shape], float]) -> tuple[WorkOf, WorkOf]:
+    return floors.displacement(maps, pairs), floors.displacement_backward(maps, pairs)
+
+
+def _one(shape: Shape) -> int:
+    return 1
+
+
+def _every_head(shape: Shape) -> int:
+    return shape.heads
 
 
 CONTESTS = {
-    "soft_displacement, logits": Contest(
+    "soft_displacement:logits": Contest(
         _soft,
-        _all_pairs,
-        backward_products=3,
+        *_displacement_work(_one, floors.all_pairs),
         rivals={
-            "materialized (DiTFlow)": Rival(lambda s: (materialized.soft_displacement(*s.video),), whole_maps=2),
-            "folded chunks": Rival(lambda s: (folded_chunks.soft_displacement(*s.video),)),
-            "attention with positions": Rival(
-                lambda s: (attention_positions.soft_displacement(*s.video),), about=_folded_attention_kernel
-            ),
-            "compiled reference": Rival(lambda s: (compiled.soft_displacement(*s.video),), whole_maps=1, device="cuda"),
+            "materialized": Rival(lambda s: (materialized.soft_displacement(*s.video),), map_bytes=_all_pairs(2.0)),
+            "folded-chunks": Rival(lambda s: (folded_chunks.soft_displacement(*s.video),)),
+            "sdpa": _sdpa_soft("logits"),
+            "compiled": _compiled_soft(heads="logits"),
         },
     ),
-    "soft_displacement, probabilities": Contest(
+    "soft_displacement:probabilities": Contest(
         functools.partial(_soft, heads="probabilities"),
-        _all_pairs,
-        backward_products=3,
+        *_displacement_work(_every_head, floors.all_pairs),
         rivals={
-            "attention with positions": Rival(
-                lambda s: (attention_positions.soft_displacement(*s.video, heads="probabilities"),),
-                about=_attention_kernel,
-            ),
-            "FlexAttention": Rival(lambda s: (compiled.flex_soft_displacement(*s.video),), device="cuda"),
-            "compiled reference": Rival(
-                lambda s: (compiled.soft_displacement(*s.video, heads="probabilities"),), whole_maps=1, device="cuda"
-            ),
+            "sdpa": _sdpa_soft("probabilities"),
+            "flex": Rival(lambda s: (compiled.flex_soft_displacement(*s.video),), forward_only_on="cpu", compiles=True),
+            "compiled": _compiled_soft(heads="probabilities"),
         },
     ),
-    "soft_displacement, window": Contest(
+    "soft_displacement:window": Contest(
         functools.partial(_soft, window=WINDOW),
-        _window_pairs,
-        backward_products=3,
+        *_displacement_work(_one, floors.window_pairs),
         rivals={
-            "gathered windows (FastVMT)": Rival(lambda s: (window_gather.soft_displacement(*s.video, window=WINDOW),)),
+            "windows": Rival(
+                lambda s: (window_gather.soft_displacement(*s.video, window=WINDOW),), map_bytes=_window_keys
+            ),
+            "compiled": _compiled_soft(heads="logits", window=WINDOW),
         },
     ),
-    "hard_displacement, logits": Contest(
+    "hard_displacement:logits": Contest(
         lambda s, backend: (ops.hard_displacement(s.q, s.k, s.grid, backend=backend),),
-        _all_pairs,
+        floors.displacement(lambda shape: 0, floors.all_pairs),
         rivals={
-            "materialized (DiTFlow)": Rival(lambda s: (materialized.hard_displacement(*s.video),), whole_maps=2),
+            "materialized": Rival(lambda s: (materialized.hard_displacement(*s.video),), map_bytes=_all_pairs(2.0)),
+            "folded-chunks": Rival(lambda s: (folded_chunks.hard_displacement(*s.video),)),
+            "compiled": Rival(lambda s: (compiled.hard_displacement(*s.video),), compiles=True),
         },
     ),
-    "match, probabilities": Contest(
-        lambda s, backend: tuple(ops.match(s.q, s.k, s.grid, backend=backend)),
-        _both_directions,
-        rivals={
-            "materialized (DiffTrack)": Rival(lambda s: tuple(materialized.match(*s.video)), whole_maps=0.5),
-        },
-    ),
+    "match:bidirectional": _matching(True),
+    "match:forward": _matching(False),
     "cost_rows": Contest(
         lambda s, backend: (ops.cost_rows(s.q, s.k, s.grid, s.chosen_tokens, backend=backend),),
-        _row_sums_and_rows,
+        floors.cost_rows,
+        rivals={
+            "materialized": Rival(
+                lambda s: (materialized.cost_rows(*s.video, s.chosen_tokens),), map_bytes=_source_pairs(3.0)
+            ),
+            "compiled": Rival(lambda s: (compiled.cost_rows(*s.video, s.chosen_tokens),), compiles=True),
+        },
     ),
     "attention_mass": Contest(
         lambda s, backend: tuple(ops.attention_mass(s.q, s.k, s.grid, s.chosen_tokens, backend=backend)),
-        _chosen_rows,
-    ),
-    "frame_local_attention": Contest(
-        lambda s, backend: (ops.frame_local_attention(s.q, s.k, s.v, s.grid, backend=backend),),
-        _near_pairs,
-        backward_products=2.5,
+        floors.attention_mass,
         rivals={
-            "materialized (DiffTrack)": Rival(
-                lambda s: (materialized.frame_local_attention(s.q, s.k, s.v, s.grid),), whole_maps=2
+            "materialized": Rival(
+                lambda s: materialized.attention_mass(s.q, s.k, s.grid, s.chosen_tokens), map_bytes=_chosen_rows
             ),
-            "FlexAttention": Rival(
-                lambda s: (compiled.flex_frame_local_attention(s.q, s.k, s.v, s.grid),), device="cuda"
+            "compiled": Rival(lambda s: compiled.attention_mass(s.q, s.k, s.grid, s.chosen_tokens), compiles=True),
+        },
+        pair_maps=False,
+    ),
+    "frame_local_attention:masked": _frame_local(
+        True,
+        {
+            "sdpa": Rival(
+                lambda s: (frame_by_frame.frame_local_attention(s.q, s.k, s.v, s.grid),),
+                about=lambda s: frame_by_frame.chosen_kernel(s.q, s.k, s.v, s.grid),
+            ),
+            "flex": Rival(
+                lambda s: (compiled.flex_frame_local_attention(s.q, s.k, s.v, s.grid),),
+                forward_only_on="cpu",
+                compiles=True,
             ),
         },
     ),
+    "frame_local_attention:zeroed": _frame_local(False, {}),
 }

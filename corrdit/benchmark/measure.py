@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from corrdit.benchmark.floors import Ceilings
+
 Work = Callable[[], Sequence[Tensor]]
 # Larger than any cache, so that a timed call does not find its input where the last one left it.
 _CACHE_BYTES = 2**28
+_CEILING_ROUNDS = 10
 
 
 @dataclass(frozen=True)
@@ -29,35 +32,45 @@ class Times:
         return cls(1e3 * statistics.median(seconds), 1e3 * min(seconds), 1e3 * max(seconds), len(seconds))
 
 
-def time_interleaved(works: dict[str, Work], device: torch.device, rounds: int) -> dict[str, Times]:
+def time_interleaved(
+    works: Mapping[str, Work], device: torch.device, rounds: Mapping[str, int]
+) -> tuple[dict[str, Times], dict[str, Exception]]:
     """Times several works in turns, one call each a round, so that what else the machine does hits all of them.
 
-    One call of each goes before and is not counted: it compiles, allocates and fills caches.
+    Args:
+        works: each was called before, so that it is compiled and has filled the allocator's caches.
+        rounds: timed calls of each.
+
+    Returns:
+        the times, and what those died of that failed on the way.
     """
     seconds: dict[str, list[float]] = {name: [] for name in works}
-    for work in works.values():
-        work()
-    for _ in range(rounds):
+    failures: dict[str, Exception] = {}
+    for number in range(max(rounds.values(), default=0)):
         for name, work in works.items():
-            seconds[name].append(_seconds_on_gpu(work, device) if device.type == "cuda" else _seconds(work))
-    return {name: Times.of(values) for name, values in seconds.items()}
+            if number >= rounds[name] or name in failures:
+                continue
+            try:
+                seconds[name].append(_seconds_of(work, device))
+            except Exception as error:  # whatever one dies of, the others go on
+                failures[name] = error
+    return {name: Times.of(values) for name, values in seconds.items() if values and name not in failures}, failures
 
 
-def _seconds(work: Work) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def _seconds_on_gpu(work: Work, device: torch.device) -> float:
+def _seconds_of(work: Work, device: torch.device) -> float:
+    """Seconds of one call: between events on a GPU, by the clock elsewhere."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
     torch.empty(_CACHE_BYTES, dtype=torch.int8, device=device).zero_()
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
-    start.record()
+    first.record()
     work()
-    stop.record()
+    last.record()
     torch.cuda.synchronize(device)
-    return start.elapsed_time(stop) / 1e3
+    return first.elapsed_time(last) / 1e3
 
 
 def peak_extra_bytes(work: Work, device: torch.device) -> int:
@@ -72,7 +85,7 @@ def peak_extra_bytes(work: Work, device: torch.device) -> int:
     else:
         results, peak = _peak_on_cpu(work)
     storages = {result.untyped_storage().data_ptr(): result.untyped_storage().nbytes() for result in results}
-    return peak - sum(storages.values())
+    return max(0, peak - sum(storages.values()))
 
 
 def _peak_on_cpu(work: Work) -> tuple[Sequence[Tensor], int]:
@@ -90,21 +103,43 @@ def _peak_on_cpu(work: Work) -> tuple[Sequence[Tensor], int]:
     return results, peak
 
 
-@dataclass(frozen=True)
-class Ceilings:
-    """What the device reaches in the two things everything is made of."""
-
-    matmul_tflops: float
-    copy_gigabytes: float
-
-
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """The best of several square matrix products, and of several copies (bytes read plus bytes written)."""
+    """The best of several square matrix products, of several copies and of several runs of exponentials."""
     size, elements = (8192, 2**30) if device.type == "cuda" else (2048, 2**26)
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     source = torch.empty(elements, dtype=torch.int8, device=device).zero_()
     target = torch.empty_like(source)
-    times = time_interleaved(
-        {"matmul": lambda: (torch.mm(left, right),), "copy": lambda: (target.copy_(source),)}, device, rounds=10
+    count, exponentials = _exponentials(device)
+    works: dict[str, Work] = {
+        "matmul": lambda: (torch.mm(left, right),),
+        "copy": lambda: (target.copy_(source),),
+        "exponentials": exponentials,
+    }
+    for work in works.values():
+        work()
+    times, failures = time_interleaved(works, device, dict.fromkeys(works, _CEILING_ROUNDS))
+    for error in failures.values():
+        raise error
+    return Ceilings(
+        2 * size**3 / times["matmul"].least / 1e9,
+        2 * elements / times["copy"].least / 1e6,
+        count / times["exponentials"].least / 1e6,
     )
-    return Ceilings(2 * size**3 / times["matmul"].least / 1e9, 2 * elements / times["copy"].least / 1e6)
+
+
+def _exponentials(device: torch.device) -> tuple[int, Work]:
+    """How many powers of two a work computes, and the work; its numbers never leave registers or the cache."""
+    if device.type == "cuda":
+        from corrdit.benchmark import exponentials
+
+        programs, rounds = 16 * torch.cuda.get_device_properties(device).multi_processor_count, 4096
+        return programs * exponentials.BLOCK * rounds, lambda: (exponentials.exponentials(device, programs, rounds),)
+    numbers, rounds = torch.linspace(-8, 0, 2**16 * torch.get_num_threads()), 50
+    powers = torch.empty_like(numbers)
+
+    def work() -> Sequence[Tensor]:
+        for _ in range(rounds):
+            torch.exp2(numbers, out=powers)
+        return (powers,)
+
+    return rounds * numbers.numel(), work

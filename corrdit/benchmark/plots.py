@@ -4,60 +4,205 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from corrdit.benchmark.runner import Row
+from corrdit.benchmark.contests import CONTESTS
+from corrdit.benchmark.report import largest_shape
+from corrdit.benchmark.runner import BOTH, FORWARD, Row
 from corrdit.files import written_beside
 
-_QUANTITIES: dict[str, tuple[str, Callable[[Row], float], bool]] = {
-    "time": ("milliseconds", lambda row: row["milliseconds"]["median"], True),
-    "memory": ("MiB beyond inputs and outputs", lambda row: max(row["extra_bytes"], 1) / 2**20, True),
-    "limit": ("share of the measured matrix-product limit", lambda row: row["share_of_matmul_ceiling"], False),
+FILES = {FORWARD: "forward", BOTH: "forward-backward"}
+COLUMNS = 4
+# Colours of Okabe and Ito, which stay apart for the colour-blind; shapes of the marks for print without colour.
+_WAYS = {
+    "corrdit": ("#0072B2", "o"),
+    "materialized": ("#D55E00", "s"),
+    "folded-chunks": ("#009E73", "^"),
+    "sdpa": ("#CC79A7", "D"),
+    "flex": ("#E69F00", "v"),
+    "compiled": ("#56B4E9", "P"),
+    "windows": ("#000000", "X"),
 }
+_OTHER_BACKENDS = ("#7F7F7F", "h")
+_TEXT = 9
 
 
-def write_plots(rows: Sequence[Row], folder: pathlib.Path, stem: str) -> list[pathlib.Path]:
-    """One PNG a quantity, a panel for each operation and pass: `<stem>-time.png`, `-memory.png`, `-limit.png`."""
-    measured = [row for row in rows if "milliseconds" in row]
-    if not measured:
-        return []
+def _time(row: Row) -> float:
+    return float(row["milliseconds"]["median"])
+
+
+def _memory(row: Row) -> float:
+    return max(float(row["extra_bytes"]), 2.0**10) / 2**20
+
+
+def write_plots(rows: Sequence[Row], folder: pathlib.Path) -> list[pathlib.Path]:
+    """`time-*.png` and `memory-*.png` for each pass that was timed, and `limit.png`."""
     paths = []
-    for quantity in _QUANTITIES:
-        path = folder / f"{stem}-{quantity}.png"
-        _write_plot(measured, quantity, path)
-        paths.append(path)
+    for passes, name in FILES.items():
+        here = [row for row in rows if row["pass"] == passes]
+        if not any("milliseconds" in row for row in here):
+            continue
+        for quantity, label, value in (
+            ("time", "milliseconds", _time),
+            ("memory", "MiB beyond inputs and outputs", _memory),
+        ):
+            path = folder / f"{quantity}-{name}.png"
+            _write_against_tokens(here, passes, label, value, path)
+            paths.append(path)
+    if paths:
+        paths.append(folder / "limit.png")
+        _write_limits(rows, paths[-1])
     return paths
 
 
-def _write_plot(rows: Sequence[Row], quantity: str, path: pathlib.Path) -> None:
+def _write_against_tokens(
+    rows: Sequence[Row], passes: str, label: str, value: Callable[[Row], float], path: pathlib.Path
+) -> None:
+    """A panel for each operation, all with the same axes; one legend for all."""
     from matplotlib.figure import Figure
 
-    label, value, logarithmic = _QUANTITIES[quantity]
-    panels = sorted({(row["operation"], row["pass"]) for row in rows})
-    columns = min(3, len(panels))
-    lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(5.2 * columns, 3.6 * lines + 0.4), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False).flatten()
-    for axis, panel in zip(axes, panels, strict=False):
-        chosen = [row for row in rows if (row["operation"], row["pass"]) == panel]
-        for competitor in dict.fromkeys(row["competitor"] for row in chosen):
-            points = sorted((_tokens(row), value(row)) for row in chosen if row["competitor"] == competitor)
-            own = competitor.startswith("corrdit")
-            axis.plot(*zip(*points, strict=True), marker="o", linewidth=2.5 if own else 1.2, label=competitor)
-        axis.set(title=f"{panel[0]}: {panel[1]}", xlabel="video tokens", ylabel=label)
-        axis.set_xscale("log")
-        axis.set_yscale("log" if logarithmic else "linear")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
-    for axis in axes[len(panels) :]:
+    operations = [name for name in CONTESTS if any(row["operation"] == name for row in rows)]
+    columns = min(COLUMNS, len(operations))
+    lines = -(-len(operations) // columns)
+    figure = Figure(figsize=(0.8 + 2.9 * columns, 1.1 + 2.5 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).flatten()
+    handles: dict[str, Any] = {}
+    for number, (axis, operation) in enumerate(zip(axes, operations, strict=False)):
+        here = [row for row in rows if row["operation"] == operation]
+        _draw_panel(axis, here, value, handles)
+        axis.set_title(operation, fontsize=_TEXT)
+        if number + columns >= len(operations):
+            axis.tick_params(labelbottom=True)
+            axis.set_xlabel("tokens", fontsize=_TEXT)
+        if number % columns == 0:
+            axis.set_ylabel(label, fontsize=_TEXT)
+    for axis in axes[len(operations) :]:
         axis.set_axis_off()
-    first = rows[0]
-    figure.suptitle(
-        f"{first['device']}, {first['dtype']}, torch {first['torch']}, commit {first['commit']}", fontsize=9
-    )
-    with written_beside(path) as file:
-        figure.savefig(file, format="png", dpi=110)
+    figure.suptitle(f"{passes[0].upper()}{passes[1:]}\n{_caption(rows)}", fontsize=_TEXT + 1)
+    order = [name for name in _WAYS if name in handles] + [name for name in handles if name not in _WAYS]
+    figure.legend(
+        [handles[name] for name in order], order, loc="outside lower center", ncols=len(order), fontsize=_TEXT,
+        frameon=False,
+    )  # fmt: skip
+    _save(figure, path)
+
+
+def _draw_panel(axis: Any, rows: Sequence[Row], value: Callable[[Row], float], handles: dict[str, Any]) -> None:
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    tokens = sorted({_tokens(row) for row in rows})
+    for competitor in dict.fromkeys(row["competitor"] for row in rows):
+        name, (color, marker) = _name(competitor), _style(competitor)
+        own = competitor.startswith("corrdit ")
+        for series in _series([row for row in rows if row["competitor"] == competitor]):
+            points = sorted((_tokens(row), value(row)) for row in series)
+            drawn = axis.plot(
+                *zip(*points, strict=True), color=color, marker=marker, markersize=6 if own else 5,
+                linewidth=2.2 if own else 1.1, zorder=3 if own else 2,
+            )  # fmt: skip
+            handles.setdefault(name, drawn[0])
+        for row in rows:
+            if row["competitor"] == competitor and row.get("status") == "out of memory":
+                axis.plot(
+                    _tokens(row), 0.96, color=color, marker="x", markersize=7, markeredgewidth=2, linestyle="none",
+                    transform=axis.get_xaxis_transform(), zorder=4,
+                )  # fmt: skip
+                if "out of memory" not in handles:
+                    handles["out of memory"] = axis.plot([], [], color="black", marker="x", linestyle="none")[0]
+    axis.xaxis.set_major_locator(FixedLocator(_apart(tokens)))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:,.0f}".replace(",", " ")))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
+    axis.tick_params(labelsize=_TEXT - 1)
+    axis.grid(alpha=0.3)
+    axis.set_axisbelow(True)
+
+
+def _series(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows that may be joined by a line: they differ in the number of frames only."""
+    series: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        if "milliseconds" in row:
+            shape = row["shape"]
+            key = tuple(value for name, value in shape.items() if name not in ("name", "frames"))
+            series.setdefault(key, []).append(row)
+    return list(series.values())
+
+
+def _apart(tokens: Sequence[int]) -> list[int]:
+    """Those that have room for their labels on a logarithmic axis."""
+    kept: list[int] = []
+    for number in sorted(tokens, reverse=True):
+        if not kept or number < 0.7 * kept[-1]:
+            kept.append(number)
+    return kept
+
+
+def _write_limits(rows: Sequence[Row], path: pathlib.Path) -> None:
+    """The share of the limit that every way reaches on the largest shape, an operation and pass in each line."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
+
+    shape = largest_shape(rows)
+    timed = [row for row in rows if "milliseconds" in row and row["shape"]["name"] == shape.name]
+    lines = [(name, p) for name in CONTESTS for p in FILES if any(_line(row) == (name, p) for row in timed)]
+    figure = Figure(figsize=(9.5, 1.6 + 0.33 * len(lines)), layout="constrained")
+    axis = figure.subplots()
+    handles: dict[str, Any] = {}
+    for row in sorted(timed, key=lambda row: row["competitor"].startswith("corrdit ")):
+        color, marker = _style(row["competitor"])
+        own = row["competitor"].startswith("corrdit ")
+        drawn = axis.plot(
+            row["share_of_limit"], lines.index(_line(row)), color=color, marker=marker, linestyle="none",
+            markersize=9 if own else 6, zorder=3 if own else 2,
+        )  # fmt: skip
+        handles.setdefault(_name(row["competitor"]), drawn[0])
+    bounds = {_line(row): row["bound"] for row in timed}
+    passes = {FORWARD: "forward", BOTH: "both passes"}
+    axis.set_yticks(range(len(lines)), [f"{name}, {passes[p]} ({bounds[name, p]})" for name, p in lines])
+    axis.invert_yaxis()
+    axis.set_xscale("log")
+    axis.set_xlim(right=1.15)
+    axis.axvline(1.0, color="black", linewidth=1)
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
+    axis.set_xlabel("share of the device's measured limit (in brackets: which one)", fontsize=_TEXT)
+    axis.tick_params(labelsize=_TEXT)
+    axis.grid(alpha=0.3)
+    axis.set_axisbelow(True)
+    figure.suptitle(f"{shape.name}: {shape.label}\n{_caption(timed)}", fontsize=_TEXT + 1)
+    order = [name for name in _WAYS if name in handles] + [name for name in handles if name not in _WAYS]
+    figure.legend(
+        [handles[name] for name in order], order, loc="outside lower center", ncols=len(order), fontsize=_TEXT,
+        frameon=False,
+    )  # fmt: skip
+    _save(figure, path)
+
+
+def _line(row: Row) -> tuple[str, str]:
+    return row["operation"], row["pass"]
+
+
+def _name(competitor: str) -> str:
+    return "corrdit" if competitor == "corrdit auto" else competitor
+
+
+def _style(competitor: str) -> tuple[str, str]:
+    return _WAYS.get(_name(competitor), _OTHER_BACKENDS)
 
 
 def _tokens(row: Row) -> int:
     shape = row["shape"]
     return int(shape["frames"] * shape["height"] * shape["width"])
+
+
+def _caption(rows: Sequence[Row]) -> str:
+    first = rows[0]
+    commits = ", ".join(dict.fromkeys(str(row["commit"]) for row in rows))
+    return f"{first['device']}, {first['dtype']}, torch {first['torch']}, commit {commits}"
+
+
+def _save(figure: Any, path: pathlib.Path) -> None:
+    with written_beside(path) as file:
+        figure.savefig(file, format="png", dpi=120)

@@ -1,31 +1,28 @@
-"""Runs contests: correctness first, then times in turns, then memory; one row for each competitor and pass."""
+"""Runs contests: correctness first, then memory, then times in turns; one row for each competitor and pass."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import gc
 import os
+import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from corrdit.benchmark.contests import CONTESTS, Contest, Results, Rival, Scene
+from corrdit.benchmark import checking
+from corrdit.benchmark.contests import CONTESTS, Results, Rival, Scene
 from corrdit.benchmark.environment import environment
-from corrdit.benchmark.measure import Ceilings, Work, measure_ceilings, peak_extra_bytes, time_interleaved
+from corrdit.benchmark.floors import Ceilings, Floor, floor_of
+from corrdit.benchmark.measure import Work, peak_extra_bytes, time_interleaved
 from corrdit.benchmark.shapes import Shape
-from corrdit.files import written_beside
-from corrdit.grid import TokenGrid
-
-# Largest error over largest value. Half precision rounds logits of the rivals; ours must stay far below this, and the
-# error stands in the row.
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
-# Share of argmaxes that may differ: near ties are decided by the last bit.
-MISMATCHES = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
-CHECKED_FRAMES = 2
+from corrdit.ops.backends import select_backend
 
 Row = dict[str, Any]
+FORWARD, BOTH = "forward", "forward and backward"
+LEAST_ROUNDS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,129 +30,223 @@ class Settings:
     """How a benchmark is run.
 
     Attributes:
-        rounds: timed calls of each competitor.
-        rivals: whether the other ways are timed as well.
-        rival_bytes: rivals that need more than this for their score maps are left out, with the reason in their row.
+        backends: our own competitors, as `backend=` of the operations.
+        rivals: names of the other ways that are timed as well.
+        rounds: timed calls of each competitor, at most.
+        seconds: timed calls of a competitor end after about this long, but not before `LEAST_ROUNDS`.
+        rival_bytes: rivals that need more than this for their score maps are left out, with the reason in their row;
+            None tries them all.
+        checked_frames: frames on which results are compared with float64; None for all.
+        commit: what stands in the rows as the commit; None finds it out.
     """
 
     device: torch.device
     dtype: torch.dtype
-    backends: tuple[str, ...]
-    rounds: int
-    rivals: bool
-    rival_bytes: float
+    backends: tuple[str, ...] = ("auto",)
+    rivals: tuple[str, ...] = ()
+    rounds: int = 7
+    seconds: float = 10.0
+    rival_bytes: float | None = None
+    checked_frames: int | None = None
+    commit: str | None = None
 
 
-def run_contests(names: Sequence[str], shapes: Sequence[Shape], settings: Settings) -> Iterator[Row]:
-    """The rows of some contests over some shapes, each as soon as it is there."""
-    ceilings = measure_ceilings(settings.device, settings.dtype)
-    where = {**environment(settings.device), "dtype": str(settings.dtype).removeprefix("torch.")}
-    common = {**where, **dataclasses.asdict(ceilings)}
-    for name in names:
-        for shape in shapes:
-            for row in _run_contest(CONTESTS[name], shape, settings, ceilings):
-                yield {"operation": name, **row, "shape": dataclasses.asdict(shape), **common}
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What is measured together: one operation and pass over one shape, by all competitors."""
+
+    operation: str
+    shape: Shape
+    backward: bool
+
+    @property
+    def passes(self) -> str:
+        return BOTH if self.backward else FORWARD
+
+    def competitors(self, settings: Settings) -> list[str]:
+        """Names as they stand in rows, ours first."""
+        rivals = [name for name in CONTESTS[self.operation].rivals if name in settings.rivals]
+        return [f"corrdit {backend}" for backend in settings.backends] + rivals
+
+    def floor(self, ceilings: Ceilings, dtype: torch.dtype) -> Floor:
+        return floor_of(CONTESTS[self.operation].work(self.shape, self.backward), ceilings, dtype.itemsize)
 
 
-def _run_contest(contest: Contest, shape: Shape, settings: Settings, ceilings: Ceilings) -> Iterator[Row]:
-    runs: dict[str, Callable[[Scene], Results]] = {}
-    for backend in settings.backends:
-        runs[f"corrdit {backend}"] = lambda scene, backend=backend: contest.run(scene, backend)  # type: ignore[misc]
-    refused = {}
-    for name, rival in contest.rivals.items() if settings.rivals else ():
-        reason = _refusal(rival, shape, settings)
-        if reason:
-            refused[name] = reason
-        else:
-            runs[name] = rival.run
-    for backward in (False, True) if contest.backward_products is not None else (False,):
-        label = {"pass": "forward and backward" if backward else "forward"}
-        errors = {name: _error(contest, run, shape, settings, backward) for name, run in runs.items()}
-        wrong = {name: error for name, error in errors.items() if not error["within_tolerance"]}
-        scene = _scene(shape, shape.grid, settings, gradient=backward)
-        works = {name: _work(run, scene, backward) for name, run in runs.items() if name not in wrong}
-        times = time_interleaved(works, settings.device, settings.rounds) if works else {}
-        floor = contest.products(shape) * (1 + (contest.backward_products or 0) * backward) / 1e9
-        for name, error in errors.items():
-            row: Row = {"competitor": name, **label, **error}
-            about = contest.rivals[name].about if name in contest.rivals else None
-            if about is not None:
-                row["about"] = about(scene)
-            if name in wrong:
-                row["left_out"] = "the result is wrong, so it has no time"
+def pieces(operations: Sequence[str], shapes: Sequence[Shape]) -> list[Piece]:
+    """All of them, shape by shape; operations without gradients have no backward pass."""
+    return [
+        Piece(operation, shape, backward)
+        for shape in shapes
+        for operation in operations
+        for backward in ((False, True) if CONTESTS[operation].backward else (False,))
+    ]
+
+
+def surroundings(settings: Settings) -> Row:
+    """What every row says of the machine; rows that differ in it are not of the same measurement."""
+    found = environment(settings.device)
+    if settings.commit is not None:
+        found["commit"] = settings.commit
+    return {**found, "dtype": str(settings.dtype).removeprefix("torch.")}
+
+
+def run_piece(
+    piece: Piece, settings: Settings, ceilings: Ceilings, where: Row, competitors: Sequence[str] | None = None
+) -> Iterator[Row]:
+    """The rows of one piece, of all competitors or some.
+
+    A competitor that is wrong, has no memory or fails has a row without times that says so.
+
+    Raises:
+        RuntimeError: a call left the device unusable; the rows so far have been given.
+    """
+    names = piece.competitors(settings) if competitors is None else competitors
+    measurement = _Measurement(piece, settings)
+    rows = {name: measurement.attempt(name) for name in names}
+    measurement.time({name: row for name, row in rows.items() if "left_out" not in row})
+    floor = piece.floor(ceilings, settings.dtype)
+    for name, row in rows.items():
+        if "milliseconds" in row:
+            row["share_of_limit"] = floor.milliseconds / row["milliseconds"]["median"]
+        yield {
+            "operation": piece.operation,
+            "pass": piece.passes,
+            "competitor": name,
+            **row,
+            "floor_milliseconds": floor.milliseconds,
+            "bound": floor.bound,
+            "shape": dataclasses.asdict(piece.shape),
+            **where,
+            **dataclasses.asdict(ceilings),
+            "load": os.getloadavg()[0],
+        }
+    if measurement.broken is not None:
+        raise RuntimeError(f"the device is unusable after {piece.operation}, {piece.shape.name}: {measurement.broken}")
+
+
+class _Measurement:
+    """One piece under way.
+
+    Attributes:
+        broken: why the device cannot be used any more; None while it can.
+    """
+
+    def __init__(self, piece: Piece, settings: Settings) -> None:
+        self.contest = CONTESTS[piece.operation]
+        self.piece, self.settings = piece, settings
+        self.broken: str | None = None
+        self._works: dict[str, Work] = {}
+        self._rounds: dict[str, int] = {}
+        self._scene: Scene | None = None
+        self._truth: checking.Truth | None = None
+
+    def attempt(self, name: str) -> Row:
+        """Checks a competitor, calls it once to warm up and once more for its memory."""
+        if self.broken is not None:
+            return _left_out("failed", f"not run: {self.broken}")
+        rival = None if name.startswith("corrdit ") else self.contest.rivals[name]
+        reason = None if rival is None else self._refusal(rival)
+        if reason is not None:
+            return _left_out(*reason)
+        run = rival.run if rival is not None else self._own(name)
+        row: Row = {}
+        try:
+            row.update(self._check(run))
+            if not row["within_tolerance"]:
+                return {**row, **_left_out("wrong", "the result is wrong, so it has no time")}
+            scene = self._scene_to_time()
+            if rival is None:
+                row["about"] = _backend_name(name.removeprefix("corrdit "), scene)
+            elif rival.about is not None:
+                row["about"] = rival.about(scene)
+            work = checking.work(run, scene, self.piece.backward)
+            if self.settings.device.type == "cuda" or (rival is not None and rival.compiles):
+                work()
+            start = time.perf_counter()
+            row["extra_bytes"] = peak_extra_bytes(work, self.settings.device)
+            self._rounds[name] = self._affordable_rounds(time.perf_counter() - start)
+            self._works[name] = work
+        except Exception as error:  # whatever a competitor dies of is a result, and the others go on
+            return {**row, **self._failure(error)}
+        return row
+
+    def time(self, rows: dict[str, Row]) -> None:
+        """Adds the times of all competitors that work to their rows."""
+        times, failures = time_interleaved(self._works, self.settings.device, self._rounds)
+        for name, row in rows.items():
+            if name in failures:
+                row.update(self._failure(failures[name]))
             else:
                 row["milliseconds"] = dataclasses.asdict(times[name])
-                row["extra_bytes"] = peak_extra_bytes(works[name], settings.device)
-                row["share_of_matmul_ceiling"] = floor / ceilings.matmul_tflops / times[name].median
-            yield row
-        for name, reason in refused.items():
-            yield {"competitor": name, **label, "left_out": reason}
+
+    def _affordable_rounds(self, seconds: float) -> int:
+        """Timed calls of a competitor that takes so many seconds."""
+        most = self.settings.rounds
+        return max(min(LEAST_ROUNDS, most), min(most, int(self.settings.seconds / max(seconds, 1e-6))))
+
+    def _own(self, name: str) -> Callable[[Scene], Results]:
+        backend = name.removeprefix("corrdit ")
+        return lambda scene: self.contest.run(scene, backend)
+
+    def _refusal(self, rival: Rival) -> tuple[str, str] | None:
+        """Why a rival is not even tried."""
+        settings = self.settings
+        if self.piece.backward and rival.forward_only_on == settings.device.type:
+            return "not possible", f"has no backward pass on {settings.device.type}"
+        needed = rival.map_bytes(self.piece.shape, settings.dtype.itemsize)
+        if settings.rival_bytes is not None and needed > settings.rival_bytes:
+            return (
+                "out of memory",
+                f"needs {needed / 2**30:.1f} GiB for its score maps, more than {settings.rival_bytes / 2**30:.1f} GiB",
+            )
+        return None
+
+    def _scene_to_time(self) -> Scene:
+        if self._scene is None:
+            self._scene = checking.scene(
+                self.piece.shape, self.piece.shape.grid, self.settings.device, self.settings.dtype, self.piece.backward
+            )
+        return self._scene
+
+    def _check(self, run: Callable[[Scene], Results]) -> Row:
+        if self._truth is None:
+            frames = self.settings.checked_frames or self.piece.shape.frames
+            self._truth = checking.Truth.of(
+                self.contest,
+                self.piece.shape,
+                frames=min(frames, self.piece.shape.frames),
+                backward=self.piece.backward,
+                device=self.settings.device,
+                dtype=self.settings.dtype,
+            )
+        return self._truth.compare(run)
+
+    def _failure(self, error: Exception) -> Row:
+        status, reason = "failed", " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        if _is_out_of_memory(error):
+            wanted = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
+            status, reason = "out of memory", "out of memory" + (f": wanted {wanted.group(1)} more" if wanted else "")
+        elif "CUDA error" in str(error):
+            self.broken = reason
+        error.__traceback__ = None  # it holds the tensors of the call
+        gc.collect()
+        if self.settings.device.type == "cuda" and self.broken is None:
+            torch.cuda.empty_cache()
+        return _left_out(status, reason)
 
 
-def _refusal(rival: Rival, shape: Shape, settings: Settings) -> str | None:
-    if rival.device not in (None, settings.device.type):
-        return f"runs on {rival.device} only"
-    needed = rival.held_bytes(shape, settings.dtype.itemsize)
-    if needed > settings.rival_bytes:
-        return f"needs {needed / 2**30:.0f} GiB for its score maps"
-    return None
+def _backend_name(backend: str, scene: Scene) -> str:
+    """What "auto" stands for."""
+    module = select_backend(backend, scene.q).__name__.rsplit(".", 1)[-1]
+    return "triton" if module == "kernels" else module
 
 
-def _scene(shape: Shape, grid: TokenGrid, settings: Settings, *, gradient: bool) -> Scene:
-    generator = torch.Generator().manual_seed(0)
-    size = (1, shape.heads, grid.tokens, shape.head_dim)
-    tensors = (torch.randn(size, generator=generator).to(settings.device, settings.dtype) for _ in range(3))
-    return Scene(grid, *(tensor.requires_grad_(gradient) for tensor in tensors))
+def _left_out(status: str, reason: str) -> Row:
+    return {"status": status, "left_out": reason}
 
 
-def _work(run: Callable[[Scene], Results], scene: Scene, backward: bool) -> Work:
-    if not backward:
-        return lambda: run(scene)
-    with torch.no_grad():
-        result = run(scene)[0]
-    generator = torch.Generator().manual_seed(1)
-    incoming = torch.randn(result.shape, generator=generator).to(result.device, result.dtype)
-    inputs = (scene.q, scene.k, scene.v)
-
-    def forward_and_backward() -> Results:
-        (output,) = run(scene)
-        gradients = torch.autograd.grad(output, inputs, incoming, allow_unused=True)
-        return (output, *(gradient for gradient in gradients if gradient is not None))
-
-    return forward_and_backward
-
-
-def _error(contest: Contest, run: Callable[[Scene], Results], shape: Shape, settings: Settings, backward: bool) -> Row:
-    """Largest error of a competitor on the first frames, against float64 by the streaming backend."""
-    grid = dataclasses.replace(shape.grid, frames=min(CHECKED_FRAMES, shape.frames))
-    scene = _scene(shape, grid, settings, gradient=backward)
-    exact_scene = Scene(
-        grid, *(tensor.detach().double().requires_grad_(backward) for tensor in (scene.q, scene.k, scene.v))
+def _is_out_of_memory(error: Exception) -> bool:
+    text = str(error).lower()
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        "out of memory" in text or "can't allocate memory" in text
     )
-    results = _work(run, scene, backward)()
-    expected = _work(lambda s: contest.run(s, "streaming"), exact_scene, backward)()
-    error, mismatches = 0.0, 0.0
-    for result, exact in zip(results, expected, strict=True):
-        if _is_position(exact):
-            mismatches = max(mismatches, _mismatch_share(result, exact))
-        else:
-            largest = float(exact.detach().abs().max())
-            error = max(error, float((result.detach().double() - exact.detach()).abs().max()) / max(largest, 1e-30))
-    good = error <= TOLERANCE[settings.dtype] and mismatches <= MISMATCHES[settings.dtype]
-    return {"error": error, "mismatches": mismatches, "within_tolerance": good}
-
-
-def _is_position(exact: Tensor) -> bool:
-    """Whether a result counts tokens: argmaxes are right or wrong, not near."""
-    return not exact.requires_grad and exact.shape[-1] == 2 and bool((exact == exact.round()).all())
-
-
-def _mismatch_share(result: Tensor, exact: Tensor) -> float:
-    return float((result.double() != exact.double()).any(-1).double().mean())
-
-
-def write_rows(path: str | os.PathLike[str], command: str, rows: Sequence[Row]) -> None:
-    """Results as one JSON object: the command and the rows."""
-    with written_beside(path, "w") as file:
-        json.dump({"command": command, "rows": list(rows)}, file, indent=1)
-        file.write("\n")

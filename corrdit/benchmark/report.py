@@ -1,0 +1,145 @@
+"""Rows as Markdown tables: the figures of a page, each shape by itself, and before them the largest in brief."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+
+from corrdit.benchmark.contests import CONTESTS, RIVALS
+from corrdit.benchmark.floors import Ceilings
+from corrdit.benchmark.runner import BOTH, FORWARD, Row
+from corrdit.benchmark.shapes import Shape
+from corrdit.files import written_beside
+
+FILE = "table.md"
+RELEASED = "materialized"
+
+
+def milliseconds(value: float) -> str:
+    """Three digits, in milliseconds or seconds."""
+    if value >= 1000:
+        return f"{value / 1000:.3g} s"
+    return f"{value:.3g} ms" if value < 100 else f"{value:.0f} ms"
+
+
+def mebibytes(value: float) -> str:
+    mebi = value / 2**20
+    return f"{mebi:.0f} MiB" if mebi >= 10 else f"{mebi:.1f} MiB"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.2g} %"
+
+
+def write_table(rows: Sequence[Row], folder: pathlib.Path) -> pathlib.Path:
+    """`table.md`: what was measured on what, the largest shape in brief, and every shape in full."""
+    path = folder / FILE
+    names = list(dict.fromkeys(row["shape"]["name"] for row in rows))
+    with written_beside(path, "w") as file:
+        file.write("\n".join([*_head(rows), *_brief(rows), *(line for name in names for line in _full(rows, name))]))
+        file.write("\n")
+    return path
+
+
+def shape_of(row: Row) -> Shape:
+    return Shape(**row["shape"])
+
+
+def largest_shape(rows: Sequence[Row]) -> Shape:
+    """The one with most tokens times channels that a time was taken at."""
+    timed = [row for row in rows if "milliseconds" in row]
+    return max((shape_of(row) for row in timed or rows), key=lambda shape: shape.grid.tokens**2 * shape.channels)
+
+
+def _head(rows: Sequence[Row]) -> list[str]:
+    def every(name: str) -> str:
+        return ", ".join(dict.fromkeys(str(row[name]) for row in rows))
+
+    last = rows[-1]
+    ceilings = Ceilings(last["matmul_tflops"], last["copy_gigabytes"], last["exponentials"])
+    driver = f", driver {every('driver')}" if last["driver"] else ""
+    return [
+        f"Measured on {every('device')}{driver}, {every('threads')} threads, {every('dtype')}, torch {every('torch')}, "
+        f"triton {every('triton')}, commit {every('commit')}. Limits of the device: {ceilings.label}.",
+        "",
+        "Median times; memory beyond inputs and outputs. Every result was compared with float64 before it was timed.",
+        "",
+    ]
+
+
+def _brief(rows: Sequence[Row]) -> list[str]:
+    shape = largest_shape(rows)
+    lines = [
+        f"## In brief: {shape.name} ({shape.label})",
+        "",
+        "| operation | pass | floor | corrdit | memory | of the limit | fastest other way | the released way |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for operation in CONTESTS:
+        for passes in (FORWARD, BOTH):
+            here = _at(rows, shape.name, operation, passes)
+            own = next((row for row in here if row["competitor"].startswith("corrdit ")), None)
+            if own is None:
+                continue
+            others = [row for row in here if row["competitor"] in RIVALS]
+            timed = [row for row in others if "milliseconds" in row]
+            fastest = min(timed, key=lambda row: row["milliseconds"]["median"], default=None)
+            released = next((row for row in others if row["competitor"] == RELEASED), None)
+            floor = f"{milliseconds(own['floor_milliseconds'])}, {own['bound']}"
+            lines.append(
+                f"| {operation} | {passes} | {floor} | {_time(own)} | {_memory(own)} | {_share(own)} "
+                f"| {_compared(fastest, own, name=True)} | {_compared(released, own, name=False)} |"
+            )
+    return [*lines, ""]
+
+
+def _full(rows: Sequence[Row], shape_name: str) -> list[str]:
+    shape = shape_of(next(row for row in rows if row["shape"]["name"] == shape_name))
+    lines = [
+        f"## {shape.name} ({shape.label})",
+        "",
+        "| operation | way | forward | memory | of the limit | forward and backward | memory | of the limit |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for operation in CONTESTS:
+        here = [row for passes in (FORWARD, BOTH) for row in _at(rows, shape.name, operation, passes)]
+        for number, competitor in enumerate(dict.fromkeys(row["competitor"] for row in here)):
+            by_pass = {row["pass"]: row for row in here if row["competitor"] == competitor}
+            about = next((row["about"] for row in by_pass.values() if "about" in row), None)
+            cells = [operation if number == 0 else "", competitor + (f" ({about})" if about else "")]
+            for passes in (FORWARD, BOTH):
+                row = by_pass.get(passes)
+                cells += ["", "", ""] if row is None else [_time(row), _memory(row), _share(row)]
+            lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _at(rows: Sequence[Row], shape: str, operation: str, passes: str) -> list[Row]:
+    return [
+        row for row in rows if row["shape"]["name"] == shape and row["operation"] == operation and row["pass"] == passes
+    ]
+
+
+def _time(row: Row) -> str:
+    return milliseconds(row["milliseconds"]["median"]) if "milliseconds" in row else str(row["status"])
+
+
+def _memory(row: Row) -> str:
+    return mebibytes(row["extra_bytes"]) if "milliseconds" in row else ""
+
+
+def _share(row: Row) -> str:
+    return percent(row["share_of_limit"]) if "milliseconds" in row else ""
+
+
+def _compared(row: Row | None, own: Row, *, name: bool) -> str:
+    """Time, ratio to ours and memory of another way."""
+    if row is None:
+        return "none"
+    prefix = f"{row['competitor']}: " if name else ""
+    if "milliseconds" not in row:
+        return prefix + str(row["status"])
+    ratio = ""
+    if "milliseconds" in own:
+        ratio = f" ({row['milliseconds']['median'] / own['milliseconds']['median']:.2g} x)"
+    return f"{prefix}{_time(row)}{ratio}, {_memory(row)}"
