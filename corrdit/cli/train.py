@@ -16,7 +16,7 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument(
         "--recipe",
         default="cpu",
-        help="a recipe shipped with the package (cpu, smoke) or a YAML file with the same entries",
+        help="a recipe shipped with the package (cpu, gpu, smoke) or a YAML file with the same entries",
     )
     parser.add_argument("--steps", type=int, default=None, help="number of steps in place of the recipe's")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from corrdit.data import PROMPT_KINDS, WorldConfig, describe, render
 from corrdit.integrations.diffusers.embedded.pipeline import build_pipeline, build_transformer, rotary_positions
@@ -31,6 +31,7 @@ class TrainingConfig:
     shape.
 
     empty_prompts is the share of videos without a prompt, part_prompts of those with the subject or the scene alone.
+    workers is how many further processes render the videos; 0 renders them between the steps. The videos are the same.
     """
 
     seed: int = 0
@@ -53,18 +54,19 @@ class TrainingConfig:
     precision: str = "bf16-mixed"
     optimizer: str = "adamw"
     matrix_rate: float = 1.0
+    workers: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shapes", tuple(tuple(int(size) for size in shape) for shape in self.shapes))
-        if self.steps < 1 or self.batch_size < 1 or self.seed < 0:
-            raise ValueError(f"need steps >= 1, batch_size >= 1 and seed >= 0, got {self}")
+        if self.steps < 1 or self.batch_size < 1 or self.seed < 0 or self.workers < 0:
+            raise ValueError(f"need steps >= 1, batch_size >= 1, seed >= 0 and workers >= 0, got {self}")
         if self.optimizer not in ("adamw", "muon"):
             raise ValueError(f"optimizer must be 'adamw' or 'muon', got {self.optimizer!r}")
         for shape in self.shapes:
             if len(shape) != 3 or shape[1] % 4 or shape[2] % 4:
                 raise ValueError(f"a shape is (frames, height, width) with sizes divisible by 4, got {shape}")
-        if self.seed * self.steps * self.batch_size >= HELD_OUT_SEEDS:
-            raise ValueError("seed * steps * batch_size must stay below 1e9, where the held-out videos begin")
+        if (self.seed + 1) * self.steps * self.batch_size > HELD_OUT_SEEDS:
+            raise ValueError("(seed + 1) * steps * batch_size must not exceed 1e9, where the held-out videos begin")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainingConfig":
@@ -88,7 +90,10 @@ class GeneratedBatches(IterableDataset):
         self.share = slice(rank * each, (rank + 1) * each)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for step in range(self.first_step, self.config.steps):
+        # A loader takes from its workers in turn, so every n-th step from each gives the steps in order.
+        worker = get_worker_info()
+        offset, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for step in range(self.first_step + offset, self.config.steps, stride):
             yield self.batch(step)
 
     def batch(self, step: int) -> dict[str, Any]:
@@ -118,11 +123,11 @@ class WorldDataModule(lightning.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """One endless epoch; batches come whole from the dataset."""
         if self.trainer is None:
-            return DataLoader(GeneratedBatches(self.config), batch_size=None)
+            return DataLoader(GeneratedBatches(self.config), batch_size=None, num_workers=self.config.workers)
         batches = GeneratedBatches(
             self.config, self.trainer.global_step, self.trainer.global_rank, self.trainer.world_size
         )
-        return DataLoader(batches, batch_size=None)
+        return DataLoader(batches, batch_size=None, num_workers=self.config.workers)
 
 
 class MaterialisedAttention(TorchFunctionMode):

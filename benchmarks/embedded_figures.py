@@ -1,0 +1,128 @@
+"""Every figure of the embedded model's correspondence, from its checkpoint, into docs/figures.
+
+    python benchmarks/embedded_figures.py
+
+Measures matching accuracy of every layer and head at eleven timesteps on 200 held-out videos (the same videos and noise
+as embedded_matching.py, so the same figures at its timesteps), generates the samples, and draws. Two tables are taken
+from where other commands leave them: the large videos of embedded_matching.py and the training run of
+embedded_emergence.py, which needs the run's checkpoints. --draw-only draws again from the tables alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import pathlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from embedded_drawings import draw_bars, draw_emergence, draw_heads, draw_layers, draw_loss, draw_samples
+from guidance_quality import weights_digest
+from matplotlib.figure import Figure
+
+from corrdit.benchmark.environment import environment
+from corrdit.data import WorldConfig, generate
+from corrdit.files import written_beside
+from corrdit.integrations.diffusers.embedded import load_embedded_pipeline
+from corrdit.integrations.diffusers.embedded.evaluation import HELD_OUT_SEEDS, matching_table, summary
+
+ROOT = pathlib.Path(__file__).parent.parent
+TIMESTEPS = (10, 50, 100, 200, 300, 400, 500, 600, 700, 800, 900)
+SHOWN = (50, 300, 600)
+SAMPLE_SEEDS = (1_000_700_004, 1_000_700_009, 1_000_700_014, 1_000_700_021, 1_000_700_022, 1_000_700_030)
+DOTS = 150
+
+
+def parsed_arguments(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--output", type=pathlib.Path, default=ROOT / "docs" / "figures", help="folder for the pictures"
+    )
+    parser.add_argument(
+        "--tables", type=pathlib.Path, default=ROOT / "benchmarks" / "results", help="folder of the JSON tables"
+    )
+    parser.add_argument("--pipeline", default=None, help="folder of a trained pipeline; the shipped one otherwise")
+    parser.add_argument("--videos", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=50, help="inference steps of the samples")
+    parser.add_argument("--guidance", type=float, default=6.0, help="guidance scale of the samples")
+    parser.add_argument("--draw-only", action="store_true", help="measure and generate nothing")
+    return parser.parse_args(words)
+
+
+def layers_table(pipe: Any, videos: int) -> dict[str, Any]:
+    """Every reading at every timestep, and what it was measured with."""
+    table = matching_table(pipe, WorldConfig(), range(HELD_OUT_SEEDS, HELD_OUT_SEEDS + videos), TIMESTEPS)
+    return {
+        "command": " ".join(["python", f"benchmarks/{pathlib.Path(__file__).name}", *sys.argv[1:]]),
+        "environment": environment(torch.device("cpu")),
+        "weights": weights_digest(pipe.transformer),
+        "first_seed": HELD_OUT_SEEDS,
+        **table,
+    }
+
+
+@torch.no_grad()
+def samples(pipe: Any, steps: int, guidance: float) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """Captions of held-out scenes with their rendered and their generated videos, uint8 [T, H, W, 3]."""
+    clips = generate(SAMPLE_SEEDS, WorldConfig(sprites=(1, 2)))
+    frames = pipe(
+        [clip.prompt for clip in clips],
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        generator=[torch.Generator().manual_seed(seed) for seed in SAMPLE_SEEDS],
+        output_type="np",
+    ).frames
+    generated = (np.asarray(frames) * 255).round().astype(np.uint8)
+    return [(clip.prompt, clip.video, video) for clip, video in zip(clips, generated, strict=True)]
+
+
+def read_table(path: pathlib.Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; leave out --draw-only, or give the right --tables")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def drawn(tables: pathlib.Path) -> Iterator[tuple[str, Figure]]:
+    """Names and figures of all tables."""
+    layers = read_table(tables / "embedded_layers.json")
+    readings = layers["readings"]
+    yield "layers_timesteps", draw_layers(readings, layers["videos"])
+    yield "heads", draw_heads(readings, SHOWN)
+    panels = {"8 frames of 32 x 32": summary({str(timestep): readings[str(timestep)] for timestep in SHOWN})}
+    matching = tables / "embedded_matching.json"
+    if matching.is_file() and "large" in (large := read_table(matching)):
+        panels["24 frames of 480 x 720, at 20 x 30 tokens"] = large["large"]["summary"]
+    yield "bars", draw_bars(panels)
+    run = read_table(tables / "embedded_emergence.json")
+    yield "emergence", draw_emergence(run["checkpoints"], SHOWN)
+    yield "loss", draw_loss(run["loss"])
+
+
+def write_picture(figure: Figure, path: pathlib.Path) -> None:
+    encoded = io.BytesIO()
+    figure.savefig(encoded, format="png", dpi=DOTS, metadata={"Software": None})
+    with written_beside(path) as file:
+        file.write(encoded.getvalue())
+    print(path)
+
+
+def main(words: list[str] | None = None) -> None:
+    arguments = parsed_arguments(words)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    if not arguments.draw_only:
+        pipe = load_embedded_pipeline(arguments.pipeline)
+        table = layers_table(pipe, arguments.videos)
+        with written_beside(arguments.tables / "embedded_layers.json", "w") as file:
+            file.write(json.dumps(table, indent=1) + "\n")
+        sheet = draw_samples(samples(pipe, arguments.steps, arguments.guidance))
+        write_picture(sheet, arguments.output / "samples.png")
+    for name, figure in drawn(arguments.tables):
+        write_picture(figure, arguments.output / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()
