@@ -8,11 +8,25 @@ from typing import NamedTuple
 from torch import Tensor
 
 from corrdit.tracking.chunks import Chunk
-from corrdit.tracking.costs import ChunkCost
+
+
+class ChunkCost(NamedTuple):
+    """What one forward pass says about the tokens of its source frame.
+
+    Attributes:
+        tokens: int64 `[R]` flat tokens of the source frame, ascending.
+        rows: float `[V, R, F, h, w]` V cost maps of each in every frame of the chunk, in their order.
+        back: float `[F, h, w, 2]` for each token of every frame its best token (x, y) in the source frame; None where
+            it was not asked for.
+    """
+
+    tokens: Tensor
+    rows: Tensor
+    back: Tensor | None
 
 
 class FrameCost(NamedTuple):
-    """Cost rows `[R, h, w]` of the source tokens in one target frame, and the way back `[h, w, 2]`."""
+    """Cost maps `[V, R, h, w]` of the source tokens in one target frame, and the way back `[h, w, 2]`."""
 
     rows: Tensor
     back: Tensor | None
@@ -39,7 +53,7 @@ class CostAccumulator:
         for place, frame in enumerate(chunk.frames):
             if frame == chunk.source:
                 continue
-            rows = cost.rows[:, place]
+            rows = cost.rows[:, :, place]
             back = None if cost.back is None else cost.back[place]
             if frame in self._pending:
                 held, count = self._pending.pop(frame)

@@ -49,7 +49,15 @@ def anchored_chunks(
     Raises:
         ValueError: a number is out of range or the schedule unknown.
     """
-    others = _other_frames(frames, anchor)
+    return chunks_through(
+        _other_frames(frames, anchor), anchor, frames_per_chunk=frames_per_chunk, schedule=schedule, stride=stride
+    )
+
+
+def chunks_through(
+    others: list[int], anchor: int, *, frames_per_chunk: int, schedule: str, stride: int | None
+) -> list[Chunk]:
+    """The chunks of `anchored_chunks` through some frames, ascending and without the anchor."""
     window = whole_number("frames_per_chunk", frames_per_chunk, 2) - 1
     if stride is not None and schedule != "consecutive":
         raise ValueError(f'stride is for schedule="consecutive"; drop it for schedule={schedule!r}')
@@ -57,7 +65,7 @@ def anchored_chunks(
         count = -(-len(others) // window)
         return [Chunk(anchor, tuple(others[start::count])) for start in range(count)]
     if schedule == "interleaved":
-        interval, step = max(frames // window, 1), 1
+        interval, step = max((len(others) + 1) // window, 1), 1
     elif schedule == "consecutive":
         interval, step = 1, _checked_stride(window if stride is None else stride, window)
     else:
@@ -88,6 +96,28 @@ def chained_chunks(frames: int, anchor: int, *, frames_per_chunk: int = 13) -> l
         for start in range(0, len(way) - 1, window):
             chunks.append(Chunk(way[start], tuple(way[start + 1 : start + 1 + window])))
     return chunks
+
+
+def frame_blocks(frames: int, anchor: int, most: int | None) -> list[list[int]]:
+    """The frames but the anchor, ascending, in blocks that are followed one after another.
+
+    Args:
+        frames: number of video frames, at least 2.
+        anchor: the query's frame.
+        most: frames of a block; a longer video is cut on each side of the anchor, the blocks next to it first. None
+            for one block.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+    others = _other_frames(frames, anchor)
+    if most is None or len(others) <= whole_number("most", most, 1):
+        return [others]
+    after, before = others[anchor:], others[:anchor]
+    blocks = [after[start : start + most] for start in range(0, len(after), most)]
+    for end in range(len(before), 0, -most):
+        blocks.append(before[max(0, end - most) : end])
+    return blocks
 
 
 def last_visits(chunks: list[Chunk]) -> dict[int, int]:

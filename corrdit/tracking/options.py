@@ -10,8 +10,10 @@ from corrdit.grid import whole_number
 from corrdit.ops.backends import BACKENDS
 from corrdit.tracking.chunks import SCHEDULES
 from corrdit.tracking.geometry import GEOMETRIES
+from corrdit.tracking.readings import FUSIONS
 
 VISIBILITIES = ("consistency", "all")
+COMBINATIONS = ("costs", "median")
 
 
 @dataclass(frozen=True)
@@ -20,12 +22,21 @@ class TrackerOptions:
 
     Args:
         layer: attention block whose queries and keys are matched; the backbone's preset by default.
+        layers: several in place of `layer`; () for the preset's single layer where it has several.
         step: denoising step out of `inference_steps`, negative from the end; the backbone's preset by default.
+        steps: several in place of `step`, a forward pass for each.
+        fusion: how several layers and steps become one: "heads" or "channels", see `corrdit.tracking.readings.Reading`.
         inference_steps: steps of the schedule that `step` counts; the backbone's preset by default.
         noise: whether the latents get the noise of that step (from `seed`); otherwise they stay clean.
         seed: of the noise.
         heads: "probabilities", "logits" or "features", see `corrdit.ops.match`; the backbone's preset by default.
-        head_weights: weights over heads; the backbone's preset by default, () for the plain mean.
+        head_weights: weights of the heads of a layer, or of all layers one after another; the backbone's preset by
+            default (equal ones for layers that are given), () for the plain mean.
+        combine: "costs" (heads are combined as `heads` says) or "median" (every head finds its own position; the median
+            in x and in y counts).
+        temperature: factor of the logits; the backbone's preset by default, or else 1.
+        low_pass: standard deviation in tokens of a low-pass filter on queries and keys; the backbone's preset by
+            default, or else 0, none.
         bidirectional: whether the backward softmax takes part in the cost.
         frames_per_chunk: frames of a forward pass, the query's frame included; the backbone's preset by default.
         schedule: "spread", "interleaved" or "consecutive" (see `corrdit.tracking.chunks.anchored_chunks`) with the
@@ -37,9 +48,14 @@ class TrackerOptions:
         tokens_per_frame: limit of tokens a frame is encoded to, in place of a size.
         resize_first: (height, width) to which frames are resized before that (DiffTrack's evaluation: 256 x 256).
         refine: radius in tokens of the cost-weighted mean round the best token; 0 for the best token itself.
+        crops: scales at which points are looked at again, one after another, in crops of the frames round them: the
+            span of a token in the crop, relative to that in the whole frame. See `corrdit.tracking.crops`; the cost
+            grows with the points. The backbone's preset by default, or else () for none.
+        crop_tokens: of a crop's side.
         path_spread: distance in tokens (standard deviation) from the path so far within which a match is preferred, see
             `corrdit.tracking.paths`; 0 matches every frame by itself. Keeps the cost maps of all frames, two bytes
             a point, frame and token. "chained" has no use for it.
+        frames_per_block: frames followed together, so that memory does not grow with the video; None for all.
         geometry: "centers" (token centres) or "released" (DiffTrack's reading of match maps).
         visibility: "consistency" (matching back leads to the query) or "all" (every point is called visible).
         tolerance: largest distance in tokens between query and match back for a visible point.
@@ -48,12 +64,18 @@ class TrackerOptions:
     """
 
     layer: int | None = None
+    layers: tuple[int, ...] | None = None
     step: int | None = None
+    steps: tuple[int, ...] | None = None
+    fusion: str = "heads"
     inference_steps: int | None = None
     noise: bool | None = None
     seed: int = 0
     heads: str | None = None
     head_weights: tuple[float, ...] | None = None
+    combine: str = "costs"
+    temperature: float | None = None
+    low_pass: float | None = None
     bidirectional: bool = True
     frames_per_chunk: int | None = None
     schedule: str = "spread"
@@ -64,7 +86,10 @@ class TrackerOptions:
     tokens_per_frame: int | None = None
     resize_first: tuple[int, int] | None = None
     refine: int = 1
+    crops: tuple[float, ...] | None = None
+    crop_tokens: int = 8
     path_spread: float = 3.0
+    frames_per_block: int | None = 120
     geometry: str = "centers"
     visibility: str = "consistency"
     tolerance: float = 2.0
@@ -76,6 +101,8 @@ class TrackerOptions:
         _choice("geometry", self.geometry, GEOMETRIES)
         _choice("visibility", self.visibility, VISIBILITIES)
         _choice("backend", self.backend, BACKENDS)
+        _choice("fusion", self.fusion, FUSIONS)
+        _choice("combine", self.combine, COMBINATIONS)
         if self.heads is not None:
             _choice("heads", self.heads, ("probabilities", "logits", "features"))
         whole_number("refine", self.refine, 0)
@@ -85,6 +112,8 @@ class TrackerOptions:
             ("height", 1),
             ("width", 1),
             ("tokens_per_frame", 1),
+            ("crop_tokens", 2),
+            ("frames_per_block", 1),
         ):
             if getattr(self, name) is not None:
                 whole_number(name, getattr(self, name), minimum)
@@ -98,8 +127,26 @@ class TrackerOptions:
             raise ValueError(f"path_spread must be a distance in tokens of at least 0, got {self.path_spread}")
         if self.geometry == "released" and (self.refine or self.path_spread):
             raise ValueError('geometry="released" reads whole-token matches; give refine=0 and path_spread=0 with it')
-        if isinstance(self.head_weights, Iterable):
-            object.__setattr__(self, "head_weights", tuple(float(weight) for weight in self.head_weights))
+        self._check_readings()
+
+    def _check_readings(self) -> None:
+        """What is read, and where several of it are given."""
+        for name, kind in (("head_weights", float), ("crops", float), ("layers", int), ("steps", int)):
+            given = getattr(self, name)
+            if isinstance(given, Iterable):
+                object.__setattr__(self, name, tuple(kind(value) for value in given))
+        for one, several in (("layer", "layers"), ("step", "steps")):
+            if getattr(self, one) is not None and getattr(self, several):
+                raise ValueError(f"{one} and {several} were both given; drop one of them")
+        for scale in self.crops or ():
+            if not 0 < scale <= 1:
+                raise ValueError(f"crops must be scales above 0 and at most 1, such as 0.5, got {scale}")
+        if self.temperature is not None and not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature must be a factor above 0, got {self.temperature}")
+        if self.low_pass is not None and not 0 <= self.low_pass < float("inf"):
+            raise ValueError(f"low_pass must be a standard deviation in tokens of at least 0, got {self.low_pass}")
+        if self.geometry == "released" and (self.crops or self.combine != "costs"):
+            raise ValueError('geometry="released" takes the costs of whole frames; give crops=() and combine="costs"')
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -107,8 +154,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     # DiffTrack's released evaluation procedure; layer and step are the backbone's published ones.
     "published": {
         "noise": False,
+        "layers": (),
         "heads": "probabilities",
         "head_weights": (),
+        "temperature": 1.0,
+        "low_pass": 0.0,
+        "crops": (),
+        "frames_per_block": None,
         "schedule": "interleaved",
         "frames_per_chunk": 13,
         "resize_first": (256, 256),

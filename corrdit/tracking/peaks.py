@@ -1,9 +1,66 @@
-"""From cost maps to positions: the best token, refined below the token."""
+"""From cost maps to positions: the best token, refined below the token, and whether the match back agrees."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+from corrdit.grid import TokenGrid
+from corrdit.tracking.geometry import sample_map
+
+
+class Located(NamedTuple):
+    """Matches of P points in one frame.
+
+    Attributes:
+        xy: `[P, 2]` (x, y) in tokens.
+        score: `[P]` cost at the best token, 0 to 1.
+        miss: `[P]` distance in tokens between the point and the match of its match; None where it was not asked for.
+    """
+
+    xy: Tensor
+    score: Tensor
+    miss: Tensor | None
+
+
+def locate(
+    rows: Tensor,
+    place: Tensor,
+    *,
+    refine: int,
+    expected: Tensor | None = None,
+    spread: float = 0.0,
+    back: Tensor | None = None,
+) -> Located:
+    """Where points are in a target frame.
+
+    Args:
+        rows: float `[V, P, h, w]`, V cost maps a point; the median of their positions in x and in y is taken.
+        place: `[P, 2]` (x, y) of the points in the source frame, in tokens. A point between the outermost token
+            centres and the border keeps its distance from the centre it is read at.
+        refine: see `refined_peaks`.
+        expected: `[P, 2]` in tokens, near which a match is preferred by `spread`, see `corrdit.tracking.paths`.
+        back: `[h, w, 2]`, or `[P, h, w, 2]` for each point, the best source token (x, y) of each target token.
+    """
+    from corrdit.tracking.paths import preferred_peaks
+
+    votes, points, height, width = rows.shape
+    maps = rows.flatten(0, 1).float()
+    if expected is None or spread == 0:
+        peaks, score = refined_peaks(maps, refine)
+    else:
+        peaks, score = preferred_peaks(maps, expected.repeat(votes, 1), spread=spread, refine=refine)
+    xy, score = (part.unflatten(0, (votes, points)).quantile(0.5, dim=0) for part in (peaks, score))
+    last = torch.tensor([width - 1.0, height - 1.0])
+    xy = xy + (place - torch.minimum(place.clamp(min=0), last))
+    if back is None:
+        return Located(xy, score, None)
+    displacement = back - TokenGrid(1, height, width).coordinates().unflatten(0, (height, width))
+    read_at = xy if back.ndim == 3 else xy.unsqueeze(1)
+    returned = xy + sample_map(displacement, read_at).reshape(points, 2)
+    return Located(xy, score, (returned - place).norm(dim=-1))
 
 
 def refined_peaks(cost: Tensor, radius: int, *, best: Tensor | None = None) -> tuple[Tensor, Tensor]:

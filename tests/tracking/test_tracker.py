@@ -43,11 +43,14 @@ class PixelBackbone:
         return latents + 0.5 * noise
 
     def forward(self, latents, timestep, operations):
-        self.forwards.append(len(latents))
-        patches = torch.nn.functional.unfold(latents, STRIDE, stride=STRIDE).transpose(1, 2)
+        batched = latents if latents.ndim == 5 else latents[None]
+        batch, frames, _, height, width = batched.shape
+        self.forwards.append(frames)
+        patches = torch.nn.functional.unfold(batched.flatten(0, 1), STRIDE, stride=STRIDE).transpose(1, 2)
         patches = torch.nn.functional.normalize(patches - patches.mean(-1, keepdim=True), dim=-1)
-        tokens = patches.flatten(0, 1)[None, None] * (self.sharpness * patches.shape[-1] ** 0.5) ** 0.5
-        grid = TokenGrid(len(latents), latents.shape[2] // STRIDE, latents.shape[3] // STRIDE)
+        tokens = patches.unflatten(0, (batch, frames)).flatten(1, 2)[:, None]
+        tokens = tokens * (self.sharpness * patches.shape[-1] ** 0.5) ** 0.5
+        grid = TokenGrid(frames, height // STRIDE, width // STRIDE)
         return {layer: operation(tokens, tokens, grid, None) for layer, operation in operations.items()}
 
 

@@ -1,0 +1,189 @@
+"""What is read of the transformer for tracking: queries and keys of chosen layers, steps and heads, made one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from corrdit import ops
+from corrdit.grid import TokenGrid
+from corrdit.tracking.filtering import low_pass
+
+FUSIONS = ("heads", "channels")
+SMALL_FRAME = 256
+"""Tokens of a frame up to which whole cost maps on a CPU cost less than streaming over their rows."""
+
+Captured = tuple[Tensor, Tensor, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Which queries and keys are read and how they become costs.
+
+    Args:
+        layers: attention layers, at least one.
+        timesteps: timesteps of the forward passes, at least one.
+        noise: whether latents are noised to each timestep.
+        heads: "probabilities", "logits" or "features", see `corrdit.ops.match`.
+        head_weights: of the heads of one layer (for each layer alike), or of all layers one after another; None for
+            equal weights.
+        fusion: how several layers and timesteps become one: "heads" puts all their heads side by side, to be combined
+            as `heads` says (with "logits" their products add up); "channels" joins the channels of the heads of
+            equal number, whose products add up (DiffTrack's released code).
+        temperature: factor of the logits.
+        low_pass: standard deviation in tokens of the filter on queries and keys, see `corrdit.tracking.filtering`.
+        votes: whether every head gives cost maps of its own.
+        bidirectional: whether the backward softmax takes part.
+        backend, memory_budget: of the operations, see `corrdit.ops`.
+    """
+
+    layers: tuple[int, ...]
+    timesteps: tuple[float, ...]
+    noise: bool = False
+    heads: str = "probabilities"
+    head_weights: tuple[float, ...] | None = None
+    fusion: str = "heads"
+    temperature: float = 1.0
+    low_pass: float = 0.0
+    votes: bool = False
+    bidirectional: bool = True
+    backend: str = "auto"
+    memory_budget: int | None = None
+
+    def layer_weights(self, heads: int) -> tuple[tuple[float, ...], ...]:
+        """The weights of the `heads` heads of each layer.
+
+        Raises:
+            ValueError: weights for another number of heads, all of them zero, or different weights for layers whose
+                channels are joined.
+        """
+        layers = len(self.layers)
+        given = self.head_weights or (1.0,) * heads
+        if len(given) not in (heads, heads * layers):
+            together = f" (or {heads * layers} for its {layers} layers)" if layers > 1 else ""
+            raise ValueError(
+                f"head_weights has {len(given)} weights, but the layer has {heads} heads{together}; give one for each"
+            )
+        spread = given if len(given) == heads * layers else given * layers
+        if min(spread) < 0 or max(spread) <= 0:
+            raise ValueError("head_weights are all zero or some are negative; at least one head must count")
+        parts = tuple(spread[start : start + heads] for start in range(0, heads * layers, heads))
+        if self.fusion == "channels" and len(set(parts)) > 1:
+            raise ValueError('fusion="channels" joins heads of equal number: give head_weights for one layer')
+        return parts
+
+
+class TokenPair(NamedTuple):
+    """Queries and keys `[B, H, F * S, D]` of the video tokens and how they are combined.
+
+    Attributes:
+        grid: of the tokens, without text.
+        key_mask: bool `[B, F * S]` or None.
+        weights: of the heads; None for equal ones.
+        scale: factor of the products.
+    """
+
+    q: Tensor
+    k: Tensor
+    grid: TokenGrid
+    key_mask: Tensor | None
+    weights: list[float] | None
+    scale: float
+
+
+def read_tokens(
+    backbone: Any, latents: Tensor, reading: Reading, grid_size: tuple[int, int], noise: Tensor | None = None
+) -> TokenPair:
+    """Queries and keys of all layers and timesteps of a reading, made one pair.
+
+    Args:
+        backbone: what `corrdit.load_backbone` returns.
+        latents: `[F, C, h, w]` or `[B, F, C, h, w]`.
+        reading: what to read.
+        grid_size: (height, width) of the expected token grid.
+        noise: in the shape of the latents, for readings with noise.
+
+    Raises:
+        ValueError: a token grid of another size, or what `Reading.layer_weights` refuses.
+    """
+    weights = reading.layer_weights(backbone.heads)
+    parts: list[Captured] = []
+    used: list[float] = []
+    for timestep in reading.timesteps:
+        given = latents if noise is None else backbone.add_noise(latents, noise, timestep)
+        operations = {
+            layer: _capture(part, grid_size, reading.low_pass)
+            for layer, part in zip(reading.layers, weights, strict=True)
+        }
+        captured: Mapping[int, Captured] = backbone.forward(given, timestep, operations)
+        parts += [captured[layer] for layer in reading.layers]
+        used += [weight for part in weights for weight in part if weight > 0]
+    axis = 1 if reading.fusion == "heads" else 3
+    first = parts[0][0]
+    if any(part[0].shape[2:] != first.shape[2:] for part in parts):
+        raise ValueError("the layers have heads of different sizes; they cannot be read together")
+    q, k = (
+        parts[0][which] if len(parts) == 1 else torch.cat([part[which] for part in parts], axis) for which in (0, 1)
+    )
+    if reading.fusion == "channels":
+        used = [weight for weight in weights[0] if weight > 0]
+    frames = first.shape[2] // (grid_size[0] * grid_size[1])
+    scale = reading.temperature * first.shape[-1] ** -0.5
+    equal = all(weight == used[0] for weight in used)
+    return TokenPair(q, k, TokenGrid(frames, *grid_size), parts[0][2], None if equal else used, scale)
+
+
+def _capture(
+    weights: Sequence[float], grid_size: tuple[int, int], spread: float
+) -> Callable[[Tensor, Tensor, TokenGrid, Tensor | None], Captured]:
+    """An operation for `corrdit.capture`: filtered queries and keys of the video tokens and of the heads that count."""
+    used = [head for head, weight in enumerate(weights) if weight > 0]
+
+    def operation(q: Tensor, k: Tensor, grid: TokenGrid, key_mask: Tensor | None) -> Captured:
+        if (grid.height, grid.width) != grid_size:
+            raise ValueError(
+                f"the transformer has a grid of {grid.height} x {grid.width} tokens a frame, expected {grid_size}"
+            )
+        if q.shape[1] != len(weights):
+            raise ValueError(f"head_weights has {len(weights)} weights, but the layer has {q.shape[1]} heads")
+        video, alone = grid.video_slice, grid.without_text()
+        q, k = (low_pass(tokens[:, used, video], alone, spread) for tokens in (q, k))
+        return q, k, None if key_mask is None else key_mask[:, video].clone()
+
+    return operation
+
+
+def cost_rows(pair: TokenPair, reading: Reading, tokens: Tensor, *, source: int) -> Tensor:
+    """Cost maps on the CPU, float32 `[B, V, R, F, h, w]`, of R tokens of the source frame.
+
+    V is the number of heads for a reading with votes, 1 otherwise.
+    """
+    rows = ops.cost_rows(pair.q, pair.k, pair.grid, tokens, source=source, **_common(pair, reading))
+    return (rows if reading.votes else rows.unsqueeze(1)).float().cpu()
+
+
+def matches_back(pair: TokenPair, reading: Reading, *, source: int) -> Tensor:
+    """For each token of every frame its best token in the source frame, float32 `[B, F, h, w, 2]` on the CPU."""
+    common = {**_common(pair, reading), "heads": reading.heads, "head_weights": pair.weights}
+    back = [
+        ops.match(pair.q, pair.k, pair.grid, source=frame, targets=[source], **common).xy[:, 0]
+        for frame in range(pair.grid.frames)
+    ]
+    return torch.stack(back, 1).float().cpu()
+
+
+def _common(pair: TokenPair, reading: Reading) -> dict[str, Any]:
+    small = pair.grid.tokens_per_frame <= SMALL_FRAME and pair.q.device.type == "cpu"
+    return {
+        "heads": "none" if reading.votes else reading.heads,
+        "head_weights": None if reading.votes else pair.weights,
+        "scale": pair.scale,
+        "key_mask": pair.key_mask,
+        "bidirectional": reading.bidirectional,
+        "backend": "reference" if small and reading.backend == "auto" else reading.backend,
+        "memory_budget": reading.memory_budget,
+    }
