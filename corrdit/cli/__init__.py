@@ -21,6 +21,8 @@ from typing import Any
 COMMANDS = {
     "track": "follow points through a video",
     "demo": "track points through a generated clip and compare with its exact truth",
+    "analyze": "measure how layers, heads and denoising steps match frames, as one report",
+    "calibrate": "choose layer, step and head of a model from an analysis, as a preset",
     "evaluate": "evaluate trackers on TAP-Vid or on generated videos",
     "train": "train the embedded model on generated videos",
     "generate": "generate videos from prompts, with cross-attention guidance beside without",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from corrdit.video import resize_frame
 
-_FADE = 0.75
+_FADE = 0.9
 _RING, _CROSS = "#ffffff", "#00e5ff"
 
 
@@ -92,12 +94,14 @@ def _marked(picture: np.ndarray, marks: list[tuple[np.ndarray, str]]) -> np.ndar
     height, width = picture.shape[:2]
     figure = Figure(figsize=(width / 72, height / 72), dpi=72)
     canvas = FigureCanvasAgg(figure)
-    figure.figimage(picture, 0, 0, origin="upper")
+    figure.figimage(picture, 0, 0, origin="upper", zorder=-1)
     axis = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
     axis.set_axis_off()
     axis.patch.set_alpha(0)
     for (x, y), kind in marks:
-        style = {"marker": "o", "mfc": "none", "mec": _RING} if kind == "ring" else {"marker": "+", "mec": _CROSS}
+        style: dict[str, Any] = {"marker": "+", "mec": _CROSS}
+        if kind == "ring":
+            style = {"marker": "o", "mfc": "none", "mec": _RING}
         axis.plot([x], [y], markersize=11, markeredgewidth=2, clip_on=False, **style)
     canvas.draw()
     return np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])

@@ -46,6 +46,7 @@ def contact_sheet(
     *,
     path: str | os.PathLike[str] | None = None,
     caption: str = "",
+    columns: int | None = None,
 ) -> np.ndarray:
     """Put pictures in a grid, each with its label above it.
 
@@ -54,6 +55,7 @@ def contact_sheet(
         labels: one for each picture, such as "frame 12".
         path: PNG file to write (beside, then renamed); None writes nothing.
         caption: a line below the grid.
+        columns: of the grid, in which the pictures then keep their size; None chooses both.
 
     Returns:
         The sheet, uint8 `[sheet height, sheet width, 3]`.
@@ -69,9 +71,8 @@ def contact_sheet(
     if path is not None and Path(path).suffix.lower() != ".png":
         raise ValueError(f"a contact sheet is a PNG file; {path} does not end in .png")
     height, width = pictures[0].shape[:2]
-    columns = sheet_columns(len(pictures), height, width)
-    cell = cell_size(len(pictures), height, width)
-    sheet, corners = _lay_out(pictures, columns, cell, bool(caption))
+    cell = cell_size(len(pictures), height, width) if columns is None else (height, width)
+    sheet, corners = _lay_out(pictures, columns or sheet_columns(len(pictures), height, width), cell, bool(caption))
     sheet = _write_labels(sheet, corners, labels, caption)
     if path is not None:
         import imageio.v3 as imageio

@@ -18,7 +18,7 @@ from corrdit.integrations.diffusers.analysis.capturing import reading_forward
 from corrdit.integrations.diffusers.analysis.videos import EncodedVideo, encoded_video, noised
 
 SHOWN_POINTS = 4
-SHOWN_WORDS = 6
+SHOWN_WORDS = 4
 
 
 @dataclass(frozen=True, eq=False)

@@ -86,7 +86,7 @@ def encoded_video(
         raise ValueError(f"the video has {len(video)} frames, its tracks have {len(xy)}; they must agree")
     chosen = _chosen_frames(backbone, len(video), options)
     frames, points = video[chosen], visible[0]
-    height, width = encoded_size(backbone, *video.shape[1:3], options)
+    height, width = encoded_size(backbone, video.shape[1], video.shape[2], options)
     encode = backbone.encode_frames if options.latents == "frames" else backbone.encode_video
     latents = encode(frames, height=height, width=width)
     if not bool(torch.isfinite(latents).all()):

@@ -22,6 +22,7 @@ from corrdit.integrations.diffusers.layouts import layout_of
 
 ENTRY_POINT_GROUP = "corrdit.backbones"
 EMBEDDED = "embedded"
+INDEX_FILE = "model_index.json"
 FAMILY_BACKBONES = {
     "CogVideoXTransformer3DModel": "corrdit.integrations.diffusers.backbones.cogvideox:CogVideoXBackbone",
     "HunyuanVideoTransformer3DModel": "corrdit.integrations.diffusers.backbones.hunyuanvideo:HunyuanVideoBackbone",
@@ -35,7 +36,11 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def load_backbone(
-    name: str | os.PathLike[str], *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    name: str | os.PathLike[str],
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    preset: Preset | str | os.PathLike[str] | None = None,
 ) -> Backbone:
     """A video diffusion model ready to be read.
 
@@ -45,13 +50,24 @@ def load_backbone(
             `save_pretrained`, with an optional `preset.json`; or a hub id such as "THUDM/CogVideoX-2b".
         device: where to put it; None for the CPU.
         dtype: precision; None for float32 on the CPU and the published precision (or bfloat16) elsewhere.
+        preset: settings in place of the model's own, or a file that `corrdit calibrate` wrote.
 
     Raises:
+        FileNotFoundError: no such preset file.
         ValueError: an unknown name (with what is accepted), a folder without a pipeline, a hub id that is not on this
-            machine while offline or cannot be fetched, or a model that is not supported, with the reason.
+            machine while offline or cannot be fetched, a model that is not supported, with the reason, a preset that
+            is none or names a layer the model does not have, or a device or dtype that cannot be used.
     """
-    device = torch.device(device or "cpu")
-    text = os.fspath(name)
+    chosen = preset if preset is None or isinstance(preset, Preset) else Preset.from_file(preset)
+    if not isinstance(name, (str, os.PathLike)):
+        raise ValueError(f"name must be a string or a path, got {name!r}; backbone_of takes a pipeline that is loaded")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype must be a floating-point torch dtype such as torch.bfloat16, or None, got {dtype!r}")
+    backbone = _loaded(os.fspath(name), _usable_device(device), dtype)
+    return backbone if chosen is None else backbone_of(backbone.pipe, name=backbone.name, preset=chosen)
+
+
+def _loaded(text: str, device: torch.device, dtype: torch.dtype | None) -> Backbone:
     if text == EMBEDDED:
         return _embedded(device, dtype)
     registered = _third_party().get(text)
@@ -64,6 +80,16 @@ def load_backbone(
     if folder.is_absolute() or text.startswith(".") or not _HUB_ID.fullmatch(hub_id):
         raise ValueError(f"unknown model {text!r}; accepted are {_accepted()}")
     return _from_hub(hub_id, device, dtype)
+
+
+def _usable_device(device: str | torch.device | None) -> torch.device:
+    try:
+        usable = torch.device(device or "cpu")
+        torch.empty(0, device=usable)
+    except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"device {device!r} cannot be used on this machine: {reason}") from error
+    return usable
 
 
 def available_backbones() -> list[dict[str, Any]]:
@@ -132,7 +158,7 @@ def _from_entry_point(point: EntryPoint, device: torch.device, dtype: torch.dtyp
 
 
 def _from_folder(folder: pathlib.Path, device: torch.device, dtype: torch.dtype | None) -> Backbone:
-    index_file = folder / "model_index.json"
+    index_file = folder / INDEX_FILE
     if not index_file.is_file():
         raise ValueError(
             f"{folder} holds no diffusers pipeline (no model_index.json); give a folder of save_pretrained"
@@ -146,7 +172,7 @@ def _from_folder(folder: pathlib.Path, device: torch.device, dtype: torch.dtype 
     preset_file = folder / "preset.json"
     preset = None
     if preset_file.is_file():
-        preset = Preset.from_mapping(json.loads(preset_file.read_text(encoding="utf-8")))
+        preset = Preset.from_file(preset_file)
     return backbone_of(pipe, name=str(folder), preset=preset)
 
 
@@ -155,8 +181,10 @@ def _from_hub(hub_id: str, device: torch.device, dtype: torch.dtype | None) -> B
     from huggingface_hub.constants import is_offline_mode
 
     offline = is_offline_mode()
+    if not offline:
+        _check_reachable(hub_id)
     try:
-        index_file = hf_hub_download(hub_id, "model_index.json", local_files_only=offline)
+        index_file = hf_hub_download(hub_id, INDEX_FILE, local_files_only=offline)
         index = json.loads(pathlib.Path(index_file).read_text(encoding="utf-8"))
         pipe = _load_pipeline(hub_id, index, device, dtype or _default_dtype(hub_id, device), offline=offline)
     except OSError as error:
@@ -165,6 +193,29 @@ def _from_hub(hub_id: str, device: torch.device, dtype: torch.dtype | None) -> B
             f"cannot load {hub_id}: {reason}; without a network there are {EMBEDDED!r} and folders of save_pretrained"
         ) from error
     return backbone_of(pipe, name=hub_id)
+
+
+def _check_reachable(hub_id: str) -> None:
+    """Refuses a model that is neither in the local cache nor reachable, after one request.
+
+    Without a network a download tells so only after half a minute of retries. This request has the hub's own time
+    limit (HF_HUB_ETAG_TIMEOUT); where it is answered at all, the download follows with all its retries.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if isinstance(try_to_load_from_cache(hub_id, INDEX_FILE), str):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(hub_id, INDEX_FILE))
+    except HfHubHTTPError:
+        return
+    # The class of the error is that of the hub's HTTP library, which differs between its versions.
+    except Exception as error:
+        raise ValueError(
+            f"cannot load {hub_id}: it is not in the local cache and the hub cannot be reached "
+            f"({type(error).__name__}: {error}); without a network there are {EMBEDDED!r} and folders of save_pretrained"
+        ) from error
 
 
 def _load_pipeline(

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
+import pathlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
+
+CALIBRATED = "calibrated: "
+"""How the source of settings begins that `corrdit calibrate` chose."""
 
 PUBLISHED_LAYER_SHARE = 17 / 30
 """Depth of the published layer in CogVideoX-2B; the starting point for models nobody has published a layer for."""
@@ -26,6 +32,9 @@ class Preset:
         height: working height in pixels, or None for the video's own.
         width: working width in pixels, or None for the video's own.
         tokens_per_frame: limit of tokens a frame is encoded to where height and width are None.
+        guidance_layers: layers for cross-attention guidance, or None for published ones or `layer`.
+        tracking: options of `corrdit.PointTracker` in place of its defaults, None for none; they count only where no
+            layer is asked for.
         source: where the settings come from.
     """
 
@@ -40,7 +49,30 @@ class Preset:
     height: int | None = None
     width: int | None = None
     tokens_per_frame: int | None = None
+    guidance_layers: tuple[int, ...] | None = None
+    tracking: Mapping[str, Any] | None = None
     source: str = "given"
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the settings were chosen by an analysis of this very model."""
+        return self.source.startswith(CALIBRATED)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> Preset:
+        """From a preset.json.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not a preset.
+        """
+        try:
+            values = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)} is not a preset as `corrdit calibrate` writes it: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{os.fspath(path)} is not a preset; it holds a {type(values).__name__}")
+        return cls.from_mapping(values)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Preset:
@@ -53,8 +85,9 @@ class Preset:
         chosen = {name: value for name, value in values.items() if name in known}
         if "layer" not in chosen:
             raise ValueError(f"a preset needs a layer; it holds {', '.join(values) or 'nothing'}")
-        if chosen.get("head_weights") is not None:
-            chosen["head_weights"] = tuple(chosen["head_weights"])
+        for name in ("head_weights", "guidance_layers"):
+            if chosen.get(name) is not None:
+                chosen[name] = tuple(chosen[name])
         return cls(**chosen)
 
 

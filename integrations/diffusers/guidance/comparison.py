@@ -46,7 +46,9 @@ class GeneratedVideo:
 
 
 def default_layers(backbone: Any) -> tuple[int, ...]:
-    """The published layers of a model of this shape, or the layer where its frames match best."""
+    """The layers its preset names, the published ones of a model of this shape, or the one that matches best."""
+    if backbone.preset.guidance_layers is not None:
+        return backbone.preset.guidance_layers
     published = guidance_preset(backbone.transformer)
     return (backbone.preset.layer,) if published is None else published.layers
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from corrdit.integrations.diffusers.backbones.base import Backbone
@@ -29,7 +30,17 @@ _PUBLISHED = {("cogvideox", 30, 30): _COGVIDEOX_2B, ("cogvideox", 42, 48): _COGV
 
 
 def settings_for(backbone: Backbone) -> TransferSettings:
-    """The published settings of a model of this shape, or a starting point that says it is one."""
+    """The published settings of a model of this shape, or a starting point that says it is one.
+
+    A preset that was calibrated on this very model brings its layer along.
+    """
+    settings = _settings_of_shape(backbone)
+    if backbone.preset.calibrated:
+        return replace(settings, blocks=(backbone.preset.layer,), source=backbone.preset.source)
+    return settings
+
+
+def _settings_of_shape(backbone: Backbone) -> TransferSettings:
     published = _PUBLISHED.get((backbone.family, backbone.layers, backbone.heads))
     if published is not None:
         return published

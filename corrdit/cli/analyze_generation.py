@@ -1,0 +1,98 @@
+"""`corrdit analyze --prompts`: generate videos, analyse their denoising, and keep them as a data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+DATASET_FOLDER = "dataset"
+
+
+def analyze_prompts(arguments: Any, given: dict[str, Any]) -> tuple[Any, list[Any], Any]:
+    """Generate and analyse what is left.
+
+    Returns:
+        The backbone, the videos for the report's pictures, and the options.
+
+    Raises:
+        ValueError: no tracker or prompts, or what the pipeline does not take.
+    """
+    from corrdit.analysis.options import analysis_options
+    from corrdit.analysis.pseudo_truth import pseudo_tracker, starting_points
+    from corrdit.analysis.results import begin, has_analysis
+    from corrdit.analysis.sources import difftrack_items
+    from corrdit.cli.analyze import chosen_steps, settings_of
+    from corrdit.cli.model_options import loaded_backbone
+    from corrdit.cli.progress import progress_bar
+
+    if arguments.tracker is None:
+        raise ValueError(
+            "--prompts needs --tracker (lucas-kanade, cotracker or patches), whose tracks stand in for the truth"
+        )
+    tracker = pseudo_tracker(arguments.tracker)
+    starting_points(arguments.mode, 64, 64)
+    prompts = _prompts(arguments.prompts)
+    call = dict(arguments.pipeline or {})
+    if arguments.image is not None:
+        call["image"] = _image(arguments.image)
+    backbone = loaded_backbone(arguments)
+    inference_steps = int(
+        call.get("num_inference_steps") or given.get("inference_steps") or backbone.preset.inference_steps
+    )
+    given["steps"], given["inference_steps"] = chosen_steps(arguments.steps, inference_steps), inference_steps
+    options = analysis_options(arguments.protocol, given)
+    begin(arguments.output, settings_of(arguments, options, backbone))
+    with progress_bar("videos") as report:
+        for number in range(len(prompts)):
+            if not has_analysis(arguments.output, f"{number:03}"):
+                _analyze_one(arguments, backbone, prompts, number, tracker=tracker, options=options, call=call)
+            report(number + 1, len(prompts))
+    folder = Path(arguments.output) / DATASET_FOLDER
+    return backbone, difftrack_items(folder) if (folder / "tracks").is_dir() else [], options
+
+
+def _analyze_one(
+    arguments: Any, backbone: Any, prompts: list[str], number: int, *, tracker: Any, options: Any, call: dict[str, Any]
+) -> None:
+    from corrdit.analysis.dataset import write_difftrack_video, write_prompts
+    from corrdit.analysis.results import write_failure, write_result
+    from corrdit.integrations.diffusers.analysis import analyze_generation
+
+    name = f"{number:03}"
+    try:
+        found = analyze_generation(
+            backbone,
+            prompts[number],
+            tracker=tracker,
+            options=options,
+            mode=arguments.mode,
+            seed=options.seed + number,
+            call=call,
+        )
+    except ValueError as error:
+        write_failure(arguments.output, name, error)
+        return
+    folder = Path(arguments.output) / DATASET_FOLDER
+    write_prompts(folder, prompts)
+    write_difftrack_video(folder, number, found.video, found.tracks)
+    write_result(arguments.output, name, found.table)
+
+
+def _prompts(path: str) -> list[str]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError) as error:
+        raise ValueError(f"--prompts {path} is not a text file with one prompt a line: {error}") from error
+    prompts = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if not prompts:
+        raise ValueError(f"--prompts {path} holds no prompts; give one a line")
+    return prompts
+
+
+def _image(path: str) -> Any:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        return Image.open(path).convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise ValueError(f"--image {path} is not a picture that can be read: {error}") from error

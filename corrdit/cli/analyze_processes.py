@@ -1,0 +1,46 @@
+"""`corrdit analyze` over several processes: Lightning shares the videos out."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from corrdit.cli.devices import checked_device, checked_dtype
+from corrdit.cli.lightning_runs import LONGEST_WAIT, predict, quiet_lightning
+
+
+def analyze_in_processes(
+    arguments: Any, backbone: Any, items: list[Any], options: Any, settings: dict[str, Any]
+) -> bool:
+    """Analyse the videos that are left; whether this process is the first, which writes the report."""
+    device = checked_device(arguments.device)
+    kind = "cpu" if device is None else device.type
+    with quiet_lightning():
+        from lightning.pytorch import Trainer
+        from lightning.pytorch.strategies import DDPStrategy
+
+        from corrdit.integrations.lightning.analysis import AnalysisDataModule, AnalysisModule
+
+        data = AnalysisDataModule(items, output=arguments.output)
+        given = {name: getattr(options, name) for name in options.described()}
+        module = AnalysisModule(
+            backbone if kind == "cpu" else arguments.model,
+            output=arguments.output,
+            protocol=arguments.protocol,
+            options=given,
+            source=settings["source"],
+            dtype=checked_dtype(arguments.dtype),
+        )
+        module.settings["model"] = settings["model"]
+        trainer = Trainer(
+            accelerator="gpu" if kind == "cuda" else kind,
+            devices=arguments.processes,
+            strategy=DDPStrategy(timeout=LONGEST_WAIT),
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=sys.stderr.isatty(),
+        )
+        predict(trainer, module, data)
+        trainer.strategy.barrier("every process has done its videos")
+    return bool(trainer.is_global_zero)

@@ -1,0 +1,46 @@
+"""Choose the layer, denoising step and head of a model from an analysis, as a preset.
+
+reads   the folder --analysis that `corrdit analyze` wrote
+writes  --output, a preset.json: put into the folder of a local model, `corrdit.load_backbone` reads it there, and
+        tracking, guidance and analysis then begin from it; `corrdit.load_backbone(name, preset=FILE)` takes it for
+        models that lie elsewhere
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from corrdit.analysis.results import AnalysisResults
+
+HELP = "choose layer, step and head of a model from an analysis, as a preset"
+USAGE = "--analysis DIR --output FILE [--threshold PIXELS]"
+
+
+def add_arguments(parser: Any) -> None:
+    parser.add_argument("--analysis", required=True, metavar="DIR", help="folder that `corrdit analyze` wrote")
+    parser.add_argument("--output", required=True, metavar="FILE", help="preset.json to write")
+    parser.add_argument(
+        "--threshold", type=float | None, default=None, help="pixels of the encoded frames; nearest to a token"
+    )
+
+
+def run(arguments: Any) -> int:
+    from corrdit.analysis.results import read_results
+
+    results = read_results(arguments.analysis)
+    path = write_calibration(results, Path(arguments.output), threshold=arguments.threshold)
+    print(path.read_text(encoding="utf-8"), end="")
+    print(f"  {path}")
+    return 0
+
+
+def write_calibration(results: AnalysisResults, path: Path, *, threshold: float | None = None) -> Path:
+    """Write the preset that an analysis recommends."""
+    from corrdit.analysis.calibration import calibrate, preset_values, write_preset
+
+    results.total()
+    calibration = calibrate(list(results.tables.values()), threshold=threshold)
+    write_preset(path, preset_values(calibration, results.settings))
+    return path

@@ -1,0 +1,193 @@
+"""Analysing a pipeline while it generates: all layers and steps in one run, scored once the video is there."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from corrdit.analysis.options import AnalysisOptions, resolved
+from corrdit.analysis.pseudo_truth import Tracker, starting_points
+from corrdit.analysis.reading import AttentionReading, read_attention, read_features
+from corrdit.analysis.scoring import TrueTracks
+from corrdit.analysis.table import AnalysisTable
+from corrdit.grid import TokenGrid
+from corrdit.integrations.diffusers.analysis.capturing import ReadingCapture
+from corrdit.integrations.diffusers.analysis.videos import OnReading, score_reading, score_standing_still
+from corrdit.integrations.diffusers.guidance.comparison import check_call
+from corrdit.tracking.tracks import Tracks
+
+
+@dataclass(frozen=True, eq=False)
+class GenerationAnalysis:
+    """A generated video and what its denoising showed.
+
+    Args:
+        table: the numbers.
+        video: uint8 `[T, H, W, 3]`.
+        tracks: the pseudo-truth, in pixels.
+        prompt, seed: it was made with.
+    """
+
+    table: AnalysisTable
+    video: np.ndarray
+    tracks: Tracks
+    prompt: str
+    seed: int
+
+
+def analyze_generation(
+    backbone: Any,
+    prompt: str,
+    *,
+    tracker: Tracker,
+    options: AnalysisOptions | None = None,
+    mode: str = "scene",
+    seed: int = 0,
+    call: Mapping[str, Any] | None = None,
+    on_reading: OnReading | None = None,
+) -> GenerationAnalysis:
+    """Generate a video and analyse its denoising, in the conditional branch.
+
+    Where points go is only known afterwards, so readings wait in a temporary file; memory holds one of them at a time.
+
+    Args:
+        backbone: of `load_backbone`; text to video, or image to video with `image` in `call`.
+        prompt: for the pipeline; "" where `call` holds prompt embeddings.
+        tracker: gives the pseudo-truth from the video, see `corrdit.analysis.pseudo_truth`.
+        options: `layers`, `steps` and the ways of measuring are used.
+        mode: starting grid, "object" or "scene".
+        seed: of the noise, drawn on the CPU.
+        call: further arguments of the pipeline's call.
+        on_reading: as for `analyze_video`.
+
+    Raises:
+        ValueError: an argument the pipeline does not take, layers or steps it does not have, queries, keys or features
+            that are NaN, a video whose frames are not those of the latents, or no point that can be scored.
+    """
+    options = options or AnalysisOptions()
+    check_call(backbone.pipe, call or {})
+    arguments = dict(call or {})
+    if prompt:
+        arguments["prompt"] = prompt
+    inference_steps = int(
+        arguments.get("num_inference_steps") or options.inference_steps or backbone.preset.inference_steps
+    )
+    arguments |= {"num_inference_steps": inference_steps, "output_type": "np"}
+    steps = resolved("step", options.steps, inference_steps, f"the run of {inference_steps} steps")
+    layers = resolved("layer", options.layers, backbone.layers, backbone.name)
+    reader = _GridReader(backbone, options, mode)
+    with tempfile.TemporaryFile() as file:
+        spool = _Spool(file)
+
+        def receive(step: int, layer: int, name: str, reading: Any) -> None:
+            spool.add(step, layer, name, reading)
+            if on_reading is not None:
+                on_reading(step, layer, name, reading)
+
+        capturing = ReadingCapture(
+            backbone.pipe,
+            layers=layers,
+            steps=steps,
+            operation=reader.attention,
+            feature_operation=reader.features if options.features else None,
+            deliver=receive,
+        )
+        with capturing:
+            made = backbone.pipe(**arguments, generator=torch.Generator().manual_seed(seed))
+        frames = np.asarray(made.frames[0])
+        video = np.round(frames * 255).clip(0, 255).astype(np.uint8)
+        tracks = tracker(video, np.column_stack([np.zeros(len(reader.points)), reader.points.numpy()]))
+        table = _empty_table(backbone, options, steps, layers)
+        truth = reader.truth(backbone, video, tracks)
+        score_standing_still(table, truth, reader.frames, options)
+        for step, layer, name, reading in spool:
+            score_reading(table, step, layer, name, reading, truth, options)
+    return GenerationAnalysis(table, video, tracks, prompt, seed)
+
+
+class _GridReader:
+    """Reads the starting grid's points, which follow from the token grid of the first forward."""
+
+    def __init__(self, backbone: Any, options: AnalysisOptions, mode: str) -> None:
+        self.stride = tuple(backbone.token_stride)
+        self.heads, self.options, self.mode = backbone.heads, options, mode
+        self.points = torch.zeros(0, 2)
+        self.size = (0, 0)
+        self.frames = 0
+
+    def attention(self, q: Tensor, k: Tensor, grid: TokenGrid, key_mask: Tensor | None) -> AttentionReading:
+        """The operation on queries and keys."""
+        self._prepare(grid)
+        return read_attention(q, k, grid, key_mask, points=self.points, stride=self.stride, options=self.options)
+
+    def features(self, values: Tensor, grid: TokenGrid) -> Tensor:
+        """The operation on features."""
+        settings: dict[str, Any] = {"points": self.points, "stride": self.stride, "options": self.options}
+        return read_features(values, grid, heads=self.heads, **settings)
+
+    def truth(self, backbone: Any, video: np.ndarray, tracks: Tracks) -> TrueTracks:
+        """Pseudo-truth at the size of the token grid.
+
+        Raises:
+            ValueError: a video of another size or length than the latents stand for.
+        """
+        if video.shape[1:3] != self.size:
+            raise ValueError(f"the video has {video.shape[1:3]} pixels, but its tokens span {self.size}")
+        groups = backbone.latent_frame_map(len(video))
+        if len(groups) != self.frames:
+            raise ValueError(
+                f"the video has {len(video)} frames, which is {len(groups)} frames of tokens, but {self.frames} were "
+                "denoised; give num_frames of which the pipeline drops none"
+            )
+        return TrueTracks(tracks.xy, tracks.visible, tuple(map(tuple, groups)))
+
+    def _prepare(self, grid: TokenGrid) -> None:
+        if self.frames:
+            return
+        self.frames = grid.frames
+        self.size = (grid.height * self.stride[0], grid.width * self.stride[1])
+        self.points = torch.from_numpy(starting_points(self.mode, *self.size)[:, 1:])
+
+
+class _Spool:
+    """Readings in a file, in the order they came."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self._entries: list[tuple[int, int, str, int]] = []
+
+    def add(self, step: int, layer: int, name: str, reading: Any) -> None:
+        """Append one."""
+        parts = list(reading) if isinstance(reading, tuple) else [reading]
+        for part in parts:
+            np.save(self._file, part.numpy(), allow_pickle=False)
+        self._entries.append((step, layer, name, len(parts)))
+
+    def __iter__(self) -> Iterator[tuple[int, int, str, Any]]:
+        self._file.seek(0)
+        for step, layer, name, count in self._entries:
+            parts = [torch.from_numpy(np.load(self._file, allow_pickle=False)) for _ in range(count)]
+            yield step, layer, name, parts[0] if count == 1 else AttentionReading(*parts)
+
+
+def _empty_table(
+    backbone: Any, options: AnalysisOptions, steps: tuple[int, ...], layers: tuple[int, ...]
+) -> AnalysisTable:
+    """A table with the timesteps of the run that has just ended."""
+    schedule = backbone.pipe.scheduler.timesteps
+    stride = tuple(backbone.token_stride)
+    return AnalysisTable(
+        steps=steps,
+        layers=layers,
+        timesteps=tuple(float(schedule[step]) for step in steps),
+        heads=backbone.heads if options.per_head else 0,
+        features=options.features,
+        thresholds=options.thresholds_for(stride),
+        stride=stride,
+    )

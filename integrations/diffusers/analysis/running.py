@@ -1,0 +1,105 @@
+"""Many videos into a folder of results, and the report from it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from corrdit.analysis.calibration import calibrate
+from corrdit.analysis.options import AnalysisOptions
+from corrdit.analysis.results import AnalysisResults, has_analysis, read_results, write_failure, write_result
+from corrdit.analysis.sources import AnalysisItem
+from corrdit.analysis.summary import Picture, write_report
+from corrdit.integrations.diffusers.analysis.drawing import drawn_pictures
+from corrdit.integrations.diffusers.analysis.picturing import video_pictures
+from corrdit.integrations.diffusers.analysis.videos import Progress, analyze_video
+
+ON_BROKEN = ("report", "raise")
+
+
+def analyze_item(
+    backbone: Any,
+    item: AnalysisItem,
+    output: str | os.PathLike[str],
+    options: AnalysisOptions,
+    *,
+    on_broken: str = "report",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Analyse one video into its folder of results.
+
+    Args:
+        backbone: of `load_backbone`.
+        item: the video.
+        output: the folder of the analysis, with its settings in place.
+        options: see `AnalysisOptions`.
+        on_broken: "report" writes down why a video cannot be analysed; "raise" stops.
+        progress: called with (steps done, steps in all).
+
+    Returns:
+        `{"name", "truth"}`, with "error" where it failed.
+
+    Raises:
+        ValueError: an unknown `on_broken`, or with "raise" what is wrong with the video.
+    """
+    if on_broken not in ON_BROKEN:
+        raise ValueError(f"on_broken must be one of {', '.join(map(repr, ON_BROKEN))}, got {on_broken!r}")
+    try:
+        given = item.load()
+        table = analyze_video(backbone, given.video, given.xy, given.visible, options, progress=progress)
+    except (ValueError, OSError) as error:
+        if on_broken == "raise":
+            raise ValueError(f"video {item.name}: {error}") from error
+        write_failure(output, item.name, error)
+        return {"name": item.name, "truth": item.truth, "error": str(error)}
+    write_result(output, item.name, table)
+    return {"name": item.name, "truth": item.truth}
+
+
+def finish_analysis(
+    backbone: Any,
+    items: Iterable[AnalysisItem],
+    output: str | os.PathLike[str],
+    options: AnalysisOptions,
+    *,
+    names: Iterable[str] | None = None,
+    pictures: int = 1,
+    parquet: bool = False,
+) -> tuple[AnalysisResults, list[str]]:
+    """Draw the first videos at the layer and step that match best, and write report and tables.
+
+    Args:
+        backbone: that was analysed.
+        items: videos, of which the first with a result are drawn.
+        output: the folder of the analysis.
+        options: of the analysis.
+        names: of the videos in the report; None for all results in the folder.
+        pictures: how many videos are drawn.
+        parquet: also write Parquet.
+
+    Returns:
+        The results, and the names of the files.
+
+    Raises:
+        ValueError: no video has a result.
+    """
+    results = read_results(output, names)
+    results.total()
+    best = calibrate(list(results.tables.values())).best
+    where = f"layer {best.layer}, timestep {best.timestep:g}"
+    drawn: list[Picture] = []
+    left = pictures
+    for item in items:
+        if left == 0:
+            break
+        if not has_analysis(output, item.name):
+            continue
+        found = video_pictures(
+            backbone, item.load(), step=best.step, timestep=best.timestep, layer=best.layer, options=options
+        )
+        drawn += drawn_pictures(found, name=item.name, head=best.head, where=where)
+        left -= 1
+    order = list(dict.fromkeys(section for section, _, _ in drawn))
+    drawn.sort(key=lambda picture: order.index(picture[0]))
+    return results, write_report(output, results, pictures=drawn, parquet=parquet)
