@@ -38,6 +38,7 @@ _OPTIONS: dict[str, tuple[Any, str]] = {
     "geometry": (str, "how tokens and pixels correspond: centers or released"),
     "visibility": (str, "consistency (the match back must lead to the query) or all (every point is called visible)"),
     "tolerance": (float, "largest distance in tokens between a query and its match back for a visible point"),
+    "crop_tolerance": (float, "the same in tokens of the crops"),
     "backend": (str, "of the attention operations: auto, triton, streaming or reference"),
     "memory_budget": (int, "bytes an attention operation may use beyond its inputs and outputs"),
 }

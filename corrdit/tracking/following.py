@@ -30,14 +30,12 @@ class Settings:
         options: of the tracker.
         reading: what is read of the transformer.
         encoded: (height, width) in pixels at which whole frames are encoded.
-        crops: scales of the levels at which points are looked at again.
         frames_kept: frames of which something is held in memory.
     """
 
     options: TrackerOptions
     reading: Reading
     encoded: tuple[int, int]
-    crops: tuple[float, ...]
     frames_kept: int
 
 
@@ -72,7 +70,7 @@ class Following:
                 noise_seed=self.options.seed,
                 frames_kept=settings.frames_kept,
             )
-            for scale in settings.crops
+            for scale in self.options.crops
         ]
 
     @property
@@ -147,13 +145,14 @@ class Following:
 
     def _look_closer(self, points: Tensor, chunks: list[Chunk], located: dict[int, Located]) -> dict[int, Found]:
         """The positions at the finest level, and whether the match back agreed at all of them."""
-        seen = {frame: self._consistent(place) for frame, place in located.items()}
+        seen = {frame: _consistent(place, self.options.tolerance) for frame, place in located.items()}
         for level in self.levels:
             near = {frame: place.xy for frame, place in located.items()}
             located = {}
             for chunk in chunks:
                 located.update(level.look(points, near, chunk, self.report))
-            seen = {frame: seen[frame] & self._consistent(place) for frame, place in located.items()}
+            tolerance = self.options.crop_tolerance
+            seen = {frame: seen[frame] & _consistent(place, tolerance) for frame, place in located.items()}
         return {frame: (place.xy, seen[frame], place.score) for frame, place in located.items()}
 
     def _follow_chained(self, points: Tensor, chunks: list[Chunk]) -> dict[int, Found]:
@@ -223,13 +222,15 @@ class Following:
         spread, refine = self.options.path_spread, self.options.refine
         return locate(cost.rows, place, refine=refine, expected=expected, spread=spread, back=cost.back)
 
-    def _consistent(self, located: Located) -> Tensor:
-        if located.miss is None:
-            return torch.ones(len(located.xy), dtype=torch.bool)
-        return located.miss <= self.options.tolerance
-
     def _tokens(self, points: Tensor) -> Tensor:
         return pixels_to_tokens(points * self.to_encoded, self.stride)
 
     def _pixels(self, tokens: Tensor) -> Tensor:
         return tokens_to_pixels(tokens, self.stride) / self.to_encoded
+
+
+def _consistent(located: Located, tolerance: float) -> Tensor:
+    """bool `[P]`, whether the match of the match is near the point."""
+    if located.miss is None:
+        return torch.ones(len(located.xy), dtype=torch.bool)
+    return located.miss <= tolerance

@@ -20,23 +20,24 @@ COMBINATIONS = ("costs", "median")
 class TrackerOptions:
     """How a video is cut into forward passes and how their cost maps become tracks.
 
+    A backbone's preset may have options of its own in place of these defaults (`Preset.tracking`).
+
     Args:
         layer: attention block whose queries and keys are matched; the backbone's preset by default.
-        layers: several in place of `layer`; () for the preset's single layer where it has several.
+        layers: several in place of `layer`.
         step: denoising step out of `inference_steps`, negative from the end; the backbone's preset by default.
-        steps: several in place of `step`, a forward pass for each.
+        steps: several in place of `step`, each with a forward pass of its own.
         fusion: how several layers and steps become one: "heads" or "channels", see `corrdit.tracking.readings.Reading`.
         inference_steps: steps of the schedule that `step` counts; the backbone's preset by default.
         noise: whether the latents get the noise of that step (from `seed`); otherwise they stay clean.
         seed: of the noise.
         heads: "probabilities", "logits" or "features", see `corrdit.ops.match`; the backbone's preset by default.
         head_weights: weights of the heads of a layer, or of all layers one after another; the backbone's preset by
-            default (equal ones for layers that are given), () for the plain mean.
+            default (equal ones for other layers than its own), () for the plain mean.
         combine: "costs" (heads are combined as `heads` says) or "median" (every head finds its own position; the median
             in x and in y counts).
-        temperature: factor of the logits; the backbone's preset by default, or else 1.
-        low_pass: standard deviation in tokens of a low-pass filter on queries and keys; the backbone's preset by
-            default, or else 0, none.
+        temperature: factor of the logits.
+        low_pass: standard deviation in tokens of a low-pass filter on queries and keys; 0 for none.
         bidirectional: whether the backward softmax takes part in the cost.
         frames_per_chunk: frames of a forward pass, the query's frame included; the backbone's preset by default.
         schedule: "spread", "interleaved" or "consecutive" (see `corrdit.tracking.chunks.anchored_chunks`) with the
@@ -50,7 +51,7 @@ class TrackerOptions:
         refine: radius in tokens of the cost-weighted mean round the best token; 0 for the best token itself.
         crops: scales at which points are looked at again, one after another, in crops of the frames round them: the
             span of a token in the crop, relative to that in the whole frame. See `corrdit.tracking.crops`; the cost
-            grows with the points. The backbone's preset by default, or else () for none.
+            grows with the points. () for none.
         crop_tokens: of a crop's side.
         path_spread: distance in tokens (standard deviation) from the path so far within which a match is preferred, see
             `corrdit.tracking.paths`; 0 matches every frame by itself. Keeps the cost maps of all frames, two bytes
@@ -59,14 +60,15 @@ class TrackerOptions:
         geometry: "centers" (token centres) or "released" (DiffTrack's reading of match maps).
         visibility: "consistency" (matching back leads to the query) or "all" (every point is called visible).
         tolerance: largest distance in tokens between query and match back for a visible point.
+        crop_tolerance: the same in tokens of the crops.
         backend: of the operations, see `corrdit.ops`.
         memory_budget: bytes an operation may use beyond inputs and outputs (streaming).
     """
 
     layer: int | None = None
-    layers: tuple[int, ...] | None = None
+    layers: tuple[int, ...] = ()
     step: int | None = None
-    steps: tuple[int, ...] | None = None
+    steps: tuple[int, ...] = ()
     fusion: str = "heads"
     inference_steps: int | None = None
     noise: bool | None = None
@@ -74,8 +76,8 @@ class TrackerOptions:
     heads: str | None = None
     head_weights: tuple[float, ...] | None = None
     combine: str = "costs"
-    temperature: float | None = None
-    low_pass: float | None = None
+    temperature: float = 1.0
+    low_pass: float = 0.0
     bidirectional: bool = True
     frames_per_chunk: int | None = None
     schedule: str = "spread"
@@ -86,13 +88,14 @@ class TrackerOptions:
     tokens_per_frame: int | None = None
     resize_first: tuple[int, int] | None = None
     refine: int = 1
-    crops: tuple[float, ...] | None = None
+    crops: tuple[float, ...] = ()
     crop_tokens: int = 8
     path_spread: float = 3.0
     frames_per_block: int | None = 120
     geometry: str = "centers"
     visibility: str = "consistency"
     tolerance: float = 2.0
+    crop_tolerance: float = 2.0
     backend: str = "auto"
     memory_budget: int | None = None
 
@@ -121,10 +124,9 @@ class TrackerOptions:
             raise ValueError("height and width of the encoded frames go together; give both or neither")
         if self.height is not None and self.tokens_per_frame is not None:
             raise ValueError("height and width fix the tokens of a frame; drop tokens_per_frame or the two")
-        if not self.tolerance >= 0:
-            raise ValueError(f"tolerance must be a distance in tokens of at least 0, got {self.tolerance}")
-        if not self.path_spread >= 0:
-            raise ValueError(f"path_spread must be a distance in tokens of at least 0, got {self.path_spread}")
+        for name in ("tolerance", "crop_tolerance", "path_spread"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be a distance in tokens of at least 0, got {getattr(self, name)}")
         if self.geometry == "released" and (self.refine or self.path_spread):
             raise ValueError('geometry="released" reads whole-token matches; give refine=0 and path_spread=0 with it')
         self._check_readings()
@@ -138,12 +140,12 @@ class TrackerOptions:
         for one, several in (("layer", "layers"), ("step", "steps")):
             if getattr(self, one) is not None and getattr(self, several):
                 raise ValueError(f"{one} and {several} were both given; drop one of them")
-        for scale in self.crops or ():
+        for scale in self.crops:
             if not 0 < scale <= 1:
                 raise ValueError(f"crops must be scales above 0 and at most 1, such as 0.5, got {scale}")
-        if self.temperature is not None and not 0 < self.temperature < float("inf"):
+        if not 0 < self.temperature < float("inf"):
             raise ValueError(f"temperature must be a factor above 0, got {self.temperature}")
-        if self.low_pass is not None and not 0 <= self.low_pass < float("inf"):
+        if not 0 <= self.low_pass < float("inf"):
             raise ValueError(f"low_pass must be a standard deviation in tokens of at least 0, got {self.low_pass}")
         if self.geometry == "released" and (self.crops or self.combine != "costs"):
             raise ValueError('geometry="released" takes the costs of whole frames; give crops=() and combine="costs"')
@@ -154,12 +156,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     # DiffTrack's released evaluation procedure; layer and step are the backbone's published ones.
     "published": {
         "noise": False,
-        "layers": (),
         "heads": "probabilities",
         "head_weights": (),
-        "temperature": 1.0,
-        "low_pass": 0.0,
-        "crops": (),
         "frames_per_block": None,
         "schedule": "interleaved",
         "frames_per_chunk": 13,

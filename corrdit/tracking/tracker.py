@@ -67,7 +67,7 @@ class PointTracker:
 
     def __init__(self, backbone: TrackingBackbone, *, preset: str = "default", **options: Any) -> None:
         self.backbone = backbone
-        self.options = tracker_options(preset, options)
+        self.options = tracker_options(preset, {**self._preset_options(preset, options), **options})
         self.layers = self._layers()
         for layer in self.layers:
             if not 0 <= layer < backbone.layers:
@@ -121,11 +121,10 @@ class PointTracker:
         ]
 
     def _settings(self, frames: int, height: int, width: int) -> Settings:
-        crops = self._chosen("crops", ())
         kept = frames if self.options.frames_per_block is None else self.options.frames_per_block + 1
         if self.options.schedule == "chained":
             kept = self._chosen("frames_per_chunk")
-        return Settings(self.options, self._reading(), self._encoded_size(height, width), crops, kept)
+        return Settings(self.options, self._reading(), self._encoded_size(height, width), kept)
 
     def _reading(self) -> Reading:
         options, backbone = self.options, self.backbone
@@ -138,48 +137,46 @@ class PointTracker:
             heads=self._chosen("heads"),
             head_weights=self._head_weights(),
             fusion=options.fusion,
-            temperature=self._chosen("temperature", 1.0),
-            low_pass=self._chosen("low_pass", 0.0),
+            temperature=options.temperature,
+            low_pass=options.low_pass,
             votes=options.combine == "median",
             bidirectional=options.bidirectional,
             backend=options.backend,
             memory_budget=options.memory_budget,
         )
 
+    def _preset_options(self, preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Options that the backbone's preset has for the tracker, which are for the layers and the weights it names."""
+        of_backbone = getattr(self.backbone.preset, "tracking", None)
+        if preset != "default" or of_backbone is None or given.keys() & {"layer", "layers"}:
+            return {}
+        return dict(of_backbone)
+
     def _layers(self) -> tuple[int, ...]:
-        """The layers asked for, those of the preset, or its single one."""
-        if self.options.layer is not None:
-            return (self.options.layer,)
-        if self.options.layers is not None:
-            return self.options.layers or (self.backbone.preset.layer,)
-        several = getattr(self.backbone.preset, "layers", None)
-        return tuple(several) if several else (self.backbone.preset.layer,)
+        return self.options.layers or (self._chosen("layer"),)
 
     def _head_weights(self) -> tuple[float, ...] | None:
-        """The weights asked for, those of the preset if its layers are read, or None for the plain mean."""
-        if self.options.head_weights is not None:
-            return self.options.head_weights or None
-        preset = self.backbone.preset
-        if self.options.layer is not None or self.options.layers is not None:
+        """The weights asked for, those of the preset if its layer is read, or None for the plain mean."""
+        options, preset = self.options, self.backbone.preset
+        if options.head_weights is not None:
+            return options.head_weights or None
+        if options.layers or options.layer not in (None, preset.layer):
             return None
         if preset.head is not None:
             return tuple(float(head == preset.head) for head in range(self.backbone.heads))
         return preset.head_weights
 
-    def _chosen(self, name: str, otherwise: Any = None) -> Any:
-        """The option, or what the backbone's preset says; `otherwise` for a preset without such an entry."""
+    def _chosen(self, name: str) -> Any:
+        """The option, or what the backbone's preset says."""
         given = getattr(self.options, name)
-        if given is not None:
-            return given
-        of_preset = getattr(self.backbone.preset, name, None)
-        return otherwise if of_preset is None else of_preset
+        return getattr(self.backbone.preset, name) if given is None else given
 
     def _encoded_size(self, height: int, width: int) -> tuple[int, int]:
         options, preset, stride = self.options, self.backbone.preset, self.backbone.token_stride
         if options.height is None and options.tokens_per_frame is None and preset.height is not None:
             return preset.height, preset.width
         if options.height is None or options.width is None:
-            tokens = self._chosen("tokens_per_frame", TOKENS_PER_FRAME)
+            tokens = self._chosen("tokens_per_frame") or TOKENS_PER_FRAME
             return working_size(height, width, stride, tokens)
         if options.height % stride[0] or options.width % stride[1]:
             raise ValueError(
