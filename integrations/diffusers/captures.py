@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from types import TracebackType
@@ -14,6 +13,7 @@ import torch
 from corrdit.integrations.diffusers.compatibility import check_processor, check_transformer
 from corrdit.integrations.diffusers.early_exit import leaving_after
 from corrdit.integrations.diffusers.forward_watch import ForwardWatch, RemovableHook
+from corrdit.integrations.diffusers.indices import resolved_index, whole_indices
 from corrdit.integrations.diffusers.layouts import ForwardCall, TransformerLayout, layout_of
 from corrdit.integrations.diffusers.processors import (
     CorrespondenceProcessor,
@@ -76,8 +76,8 @@ def capture(
     if not isinstance(model, torch.nn.Module) and hasattr(model, "pipe"):
         model = model.pipe
     operations = named_operations(operation)
-    layer_list = _indices("layers", layers)
-    step_list = None if steps is None else _indices("steps", steps)
+    layer_list = whole_indices("layers", layers)
+    step_list = None if steps is None else whole_indices("steps", steps)
     return Capture(
         model,
         operations={layer: operations for layer in layer_list},
@@ -92,6 +92,8 @@ def capture(
 
 class Capture(Mapping[tuple[int, int], Any]):
     """Results by (step, layer); made by `capture`, filled while its block is open, readable after it.
+
+    A pickled or deep-copied instance is a dict of its results, without the model.
 
     Args:
         model: a diffusers video pipeline, or a bare transformer.
@@ -171,6 +173,8 @@ class Capture(Mapping[tuple[int, int], Any]):
         except KeyError:
             kept = ", ".join(map(str, self._results)) or "none"
             hint = "; results went to the callback" if self._callback is not None else ""
+            if not self._calls_seen:
+                hint = "; the model has not run inside the block: with capture(...) as captured: pipe(...)"
             raise KeyError(f"no result for (step, layer) {key}; there are {kept}{hint}") from None
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
@@ -178,6 +182,13 @@ class Capture(Mapping[tuple[int, int], Any]):
 
     def __len__(self) -> int:
         return len(self._results)
+
+    def __repr__(self) -> str:
+        model = type(self._transformers[0] if self._pipe is None else self._pipe).__name__
+        return f"<Capture of {model}: {', '.join(map(str, self._results)) or 'no results'}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (dict, (self._results,))
 
     def clear(self) -> None:
         """Forget the results so far, to run the model again inside the same block."""
@@ -189,14 +200,19 @@ class Capture(Mapping[tuple[int, int], Any]):
             for transformer, layout in zip(self._transformers, self._layouts, strict=True)
         }
         count = min(counts)
-        resolved = {}
+        resolved: dict[int, Mapping[str, Operation]] = {}
         for layer, by_name in operations.items():
-            if not -count <= layer < count:
+            index = resolved_index("layer", layer, count)
+            if index is None:
                 raise ValueError(
                     f"layer {layer} is outside {type(self._transformers[0]).__name__}, which has {count} attention "
                     f"layers (0 to {count - 1}, or -{count} to -1 from the last)"
                 )
-            resolved[layer % count] = by_name
+            if resolved.setdefault(index, by_name) is not by_name:
+                raise ValueError(
+                    f"layers {index} and {index - count} are the same one of {count}; give its operations together, "
+                    "as a dict of them by name"
+                )
         return dict(sorted(resolved.items()))
 
     def _check(self, transformer: torch.nn.Module, layout: TransformerLayout) -> None:
@@ -346,17 +362,6 @@ def _transformers_of(model: Any) -> tuple[list[torch.nn.Module], Any]:
             f"{type(model).__name__}"
         )
     return transformers, model
-
-
-def _indices(name: str, value: int | Iterable[int]) -> list[int]:
-    entries = list(value) if isinstance(value, Iterable) else [value]
-    try:
-        indices = [operator.index(entry) for entry in entries]
-    except TypeError:
-        raise ValueError(f"{name} must be whole numbers, got {value!r}") from None
-    if not indices:
-        raise ValueError(f"{name} is empty; give at least one")
-    return indices
 
 
 def _keys(missing: list[tuple[int | None, int]]) -> str:

@@ -105,6 +105,11 @@ class CorrespondenceProcessor:
                 "CorrespondenceProcessor needs the attention processor it delegates to, as module.processor holds it, "
                 f"got {inner!r}"
             )
+        if isinstance(inner, torch.nn.Module) and hasattr(inner, "processor"):
+            raise ValueError(
+                f"CorrespondenceProcessor wraps a processor, and {type(inner).__name__} is the attention module; give "
+                "its .processor"
+            )
         self.inner = inner
         self._captured_by: Any = None
         self._request: ReadRequest | None = None
@@ -112,12 +117,13 @@ class CorrespondenceProcessor:
         self._compiled_text_mask: torch.Tensor | None = None
         self._result: Any = None
         self._fired = False
-        if operation is not None:
+        # A capture makes processors without either and arms them before the forwards it wants.
+        if grid is not None or operation is not None:
             if not isinstance(grid, TokenGrid):
                 raise ValueError(f"CorrespondenceProcessor needs a TokenGrid, got {grid!r}")
             self._request = ReadRequest(
                 grid=grid,
-                operations=named_operations(operation),
+                operations=named_operations(operation),  # type: ignore[arg-type]
                 named=isinstance(operation, Mapping),
                 rows=((None, slice(None)),),
                 keep_graph=keep_graph,
@@ -148,7 +154,17 @@ class CorrespondenceProcessor:
             return gathered.stand_in(inputs)
 
         with _AttentionReader(observe):
-            output = self.inner(attn, *args, **kwargs)
+            try:
+                output = self.inner(attn, *args, **kwargs)
+            except (AttributeError, RuntimeError, TypeError) as error:
+                # Before the attention only the inner processor has run; inside a capture it is the module's own.
+                if gathered.samples or self._captured_by is not None or isinstance(error, torch.OutOfMemoryError):
+                    raise
+                raise ValueError(
+                    f"{type(self.inner).__name__} fails on this {type(attn).__name__} before its attention is reached "
+                    f"({type(error).__name__}: {error}); wrap the processor that the module itself holds: "
+                    "module.processor = CorrespondenceProcessor(module.processor, grid, operation)"
+                ) from error
         self._check_complete(gathered)
         return output
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import types
+from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -20,25 +23,57 @@ def released(result: Any, q: torch.Tensor, k: torch.Tensor, keep_graph: bool) ->
         keep_graph: leave tensors attached to the autograd graph.
 
     Raises:
-        ValueError: a tensor of the result is q, k or a view of them, which would keep a whole layer in memory.
+        ValueError: a tensor or array of the result, also inside other objects, is q, k or a view of them, which would
+            keep a whole layer in memory; or the result is a generator, which would do its work on them later.
     """
+    sources = {_memory(q): "q", _memory(k): "k"}
+    for value in _reachable(result, set()):
+        if isinstance(value, types.GeneratorType):
+            raise ValueError(
+                "the operation returned a generator, which would hold q and k until it is used up; return tensors"
+            )
+        held = sources.get(_memory(value))
+        if held is not None:
+            raise ValueError(
+                f"the operation returned {held} or a view of it, which would keep the whole layer in memory; "
+                "return what it computes, or a copy (.clone()) of the part you need"
+            )
+    return _handed_over(result, keep_graph)
+
+
+def _reachable(value: Any, seen: set[int]) -> Iterator[Any]:
+    """The tensors, arrays and generators in a result, depth first; models and code are not looked into."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, (torch.Tensor, np.ndarray, types.GeneratorType)):
+        yield value
+        return
+    if isinstance(value, Mapping):
+        children = list(value.values())
+    elif isinstance(value, (list, tuple, set, frozenset, deque)):
+        children = list(value)
+    elif isinstance(value, (type, types.ModuleType, types.FunctionType, torch.nn.Module)):
+        children = []
+    else:
+        children = list(getattr(value, "__dict__", {}).values())
+    for child in children:
+        yield from _reachable(child, seen)
+
+
+def _handed_over(result: Any, keep_graph: bool) -> Any:
+    """Containers anew, their tensors detached unless `keep_graph`."""
     if isinstance(result, torch.Tensor):
-        for name, source in (("q", q), ("k", k)):
-            if result.numel() and _memory(result) == _memory(source):
-                raise ValueError(
-                    f"the operation returned {name} or a view of it, which would keep the whole layer in memory; "
-                    "return what it computes, or a copy (.clone()) of the part you need"
-                )
         return result if keep_graph else result.detach()
     if isinstance(result, Mapping):
-        return {name: released(value, q, k, keep_graph) for name, value in result.items()}
+        return {name: _handed_over(value, keep_graph) for name, value in result.items()}
     if isinstance(result, tuple) and hasattr(result, "_fields"):
-        return type(result)(*(released(value, q, k, keep_graph) for value in result))
+        return type(result)(*(_handed_over(value, keep_graph) for value in result))
     if isinstance(result, (list, tuple)):
-        return type(result)(released(value, q, k, keep_graph) for value in result)
+        return type(result)(_handed_over(value, keep_graph) for value in result)
     if dataclasses.is_dataclass(result) and not isinstance(result, type):
         fields = {field.name: getattr(result, field.name) for field in dataclasses.fields(result) if field.init}
-        return dataclasses.replace(result, **{n: released(v, q, k, keep_graph) for n, v in fields.items()})
+        return dataclasses.replace(result, **{name: _handed_over(v, keep_graph) for name, v in fields.items()})
     return result
 
 
@@ -90,5 +125,17 @@ def _unpack(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _memory(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+def _memory(value: torch.Tensor | np.ndarray) -> int | None:
+    """Where the memory of a tensor or array begins, as a whole, not of its view; None if it is empty."""
+    if isinstance(value, np.ndarray):
+        while isinstance(value.base, np.ndarray):
+            value = value.base
+        # An array made by `tensor.numpy()` has that tensor as its base.
+        if not isinstance(value.base, torch.Tensor):
+            return value.ctypes.data if value.size else None
+        value = value.base
+    if value.layout == torch.sparse_coo:
+        value = value._values()
+    elif value.layout != torch.strided:
+        value = value.values()
+    return value.untyped_storage().data_ptr() if value.numel() else None

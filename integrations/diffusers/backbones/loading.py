@@ -60,7 +60,9 @@ def load_backbone(
     """
     chosen = preset if preset is None or isinstance(preset, Preset) else Preset.from_file(preset)
     if not isinstance(name, (str, os.PathLike)):
-        raise ValueError(f"name must be a string or a path, got {name!r}; backbone_of takes a pipeline that is loaded")
+        raise ValueError(
+            f"name must be a string or a path, got a {type(name).__name__}; backbone_of takes a pipeline that is loaded"
+        )
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype must be a floating-point torch dtype such as torch.bfloat16, or None, got {dtype!r}")
     backbone = _loaded(os.fspath(name), _usable_device(device), dtype)
@@ -214,7 +216,8 @@ def _check_reachable(hub_id: str) -> None:
     except Exception as error:
         raise ValueError(
             f"cannot load {hub_id}: it is not in the local cache and the hub cannot be reached "
-            f"({type(error).__name__}: {error}); without a network there are {EMBEDDED!r} and folders of save_pretrained"
+            f"({type(error).__name__}: {error}); without a network there are {EMBEDDED!r} and folders of "
+            "save_pretrained"
         ) from error
 
 
