@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from corrdit.benchmark.contests import CONTESTS
 from corrdit.benchmark.report import largest_shape
@@ -12,7 +12,6 @@ from corrdit.benchmark.runner import BOTH, FORWARD, Row
 from corrdit.files import written_beside
 
 FILES = {FORWARD: "forward", BOTH: "forward-backward"}
-COLUMNS = 4
 # Colours of Okabe and Ito, which stay apart for the colour-blind; shapes of the marks for print without colour.
 _WAYS = {
     "corrdit": ("#0072B2", "o"),
@@ -27,12 +26,19 @@ _OTHER_BACKENDS = ("#7F7F7F", "h")
 _TEXT = 9
 
 
-def _time(row: Row) -> float:
-    return float(row["milliseconds"]["median"])
+class _Quantity(NamedTuple):
+    """What is drawn against tokens, and the line below which it cannot fall."""
+
+    name: str
+    label: str
+    value: Callable[[Row], float]
+    floor: Callable[[Row], float] | None
 
 
-def _memory(row: Row) -> float:
-    return max(float(row["extra_bytes"]), 2.0**10) / 2**20
+_TIME = _Quantity(
+    "Time", "milliseconds", lambda row: row["milliseconds"]["median"], lambda row: row["floor_milliseconds"]
+)
+_MEMORY = _Quantity("Memory", "MiB beyond inputs and outputs", lambda row: max(row["extra_bytes"], 2**10) / 2**20, None)
 
 
 def write_plots(rows: Sequence[Row], folder: pathlib.Path) -> list[pathlib.Path]:
@@ -42,12 +48,9 @@ def write_plots(rows: Sequence[Row], folder: pathlib.Path) -> list[pathlib.Path]
         here = [row for row in rows if row["pass"] == passes]
         if not any("milliseconds" in row for row in here):
             continue
-        for quantity, label, value in (
-            ("time", "milliseconds", _time),
-            ("memory", "MiB beyond inputs and outputs", _memory),
-        ):
-            path = folder / f"{quantity}-{name}.png"
-            _write_against_tokens(here, passes, label, value, path)
+        for quantity in (_TIME, _MEMORY):
+            path = folder / f"{quantity.name.lower()}-{name}.png"
+            _write_against_tokens(here, passes, quantity, path)
             paths.append(path)
     if paths:
         paths.append(folder / "limit.png")
@@ -55,79 +58,90 @@ def write_plots(rows: Sequence[Row], folder: pathlib.Path) -> list[pathlib.Path]
     return paths
 
 
-def _write_against_tokens(
-    rows: Sequence[Row], passes: str, label: str, value: Callable[[Row], float], path: pathlib.Path
-) -> None:
-    """A panel for each operation, all with the same axes; one legend for all."""
+def _write_against_tokens(rows: Sequence[Row], passes: str, quantity: _Quantity, path: pathlib.Path) -> None:
+    """A panel for each operation, all with the same axes; one legend for all, in a free panel where there is one."""
     from matplotlib.figure import Figure
 
     operations = [name for name in CONTESTS if any(row["operation"] == name for row in rows)]
-    columns = min(COLUMNS, len(operations))
+    columns = min(3 if len(operations) in (3, 5, 6, 9) else 4, len(operations))
     lines = -(-len(operations) // columns)
-    figure = Figure(figsize=(0.8 + 2.9 * columns, 1.1 + 2.5 * lines), layout="constrained")
+    figure = Figure(figsize=(0.8 + 2.9 * columns, 0.6 + 2.6 * lines), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).flatten()
     handles: dict[str, Any] = {}
     for number, (axis, operation) in enumerate(zip(axes, operations, strict=False)):
         here = [row for row in rows if row["operation"] == operation]
-        _draw_panel(axis, here, value, handles)
+        _draw_panel(axis, here, quantity, handles)
         axis.set_title(operation, fontsize=_TEXT)
         if number + columns >= len(operations):
             axis.tick_params(labelbottom=True)
-            axis.set_xlabel("tokens", fontsize=_TEXT)
+            axis.set_xlabel("video tokens", fontsize=_TEXT)
         if number % columns == 0:
-            axis.set_ylabel(label, fontsize=_TEXT)
+            axis.set_ylabel(quantity.label, fontsize=_TEXT)
     for axis in axes[len(operations) :]:
         axis.set_axis_off()
-    figure.suptitle(f"{passes[0].upper()}{passes[1:]}\n{_caption(rows)}", fontsize=_TEXT + 1)
-    order = [name for name in _WAYS if name in handles] + [name for name in handles if name not in _WAYS]
-    figure.legend(
-        [handles[name] for name in order], order, loc="outside lower center", ncols=len(order), fontsize=_TEXT,
-        frameon=False,
-    )  # fmt: skip
+    figure.suptitle(f"{quantity.name}, {passes}\n{_caption(rows)}", fontsize=_TEXT + 1)
+    _draw_legend(figure, axes[len(operations)] if len(axes) > len(operations) else None, handles)
     _save(figure, path)
 
 
-def _draw_panel(axis: Any, rows: Sequence[Row], value: Callable[[Row], float], handles: dict[str, Any]) -> None:
+def _draw_legend(figure: Any, free_panel: Any, handles: dict[str, Any]) -> None:
+    order = [name for name in _WAYS if name in handles] + [name for name in handles if name not in _WAYS]
+    drawn = [handles[name] for name in order]
+    if free_panel is None:
+        figure.legend(drawn, order, loc="outside lower center", ncols=len(order), fontsize=_TEXT, frameon=False)
+    else:
+        free_panel.legend(drawn, order, loc="center", fontsize=_TEXT + 1, frameon=False)
+
+
+def _draw_panel(axis: Any, rows: Sequence[Row], quantity: _Quantity, handles: dict[str, Any]) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     axis.set_xscale("log")
     axis.set_yscale("log")
-    tokens = sorted({_tokens(row) for row in rows})
+    if quantity.floor is not None:
+        own = [row for row in rows if row["competitor"].startswith("corrdit ")]
+        _draw_lines(axis, own, quantity.floor, handles, "floor", color="#7F7F7F", linestyle="--", marker="_")
     for competitor in dict.fromkeys(row["competitor"] for row in rows):
-        name, (color, marker) = _name(competitor), _style(competitor)
-        own = competitor.startswith("corrdit ")
-        for series in _series([row for row in rows if row["competitor"] == competitor]):
-            points = sorted((_tokens(row), value(row)) for row in series)
-            drawn = axis.plot(
-                *zip(*points, strict=True), color=color, marker=marker, markersize=6 if own else 5,
-                linewidth=2.2 if own else 1.1, zorder=3 if own else 2,
-            )  # fmt: skip
-            handles.setdefault(name, drawn[0])
-        for row in rows:
-            if row["competitor"] == competitor and row.get("status") == "out of memory":
+        here = [row for row in rows if row["competitor"] == competitor]
+        color, marker = _style(competitor)
+        if competitor.startswith("corrdit "):
+            look = {"markersize": 6, "linewidth": 2.2, "zorder": 3}
+        else:
+            look = {"markersize": 5, "linewidth": 1.1, "zorder": 2}
+        timed = [row for row in here if "milliseconds" in row]
+        _draw_lines(axis, timed, quantity.value, handles, _name(competitor), color=color, marker=marker, **look)
+        for row in here:
+            if row.get("status") == "out of memory":
                 axis.plot(
                     _tokens(row), 0.96, color=color, marker="x", markersize=7, markeredgewidth=2, linestyle="none",
                     transform=axis.get_xaxis_transform(), zorder=4,
                 )  # fmt: skip
                 if "out of memory" not in handles:
                     handles["out of memory"] = axis.plot([], [], color="black", marker="x", linestyle="none")[0]
-    axis.xaxis.set_major_locator(FixedLocator(_apart(tokens)))
+    axis.xaxis.set_major_locator(FixedLocator(_apart(sorted({_tokens(row) for row in rows}))))
     axis.xaxis.set_minor_locator(NullLocator())
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:,.0f}".replace(",", " ")))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number / 1000:.3g}k"))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
     axis.tick_params(labelsize=_TEXT - 1)
     axis.grid(alpha=0.3)
     axis.set_axisbelow(True)
 
 
+def _draw_lines(
+    axis: Any, rows: Sequence[Row], value: Callable[[Row], float], handles: dict[str, Any], name: str, **look: Any
+) -> None:
+    for series in _series(rows):
+        points = sorted((_tokens(row), value(row)) for row in series)
+        drawn = axis.plot(*zip(*points, strict=True), **look)
+        handles.setdefault(name, drawn[0])
+
+
 def _series(rows: Sequence[Row]) -> list[list[Row]]:
     """Rows that may be joined by a line: they differ in the number of frames only."""
     series: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        if "milliseconds" in row:
-            shape = row["shape"]
-            key = tuple(value for name, value in shape.items() if name not in ("name", "frames"))
-            series.setdefault(key, []).append(row)
+        key = tuple(value for name, value in row["shape"].items() if name not in ("name", "frames"))
+        series.setdefault(key, []).append(row)
     return list(series.values())
 
 
@@ -135,7 +149,7 @@ def _apart(tokens: Sequence[int]) -> list[int]:
     """Those that have room for their labels on a logarithmic axis."""
     kept: list[int] = []
     for number in sorted(tokens, reverse=True):
-        if not kept or number < 0.7 * kept[-1]:
+        if not kept or number < 0.6 * kept[-1]:
             kept.append(number)
     return kept
 
@@ -143,7 +157,7 @@ def _apart(tokens: Sequence[int]) -> list[int]:
 def _write_limits(rows: Sequence[Row], path: pathlib.Path) -> None:
     """The share of the limit that every way reaches on the largest shape, an operation and pass in each line."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     shape = largest_shape(rows)
     timed = [row for row in rows if "milliseconds" in row and row["shape"]["name"] == shape.name]
@@ -164,19 +178,17 @@ def _write_limits(rows: Sequence[Row], path: pathlib.Path) -> None:
     axis.set_yticks(range(len(lines)), [f"{name}, {passes[p]} ({bounds[name, p]})" for name, p in lines])
     axis.invert_yaxis()
     axis.set_xscale("log")
-    axis.set_xlim(right=1.15)
+    axis.set_xlim(right=max(1.15, 1.15 * max(row["share_of_limit"] for row in timed)))
     axis.axvline(1.0, color="black", linewidth=1)
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_xlabel("share of the device's measured limit (in brackets: which one)", fontsize=_TEXT)
     axis.tick_params(labelsize=_TEXT)
     axis.grid(alpha=0.3)
     axis.set_axisbelow(True)
     figure.suptitle(f"{shape.name}: {shape.label}\n{_caption(timed)}", fontsize=_TEXT + 1)
-    order = [name for name in _WAYS if name in handles] + [name for name in handles if name not in _WAYS]
-    figure.legend(
-        [handles[name] for name in order], order, loc="outside lower center", ncols=len(order), fontsize=_TEXT,
-        frameon=False,
-    )  # fmt: skip
+    _draw_legend(figure, None, handles)
     _save(figure, path)
 
 

@@ -24,6 +24,8 @@ def milliseconds(value: float) -> str:
 
 def mebibytes(value: float) -> str:
     mebi = value / 2**20
+    if mebi >= 2**14:
+        return f"{mebi / 2**10:.0f} GiB"
     return f"{mebi:.0f} MiB" if mebi >= 10 else f"{mebi:.1f} MiB"
 
 

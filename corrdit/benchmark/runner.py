@@ -84,10 +84,9 @@ def pieces(operations: Sequence[str], shapes: Sequence[Shape]) -> list[Piece]:
 
 def surroundings(settings: Settings) -> Row:
     """What every row says of the machine; rows that differ in it are not of the same measurement."""
-    found = environment(settings.device)
-    if settings.commit is not None:
-        found["commit"] = settings.commit
-    return {**found, "dtype": str(settings.dtype).removeprefix("torch.")}
+    dtype = str(settings.dtype).removeprefix("torch.")
+    commit = {} if settings.commit is None else {"commit": settings.commit}
+    return {**environment(settings.device), **commit, "dtype": dtype}
 
 
 def run_piece(

@@ -1,71 +1,48 @@
-"""The rivals compute the same functions, and a wrong result never gets a time."""
+"""A wrong result never gets a time, one that cannot run has a row that says so, and floors count what must be done."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
+import sys
 
 import pytest
 import torch
 
-from corrdit import TokenGrid, ops
-from corrdit.benchmark import contests, runner
-from corrdit.benchmark.baselines import attention_positions, folded_chunks, materialized, window_gather
-from corrdit.benchmark.contests import CONTESTS, Rival
-from corrdit.benchmark.measure import Ceilings, measure_ceilings
+from corrdit import ops
+from corrdit.benchmark import contests, floors, report, runner
+from corrdit.benchmark.contests import CONTESTS, RIVALS, Rival
+from corrdit.benchmark.floors import H200, Ceilings, floor_of
+from corrdit.benchmark.measure import measure_ceilings
 from corrdit.benchmark.plots import write_plots
-from corrdit.benchmark.runner import Settings, run_contests, write_rows
-from corrdit.benchmark.shapes import SHAPES, Shape
-from corrdit.cli import main
+from corrdit.benchmark.runner import BOTH, FORWARD, Piece, Settings, pieces, run_piece, surroundings
+from corrdit.benchmark.shapes import DEFAULT_SHAPES, SHAPES, Shape
+from corrdit.reference.frame_local_attention import local_pairs
+from corrdit.reference.scores import window_mask
 
-SETTINGS = Settings(
-    device=torch.device("cpu"), dtype=torch.float32, backends=("auto",), rounds=1, rivals=True, rival_bytes=2**30
-)
+CEILINGS = Ceilings(0.1, 10.0, 2.0)
 SMALL = Shape("small", 2, 8, 3, 4, 5, 3)
+SETTINGS = Settings(torch.device("cpu"), torch.float32, rounds=1, checked_frames=2)
+WITH_RIVALS = dataclasses.replace(SETTINGS, rivals=tuple(name for name in RIVALS if name not in ("flex", "compiled")))
+
+
+def measured(piece, settings=SETTINGS):
+    return {row["competitor"]: row for row in run_piece(piece, settings, CEILINGS, surroundings(settings))}
 
 
 @pytest.fixture
-def known_ceilings(monkeypatch):
-    """Large matrix products take seconds on a busy machine, and say nothing about the rest."""
-    monkeypatch.setattr(runner, "measure_ceilings", lambda device, dtype: Ceilings(0.1, 10.0))
+def rival_of_hard_displacement(monkeypatch):
+    """Puts another way into the contest of hard displacement and runs it."""
 
+    def run(rival, **settings):
+        name = "hard_displacement:logits"
+        contest = dataclasses.replace(CONTESTS[name], rivals={"windows": rival})
+        monkeypatch.setitem(contests.CONTESTS, name, contest)
+        given = dataclasses.replace(WITH_RIVALS, **settings)
+        return list(run_piece(Piece(name, SMALL, False), given, CEILINGS, surroundings(given)))
 
-@pytest.fixture(scope="module")
-def tensors():
-    generator = torch.Generator().manual_seed(0)
-    grid = TokenGrid(3, 4, 5)
-    return grid, *(torch.randn(2, 3, grid.tokens, 8, generator=generator, dtype=torch.float64) for _ in range(3))
-
-
-@pytest.mark.parametrize(
-    ("rival", "options"),
-    [
-        (materialized.soft_displacement, {}),
-        (folded_chunks.soft_displacement, {}),
-        (attention_positions.soft_displacement, {}),
-        (lambda *given, **o: attention_positions.soft_displacement(*given, heads="probabilities", **o),
-         {"heads": "probabilities"}),
-        (lambda *given, **o: window_gather.soft_displacement(*given, window=1, **o), {"window": 1}),
-    ],
-    ids=["materialized", "folded", "attention, logits", "attention, probabilities", "windows"],
-)  # fmt: skip
-def test_rivals_of_soft_displacement(tensors, rival, options):
-    grid, q, k, _ = tensors
-    expected = ops.soft_displacement(q, k, grid, temperature=2.0, backend="reference", **options)
-    torch.testing.assert_close(rival(q, k, grid, temperature=2.0).to(expected.dtype), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_rivals_of_the_other_operations(tensors):
-    grid, q, k, v = tensors
-    assert torch.equal(materialized.hard_displacement(q, k, grid), ops.hard_displacement(q, k, grid))
-    for found, expected in zip(materialized.match(q, k, grid, source=1), ops.match(q, k, grid, source=1), strict=True):
-        torch.testing.assert_close(found, expected)
-    with_text = TokenGrid(2, 4, 5, text_tokens=20)
-    for renormalize in (True, False):
-        torch.testing.assert_close(
-            materialized.frame_local_attention(q, k, v, with_text, renormalize=renormalize),
-            ops.frame_local_attention(q, k, v, with_text, renormalize=renormalize),
-        )
+    return run
 
 
 @pytest.mark.slow
@@ -73,75 +50,176 @@ def test_ceilings_of_this_machine():
     ceilings = measure_ceilings(torch.device("cpu"), torch.float32)
     assert 1e-4 < ceilings.matmul_tflops < 100
     assert 0.1 < ceilings.copy_gigabytes < 10_000
+    assert 0.01 < ceilings.exponentials < 10_000
 
 
-@pytest.mark.usefixtures("known_ceilings")
-@pytest.mark.parametrize(
-    "names",
-    [["soft_displacement, window", "match, probabilities"], pytest.param(list(CONTESTS), marks=pytest.mark.slow)],
-    ids=["two", "all"],
-)
-def test_contests_have_right_rows_with_times_and_versions(tmp_path, names):
-    rows = list(run_contests(names, [SMALL], SETTINGS))
-    assert {row["operation"] for row in rows} == set(names)
+def test_every_operation_has_rows_with_times_memory_and_versions(tmp_path):
+    names = ["soft_displacement:window", "match:bidirectional", "frame_local_attention:masked"]
+    todo = pieces(names, [SMALL])
+    assert [(piece.operation, piece.passes) for piece in todo] == [
+        (names[0], FORWARD), (names[0], BOTH), (names[1], FORWARD), (names[2], FORWARD), (names[2], BOTH)
+    ]  # fmt: skip
+    rows = [row for piece in todo for row in measured(piece, WITH_RIVALS).values()]
+    assert {row["competitor"] for row in rows} == {"corrdit auto", "windows", "materialized", "sdpa"}
     for row in rows:
         assert row["shape"]["heads"] == 2
         assert row["commit"] is None or len(row["commit"]) >= 12
-        assert row["torch"] == torch.__version__
-        assert ("milliseconds" in row) != ("left_out" in row)
-        if "milliseconds" in row:
-            assert row["within_tolerance"]
-            assert 0 < row["milliseconds"]["least"] <= row["milliseconds"]["median"] <= row["milliseconds"]["most"]
-            assert row["share_of_matmul_ceiling"] > 0
-        else:
-            assert row["left_out"] == "runs on cuda only"
-    write_rows(tmp_path / "results.json", "corrdit bench", rows)
-    assert json.loads((tmp_path / "results.json").read_text())["rows"] == json.loads(json.dumps(rows))
-    for path in write_plots(rows, tmp_path, "results"):
+        assert (row["torch"], row["dtype"]) == (torch.__version__, "float32")
+        assert row["within_tolerance"]
+        assert row["checked_against"] == "reference in float64, 2 frames"
+        assert 0 < row["milliseconds"]["least"] <= row["milliseconds"]["median"] <= row["milliseconds"]["most"]
+        assert row["extra_bytes"] >= 0
+        assert row["share_of_limit"] == row["floor_milliseconds"] / row["milliseconds"]["median"]
+    assert rows[0]["about"] == "streaming"
+    assert json.loads(json.dumps(rows)) == rows
+    table = report.write_table(rows, tmp_path).read_text()
+    assert "| frame_local_attention:masked | corrdit auto (streaming) |" in table
+    assert {path.name for path in write_plots(rows, tmp_path)} == {
+        "time-forward.png", "time-forward-backward.png", "memory-forward.png", "memory-forward-backward.png",
+        "limit.png",
+    }  # fmt: skip
+    for path in tmp_path.glob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.usefixtures("known_ceilings")
-def test_a_wrong_result_gets_no_time(monkeypatch):
-    name = "hard_displacement, logits"
-    wrong = {"one token off": Rival(lambda s: (ops.hard_displacement(s.q, s.k, s.grid) + 1,))}
-    monkeypatch.setitem(contests.CONTESTS, name, dataclasses.replace(CONTESTS[name], rivals=wrong))
-    rows = {row["competitor"]: row for row in run_contests([name], [SMALL], SETTINGS)}
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "piece", pieces(list(CONTESTS), [SMALL]), ids=lambda piece: f"{piece.operation} {piece.passes}"
+)
+def test_every_way_is_right_and_timed(piece):
+    rows = measured(piece, dataclasses.replace(SETTINGS, rivals=tuple(RIVALS)))
+    assert set(rows) == {"corrdit auto", *CONTESTS[piece.operation].rivals}
+    for name, row in rows.items():
+        if name == "flex" and piece.backward:
+            assert row["left_out"] == "has no backward pass on cpu"
+        else:
+            assert row["within_tolerance"]
+            assert row["milliseconds"]["median"] > 0
+
+
+@pytest.mark.parametrize("add", [1, torch.tensor([0, 1])], ids=["everywhere", "downwards"])
+def test_a_wrong_result_gets_no_time(rival_of_hard_displacement, tmp_path, add):
+    wrong = Rival(lambda s: (ops.hard_displacement(s.q, s.k, s.grid) + add,))
+    own, other = rival_of_hard_displacement(wrong)
+    assert own["milliseconds"]["median"] > 0
+    assert "milliseconds" not in other
+    assert (other["status"], other["mismatches"]) == ("wrong", 1.0)
+    assert "| windows | wrong |" in report.write_table([own, other], tmp_path).read_text()
+
+
+def test_a_wrong_gradient_and_nan_get_no_time(monkeypatch):
+    name = "soft_displacement:logits"
+
+    def scaled(factor):
+        return lambda s: (ops.soft_displacement(factor(s.q), s.k, s.grid),)
+
+    ways = {
+        "sdpa": Rival(scaled(lambda q: q.detach() * 0.5 + q * 0.5)),  # the value is right, its gradient is half
+        "windows": Rival(scaled(lambda q: q * torch.nan)),
+    }
+    monkeypatch.setitem(contests.CONTESTS, name, dataclasses.replace(CONTESTS[name], rivals=ways))
+    rows = measured(Piece(name, SMALL, True), WITH_RIVALS)
     assert "milliseconds" in rows["corrdit auto"]
-    assert "wrong" in rows["one token off"]["left_out"]
-    assert "milliseconds" not in rows["one token off"]
+    assert rows["sdpa"]["status"] == rows["windows"]["status"] == "wrong"
+    assert json.loads(json.dumps(rows["windows"]))["error"] > 1
+    assert "milliseconds" in measured(Piece(name, SMALL, False), WITH_RIVALS)["sdpa"]
 
 
-@pytest.mark.usefixtures("known_ceilings")
-def test_a_rival_that_does_not_fit_is_left_out():
-    settings = dataclasses.replace(SETTINGS, rival_bytes=1000)
-    rows = list(run_contests(["hard_displacement, logits"], [SMALL], settings))
-    assert "GiB for its score maps" in next(row for row in rows if "materialized" in row["competitor"])["left_out"]
+def test_no_memory_and_failures_are_rows(rival_of_hard_displacement):
+    def no_memory(scene):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 677.00 GiB. GPU 0 has a total of")
+
+    def broken(scene):
+        raise KeyError("no such thing")
+
+    _, row = rival_of_hard_displacement(Rival(no_memory))
+    assert (row["status"], row["left_out"]) == ("out of memory", "out of memory: wanted 677.00 GiB more")
+    own, row = rival_of_hard_displacement(Rival(broken))
+    assert (row["status"], row["left_out"]) == ("failed", "KeyError: 'no such thing'")
+    assert "milliseconds" in own
+
+
+def test_memory_of_the_machine_is_out_of_memory_too(rival_of_hard_displacement):
+    _, row = rival_of_hard_displacement(Rival(lambda s: (torch.empty(2**60, dtype=torch.int8),)))
+    assert row["status"] == "out of memory"
+
+
+def test_a_rival_whose_maps_do_not_fit_is_not_tried(rival_of_hard_displacement):
+    def never(scene):
+        raise AssertionError("tried")
+
+    _, row = rival_of_hard_displacement(Rival(never, map_bytes=lambda shape, size: 3.0 * 2**30), rival_bytes=2.0**30)
+    assert row["left_out"] == "needs 3.0 GiB for its score maps, more than 1.0 GiB"
+
+
+def test_a_broken_device_ends_the_run_after_its_rows(monkeypatch):
+    def broken(scene):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    name = "hard_displacement:logits"
+    ways = {"sdpa": Rival(broken), "windows": Rival(lambda s: (ops.hard_displacement(s.q, s.k, s.grid),))}
+    monkeypatch.setitem(contests.CONTESTS, name, dataclasses.replace(CONTESTS[name], rivals=ways))
+    rows = run_piece(Piece(name, SMALL, False), WITH_RIVALS, CEILINGS, {})
+    assert [next(rows)["competitor"] for _ in range(3)] == ["corrdit auto", "sdpa", "windows"]
+    with pytest.raises(RuntimeError, match="the device is unusable after hard_displacement:logits"):
+        next(rows)
+
+
+def test_rounds_end_when_time_is_up(monkeypatch):
+    monkeypatch.setattr(runner, "peak_extra_bytes", lambda work, device: 0)
+    quick = dataclasses.replace(SETTINGS, rounds=6, seconds=1e9)
+    slow = dataclasses.replace(SETTINGS, rounds=6, seconds=1e-9)
+    piece = Piece("attention_mass", SMALL, False)
+    assert measured(piece, quick)["corrdit auto"]["milliseconds"]["count"] == 6
+    assert measured(piece, slow)["corrdit auto"]["milliseconds"]["count"] == runner.LEAST_ROUNDS
 
 
 def test_the_shapes_of_published_models():
     assert SHAPES["cogvideox-5b"].grid.tokens == 226 + 13 * 30 * 45
     assert SHAPES["hunyuanvideo-720p"].grid.video_tokens == 33 * 45 * 80
+    assert all(name in SHAPES for names in DEFAULT_SHAPES.values() for name in names)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("operation", "backward", "expected", "bound"),
     [
-        (["--operations", "dance"], "no operation 'dance'"),
-        (["--shapes", "round"], "no shape 'round'"),
-        (["--dtype", "int8"], "--dtype must be one of"),
-        (["--device", "teapot"], "--device must be"),
-        (["--rounds", "0"], "--rounds must be at least 1"),
-        (["--shapes", "tiny", "--operations", "cost_rows", "--backends", "steam"], "--backends must be among"),
+        ("soft_displacement:logits", False, 2.4, "matrix product"),
+        ("soft_displacement:logits", True, 2.4 + 7.2, "matrix product"),
+        ("soft_displacement:probabilities", False, 3.8, "exponentials"),
+        ("frame_local_attention:masked", False, 0.5, "matrix product"),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
-    assert main(["bench", *arguments]) == 2
-    error = capsys.readouterr().err.strip().splitlines()
-    assert len(error) == 1
-    assert message in error[0]
+def test_floors_of_cogvideox_on_an_h200(operation, backward, expected, bound):
+    floor = Piece(operation, SHAPES["cogvideox-5b"], backward).floor(H200, torch.bfloat16)
+    assert floor.milliseconds == pytest.approx(expected, rel=0.03)
+    assert floor.bound == bound
 
 
-def test_the_lists(capsys):
-    assert main(["bench", "--operations", "list"]) == 0
-    assert "cogvideox-5b" in capsys.readouterr().out
+def test_work_counts_the_pairs_that_are_seen():
+    shape = Shape("odd", 2, 8, 3, 11, 13, 5)
+    inside = window_mask(shape.grid.without_text(), floors.WINDOW, None, torch.device("cpu")).sum().item()
+    assert floors.window_pairs(shape) == 9 * inside
+    near = local_pairs(shape.grid, 0, torch.device("cpu")).sum().item()
+    assert floors.frame_local(shape).exponentials == 2 * near
+    assert floors.frame_local(shape).products == 4 * 16 * near
+    assert floors.frame_local_zeroed(shape).exponentials == 2 * shape.grid.tokens**2
+
+
+def test_a_small_call_is_bound_by_what_it_copies():
+    work = floors.Work(products=1e6, exponentials=1e3, elements=1e6, results=1e3)
+    floor = floor_of(work, Ceilings(matmul_tflops=1.0, copy_gigabytes=1.0, exponentials=1.0), element_bytes=2)
+    assert floor.bound == "copy"
+    assert floor.milliseconds == pytest.approx(2.004)
+
+
+def test_exponentials_of_a_gpu_are_not_optimised_away(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.delitem(sys.modules, "corrdit.benchmark.exponentials", raising=False)
+    module = importlib.import_module("corrdit.benchmark.exponentials")
+    found = module.exponentials(torch.device("cpu"), programs=1, rounds=3)
+    expected = torch.arange(module.BLOCK, dtype=torch.float32) * 1e-9
+    for _ in range(3):
+        expected = torch.exp2(-expected)
+    torch.testing.assert_close(found, expected)
+    monkeypatch.delitem(sys.modules, "corrdit.benchmark.exponentials")
