@@ -7,12 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch.nn.functional as F
-from torch import Tensor
-
 from corrdit import PointTracker, Tracks
 from corrdit.analysis.pseudo_truth import lucas_kanade
-from corrdit.integrations.diffusers.analysis.capturing import reading_forward
+from corrdit.integrations.diffusers.feature_backbone import FeatureBackbone
 from corrdit.tracking.baselines import nearest_patches, standing_still
 
 Track = Callable[[Any, Any], Tracks]
@@ -25,47 +22,6 @@ class Variant:
     name: str
     kind: str
     options: Mapping[str, Any]
-
-
-class FeatureBackbone:
-    """A backbone whose queries and keys are both the normalised output of an attention layer, one head.
-
-    Args:
-        backbone: what `corrdit.load_backbone` returns.
-        feature: "attention output" (before the projection) or "projected output".
-    """
-
-    heads = 1
-
-    def __init__(self, backbone: Any, feature: str) -> None:
-        self.backbone, self.feature = backbone, feature
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.backbone, name)
-
-    def forward(self, latents: Tensor, timestep: float, operations: Mapping[int, Callable[..., Any]]) -> dict[int, Any]:
-        grid = self.backbone.grid(latents.shape[0], *latents.shape[-2:]).without_text()
-        results: dict[int, Any] = {}
-
-        def deliver(layer: int, name: str, result: Any) -> None:
-            if name == self.feature:
-                results[layer] = operations[layer](result, result, grid, None)
-
-        reading_forward(
-            self.backbone,
-            latents,
-            timestep,
-            layers=tuple(operations),
-            operation=lambda q, k, grid, key_mask: q.new_zeros(1),
-            feature_operation=_as_head,
-            deliver=deliver,
-        )
-        return results
-
-
-def _as_head(features: Tensor, grid: Any) -> Tensor:
-    """`[1, 1, N, C]` with products between -sqrt(C) and sqrt(C)."""
-    return F.normalize(features.float(), dim=-1)[:, None] * features.shape[-1] ** 0.25
 
 
 def _features(backbone: Any, options: Mapping[str, Any]) -> Track:

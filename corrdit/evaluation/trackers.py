@@ -18,6 +18,9 @@ Track = Callable[[Any, Any], Tracks]
 PATCH_VALUES = 2**26
 """Differences of patches to a frame, points times pixels, that are in memory at once."""
 
+FEATURE_TEMPERATURE = 8.0
+"""Cosines lie between -1 and 1: without this factor the softmax over a frame is nearly flat."""
+
 
 @dataclass(frozen=True)
 class TrackerKind:
@@ -52,6 +55,21 @@ def _point_tracker(preset: str) -> Callable[[Any, Mapping[str, Any]], Track]:
         return PointTracker(backbone, preset=preset, **options).track
 
     return build
+
+
+def _checked_features(options: Mapping[str, Any]) -> None:
+    tracker_options("default", {name: value for name, value in options.items() if name != "feature"})
+
+
+def _feature_tracker(backbone: Any, options: Mapping[str, Any]) -> Track:
+    from corrdit.integrations.diffusers.feature_backbone import FeatureBackbone
+    from corrdit.tracking import PointTracker
+
+    given = {"temperature": FEATURE_TEMPERATURE, **options, "heads": "logits", "head_weights": ()}
+    read = FeatureBackbone(backbone, **{name: given.pop(name) for name in ("feature",) if name in given})
+    if not given.get("layers"):
+        given.setdefault("layer", backbone.preset.layer)
+    return PointTracker(read, **given).track
 
 
 def _checked_signature(function: Callable[..., Any]) -> Callable[[Mapping[str, Any]], None]:
@@ -99,6 +117,12 @@ TRACKER_KINDS: dict[str, TrackerKind] = {
         True,
         _checked_preset("published"),
         _point_tracker("published"),
+    ),
+    "features": TrackerKind(
+        "output of the model's attention layer in place of queries and keys",
+        True,
+        _checked_features,
+        _feature_tracker,
     ),
     "patches": TrackerKind(
         "the patch of pixels that looks most alike",

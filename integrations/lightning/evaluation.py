@@ -90,25 +90,17 @@ class EvaluationModule(lightning.LightningModule):
         return self.results.is_done(self.labels, name)
 
     def setup(self, stage: str) -> None:
-        """Check the output folder, write `settings.json`, and load the model on this process's device."""
+        """Check the output folder, load the model on this process's device, and write `settings.json`."""
         if stage not in ("predict", "test"):
             raise ValueError(f"EvaluationModule has no {stage} step; call Trainer.predict or Trainer.test")
-        refused = None
-        if self.trainer.is_global_zero:
-            try:
-                self.results.write_settings(self.results.settings_with(self._settings()))
-                self.results.remove_leftovers()
-                self.results.forget_failures(self.labels)
-            except ValueError as error:
-                refused = str(error)
-        refused = self.trainer.strategy.broadcast(refused)
-        if refused is not None:
-            raise ValueError(refused)
+        settings = self._checked_settings()
         backbone = None
         if any(choice.needs_model for choice in self.choices):
             device = self.trainer.strategy.root_device
             backbone = placed_backbone(self.model, device=device, dtype=self.model_dtype, placement=self.placement)
         self._trackers = {choice.label: choice.build(backbone) for choice in self.choices}
+        if self.trainer.is_global_zero:
+            self.results.write_settings(settings)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Evaluate one video with every tracker that has no result of it.
@@ -182,6 +174,21 @@ class EvaluationModule(lightning.LightningModule):
         """The tracker's tracks and the true ones, over the video."""
         for name, drawn in ((label, tracks), ("truth", true_tracks(sample))):
             draw_tracks(self.results.pictures_folder(name), sample, drawn)
+
+    def _checked_settings(self) -> dict[str, Any]:
+        """What `settings.json` will say; the first process looks at what it says and clears up, and all hear of it."""
+        found: Any = None
+        if self.trainer.is_global_zero:
+            try:
+                found = self.results.settings_with(self._settings())
+                self.results.remove_leftovers()
+                self.results.forget_failures(self.labels)
+            except ValueError as error:
+                found = str(error)
+        found = self.trainer.strategy.broadcast(found)
+        if isinstance(found, str):
+            raise ValueError(found)
+        return found
 
     def _refuse_failures(self) -> None:
         for label in self.labels:
