@@ -21,16 +21,31 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 MISMATCHES = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
 # The materialising reference is the truth while its maps are smaller than this.
 REFERENCE_BYTES = 2**30
+# Share of the variance of queries and keys that follows the moving pattern.
+LIKENESS = 0.7
 # Stands for NaN and infinity, which JSON does not have.
 HUGE = 1e30
 
 
 def scene(shape: Shape, grid: TokenGrid, device: torch.device, dtype: torch.dtype, gradient: bool) -> Scene:
-    """Random inputs, the same each time on a device."""
+    """Queries and keys of a pattern that moves one column to the right each frame, and random values.
+
+    Random queries and keys alone have no best match: in half precision the argmax of any way would be chance. The same
+    inputs each time on a device; a row that leaves on the right comes back on the left.
+    """
     generator = torch.Generator(device).manual_seed(0)
-    size = (1, shape.heads, grid.tokens, shape.head_dim)
-    tensors = (torch.randn(size, generator=generator, device=device, dtype=torch.float32) for _ in range(3))
-    return Scene(grid, *(tensor.to(dtype).requires_grad_(gradient) for tensor in tensors))
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(1, shape.heads, *size, shape.head_dim, generator=generator, device=device)
+
+    pattern = normal(grid.height, grid.width)
+    q, k, v = (normal(grid.tokens) for _ in range(3))
+    for frame in range(grid.frames):
+        moved = (LIKENESS**0.5 * pattern.roll(frame, dims=3)).flatten(2, 3)
+        for tensor in (q, k):
+            part = tensor[:, :, grid.frame_slice(frame)]
+            part.mul_((1 - LIKENESS) ** 0.5).add_(moved)
+    return Scene(grid, *(tensor.to(dtype).requires_grad_(gradient) for tensor in (q, k, v)))
 
 
 def work(run: Callable[[Scene], Results], inputs: Scene, backward: bool) -> Work:

@@ -201,6 +201,9 @@ class _Measurement:
         return None
 
     def _scene_to_time(self) -> Scene:
+        assert self._truth is not None, "results are checked before they are timed"
+        if self._truth.inputs.grid == self.piece.shape.grid:
+            return self._truth.inputs
         if self._scene is None:
             self._scene = checking.scene(
                 self.piece.shape, self.piece.shape.grid, self.settings.device, self.settings.dtype, self.piece.backward
@@ -227,7 +230,10 @@ class _Measurement:
             status, reason = "out of memory", "out of memory" + (f": wanted {wanted.group(1)} more" if wanted else "")
         elif "CUDA error" in str(error):
             self.broken = reason
-        error.__traceback__ = None  # it holds the tensors of the call
+        cause: BaseException | None = error
+        while cause is not None:
+            cause.__traceback__ = None  # it holds the tensors of the call
+            cause = cause.__cause__ or cause.__context__
         gc.collect()
         if self.settings.device.type == "cuda" and self.broken is None:
             torch.cuda.empty_cache()

@@ -9,7 +9,7 @@ ones. Every row has the commit, the device and the versions it was measured with
 fails has a row that says so. results.json is complete after every measurement; for machines that are lent by the
 minute, repeat
 
-    corrdit bench --output DIR --resume --minutes 9
+    corrdit bench --output DIR --resume --minutes 8
 
 until it ends with status 0: status 3 says that time was up, status 1 that one of our own results is wrong or failed.
 """

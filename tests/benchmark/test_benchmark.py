@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from corrdit import ops
-from corrdit.benchmark import contests, floors, report, runner
+from corrdit.benchmark import checking, contests, floors, report, runner
 from corrdit.benchmark.contests import CONTESTS, RIVALS, Rival
 from corrdit.benchmark.floors import H200, Ceilings, floor_of
 from corrdit.benchmark.measure import measure_ceilings
@@ -203,6 +203,15 @@ def test_work_counts_the_pairs_that_are_seen():
     assert floors.frame_local(shape).exponentials == 2 * near
     assert floors.frame_local(shape).products == 4 * 16 * near
     assert floors.frame_local_zeroed(shape).exponentials == 2 * shape.grid.tokens**2
+
+
+def test_the_pattern_that_is_followed_has_a_best_match_in_half_precision():
+    shape = Shape("moving", 8, 32, 3, 6, 7, 4)
+    inputs = checking.scene(shape, shape.grid, torch.device("cpu"), torch.bfloat16, False)
+    moved = ops.hard_displacement(inputs.q, inputs.k, inputs.grid)[0, 0, 2]
+    assert moved[..., 1].eq(0).all()
+    assert moved[:, :5, 0].eq(2).all()
+    assert moved[:, 5:, 0].eq(-5).all()
 
 
 def test_a_small_call_is_bound_by_what_it_copies():
