@@ -86,11 +86,11 @@ class ReportPage:
 
 
 def png_bytes(pixels: np.ndarray) -> bytes:
-    """A picture, uint8 `[h, w, 3]`, as a PNG file of 256 colours, a third as large as with all of them."""
+    """A picture, uint8 `[h, w, 3]`, as a PNG file."""
     from PIL import Image
 
     encoded = io.BytesIO()
-    Image.fromarray(pixels).quantize(256, dither=Image.Dither.FLOYDSTEINBERG).save(encoded, "PNG", optimize=True)
+    Image.fromarray(pixels).save(encoded, "PNG", optimize=True)
     return encoded.getvalue()
 
 

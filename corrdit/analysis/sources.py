@@ -7,6 +7,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -34,8 +35,7 @@ class AnalysisVideo:
     prompt: str = ""
 
 
-@dataclass(frozen=True)
-class AnalysisItem:
+class AnalysisItem(NamedTuple):
     """A video to be analysed, loaded when its turn comes.
 
     Args:

@@ -51,7 +51,7 @@ def draw_heatmaps(
 
     factor = 100 if percent else 1
     tables = {title: factor * np.asarray(values, dtype=np.float64) for title, values in panels.items()}
-    side_by_side = min(len(tables), 3 if len(columns) <= 16 else 2)
+    side_by_side = min(len(tables), 3 if len(columns) <= 16 and len(tables) != 4 else 2)
     down = -(-len(tables) // side_by_side)
     width = min(6.0, max(3.4, 0.42 * len(columns) + 1.6))
     height = min(7.0, max(2.2, 0.32 * len(rows) + 1.3))

@@ -14,7 +14,7 @@ from corrdit.visualization.sheet import contact_sheet
 from corrdit.visualization.tracks import TrackStyle, draw_tracks
 
 SHOWN_FRAMES = 6
-WIDTH = 220
+WIDTH = 200
 ATTENTION, TEXT, COMPONENTS, TRACKS = (
     "Attention maps of chosen points",
     "Attention of words on the video",

@@ -17,7 +17,7 @@ from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.analysis.capturing import reading_forward
 from corrdit.integrations.diffusers.analysis.videos import EncodedVideo, encoded_video, noised
 
-SHOWN_POINTS = 4
+SHOWN_POINTS = 3
 SHOWN_WORDS = 4
 
 

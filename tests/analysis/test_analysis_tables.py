@@ -1,0 +1,162 @@
+"""Tables of counts, their files, and choosing from them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from corrdit.analysis.calibration import calibrate, interval, preset_values, write_preset
+from corrdit.analysis.exports import harmonic_table, table_rows, write_csv, write_parquet
+from corrdit.analysis.results import begin, read_results, write_failure, write_result
+from corrdit.analysis.summary import write_report
+from corrdit.analysis.table import MEAN, AnalysisTable, total
+from corrdit.metrics import harmonic_mean
+
+
+def shares(s: int, n: int, r: int) -> float:
+    """Layer 1 at the last step is best, its head 1 best of all."""
+    return 0.2 + 0.2 * s + (0.2 if n == 1 else 0) + (0.1 if (s, n, r) == (1, 1, 2) else 0) - 0.01 * r
+
+
+def test_tables_add_up_and_come_back_from_files(make_table, tmp_path):
+    one, other = make_table(shares), make_table(shares, cases=300, seed=1)
+    summed = one + other
+    assert summed.videos == 2
+    assert np.array_equal(summed.hits, one.hits + other.hits)
+    assert np.allclose(summed.attention_score("own"), (one.own + other.own) / 40)
+    summed.save(tmp_path / "a.npz")
+    again = AnalysisTable.load(tmp_path / "a.npz")
+    assert again.key == summed.key
+    assert again.videos == 2
+    assert np.array_equal(again.cross, summed.cross)
+    with pytest.raises(ValueError, match="do not add up"):
+        one + make_table(shares, heads=1)
+    (tmp_path / "b.npz").write_bytes(b"PK nonsense")
+    with pytest.raises(ValueError, match=r"b.npz is not the result of an analysis"):
+        AnalysisTable.load(tmp_path / "b.npz")
+    with pytest.raises(ValueError, match="no result to sum up"):
+        total([])
+
+
+def test_accuracy_is_nan_without_cases_and_left_out_of_the_csv(make_table, tmp_path):
+    table = make_table(shares)
+    table.moving_cases[:] = 0
+    assert np.isnan(table.accuracy(moving=True)).all()
+    assert np.isfinite(table.accuracy()).all()
+    rows = table_rows(table)
+    assert len(rows) == 2 * 3 * len(table.readings)
+    write_csv(tmp_path / "t.csv", rows)
+    with open(tmp_path / "t.csv", encoding="utf-8") as file:
+        read = list(csv.DictReader(file))
+    assert read[0]["moving_pck_4px"] == ""
+    best = next(row for row in read if (row["step"], row["layer"], row["reading"]) == ("9", "1", MEAN))
+    assert float(best["pck_4px"]) == pytest.approx(0.6)
+    assert float(best["confidence"]) == pytest.approx(table.confidence[1, 1, 0] / 40)
+
+
+def test_harmonic_mean_is_the_metric_over_layers_and_steps(make_table):
+    table = make_table(shares)
+    found = harmonic_table(table)
+    expected = harmonic_mean(
+        table.accuracy()[..., 0], table.confidence_score()[..., 0], table.attention_score("cross")[..., 0]
+    )
+    np.testing.assert_allclose(found, expected)
+    table.confidence_cases[0, 0] = 0
+    assert harmonic_table(table) is None
+
+
+def test_parquet_needs_pyarrow_and_says_so(make_table, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install pyarrow"):
+        write_parquet(tmp_path / "t.parquet", table_rows(make_table(shares)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_parquet_holds_the_rows(make_table, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = table_rows(make_table(shares))
+    write_parquet(tmp_path / "t.parquet", rows)
+    assert parquet.read_table(tmp_path / "t.parquet").to_pylist() == rows
+
+
+def test_calibration_takes_the_best_and_a_head_only_where_it_is_surely_better(make_table):
+    found = calibrate([make_table(shares, seed=seed) for seed in range(4)])
+    assert (found.best.layer, found.best.step, found.best.head, found.threshold) == (1, 9, 1, 4.0)
+    assert found.best.accuracy == pytest.approx(0.68)
+    assert found.layers[0] == 1
+    assert found.moving
+    # Of four videos the head is better in two and worse in two.
+    mixed = [
+        make_table(lambda s, n, r, sign=sign: shares(s, n, r) + sign * (r == 2), moving=100)
+        for sign in (0.3, -0.35, 0.3, -0.3)
+    ]
+    assert calibrate(mixed).best.head is None
+    assert calibrate(mixed).mean.accuracy == pytest.approx(0.6)
+    with pytest.raises(ValueError, match="threshold 3 was not measured; accepted are 2, 4 pixels"):
+        calibrate(mixed, threshold=3)
+
+
+def test_interval_leaves_out_videos_without_cases():
+    assert interval(np.array([5, 0]), np.array([10, 0])) == (0.5, 0.5)
+
+
+def test_preset_of_a_calibration_is_read_by_backbone_tracker_guidance_and_transfer(make_table, tmp_path, tiny):
+    from corrdit import PointTracker
+    from corrdit.integrations.diffusers import Preset, backbone_of
+    from corrdit.integrations.diffusers.guidance.comparison import default_layers
+    from corrdit.integrations.diffusers.motion_transfer.presets import settings_for
+
+    settings = {"options": {"inference_steps": 10, "noise": "noised", "tokens_per_frame": 64}, "preset": {"layer": 0}}
+    write_preset(tmp_path / "preset.json", preset_values(calibrate([make_table(shares)]), settings))
+    preset = Preset.from_file(tmp_path / "preset.json")
+    assert (preset.layer, preset.step, preset.inference_steps, preset.head) == (1, -1, 10, 1)
+    assert (preset.noise, preset.tokens_per_frame, preset.calibrated) == (True, 64, True)
+    backbone = backbone_of(tiny.pipe, preset=preset)
+    PointTracker(backbone)
+    assert default_layers(backbone)[0] == 1
+    assert settings_for(backbone).blocks == (1,)
+    assert settings_for(tiny).blocks != ()
+    (tmp_path / "other.json").write_text("[1]", encoding="utf-8")
+    with pytest.raises(ValueError, match="is not a preset"):
+        Preset.from_file(tmp_path / "other.json")
+
+
+def test_report_is_one_page_without_links_outside_and_counts_what_failed(make_table, tmp_path):
+    begin(tmp_path, {"model": "a <model>", "options": {"least_motion": 1.5}})
+    for seed in range(2):
+        write_result(tmp_path, f"clip {seed}", make_table(shares, seed=seed))
+    write_failure(tmp_path, "broken", ValueError("the queries hold 3 numbers that are NaN"))
+    results = read_results(tmp_path)
+    picture = np.zeros((8, 8, 3), np.uint8)
+    files = write_report(tmp_path, results, pictures=[("Drawn", picture, "a caption")])
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert files == ["report.html", "analysis.csv", "videos.csv"]
+    assert "a &lt;model&gt;" in page
+    assert "1 videos could not be analysed" in page
+    assert "the queries hold 3 numbers that are NaN" in page
+    assert page.count("data:image/png;base64,") >= 6
+    assert "http" not in page
+    assert "<script" not in page
+    with open(tmp_path / "videos.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["video"] for row in rows] == ["clip 0", "clip 1", "broken"]
+    assert rows[2]["cases"] == ""
+    assert "NaN" in rows[2]["error"]
+
+
+def test_results_of_other_settings_are_refused_and_failures_alone_are_no_result(tmp_path):
+    begin(tmp_path, {"model": "one"})
+    begin(tmp_path, {"model": "one"})
+    with pytest.raises(ValueError, match="model 'one' \\(now 'two'\\)"):
+        begin(tmp_path, {"model": "two"})
+    write_failure(tmp_path, "a", ValueError("torn"))
+    with pytest.raises(ValueError, match="none of the videos could be analysed \\(1 failed; a: torn"):
+        read_results(tmp_path).total()
+    with pytest.raises(ValueError, match="holds no analysis"):
+        read_results(tmp_path / "videos")
+    assert json.loads((tmp_path / "settings.json").read_text(encoding="utf-8")) == {"model": "one"}
