@@ -2,66 +2,16 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
+from pixel_backbone import STRIDE, PixelBackbone, moving_texture
 
-from corrdit import PointTracker, TokenGrid
+from corrdit import PointTracker
 from corrdit.tracking.chunks import anchored_chunks, chained_chunks
+from corrdit.tracking.encoding import working_size
 from corrdit.tracking.options import PRESETS
 from corrdit.tracking.peaks import refined_peaks
-from corrdit.tracking.tracker import working_size
-
-STRIDE = 4
-
-
-class PixelBackbone:
-    """Tokens are 4 x 4 patches; queries and keys are their centred, normalised pixels."""
-
-    layers = 3
-    heads = 1
-    token_stride = (STRIDE, STRIDE)
-
-    def __init__(self, sharpness: float = 60.0) -> None:
-        self.preset = SimpleNamespace(
-            layer=1, step=-1, inference_steps=50, heads="probabilities", head_weights=None, head=None,
-            frames_per_chunk=5, noise=False, height=None, width=None, tokens_per_frame=None,
-        )  # fmt: skip
-        self.sharpness = sharpness
-        self.forwards: list[int] = []
-
-    def timestep(self, step: int, inference_steps: int) -> float:
-        return 1000.0 * -step / inference_steps
-
-    def encode_frames(self, video: torch.Tensor, *, height: int, width: int) -> torch.Tensor:
-        assert video.shape[1:3] == (height, width)
-        return video.permute(0, 3, 1, 2).float() / 255
-
-    def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timestep: float) -> torch.Tensor:
-        return latents + 0.5 * noise
-
-    def forward(self, latents, timestep, operations):
-        batched = latents if latents.ndim == 5 else latents[None]
-        batch, frames, _, height, width = batched.shape
-        self.forwards.append(frames)
-        patches = torch.nn.functional.unfold(batched.flatten(0, 1), STRIDE, stride=STRIDE).transpose(1, 2)
-        patches = torch.nn.functional.normalize(patches - patches.mean(-1, keepdim=True), dim=-1)
-        tokens = patches.unflatten(0, (batch, frames)).flatten(1, 2)[:, None]
-        tokens = tokens * (self.sharpness * patches.shape[-1] ** 0.5) ** 0.5
-        grid = TokenGrid(frames, height // STRIDE, width // STRIDE)
-        return {layer: operation(tokens, tokens, grid, None) for layer, operation in operations.items()}
-
-
-def moving_texture(frames: int, step: tuple[int, int], size: tuple[int, int] = (64, 96), seed: int = 0) -> np.ndarray:
-    """uint8 `[T, H, W, 3]`: noise that moves by `step` (dx, dy) pixels a frame."""
-    rng = np.random.default_rng(seed)
-    reach = frames * max(abs(step[0]), abs(step[1])) + 8
-    texture = rng.integers(0, 256, (size[0] + 2 * reach, size[1] + 2 * reach, 3), dtype=np.uint8)
-    return np.stack([
-        texture[reach - t * step[1] :, reach - t * step[0] :][: size[0], : size[1]] for t in range(frames)
-    ])  # fmt: skip
 
 
 def test_points_follow_a_texture_moving_by_whole_tokens_from_any_query_frame():
@@ -275,6 +225,18 @@ def test_bad_videos_are_named(video, message):
         ({"tolerance": float("nan")}, "tolerance"),
         ({"heads": "none"}, "heads must be one of"),
         ({"path_spread": -1.0}, "path_spread must be a distance"),
+        ({"crop_tolerance": -1.0}, "crop_tolerance must be a distance"),
+        ({"layer": 1, "layers": [1, 2]}, "layer and layers were both given"),
+        ({"step": -1, "steps": [-1]}, "step and steps were both given"),
+        ({"layers": [1, 3]}, "layer must be from 0 to 2"),
+        ({"crops": [0.5, 2]}, "crops must be scales"),
+        ({"crop_tokens": 1}, "crop_tokens"),
+        ({"temperature": 0}, "temperature must be"),
+        ({"low_pass": -0.5}, "low_pass must be"),
+        ({"combine": "mean"}, "combine must be one of"),
+        ({"fusion": "sum"}, "fusion must be one of"),
+        ({"frames_per_block": 0}, "frames_per_block"),
+        ({"preset": "published", "crops": [0.5]}, "takes the costs of whole frames"),
     ],
 )
 def test_bad_options_are_named(options, message):
