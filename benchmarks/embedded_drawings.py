@@ -156,7 +156,7 @@ def draw_bars(panels: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]
     return figure
 
 
-def draw_emergence(checkpoints: Sequence[Mapping[str, Any]], timesteps: Sequence[int]) -> Figure:
+def draw_emergence(checkpoints: Sequence[Mapping[str, Any]]) -> Figure:
     """Matching accuracy of every layer, mean over heads, against training steps; dashed the noisy patches, dotted the
     best single head.
 
@@ -165,16 +165,17 @@ def draw_emergence(checkpoints: Sequence[Mapping[str, Any]], timesteps: Sequence
     from matplotlib import colormaps
 
     steps = [row["step"] for row in checkpoints]
-    names = list(checkpoints[0]["shares"][str(timesteps[0])])
+    timesteps = list(checkpoints[0]["shares"])
+    names = list(checkpoints[0]["shares"][timesteps[0]])
     layers = sum(name.startswith("query-key") and name.endswith("mean") for name in names)
     colours = colormaps[COLOURS](np.linspace(0.0, 0.9, layers))
     with rc_context(STYLE | {"axes.grid": True}):
         figure = new_figure(3.9 * len(timesteps) + 1.6, 3.8)
         grid = np.atleast_1d(figure.subplots(1, len(timesteps), sharey=True))
         for axes, timestep in zip(grid, timesteps, strict=True):
-            found = [row["shares"][str(timestep)] for row in checkpoints]
+            found = [row["shares"][timestep] for row in checkpoints]
             best = [max(share for name, share in row.items() if " head " in name) for row in found]
-            axes.plot(steps, best, ":", color="#c0392b", linewidth=1.8, label="best head")
+            axes.plot(steps, best, ":", color="#c0392b", linewidth=1.8, label="best head", zorder=5)
             for layer in reversed(range(layers)):
                 curve = [row[f"query-key {layer} mean"] for row in found]
                 axes.plot(steps, curve, "o-", color=colours[layer], markersize=3, label=f"layer {layer}")

@@ -98,7 +98,7 @@ def drawn(tables: pathlib.Path) -> Iterator[tuple[str, Figure]]:
         panels["24 frames of 480 x 720, at 20 x 30 tokens"] = large["large"]["summary"]
     yield "bars", draw_bars(panels)
     run = read_table(tables / "embedded_emergence.json")
-    yield "emergence", draw_emergence(run["checkpoints"], SHOWN)
+    yield "emergence", draw_emergence(run["checkpoints"])
     yield "loss", draw_loss(run["loss"])
 
 
