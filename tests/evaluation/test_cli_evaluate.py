@@ -76,11 +76,15 @@ def parsed(*arguments: str):
 
 
 @pytest.mark.parametrize(
-    "model, layer, step, steps",
-    [("cogvideox-2b", 17, 49, 50), ("cogvideox-5b", 17, 49, 50), ("hunyuanvideo", 16, 29, 30)],
+    "model, layer, step, steps, heads, head_dim",
+    [
+        ("cogvideox-2b", 17, 49, 50, 30, 64),
+        ("cogvideox-5b", 17, 49, 50, 48, 64),
+        ("hunyuanvideo", 16, 29, 30, 24, 128),
+    ],
 )
 @pytest.mark.parametrize("data", ["davis", "kinetics"])
-def test_published_settings_by_name(model, layer, step, steps, data):
+def test_published_settings_by_name(model, layer, step, steps, heads, head_dim, data):
     arguments = parsed("--config", f"{model}-{data}", "--trainer.devices", "8", "--trainer.num_nodes", "4")
     assert (arguments.model, arguments.dtype, arguments.mode) == (model, "bfloat16", "frame_0")
     assert (arguments["trainer.devices"], arguments["trainer.num_nodes"]) == (8, 4)
@@ -92,6 +96,7 @@ def test_published_settings_by_name(model, layer, step, steps, data):
         "step": step,
         "inference_steps": steps,
         "noise": False,
+        "temperature": pytest.approx((head_dim / heads) ** 0.5, rel=1e-12),
         "resize_first": [256, 256],
         "height": 480,
         "width": 720,
