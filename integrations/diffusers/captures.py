@@ -161,11 +161,15 @@ class Capture(Mapping[tuple[int, int], Any]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+        if kind is None:
+            self._check_fired()
+
+    def close(self) -> None:
+        """Restore the model, without asking whether every result came; the end of the block does both."""
         stack, self._open = self._open, None
         if stack is not None:
             stack.close()
-        if kind is None:
-            self._check_fired()
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
         try:

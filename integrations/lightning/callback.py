@@ -9,16 +9,20 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from corrdit.grid import whole_number
+from corrdit.integrations.diffusers.indices import whole_indices
 from corrdit.integrations.lightning.discovery import find_video_model
 from corrdit.integrations.lightning.measurement import MatchMeasurement
-from corrdit.integrations.lightning.reading import BatchReading
+from corrdit.integrations.lightning.reading import BatchReading, layer_list
 from corrdit.integrations.lightning.reports import (
     FOLDER,
+    check_names_differ,
     draw_heatmap,
     draw_matches,
     log_figures,
     log_picture,
     log_table,
+    report_name,
 )
 
 STAGES = ("validate", "test", "predict")
@@ -52,10 +56,13 @@ class CorrespondenceCallback(Callback):
         batches: read only so many batches of an epoch; None for all.
         pictures: draw the tokens of so many samples of an epoch, each layer at the last step read.
         picture: the column drawn over layers and steps.
+        name: in place of `correspondence`, for each of several callbacks in one Trainer.
 
     Raises:
-        ValueError: an unknown stage; when a stage starts, no pipeline or transformer found (with what was found), a
-            layer out of range, or what `corrdit.capture` refuses; after a batch that never ran the transformer.
+        ValueError: an unknown stage, layers or steps that are no whole numbers, another number out of range; when a
+            stage starts, no pipeline or transformer found (with what was found), a layer out of range, what
+            `corrdit.capture` refuses, or another callback of the same name; after a batch that never ran the
+            transformer.
     """
 
     def __init__(
@@ -69,15 +76,19 @@ class CorrespondenceCallback(Callback):
         batches: int | None = None,
         pictures: int = 2,
         picture: str = "consistency",
+        name: str = FOLDER,
     ) -> None:
-        self.layers, self.steps = layers, steps
+        self.layers = layer_list(layers)
+        self.steps = None if steps is None else whole_indices("steps", steps)
         self.operation = operation if operation is not None else MatchMeasurement()
         self.stages = (stages,) if isinstance(stages, str) else tuple(stages)
         unknown = [stage for stage in self.stages if stage not in STAGES]
         if unknown or not self.stages:
             raise ValueError(f"stages must be some of {', '.join(map(repr, STAGES))}, got {stages!r}")
         self.attribute = attribute
-        self.batches, self.pictures, self.picture = batches, pictures, picture
+        self.batches = None if batches is None else whole_number("batches", batches, 1)
+        self.pictures, self.picture = whole_number("pictures", pictures, 0), picture
+        self.name = report_name(name)
         self._reading: BatchReading | None = None
         self._rows: list[dict[str, Any]] = []
         self._drawn: dict[tuple[int, int], dict[int, tuple[int, np.ndarray]]] = {}
@@ -128,6 +139,7 @@ class CorrespondenceCallback(Callback):
         self._reading, self._rows, self._drawn, self._batch = None, [], {}, 0
         if stage not in self.stages or trainer.sanity_checking:
             return
+        check_names_differ(self, trainer)
         model = find_video_model(module, self.attribute)
         last_of_pipeline = None if isinstance(model, torch.nn.Module) else [-1]
         self._reading = BatchReading(
@@ -148,15 +160,12 @@ class CorrespondenceCallback(Callback):
             self._batch += 1
 
     def _receive(self, step: int, layer: int, timesteps: torch.Tensor, result: Any) -> None:
-        if not isinstance(result, dict) or not all(isinstance(value, torch.Tensor) for value in result.values()):
-            raise ValueError(
-                f"the operation must return a dict of tensors with the batch first, got {type(result).__name__}"
-            )
+        samples = _samples_of(result, len(timesteps))
         columns = {name: value.float().tolist() for name, value in result.items() if value.ndim == 1}
-        samples = len(next(iter(result.values())))
-        times = timesteps.expand(samples) if len(timesteps) == 1 else timesteps[-samples:]
+        # Pipelines that put both branches of guidance into one batch have the conditional one last.
+        times = timesteps[-samples:].tolist()
         for sample in range(samples):
-            key = (self._batch, sample, step, float(times[sample]), layer)
+            key = (self._batch, sample, step, times[sample], layer)
             self._rows.append(
                 dict(zip(KEYS, key, strict=True)) | {name: values[sample] for name, values in columns.items()}
             )
@@ -174,10 +183,10 @@ class CorrespondenceCallback(Callback):
         apart = stage == "predict" and trainer.world_size > 1
         if not rows or not (trainer.is_global_zero or apart):
             return
-        name = f"{FOLDER}/{stage}" + (f"_rank_{trainer.global_rank}" if apart else "")
+        name = f"{self.name}/{stage}" + (f"_rank_{trainer.global_rank}" if apart else "")
         log_table(trainer, name, rows, trainer.global_step)
         means = _means(rows)
-        figures = {f"{FOLDER}/{stage}/{place}/{column}": value for place, column, value in means}
+        figures = {f"{self.name}/{stage}/{place}/{column}": value for place, column, value in means}
         log_figures(trainer, figures, trainer.global_step)
         for (batch, sample), matches in self._drawn.items():
             title = f"{stage}, batch {batch}, sample {sample}: where tokens of the source frame go"
@@ -186,6 +195,24 @@ class CorrespondenceCallback(Callback):
             log_picture(trainer, f"{name}/matches_{batch}_{sample}", picture, trainer.global_step)
         if self.picture in rows[0]:
             log_picture(trainer, f"{name}/{self.picture}", _over_layers(rows, self.picture), trainer.global_step)
+
+
+def _samples_of(result: Any, most: int) -> int:
+    """Samples in a result of the operation.
+
+    Raises:
+        ValueError: not a dict of tensors with the same batch first, or one with a column of the table's own name.
+    """
+    tensors = isinstance(result, dict) and all(isinstance(value, torch.Tensor) for value in result.values())
+    sizes = {value.shape[0] if value.ndim else 0 for value in result.values()} if tensors else set()
+    shown = {name: tuple(value.shape) for name, value in result.items()} if tensors else type(result).__name__
+    if len(sizes) != 1 or not 0 < min(sizes) <= most:
+        raise ValueError(f"the operation must return a dict of tensors with the batch first, got {shown}")
+    if taken := set(KEYS) & set(result):
+        raise ValueError(f"the operation's result has {', '.join(sorted(taken))}, a column of the table; rename it")
+    if "match_xy" in result and (result["match_xy"].ndim != 5 or result["match_xy"].shape[-1] != 2):
+        raise ValueError(f"match_xy must be [B, F - 1, h, w, 2] to be drawn, got {shown}")
+    return sizes.pop()
 
 
 def _gathered(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,9 +19,9 @@ def find_video_model(module: torch.nn.Module, attribute: str | None = None) -> A
     A pipeline is preferred to a transformer. Of several transformers the one called `transformer` is taken.
 
     Args:
-        module: a LightningModule; its own attributes are searched for pipelines, it and all its submodules for
-            transformers.
-        attribute: dotted name to take instead of searching.
+        module: a LightningModule; it and its submodules are searched for pipelines (attributes, and entries of lists
+            and dicts) and for transformers.
+        attribute: dotted name to take instead of searching, such as "pipe", "model.transformer" or "pipes.0".
 
     Returns:
         A diffusers pipeline or a bare transformer.
@@ -30,8 +31,7 @@ def find_video_model(module: torch.nn.Module, attribute: str | None = None) -> A
     """
     if attribute is not None:
         return _named(module, attribute)
-    pipelines = {name: _pipeline_of(value) for name, value in _plain_attributes(module).items()}
-    pipelines = {name: pipe for name, pipe in pipelines.items() if pipe is not None}
+    pipelines = _pipelines_in(module)
     if len({id(pipe) for pipe in pipelines.values()}) == 1:
         return next(iter(pipelines.values()))
     children = module.named_modules(remove_duplicate=False)
@@ -52,9 +52,17 @@ def find_video_model(module: torch.nn.Module, attribute: str | None = None) -> A
     )
 
 
+def transformers_of(model: Any) -> list[torch.nn.Module]:
+    """The transformers of a pipeline (Wan 2.2 has two), or the transformer itself."""
+    if isinstance(model, torch.nn.Module):
+        return [model]
+    found = (getattr(model, name, None) for name in ("transformer", "transformer_2"))
+    return [transformer for transformer in found if isinstance(transformer, torch.nn.Module)]
+
+
 def transformer_of(model: Any) -> torch.nn.Module:
-    """The transformer of a pipeline, or the transformer itself."""
-    return model if isinstance(model, torch.nn.Module) else model.transformer
+    """The first transformer of a pipeline, or the transformer itself."""
+    return transformers_of(model)[0]
 
 
 def layer_count(model: Any) -> int:
@@ -65,8 +73,8 @@ def layer_count(model: Any) -> int:
 
 def _named(module: torch.nn.Module, attribute: str) -> Any:
     try:
-        value = functools.reduce(getattr, attribute.split("."), module)
-    except AttributeError:
+        value = functools.reduce(_entry, attribute.split("."), module)
+    except (AttributeError, IndexError, KeyError):
         raise ValueError(
             f"{type(module).__name__} has no attribute {attribute!r}; it holds {_inventory(module)}"
         ) from None
@@ -76,6 +84,31 @@ def _named(module: torch.nn.Module, attribute: str) -> Any:
             raise ValueError(f"{attribute} is a {type(value).__name__}, no diffusers video pipeline or transformer")
         layout_of(value)
     return value if pipe is None else pipe
+
+
+def _entry(value: Any, name: str) -> Any:
+    if isinstance(value, Mapping):
+        return value[name]
+    if isinstance(value, (list, tuple)) and name.isdigit():
+        return value[int(name)]
+    return getattr(value, name)
+
+
+def _pipelines_in(module: torch.nn.Module) -> dict[str, Any]:
+    """Pipelines by dotted name."""
+    found = {}
+    for prefix, child in module.named_modules(remove_duplicate=False):
+        for name, value in vars(child).items():
+            entries = {name: value}
+            if isinstance(value, (list, tuple)):
+                entries = {f"{name}.{index}": entry for index, entry in enumerate(value)}
+            elif isinstance(value, dict):
+                entries = {f"{name}.{key}": entry for key, entry in value.items()}
+            for place, entry in entries.items():
+                pipe = _pipeline_of(entry)
+                if pipe is not None:
+                    found[f"{prefix}.{place}" if prefix else place] = pipe
+    return found
 
 
 def _plain_attributes(module: torch.nn.Module) -> dict[str, Any]:

@@ -14,8 +14,16 @@ from corrdit.grid import whole_number
 from corrdit.integrations.lightning.discovery import find_video_model, layer_count, transformer_of
 from corrdit.integrations.lightning.measurement import MatchMeasurement
 from corrdit.integrations.lightning.probe import WorldProbe
-from corrdit.integrations.lightning.reading import BatchReading, layer_indices
-from corrdit.integrations.lightning.reports import FOLDER, draw_heatmap, log_figures, log_picture, log_table
+from corrdit.integrations.lightning.reading import BatchReading, layer_indices, layer_list
+from corrdit.integrations.lightning.reports import (
+    FOLDER,
+    check_names_differ,
+    draw_heatmap,
+    log_figures,
+    log_picture,
+    log_table,
+    report_name,
+)
 from corrdit.metrics.matching import MatchingHits, matching_hits
 
 TRAINING_TIMESTEPS = 1000
@@ -80,6 +88,10 @@ class CorrespondenceMonitor(Callback):
         least_motion: points that moved by more than this many tokens count.
         attribute: dotted name of the pipeline or transformer; None looks for it.
         history: measurements kept for the table and picture.
+        name: in place of `correspondence`, for each of several monitors in one Trainer.
+
+    A training step that returns None without running the transformer, as Lightning has it for a batch to be skipped, is
+    passed over; the next one is measured.
 
     Raises:
         ValueError: numbers out of range; when training starts, no transformer found (with what was found); at a
@@ -100,16 +112,20 @@ class CorrespondenceMonitor(Callback):
         least_motion: float = 1.5,
         attribute: str | None = None,
         history: int = 10,
+        name: str = FOLDER,
     ) -> None:
-        self.layers = layers
+        self.layers = layer_list(layers)
         self.every = whole_number("every", every, 1)
         self.probe, self.pipeline = probe, pipeline
+        if not (truth is None or isinstance(truth, bool) or callable(truth)):
+            raise ValueError(f"truth must be a function (batch) -> BatchTruth, True, False or None, got {truth!r}")
         self.truth = None if truth is False else (batch_truth if truth in (None, True) else truth)
         self.noise_levels = whole_number("noise_levels", noise_levels, 1)
         self.training_timesteps = whole_number("training_timesteps", training_timesteps, 1)
         self.threshold, self.least_motion = threshold, least_motion
         self.attribute = attribute
         self.history = whole_number("history", history, 1)
+        self.name = report_name(name)
         self._reading: BatchReading | None = None
         self._backbone: Any = None
         self._open = False
@@ -119,6 +135,7 @@ class CorrespondenceMonitor(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the model, so that a module without one is refused before it trains."""
+        check_names_differ(self, trainer)
         self._kept, self._measured_at = {}, -1
         if self.probe is not None:
             self._backbone = self._probed(pl_module)
@@ -150,11 +167,12 @@ class CorrespondenceMonitor(Callback):
             self._measured_at = step
             found = self.probe.measure(self._backbone, layer_indices(self._backbone.transformer, self.layers))
             self._log(trainer, {(layer, f"noise_{time:g}"): hits for (layer, time), hits in found.items()}, {})
-        elif self._results:
+        elif self._open and self._reading is not None and not self._results and not outputs:
+            self._open, self._measured_at = False, -1
+            self._reading.abandon()
+        elif self._open or self._results:
+            self.on_before_backward(trainer, pl_module, torch.empty(0))
             results, self._results = self._results, []
-            if self._open and self._reading is not None:
-                self._open = False
-                self._reading.close()
             self._log(trainer, self._accuracy(results, batch), self._without_truth(results))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -166,14 +184,14 @@ class CorrespondenceMonitor(Callback):
             {"layer": layer, "noise": level, "accuracy": hits.accuracy[0], "points": hits.cases}
             for (layer, level), hits in sorted(latest.items(), key=lambda item: (item[0][0], _order(item[0][1])))
         ]
-        log_table(trainer, f"{FOLDER}/train", rows, trainer.global_step)
+        log_table(trainer, f"{self.name}/train", rows, trainer.global_step)
         layers, levels = sorted({row["layer"] for row in rows}), sorted({row["noise"] for row in rows}, key=_order)
         table = np.full((len(layers), len(levels)), np.nan)
         for row in rows:
             table[layers.index(row["layer"]), levels.index(row["noise"])] = row["accuracy"]
         names = [f"layer {layer}" for layer in layers]
         picture = draw_heatmap(table, names, [level.replace("_", " ") for level in levels], "matching accuracy")
-        log_picture(trainer, f"{FOLDER}/train/accuracy", picture, trainer.global_step)
+        log_picture(trainer, f"{self.name}/train/accuracy", picture, trainer.global_step)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restore the model whatever happened in the step."""
@@ -208,6 +226,10 @@ class CorrespondenceMonitor(Callback):
         if self.truth is None:
             return {}
         truth = self.truth(batch)  # type: ignore[operator]
+        samples = len(results[0][2]["match_xy"])
+        if not isinstance(truth, BatchTruth) or len(truth.tracks) != samples or len(truth.visible) != samples:
+            given = f"tracks {tuple(truth.tracks.shape)}" if isinstance(truth, BatchTruth) else type(truth).__name__
+            raise ValueError(f"truth must give a BatchTruth of the {samples} samples the transformer ran, got {given}")
         found: dict[tuple[int, str], MatchingHits] = {}
         for layer, timesteps, result in results:
             matches = result["match_xy"]
@@ -223,7 +245,7 @@ class CorrespondenceMonitor(Callback):
                     thresholds=(self.threshold,),
                     least_motion=self.least_motion,
                 )
-                key = (layer, self._level(float(timesteps.expand(len(matches))[sample])))
+                key = (layer, self._level(float(timesteps[sample])))
                 found[key] = found[key] + hits if key in found else hits
         return found
 
@@ -231,7 +253,7 @@ class CorrespondenceMonitor(Callback):
         groups: dict[str, list[float]] = {}
         for layer, timesteps, result in results:
             for name in ("score", "consistency"):
-                for timestep, value in zip(timesteps.expand(len(result[name])), result[name], strict=True):
+                for timestep, value in zip(timesteps, result[name], strict=True):
                     groups.setdefault(f"layer_{layer}/{self._level(float(timestep))}/{name}", []).append(float(value))
         return {name: float(np.mean(values)) for name, values in groups.items()}
 
@@ -245,7 +267,7 @@ class CorrespondenceMonitor(Callback):
             del kept[: -self.history]
             figures[f"layer_{layer}/{level}/accuracy"] = hits.accuracy[0]
         if trainer.is_global_zero:
-            named = {f"{FOLDER}/train/{name}": value for name, value in figures.items()}
+            named = {f"{self.name}/train/{name}": value for name, value in figures.items()}
             log_figures(trainer, named, trainer.global_step)
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from corrdit.integrations.diffusers.captures import Capture, capture
-from corrdit.integrations.diffusers.layouts import forward_arguments, layout_of
-from corrdit.integrations.lightning.discovery import layer_count, transformer_of
+from corrdit.integrations.diffusers.indices import resolved_index, whole_indices
+from corrdit.integrations.diffusers.layouts import ForwardCall, forward_arguments, layout_of
+from corrdit.integrations.lightning.discovery import layer_count, transformers_of
 
 Deliver = Callable[[int, int, torch.Tensor, Any], None]
 
@@ -19,20 +20,18 @@ class BatchReading:
 
     Args:
         model: pipeline or transformer.
-        layers: as `corrdit.capture` takes them, or "all".
+        layers: whole numbers, or "all".
         steps: as `corrdit.capture` takes them.
         operation: as `corrdit.capture` takes it.
-        deliver: `deliver(step, layer, timesteps [B or 1], result)`, called as results come.
+        deliver: `deliver(step, layer, timesteps [B of the call], result)`, called as results come.
     """
 
-    def __init__(
-        self, model: Any, *, layers: int | Iterable[int] | str, steps: Any, operation: Any, deliver: Deliver
-    ) -> None:
+    def __init__(self, model: Any, *, layers: list[int] | str, steps: Any, operation: Any, deliver: Deliver) -> None:
         self.model = model
         self.options = {"layers": layer_indices(model, layers), "steps": steps, "operation": operation}
         self.deliver = deliver
         self._capture: Capture | None = None
-        self._hook: Any = None
+        self._hooks: list[Any] = []
         self._timesteps = torch.zeros(1)
 
     def open(self) -> None:
@@ -40,7 +39,10 @@ class BatchReading:
         reader = capture(self.model, **self.options, callback=self._receive)
         reader.__enter__()
         self._capture = reader
-        self._hook = transformer_of(self.model).register_forward_pre_hook(self._note_timesteps, with_kwargs=True)
+        self._hooks = [
+            transformer.register_forward_pre_hook(self._note_timesteps, with_kwargs=True)
+            for transformer in transformers_of(self.model)
+        ]
 
     def close(self, error: BaseException | None = None) -> None:
         """Restore the model.
@@ -48,34 +50,64 @@ class BatchReading:
         Raises:
             ValueError: without `error`, where the model did not run since `open`.
         """
+        reader = self._released()
+        if reader is not None:
+            reader.__exit__(type(error) if error is not None else None, error, None)
+
+    def abandon(self) -> None:
+        """Restore the model, whether it ran or not."""
+        reader = self._released()
+        if reader is not None:
+            reader.close()
+
+    def _released(self) -> Capture | None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
         reader, self._capture = self._capture, None
-        if reader is None:
-            return
-        self._hook.remove()
-        reader.__exit__(type(error) if error is not None else None, error, None)
+        return reader
 
     def _note_timesteps(self, transformer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments: Mapping[str, Any] = forward_arguments(transformer, args, kwargs)
         call = layout_of(transformer).read_call(transformer, arguments)
-        self._timesteps = torch.as_tensor(call.timestep).detach().reshape(-1).float().cpu()
+        self._timesteps = sample_timesteps(call)
 
     def _receive(self, step: int, layer: int, result: Any) -> None:
         self.deliver(step, layer, self._timesteps, result)
 
 
-def layer_indices(model: Any, layers: int | Iterable[int] | str) -> list[int]:
-    """Non-negative indices of the layers asked for, in order.
+def sample_timesteps(call: ForwardCall) -> torch.Tensor:
+    """The timestep of each sample of a call, float32 `[B]`; of one whose tokens have their own, the noisiest."""
+    timesteps = torch.as_tensor(call.timestep).detach().float().cpu()
+    if timesteps.ndim == 0 or timesteps.shape[0] != call.batch:
+        return timesteps.reshape(-1).max().expand(call.batch)
+    return timesteps.reshape(call.batch, -1).amax(dim=1)
+
+
+def layer_list(layers: int | Iterable[int] | str) -> list[int] | str:
+    """Layers as they are given to a callback: "all", or whole numbers as a list, which a generator is only once.
 
     Raises:
-        ValueError: an unknown word or an index out of range.
+        ValueError: another word, or anything but whole numbers.
     """
-    count = layer_count(model)
     if isinstance(layers, str):
         if layers != "all":
             raise ValueError(f'layers must be whole numbers or "all", got {layers!r}')
+        return layers
+    return whole_indices("layers", layers)
+
+
+def layer_indices(model: Any, layers: list[int] | str) -> list[int]:
+    """Non-negative indices of the layers asked for, in order.
+
+    Raises:
+        ValueError: an index out of range.
+    """
+    count = layer_count(model)
+    if isinstance(layers, str):
         return list(range(count))
-    indices = list(layers) if isinstance(layers, Iterable) else [layers]
-    for layer in indices:
-        if isinstance(layer, bool) or not isinstance(layer, int) or not -count <= layer < count:
-            raise ValueError(f"layer {layer!r} is outside the model, which has layers 0 to {count - 1}")
-    return sorted({layer % count for layer in indices})
+    found = {layer: resolved_index("layers", layer, count) for layer in layers}
+    for layer, index in found.items():
+        if index is None:
+            raise ValueError(f"layer {layer} is outside the model, which has layers 0 to {count - 1}")
+    return sorted({index for index in found.values() if index is not None})

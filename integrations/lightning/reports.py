@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,28 @@ import numpy as np
 from corrdit.files import written_beside
 
 FOLDER = "correspondence"
+"""Beginning of the names of what is logged, and folder of its files, unless a callback is given another."""
+
+
+def report_name(name: str) -> str:
+    """A name that can begin others and be a folder.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError(f"name must be a word of letters, digits, '_', '-' and '.', got {name!r}")
+    return name
+
+
+def check_names_differ(callback: Any, trainer: Any) -> None:
+    """Raises ValueError where another callback of this class would write over what this one logs."""
+    for other in trainer.callbacks:
+        if other is not callback and isinstance(other, type(callback)) and other.name == callback.name:
+            raise ValueError(
+                f"two {type(callback).__name__} log under the name {callback.name!r}, so one would write over the "
+                "other; give each its own name="
+            )
 
 
 def log_figures(trainer: Any, figures: Mapping[str, float], step: int) -> None:
@@ -29,12 +52,12 @@ def log_table(trainer: Any, name: str, rows: Sequence[Mapping[str, Any]], step: 
 
     Args:
         trainer: the Trainer; call on the first process only.
-        name: of the table and the file.
+        name: of the table, `FOLDER/REST`; its file is in that folder.
         rows: column by name, the same columns in each.
         step: of training.
 
     Returns:
-        The CSV file, in the folder `correspondence` of the log folder.
+        The CSV file, in the folder of the name beside the logs.
     """
     columns = list(rows[0])
     for logger in trainer.loggers:
@@ -42,7 +65,7 @@ def log_table(trainer: Any, name: str, rows: Sequence[Mapping[str, Any]], step: 
             logger.log_table(key=name, columns=columns, data=[list(row.values()) for row in rows], step=step)
         elif hasattr(logger.experiment, "add_text"):
             logger.experiment.add_text(name, _markdown(columns, rows), step)
-    path = report_folder(trainer) / f"{_file_name(name)}_{step:06}.csv"
+    path = _report_file(trainer, name, f"_{step:06}.csv")
     text = io.StringIO()
     writer = csv.DictWriter(text, columns)
     writer.writeheader()
@@ -61,18 +84,19 @@ def log_picture(trainer: Any, name: str, picture: np.ndarray, step: int) -> Path
             logger.log_image(key=name, images=[picture], step=step)
         elif hasattr(logger.experiment, "add_image"):
             logger.experiment.add_image(name, picture, step, dataformats="HWC")
-    path = report_folder(trainer) / f"{_file_name(name)}_{step:06}.png"
+    path = _report_file(trainer, name, f"_{step:06}.png")
     with written_beside(path) as file:
         file.write(imageio.imwrite("<bytes>", picture, extension=".png"))
     return path
 
 
-def report_folder(trainer: Any) -> Path:
-    """The folder `correspondence` beside the first logger's files, or in the trainer's root folder without one."""
-    folder = next((logger.log_dir or logger.save_dir for logger in trainer.loggers), None)
-    path = Path(folder or trainer.default_root_dir) / FOLDER
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+def _report_file(trainer: Any, name: str, ending: str) -> Path:
+    """`FOLDER/REST` as a file in FOLDER, beside the first logger's files or in the trainer's root folder."""
+    beginning, _, rest = name.partition("/")
+    logs = next((logger.log_dir or logger.save_dir for logger in trainer.loggers), None)
+    folder = Path(logs or trainer.default_root_dir) / beginning
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / (rest.replace("/", "_") + ending)
 
 
 def draw_heatmap(table: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str) -> np.ndarray:
@@ -150,7 +174,3 @@ def _markdown(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
         cells = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values())
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def _file_name(name: str) -> str:
-    return name.removeprefix(f"{FOLDER}/").replace("/", "_")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import lightning
 import torch
 from torch.utils.data import DataLoader
@@ -21,7 +23,7 @@ class GeneratingModule(lightning.LightningModule):
         self.generated: list[torch.Tensor] = []
 
     def generate(self, seed: torch.Tensor) -> torch.Tensor:
-        frames = self.pipe(**tiny_generation(self.family, steps=3, seed=int(seed))).frames
+        frames = generated(self.pipe, self.family, seed)
         self.generated.append(frames)
         return frames
 
@@ -33,6 +35,11 @@ class GeneratingModule(lightning.LightningModule):
 
     def predict_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
         return self.generate(batch)
+
+
+def generated(pipe: Any, family: str, seed: torch.Tensor) -> torch.Tensor:
+    """Latents of a tiny pipeline of the family."""
+    return pipe(**tiny_generation(family, steps=3, seed=int(seed))).frames
 
 
 class DenoisingModule(lightning.LightningModule):

@@ -181,9 +181,9 @@ def test_a_batch_that_never_runs_the_transformer_is_an_error(held):
     "options, message",
     [
         ({"layers": [9]}, r"which has layers 0 to \d"),
-        ({"layers": "most"}, "whole numbers or"),
         ({"attribute": "model.transformer"}, "no attribute 'model.transformer'; it holds pipe"),
         ({"attribute": "family"}, "family is a str"),
+        ({"attribute": "pipe.nothing"}, "no attribute 'pipe.nothing'"),
     ],
 )
 def test_wrong_layers_and_names_are_refused(held, options, message):
@@ -199,6 +199,137 @@ def test_unknown_stages_and_results_are_refused(held):
     callback = CorrespondenceCallback(layers=[0], operation=lambda q, k, grid, key_mask: q.mean())
     with pytest.raises(ValueError, match="must return a dict of tensors"):
         trainer(callbacks=[callback]).validate(held.GeneratingModule(), held.seeds(1))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"layers": True}, "layers must be whole numbers, got True"),
+        ({"layers": []}, "layers is empty"),
+        ({"layers": "most"}, 'whole numbers or "all"'),
+        ({"steps": "last"}, "steps must be whole numbers"),
+        ({"batches": 0}, "batches must be a whole number of at least 1"),
+        ({"pictures": -1}, "pictures must be a whole number of at least 0"),
+        ({"name": "a/b"}, "name must be a word"),
+    ],
+)
+def test_wrong_arguments_are_refused_when_the_callback_is_made(options, message):
+    with pytest.raises(ValueError, match=message):
+        CorrespondenceCallback(**options)
+
+
+@pytest.mark.parametrize(
+    "result, message",
+    [
+        ({}, "dict of tensors with the batch first"),
+        ({"a": torch.zeros(())}, "dict of tensors with the batch first"),
+        ({"a": torch.zeros(1), "b": torch.zeros(2)}, "dict of tensors with the batch first"),
+        ({"a": torch.zeros(9)}, "dict of tensors with the batch first"),
+        ({"layer": torch.zeros(1)}, "layer, a column of the table"),
+        ({"match_xy": torch.zeros(1, 3)}, r"match_xy must be \[B, F - 1, h, w, 2\]"),
+    ],
+)
+def test_results_that_make_no_table_are_refused(held, result, message):
+    module = held.GeneratingModule()
+    callback = CorrespondenceCallback(layers=[0], operation=lambda q, k, grid, key_mask: result)
+    with pytest.raises(ValueError, match=message):
+        trainer(callbacks=[callback]).validate(module, held.seeds(1))
+    assert not module.pipe.transformer._forward_pre_hooks
+
+
+def test_layers_and_steps_may_come_from_generators(held, tmp_path):
+    callback = CorrespondenceCallback((layer for layer in (0, 1)), (step for step in (0, -1)), pictures=0)
+    for stage in ("validate", "test"):
+        run = trainer(callbacks=[callback], default_root_dir=tmp_path)
+        getattr(run, stage)(held.GeneratingModule(), held.seeds(2))
+        assert len(table(tmp_path, f"{stage}_000000.csv")) == 8
+
+
+def test_both_transformers_of_wan_2_2_are_read_with_their_own_timesteps(held, tmp_path):
+    callback = CorrespondenceCallback(layers=[0], steps=[0, 1, 2], pictures=0)
+    module = held.GeneratingModule("wan-2.2")
+    trainer(callbacks=[callback], default_root_dir=tmp_path).validate(module, held.seeds(1))
+    times = [float(row["timestep"]) for row in table(tmp_path, "validate_000000.csv")]
+    assert times == pytest.approx(module.pipe.scheduler.timesteps.tolist())
+    assert times[0] > times[1] > times[2]
+
+
+def test_timesteps_of_each_token_count_once_for_a_sample():
+    from corrdit.integrations.diffusers.layouts import ForwardCall
+    from corrdit.integrations.lightning.reading import sample_timesteps
+
+    grid = TokenGrid(2, 2, 2)
+    for given, expected in (
+        (torch.tensor([[0.0, 500.0], [0.0, 300.0]]), [500, 300]),
+        (torch.tensor(7), [7, 7]),
+        (torch.tensor([7.0]), [7, 7]),
+        (9.0, [9, 9]),
+    ):
+        assert sample_timesteps(ForwardCall(2, grid, given)).tolist() == expected
+
+
+def test_two_pipelines_of_one_module_each_with_a_callback(held, tmp_path):
+    class Two(held.GeneratingModule):
+        def __init__(self):
+            super().__init__("wan")
+            self.draft = tiny_pipeline("ltx")
+
+        def validation_step(self, batch, batch_idx):
+            self.generate(batch)
+            held.generated(self.draft, "ltx", batch)
+
+    with pytest.raises(ValueError, match=r"several video models: pipe \(WanPipeline\), draft \(LTXPipeline\)"):
+        trainer(callbacks=[CorrespondenceCallback()]).validate(Two(), held.seeds(1))
+    alike = [CorrespondenceCallback(attribute=name, layers=[0]) for name in ("pipe", "draft")]
+    with pytest.raises(ValueError, match="two CorrespondenceCallback log under the name 'correspondence'"):
+        trainer(callbacks=alike).validate(Two(), held.seeds(1))
+    apart = [CorrespondenceCallback(attribute=name, layers=[0], name=name) for name in ("pipe", "draft")]
+    logger = CSVLogger(tmp_path, name="", version="")
+    module = Two()
+    trainer(logger, callbacks=apart).validate(module, held.seeds(1))
+    with open(tmp_path / "metrics.csv", newline="", encoding="utf-8") as file:
+        columns = set(csv.DictReader(file).fieldnames)
+    assert {f"{name}/validate/step_2/layer_0/score" for name in ("pipe", "draft")} <= columns
+    for name in ("pipe", "draft"):
+        assert (tmp_path / name / "validate_000000.csv").is_file()
+        assert not getattr(module, name).transformer._forward_pre_hooks
+
+
+def test_one_callback_reads_two_trainers_runs_one_after_the_other(held, tmp_path):
+    callback = CorrespondenceCallback(layers=[0], pictures=0)
+    for name in ("cogvideox-rotary", "ltx"):
+        run = trainer(callbacks=[callback], default_root_dir=tmp_path / name)
+        run.validate(held.GeneratingModule(name), held.seeds(1))
+        assert len(table(tmp_path / name, "validate_000000.csv")) == 1
+
+
+def test_half_precision_modules_are_read(held, tmp_path):
+    module = held.DenoisingModule()
+    batches = [{**batch, "latents": batch["latents"].bfloat16()} for batch in held.latent_batches(1)]
+    run = trainer(callbacks=[CorrespondenceCallback(layers=[0])], default_root_dir=tmp_path, precision="bf16-true")
+    run.validate(module, torch.utils.data.DataLoader(batches, batch_size=None))
+    assert len(table(tmp_path, "validate_000000.csv")) == 2
+
+
+def test_pipelines_are_found_in_private_attributes_submodules_and_collections(held):
+    first, second = tiny_pipeline("cogvideox"), tiny_pipeline("cogvideox", seed=1)
+    module = NoModel()
+    module._hidden = first
+    assert find_video_model(module) is first
+    module = NoModel()
+    module.part = torch.nn.Module()
+    module.part.pipe = first
+    assert find_video_model(module) is first
+    module = NoModel()
+    module.pipes = {"sharp": first, "fast": [second]}
+    assert find_video_model(module) is first
+    assert find_video_model(module, "pipes.fast.0") is second
+    module.pipes = [first, second]
+    with pytest.raises(ValueError, match=r"pipes\.0 \(CogVideoXPipeline\), pipes\.1"):
+        find_video_model(module)
+    assert find_video_model(module, "pipes.1") is second
+    with pytest.raises(ValueError, match=r"no attribute 'pipes\.2'"):
+        find_video_model(module, "pipes.2")
 
 
 def test_the_model_is_found_where_people_keep_it(held):

@@ -226,9 +226,79 @@ def test_the_model_is_restored_after_an_error_in_a_step(held):
     assert not module.transformer._forward_pre_hooks
 
 
+def test_a_skipped_batch_is_passed_over_and_the_next_one_measured(held, tmp_path):
+    class Skipping(held.DenoisingModule):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx in (0, 3) else super().training_step(batch, batch_idx)
+
+    logger = CSVLogger(tmp_path, name="", version="")
+    module = Skipping()
+    fit = trainer(logger, callbacks=[CorrespondenceMonitor(layers=[0], every=2)])
+    fit.fit(module, held.latent_batches(6))
+    assert len(module.losses) == 4
+    measured = [row for row in logged(logger.log_dir) if any(row.values())]
+    assert len(measured) == 2
+    assert not module.transformer._forward_pre_hooks
+
+
+def test_a_loss_without_the_transformer_is_an_error_and_leaves_the_model_restored(held):
+    class Elsewhere(held.DenoisingModule):
+        def training_step(self, batch, batch_idx):
+            return sum(parameter.sum() for parameter in self.parameters())
+
+    module = Elsewhere()
+    with pytest.raises(ValueError, match="never fired"):
+        trainer(callbacks=[CorrespondenceMonitor(every=1)]).fit(module, held.latent_batches(1))
+    assert not module.transformer._forward_pre_hooks
+
+
+def test_manual_optimisation_with_several_backward_passes(held, tmp_path):
+    class Manual(held.DenoisingModule):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            for _ in range(2):
+                optimizer.zero_grad()
+                self.manual_backward(self.loss(batch))
+                optimizer.step()
+
+    logger = CSVLogger(tmp_path, name="", version="")
+    module = Manual()
+    monitor = CorrespondenceMonitor((layer for layer in [0]), every=2)
+    trainer(logger, callbacks=[monitor]).fit(module, held.latent_batches(3))
+    assert len([row for row in logged(logger.log_dir) if any(name.endswith("accuracy") for name in row)]) == 3
+    assert not module.transformer._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    "truth, message",
+    [
+        (lambda batch: batch["tracks"], "a BatchTruth of the 2 samples the transformer ran, got Tensor"),
+        (lambda batch: BatchTruth(batch["tracks"][:1], batch["visible"][:1], 16, 16), r"got tracks \(1, 3, 20, 2\)"),
+    ],
+)
+def test_truth_that_does_not_fit_the_batch_is_refused(held, truth, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(callbacks=[CorrespondenceMonitor(every=1, truth=truth)]).fit(
+            held.DenoisingModule(), held.latent_batches(1)
+        )
+
+
+def test_two_monitors_need_names(held, tmp_path):
+    monitors = [CorrespondenceMonitor(layers=[layer], every=1, truth=False) for layer in (0, 1)]
+    with pytest.raises(ValueError, match="two CorrespondenceMonitor log under the name"):
+        trainer(callbacks=monitors).fit(held.DenoisingModule(), held.latent_batches(1))
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
+        (lambda: CorrespondenceMonitor(layers=[False]), "layers must be whole numbers"),
+        (lambda: CorrespondenceMonitor(truth="tracks"), "truth must be a function"),
+        (lambda: CorrespondenceMonitor(name=""), "name must be a word"),
         (lambda: CorrespondenceMonitor(every=0), "every must be"),
         (lambda: CorrespondenceMonitor(noise_levels=0), "noise_levels must be"),
         (lambda: CorrespondenceMonitor(history=0), "history must be"),
