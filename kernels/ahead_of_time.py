@@ -17,15 +17,12 @@ from triton.runtime import driver
 from triton.runtime.jit import MockTensor
 
 from corrdit.kernels.configs import SHARED_BYTES, Tiles
-from corrdit.kernels.disassembly import Disassembly, MainLoop, resources
+from corrdit.kernels.disassembly import Disassembly, MainLoop, repetition, resources
+from corrdit.kernels.floors import EXPONENTIALS, ISSUE_LANES, TENSOR_PRODUCTS
 from corrdit.kernels.launch import compile_only
 from corrdit.kernels.primitives import INTERPRETED
 
 ARCHITECTURES = {80: "8.0", 89: "8.9", 90: "9.0", 100: "10.0"}
-# Lanes a multiprocessor issues in a cycle, exponentials, and multiply-adds of 16-bit matrix products (by architecture).
-ISSUE_LANES = 128
-EXPONENTIALS = 16
-TENSOR_PRODUCTS = {"8.0": 1024, "8.9": 512, "9.0": 2048, "10.0": 4096}
 
 
 class Compiled(NamedTuple):
@@ -37,7 +34,8 @@ class Compiled(NamedTuple):
         tensor_cores: whether every matrix product runs on tensor cores.
         serialized: whether ptxas made each wgmma wait for the one before, for lack of registers.
         main_loop: None where the kernel has no loop over score tiles.
-        elements: scores of a tile in each thread.
+        elements: scores of a tile over the threads of a block.
+        repetition: how many threads compute each score; 1 where no work is done twice.
     """
 
     kernel: str
@@ -51,12 +49,31 @@ class Compiled(NamedTuple):
     serialized: bool
     main_loop: MainLoop | None
     elements: int
+    repetition: int
 
     def instructions_per_element(self, inner_turns: int = 1) -> float | None:
         """Instructions of the main loop for each score, the inner loop over head_dim turning `inner_turns` times."""
         if self.main_loop is None:
             return None
         return (self.main_loop.own + inner_turns * self.main_loop.inner) / (self.main_loop.tiles * self.elements)
+
+    def cycles_per_element(self, inner_turns: int = 1) -> dict[str, float | None] | None:
+        """Cycles of a multiprocessor that each unit is busy for a score: "issue", "exponential" and "tensor".
+
+        At the units' full rates; the largest of them is what the loop takes if all the others hide behind it.
+        """
+        loop, instructions = self.main_loop, self.instructions_per_element(inner_turns)
+        if loop is None or instructions is None:
+            return None
+        tensor = None
+        if loop.products is not None and loop.inner_products is not None:
+            products = (loop.products + inner_turns * loop.inner_products) / (loop.tiles * self.elements)
+            tensor = products / TENSOR_PRODUCTS[self.architecture]
+        return {
+            "issue": instructions / ISSUE_LANES,
+            "exponential": loop.exponentials / (loop.tiles * self.elements) / EXPONENTIALS,
+            "tensor": tensor,
+        }
 
     def epilogue_share(self, depth: int) -> float | None:
         """Cycles of a tile outside the product of depth `depth`, over the cycles of that product on tensor cores.
@@ -132,6 +149,7 @@ def _inspect(binary: Any, name: str, architecture: str, options: dict[str, Any])
     warps = options["num_warps"]
     rows, columns = options["BLOCK_M"], options["BLOCK_N"]
     elements = max(1, rows * columns // (32 * warps))
+    times = repetition(binary.asm["ttgir"])
     shared = int(binary.metadata.shared)
     # A product that missed the tensor cores keeps a result in a plain blocked layout.
     products = [line for line in binary.asm["ttgir"].splitlines() if "tt.dot" in line]
@@ -146,8 +164,9 @@ def _inspect(binary: Any, name: str, architecture: str, options: dict[str, Any])
         launchable=shared <= SHARED_BYTES[architecture] and registers * 32 * warps <= 65536,
         tensor_cores=code.uses_tensor_cores() and not plain,
         serialized=code.serialized(sum("warp_group_dot " in line for line in binary.asm["ttgir"].splitlines())),
-        main_loop=code.main_loop(elements),
+        main_loop=code.main_loop(elements * times),
         elements=elements,
+        repetition=times,
     )
 
 

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from corrdit.kernels.correspondence import Heads, cost_tile, load_allowed
+from corrdit.kernels.correspondence import Heads, cost_tile
 from corrdit.kernels.launch import choose_tiles, launch, product_precision, tile_count
-from corrdit.kernels.primitives import better_match, head_scores, no_token, wide
+from corrdit.kernels.primitives import better_match, head_scores, load_allowed, no_token, wide
 from corrdit.kernels.soft_forward import key_range, load_centers, window_kind
 from corrdit.kernels.tables import frame_pairs
 

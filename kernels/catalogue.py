@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import pathlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from corrdit.grid import TokenGrid
-from corrdit.kernels.ahead_of_time import Compiled, meta_heads, recording
+from corrdit.kernels.ahead_of_time import ARCHITECTURES, Compiled, meta_heads, recording
+from corrdit.kernels.floors import soft_floor
+from corrdit.kernels.launch import float32_precision, product_precision
 
 # CogVideoX-5B's heads and frame; two frames stand for all, no kernel depends on their number.
 HEADS = 48
@@ -74,16 +79,35 @@ class Row(NamedTuple):
             "launchable": compiled.launchable,
             "tensor_cores": compiled.tensor_cores,
             "serialized_products": compiled.serialized,
+            "repetition": compiled.repetition,
             "instructions_per_element": None if instructions is None else round(instructions, 3),
         }
+        if self.dtype != "float32":
+            report.update(self._cycles(turns))
         if compiled.kernel == "folded_forward" and self.dtype != "float32":
             share = compiled.epilogue_share(depth)
             report["epilogue_share_of_tensor_cycles"] = None if share is None else round(share, 4)
         return report
 
+    def _cycles(self, turns: int) -> dict[str, object]:
+        """Cycles of each unit for a score, and for soft displacement of single heads the floor."""
+        units = self.compiled.cycles_per_element(turns)
+        cycles = {"cycles_per_element": units and {n: c if c is None else round(c, 4) for n, c in units.items()}}
+        floor = soft_floor(self.compiled.kernel, self.head_dim, ARCHITECTURES[self.arch], self.compiled.tiles)
+        if floor is None:
+            return cycles
+        unavoidable = round(floor.instructions, 3) if self.arch == 90 else None
+        return {
+            **cycles, "floor_cycles_per_element": round(floor.cycles, 4), "floor_unit": floor.unit,
+            "unavoidable_instructions_per_element": unavoidable,
+        }  # fmt: skip
 
-def compile_entry(entry: Entry, dtype: str, head_dim: int, arch: int) -> list[Row]:
+
+def compile_entry(entry: Entry, dtype: str, head_dim: int, arch: int, precision: str = "ieee") -> list[Row]:
     """Compiles the kernels one call of an operation launches, forward and backward.
+
+    Args:
+        precision: of products of float32, "ieee" or "tf32".
 
     Raises:
         ValueError: an architecture without tables, or a dtype or head_dim the kernels do not take.
@@ -93,7 +117,7 @@ def compile_entry(entry: Entry, dtype: str, head_dim: int, arch: int) -> list[Ro
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     grid = GRID if entry.operation in ("attention_mass", "frame_local_attention") else GRID.without_text()
     q = meta_heads(HEADS, grid.tokens, head_dim, DTYPES[dtype])
-    with recording(arch) as compiled:
+    with float32_precision(precision), recording(arch) as compiled:
         count = _CALLS[entry.operation](entry.heads, q, grid, compiled)
     unique: dict[tuple[str, str], Row] = {}
     for index, one in enumerate(compiled):
@@ -108,7 +132,7 @@ def _soft_displacement(heads: str, q: Tensor, grid: TokenGrid, compiled: list[Co
     from corrdit.kernels.soft import compute_soft_displacement, compute_soft_displacement_backward
 
     folded = heads == "logits"
-    options: tuple[Any, ...] = (_PAIRS, grid.height, grid.width, folded, 0.18, -1, "ieee")
+    options: tuple[Any, ...] = (_PAIRS, grid.height, grid.width, folded, 0.18, -1, product_precision())
     found = compute_soft_displacement(q, q, None, None, None, *options)
     count = len(compiled)
     compute_soft_displacement_backward(torch.empty_like(found[0]), q, q, None, None, None, *found, *options)
@@ -118,14 +142,16 @@ def _soft_displacement(heads: str, q: Tensor, grid: TokenGrid, compiled: list[Co
 def _hard_displacement(heads: str, q: Tensor, grid: TokenGrid, compiled: list[Compiled]) -> int:
     from corrdit.kernels.hard import compute_hard_displacement
 
-    compute_hard_displacement(q, q, None, None, None, _PAIRS, grid.height, grid.width, heads, 0.12, -1, "ieee")
+    compute_hard_displacement(
+        q, q, None, None, None, _PAIRS, grid.height, grid.width, heads, 0.12, -1, product_precision()
+    )
     return len(compiled)
 
 
 def _match(heads: str, q: Tensor, grid: TokenGrid, compiled: list[Compiled]) -> int:
     from corrdit.kernels.matching import compute_match
 
-    compute_match(q, q, None, None, _PAIRS, grid.height, grid.width, heads, 0.12, True, 1, "ieee")
+    compute_match(q, q, None, None, _PAIRS, grid.height, grid.width, heads, 0.12, True, 1, product_precision())
     return len(compiled)
 
 
@@ -133,7 +159,7 @@ def _cost_rows(heads: str, q: Tensor, grid: TokenGrid, compiled: list[Compiled])
     from corrdit.kernels.costs import compute_cost_rows
 
     tokens = torch.empty(64, dtype=torch.int64, device="meta")
-    compute_cost_rows(q, q, tokens, None, None, 0, grid.height, grid.width, heads, 0.12, True, "ieee")
+    compute_cost_rows(q, q, tokens, None, None, 0, grid.height, grid.width, heads, 0.12, True, product_precision())
     return len(compiled)
 
 
@@ -142,7 +168,19 @@ def _attention_mass(heads: str, q: Tensor, grid: TokenGrid, compiled: list[Compi
 
     tokens = torch.empty(64, dtype=torch.int64, device="meta")
     compute_attention_mass(
-        q, q, tokens, None, None, 0, grid.text_tokens, grid.video_start, grid.frames, 0, heads, 0.12, "ieee"
+        q,
+        q,
+        tokens,
+        None,
+        None,
+        0,
+        grid.text_tokens,
+        grid.video_start,
+        grid.frames,
+        0,
+        heads,
+        0.12,
+        product_precision(),
     )
     return len(compiled)
 
@@ -151,7 +189,7 @@ def _frame_local_attention(heads: str, q: Tensor, grid: TokenGrid, compiled: lis
     from corrdit.kernels.frame_local import compute_frame_local_attention, compute_frame_local_attention_backward
     from corrdit.kernels.frame_local_forward import LocalLayout
 
-    options: tuple[Any, ...] = (list(LocalLayout.of(grid, 0)), 0.18, heads == "renormalized", "ieee")
+    options: tuple[Any, ...] = (list(LocalLayout.of(grid, 0)), 0.18, heads == "renormalized", product_precision())
     found = compute_frame_local_attention(q, q, q, None, *options)
     count = len(compiled)
     compute_frame_local_attention_backward(q, q, q, q, None, *found, *options)
@@ -168,13 +206,22 @@ _CALLS = {
 }
 
 
-def compile_all(
+class Request(NamedTuple):
+    """What `compile_entry` takes."""
+
+    entry: Entry
+    dtype: str
+    head_dim: int
+    arch: int
+
+
+def requests(
     arches: list[int], dtypes: list[str], head_dims: list[int], operations: list[str] | None = None
-) -> Iterator[Row]:
-    """Rows of all entries (or those of the named operations), one entry at a time.
+) -> Iterator[Request]:
+    """All entries (or those of the named operations) on each architecture, in each dtype and head_dim.
 
     Raises:
-        ValueError: an operation that does not exist, and as `compile_entry`.
+        ValueError: an operation that does not exist.
     """
     known = {entry.operation for entry in ENTRIES}
     for name in operations or []:
@@ -185,4 +232,12 @@ def compile_all(
             for head_dim in head_dims:
                 for entry in ENTRIES:
                     if operations is None or entry.operation in operations:
-                        yield from compile_entry(entry, dtype, head_dim, arch)
+                        yield Request(entry, dtype, head_dim, arch)
+
+
+def sources() -> str:
+    """A digest of the kernels' source files: results of the same sources and triton need not be compiled again."""
+    digest = hashlib.sha256(triton.__version__.encode())
+    for path in sorted(pathlib.Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]

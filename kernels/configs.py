@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 INTERPRETER = "interpreter"
 ARCHITECTURES = ("8.0", "8.9", "9.0", "10.0")
+# Smaller ones would be mostly padding, larger ones leave no room for accumulators.
+HEAD_DIMS = (8, 256)
 SHARED_BYTES = {"8.0": 163 * 1024, "8.9": 99 * 1024, "9.0": 227 * 1024, "10.0": 227 * 1024}
 
 
@@ -27,27 +29,32 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# kernel -> padded head_dim up to which a row holds -> tiles. 16-bit operands, shared memory of 9.0 and 10.0.
+# kernel -> padded head_dim up to which a row holds -> tiles. 16-bit operands, shared memory of 9.0 and 10.0. Four warps
+# cover 64 rows of a product (columns, in the kernels of dk): more warps than rows would compute every score twice.
 _LARGE = {
     "soft_forward": {64: Tiles(128, 128, 64, 8, 3), 128: Tiles(128, 128, 128, 8, 3), 256: Tiles(128, 64, 256, 8, 2)},
     "soft_backward_query": {
         64: Tiles(128, 128, 64, 8, 3),
         128: Tiles(128, 64, 128, 8, 2),
-        256: Tiles(64, 32, 256, 8, 2),
+        256: Tiles(128, 32, 256, 8, 2),
     },
-    "soft_backward_key": {64: Tiles(64, 128, 64, 8, 3), 128: Tiles(64, 64, 128, 8, 2), 256: Tiles(32, 64, 256, 8, 2)},
+    "soft_backward_key": {
+        64: Tiles(128, 128, 64, 8, 3),
+        128: Tiles(64, 128, 128, 8, 2),
+        256: Tiles(16, 128, 256, 8, 2),
+    },
     "folded_forward": {256: Tiles(128, 256, 64, 8, 3)},
     "folded_gradient": {256: Tiles(128, 128, 64, 8, 3)},
     "statistics": {256: Tiles(128, 128, 64, 8, 3)},
     "correspondence": {256: Tiles(64, 128, 64, 8, 2)},
     "refinement": {256: Tiles(64, 16, 64, 4, 1)},
-    "local_forward": {64: Tiles(128, 64, 64, 4, 3), 128: Tiles(128, 64, 128, 8, 2), 256: Tiles(64, 64, 256, 8, 2)},
+    "local_forward": {64: Tiles(128, 64, 64, 4, 3), 128: Tiles(128, 64, 128, 8, 2), 256: Tiles(128, 32, 256, 8, 2)},
     "local_backward_query": {
         64: Tiles(128, 64, 64, 8, 2),
-        128: Tiles(64, 64, 128, 4, 2),
-        256: Tiles(32, 32, 256, 8, 1),
+        128: Tiles(128, 64, 128, 8, 2),
+        256: Tiles(128, 16, 256, 8, 1),
     },
-    "local_backward_key": {64: Tiles(64, 64, 64, 4, 2), 128: Tiles(64, 64, 128, 8, 2), 256: Tiles(32, 64, 256, 8, 1)},
+    "local_backward_key": {64: Tiles(64, 128, 64, 8, 2), 128: Tiles(32, 128, 128, 8, 2), 256: Tiles(32, 32, 256, 8, 1)},
 }
 # The same for the shared memory of 8.0 (163 KiB) and of 8.9 (99 KiB), where products run on mma.sync.
 _MEDIUM = {

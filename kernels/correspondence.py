@@ -21,15 +21,6 @@ from corrdit.kernels.tables import frame_pairs
 
 
 @triton.jit
-def load_allowed(key_mask, tokens, kept, mask_stride, HAS_MASK: tl.constexpr):
-    """`[T]` which of the tokens may be attended."""
-    if HAS_MASK:
-        return kept & tl.load(key_mask + wide(tokens) * mask_stride, mask=kept, other=0).to(tl.int1)
-    else:
-        return kept
-
-
-@triton.jit
 def cost_tile(
     q, k, head_weights, forward, backward, rows, columns, kept_rows, kept_columns, allowed_rows, allowed_columns,
     forward_places, backward_places, forward_stride, backward_stride, q_strides, k_strides, first_head, heads, scale,
@@ -67,7 +58,7 @@ def cost_tile(
             D, BLOCK_D, FIRST, True, PRECISION,
         )  # fmt: skip
         level = tl.load(forward + wide(turn) * forward_stride + forward_places, mask=kept_rows, other=float("inf"))
-        weights = exponentials(scores, scale, level)
+        weights = exponentials(scores, scale, level[:, None])
         cost += share * tl.where(allowed_columns[None, :], weights, 0.0)
         if BIDIRECTIONAL:
             scores = head_scores(
@@ -76,7 +67,7 @@ def cost_tile(
             )  # fmt: skip
             places = backward + wide(turn) * backward_stride + backward_places
             level = tl.load(places, mask=kept_columns, other=float("inf"))
-            weights = tl.exp2(scores * scale - level[None, :])
+            weights = exponentials(scores, scale, level[None, :])
             cost += share * tl.where(allowed_rows[:, None], weights, 0.0)
     return cost
 

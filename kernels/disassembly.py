@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import triton
@@ -41,12 +43,16 @@ class MainLoop(NamedTuple):
         inner: those of all inner loops, each counted for one turn.
         exponentials: how many of all are EX2.
         tiles: score tiles a turn handles (above 1 where the compiler unrolled).
+        products, inner_products: multiply-adds of matrix products a thread's share of the tensor cores does in `own`
+            and in one turn of the inner loops; None where the machine code does not say (10.0).
     """
 
     own: int
     inner: int
     exponentials: int
     tiles: int
+    products: float | None
+    inner_products: float | None
 
 
 def _tool(name: str) -> str:
@@ -74,6 +80,32 @@ def resources(cubin: bytes) -> tuple[int, int]:
         raise RuntimeError(f"cuobjdump says nothing of registers: {usage.strip()}")
     registers, stack, local = map(int, found.groups())
     return registers, stack + local
+
+
+def repetition(ttgir: str) -> int:
+    """How many threads compute each score of a tile: above 1 where the warps outnumber the rows of a product.
+
+    A layout of four warps along the rows of a product covers 64 of them; of a tile of 32 rows every score is then
+    computed twice, and every exponential after it. Read from the layouts of the products `[rows, columns]` that
+    exponentials are taken of, or of all products where there are none.
+    """
+    layouts = {}
+    for name, warps, shape in re.findall(
+        r"^(#\w+) = #ttg\.nvidia_mma<\{.*?warpsPerCTA = \[(\d+, \d+)\].*?instrShape = \[([\d, ]+)\]",
+        ttgir,
+        re.MULTILINE,
+    ):
+        size = [int(number) for number in shape.split(",")]
+        covered = [int(count) * one for count, one in zip(warps.split(","), size, strict=False)]
+        layouts[name] = covered
+    tiles = re.findall(r"math\.exp2 .*?tensor<(\d+)x(\d+)xf32, (#\w+)>", ttgir)
+    tiles = tiles or re.findall(r"(?:tt\.dot|warp_group_dot) .*-> tensor<(\d+)x(\d+)xf32, (#\w+)>", ttgir)
+    times = [
+        max(1, layouts[layout][0] // int(rows)) * max(1, layouts[layout][1] // int(columns))
+        for rows, columns, layout in tiles
+        if layout in layouts
+    ]
+    return max(times, default=1)
 
 
 class Disassembly:
@@ -115,8 +147,24 @@ class Disassembly:
         steps = [instruction for instruction in self.instructions if instruction.family == "HGMMA"]
         return len(steps) > 2 * products and all("gsb0" in step.operands for step in steps)
 
+    def multiply_adds(self, indices: Iterable[int]) -> float | None:
+        """Multiply-adds of the matrix products at these instructions, for each thread that takes part in them."""
+        total = 0.0
+        for index in indices:
+            instruction = self.instructions[index]
+            if instruction.family not in _TENSOR_CORE:
+                continue
+            text = instruction.name + instruction.operands
+            if found := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", text):
+                total += math.prod(map(int, found.groups())) / 128
+            elif found := re.match(r"HMMA\.(16)(8)(\d+)", text):
+                total += math.prod(map(int, found.groups())) / 32
+            else:
+                return None
+        return total
+
     def main_loop(self, elements: int) -> MainLoop | None:
-        """The loop over score tiles, for `elements` scores of a tile in each thread.
+        """The loop over score tiles, for `elements` scores of a tile that each thread computes.
 
         It is the shortest loop that handles that many scores: by exponentials, one a score, or by comparisons where the
         kernel takes none. The loop over ragged or masked tiles is longer and does not win. None if there is no loop.
@@ -126,8 +174,11 @@ class Disassembly:
             if candidates:
                 loop = min(candidates, key=lambda found: found.last - found.first)
                 within = [x for x in self.loops if x != loop and loop.first <= x.first and x.last <= loop.last]
-                inner = len({index for x in within for index in range(x.first, x.last + 1)})
-                total = loop.last - loop.first + 1
+                inner = {index for x in within for index in range(x.first, x.last + 1)}
+                own = set(range(loop.first, loop.last + 1)) - inner
                 tiles = max(1, round(self.count(measure, loop) / elements))
-                return MainLoop(total - inner, inner, self.count("MUFU.EX2", loop), tiles)
+                return MainLoop(
+                    len(own), len(inner), self.count("MUFU.EX2", loop), tiles, self.multiply_adds(own),
+                    self.multiply_adds(inner),
+                )  # fmt: skip
         return None

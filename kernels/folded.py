@@ -100,9 +100,9 @@ def folded_gradient_kernel(
             scores, keys, inside, key_mask + pair * mask_strides[1], mask_strides[1], center_x, center_y, radius, width,
             HAS_MASK, WINDOW,
         )  # fmt: skip
-        row_planes, shift = load_gradient_rows(planes, shifts, pair, rows, kept_rows)
+        row_planes, shift = load_gradient_rows(planes, shifts, pair, rows, kept_rows, True)
         coordinates = coordinate_tile(table, keys, inside, True)
-        dlogit = logit_gradients(scores, scale, shift, row_planes, coordinates, PRECISION)
+        dlogit = logit_gradients(scores, scale, shift[:, None], row_planes, coordinates, PRECISION)
         # The workspace is small: int32 places, worked out after the product whose registers they would take.
         places = workspace + (rows - first_query)[:, None] * workspace_stride + (pair.to(tl.int32) + keys)[None, :]
         tl.store(places, dlogit.to(workspace.dtype.element_ty), mask=stored)

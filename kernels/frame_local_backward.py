@@ -12,10 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from corrdit.kernels.configs import padded_head_dim
-from corrdit.kernels.correspondence import load_allowed
 from corrdit.kernels.frame_local_forward import LocalLayout, tile_stretch, visible_stretch
 from corrdit.kernels.launch import LOG2_E, choose_tiles, launch, product_precision
-from corrdit.kernels.primitives import exponentials, load_tile, multiply, product, store_tile, wide
+from corrdit.kernels.primitives import exponentials, load_allowed, load_tile, multiply, product, store_tile, wide
 
 
 @triton.jit
@@ -52,7 +51,7 @@ def local_backward_query_kernel(
             k_tile = load_tile(k, columns, dims, k_strides, inside, True, D)  # [N, D]
             scores = product(q_tile, tl.trans(k_tile), PRECISION)
             scores = tl.where(inside[None, :], scores, float("-inf"))
-            weights = exponentials(scores, scale, level)
+            weights = exponentials(scores, scale, level[:, None])
             if part < 2:
                 v_tile = load_tile(v, columns, dims, v_strides, inside, True, D)
                 dlogit = weights * (product(gradient_tile, tl.trans(v_tile), PRECISION) - delta[:, None])
@@ -97,14 +96,15 @@ def local_backward_key_kernel(
             level = tl.load(statistics + own, mask=kept_rows, other=float("inf"))
             delta = tl.load(deltas + own, mask=kept_rows, other=0.0)
             q_tile = load_tile(q, rows, dims, q_strides, kept_rows, True, D)  # [M, D]
-            weights = exponentials(product(q_tile, tl.trans(k_tile), PRECISION), scale, level)  # [M, N]
+            # Transposed, so that the products with weights and dlogit take them from registers as they are.
+            weights = exponentials(product(k_tile, tl.trans(q_tile), PRECISION), scale, level[None, :])  # [N, M]
             if part < 2:
                 gradient_tile = load_tile(gradient, rows, dims, gradient_strides, kept_rows, True, D)
-                sum_v = multiply(tl.trans(weights.to(gradient_tile.dtype)), gradient_tile, sum_v, PRECISION)
-                dlogit = weights * (product(gradient_tile, tl.trans(v_tile), PRECISION) - delta[:, None])
+                sum_v = multiply(weights.to(gradient_tile.dtype), gradient_tile, sum_v, PRECISION)
+                dlogit = weights * (product(v_tile, tl.trans(gradient_tile), PRECISION) - delta[None, :])
             else:
-                dlogit = -weights * delta[:, None]
-            sum_k = multiply(tl.trans(dlogit.to(q_tile.dtype)), q_tile, sum_k, PRECISION)
+                dlogit = -weights * delta[None, :]
+            sum_k = multiply(dlogit.to(q_tile.dtype), q_tile, sum_k, PRECISION)
     sum_k = tl.where(kept[:, None], sum_k * logit_scale, 0.0)
     sum_v = tl.where(kept[:, None], sum_v, 0.0)
     store_tile(dk, sum_k, keys, dims, dk_strides, inside, D)

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from corrdit.grid import TokenGrid
 from corrdit.kernels.configs import padded_head_dim
-from corrdit.kernels.correspondence import load_allowed
 from corrdit.kernels.launch import choose_tiles, launch, product_precision, tile_count
 from corrdit.kernels.primitives import (
     exponentials,
+    load_allowed,
     load_tile,
     log_sum_exp,
     multiply,
@@ -98,7 +98,7 @@ def local_forward_kernel(
             scores = product(q_tile, tl.trans(k_tile), PRECISION)
             scores = tl.where(inside[None, :], scores, float("-inf"))
             peak, shift, shrink = raise_peak(peak, scores, scale)
-            weights = exponentials(scores, scale, shift)
+            weights = exponentials(scores, scale, shift[:, None])
             total = total * shrink + tl.sum(weights, 1)
             mean = mean * shrink[:, None]
             if part < 2:

@@ -15,7 +15,6 @@ from corrdit.kernels.primitives import INTERPRETED
 LOG2_E = 1.4426950408889634
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 PRECISIONS = ("ieee", "tf32")
-_HEAD_DIMS = (8, 256)
 
 # What `ahead_of_time` puts here is called in place of every launch, and names the architecture to compile for.
 Compiler = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
@@ -85,11 +84,9 @@ def check_tensors(*tensors: Tensor) -> None:
                 'use backend="streaming" or backend="reference"'
             )
     head_dim = tensors[0].shape[-1]
-    if not _HEAD_DIMS[0] <= head_dim <= _HEAD_DIMS[1]:
-        raise ValueError(
-            f"the Triton kernels take head_dim {_HEAD_DIMS[0]} to {_HEAD_DIMS[1]}, got {head_dim}; "
-            'use backend="streaming"'
-        )
+    least, most = configs.HEAD_DIMS
+    if not least <= head_dim <= most:
+        raise ValueError(f'the Triton kernels take head_dim {least} to {most}, got {head_dim}; use backend="streaming"')
 
 
 def choose_tiles(kernel: str, tensor: Tensor) -> configs.Tiles:

@@ -69,6 +69,15 @@ def store_tile(pointer, tile, tokens, dims, strides, kept, D: tl.constexpr):
 
 
 @triton.jit
+def load_allowed(key_mask, tokens, kept, mask_stride, HAS_MASK: tl.constexpr):
+    """`[T]` which of the tokens may be attended."""
+    if HAS_MASK:
+        return kept & tl.load(key_mask + wide(tokens) * mask_stride, mask=kept, other=0).to(tl.int1)
+    else:
+        return kept
+
+
+@triton.jit
 def coordinate_tile(table, tokens, kept, GUARD: tl.constexpr):
     """`[N, 16]` rows (1, x, y, 1, x, y, 0, ...) of the coordinate table; see `corrdit.kernels.tables`."""
     pointers = table + tokens[:, None] * COORDINATE_LANES + tl.arange(0, COORDINATE_LANES)[None, :]
@@ -103,8 +112,9 @@ def raise_peak(peak, scores, scale):
 
 @triton.jit
 def exponentials(scores, scale, shift):
-    """`[M, N]` exp2(scale * scores - shift): the softmax where `shift [M]` is the log-sum-exp in base 2."""
-    return tl.exp2(scores * scale - shift[:, None])
+    """exp2(scale * scores - shift): the softmax where `shift` (`[M, 1]`, or `[1, M]` for transposed scores) is the
+    log-sum-exp in base 2."""
+    return tl.exp2(scores * scale - shift)
 
 
 @triton.jit
@@ -114,7 +124,7 @@ def accumulate_moments(peak, moments, scores, scale, coordinates, PRECISION: tl.
     The sums are one more matrix product, so the floating-point units only scale, exponentiate and take maxima.
     """
     peak, shift, shrink = raise_peak(peak, scores, scale)
-    weights = exponentials(scores, scale, shift).to(coordinates.dtype)
+    weights = exponentials(scores, scale, shift[:, None]).to(coordinates.dtype)
     return peak, multiply(weights, coordinates, moments * shrink[:, None], PRECISION)
 
 
@@ -162,9 +172,12 @@ def gradient_shift(statistics, norm, gradient_range):
 
 @triton.jit
 def keep_window(scores, x, y, center_x, center_y, radius):
-    """`[M, N]` scores, -inf where key (x, y) `[N]` lies outside the square of `radius` round the centre `[M]`."""
-    near_x = tl.abs(x[None, :] - center_x[:, None]) <= radius
-    near_y = tl.abs(y[None, :] - center_y[:, None]) <= radius
+    """Scores, -inf where key (x, y) `[1, N]` lies outside the square of `radius` round the centre `[M, 1]`.
+
+    The places may as well be `[N, 1]` and the centres `[1, M]`, for transposed scores.
+    """
+    near_x = tl.abs(x - center_x) <= radius
+    near_y = tl.abs(y - center_y) <= radius
     return tl.where(near_x & near_y, scores, float("-inf"))
 
 

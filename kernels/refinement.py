@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from corrdit.kernels.correspondence import Heads, load_allowed
+from corrdit.kernels.correspondence import Heads
 from corrdit.kernels.launch import choose_tiles, launch, tile_count
-from corrdit.kernels.primitives import load_tile, wide
+from corrdit.kernels.primitives import load_allowed, load_tile, wide
 from corrdit.kernels.tables import frame_pairs
 
 

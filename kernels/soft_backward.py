@@ -22,6 +22,8 @@ from corrdit.kernels.primitives import (
     exponentials,
     gradient_planes,
     gradient_shift,
+    keep_window,
+    load_allowed,
     load_tile,
     multiply,
     product,
@@ -59,20 +61,49 @@ def gradient_rows_kernel(
 
 
 @triton.jit
-def load_gradient_rows(planes, shifts, first_row, rows, kept_rows):
+def load_gradient_rows(planes, shifts, first_row, rows, kept_rows, GUARD: tl.constexpr):
     """(gradient planes `[M, 16]`, shift `[M]` of the exponent) of a tile of query rows of one frame pair."""
-    own = first_row + rows
     lanes = tl.arange(0, COORDINATE_LANES)
-    places = planes + own[:, None] * GRADIENT_LANES + lanes[None, :]
-    tile = tl.load(places, mask=kept_rows[:, None] & (lanes < GRADIENT_LANES)[None, :], other=0.0)
-    return tile, tl.load(shifts + own, mask=kept_rows, other=float("inf"))
+    places = planes + first_row * GRADIENT_LANES + rows[:, None] * GRADIENT_LANES + lanes[None, :]
+    real = (lanes < GRADIENT_LANES)[None, :]
+    if GUARD:
+        tile = tl.load(places, mask=kept_rows[:, None] & real, other=0.0)
+        return tile, tl.load(shifts + first_row + rows, mask=kept_rows, other=float("inf"))
+    else:
+        return tl.load(places, mask=real, other=0.0), tl.load(shifts + first_row + rows)
 
 
 @triton.jit
-def logit_gradients(scores, scale, shift, planes, coordinates, PRECISION: tl.constexpr):
-    """dlogit `[M, N]` relative to the largest gradient: the softmax weights times g.(p' - e)."""
-    towards = product(planes, tl.trans(coordinates), PRECISION)
+def logit_gradients(scores, scale, shift, left, right, PRECISION: tl.constexpr):
+    """dlogit relative to the largest gradient: the softmax weights times g.(p' - e).
+
+    Args:
+        scores: `[M, N]` with shift `[M, 1]`, gradient planes `left [M, 16]` and coordinates `right [N, 16]`; or all
+            transposed, `[N, M]` with `[1, M]`, coordinates `left` and planes `right`.
+    """
+    towards = product(left, tl.trans(right), PRECISION)
     return exponentials(scores, scale, shift) * towards
+
+
+@triton.jit
+def guarded_keys(
+    accumulator, q_tile, k, table, row_planes, shift, key_frame, first, end, dims, k_strides, key_mask, mask_stride,
+    center_x, center_y, radius, width, scale, BLOCK_N: tl.constexpr, D: tl.constexpr, HAS_MASK: tl.constexpr,
+    WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq `[M, D]` with what a tile of keys from `first` on adds, of which some are past the end, removed or too far."""
+    columns = tl.arange(0, BLOCK_N)
+    inside = first + columns < end
+    # Removed keys read as 0, or a NaN in one of them would reach every query.
+    kept = load_allowed(key_mask, key_frame + first + columns, inside, mask_stride, HAS_MASK)
+    k_tile = load_tile(k + (key_frame + first) * k_strides[2], columns, dims, k_strides, kept, True, D)  # [N, D]
+    coordinates = coordinate_tile(table + first * COORDINATE_LANES, columns, inside, True)
+    scores = product(q_tile, tl.trans(k_tile), PRECISION)
+    scores = masked_scores(
+        scores, first + columns, kept, key_mask, mask_stride, center_x, center_y, radius, width, False, WINDOW
+    )
+    dlogit = logit_gradients(scores, scale, shift[:, None], row_planes, coordinates, PRECISION)
+    return multiply(dlogit.to(k_tile.dtype), k_tile, accumulator, PRECISION)
 
 
 @triton.jit
@@ -103,37 +134,55 @@ def soft_backward_query_kernel(
         pair = tl.load(order + index)
         key_frame = wide(tl.load(pairs + 2 * pair + 1)) * frame_tokens
         first_row = (wide(tl.program_id(1)) * pair_count + pair) * frame_tokens
-        row_planes, shift = load_gradient_rows(planes, shifts, first_row, rows, kept_rows)
+        row_planes, shift = load_gradient_rows(planes, shifts, first_row, rows, kept_rows, True)
         center_row = (wide(batch) * pair_count + pair) * frame_tokens
         center_x, center_y = load_centers(center, center_row, rows, kept_rows, width, WINDOW)
         start, end = key_range(center_y, kept_rows, radius, width, frame_tokens, WINDOW)
         if HAS_MASK or WINDOW > 0:
-            bulk = start
+            for first in range(start, end, BLOCK_N):
+                accumulator = guarded_keys(
+                    accumulator, q_tile, k, table, row_planes, shift, key_frame, first, end, dims, k_strides, key_mask,
+                    mask_strides[1], center_x, center_y, radius, width, scale, BLOCK_N, D, HAS_MASK, WINDOW, PRECISION,
+                )  # fmt: skip
         else:
+            # Full tiles of an open frame: nothing to mask, and pointers that step on cost fewer instructions than
+            # places worked out anew.
+            k_first = k + key_frame * k_strides[2]
+            table_first = table
             bulk = frame_tokens // BLOCK_N * BLOCK_N
-        for first in range(start, bulk, BLOCK_N):
-            k_tile = load_tile(k + (key_frame + first) * k_strides[2], columns, dims, k_strides, kept_rows, False, D)
-            coordinates = coordinate_tile(table + first * 16, columns, kept_rows, False)  # [N, 16]
-            scores = product(q_tile, tl.trans(k_tile), PRECISION)
-            dlogit = logit_gradients(scores, scale, shift, row_planes, coordinates, PRECISION)
-            accumulator = multiply(dlogit.to(k_tile.dtype), k_tile, accumulator, PRECISION)
-        for first in range(bulk, end, BLOCK_N):
-            inside = first + columns < end
-            kept = inside
-            if HAS_MASK:
-                places = key_mask + (key_frame + first + columns) * mask_strides[1]
-                # Removed keys read as 0, or a NaN in one of them would reach every query.
-                kept = inside & tl.load(places, mask=inside, other=0).to(tl.int1)
-            k_tile = load_tile(k + (key_frame + first) * k_strides[2], columns, dims, k_strides, kept, True, D)
-            coordinates = coordinate_tile(table + first * 16, columns, inside, True)
-            scores = product(q_tile, tl.trans(k_tile), PRECISION)
-            scores = masked_scores(
-                scores, first + columns, kept, key_mask, mask_strides[1], center_x, center_y, radius, width,
-                False, WINDOW,
-            )  # fmt: skip
-            dlogit = logit_gradients(scores, scale, shift, row_planes, coordinates, PRECISION)
-            accumulator = multiply(dlogit.to(k_tile.dtype), k_tile, accumulator, PRECISION)
+            for _ in range(0, bulk, BLOCK_N):
+                k_tile = load_tile(k_first, columns, dims, k_strides, kept_rows, False, D)  # [N, D]
+                coordinates = coordinate_tile(table_first, columns, kept_rows, False)
+                scores = product(q_tile, tl.trans(k_tile), PRECISION)
+                dlogit = logit_gradients(scores, scale, shift[:, None], row_planes, coordinates, PRECISION)
+                accumulator = multiply(dlogit.to(k_tile.dtype), k_tile, accumulator, PRECISION)
+                k_first += wide(k_strides[2]) * BLOCK_N
+                table_first += BLOCK_N * COORDINATE_LANES
+            if bulk < frame_tokens:
+                accumulator = guarded_keys(
+                    accumulator, q_tile, k, table, row_planes, shift, key_frame, bulk, end, dims, k_strides, key_mask,
+                    mask_strides[1], center_x, center_y, radius, width, scale, BLOCK_N, D, HAS_MASK, WINDOW, PRECISION,
+                )  # fmt: skip
     store_tile(dq, accumulator * (logit_scale * gradient_range), rows, dims, dq_strides, kept_rows, D)
+
+
+@triton.jit
+def guarded_queries(
+    accumulator, k_tile, coordinates, q, planes, shifts, pair_row, first, end, keys, dims, q_strides, center_x,
+    center_y, radius, width, scale, BLOCK_M: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk `[N, D]` with what a tile of queries from `first` on adds, of which some are past the end or see not all."""
+    queries = tl.arange(0, BLOCK_M)
+    kept_rows = first + queries < end
+    q_tile = load_tile(q + wide(first) * q_strides[2], queries, dims, q_strides, kept_rows, True, D)  # [M, D]
+    row_planes, shift = load_gradient_rows(planes, shifts, pair_row + first, queries, kept_rows, True)
+    scores = product(k_tile, tl.trans(q_tile), PRECISION)
+    if WINDOW > 0:
+        x, y = (keys % width)[:, None], (keys // width)[:, None]
+        scores = keep_window(scores, x, y, center_x[None, :], center_y[None, :], radius)
+    dlogit = logit_gradients(scores, scale, shift[None, :], coordinates, row_planes, PRECISION)
+    return multiply(dlogit.to(q_tile.dtype), q_tile, accumulator, PRECISION)
 
 
 @triton.jit
@@ -155,12 +204,10 @@ def soft_backward_key_kernel(
     q += wide(batch) * q_strides[0] + wide(head) * q_strides[1]
     k += wide(batch) * k_strides[0] + wide(head) * k_strides[1] + offset * k_strides[2]
     dk += wide(batch) * dk_strides[0] + wide(head) * dk_strides[1] + offset * dk_strides[2]
-    kept = inside
-    if HAS_MASK:
-        places = key_mask + wide(batch) * mask_strides[0] + (offset + keys) * mask_strides[1]
-        kept = inside & tl.load(places, mask=inside, other=0).to(tl.int1)
+    kept = load_allowed(key_mask + wide(batch) * mask_strides[0], offset + keys, inside, mask_strides[1], HAS_MASK)
     k_tile = load_tile(k, keys, dims, k_strides, kept, True, D)  # [N, D]
     coordinates = coordinate_tile(table, keys, inside, True)  # [N, 16]
+    queries = tl.arange(0, BLOCK_M)
     gradient_range = tl.load(ranges + tl.program_id(1))
     accumulator = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     first_key_row = tl.program_id(0) % tiles * BLOCK_N // width
@@ -169,32 +216,40 @@ def soft_backward_key_kernel(
     for index in range(tl.load(starts + frame), tl.load(starts + frame + 1)):
         pair = tl.load(order + index)
         query_frame = wide(tl.load(pairs + 2 * pair)) * frame_tokens
-        first_row = (wide(tl.program_id(1)) * pair_count + pair) * frame_tokens
+        pair_row = (wide(tl.program_id(1)) * pair_count + pair) * frame_tokens
         center_row = (wide(batch) * pair_count + pair) * frame_tokens
+        q_first = q + query_frame * q_strides[2]
         start, end = frame_tokens * 0, frame_tokens
         if WINDOW == 1:
             # A query in its own window reaches a key exactly where the key's window reaches the query.
             start = tl.maximum(first_key_row - radius, 0) * width
             end = tl.minimum((last_key_row + radius + 1) * width, frame_tokens)
-        for first in range(start, end, BLOCK_M):
-            rows = first + tl.arange(0, BLOCK_M)
-            kept_rows = rows < end
-            reached = True
-            if WINDOW > 0:
-                center_x, center_y = load_centers(center, center_row, rows, kept_rows, width, WINDOW)
+        if WINDOW > 0:
+            for first in range(start, end, BLOCK_M):
+                kept_rows = first + queries < end
+                center_x, center_y = load_centers(center, center_row, first + queries, kept_rows, width, WINDOW)
                 top, bottom = window_rows(center_y, kept_rows, radius, frame_tokens // width)
-                reached = (top <= last_key_row) & (bottom > first_key_row)
-            if reached:
-                q_tile = load_tile(q + query_frame * q_strides[2], rows, dims, q_strides, kept_rows, True, D)
-                row_planes, shift = load_gradient_rows(planes, shifts, first_row, rows, kept_rows)
-                scores = product(q_tile, tl.trans(k_tile), PRECISION)
-                if WINDOW > 0:
-                    scores = masked_scores(
-                        scores, keys, inside, key_mask, mask_strides[1], center_x, center_y, radius, width,
-                        False, WINDOW,
+                if (top <= last_key_row) & (bottom > first_key_row):
+                    accumulator = guarded_queries(
+                        accumulator, k_tile, coordinates, q_first, planes, shifts, pair_row, first, end, keys, dims,
+                        q_strides, center_x, center_y, radius, width, scale, BLOCK_M, D, WINDOW, PRECISION,
                     )  # fmt: skip
-                dlogit = logit_gradients(scores, scale, shift, row_planes, coordinates, PRECISION)
-                accumulator = multiply(tl.trans(dlogit.to(q_tile.dtype)), q_tile, accumulator, PRECISION)
+        else:
+            bulk = frame_tokens // BLOCK_M * BLOCK_M
+            q_next, row_next = q_first, pair_row
+            for _ in range(0, bulk, BLOCK_M):
+                q_tile = load_tile(q_next, queries, dims, q_strides, inside, False, D)  # [M, D]
+                row_planes, shift = load_gradient_rows(planes, shifts, row_next, queries, inside, False)
+                scores = product(k_tile, tl.trans(q_tile), PRECISION)
+                dlogit = logit_gradients(scores, scale, shift[None, :], coordinates, row_planes, PRECISION)
+                accumulator = multiply(dlogit.to(q_tile.dtype), q_tile, accumulator, PRECISION)
+                q_next += wide(q_strides[2]) * BLOCK_M
+                row_next += BLOCK_M
+            if bulk < frame_tokens:
+                accumulator = guarded_queries(
+                    accumulator, k_tile, coordinates, q_first, planes, shifts, pair_row, bulk, end, keys, dims,
+                    q_strides, keys, keys, radius, width, scale, BLOCK_M, D, WINDOW, PRECISION,
+                )  # fmt: skip
     scaled = tl.where(kept[:, None], accumulator * (logit_scale * gradient_range), 0.0)
     store_tile(dk, scaled, keys, dims, dk_strides, inside, D)
 

@@ -14,6 +14,7 @@ from corrdit.kernels.primitives import (
     coordinate_tile,
     keep_window,
     lane,
+    load_allowed,
     load_tile,
     log_sum_exp,
     product,
@@ -52,11 +53,11 @@ def masked_scores(
     HAS_MASK: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """`[M, N]` scores, -inf for keys past the end of the frame, removed by the mask, or outside the window."""
-    kept = inside
-    if HAS_MASK:
-        kept = inside & tl.load(key_mask + wide(tokens) * mask_stride, mask=inside, other=0).to(tl.int1)
+    kept = load_allowed(key_mask, tokens, inside, mask_stride, HAS_MASK)
     if WINDOW > 0:
-        scores = keep_window(scores, tokens % width, tokens // width, center_x, center_y, radius)
+        scores = keep_window(
+            scores, (tokens % width)[None, :], (tokens // width)[None, :], center_x[:, None], center_y[:, None], radius
+        )
     return tl.where(kept[None, :], scores, float("-inf"))
 
 

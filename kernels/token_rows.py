@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from corrdit.kernels.correspondence import Heads, cost_tile, load_allowed
+from corrdit.kernels.correspondence import Heads, cost_tile
 from corrdit.kernels.launch import choose_tiles, launch, product_precision, tile_count
-from corrdit.kernels.primitives import exponentials, head_scores, is_nan, log_sum_exp, raise_peak, wide
+from corrdit.kernels.primitives import exponentials, head_scores, is_nan, load_allowed, log_sum_exp, raise_peak, wide
 from corrdit.kernels.tables import token_segments
 
 
@@ -47,7 +47,7 @@ def row_statistics_kernel(
         )  # fmt: skip
         scores = tl.where(allowed[None, :], scores, float("-inf"))
         peak, shift, shrink = raise_peak(peak, scores, scale)
-        total = total * shrink + tl.sum(exponentials(scores, scale, shift), 1)
+        total = total * shrink + tl.sum(exponentials(scores, scale, shift[:, None]), 1)
     places = statistics + (wide(tl.program_id(1)) * segment_count + segment) * row_count + rows
     tl.store(places, log_sum_exp(peak, total, scale), mask=kept_rows)
 

@@ -1,46 +1,88 @@
 """Compile every Triton kernel ahead of time, without a GPU, and read its cost from the machine code.
 
-reads   nothing
+reads   nothing; with --output results.json, what that file already holds of the same kernel sources
 writes  to standard output a table, or with --json one JSON object a line: op, pass ("forward" or "backward"), heads,
         dtype, head_dim, arch, kernel, tiles (rows, columns, dims, warps, stages), registers, spill_bytes,
-        shared_bytes, launchable, tensor_cores (in every matrix product), serialized_products,
-        instructions_per_element (of the main loop)
+        shared_bytes, launchable, tensor_cores (in every matrix product), serialized_products, repetition (threads that
+        compute each score), instructions_per_element (of the main loop), cycles_per_element (of each unit), and for
+        soft displacement of single heads floor_cycles_per_element; with --output the same in a file, with the command,
+        the commit and the versions, written anew after each call so that a run can be stopped and taken up again
 """
 
 from __future__ import annotations
 
 import json
 import os
+import pathlib
+import sys
 from typing import Any
 
 HELP = "compile every Triton kernel without a GPU and show registers, spills and instructions"
-USAGE = "[--arch 80 90 100] [--json] [--op OP ...] [--dtype DTYPE ...] [--head-dim D ...]"
+USAGE = "[--arch 80 90 100] [--json] [--output FILE] [--op OP ...] [--dtype DTYPE ...] [--head-dim D ...]"
 _COLUMNS = (
     ("op", 22), ("pass", 9), ("heads", 14), ("kernel", 22), ("dtype", 9), ("head_dim", 9), ("arch", 5),
     ("registers", 10), ("spill_bytes", 12), ("shared_bytes", 13), ("launchable", 11), ("tensor_cores", 13),
     ("instructions_per_element", 24),
 )  # fmt: skip
+_KEY = ("op", "heads", "dtype", "head_dim", "arch")
 
 
 def add_arguments(parser: Any) -> None:
     parser.add_argument("--arch", type=int, nargs="+", default=[90], help="compute capabilities: 80, 89, 90, 100")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
+    parser.add_argument("--output", type=str, default=None, help="a JSON file that collects the rows")
     parser.add_argument("--op", nargs="+", default=None, help="only these operations")
     parser.add_argument("--dtype", nargs="+", default=["float16", "bfloat16", "float32"], help="only these dtypes")
     parser.add_argument("--head-dim", type=int, nargs="+", default=[16, 64, 96, 128, 256], help="only these head_dims")
+    parser.add_argument("--precision", type=str, default="ieee", help="of products of float32: ieee or tf32")
 
 
 def run(arguments: Any) -> int:
     # Compiling is what is asked for: interpreted kernels cannot be compiled.
     os.environ.pop("TRITON_INTERPRET", None)
-    from corrdit.kernels.catalogue import compile_all
+    from corrdit.kernels.catalogue import compile_entry, requests, sources
 
+    output = None if arguments.output is None else pathlib.Path(arguments.output)
+    digest = f"{sources()} {arguments.precision}"
+    rows = [] if output is None else _rows_of(output, digest)
     if not arguments.json:
         print("".join(name.ljust(width) for name, width in _COLUMNS).rstrip())
-    for row in compile_all(arguments.arch, arguments.dtype, arguments.head_dim, arguments.op):
-        report = row.report()
-        if arguments.json:
-            print(json.dumps(report), flush=True)
-        else:
-            print("".join(str(report[name]).ljust(width) for name, width in _COLUMNS).rstrip(), flush=True)
+    for request in requests(arguments.arch, arguments.dtype, arguments.head_dim, arguments.op):
+        key = (request.entry.operation, request.entry.heads, request.dtype, request.head_dim, request.arch)
+        found = [row for row in rows if tuple(row[name] for name in _KEY) == key]
+        if not found:
+            found = [row.report() for row in compile_entry(*request, precision=arguments.precision)]
+            rows += found
+            if output is not None:
+                _write(output, digest, rows)
+        for row in found:
+            line = json.dumps(row) if arguments.json else _line(row)
+            print(line, flush=True)
     return 0
+
+
+def _line(row: dict[str, Any]) -> str:
+    return "".join(str(row[name]).ljust(width) for name, width in _COLUMNS).rstrip()
+
+
+def _rows_of(output: pathlib.Path, digest: str) -> list[dict[str, Any]]:
+    """The rows a file holds if they are of these sources; none where there is no file or it is of others."""
+    if not output.exists():
+        return []
+    try:
+        held = json.loads(output.read_text(encoding="utf-8"))
+        return list(held["rows"]) if held["sources"] == digest else []
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"--output {output} holds something else than rows of this command; name another") from error
+
+
+def _write(output: pathlib.Path, digest: str, rows: list[dict[str, Any]]) -> None:
+    import torch
+
+    from corrdit.benchmark.environment import environment
+    from corrdit.files import written_beside
+
+    facts = {"command": " ".join(["corrdit", *sys.argv[1:]]), **environment(torch.device("cpu")), "sources": digest}
+    with written_beside(output, "w") as file:
+        lines = ",\n".join(json.dumps(row) for row in rows)
+        file.write(json.dumps(facts, indent=1)[:-2] + f',\n "rows": [\n{lines}\n ]\n}}\n')

@@ -31,7 +31,10 @@ def cost_rows(
     """Rows of the cost of `corrdit.ops.match` for chosen tokens of the source frame, in every frame.
 
     For pictures, for tracking a few points at a cost that grows with their number, and for averaging the maps of
-    overlapping chunks. Source: DiffTrack (arXiv 2506.17220), query-key matching.
+    overlapping chunks. With `bidirectional` that cost has a part which does not: `P_backward[p', p]` is normalised over
+    all tokens of the source frame, so the log-sum-exp of every token p' of every frame is computed once (the work of
+    one `match` pass over the frames, no more memory than `[H, F*S]` numbers) however few rows are asked for, and no row
+    can do without it. `bidirectional=False` has none. Source: DiffTrack (arXiv 2506.17220), query-key matching.
 
     Args:
         q, k: `[B, H, N, D]` float16, bfloat16, float32 or float64. Text tokens take no part.

@@ -45,6 +45,9 @@ MATCH: list[dict[str, Any]] = [
     {"dtype": SINGLE, "mode": "none", "kept": 0.6, "options": {"bidirectional": False}},
     {"dtype": HALF, "mode": "none", "head_dim": 128, "layout": "dims first"},
     {"dtype": SINGLE, "mode": "probabilities", "heads": 1, "head_dim": 256, "grid": TokenGrid(2, 1, 5)},
+    {"dtype": BRAIN, "mode": "none", "options": {"refine": 1}, "kept": 0.6, "grid": TokenGrid(2, 2, 4)},
+    {"dtype": HALF, "mode": "logits", "options": {"refine": 1}, "weights": (0.3, 0.7), "grid": TokenGrid(2, 2, 4)},
+    {"dtype": SINGLE, "mode": "probabilities", "options": {"refine": 9}, "heads": 1, "grid": TokenGrid(2, 1, 5)},
 ]
 ROWS: list[dict[str, Any]] = [
     {"dtype": SINGLE, "mode": "probabilities"},
@@ -54,7 +57,16 @@ ROWS: list[dict[str, Any]] = [
     {"dtype": SINGLE, "mode": "none", "batch": 2, "kept": 0.6},
     {"dtype": BRAIN, "mode": "none", "head_dim": 10, "layout": "slices"},
     {"dtype": SINGLE, "mode": "probabilities", "kept": 0.0},
-]
+    {"dtype": SINGLE, "mode": "probabilities", "head_dim": 8, "grid": TokenGrid(3, 2, 9), "options": {"source": 2}},
+    {"dtype": BRAIN, "mode": "logits", "heads": 3, "layout": "tokens first", "grid": TokenGrid(1, 2, 9),
+     "options": {"source": 0}},
+    {"dtype": HALF, "mode": "none", "head_dim": 96, "heads": 1, "options": {"bidirectional": False}},
+    {"dtype": SINGLE, "mode": "none", "kept": 0.0, "heads": 1},
+    {"dtype": SINGLE, "mode": "logits", "batch": 2, "layout": "dims first", "options": {"bidirectional": False}},
+    {"dtype": BRAIN, "mode": "probabilities", "head_dim": 128, "heads": 1, "kept": 0.7},
+    {"dtype": HALF, "mode": "probabilities", "weights": (0.0, 1.0), "options": {"source": 0}},
+    {"dtype": SINGLE, "mode": "probabilities", "heads": 1, "head_dim": 256, "options": {"bidirectional": False}},
+]  # fmt: skip
 MASS: list[dict[str, Any]] = [
     {"dtype": SINGLE, "mode": "probabilities", "grid": TEXT_FIRST},
     {"dtype": SINGLE, "mode": "none", "grid": TEXT_LAST, "kept": 0.5},
@@ -63,6 +75,14 @@ MASS: list[dict[str, Any]] = [
     {"dtype": HALF, "mode": "logits", "heads": 3, "grid": TEXT_FIRST, "layout": "tokens first"},
     {"dtype": SINGLE, "mode": "probabilities", "batch": 2, "head_dim": 10, "layout": "slices"},
     {"dtype": SINGLE, "mode": "none", "grid": TEXT_FIRST, "kept": 0.0},
+    {"dtype": SINGLE, "mode": "probabilities", "head_dim": 8, "grid": TokenGrid(3, 2, 9), "options": {"source": 2}},
+    {"dtype": BRAIN, "mode": "none", "head_dim": 96, "heads": 1, "grid": TEXT_LAST, "layout": "tokens first"},
+    {"dtype": HALF, "mode": "none", "head_dim": 128, "heads": 1, "kept": 0.6},
+    {"dtype": SINGLE, "mode": "logits", "kept": 0.4, "heads": 3, "grid": TEXT_FIRST},
+    {"dtype": BRAIN, "mode": "logits", "batch": 2, "grid": TEXT_LAST, "layout": "dims first"},
+    {"dtype": HALF, "mode": "probabilities", "weights": (1.0, 0.0), "grid": TEXT_FIRST, "size": 6.0},
+    {"dtype": SINGLE, "mode": "logits", "kept": 0.0, "grid": TEXT_LAST},
+    {"dtype": SINGLE, "mode": "probabilities", "heads": 1, "head_dim": 256, "grid": TEXT_LAST},
 ]
 
 
@@ -87,7 +107,8 @@ def test_cost_rows(check, case, pinned):
 @pytest.mark.parametrize("pinned", MASS)
 def test_attention_mass(check, case, pinned):
     tokens = torch.arange(18).roll(5)
-    check("attention_mass", case(**{**pinned, "options": {"source": 1, "positional": [tokens]}}))
+    options = {"source": 1, **pinned.get("options", {}), "positional": [tokens]}
+    check("attention_mass", case(**{**pinned, "options": options}))
 
 
 def hard(q: torch.Tensor, k: torch.Tensor, grid: TokenGrid, mode: str) -> torch.Tensor:
