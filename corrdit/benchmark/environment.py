@@ -19,9 +19,7 @@ def environment(device: torch.device) -> dict[str, str | int | None]:
         "corrdit": corrdit.__version__,
         "commit": commit(),
         "device": device_name(device),
-        "driver": _command_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        if device.type == "cuda"
-        else None,
+        "driver": _driver(device) if device.type == "cuda" else None,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -52,6 +50,12 @@ def device_name(device: torch.device) -> str:
         names = [line for line in information.read_text(encoding="utf-8").splitlines() if line.startswith("model name")]
         model = names[0].split(":", 1)[1].strip() if names else model
     return f"{model}, {os.cpu_count()} cores"
+
+
+def _driver(device: torch.device) -> str | None:
+    return _command_output(
+        "nvidia-smi", f"--id={device.index or 0}", "--query-gpu=driver_version", "--format=csv,noheader"
+    )
 
 
 def _version(package: str) -> str | None:

@@ -22,10 +22,13 @@ def milliseconds(value: float) -> str:
     return f"{value:.3g} ms" if value < 100 else f"{value:.0f} ms"
 
 
-def mebibytes(value: float) -> str:
+def memory(value: float) -> str:
+    """Two digits, in KiB, MiB or GiB."""
     mebi = value / 2**20
     if mebi >= 2**14:
         return f"{mebi / 2**10:.0f} GiB"
+    if mebi < 0.1:
+        return f"{value / 2**10:.0f} KiB"
     return f"{mebi:.0f} MiB" if mebi >= 10 else f"{mebi:.1f} MiB"
 
 
@@ -127,7 +130,7 @@ def _time(row: Row) -> str:
 
 
 def _memory(row: Row) -> str:
-    return mebibytes(row["extra_bytes"]) if "milliseconds" in row else ""
+    return memory(row["extra_bytes"]) if "milliseconds" in row else ""
 
 
 def _share(row: Row) -> str:

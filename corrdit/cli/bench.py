@@ -329,7 +329,7 @@ def _print_plan(todo: Sequence[Piece], settings: Settings, ceilings: Ceilings | 
 
 
 def _line(row: Row) -> str:
-    from corrdit.benchmark.report import mebibytes, milliseconds, percent
+    from corrdit.benchmark.report import memory, milliseconds, percent
 
     about = f" ({row['about']})" if "about" in row else ""
     where = f"{row['operation']} | {row['pass']} | {row['shape']['name']} | {row['competitor']}{about}"
@@ -338,6 +338,6 @@ def _line(row: Row) -> str:
     times = row["milliseconds"]
     return (
         f"{where}: {milliseconds(times['median'])} ({times['least']:.3g} to {times['most']:.3g} ms, {times['count']} "
-        f"calls), {mebibytes(row['extra_bytes'])}, {percent(row['share_of_limit'])} of the limit "
+        f"calls), {memory(row['extra_bytes'])}, {percent(row['share_of_limit'])} of the limit "
         f"({row['bound']}), error {row['error']:.1e}"
     )
