@@ -90,7 +90,7 @@ def png_bytes(pixels: np.ndarray) -> bytes:
     from PIL import Image
 
     encoded = io.BytesIO()
-    Image.fromarray(pixels).save(encoded, "PNG", optimize=True)
+    Image.fromarray(pixels).save(encoded, "PNG")
     return encoded.getvalue()
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from corrdit.video import resize_frame
 
 _FADE = 0.9
-_RING, _CROSS = "#ffffff", "#00e5ff"
+_RING, _CROSS, _EDGE = (255, 255, 255), (0, 229, 255), (20, 20, 20)
+_MARK = 6.0
+"""Radius of a ring and length of a cross's arms, in pixels."""
 
 
 def draw_attention_maps(
@@ -86,22 +86,17 @@ def _enlarged(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _marked(picture: np.ndarray, marks: list[tuple[np.ndarray, str]]) -> np.ndarray:
-    if not marks:
-        return picture
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    height, width = picture.shape[:2]
-    figure = Figure(figsize=(width / 72, height / 72), dpi=72)
-    canvas = FigureCanvasAgg(figure)
-    figure.figimage(picture, 0, 0, origin="upper", zorder=-1)
-    axis = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
-    axis.set_axis_off()
-    axis.patch.set_alpha(0)
-    for (x, y), kind in marks:
-        style: dict[str, Any] = {"marker": "+", "mec": _CROSS}
+    """Rings and crosses with a dark edge at (x, y) in pixels, anti-aliased."""
+    y, x = np.mgrid[: picture.shape[0], : picture.shape[1]] + 0.5
+    drawn = picture.astype(np.float64)
+    for place, kind in marks:
+        across, down = x - place[0], y - place[1]
         if kind == "ring":
-            style = {"marker": "o", "mfc": "none", "mec": _RING}
-        axis.plot([x], [y], markersize=11, markeredgewidth=2, clip_on=False, **style)
-    canvas.draw()
-    return np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])
+            distance = np.abs(np.hypot(across, down) - _MARK)
+        else:
+            arms = ((np.abs(across), np.abs(down)), (np.abs(down), np.abs(across)))
+            distance = np.minimum(*(np.hypot(thin, np.maximum(along - _MARK, 0)) for thin, along in arms))
+        for colour, width in ((_EDGE, 2.2), (_RING if kind == "ring" else _CROSS, 1.1)):
+            cover = np.clip(width + 0.5 - distance, 0, 1)[..., None]
+            drawn += cover * (np.array(colour) - drawn)
+    return (drawn + 0.5).astype(np.uint8)

@@ -78,7 +78,7 @@ def test_a_folder_gives_one_report_a_broken_video_is_counted_and_a_second_run_go
     result = output / "videos" / "a.mp4" / "analysis.npz"
     before = result.stat().st_mtime_ns
     (output / "videos" / "b.mp4" / "analysis.npz").unlink()
-    assert analyze(*given) == 2
+    assert analyze(*given, "--pictures", 0) == 2
     assert result.stat().st_mtime_ns == before
     assert (output / "videos" / "b.mp4" / "analysis.npz").is_file()
     capsys.readouterr()
@@ -116,7 +116,7 @@ def test_prompts_become_a_data_set_and_a_report(with_tiny, tmp_path, capsys, mon
     (tmp_path / "prompts.txt").write_text("# the set\na dog runs\n\na boat\n", encoding="utf-8")
     output = tmp_path / "out"
     given = ["--prompts", tmp_path / "prompts.txt", "--output", output, "--steps", "0,1", "--inference-steps", "2"]
-    assert analyze(*given, "--tracker", "patches") == 0
+    assert analyze(*given, "--tracker", "patches", "--pictures", 0) == 0
     assert (output / "dataset" / "prompts.txt").read_text(encoding="utf-8") == "a dog runs\na boat\n"
     assert np.load(output / "dataset" / "tracks" / "001.npy").shape == (1, 9, 100, 2)
     assert len(read_results(output).tables) == 2
