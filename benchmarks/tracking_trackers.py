@@ -44,11 +44,18 @@ TRACKERS: dict[str, Callable[[Any, Mapping[str, Any]], Track]] = {
 }
 
 
+def released_temperature(backbone: Any) -> float:
+    """The released tracking code scales products by the number of heads to the -1/2 in place of their size."""
+    config = backbone.transformer.config
+    return float((config.attention_head_dim / config.num_attention_heads) ** 0.5)
+
+
 def variants(backbone: Any) -> list[Variant]:
     """All rows for a backbone; its preset's own options for the tracker are the default that rows change."""
     own = dict(getattr(backbone.preset, "tracking", None) or {})
     mean = {**own, "layers": (), "layer": backbone.preset.layer, "head_weights": ()}
     mean.pop("layers")
+    published = {"preset": "published", "temperature": released_temperature(backbone)}
     filtered = [(f"low-pass {spread:g}", {"low_pass": spread}) for spread in (0.4, 0.8)]
     changed: list[tuple[str, dict[str, Any]]] = [
         ("default", {}),
@@ -70,8 +77,9 @@ def variants(backbone: Any) -> list[Variant]:
         ("crops at 1/2 and 1/4", {"crops": (0.5, 0.25)}),
         ("visibility by the whole frame only", {"crop_tolerance": 100.0}),
         ("everything visible", {"visibility": "all"}),
-        ("published procedure", {"preset": "published"}),
-        ("published, frames not 256 x 256 first", {"preset": "published", "resize_first": None}),
+        ("published procedure", published),
+        ("published, frames not 256 x 256 first", {**published, "resize_first": None}),
+        ("published, products by head size", {"preset": "published"}),
     ]
     rows = [Variant(name, "tracker", options) for name, options in changed]
     rows += [

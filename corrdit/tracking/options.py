@@ -94,8 +94,8 @@ class TrackerOptions:
     frames_per_block: int | None = 120
     geometry: str = "centers"
     visibility: str = "consistency"
-    tolerance: float = 2.0
-    crop_tolerance: float = 2.0
+    tolerance: float = 1.5
+    crop_tolerance: float = 1.5
     backend: str = "auto"
     memory_budget: int | None = None
 
