@@ -107,7 +107,7 @@ def frame_local_attention(q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, *, r
 
 
 @functools.cache
-def _compiled_flex_attention() -> Callable[..., Tensor]:
+def _compiled_flex_attention() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
     return _compile(flex_attention)
@@ -123,7 +123,7 @@ def flex_soft_displacement(q: Tensor, k: Tensor, grid: TokenGrid, *, temperature
     expected = []
     for frame in range(grid.frames):
         keys = k[:, :, frame * tokens : (frame + 1) * tokens].contiguous()
-        attended = _compiled_flex_attention()(q, keys, values, scale=temperature * q.shape[-1] ** -0.5)
+        attended: Tensor = _compiled_flex_attention()(q, keys, values, scale=temperature * q.shape[-1] ** -0.5)
         expected.append(attended[..., :2].to(position.dtype).mean(1) * extent + middle)
     result = torch.stack(expected, dim=1).unflatten(2, (grid.frames, tokens)).transpose(1, 2)
     return (result - position).unflatten(-2, (grid.height, grid.width))
@@ -145,6 +145,20 @@ def _same_frame_mask(grid: TokenGrid, device: torch.device) -> object:
     return make(seen, None, None, grid.tokens, grid.tokens, device=device)
 
 
-def flex_frame_local_attention(q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid) -> Tensor:
-    """Renormalised frame-local attention by FlexAttention with a block mask; takes text tokens."""
-    return _compiled_flex_attention()(q, k, v, block_mask=_same_frame_mask(grid, q.device))
+def flex_frame_local_attention(q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, *, renormalize: bool = True) -> Tensor:
+    """Frame-local attention by FlexAttention with a block mask; takes text tokens.
+
+    Zeroing after the softmax is masking before it, times the share of the kept keys in the full softmax sum; that sum
+    is read off a second attention over all keys, whose values are 16 wide and not used.
+    """
+    mask = _same_frame_mask(grid, q.device)
+    if renormalize:
+        masked: Tensor = _compiled_flex_attention()(q, k, v, block_mask=mask)
+        return masked
+    from torch.nn.attention.flex_attention import AuxRequest
+
+    sums = AuxRequest(lse=True)
+    kept, near = _compiled_flex_attention()(q, k, v, block_mask=mask, return_aux=sums)
+    _, everything = _compiled_flex_attention()(q, k, v[..., :16].detach().contiguous(), return_aux=sums)
+    zeroed: Tensor = kept * (near.lse - everything.lse).exp().unsqueeze(-1).to(kept.dtype)
+    return zeroed

@@ -164,6 +164,11 @@ def _frame_local(renormalize: bool, rivals: Mapping[str, Rival]) -> Contest:
             map_bytes=lambda shape, _: _all_pairs(2.0)(shape, 4),
             compiles=True,
         ),
+        "flex": Rival(
+            lambda s: (compiled.flex_frame_local_attention(s.q, s.k, s.v, s.grid, renormalize=renormalize),),
+            forward_only_on="cpu",
+            compiles=True,
+        ),
     }
     return Contest(
         lambda s, backend: (
@@ -256,11 +261,6 @@ CONTESTS = {
             "sdpa": Rival(
                 lambda s: (frame_by_frame.frame_local_attention(s.q, s.k, s.v, s.grid),),
                 about=lambda s: frame_by_frame.chosen_kernel(s.q, s.k, s.v, s.grid),
-            ),
-            "flex": Rival(
-                lambda s: (compiled.flex_frame_local_attention(s.q, s.k, s.v, s.grid),),
-                forward_only_on="cpu",
-                compiles=True,
             ),
         },
     ),

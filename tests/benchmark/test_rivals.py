@@ -124,12 +124,14 @@ def test_flex_attention(tensors):
     found = compiled.flex_soft_displacement(q, k, grid, temperature=2.0)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     with_text = TokenGrid(2, 4, 5, text_tokens=20)
-    torch.testing.assert_close(
-        compiled.flex_frame_local_attention(q, k, v, with_text),
-        ops.frame_local_attention(q, k, v, with_text),
-        rtol=1e-4,
-        atol=1e-5,
-    )
+    q, k, v = (torch.cat((tensor, tensor), dim=-1) for tensor in (q, k, v))  # a head is at least 16 wide
+    for before in (True, False):
+        torch.testing.assert_close(
+            compiled.flex_frame_local_attention(q, k, v, with_text, renormalize=before),
+            ops.frame_local_attention(q, k, v, with_text, renormalize=before),
+            rtol=1e-4,
+            atol=1e-5,
+        )
 
 
 @pytest.mark.slow
