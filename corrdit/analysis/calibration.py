@@ -49,6 +49,8 @@ class Calibration:
         threshold: in pixels of the encoded frames.
         moving: whether only points that moved were counted; False where there were none.
         videos: how many videos it rests on.
+        low_pass: standard deviation in tokens of the filter on queries and keys that is surely better than none for
+            `best`; 0 where none is, or where `best` is a single head.
     """
 
     best: Choice
@@ -58,10 +60,13 @@ class Calibration:
     threshold: float
     moving: bool
     videos: int
+    low_pass: float = 0.0
 
     def described(self) -> str:
         """The choice in one sentence."""
         head = "mean over heads" if self.best.head is None else f"head {self.best.head}"
+        if self.low_pass:
+            head += f" (better with a low-pass filter of {self.low_pass:g} tokens)"
         kind = "visible points that moved" if self.moving else "visible points"
         return (
             f"layer {self.best.layer}, {head}, step {self.best.step} (timestep {self.best.timestep:g}): "
@@ -97,12 +102,13 @@ def calibrate(tables: Sequence[AnalysisTable], *, threshold: float | None = None
     best, single = mean, None
     if summed.heads:
         single = _choice(summed, accuracy, counts, 1, 1 + summed.heads)
-        if _surely_better(summed, counts, single, mean):
+        if _surely_better(counts, _place(summed, single), _place(summed, mean)):
             best = single
     at = summed.steps.index(best.step)
     order = np.argsort(-np.nan_to_num(accuracy[at, :, 0], nan=-1.0), kind="stable")
     layers = tuple(summed.layers[index] for index in order)
-    return Calibration(best, mean, single, layers, threshold, moving, len(tables))
+    low_pass = 0.0 if best.head is not None else _low_pass(summed, counts, best)
+    return Calibration(best, mean, single, layers, threshold, moving, len(tables), low_pass)
 
 
 def preset_values(calibration: Calibration, settings: dict[str, Any]) -> dict[str, Any]:
@@ -120,7 +126,11 @@ def preset_values(calibration: Calibration, settings: dict[str, Any]) -> dict[st
     inference_steps = options.get("inference_steps")
     if not inference_steps:
         raise ValueError("the settings of the analysis do not say how many inference steps it counts in")
-    kept = {name: value for name, value in settings.get("preset", {}).items() if value is not None}
+    # The tracker's own options belong to the layers and heads they name, in place of which others are chosen here.
+    of_before = settings.get("preset", {}).items()
+    kept = {name: value for name, value in of_before if value is not None and name != "tracking"}
+    # Weights and options chosen for other layers do not hold for these.
+    kept = {name: value for name, value in kept.items() if name not in ("tracking", "head_weights")}
     chosen = {
         "layer": best.layer,
         "step": -1 if best.step == inference_steps - 1 else best.step,
@@ -134,6 +144,8 @@ def preset_values(calibration: Calibration, settings: dict[str, Any]) -> dict[st
         "guidance_layers": list(calibration.layers[:GUIDANCE_LAYERS]),
         "layers_by_accuracy": list(calibration.layers),
     }
+    if calibration.low_pass:
+        chosen["tracking"] = {"low_pass": calibration.low_pass}
     if options.get("tokens_per_frame"):
         chosen["tokens_per_frame"] = options["tokens_per_frame"]
     return {**kept, **chosen}
@@ -177,19 +189,30 @@ def _choice(
     )
 
 
+def _low_pass(table: AnalysisTable, counts: list[tuple[np.ndarray, np.ndarray]], best: Choice) -> float:
+    """The filter that matches best at the chosen layer and step, if it is surely better than none; else 0."""
+    s, n, r = _place(table, best)
+    places = [(s, n, 1 + table.heads + index) for index in range(len(table.low_pass))]
+    if not places:
+        return 0.0
+    found = max(places, key=lambda place: sum(hits[place] for hits, _ in counts))
+    return table.low_pass[places.index(found)] if _surely_better(counts, found, (s, n, r)) else 0.0
+
+
+def _place(table: AnalysisTable, choice: Choice) -> tuple[int, int, int]:
+    reading = 0 if choice.head is None else 1 + choice.head
+    return table.steps.index(choice.step), table.layers.index(choice.layer), reading
+
+
 def _surely_better(
-    table: AnalysisTable, counts: list[tuple[np.ndarray, np.ndarray]], single: Choice, mean: Choice
+    counts: list[tuple[np.ndarray, np.ndarray]], one: tuple[int, int, int], other: tuple[int, int, int]
 ) -> bool:
-    shares = []
-    for choice in (single, mean):
-        place = (
-            table.steps.index(choice.step),
-            table.layers.index(choice.layer),
-            0 if choice.head is None else 1 + choice.head,
-        )
-        hits, cases = (np.array([pair[kind][place] for pair in counts]) for kind in (0, 1))
-        shares.append(_resampled(hits, cases, 0))
-    return bool(np.quantile(shares[0] - shares[1], 0.025) > 0)
+    """Whether one reading beats another in 97.5 % of resamplings of the videos, the same ones for both."""
+    first, second = (
+        _resampled(*(np.array([pair[kind][place] for pair in counts]) for kind in (0, 1)), seed=0)
+        for place in (one, other)
+    )
+    return bool(np.quantile(first - second, 0.025) > 0)
 
 
 def _resampled(hits: np.ndarray, cases: np.ndarray, seed: int) -> np.ndarray:

@@ -53,7 +53,8 @@ class PointTracker:
     Diffusion Transformers" (arXiv 2506.17220), zero-shot point tracking.
 
     A forward pass is made for every chunk of every distinct query frame: points on one frame share them, points on n
-    frames cost n times as much.
+    frames cost n times as much. Where `crops` are asked for (or the backbone's preset has them), every point is then
+    looked at again in enlarged crops, which finds it far below the token at a cost that grows with the points.
 
     Args:
         backbone: what `corrdit.load_backbone` returns.
