@@ -83,9 +83,10 @@ class EvaluationResults:
         files = sorted((self.path / "broken" / file_name(tracker)).glob("*.json"))
         return [contents for contents in map(_read_json, files) if contents is not None]
 
-    def any_failure(self) -> bool:
-        """Whether any video could not be evaluated."""
-        return next(self.path.glob("broken/*/*.json"), None) is not None
+    def any_failure(self, trackers: Iterable[str]) -> bool:
+        """Whether any of the trackers could not evaluate some video."""
+        folders = [self.path / "broken" / file_name(tracker) for tracker in trackers]
+        return any(next(folder.glob("*.json"), None) is not None for folder in folders)
 
     def forget_failures(self, trackers: Iterable[str]) -> None:
         """Remove what is said about broken videos, for they are tried again."""

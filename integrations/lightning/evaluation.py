@@ -114,7 +114,7 @@ class EvaluationModule(lightning.LightningModule):
         """
         said: dict[str, Any] = {"name": batch["name"]}
         for choice in self.choices:
-            if self.on_broken == "stop" and self.results.any_failure():
+            if self.on_broken == "stop" and self.results.any_failure(self.labels):
                 break
             if not self.results.is_done([choice.label], batch["name"]):
                 said[choice.label] = self._evaluated(choice, batch)

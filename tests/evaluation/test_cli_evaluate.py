@@ -118,6 +118,15 @@ def test_the_published_layers_are_those_of_the_presets():
         assert (choice.options["height"], choice.options["width"]) == (preset.height, preset.width)
 
 
+def test_trackers_by_label_are_given_as_yaml():
+    arguments = parsed("--trackers", "{whole: {kind: ours, refine: 0}, still: null}", "--layer", "1")
+    choices = chosen_trackers(evaluate.plain(arguments.trackers), given_tracker_options(arguments))
+    assert [(choice.label, choice.kind, choice.options) for choice in choices] == [
+        ("whole", "ours", {"layer": 1, "refine": 0}),
+        ("still", "still", {}),
+    ]
+
+
 def test_options_after_the_setting_change_it_and_a_file_is_read(tmp_path):
     assert parsed("--config", "hunyuanvideo-davis", "--mode", "strided").mode == "strided"
     file = tmp_path / "mine.yaml"

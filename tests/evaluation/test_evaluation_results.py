@@ -42,13 +42,14 @@ def test_a_result_replaces_a_failure_and_failures_are_forgotten(tmp_path):
     results = EvaluationResults(tmp_path)
     results.write_failure("still", "ant", "no picture")
     results.write_failure("still", "bee", "no picture")
-    assert results.any_failure()
+    assert results.any_failure(["ours", "still"])
+    assert not results.any_failure(["ours"])
     assert not results.is_done(["still"], "ant")
     results.write_record("still", "ant", {"video": "ant", "figures": None})
     assert results.failure("still", "ant") is None
     assert [failure["video"] for failure in results.failures("still")] == ["bee"]
     results.forget_failures(["still"])
-    assert not results.any_failure()
+    assert not results.any_failure(["still"])
     assert results.is_done(["still"], "ant")
     assert not results.is_done(["still", "ours"], "ant")
 
