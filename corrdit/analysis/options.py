@@ -34,6 +34,8 @@ class AnalysisOptions:
         steps: denoising steps, 0 the noisiest, negative ones from the last; None for all.
         inference_steps: length of the schedule that `steps` counts in; None for the backbone's preset.
         per_head: whether every head is read by itself beside the mean over heads.
+        low_pass: standard deviations in tokens of low-pass filters on queries and keys (see
+            `corrdit.tracking.filtering`); the mean over heads is also read through each of them.
         features: whether intermediate features are matched too.
         thresholds: largest distances of a hit in pixels of the encoded frames; None for 1/4 to 4 tokens.
         least_motion: in tokens; points that moved farther from their place in the first frame are also counted apart,
@@ -65,6 +67,7 @@ class AnalysisOptions:
     steps: tuple[int, ...] | None = None
     inference_steps: int | None = None
     per_head: bool = True
+    low_pass: tuple[float, ...] = ()
     features: bool = True
     thresholds: tuple[float, ...] | None = None
     least_motion: float = 1.5
@@ -98,6 +101,10 @@ class AnalysisOptions:
             if not given or not all(0 < threshold < float("inf") for threshold in given):
                 raise ValueError(f"thresholds must be positive distances in pixels, at least one, got {given}")
             object.__setattr__(self, "thresholds", tuple(sorted(set(given))))
+        spreads = tuple(float(spread) for spread in self.low_pass)
+        if not all(0 < spread < float("inf") for spread in spreads) or len(set(spreads)) < len(spreads):
+            raise ValueError(f"low_pass must be different standard deviations above 0, in tokens, got {self.low_pass}")
+        object.__setattr__(self, "low_pass", spreads)
         if not self.least_motion >= 0:
             raise ValueError(f"least_motion must be a distance in tokens of at least 0, got {self.least_motion}")
 

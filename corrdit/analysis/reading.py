@@ -11,6 +11,7 @@ from torch import Tensor
 from corrdit import ops
 from corrdit.analysis.options import AnalysisOptions
 from corrdit.grid import TokenGrid
+from corrdit.tracking.filtering import low_pass
 from corrdit.tracking.geometry import nearest_tokens, pixels_to_tokens, sample_matches
 
 Stride = tuple[int, int]
@@ -20,8 +21,8 @@ class AttentionReading(NamedTuple):
     """Query-key matching and attention of P points of the first frame, for the mean over heads and then each head.
 
     Attributes:
-        positions: `[1 + H, F - 1, P, 2]` (x, y) in pixels of the encoded frames, in every later frame of the grid;
-            `[1, ...]` without heads apart.
+        positions: `[1 + H + n, F - 1, P, 2]` (x, y) in pixels of the encoded frames, in every later frame of the grid:
+            the mean over heads, each head (H is 0 without heads apart), the mean through each of n low-pass filters.
         text: `[1 + H, P]` summed attention on the text.
         frames: `[1 + H, P, F]` summed attention on each frame.
         text_peak: `[1 + H, P]` largest single weight in the text.
@@ -77,6 +78,12 @@ def read_attention(
         positions.append(placed.cpu() if heads == "probabilities" else placed[0].cpu())
         mass = ops.attention_mass(q, k, grid, tokens, heads=heads, **common)
         masses.append([part.cpu() if heads == "probabilities" else part[0].cpu() for part in mass])
+    video = grid.video_slice
+    alone = {**common, "key_mask": None if key_mask is None else key_mask[:, video]}
+    for spread in options.low_pass:
+        smooth = [low_pass(tensor[:, :, video], grid.without_text(), spread) for tensor in (q, k)]
+        found = ops.match(*smooth, grid.without_text(), bidirectional=options.bidirectional, **alone).xy
+        positions.append(sample_matches(found, points.to(found), stride, geometry=options.geometry).cpu())
     return AttentionReading(torch.cat(positions), *(torch.cat(parts) for parts in zip(*masses, strict=True)))
 
 

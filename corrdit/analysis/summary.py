@@ -97,7 +97,8 @@ def _findings(page: ReportPage, results: AnalysisResults, table: AnalysisTable, 
 
 def _compared(table: AnalysisTable, choice: Calibration) -> list[str]:
     heads = [] if choice.single is None else [f"query-key head {choice.single.head}"]
-    return [MEAN, *heads, *(FEATURE_READINGS if table.features else ()), STANDING_STILL]
+    filtered = [f"query-key low-pass {spread:g}" for spread in table.low_pass]
+    return [MEAN, *heads, *filtered, *(FEATURE_READINGS if table.features else ()), STANDING_STILL]
 
 
 def _threshold_row(table: AnalysisTable, reading: str, choice: Calibration) -> list[Any]:

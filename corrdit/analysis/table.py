@@ -43,6 +43,7 @@ class AnalysisTable:
         features: whether intermediate features were matched.
         thresholds: in pixels of the encoded frames.
         stride: (dy, dx) pixels a token spans.
+        low_pass: standard deviations in tokens of the filters the mean over heads was also read through.
         videos: how many videos are in the sums.
         hits, moving_hits: int64 `[S, L, R, K]`; cases, moving_cases: int64 `[S, L, R]`.
         confidence, text, own, cross: float64 `[S, L, M]`; confidence_cases, attention_cases: int64 `[S, L]`.
@@ -58,6 +59,7 @@ class AnalysisTable:
     features: bool
     thresholds: tuple[float, ...]
     stride: tuple[int, int]
+    low_pass: tuple[float, ...] = ()
     videos: int = 1
     hits: np.ndarray = None  # type: ignore[assignment]
     moving_hits: np.ndarray = None  # type: ignore[assignment]
@@ -83,16 +85,16 @@ class AnalysisTable:
 
     @property
     def readings(self) -> tuple[str, ...]:
-        """Names of the R readings: the mean over heads, each head, features, and points that never move."""
+        """Names of the R readings: mean over heads, each head, the mean filtered, features, points that never move."""
         single = tuple(f"query-key head {head}" for head in range(self.heads))
-        return (MEAN, *single, *(FEATURE_READINGS if self.features else ()), STANDING_STILL)
+        filtered = tuple(f"query-key low-pass {spread:g}" for spread in self.low_pass)
+        return (MEAN, *single, *filtered, *(FEATURE_READINGS if self.features else ()), STANDING_STILL)
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What two tables must share to be added up."""
-        return (
-            self.steps, self.layers, self.timesteps, self.heads, self.features, self.thresholds, self.stride,
-        )  # fmt: skip
+        names = ("steps", "layers", "timesteps", "heads", "features", "thresholds", "stride", "low_pass")
+        return tuple(getattr(self, name) for name in names)
 
     def put_matches(self, step: int, layer: int, first: int, counts: MatchCounts) -> None:
         """Enter the counts of consecutive readings, from reading number `first`; step and layer by their indices."""

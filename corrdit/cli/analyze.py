@@ -35,6 +35,7 @@ SOURCES = ("world", "videos", "tapvid", "difftrack", "prompts")
 _OPTIONS: dict[str, tuple[Any, str]] = {
     "inference_steps": (int, "steps of the schedule that --steps counts"),
     "per_head": (bool, "read every head by itself too"),
+    "low_pass": (list[float], "also match through low-pass filters of so many tokens, such as [0.5,1]"),
     "features": (bool, "match intermediate features too"),
     "thresholds": (list[float], "distances in pixels of the encoded frames, such as [2,4,8]"),
     "least_motion": (float, "tokens; points that moved farther are also counted apart"),
@@ -107,8 +108,9 @@ def run(arguments: Any) -> int:
 def given_options(arguments: Any) -> dict[str, Any]:
     """Options of `AnalysisOptions` that were given; `steps` is still to be resolved against the model."""
     given = {name: arguments[name] for name in _OPTIONS if arguments[name] is not None}
-    if "thresholds" in given:
-        given["thresholds"] = tuple(given["thresholds"])
+    for name in ("thresholds", "low_pass"):
+        if name in given:
+            given[name] = tuple(given[name])
     if arguments.layers != "all":
         given["layers"] = _numbers("--layers", arguments.layers)
     return given

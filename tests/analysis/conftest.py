@@ -34,7 +34,15 @@ def tiny() -> Any:
 def make_table() -> Any:
     """Builds tables of two steps and three layers with hits of each (step, layer, reading) set by a function."""
 
-    def build(hit_share: Any, *, heads: int = 2, cases: int = 100, moving: int = 50, seed: int = 0) -> AnalysisTable:
+    def build(
+        hit_share: Any,
+        *,
+        heads: int = 2,
+        cases: int = 100,
+        moving: int = 50,
+        seed: int = 0,
+        low_pass: tuple[float, ...] = (),
+    ) -> AnalysisTable:
         table = AnalysisTable(
             steps=(3, 9),
             layers=(0, 1, 2),
@@ -43,6 +51,7 @@ def make_table() -> Any:
             features=True,
             thresholds=(2.0, 4.0),
             stride=(4, 4),
+            low_pass=low_pass,
         )
         random = np.random.default_rng(seed)
         for (s, n, r), _ in np.ndenumerate(table.cases):

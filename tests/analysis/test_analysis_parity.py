@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from corrdit import TokenGrid
+from corrdit import TokenGrid, ops
 from corrdit.analysis.options import AnalysisOptions, analysis_options
 from corrdit.analysis.reading import point_tokens, read_attention, read_features
 from corrdit.analysis.scoring import TrueTracks, attention_sums, match_counts, video_positions
+from corrdit.tracking.filtering import low_pass
 from corrdit.tracking.interpolation import interpolate_tracks
 
 
@@ -152,3 +153,22 @@ def test_queries_that_are_nan_are_refused():
         read_attention(
             q, q, grid, None, points=torch.zeros(1, 2), stride=(4, 4), options=AnalysisOptions(per_head=False)
         )
+
+
+def test_low_pass_readings_follow_the_heads_and_match_filtered_queries_and_keys():
+    grid = TokenGrid(3, 4, 6, text_tokens=5)
+    q, k = normal(1, 1, 2, grid.tokens, 8), normal(2, 1, 2, grid.tokens, 8)
+    mask = torch.ones(1, grid.tokens, dtype=torch.bool)
+    mask[:, -3:] = False
+    points = (grid.coordinates() + 0.5) * 8
+    options = AnalysisOptions(low_pass=(0.7, 2.0))
+    reading = read_attention(q, k, grid, mask, points=points, stride=(8, 8), options=options)
+    assert reading.positions.shape == (1 + 2 + 2, 2, 24, 2)
+    assert reading.text.shape == (3, 24)
+    video = grid.video_slice
+    for place, spread in ((3, 0.7), (4, 2.0)):
+        smooth = [low_pass(part[:, :, video], grid.without_text(), spread) for part in (q, k)]
+        found = ops.match(*smooth, grid.without_text(), key_mask=mask[:, video]).xy[0].flatten(1, 2)
+        torch.testing.assert_close(reading.positions[place], (found + 0.5) * 8)
+    with pytest.raises(ValueError, match="low_pass must be different standard deviations"):
+        AnalysisOptions(low_pass=(1.0, 1.0))

@@ -101,6 +101,21 @@ def test_calibration_takes_the_best_and_a_head_only_where_it_is_surely_better(ma
         calibrate(mixed, threshold=3)
 
 
+def test_calibration_takes_a_low_pass_filter_where_it_is_surely_better(make_table):
+    def filtered(s: int, n: int, r: int) -> float:
+        return 0.2 + 0.2 * (n == 1) + 0.1 * s + (0.2 if r == 2 else 0)
+
+    tables = [make_table(filtered, heads=0, low_pass=(0.5, 1.0), seed=seed) for seed in range(3)]
+    assert tables[0].readings[:3] == (MEAN, "query-key low-pass 0.5", "query-key low-pass 1")
+    found = calibrate(tables)
+    assert (found.best.layer, found.best.head, found.low_pass) == (1, None, 1.0)
+    settings = {"options": {"inference_steps": 10}, "preset": {"tracking": {"combine": "median"}, "layer": 2}}
+    assert preset_values(found, settings)["tracking"] == {"low_pass": 1.0}
+    plain = [make_table(lambda s, n, r: 0.5 + 0.1 * n - 0.02 * r, heads=0, low_pass=(0.5, 1.0)) for _ in range(3)]
+    assert calibrate(plain).low_pass == 0
+    assert "tracking" not in preset_values(calibrate(plain), settings)
+
+
 def test_interval_leaves_out_videos_without_cases():
     assert interval(np.array([5, 0]), np.array([10, 0])) == (0.5, 0.5)
 

@@ -190,4 +190,5 @@ def _empty_table(
         features=options.features,
         thresholds=options.thresholds_for(stride),
         stride=stride,
+        low_pass=options.low_pass,
     )

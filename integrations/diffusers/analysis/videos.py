@@ -57,6 +57,7 @@ def analysis_axes(backbone: Any, options: AnalysisOptions) -> AnalysisTable:
         features=options.features,
         thresholds=options.thresholds_for(stride),
         stride=stride,
+        low_pass=options.low_pass,
     )
 
 
