@@ -9,6 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _LAZY_ATTRIBUTES = {
+    "AnalysisDataModule": "corrdit.integrations.lightning.analysis",
+    "AnalysisModule": "corrdit.integrations.lightning.analysis",
     "CorrespondenceCallback": "corrdit.integrations.lightning.callback",
     "CorrespondenceMonitor": "corrdit.integrations.lightning.monitor",
     "EvaluationModule": "corrdit.integrations.lightning.evaluation",
@@ -24,6 +26,8 @@ _LAZY_ATTRIBUTES = {
     "tracking_report": "corrdit.integrations.lightning.modules",
 }
 __all__ = [
+    "AnalysisDataModule",
+    "AnalysisModule",
     "CorrespondenceCallback",
     "CorrespondenceMonitor",
     "EvaluationModule",
@@ -40,6 +44,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from corrdit.integrations.lightning.analysis import AnalysisDataModule, AnalysisModule
     from corrdit.integrations.lightning.callback import CorrespondenceCallback
     from corrdit.integrations.lightning.data_modules import VideoDataModule
     from corrdit.integrations.lightning.evaluation import EvaluationModule
