@@ -48,7 +48,7 @@ def add_arguments(parser: Any) -> None:
         help="shrink frames to at most this many pixels on the longer side while reading; results stay in the file's"
         " own pixels",
     )
-    parser.add_argument("--trail", type=int, default=12, metavar="N", help="frames of path drawn behind a point")
+    parser.add_argument("--trail", type=int, default=6, metavar="N", help="frames of path drawn behind a point")
     parser.add_argument(
         "--processes", type=int, default=1, metavar="N", help="share a folder of videos out over N processes or GPUs"
     )

@@ -32,7 +32,7 @@ class TrackStyle:
             it is a mismatch or a cut rather than a motion, and its line would only cover the picture.
     """
 
-    trail: int = 12
+    trail: int = 6
     radius: float | None = None
     fade: float = 0.45
     hidden: bool = True
