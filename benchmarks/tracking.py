@@ -46,7 +46,7 @@ def parsed_arguments() -> argparse.Namespace:
     parser.add_argument("--clips", type=int, default=6)
     parser.add_argument("--seeds", choices=list(SEEDS), default="report", help="tune: clips for choosing options")
     parser.add_argument("--size", type=int, nargs=3, default=(16, 160, 240), metavar=("T", "H", "W"))
-    parser.add_argument("--points", type=int, default=8, metavar="N", help="N x N points on the first frame")
+    parser.add_argument("--points", type=int, default=6, metavar="N", help="N x N points on the first frame")
     parser.add_argument("--variants", nargs="*", default=None, help="names of rows; all by default")
     parser.add_argument(
         "--add", nargs=2, action="append", default=[], metavar=("NAME", "JSON"), help="a row of one's own"
