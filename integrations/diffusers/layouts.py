@@ -114,6 +114,12 @@ def layout_of(transformer: torch.nn.Module) -> TransformerLayout:
         layout = _registered_layouts().get(candidate.__name__)
         if layout is not None:
             return layout()
+    for name, child in transformer.named_modules():
+        if name and has_layout(child):
+            raise ValueError(
+                f"{type(transformer).__name__} is not a known video transformer, but holds a {type(child).__name__} as "
+                f".{name}; give that one (calls of the whole are noticed)"
+            )
     raise ValueError(
         f"{type(transformer).__name__} is not a known video transformer; known are "
         f"{', '.join(sorted(_registered_layouts()))}; register a layout with "

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -326,6 +327,13 @@ def named_operations(operation: Operation | Mapping[str, Operation]) -> dict[str
 @contextlib.contextmanager
 def _operation_context(request: ReadRequest, query: torch.Tensor) -> Iterator[None]:
     """Gradients only if asked for, the tensors' own precision, and nothing saved in a checkpointed block."""
+    if request.keep_graph and not torch.is_grad_enabled():
+        warnings.warn(
+            "keep_graph=True, but this forward runs without autograd (torch.no_grad(), the call of a pipeline, or "
+            "reentrant checkpointing), so results have no graph; call the transformer itself with autograd on",
+            UserWarning,
+            stacklevel=2,
+        )
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.set_grad_enabled(request.keep_graph and torch.is_grad_enabled()))
         stack.enter_context(torch.autocast(query.device.type, enabled=False))

@@ -27,7 +27,16 @@ class PipelineSteps:
         self.call = -1
 
     def advance(self, call: ForwardCall) -> None:
-        """Take note of a call of the transformer (of any of the pipeline's transformers)."""
+        """Take note of a call of the transformer (of any of the pipeline's transformers).
+
+        Raises:
+            ValueError: the call is not the pipeline's own, so steps and branches cannot be told.
+        """
+        if hasattr(type(self._pipe), "current_timestep") and getattr(self._pipe, "_current_timestep", None) is None:
+            raise ValueError(
+                f"the transformer was called, but not by the {type(self._pipe).__name__} that is captured; capture the "
+                "pipeline that runs (another may share its parts), or the transformer itself"
+            )
         schedule = self._pipe.scheduler.timesteps
         if schedule is not self._schedule:
             self._schedule, self._marker, self.step = schedule, None, -1

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from corrdit.cli import main
-from corrdit.testing.tiny_models import tiny_pipeline
+from corrdit.testing.tiny_models import TINY_MODELS, tiny_pipeline
 from corrdit.tracking import Tracks
 
 
@@ -18,6 +18,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     tiny_pipeline("cogvideox-rotary").save_pretrained(folder)
     return folder
+
+
+@pytest.mark.filterwarnings("ignore:.*has no text encoder")
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_every_family_tracks_from_a_folder(name: str, clip: Path, tmp_path: Path) -> None:
+    tiny_pipeline(name).save_pretrained(tmp_path / "model")
+    size = ["--height", "64", "--width", "64", "--frames-per-chunk", "4", "--points", "grid:2"]
+    command = ["track", str(clip), "--model", str(tmp_path / "model"), *size]
+    assert main([*command, "--output", str(tmp_path / "out")]) == 0
+    tracks = Tracks.load(tmp_path / "out" / "tracks.npz")
+    assert (tracks.frames, tracks.points) == (6, 4)
+    np.testing.assert_allclose(tracks.xy[0, 0], (16, 12))
+    assert bool(tracks.xy.isfinite().all())
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"tracks.npz", "tracks.mp4", "tracks.png"}
 
 
 @pytest.mark.filterwarnings("ignore:.*has no text encoder")

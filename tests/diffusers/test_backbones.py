@@ -156,6 +156,11 @@ def test_timesteps_are_trailing_whatever_the_pipelines_spacing():
     backbone.pipe.scheduler = CogVideoXDPMScheduler(timestep_spacing="leading")
     assert (backbone.timestep(0, 50), backbone.timestep(-1, 50), backbone.timestep(-1)) == (999.0, 19.0, 19.0)
     assert backbone.pipe.scheduler.config.timestep_spacing == "leading"
+    for wrong in (0.5, True, "last"):
+        with pytest.raises(ValueError, match="step must be whole numbers"):
+            backbone.timestep(wrong, 50)
+    with pytest.raises(ValueError, match="inference_steps must be a whole number of at least 1, got 0"):
+        backbone.timestep(0, 0)
     for wrong in (50, -51):
         with pytest.raises(ValueError, match="outside a schedule of 50 steps"):
             backbone.timestep(wrong, 50)
@@ -226,6 +231,39 @@ def test_hub_ids_while_offline(name, monkeypatch, tmp_path):
         load_backbone(name)
 
 
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch, tmp_path):
+    asked = []
+
+    def unreachable(url, **options):
+        asked.append(url)
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", unreachable)
+    with pytest.raises(ValueError, match=r"nobody/nothing: it is not in the local cache and the hub cannot be reached"):
+        load_backbone("nobody/nothing")
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("embedded", {"device": "gpu"}, "device 'gpu' cannot be used on this machine"),
+        (
+            "embedded",
+            {"dtype": "float16"},
+            "a floating-point torch dtype such as torch.bfloat16, or None, got 'float16'",
+        ),
+        ("embedded", {"dtype": torch.int8}, "a floating-point torch dtype"),
+        (None, {}, "a string or a path, got a NoneType"),
+    ],
+)
+def test_wrong_arguments(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        load_backbone(name, **options)
+
+
 def test_folders_without_a_pipeline(tmp_path):
     with pytest.raises(ValueError, match=r"no model_index\.json"):
         load_backbone(tmp_path)
@@ -270,8 +308,18 @@ def test_latents_that_do_not_fit():
         backbone.forward(torch.zeros(2, 4, 8, 8), 19.0, {})
     with pytest.raises(ValueError, match="latent height 7 is not a multiple"):
         backbone.grid(2, 7, 8)
-    with pytest.raises(ValueError, match="layer 3 is outside"):
-        backbone.forward(torch.zeros(2, 4, 8, 8), 19.0, {3: grid_of})
+    latents = torch.zeros(2, 4, 8, 8)
+    for operations, message in (
+        ({3: grid_of}, "layer 3 is outside"),
+        ({True: grid_of}, "True and False are no numbers"),
+        ({0: grid_of, -3: max}, "layers 0 and -3 are the same one of 3"),
+        ([grid_of], "operations must be a dict"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            backbone.forward(latents, 19.0, operations)
+    with pytest.raises(ValueError, match="encoder_hidden_states has 3 samples and the latents 1"):
+        backbone.forward(latents, 19.0, {0: grid_of}, prompt_embeds=torch.zeros(3, 8, 16))
+    assert backbone.forward(latents.numpy(), 19.0, {0: grid_of})[0].frames == 2
 
 
 def test_cogvideox_1_5_has_positions_for_a_largest_size():

@@ -138,6 +138,22 @@ def test_blocks_compiled_to_machine_code(scores, transformer_call):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_blocks_are_not_compiled_anew_for_every_capture(scores, transformer_call):
+    transformer, arguments = transformer_call("wan")
+    for block in transformer.blocks:
+        block.compile(backend="eager", fullgraph=True)
+    torch._dynamo.utils.counters.clear()
+    with torch.no_grad():
+        output(transformer, arguments)
+        # More captures than the limit of recompilations, behind which a whole graph is an error.
+        for _ in range(torch._dynamo.config.recompile_limit + 2):
+            with capture(transformer, layers=[0, 1], operation=scores) as captured:
+                output(transformer, arguments)
+    assert len(captured) == 2
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_processor_by_hand(transformer_call, scores):
     from corrdit import CorrespondenceProcessor
 
@@ -211,7 +227,7 @@ def test_lora(transformer_call, scores):
     assert not torch.allclose(captured[0, 0], reference[0, 0])
 
 
-@pytest.mark.parametrize("name", ["cogvideox-rotary", "wan"])
+@pytest.mark.parametrize("name", ["cogvideox-rotary", "hunyuanvideo", "wan", "ltx"])
 def test_fused_projections(name, transformer_call, scores):
     transformer, arguments = transformer_call(name)
     reference = assert_reads_the_same(transformer, arguments, scores)

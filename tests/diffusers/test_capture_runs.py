@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
+import threading
 import weakref
 
+import numpy as np
 import pytest
 import torch
 
-from corrdit import capture
+from corrdit import capture, ops
 
 GUIDED = ("cogvideox", "cogvideox-rotary", "hunyuanvideo", "wan", "wan-2.2", "ltx", "mochi")
 
@@ -224,6 +227,10 @@ def test_a_copied_pipeline_is_free_of_the_capture(pipeline, generation, scores):
         ({"layers": [-4]}, "layer -4 is outside"),
         ({"layers": []}, "layers is empty"),
         ({"layers": [0.5]}, "layers must be whole numbers"),
+        ({"layers": True}, "True and False are no numbers here"),
+        ({"layers": torch.tensor([False])}, "True and False are no numbers here"),
+        ({"layers": "0"}, "layers must be whole numbers"),
+        ({"layers": 0, "steps": [True]}, "steps must be whole numbers"),
         ({"layers": 0, "steps": []}, "steps is empty"),
         ({"layers": 0, "operation": None}, "must be a function"),
         ({"layers": 0, "operation": {}}, "empty dict"),
@@ -235,6 +242,105 @@ def test_a_copied_pipeline_is_free_of_the_capture(pipeline, generation, scores):
 def test_bad_options(options, message, pipeline, scores):
     with pytest.raises(ValueError, match=message):
         capture(pipeline("cogvideox"), **{"operation": scores, **options})
+
+
+@pytest.mark.parametrize(
+    "layers", [np.int64(1), torch.tensor(1), torch.tensor([1]), np.array([1]), range(1, 2), [1, -2]]
+)
+def test_layers_may_be_any_whole_numbers(layers, pipeline, generation, scores):
+    pipe = pipeline("wan")
+    with capture(pipe, layers=layers, steps=np.arange(1), operation=scores) as captured:
+        pipe(**generation("wan", steps=2))
+    assert list(captured) == [(0, 1)]
+
+
+def test_a_pickled_or_copied_capture_is_a_dict_of_its_results(pipeline, generation, scores):
+    pipe = pipeline("ltx")
+    reader = capture(pipe, layers=0, steps=[0], operation=scores)
+    with pytest.raises(KeyError, match="the model has not run inside the block"):
+        reader[0, 0]
+    with reader:
+        pipe(**generation("ltx", steps=2))
+    assert repr(reader) == "<Capture of LTXPipeline: (0, 0)>"
+    duplicate = copy.deepcopy(reader)
+    assert type(duplicate) is dict
+    assert same_results(duplicate, reader)
+    assert b"LTXPipeline" not in pickle.dumps(reader)
+
+
+def test_per_head_results(pipeline, generation):
+    pipe = pipeline("wan")
+
+    def motion(q, k, grid, key_mask):
+        return ops.soft_displacement(q, k, grid, heads="none", key_mask=key_mask)
+
+    with capture(pipe, layers=0, steps=[-1], operation=motion) as captured:
+        pipe(**generation("wan", steps=2))
+    assert captured[1, 0].shape == (1, 2, 3, 3, 4, 4, 2)
+
+
+def test_calls_by_something_else_than_the_captured_pipeline_are_refused(pipeline, generation, scores):
+    """Another pipeline with the same transformer would be read with the wrong steps and branches."""
+    pipe = pipeline("cogvideox")
+    sharing = type(pipe)(**pipe.components)
+    sharing.set_progress_bar_config(disable=True)
+    pipe(**generation("cogvideox", steps=2))
+    with (
+        pytest.raises(ValueError, match="called, but not by the CogVideoXPipeline that is captured"),
+        capture(pipe, layers=0, operation=scores),
+    ):
+        sharing(**generation("cogvideox", steps=2))
+    with capture(sharing, layers=0, steps=[-1], operation=scores) as captured:
+        sharing(**generation("cogvideox", steps=2))
+    assert captured[1, 0].shape[0] == 1
+
+
+def test_two_pipelines_at_once_and_a_run_in_another_thread(pipeline, generation, scores):
+    first, second = pipeline("wan"), pipeline("ltx")
+    with (
+        capture(first, layers=0, steps=[0], operation=scores) as one,
+        capture(second, layers=1, steps=[1], operation=scores) as two,
+    ):
+        thread = threading.Thread(target=lambda: first(**generation("wan", steps=2)))
+        thread.start()
+        thread.join()
+        second(**generation("ltx", steps=2))
+    assert (list(one), list(two)) == ([(0, 0)], [(1, 1)])
+
+
+def test_a_callback_that_raises_stops_the_run_and_the_model_is_restored(pipeline, generation, scores):
+    pipe = pipeline("wan")
+    before = type(pipe.transformer.blocks[0].attn1.processor)
+
+    def failing(step, layer, result):
+        raise RuntimeError(f"no room for {step}, {layer}")
+
+    with (
+        pytest.raises(RuntimeError, match="no room for 0, 0"),
+        capture(pipe, layers=0, operation=scores, callback=failing),
+    ):
+        pipe(**generation("wan"))
+    assert type(pipe.transformer.blocks[0].attn1.processor) is before
+    assert not pipe.transformer._forward_pre_hooks
+
+
+def test_a_wrapped_transformer_says_where_the_known_one_is(transformer_call, scores):
+    transformer, arguments = transformer_call("wan")
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = transformer
+
+        def forward(self, **arguments):
+            return self.module(**arguments)
+
+    with pytest.raises(ValueError, match=r"but holds a WanTransformer3DModel as \.module"):
+        capture(Wrapper(), layers=0, operation=scores)
+    wrapper = Wrapper()
+    with torch.no_grad(), capture(wrapper.module, layers=0, operation=scores) as captured:
+        wrapper(**arguments)
+    assert list(captured) == [(0, 0)]
 
 
 @pytest.mark.parametrize("step", [3, -4])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -111,6 +113,10 @@ def test_cross_attention_is_refused(attached, scores):
     [
         (lambda q, k, grid, key_mask: q, "returned q or a view"),
         (lambda q, k, grid, key_mask: {"kept": [k[:, :, 1:2].transpose(1, 2)]}, "returned k or a view"),
+        (lambda q, k, grid, key_mask: q.detach().numpy()[0], "returned q or a view"),
+        (lambda q, k, grid, key_mask: {"set": {k[0]}}, "returned k or a view"),
+        (lambda q, k, grid, key_mask: SimpleNamespace(inside=[q]), "returned q or a view"),
+        (lambda q, k, grid, key_mask: (row for row in q), "returned a generator"),
         (lambda q, k, grid, key_mask: k.mul_(2).sum(), "wrote to k in place"),
     ],
 )
@@ -118,6 +124,41 @@ def test_operations_that_hold_or_change_the_model_are_caught(operation, message,
     transformer, arguments, module, grid = attached()
     module.processor = CorrespondenceProcessor(module.processor, grid, operation)
     with pytest.raises(ValueError, match=message):
+        run(transformer, arguments)
+
+
+def test_results_of_other_kinds_are_passed_on(attached):
+    transformer, arguments, module, grid = attached()
+    cycle = SimpleNamespace()
+    cycle.itself = cycle
+    given = (None, 2.5, {"a"}, cycle, torch.eye(3).to_sparse(), torch.nn.Linear(1, 1), np.zeros(3), torch.zeros(0))
+    module.processor = CorrespondenceProcessor(module.processor, grid, lambda *_: given)
+    run(transformer, arguments)
+    assert all(kept is one for kept, one in zip(module.processor.result[:4], given[:4], strict=True))
+
+
+@pytest.mark.parametrize(("name", "other"), [("wan", "cogvideox"), ("mochi", "wan"), ("ltx", "hunyuanvideo")])
+def test_the_processor_of_another_family_is_refused(name, other, attached, scores):
+    transformer, arguments, module, grid = attached(name)
+    foreign = attached(other)[2].processor
+    module.processor = CorrespondenceProcessor(foreign, grid, scores)
+    with pytest.raises(
+        ValueError, match=f"{type(foreign).__name__} fails on this .*wrap the processor that the module"
+    ):
+        run(transformer, arguments)
+
+
+def test_errors_of_an_operation_reach_the_caller_as_they_are(attached):
+    transformer, arguments, module, grid = attached()
+    module.processor = CorrespondenceProcessor(module.processor, grid, lambda q, k, grid, key_mask: q.no_such_method())
+    with pytest.raises(AttributeError, match="no_such_method"):
+        run(transformer, arguments)
+
+
+def test_a_graph_that_cannot_be_kept_is_said(attached):
+    transformer, arguments, module, grid = attached()
+    module.processor = CorrespondenceProcessor(module.processor, grid, lambda q, *_: q.mean(), keep_graph=True)
+    with pytest.warns(UserWarning, match="runs without autograd"):
         run(transformer, arguments)
 
 
@@ -206,6 +247,12 @@ def test_a_processor_without_sdpa_is_refused(attached, scores):
         run(transformer, arguments)
 
 
+def test_an_attention_module_in_place_of_its_processor_is_refused(attached, scores):
+    _, _, module, grid = attached("wan")
+    with pytest.raises(ValueError, match=r"WanAttention is the attention module; give its \.processor"):
+        CorrespondenceProcessor(module, grid, scores)
+
+
 def test_copies_are_the_inner_processor(attached, scores):
     _, _, module, grid = attached("hunyuanvideo")
     processor = CorrespondenceProcessor(module.processor, grid, scores)
@@ -220,6 +267,8 @@ def test_copies_are_the_inner_processor(attached, scores):
         ((int, TokenGrid(1, 1, 1), print), "needs the attention processor it delegates to"),
         ((print, (1, 2, 3), print), "needs a TokenGrid"),
         ((print, TokenGrid(1, 1, 1), "softmax"), "must be a function"),
+        ((print, TokenGrid(1, 1, 1), None), "must be a function"),
+        ((print, None, print), "needs a TokenGrid"),
     ],
 )
 def test_bad_arguments(arguments, message):
