@@ -59,15 +59,15 @@ _LARGE = {
 # The same for the shared memory of 8.0 (163 KiB) and of 8.9 (99 KiB), where products run on mma.sync.
 _MEDIUM = {
     "soft_forward": {64: Tiles(128, 64, 64, 4, 3), 128: Tiles(128, 64, 128, 8, 2), 256: Tiles(64, 32, 256, 4, 2)},
-    "soft_backward_query": {64: Tiles(64, 64, 64, 4, 2), 128: Tiles(64, 32, 128, 4, 2), 256: Tiles(64, 32, 256, 8, 1)},
-    "soft_backward_key": {64: Tiles(64, 64, 64, 4, 2), 128: Tiles(32, 64, 128, 4, 2), 256: Tiles(32, 64, 256, 8, 1)},
+    "soft_backward_query": {64: Tiles(64, 32, 64, 4, 3), 128: Tiles(64, 32, 128, 4, 2), 256: Tiles(64, 16, 256, 4, 1)},
+    "soft_backward_key": {64: Tiles(32, 64, 64, 4, 3), 128: Tiles(32, 64, 128, 4, 2), 256: Tiles(16, 64, 256, 4, 1)},
     "folded_forward": {256: Tiles(128, 128, 32, 8, 3)},
     "folded_gradient": {256: Tiles(128, 128, 32, 8, 3)},
     "statistics": {256: Tiles(128, 64, 64, 8, 2)},
     "correspondence": {256: Tiles(64, 64, 64, 4, 2)},
     "refinement": {256: Tiles(64, 16, 64, 4, 1)},
-    "local_forward": {64: Tiles(128, 64, 64, 4, 2), 128: Tiles(64, 64, 128, 4, 2), 256: Tiles(64, 32, 256, 4, 1)},
-    "local_backward_query": {64: Tiles(64, 64, 64, 4, 2), 128: Tiles(64, 32, 128, 4, 1), 256: Tiles(64, 16, 256, 8, 1)},
+    "local_forward": {64: Tiles(128, 64, 64, 8, 2), 128: Tiles(64, 32, 128, 4, 2), 256: Tiles(64, 16, 256, 4, 1)},
+    "local_backward_query": {64: Tiles(64, 64, 64, 4, 2), 128: Tiles(64, 32, 128, 4, 1), 256: Tiles(64, 16, 256, 4, 1)},
     "local_backward_key": {64: Tiles(64, 64, 64, 4, 2), 128: Tiles(32, 64, 128, 4, 1), 256: Tiles(16, 64, 256, 8, 1)},
 }
 # float32: twice the bytes, and products on the floating-point units unless tf32 is asked for.

@@ -112,6 +112,8 @@ def triton_unavailable(device: str, dtype: torch.dtype, head_dim: int | None = N
         return "triton is not installed"
     if dtype == torch.float64:
         return "the kernels take float16, bfloat16 and float32, not float64"
+    if head_dim is not None and (reason := _unfit_head_dim(head_dim)):
+        return reason
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return None
     if device != "cuda":
@@ -120,7 +122,7 @@ def triton_unavailable(device: str, dtype: torch.dtype, head_dim: int | None = N
         return "the kernels are tuned and tested for NVIDIA devices only, this PyTorch is built for AMD"
     if torch.cuda.get_device_capability() < (8, 0):
         return f"the kernels need compute capability 8.0 or later, this device has {torch.cuda.get_device_capability()}"
-    return None if head_dim is None else _unfit_head_dim(head_dim)
+    return None
 
 
 @functools.cache

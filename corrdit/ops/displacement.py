@@ -58,7 +58,9 @@ def soft_displacement(
             which the window lies, rounded to a token and moved into the frame; the query's own place by default.
         scale: factor of q.k, `D ** -0.5` by default.
         key_mask: bool `[B, N]`, True = may be attended. A query without any key gets displacement 0.
-        backend: "auto", "triton", "streaming" or "reference".
+        backend: "auto", "triton", "streaming" or "reference". "auto" is "triton" for CUDA tensors and "streaming" for
+            all others; also, with a warning in the log that says why, for CUDA tensors the kernels do not take
+            (float64, head_dim outside 8 to 256, AMD devices, compute capability below 8.0).
         memory_budget: bytes beyond inputs and outputs (streaming).
 
     Returns:
