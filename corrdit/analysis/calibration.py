@@ -208,11 +208,11 @@ def _surely_better(
     counts: list[tuple[np.ndarray, np.ndarray]], one: tuple[int, int, int], other: tuple[int, int, int]
 ) -> bool:
     """Whether one reading beats another in 97.5 % of resamplings of the videos, the same ones for both."""
-    first, second = (
-        _resampled(*(np.array([pair[kind][place] for pair in counts]) for kind in (0, 1)), seed=0)
-        for place in (one, other)
-    )
-    return bool(np.quantile(first - second, 0.025) > 0)
+    resampled = []
+    for place in (one, other):
+        hits, cases = (np.array([pair[kind][place] for pair in counts]) for kind in (0, 1))
+        resampled.append(_resampled(hits, cases, 0))
+    return bool(np.quantile(resampled[0] - resampled[1], 0.025) > 0)
 
 
 def _resampled(hits: np.ndarray, cases: np.ndarray, seed: int) -> np.ndarray:
