@@ -176,7 +176,7 @@ def _write_limits(rows: Sequence[Row], path: pathlib.Path) -> None:
     bounds = {_line(row): row["bound"] for row in timed}
     passes = {FORWARD: "forward", BOTH: "both passes"}
     axis.set_yticks(range(len(lines)), [f"{name}, {passes[p]} ({bounds[name, p]})" for name, p in lines])
-    axis.invert_yaxis()
+    axis.set_ylim(len(lines) - 0.5, -0.5)
     axis.set_xscale("log")
     axis.set_xlim(right=max(1.15, 1.15 * max(row["share_of_limit"] for row in timed)))
     axis.axvline(1.0, color="black", linewidth=1)

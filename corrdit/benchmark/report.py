@@ -51,9 +51,12 @@ def shape_of(row: Row) -> Shape:
 
 
 def largest_shape(rows: Sequence[Row]) -> Shape:
-    """The one with most tokens times channels that a time was taken at."""
-    timed = [row for row in rows if "milliseconds" in row]
-    return max((shape_of(row) for row in timed or rows), key=lambda shape: shape.grid.tokens**2 * shape.channels)
+    """Of the shapes at which most operations and passes were timed, the one with most work."""
+    timed = [row for row in rows if "milliseconds" in row] or rows
+    lines: dict[Shape, set[tuple[str, str]]] = {}
+    for row in timed:
+        lines.setdefault(shape_of(row), set()).add((row["operation"], row["pass"]))
+    return max(lines, key=lambda shape: (len(lines[shape]), shape.grid.tokens**2 * shape.channels))
 
 
 def _head(rows: Sequence[Row]) -> list[str]:

@@ -72,6 +72,9 @@ def test_every_operation_has_rows_with_times_memory_and_versions(tmp_path):
         assert row["share_of_limit"] == row["floor_milliseconds"] / row["milliseconds"]["median"]
     assert rows[0]["about"] == "streaming"
     assert json.loads(json.dumps(rows)) == rows
+    larger = {**rows[0], "shape": dataclasses.asdict(dataclasses.replace(SMALL, name="larger", frames=4))}
+    assert report.largest_shape([*rows, larger]).name == "small"
+    assert report.largest_shape([rows[0], larger]).name == "larger"
     table = report.write_table(rows, tmp_path).read_text()
     assert "| frame_local_attention:masked | corrdit auto (streaming) |" in table
     assert {path.name for path in write_plots(rows, tmp_path)} == {
