@@ -71,14 +71,8 @@ def analyze_generation(
             that are NaN, a video whose frames are not those of the latents, or no point that can be scored.
     """
     options = options or AnalysisOptions()
-    check_call(backbone.pipe, call or {})
-    arguments = dict(call or {})
-    if prompt:
-        arguments["prompt"] = prompt
-    inference_steps = int(
-        arguments.get("num_inference_steps") or options.inference_steps or backbone.preset.inference_steps
-    )
-    arguments |= {"num_inference_steps": inference_steps, "output_type": "np"}
+    arguments = _arguments(backbone, prompt, options, call or {})
+    inference_steps = arguments["num_inference_steps"]
     steps = resolved("step", options.steps, inference_steps, f"the run of {inference_steps} steps")
     layers = resolved("layer", options.layers, backbone.layers, backbone.name)
     reader = _GridReader(backbone, options, mode)
@@ -99,9 +93,7 @@ def analyze_generation(
             deliver=receive,
         )
         with capturing:
-            made = backbone.pipe(**arguments, generator=torch.Generator().manual_seed(seed))
-        frames = np.asarray(made.frames[0])
-        video = np.round(frames * 255).clip(0, 255).astype(np.uint8)
+            video = _generated(backbone.pipe, arguments, seed)
         tracks = tracker(video, np.column_stack([np.zeros(len(reader.points)), reader.points.numpy()]))
         table = _empty_table(backbone, options, steps, layers)
         truth = reader.truth(backbone, video, tracks)
@@ -109,6 +101,20 @@ def analyze_generation(
         for step, layer, name, reading in spool:
             score_reading(table, step, layer, name, reading, truth, options)
     return GenerationAnalysis(table, video, tracks, prompt, seed)
+
+
+def _arguments(backbone: Any, prompt: str, options: AnalysisOptions, call: Mapping[str, Any]) -> dict[str, Any]:
+    """What the pipeline is called with, the generator aside."""
+    check_call(backbone.pipe, call)
+    steps = int(call.get("num_inference_steps") or options.inference_steps or backbone.preset.inference_steps)
+    words = {"prompt": prompt} if prompt else {}
+    return {**call, **words, "num_inference_steps": steps, "output_type": "np"}
+
+
+def _generated(pipe: Any, arguments: Mapping[str, Any], seed: int) -> np.ndarray:
+    """The video, uint8 `[T, H, W, 3]`."""
+    made = pipe(**arguments, generator=torch.Generator().manual_seed(seed))
+    return np.round(np.asarray(made.frames[0]) * 255).clip(0, 255).astype(np.uint8)
 
 
 class _GridReader:
