@@ -33,10 +33,13 @@ REQUIREMENTS = [
     "av>=13,<19",
     "matplotlib>=3.8,<4",
     "safetensors>=0.5,<1",
+    "pillow>=10,<14",
 ]
 EXTRAS = {
     "metrics": ["torchmetrics>=1.4,<2"],
     "tensorboard": ["tensorboard>=2.16,<3"],
+    "parquet": ["pyarrow>=15,<24"],
+    "opencv": ["opencv-python-headless>=4.9,<5"],
     "test": [
         "pytest>=8,<10",
         "pytest-xdist>=3.5,<4",
