@@ -210,7 +210,7 @@ def draw_samples(rows: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> Figure:
     frames, height, width = rows[0][1].shape[:3]
     gap = max(1, width // 16)
     with rc_context(STYLE):
-        figure = new_figure(14, (7 * height / width / frames * 0.97 + 0.3) * len(rows) + 0.4)
+        figure = new_figure(14, (7 * height / width / frames * 0.97 + 0.2) * len(rows) + 0.15)
         grid = figure.subplots(len(rows), 2, squeeze=False)
         for line, (prompt, *videos) in zip(grid, rows, strict=True):
             for axes, video in zip(line, videos, strict=True):

@@ -4,9 +4,9 @@
 
 Measures matching accuracy of every layer and head at eleven timesteps on 200 held-out videos (the same videos and noise
 as embedded_matching.py, so the same figures at its timesteps) unless the table of these weights is there, generates the
-samples, and draws. Two tables are taken from where other commands leave them: the large videos of embedded_matching.py
-and the training run of embedded_emergence.py, which needs the run's checkpoints. --draw-only draws again from the
-tables alone.
+samples, and draws. Two tables are taken from where other commands leave them: embedded_matching.py's, for single heads
+and bars where it holds more videos and for the large ones, and the training run of embedded_emergence.py, which needs
+the run's checkpoints. --draw-only draws again from the tables alone.
 """
 
 from __future__ import annotations
@@ -102,13 +102,16 @@ def read_table(path: pathlib.Path) -> dict[str, Any]:
 def drawn(tables: pathlib.Path) -> Iterator[tuple[str, Figure]]:
     """Names and figures of all tables."""
     layers = read_table(tables / "embedded_layers.json")
-    readings = layers["readings"]
-    yield "layers_timesteps", draw_layers(readings, layers["videos"])
-    yield "heads", draw_heads(readings, SHOWN)
-    panels = {"8 frames of 32 x 32": summary({str(timestep): readings[str(timestep)] for timestep in SHOWN})}
+    yield "layers_timesteps", draw_layers(layers["readings"], layers["videos"])
     matching = tables / "embedded_matching.json"
-    if matching.is_file() and "large" in (large := read_table(matching)):
-        panels["24 frames of 480 x 720, at 20 x 30 tokens"] = large["large"]["summary"]
+    others = read_table(matching) if matching.is_file() else {}
+    most = max((layers, others.get("training_size", layers)), key=lambda table: table["videos"])
+    yield "heads", draw_heads(most["readings"], SHOWN)
+    shown = {str(timestep): most["readings"][str(timestep)] for timestep in SHOWN}
+    panels = {f"{most['videos']} videos of 8 frames of 32 x 32": summary(shown)}
+    if "large" in others:
+        large = others["large"]
+        panels[f"{large['videos']} videos of 24 frames of 480 x 720, at 20 x 30 tokens"] = large["summary"]
     yield "bars", draw_bars(panels)
     run = read_table(tables / "embedded_emergence.json")
     yield "emergence", draw_emergence(run["checkpoints"])

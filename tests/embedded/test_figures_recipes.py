@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader
 from corrdit.data import WorldConfig
 from corrdit.integrations.diffusers.embedded import load_embedded_pipeline
 from corrdit.integrations.diffusers.embedded.evaluation import HELD_OUT_SEEDS, matching_table
+from corrdit.integrations.diffusers.embedded.pipeline import build_pipeline
+from corrdit.integrations.lightning import CorrespondenceMonitor, WorldProbe
 from corrdit.integrations.lightning.recipes import export_checkpoint, load_recipe, newest_checkpoint, train
 from corrdit.integrations.lightning.training import GeneratedBatches, TrainingConfig
 
@@ -39,7 +41,7 @@ def csv_losses(output: pathlib.Path) -> dict[int, float]:
     found: dict[int, float] = {}
     for path in sorted((output / "logs").glob("part_*/metrics.csv")):
         with path.open(encoding="utf-8") as file:
-            found |= {int(row["step"]): float(row["loss"]) for row in csv.DictReader(file)}
+            found |= {int(row["step"]): float(row["loss"]) for row in csv.DictReader(file) if row["loss"]}
     return found
 
 
@@ -113,3 +115,17 @@ def test_absolute_positions_train_export_generate_and_are_read(tmp_path: pathlib
     seeds = range(HELD_OUT_SEEDS, HELD_OUT_SEEDS + 2)
     table = matching_table(pipe, WorldConfig(frames=4, height=16, width=16), seeds, (300,))
     assert {"query-key 1 mean", "query-key 0 head 1", "block output 0", "patches"} <= set(table["readings"]["300"])
+
+
+def test_the_monitor_follows_the_averaged_weights_without_changing_the_run(tmp_path: pathlib.Path) -> None:
+    config = load_recipe("smoke", steps=2)
+    monitor = CorrespondenceMonitor(
+        every=1,
+        probe=WorldProbe(clips=1, frames=3, height=16, width=16, timesteps=(300,), points=4),
+        pipeline=lambda module: build_pipeline(module.average),
+    )
+    train(config, tmp_path / "watched", progress=False, callbacks=[monitor])
+    train(config, tmp_path / "plain", progress=False)
+    logged = (tmp_path / "watched" / "logs" / "part_0" / "metrics.csv").read_text(encoding="utf-8")
+    assert "correspondence/train/layer_1/noise_300/accuracy" in logged
+    assert csv_losses(tmp_path / "watched") == csv_losses(tmp_path / "plain")
