@@ -43,6 +43,10 @@ types: $(VENV)/.linted
 	$(BIN)/pip install --quiet --no-deps --target build/types/site build/types/wheel/*.whl
 	MYPYPATH=build/types/site $(BIN)/mypy --config-file pyproject.toml --package corrdit
 
+# Every figure of the embedded model, from the shipped checkpoint and the committed curves of its training.
+figures: $(INSTALLED)
+	$(BIN)/python benchmarks/embedded_figures.py
+
 format: $(VENV)/.linted
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .

@@ -168,7 +168,7 @@ def test_trackers_by_name_and_by_label():
         ("ours,best", {}, "unknown tracker 'best'; accepted are ours, released"),
         ("", {}, "no tracker is asked for"),
         (["still", "still"], {}, "asked for twice"),
-        ("ours", {"layers": 3}, "tracker ours: unknown tracker option 'layers'"),
+        ("ours", {"blocks": 3}, "tracker ours: unknown tracker option 'blocks'"),
         ({"a": {"kind": "released", "refine": 1}}, {}, 'tracker a: geometry="released"'),
         ({"patches": {"size": 3}}, {}, "tracker patches: unknown option 'size'; the options are radius"),
     ],
