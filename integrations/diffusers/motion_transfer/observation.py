@@ -27,7 +27,9 @@ def attention_observed(
         arguments: of its forward, by name.
         operations: by layer (counted from 0) and name. Results stay attached to the graph where gradients are on.
     """
-    reader = Capture(transformer, operations=operations, named=True, keep_graph=torch.is_grad_enabled(), early_exit=True)
+    reader = Capture(
+        transformer, operations=operations, named=True, keep_graph=torch.is_grad_enabled(), early_exit=True
+    )
     with reader:
         transformer(**arguments)
     return {layer: reader[0, layer] for layer in operations}
