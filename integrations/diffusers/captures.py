@@ -20,6 +20,7 @@ from corrdit.integrations.diffusers.processors import (
     Operation,
     ReadRequest,
     named_operations,
+    without_leftover,
 )
 from corrdit.integrations.diffusers.steps import PipelineSteps, TransformerSteps
 
@@ -227,13 +228,13 @@ class Capture(Mapping[tuple[int, int], Any]):
                     f"this {type(transformer).__name__} is already being captured; give all layers, steps and "
                     "operations to one capture, or close the other first"
                 )
-            check_processor(module.processor)
+            check_processor(without_leftover(module.processor))
 
     def _attach(self, transformer: torch.nn.Module, layout: TransformerLayout, stack: ExitStack) -> None:
         modules = layout.attention_modules(transformer)
         processors = {}
         for layer in self._operations:
-            processor = CorrespondenceProcessor(modules[layer].processor, None, None)
+            processor = CorrespondenceProcessor(without_leftover(modules[layer].processor), None, None)
             processor._captured_by = self
             modules[layer].processor = processor
             stack.callback(_restore, modules[layer], processor)
@@ -316,7 +317,8 @@ class Capture(Mapping[tuple[int, int], Any]):
             if self._branch != "both" or earlier.keys() & result.keys():
                 raise ValueError(
                     f"(step, layer) {key} was read twice: the model ran again inside one capture; open a capture for "
-                    "each run, call .clear() between them, or give callback="
+                    "each run, call .clear() between them, or give callback=; for a loop of your own that calls the "
+                    "transformer twice a step, give branch='cond', 'uncond' or 'both'"
                 )
             result = {**earlier, **result}
         self._results[key] = result
@@ -352,6 +354,8 @@ def _restore(module: torch.nn.Module, processor: CorrespondenceProcessor) -> Non
     # If something else replaced the processor meanwhile, that is what the user wants to keep.
     if module.processor is processor:
         module.processor = processor.inner
+    processor._captured_by = None
+    processor.disarm()
 
 
 def _transformers_of(model: Any) -> tuple[list[torch.nn.Module], Any]:

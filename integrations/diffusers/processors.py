@@ -192,6 +192,11 @@ class CorrespondenceProcessor:
         self._request = None
         self._compiled_reads = []
 
+    @property
+    def passes_through(self) -> bool:
+        """Whether it reads nothing and belongs to no open capture."""
+        return self._request is None and self._captured_by is None
+
     def collect_compiled(self) -> None:
         """Run the operation on what a compiled block read; does nothing if there is nothing to collect."""
         reads, self._compiled_reads = self._compiled_reads, []
@@ -340,6 +345,17 @@ def _operation_context(request: ReadRequest, query: torch.Tensor) -> Iterator[No
         if request.keep_graph:
             stack.enter_context(saved_tensors_kept_apart())
         yield
+
+
+def without_leftover(processor: Any) -> Any:
+    """The processor itself, or what a closed capture's processor passes everything to.
+
+    A model can be given such a processor back: `saved = transformer.attn_processors` inside the capture, or the copy
+    that `fuse_qkv_projections` keeps there, put back after it.
+    """
+    while isinstance(processor, CorrespondenceProcessor) and processor.passes_through:
+        processor = processor.inner
+    return processor
 
 
 def _recomputing() -> bool:

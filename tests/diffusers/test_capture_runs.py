@@ -7,12 +7,14 @@ import gc
 import pickle
 import threading
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from corrdit import capture, ops
+from corrdit import capture, load_backbone, ops
+from corrdit.testing import tiny_generation, tiny_pipeline
 
 GUIDED = ("cogvideox", "cogvideox-rotary", "hunyuanvideo", "wan", "wan-2.2", "ltx", "mochi")
 
@@ -447,3 +449,36 @@ def test_token_coordinates_of_a_third_party_family(scores):
     with torch.no_grad(), capture(model, layers=0, operation=lambda q, k, grid, key_mask: grid) as captured:
         model(torch.randn(1, 4, 2, 4, 6), torch.tensor([5.0]), torch.randn(1, 7, 16))
     assert captured[0, 0].tokens == 2 * 2 * 3
+
+
+def test_processors_put_back_after_a_capture_do_not_block_the_next() -> None:
+    """A user, or fuse_qkv_projections, may keep the processors seen inside a capture and restore them after it."""
+    pipe = tiny_pipeline("cogvideox-rotary")
+    transformer = pipe.transformer
+    expected = pipe(**tiny_generation("cogvideox-rotary", steps=1)).frames
+    with capture(pipe, layers=[0], operation=lambda q, k, grid, mask: q.mean()):
+        saved = transformer.attn_processors
+        pipe(**tiny_generation("cogvideox-rotary", steps=1))
+    transformer.set_attn_processor(saved)
+    assert torch.equal(pipe(**tiny_generation("cogvideox-rotary", steps=1)).frames, expected)
+    with capture(pipe, layers=[0], operation=lambda q, k, grid, mask: q.mean()) as captured:
+        assert torch.equal(pipe(**tiny_generation("cogvideox-rotary", steps=1)).frames, expected)
+    assert len(captured) == 1
+    assert "CorrespondenceProcessor" not in {type(kept).__name__ for kept in transformer.attn_processors.values()}
+
+
+def test_fusing_inside_a_capture_does_not_block_the_next() -> None:
+    pipe = tiny_pipeline("cogvideox-rotary")
+    with capture(pipe, layers=[0], operation=lambda q, k, grid, mask: q.mean()):
+        pipe(**tiny_generation("cogvideox-rotary", steps=1))
+        pipe.transformer.fuse_qkv_projections()
+    pipe.transformer.unfuse_qkv_projections()
+    with capture(pipe, layers=[0], operation=lambda q, k, grid, mask: q.mean()) as captured:
+        pipe(**tiny_generation("cogvideox-rotary", steps=1))
+    assert len(captured) == 1
+
+
+@pytest.mark.parametrize("preset, message", [({"layer": 1}, "is a Preset or the path"), ("", "is a folder")])
+def test_presets_that_are_none(preset: object, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_backbone("embedded", preset=preset or tmp_path)

@@ -66,8 +66,18 @@ class Preset:
             FileNotFoundError: no such file.
             ValueError: not a preset.
         """
+        if not isinstance(path, (str, os.PathLike)):
+            raise ValueError(
+                f"a preset is a Preset or the path of a preset.json, got {path!r}; see Preset.from_mapping"
+            )
         try:
             values = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        except IsADirectoryError as error:
+            raise ValueError(f"{os.fspath(path)} is a folder; give the preset.json in it") from error
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"there is no preset file {os.fspath(path)}; `corrdit calibrate` writes one"
+            ) from error
         except ValueError as error:
             raise ValueError(f"{os.fspath(path)} is not a preset as `corrdit calibrate` writes it: {error}") from error
         if not isinstance(values, dict):
