@@ -92,7 +92,9 @@ class Row(NamedTuple):
     def _cycles(self, turns: int) -> dict[str, object]:
         """Cycles of each unit for a score, and for soft displacement of single heads the floor."""
         units = self.compiled.cycles_per_element(turns)
-        cycles = {"cycles_per_element": units and {n: c if c is None else round(c, 4) for n, c in units.items()}}
+        cycles: dict[str, object] = {
+            "cycles_per_element": units and {n: c if c is None else round(c, 4) for n, c in units.items()}
+        }
         floor = soft_floor(self.compiled.kernel, self.head_dim, ARCHITECTURES[self.arch], self.compiled.tiles)
         if floor is None:
             return cycles
