@@ -13,11 +13,13 @@ import argparse
 import json
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from corrdit.data import WorldConfig
 from corrdit.integrations.diffusers.embedded import load_embedded_pipeline
 from corrdit.integrations.diffusers.embedded.evaluation import HELD_OUT_SEEDS, matching_table
+from corrdit.integrations.diffusers.embedded.loading import PRESET_FILE, WEIGHTS
 
 VALIDATION_SEEDS = HELD_OUT_SEEDS + 1_000_000
 INFERENCE_STEPS = 50
@@ -50,10 +52,15 @@ def candidates(pipe: Any, videos: int) -> list[dict[str, Any]]:
     return sorted(found, key=lambda row: -row["share"])
 
 
-def preset_of(row: dict[str, Any], videos: int) -> dict[str, Any]:
-    """The entries `load_backbone` reads, and what they were chosen by."""
+def preset_of(row: dict[str, Any], videos: int, before: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries `load_backbone` reads, and what they were chosen by.
+
+    before: the pipeline's preset so far; its tracker's options were chosen with benchmarks/tracking.py for its layer,
+    and are kept if the layer is the same.
+    """
     _, layer, kind, *head = row["reading"].split()
     size = f"{WORKING[0]} x {WORKING[1]}"
+    tracking = {"tracking": before["tracking"]} if before.get("layer") == int(layer) and "tracking" in before else {}
     return {
         "layer": int(layer),
         "head": int(head[0]) if kind == "head" else None,
@@ -66,6 +73,7 @@ def preset_of(row: dict[str, Any], videos: int) -> dict[str, Any]:
         "source": f"best of all layers and heads on {videos} generated validation videos at {size}",
         "timestep": row["timestep"],
         "validation_share_within_one_token": round(row["share"], 4),
+        **tracking,
     }
 
 
@@ -80,7 +88,9 @@ def main() -> None:
         print(next(row for row in rows if kind in row["reading"]))
     output = pathlib.Path(arguments.output)
     fresh = output.with_suffix(".part")
-    fresh.write_text(json.dumps(preset_of(best, arguments.videos), indent=2) + "\n", encoding="utf-8")
+    there = (WEIGHTS if arguments.pipeline is None else pathlib.Path(arguments.pipeline)) / PRESET_FILE
+    before = json.loads(there.read_text(encoding="utf-8")) if there.is_file() else {}
+    fresh.write_text(json.dumps(preset_of(best, arguments.videos, before), indent=2) + "\n", encoding="utf-8")
     os.replace(fresh, output)
 
 

@@ -1,13 +1,24 @@
-"""Writing a file so that nobody ever sees half of it."""
+"""Writing a file so that nobody ever sees half of it, and going on only with what was made alike."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
+
+
+def refuse_other_settings(output: str | os.PathLike[str], earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises ValueError where a folder's results were made with other settings than those of now, and says which."""
+    changed = [name for name in now if earlier.get(name) != now[name]]
+    if changed:
+        said = ", ".join(f"{name} {earlier.get(name)!r} (now {now[name]!r})" for name in changed)
+        raise ValueError(
+            f"{os.fspath(output)} holds results made with other settings: {said}; give another output folder, or the "
+            "same settings to go on"
+        )
 
 
 @contextlib.contextmanager

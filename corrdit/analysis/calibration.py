@@ -126,11 +126,9 @@ def preset_values(calibration: Calibration, settings: dict[str, Any]) -> dict[st
     inference_steps = options.get("inference_steps")
     if not inference_steps:
         raise ValueError("the settings of the analysis do not say how many inference steps it counts in")
-    # The tracker's own options belong to the layers and heads they name, in place of which others are chosen here.
+    # The tracker's options and the weights of heads belong to the layers they were chosen for, not to these.
     of_before = settings.get("preset", {}).items()
-    kept = {name: value for name, value in of_before if value is not None and name != "tracking"}
-    # Weights and options chosen for other layers do not hold for these.
-    kept = {name: value for name, value in kept.items() if name not in ("tracking", "head_weights")}
+    kept = {name: value for name, value in of_before if value is not None and name not in ("tracking", "head_weights")}
     chosen = {
         "layer": best.layer,
         "step": -1 if best.step == inference_steps - 1 else best.step,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from corrdit.analysis.table import AnalysisTable, total
-from corrdit.files import written_beside
+from corrdit.files import refuse_other_settings, written_beside
 
 RESULT_FILE = "analysis.npz"
 FAILURE_FILE = "failed.json"
@@ -86,14 +86,7 @@ def check_settings(output: str | os.PathLike[str], settings: dict[str, Any]) -> 
     """Raises ValueError where the folder holds results that were made with other settings."""
     if not (Path(output) / SETTINGS_FILE).is_file():
         return
-    earlier, now = _settings(output), json.loads(json.dumps(settings))
-    changed = [name for name in now if earlier.get(name) != now[name]]
-    if changed:
-        said = ", ".join(f"{name} {earlier.get(name)!r} (now {now[name]!r})" for name in changed)
-        raise ValueError(
-            f"{os.fspath(output)} holds results made with other settings: {said}; give another output folder, or the "
-            "same settings to go on"
-        )
+    refuse_other_settings(output, _settings(output), json.loads(json.dumps(settings)))
 
 
 def read_results(output: str | os.PathLike[str], names: Iterable[str] | None = None) -> AnalysisResults:

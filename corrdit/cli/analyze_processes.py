@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from corrdit.cli.devices import checked_device, checked_dtype
-from corrdit.cli.lightning_runs import LONGEST_WAIT, predict, quiet_lightning
+from corrdit.cli.lightning_runs import command_trainer, predict, quiet_lightning
 
 
 def analyze_in_processes(
@@ -16,9 +15,6 @@ def analyze_in_processes(
     device = checked_device(arguments.device)
     kind = "cpu" if device is None else device.type
     with quiet_lightning():
-        from lightning.pytorch import Trainer
-        from lightning.pytorch.strategies import DDPStrategy
-
         from corrdit.integrations.lightning.analysis import AnalysisDataModule, AnalysisModule
 
         data = AnalysisDataModule(items, output=arguments.output)
@@ -32,15 +28,8 @@ def analyze_in_processes(
             dtype=checked_dtype(arguments.dtype),
         )
         module.settings["model"] = settings["model"]
-        trainer = Trainer(
-            accelerator="gpu" if kind == "cuda" else kind,
-            devices=arguments.processes,
-            strategy=DDPStrategy(timeout=LONGEST_WAIT),
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=sys.stderr.isatty(),
-        )
+        accelerator = "gpu" if kind == "cuda" else kind
+        trainer = command_trainer(several=True, accelerator=accelerator, devices=arguments.processes)
         predict(trainer, module, data)
         trainer.strategy.barrier("every process has done its videos")
     return bool(trainer.is_global_zero)

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 
 from corrdit.cli.devices import DTYPES
-from corrdit.cli.lightning_runs import LONGEST_WAIT, predict, quiet_lightning
+from corrdit.cli.lightning_runs import command_trainer, predict, quiet_lightning
 from corrdit.cli.tables import print_table
 from corrdit.cli.tracker_options import add_tracker_options, given_tracker_options
 
@@ -187,22 +187,13 @@ def plain(value: Any) -> Any:
 
 
 def _trainer(arguments: Any) -> Any:
-    from lightning.pytorch import Trainer
-    from lightning.pytorch.strategies import DDPStrategy
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     devices, machines = arguments["trainer.devices"], arguments["trainer.num_nodes"]
     alone = devices in (1, "1") and machines == 1
     try:
-        return Trainer(
-            accelerator=arguments["trainer.accelerator"],
-            devices=devices,
-            num_nodes=machines,
-            strategy="auto" if alone else DDPStrategy(timeout=LONGEST_WAIT),
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=sys.stderr.isatty(),
+        return command_trainer(
+            several=not alone, accelerator=arguments["trainer.accelerator"], devices=devices, num_nodes=machines
         )
     except (MisconfigurationException, TypeError) as error:
         raise ValueError(

@@ -13,11 +13,11 @@ writes  into the folder --output, all of them or none; with --prompts into a fol
 from __future__ import annotations
 
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
 from corrdit.cli.devices import add_device_options, checked_device, checked_dtype
+from corrdit.cli.lightning_runs import command_trainer, predict, quiet_lightning
 from corrdit.cli.output import OutputFolder
 
 HELP = "generate videos from prompts, with cross-attention guidance beside without"
@@ -114,8 +114,6 @@ def _one(arguments: Any) -> int:
 
 
 def _many(arguments: Any) -> int:
-    import lightning
-
     from corrdit.integrations.lightning import GenerationModule, PromptDataModule
 
     began = time.perf_counter()
@@ -130,16 +128,14 @@ def _many(arguments: Any) -> int:
         vbench=arguments.vbench,
     )
     device = checked_device(arguments.device)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*(num_workers|does not have many workers).*")
-        trainer = lightning.Trainer(
+    with quiet_lightning():
+        trainer = command_trainer(
+            several=arguments.devices > 1,
             accelerator="auto" if device is None else {"cpu": "cpu", "cuda": "gpu"}.get(device.type, device.type),
             devices=[device.index] if device is not None and device.index is not None else arguments.devices,
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
         )
-        trainer.predict(module, data, return_predictions=False)
+        predict(trainer, module, data)
+        trainer.strategy.barrier("every process has made its videos")
     if trainer.is_global_zero:
         done = len(data.pending)
         print(f"{done} of {len(data.items)} videos generated in {time.perf_counter() - began:.1f} s, others were there")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from datetime import timedelta
@@ -11,6 +12,26 @@ from typing import Any
 
 LONGEST_WAIT = timedelta(days=7)
 """How long a process that is done waits for the others; torch's own limit of half an hour is less than one video."""
+
+
+def command_trainer(*, several: bool, **where: Any) -> Any:
+    """A Trainer that keeps nothing of its own, as the commands use it.
+
+    Args:
+        several: more than one process takes part, so that one which is done has to wait for the others.
+        where: accelerator, devices and num_nodes as the Trainer takes them.
+    """
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.strategies import DDPStrategy
+
+    return Trainer(
+        **where,
+        strategy=DDPStrategy(timeout=LONGEST_WAIT) if several else "auto",
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=sys.stderr.isatty(),
+    )
 
 
 def predict(trainer: Any, module: Any, data: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from corrdit.cli.devices import checked_device, checked_dtype
-from corrdit.cli.lightning_runs import LONGEST_WAIT, predict, quiet_lightning
+from corrdit.cli.lightning_runs import command_trainer, predict, quiet_lightning
 from corrdit.cli.points import check_points_spec, read_points
 from corrdit.cli.tracker_options import given_tracker_options
 
@@ -38,8 +38,6 @@ def track_folder(arguments: Any) -> int:
     check_points_spec(arguments.points)
     devices = _device_options(arguments)
     with quiet_lightning():
-        from lightning.pytorch import Trainer
-
         from corrdit.integrations.lightning import TrackingModule, VideoDataModule, tracking_report
 
         data = VideoDataModule(arguments.video, output=arguments.output)
@@ -57,13 +55,7 @@ def track_folder(arguments: Any) -> int:
             trail=arguments.trail,
         )
         module.check_settings()  # before Lightning starts processes that would each say it
-        trainer = Trainer(
-            **devices,
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=sys.stderr.isatty(),
-        )
+        trainer = command_trainer(several=arguments.processes > 1, **devices)
         predict(trainer, module, data)
         trainer.strategy.barrier("every process has done its videos")
     if not trainer.is_global_zero:
@@ -95,9 +87,7 @@ def _points_description(spec: str) -> str:
 
 
 def _device_options(arguments: Any) -> dict[str, Any]:
-    """The Trainer's accelerator, devices and strategy."""
-    from lightning.pytorch.strategies import DDPStrategy
-
+    """The Trainer's accelerator and devices."""
     device, processes = checked_device(arguments.device), arguments.processes
     if processes < 1:
         raise ValueError(f"--processes {processes} was given; accepted is a number of 1 or more")
@@ -107,6 +97,4 @@ def _device_options(arguments: Any) -> dict[str, Any]:
         if processes > 1:
             raise ValueError(f"--device {device} is one device; for {processes} processes give --device {kind}")
         options["devices"] = [device.index]
-    if processes > 1:
-        options["strategy"] = DDPStrategy(timeout=LONGEST_WAIT)
     return options

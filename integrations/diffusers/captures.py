@@ -76,13 +76,10 @@ def capture(
     """
     if not isinstance(model, torch.nn.Module) and hasattr(model, "pipe"):
         model = model.pipe
-    operations = named_operations(operation)
-    layer_list = whole_indices("layers", layers)
-    step_list = None if steps is None else whole_indices("steps", steps)
     return Capture(
         model,
-        operations={layer: operations for layer in layer_list},
-        steps=step_list,
+        operations=dict.fromkeys(whole_indices("layers", layers), named_operations(operation)),
+        steps=None if steps is None else whole_indices("steps", steps),
         named=isinstance(operation, Mapping),
         branch=branch,
         callback=callback,

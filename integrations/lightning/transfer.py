@@ -16,7 +16,7 @@ import lightning
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from corrdit.files import written_beside
+from corrdit.files import refuse_other_settings, written_beside
 from corrdit.integrations.lightning.data_modules import EachOnceSampler
 
 SETTINGS_FILE = "settings.json"
@@ -283,14 +283,7 @@ class TransferModule(lightning.LightningModule):
         file = self.output / SETTINGS_FILE
         if not file.is_file():
             return
-        earlier, now = json.loads(file.read_text(encoding="utf-8")), self._facts()
-        changed = [key for key in now if earlier.get(key) != now[key]]
-        if changed:
-            said = ", ".join(f"{key} {earlier.get(key)!r} (now {now[key]!r})" for key in changed)
-            raise ValueError(
-                f"{self.output} holds results made with other settings: {said}; give another output folder, or the "
-                "same settings to go on"
-            )
+        refuse_other_settings(self.output, json.loads(file.read_text(encoding="utf-8")), self._facts())
 
 
 def _pair(row: dict[str, str], number: int, path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 
 from corrdit import PointTracker, Tracks, metrics
 from corrdit.data import TapVidSet, read_tapvid, write_tapvid_shards
+from corrdit.data.restricted_pickle import load_arrays
 from corrdit.evaluation import EvaluationResults
 from corrdit.integrations.lightning import EvaluationModule, TapVidDataModule
 from corrdit.integrations.lightning.tapvid_data import NeighboursOnceSampler, TapVidVideos
@@ -131,7 +132,7 @@ def test_a_finished_run_does_nothing_again_and_another_tracker_joins(davis, trai
 
 
 def broken_davis(davis, folder):
-    contents = pickle.loads(davis.read_bytes())
+    contents = load_arrays(davis)
     contents["cow"] = {
         "video": contents["bear"]["video"][:, :, :, :2],
         **{k: contents["bear"][k] for k in ("points", "occluded")},
