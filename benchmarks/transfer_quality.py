@@ -98,7 +98,7 @@ class Rows:
 
 def measured(backbone: Any, case: Case, prompt: str, settings: dict[str, Any], index: int) -> dict[str, Any]:
     began = time.process_time()
-    result = MotionTransfer(backbone, **BASE, **settings)(case.video, prompt, seed=index)
+    result = MotionTransfer(backbone, **{**BASE, **settings})(case.video, prompt, seed=index)
     row = {"seconds": time.process_time() - began, **measures(case, result.video)}
     if result.losses.size:
         row |= {"first_loss": float(result.losses[0, 0]), "last_loss": float(result.losses[-1, -1])}
@@ -143,7 +143,7 @@ def run_zero_shot(arguments: argparse.Namespace, backbone: Any, rows: Rows, indi
         prompt = case.prompts["scene"]
         others = [case_of(index + 1 + other).prompts["scene"] for other in range(7)]
         for name, settings in {"backbone": MAIN["backbone"], **methods}.items():
-            transfer = MotionTransfer(backbone, **BASE, **settings)
+            transfer = MotionTransfer(backbone, **{**BASE, **settings})
             row = {"part": "zero-shot", "index": index, "kind": "scene"}
             if Rows.key({**row, "name": name}) not in rows.done:
                 video = transfer(case.video, prompt, seed=index).video
