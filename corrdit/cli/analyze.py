@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from corrdit.cli.devices import add_device_options, checked_dtype
+from corrdit.cli.model_options import add_preset_option, checked_preset, loaded_backbone
 from corrdit.cli.progress import progress_bar
 
 HELP = "measure how layers, heads and denoising steps match frames, as one report"
@@ -59,6 +60,7 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results, made if need be")
     parser.add_argument("--model", default="embedded", help="embedded, a local diffusers folder, or a hub id")
     add_device_options(parser)
+    add_preset_option(parser)
     source = parser.add_argument_group("what is analysed")
     source.add_argument("--world", type=int | None, default=None, metavar="N", help="so many generated videos")
     source.add_argument("--videos", default=None, metavar="DIR", help="folder of videos")
@@ -162,11 +164,11 @@ def _check(arguments: Any) -> None:
 def _analyze_given(arguments: Any) -> tuple[Any, Any, Any]:
     """The backbone (None in further processes), the videos and the options."""
     from corrdit.analysis.options import analysis_options
-    from corrdit.cli.model_options import loaded_backbone
 
     given = given_options(arguments)
+    preset = checked_preset(arguments.preset)
     items = _items(arguments, given.get("seed", 0))  # wrong folders are refused before the model is loaded
-    backbone = loaded_backbone(arguments)
+    backbone = loaded_backbone(arguments, preset)
     inference_steps = given.get("inference_steps", backbone.preset.inference_steps)
     given["steps"], given["inference_steps"] = chosen_steps(arguments.steps, inference_steps), inference_steps
     options = analysis_options(arguments.protocol, given)

@@ -22,7 +22,7 @@ def analyze_prompts(arguments: Any, given: dict[str, Any]) -> tuple[Any, list[An
     from corrdit.analysis.results import begin, has_analysis
     from corrdit.analysis.sources import difftrack_items
     from corrdit.cli.analyze import chosen_steps, settings_of
-    from corrdit.cli.model_options import loaded_backbone
+    from corrdit.cli.model_options import checked_preset, loaded_backbone
     from corrdit.cli.progress import progress_bar
 
     if arguments.tracker is None:
@@ -35,7 +35,7 @@ def analyze_prompts(arguments: Any, given: dict[str, Any]) -> tuple[Any, list[An
     call = dict(arguments.pipeline or {})
     if arguments.image is not None:
         call["image"] = _image(arguments.image)
-    backbone = loaded_backbone(arguments)
+    backbone = loaded_backbone(arguments, checked_preset(arguments.preset))
     inference_steps = int(
         call.get("num_inference_steps") or given.get("inference_steps") or backbone.preset.inference_steps
     )

@@ -6,6 +6,7 @@ from typing import Any
 
 from corrdit.cli.devices import checked_device, checked_dtype
 from corrdit.cli.lightning_runs import command_trainer, predict, quiet_lightning
+from corrdit.cli.model_options import checked_preset
 
 
 def analyze_in_processes(
@@ -22,6 +23,7 @@ def analyze_in_processes(
         module = AnalysisModule(
             backbone if kind == "cpu" else arguments.model,
             output=arguments.output,
+            model_preset=None if kind == "cpu" else checked_preset(arguments.preset),
             protocol=arguments.protocol,
             options=given,
             source=settings["source"],

@@ -2,8 +2,9 @@
 
 reads   the folder --analysis that `corrdit analyze` wrote
 writes  --output, a preset.json: put into the folder of a local model, `corrdit.load_backbone` reads it there, and
-        tracking, guidance and analysis then begin from it; `corrdit.load_backbone(name, preset=FILE)` takes it for
-        models that lie elsewhere
+        tracking, guidance and analysis then begin from it; for models that lie elsewhere the option --preset FILE of
+        `corrdit track`, `evaluate`, `generate`, `transfer` and `analyze` takes it, as
+        `corrdit.load_backbone(name, preset=FILE)` does
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 
 from corrdit.cli.devices import DTYPES
 from corrdit.cli.lightning_runs import command_trainer, predict, quiet_lightning
+from corrdit.cli.model_options import add_preset_option, checked_preset
 from corrdit.cli.tables import print_table
 from corrdit.cli.tracker_options import add_tracker_options, given_tracker_options
 
@@ -80,6 +81,7 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results, made if need be")
     parser.add_argument("--model", default="embedded", help="embedded, a local diffusers folder, or a hub id")
     parser.add_argument("--dtype", choices=DTYPES, default=None, help="precision of the model; its own if left out")
+    add_preset_option(parser)
     kinds = "; ".join(f"{name}: {kind.description}" for name, kind in TRACKER_KINDS.items())
     parser.add_argument(
         "--trackers",
@@ -140,6 +142,7 @@ def run(arguments: Any) -> int:
     began = time.perf_counter()
     trackers, options = plain(arguments.trackers), given_tracker_options(arguments)
     chosen_trackers(trackers, options)  # refused before Lightning starts processes that would each refuse it
+    preset = checked_preset(arguments.preset)
     with quiet_lightning():
         from corrdit.integrations.lightning import EvaluationModule, TapVidDataModule
 
@@ -154,6 +157,7 @@ def run(arguments: Any) -> int:
         module = EvaluationModule(
             arguments.model,
             output=arguments.output,
+            model_preset=preset,
             trackers=trackers,
             tracker_options=options,
             dtype=arguments.dtype,

@@ -18,6 +18,7 @@ from typing import Any
 
 from corrdit.cli.devices import add_device_options, checked_device, checked_dtype
 from corrdit.cli.lightning_runs import command_trainer, predict, quiet_lightning
+from corrdit.cli.model_options import add_preset_option, checked_preset, loaded_backbone
 from corrdit.cli.output import OutputFolder
 
 HELP = "generate videos from prompts, with cross-attention guidance beside without"
@@ -43,6 +44,7 @@ def add_arguments(parser: Any) -> None:
     )
     parser.add_argument("--fps", type=float, default=8.0, help="frames per second of the files")
     add_device_options(parser)
+    add_preset_option(parser)
     parser.add_argument("--devices", type=int, default=1, metavar="N", help="with --prompts: so many GPUs or processes")
     parser.add_argument("--vbench", action="store_true", help="also lay the videos out for VBench's own tool")
     _add_guidance(parser)
@@ -85,7 +87,6 @@ def run(arguments: Any) -> int:
 
 
 def _one(arguments: Any) -> int:
-    from corrdit import load_backbone
     from corrdit.integrations.diffusers.guidance import comparison
 
     if not arguments.prompt.strip():
@@ -95,11 +96,9 @@ def _one(arguments: Any) -> int:
             "--samples, --devices and --vbench go with --prompts FILE; leave them out with a single PROMPT"
         )
     began = time.perf_counter()
-    call, guidance = _call(arguments), _guidance(arguments)
+    call, guidance, preset = _call(arguments), _guidance(arguments), checked_preset(arguments.preset)
     with OutputFolder(arguments.output) as folder:
-        backbone = load_backbone(
-            arguments.model, device=checked_device(arguments.device), dtype=checked_dtype(arguments.dtype)
-        )
+        backbone = loaded_backbone(arguments, preset)
         if guidance is not None and guidance["layers"] is None:
             guidance["layers"] = comparison.default_layers(backbone)
         generated = comparison.generate(backbone.pipe, arguments.prompt, arguments.seed, call, guidance)
@@ -121,6 +120,7 @@ def _many(arguments: Any) -> int:
     module = GenerationModule(
         arguments.model,
         output=arguments.output,
+        model_preset=checked_preset(arguments.preset),
         call=_call(arguments),
         guidance=_guidance(arguments),
         fps=arguments.fps,

@@ -28,8 +28,12 @@ def is_folder_of_videos(path: Path, output: str | None = None) -> bool:
         return False
 
 
-def track_folder(arguments: Any) -> int:
-    """Track the points in every video of the folder; the arguments are those of `corrdit track`.
+def track_folder(arguments: Any, presets: tuple[str, Any]) -> int:
+    """Track the points in every video of the folder.
+
+    Args:
+        arguments: those of `corrdit track`.
+        presets: the tracker's by name and the model's, None for its own.
 
     Returns:
         0, or 2 where a video could not be tracked; those are named on the error stream and the others are done.
@@ -46,7 +50,8 @@ def track_folder(arguments: Any) -> int:
             output=arguments.output,
             queries=_points_of(arguments.points),
             queries_description=_points_description(arguments.points),
-            preset=arguments.preset,
+            preset=presets[0],
+            model_preset=presets[1],
             options=given_tracker_options(arguments),
             dtype=checked_dtype(arguments.dtype),
             start=arguments.start,

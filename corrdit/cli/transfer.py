@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from corrdit.cli.devices import add_device_options, checked_device, checked_dtype
+from corrdit.cli.devices import add_device_options, checked_device
+from corrdit.cli.model_options import add_preset_option, checked_preset, loaded_backbone
 from corrdit.cli.output import OutputFolder
 from corrdit.cli.progress import progress_bar
 
@@ -74,26 +75,25 @@ def add_arguments(parser: Any) -> None:
         "--clip", default=None, metavar="MODEL", help="also measure the prompt's cosine by this CLIP (folder or hub id)"
     )
     add_device_options(parser)
+    add_preset_option(parser)
     for name, (kind, text) in _SETTINGS.items():
         option = f"--{name.replace('_', '-')}"
         parser.add_argument(option, type=kind | None, default=None, help=f"{text}; the model's preset if left out")
 
 
 def run(arguments: Any) -> int:
-    from corrdit import load_backbone
     from corrdit.integrations.diffusers.motion_transfer import MotionTransfer, StoredMotion
     from corrdit.integrations.diffusers.motion_transfer.results_on_disk import fidelity_of, write_transfer
 
     began = time.perf_counter()
     if (arguments.height is None) != (arguments.width is None):
         raise ValueError("--height and --width go together; give both or none")
+    preset = checked_preset(arguments.preset)
     stored = StoredMotion.load(arguments.stored) if arguments.stored is not None else None
     reference, fps = _reference(arguments)
     if arguments.output and Path(arguments.output).is_file():
         raise ValueError(f"the output folder {arguments.output} is a file; give a folder, which is made if need be")
-    backbone = load_backbone(
-        arguments.model, device=checked_device(arguments.device), dtype=checked_dtype(arguments.dtype)
-    )
+    backbone = loaded_backbone(arguments, preset)
     similarity = _similarity(arguments)
     changes = {name: getattr(arguments, name) for name in _SETTINGS if getattr(arguments, name) is not None}
     transfer = MotionTransfer(backbone, **changes)

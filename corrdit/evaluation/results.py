@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -110,11 +110,12 @@ class EvaluationResults:
         """
         return _read_json(self.path / SETTINGS_FILE) or {}
 
-    def settings_with(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+    def settings_with(self, settings: Mapping[str, Any], *, unknown: Collection[str] = ()) -> dict[str, Any]:
         """`settings` joined with those of other trackers in the folder.
 
         Args:
             settings: `{"data": {...}, "trackers": {label: {...}}, "videos": [...]}`.
+            unknown: entries of the trackers that are not known yet, and not compared.
 
         Raises:
             ValueError: results in the folder are of other data, or of a tracker of the same label that is another.
@@ -128,7 +129,8 @@ class EvaluationResults:
             if part not in found:
                 continue
             before = found[part]
-            changed = [key for key in sorted({*now, *before}) if now.get(key) != before.get(key)]
+            compared = sorted({*now, *before} - set(unknown))
+            changed = [key for key in compared if now.get(key) != before.get(key)]
             if changed:
                 said = ", ".join(f"{key} {before.get(key)!r} (now {now.get(key)!r})" for key in changed)
                 raise ValueError(

@@ -16,6 +16,7 @@ from corrdit.analysis.options import analysis_options
 from corrdit.analysis.results import begin, check_settings, has_analysis
 from corrdit.analysis.sources import AnalysisItem
 from corrdit.integrations.lightning.data_modules import EachOnceSampler
+from corrdit.integrations.lightning.model_placement import preset_for_loading
 
 
 class AnalysisItems(Dataset[AnalysisItem]):
@@ -86,6 +87,7 @@ class AnalysisModule(lightning.LightningModule):
     Args:
         model: for `corrdit.load_backbone`, or a backbone that is loaded already.
         output: folder for the results, made if need be.
+        model_preset: for `corrdit.load_backbone`: a `Preset` or a preset.json in place of the model's own.
         protocol: "default" or "published", see `corrdit.analysis.PROTOCOLS`.
         options: of `corrdit.analysis.AnalysisOptions`, by name, in place of the protocol's.
         source: what the videos are, kept in the settings.
@@ -102,6 +104,7 @@ class AnalysisModule(lightning.LightningModule):
         model: Any = "embedded",
         *,
         output: str | os.PathLike[str],
+        model_preset: Any = None,
         protocol: str = "default",
         options: dict[str, Any] | None = None,
         source: Any = None,
@@ -112,6 +115,7 @@ class AnalysisModule(lightning.LightningModule):
         if on_broken not in ("report", "raise"):
             raise ValueError(f'on_broken must be "report" or "raise", got {on_broken!r}')
         self.model, self.model_dtype, self.on_broken = model, dtype, on_broken
+        self.model_preset = preset_for_loading(model, model_preset)
         self.output = Path(output)
         self.options = analysis_options(protocol, dict(options or {}))
         self.settings = {
@@ -151,7 +155,8 @@ class AnalysisModule(lightning.LightningModule):
             return self.model
         from corrdit import load_backbone
 
-        return load_backbone(self.model, device=self.trainer.strategy.root_device, dtype=self.model_dtype)
+        device = self.trainer.strategy.root_device
+        return load_backbone(self.model, device=device, dtype=self.model_dtype, preset=self.model_preset)
 
 
 def _the_only_one(items: list[AnalysisItem]) -> AnalysisItem:

@@ -16,7 +16,8 @@ from corrdit.evaluation.pictures import draw_tracks, true_tracks
 from corrdit.evaluation.scoring import QUERIES_AT_ONCE
 from corrdit.evaluation.trackers import Track, TrackerChoice
 from corrdit.grid import whole_number
-from corrdit.integrations.lightning.model_placement import PLACEMENTS, placed_backbone
+from corrdit.integrations.diffusers.fingerprint import MODEL_FACTS, model_facts
+from corrdit.integrations.lightning.model_placement import PLACEMENTS, placed_backbone, preset_for_loading
 
 ON_BROKEN = ("stop", "skip")
 
@@ -36,6 +37,7 @@ class EvaluationModule(lightning.LightningModule):
 
     Args:
         model: for `corrdit.load_backbone`, or a backbone that is loaded already; not loaded where no tracker reads it.
+        model_preset: for `corrdit.load_backbone`: a `Preset` or a preset.json in place of the model's own.
         output: folder for the results, which all processes must see; made if need be.
         trackers: names, or options by label, as `corrdit.evaluation.chosen_trackers` takes them.
         tracker_options: options of all trackers that read the model.
@@ -56,6 +58,7 @@ class EvaluationModule(lightning.LightningModule):
         model: Any = "embedded",
         *,
         output: str | os.PathLike[str],
+        model_preset: Any = None,
         trackers: str | Sequence[str] | Mapping[str, Mapping[str, Any] | None] = ("ours",),
         tracker_options: Mapping[str, Any] | None = None,
         dtype: str | None = None,
@@ -72,6 +75,7 @@ class EvaluationModule(lightning.LightningModule):
         if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ValueError(f"dtype must be the name of a type of torch such as 'bfloat16', got {dtype!r}")
         self.model, self.model_dtype, self.placement = model, dtype, placement
+        self.model_preset = preset_for_loading(model, model_preset)
         self.results = EvaluationResults(output)
         self.choices: list[TrackerChoice] = chosen_trackers(trackers, tracker_options)
         self.labels = [choice.label for choice in self.choices]
@@ -93,11 +97,19 @@ class EvaluationModule(lightning.LightningModule):
         """Check the output folder, load the model on this process's device, and write `settings.json`."""
         if stage not in ("predict", "test"):
             raise ValueError(f"EvaluationModule has no {stage} step; call Trainer.predict or Trainer.test")
-        settings = self._checked_settings()
+        settings = self._checked_settings({})
         backbone = None
         if any(choice.needs_model for choice in self.choices):
-            device = self.trainer.strategy.root_device
-            backbone = placed_backbone(self.model, device=device, dtype=self.model_dtype, placement=self.placement)
+            facts: dict[str, Any] = {}
+            backbone = placed_backbone(
+                self.model,
+                device=self.trainer.strategy.root_device,
+                dtype=self.model_dtype,
+                placement=self.placement,
+                preset=self.model_preset,
+                on_loaded=lambda loaded: facts.update(model_facts(loaded)),
+            )
+            settings = self._checked_settings(facts)
         self._trackers = {choice.label: choice.build(backbone) for choice in self.choices}
         if self.trainer.is_global_zero:
             self.results.write_settings(settings)
@@ -175,12 +187,16 @@ class EvaluationModule(lightning.LightningModule):
         for name, drawn in ((label, tracks), ("truth", true_tracks(sample))):
             draw_tracks(self.results.pictures_folder(name), sample, drawn)
 
-    def _checked_settings(self) -> dict[str, Any]:
-        """What `settings.json` will say; the first process looks at what it says and clears up, and all hear of it."""
+    def _checked_settings(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """What `settings.json` will say; the first process looks at what it says and clears up, and all hear of it.
+
+        Args:
+            facts: of the model; empty while it is not loaded.
+        """
         found: Any = None
         if self.trainer.is_global_zero:
             try:
-                found = self.results.settings_with(self._settings())
+                found = self.results.settings_with(self._settings(facts), unknown=() if facts else MODEL_FACTS)
                 self.results.remove_leftovers()
                 self.results.forget_failures(self.labels)
             except ValueError as error:
@@ -198,12 +214,12 @@ class EvaluationModule(lightning.LightningModule):
                     f"results so far are kept, and skipping broken videos goes on without it"
                 )
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self, facts: dict[str, Any]) -> dict[str, Any]:
         data = self.trainer.datamodule
         if not hasattr(data, "described"):
             raise ValueError("EvaluationModule takes its videos from a TapVidDataModule; give the Trainer one")
         model = self.model if isinstance(self.model, str) else getattr(self.model, "name", str(self.model))
-        shared = {"model": model, "dtype": self.model_dtype}
+        shared = {"model": model, "dtype": self.model_dtype, **facts}
         trackers = {
             choice.label: {**choice.described(), **(shared if choice.needs_model else {})} for choice in self.choices
         }

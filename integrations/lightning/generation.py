@@ -27,6 +27,7 @@ from corrdit.integrations.diffusers.guidance.comparison import (
 )
 from corrdit.integrations.diffusers.guidance.cross_attention import CrossAttentionGuidance
 from corrdit.integrations.lightning.data_modules import EachOnceSampler
+from corrdit.integrations.lightning.model_placement import preset_for_loading
 
 SETTINGS_FILE = "settings.json"
 
@@ -146,6 +147,7 @@ class GenerationModule(lightning.LightningModule):
     Args:
         model: for `corrdit.load_backbone`, or a backbone that is loaded already.
         output: folder for the results, made if need be.
+        model_preset: for `corrdit.load_backbone`: a `Preset` or a preset.json in place of the model's own.
         call: further arguments of the pipeline's call (num_frames, guidance_scale, ...).
         guidance: arguments of `corrdit.CrossAttentionGuidance`; {} takes the published layers, or the model's matching
             layer where none are published; None generates without.
@@ -163,6 +165,7 @@ class GenerationModule(lightning.LightningModule):
         model: Any = "embedded",
         *,
         output: str | os.PathLike[str],
+        model_preset: Any = None,
         call: Mapping[str, Any] | None = None,
         guidance: Mapping[str, Any] | None = None,
         fps: float = 8.0,
@@ -171,6 +174,7 @@ class GenerationModule(lightning.LightningModule):
     ) -> None:
         super().__init__()
         self.model, self.model_dtype = model, dtype
+        self.model_preset = preset_for_loading(model, model_preset)
         self.output = Path(output)
         self.call = dict(call or {})
         self.guidance = None if guidance is None else dict(guidance)
@@ -241,7 +245,8 @@ class GenerationModule(lightning.LightningModule):
             return self.model
         from corrdit.integrations.diffusers import load_backbone
 
-        return load_backbone(self.model, device=self.trainer.strategy.root_device, dtype=self.model_dtype)
+        device = self.trainer.strategy.root_device
+        return load_backbone(self.model, device=device, dtype=self.model_dtype, preset=self.model_preset)
 
     def _check_settings(self) -> None:
         path = self.output / SETTINGS_FILE

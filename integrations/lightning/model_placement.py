@@ -9,6 +9,7 @@ the transformer's blocks over all GPUs that one process sees (one process a mach
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +17,15 @@ import torch
 PLACEMENTS = ("device", "offload", "offload_layers", "shards")
 
 
-def placed_backbone(model: Any, *, device: torch.device, dtype: str | None, placement: str) -> Any:
+def placed_backbone(
+    model: Any,
+    *,
+    device: torch.device,
+    dtype: str | None,
+    placement: str,
+    preset: Any = None,
+    on_loaded: Callable[[Any], None] | None = None,
+) -> Any:
     """A backbone, loaded where it is not loaded already, with its parts where they run.
 
     Args:
@@ -24,27 +33,51 @@ def placed_backbone(model: Any, *, device: torch.device, dtype: str | None, plac
         device: of the process.
         dtype: name of a type of torch; None for the model's own (bfloat16 where parts are offloaded or spread).
         placement: one of `PLACEMENTS`.
+        preset: for `corrdit.load_backbone`.
+        on_loaded: called with the backbone while all its weights are in memory.
 
     Raises:
         ValueError: what `load_backbone` refuses, a placement that needs a GPU where there is none, or a backbone that
             is loaded already and should be placed.
     """
+    told = on_loaded or (lambda backbone: None)
     if not isinstance(model, (str, os.PathLike)):
         if placement != "device":
             raise ValueError(
                 f"placement={placement!r} is for a model that is loaded by name; this one is loaded already"
             )
+        told(model)
         return model
     from corrdit import load_backbone
 
     precision = None if dtype is None else getattr(torch, dtype)
     if placement == "device":
-        return load_backbone(model, device=device, dtype=precision)
+        backbone = load_backbone(model, device=device, dtype=precision, preset=preset)
+        told(backbone)
+        return backbone
     if device.type == "cpu":
         raise ValueError(f"placement={placement!r} moves parts of the model to a GPU, and this process has none")
-    backbone = load_backbone(model, device="cpu", dtype=precision or torch.bfloat16)
+    backbone = load_backbone(model, device="cpu", dtype=precision or torch.bfloat16, preset=preset)
+    told(backbone)
     place(backbone.pipe, placement, device)
     return backbone
+
+
+def preset_for_loading(model: Any, preset: Any) -> Any:
+    """The `Preset` with which a model will be loaded, None for its own.
+
+    Raises:
+        FileNotFoundError, ValueError: a file that is not there or holds no preset, or a model that is loaded already.
+    """
+    from corrdit.integrations.diffusers import Preset
+
+    if preset is None:
+        return None
+    if not isinstance(model, (str, os.PathLike)):
+        raise ValueError(
+            "model_preset is for a model that is loaded by name; give corrdit.load_backbone the preset of this one"
+        )
+    return preset if isinstance(preset, Preset) else Preset.from_file(preset)
 
 
 def place(pipe: Any, placement: str, device: torch.device) -> None:

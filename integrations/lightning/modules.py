@@ -16,8 +16,10 @@ import lightning
 import numpy as np
 import torch
 
-from corrdit.files import written_beside
+from corrdit.files import refuse_other_settings, written_beside
+from corrdit.integrations.diffusers.fingerprint import model_facts
 from corrdit.integrations.lightning.data_modules import has_result
+from corrdit.integrations.lightning.model_placement import preset_for_loading
 from corrdit.tracking.files import RESULT_FILE, track_at_size, write_track_results
 
 SETTINGS_FILE = "settings.json"
@@ -43,6 +45,7 @@ class TrackingModule(lightning.LightningModule):
     Args:
         model: for `corrdit.load_backbone`, or a backbone that is loaded already.
         output: folder for the results, made if need be.
+        model_preset: for `corrdit.load_backbone`: a `Preset` or a preset.json in place of the model's own.
         queries: the points of each video: n for a grid of n x n on the first frame, `[P, 3]` (frame, x, y) in pixels
             for all videos alike, or a function (frames, height, width) -> such an array.
         queries_description: what `settings.json` says about them; needed with a function.
@@ -66,6 +69,7 @@ class TrackingModule(lightning.LightningModule):
         model: Any = "embedded",
         *,
         output: str | os.PathLike[str],
+        model_preset: Any = None,
         queries: Queries = 16,
         queries_description: str | None = None,
         preset: str = "default",
@@ -82,6 +86,7 @@ class TrackingModule(lightning.LightningModule):
         if on_broken not in ON_BROKEN:
             raise ValueError(f"on_broken must be one of {', '.join(map(repr, ON_BROKEN))}, got {on_broken!r}")
         self.model = model
+        self.model_preset = preset_for_loading(model, model_preset)
         self.output = Path(output)
         self.queries = queries
         self.preset, self.options, self.model_dtype = preset, dict(options or {}), dtype
@@ -102,12 +107,13 @@ class TrackingModule(lightning.LightningModule):
         if stage != "predict":
             raise ValueError(f"TrackingModule has no {stage} step; call Trainer.predict")
         self.check_settings()
+        self._load_tracker()
+        self.check_settings()
         self.trainer.strategy.barrier("settings read")
         if self.trainer.is_global_zero:
             self.output.mkdir(parents=True, exist_ok=True)
             with written_beside(self.output / SETTINGS_FILE, "w") as file:
                 json.dump(self.settings, file, indent=2)
-        self._load_tracker()
 
     def predict_step(self, batch: dict[str, str], batch_idx: int) -> dict[str, Any]:
         """Track one video.
@@ -150,7 +156,8 @@ class TrackingModule(lightning.LightningModule):
         backbone = self.model
         if isinstance(backbone, (str, os.PathLike)):
             device = self.trainer.strategy.root_device
-            backbone = load_backbone(backbone, device=device, dtype=self.model_dtype)
+            backbone = load_backbone(backbone, device=device, dtype=self.model_dtype, preset=self.model_preset)
+        self.settings |= model_facts(backbone)
         self._tracker = PointTracker(backbone, preset=self.preset, **self.options)
 
     def check_settings(self) -> None:
@@ -162,13 +169,7 @@ class TrackingModule(lightning.LightningModule):
             earlier = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{file} is not a settings file ({error}); give another output folder") from error
-        changed = [key for key in self.settings if earlier.get(key) != self.settings[key]]
-        if changed:
-            said = ", ".join(f"{key} {earlier.get(key)!r} (now {self.settings[key]!r})" for key in changed)
-            raise ValueError(
-                f"{self.output} holds results made with other settings: {said}; give another output folder, or the "
-                "same settings to go on"
-            )
+        refuse_other_settings(self.output, earlier, self.settings)
 
     def _queries(self, frames: int, height: int, width: int) -> np.ndarray:
         if isinstance(self.queries, int):

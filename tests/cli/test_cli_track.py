@@ -226,7 +226,7 @@ class TestBadOptions:
         "arguments, expected",
         [
             (["--layer", "last"], "layer"),
-            (["--preset", "best"], "invalid choice: 'best' (choose from"),
+            (["--preset", "best"], "--preset best is not understood; accepted are default, published or a preset.json"),
             (["--colour", "red"], "unrecognized arguments: --colour"),
             (["--config", "nowhere.yaml"], "nowhere.yaml"),
             (["--max-side", "0"], "max_side=0"),

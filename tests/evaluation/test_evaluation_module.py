@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from corrdit import PointTracker, Tracks, metrics
 from corrdit.data import TapVidSet, read_tapvid, write_tapvid_shards
 from corrdit.data.restricted_pickle import load_arrays
 from corrdit.evaluation import EvaluationResults
+from corrdit.integrations.diffusers.fingerprint import model_facts
 from corrdit.integrations.lightning import EvaluationModule, TapVidDataModule
 from corrdit.integrations.lightning.tapvid_data import NeighboursOnceSampler, TapVidVideos
 from corrdit.metrics.tapvid import METRIC_NAMES
@@ -89,8 +91,25 @@ def test_the_model_is_asked_as_the_tracker_asks_it(world, backbone, trainer, tmp
         assert record["figures"]["average_jaccard"] == expected["average_jaccard"][0]
     settings = json.loads((tmp_path / "settings.json").read_text())
     assert settings["trackers"]["released"] == {
-        "kind": "released", "model": "tiny cogvideox-rotary", "dtype": None, **MODEL_OPTIONS
+        "kind": "released", "model": "tiny cogvideox-rotary", "dtype": None, **model_facts(backbone), **MODEL_OPTIONS
     }  # fmt: skip
+
+
+def test_other_weights_or_another_preset_of_the_same_name_are_refused(world, trainer, tmp_path):
+    given = {"trackers": ["ours"], "tracker_options": MODEL_OPTIONS}
+    trained = tiny_backbone("cogvideox-rotary")
+    trainer.predict(EvaluationModule(trained, output=tmp_path, **given), TapVidDataModule(world, end=1))
+    with torch.no_grad():
+        trained.transformer.proj_out.bias += 1e-3
+    with pytest.raises(ValueError, match=r"other settings of ours: weights 'float32 \w+' \(now 'float32 \w+'\); give"):
+        trainer.predict(EvaluationModule(trained, output=tmp_path, **given), TapVidDataModule(world, end=1))
+    again = tiny_backbone("cogvideox-rotary")
+    again.preset = replace(again.preset, frames_per_chunk=3)
+    with pytest.raises(ValueError, match=r"preset.frames_per_chunk 13 \(now 3\); give"):
+        trainer.predict(EvaluationModule(again, output=tmp_path, **given), TapVidDataModule(world, end=1))
+    data = TapVidDataModule(world, end=1)
+    trainer.predict(EvaluationModule(tiny_backbone("cogvideox-rotary"), output=tmp_path, **given), data)
+    assert data.pending == []
 
 
 def test_features_before_and_after_the_projection_go_through_the_same_tracker(world, backbone, trainer, tmp_path):
@@ -243,6 +262,8 @@ def test_lightning_cli_builds_both_from_a_file(davis, tmp_path, monkeypatch):
         (lambda folder: EvaluationModule(output=folder, dtype="float12"), "dtype must be the name"),
         (lambda folder: EvaluationModule(output=folder, placement="moon"), "placement must be one of"),
         (lambda folder: EvaluationModule(output=folder, trackers="best"), "unknown tracker"),
+        (lambda folder: EvaluationModule(output=folder, model_preset=folder / "absent"), "there is no preset file"),
+        (lambda folder: EvaluationModule(object(), output=folder, model_preset="p"), "a model that is loaded by name"),
         (lambda folder: EvaluationModule(output=folder, queries_at_once=0), "queries_at_once must be"),
         (lambda folder: TapVidDataModule(folder / "absent.pkl"), "does not exist"),
         (lambda folder: TapVidDataModule(folder, mode="last"), "mode must be one of"),

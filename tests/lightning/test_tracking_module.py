@@ -154,6 +154,14 @@ def test_a_finished_run_has_nothing_left_and_other_settings_are_refused(videos, 
         trainer().predict(module(backbone, results, queries=4), VideoDataModule(videos, output=results))
 
 
+def test_other_weights_of_the_same_name_are_refused(videos, results):
+    trained = tiny_backbone("cogvideox-rotary")
+    with torch.no_grad():
+        trained.transformer.proj_out.bias += 1e-3
+    with pytest.raises(ValueError, match=r"other settings: weights 'float32 \w+' \(now 'float32 \w+'\); give"):
+        trainer().predict(module(trained, results), VideoDataModule(videos, output=results))
+
+
 def test_pictures_are_drawn_and_leftovers_of_a_killed_run_removed(videos, backbone, tmp_path):
     (tmp_path / "a.mp4" / ".part-old").mkdir(parents=True)
     (tmp_path / "a.mp4" / ".part-old" / "tracks.npz").write_bytes(b"half")

@@ -82,23 +82,60 @@ class Preset:
             raise ValueError(f"{os.fspath(path)} is not a preset as `corrdit calibrate` writes it: {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"{os.fspath(path)} is not a preset; it holds a {type(values).__name__}")
-        return cls.from_mapping(values)
+        try:
+            return cls.from_mapping(values)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)} is not a preset that can be used: {error}") from error
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Preset:
         """From a preset.json; entries this version does not know are left alone.
 
         Raises:
-            ValueError: no layer in it.
+            ValueError: no layer in it, or an entry of another type or out of range.
         """
         known = {field.name for field in fields(cls)}
         chosen = {name: value for name, value in values.items() if name in known}
         if "layer" not in chosen:
             raise ValueError(f"a preset needs a layer; it holds {', '.join(values) or 'nothing'}")
+        for name, value in chosen.items():
+            problem = _problem(name, value)
+            if problem is not None:
+                raise ValueError(f"{name} must be {problem}, got {value!r}")
         for name in ("head_weights", "guidance_layers"):
             if chosen.get(name) is not None:
                 chosen[name] = tuple(chosen[name])
         return cls(**chosen)
+
+
+def _is_number(value: object, kind: type | tuple[type, ...] = int) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+_HEADS = ("probabilities", "logits", "features", "none")
+_REQUIRED = ("layer", "step", "inference_steps", "heads", "noise", "frames_per_chunk", "source")
+_LEAST = {"head": 0, "inference_steps": 1, "frames_per_chunk": 2, "height": 1, "width": 1, "tokens_per_frame": 1}
+
+
+def _problem(name: str, value: Any) -> str | None:
+    """What an entry of a preset has to be, where it is not."""
+    if value is None:
+        return "given" if name in _REQUIRED else None
+    if name in ("layer", "step"):
+        return None if _is_number(value) else "a whole number"
+    if name in _LEAST:
+        return None if _is_number(value) and value >= _LEAST[name] else f"a whole number of at least {_LEAST[name]}"
+    if name == "heads":
+        return None if value in _HEADS else f"one of {', '.join(_HEADS)}"
+    if name == "noise":
+        return None if isinstance(value, bool) else "true or false"
+    if name in ("head_weights", "guidance_layers"):
+        kind, text = ((int, float), "numbers") if name == "head_weights" else ((int,), "whole numbers")
+        good = isinstance(value, (list, tuple)) and value and all(_is_number(entry, kind) for entry in value)
+        return None if good else f"a list of {text}"
+    if name == "tracking":
+        return None if isinstance(value, Mapping) else "options of the tracker by name"
+    return None if isinstance(value, str) else "a text"
 
 
 @dataclass(frozen=True)
