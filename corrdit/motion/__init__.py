@@ -1,6 +1,6 @@
 """Motion features and losses for transferring the motion of one video to another, and errors of motion."""
 
-from corrdit.motion.flow_loss import coarse_centers, flow_loss
+from corrdit.motion.flow_loss import attention_flow_loss, coarse_centers, flow_loss
 from corrdit.motion.latent_displacement import latent_displacement
 from corrdit.motion.moft import moft_channels, moft_loss
 from corrdit.motion.motion_error import MotionError, direction_agreement, motion_error
@@ -11,6 +11,7 @@ from corrdit.motion.temporal_attention import temporal_attention, temporal_atten
 __all__ = [
     "MotionError",
     "PromptSimilarity",
+    "attention_flow_loss",
     "coarse_centers",
     "direction_agreement",
     "flow_loss",

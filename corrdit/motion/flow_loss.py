@@ -5,12 +5,15 @@ Source: DiTFlow, "Video Motion Transfer with Diffusion Transformers" (arXiv 2412
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from corrdit import ops
 from corrdit.grid import TokenGrid, whole_number
+from corrdit.ops.displacement import displacement_request
 
 FLOW_LOSSES = ("released", "paper")
 
@@ -30,25 +33,102 @@ def flow_loss(flow: Tensor, reference: Tensor, *, variant: str = "released") -> 
     Raises:
         ValueError: shapes that differ, an unknown variant, or "released" with a reference that is zero everywhere.
     """
-    if variant not in FLOW_LOSSES:
-        raise ValueError(f"variant must be one of {', '.join(map(repr, FLOW_LOSSES))}, got {variant!r}")
+    _check_variant(variant)
     if flow.shape != reference.shape or flow.ndim < 2 or flow.shape[-1] != 2:
         raise ValueError(
             f"flow and reference must be displacements [..., 2] of one shape, got {list(flow.shape)} and "
             f"{list(reference.shape)}"
         )
-    moving = (reference != 0).any(-1, keepdim=True)
-    reference = reference.to(flow)
     if variant == "paper":
-        return (flow - reference).square().sum()
+        return (flow - reference.to(flow)).square().sum()
+    moving = (reference != 0).any(-1, keepdim=True)
+    count = _checked_count(moving)
+    # Multiplying by the mask keeps the shape, where picking the vectors would wait for the device.
+    return ((flow - reference.to(flow)) * moving).square().sum() / (2 * count)
+
+
+def attention_flow_loss(
+    q: Tensor,
+    k: Tensor,
+    grid: TokenGrid,
+    reference: Tensor,
+    *,
+    variant: str = "released",
+    heads: str = "logits",
+    head_weights: Tensor | Iterable[float] | None = None,
+    temperature: float = 1.0,
+    frames: int | Iterable[tuple[int, int]] | None = None,
+    window: int | None = None,
+    center: Tensor | None = None,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    backend: str = "auto",
+    memory_budget: int | None = None,
+) -> Tensor:
+    """`flow_loss(ops.soft_displacement(q, k, grid, ...), reference)`, faster where its gradient is wanted.
+
+    The streaming backend finds the gradients in q and k in the same pass over the attention as the loss, with three
+    matrix products instead of four, and keeps them, in float32 (float64 for float64 input), until the backward pass
+    scales them. It does so for every `heads` but "probabilities". That, the other backends, whose kernels compute the
+    attention again cheaply, and a loss without gradients are the composition itself.
+
+    Args:
+        q, k: `[B, H, N, D]`; the loss is differentiable in them, once.
+        grid: how the N tokens are arranged.
+        reference: displacements of the video whose motion is wanted, float or integer, in the shape that
+            `soft_displacement` gives for the same arguments.
+        variant: as for `flow_loss`.
+        heads, head_weights, temperature, frames, window, center, scale, key_mask, backend: as for `soft_displacement`.
+        memory_budget: bytes beyond inputs, outputs and gradients (streaming).
+
+    Returns:
+        Scalar, float32 (float64 for float64 input).
+
+    Raises:
+        ValueError: what `soft_displacement` and `flow_loss` refuse.
+        RuntimeError: the backend asked for cannot run here.
+    """
+    _check_variant(variant)
+    request = displacement_request(
+        q, k, grid, heads=heads, head_weights=head_weights, temperature=temperature, frames=frames, window=window,
+        center=center, scale=scale, key_mask=key_mask, backend=backend, memory_budget=memory_budget,
+    )  # fmt: skip
+    if not isinstance(reference, Tensor) or tuple(reference.shape) != request.shape:
+        given = list(reference.shape) if isinstance(reference, Tensor) else type(reference).__name__
+        raise ValueError(f"reference must be a tensor of displacements {list(request.shape)}, got {given}")
+    reference = reference.to(q.device)
+    components = 2 * _checked_count((reference != 0).any(-1)) if variant == "released" else 1
+    error_with_gradients = getattr(request.backend, "soft_displacement_error", None)
+    differentiated = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    if error_with_gradients is None or heads == "probabilities" or reference.requires_grad or not differentiated:
+        return flow_loss(request.result("soft_displacement"), reference, variant=variant)
+    error: Tensor = error_with_gradients(
+        *request.arguments,
+        reference.flatten(-5, -4) if frames is None else reference,
+        moving_only=variant == "released",
+        **request.options,
+    )
+    return error / components
+
+
+def _check_variant(variant: str) -> None:
+    if variant not in FLOW_LOSSES:
+        raise ValueError(f"variant must be one of {', '.join(map(repr, FLOW_LOSSES))}, got {variant!r}")
+
+
+def _checked_count(moving: Tensor) -> int:
+    """How many vectors move, of a bool for each.
+
+    Raises:
+        ValueError: none.
+    """
     count = int(moving.sum())
     if count == 0:
         raise ValueError(
             "the reference's displacements are all zero: nothing in it moves by a token or more, so there is no motion "
             'to follow; take a reference with motion, another block, or variant="paper"'
         )
-    # Multiplying by the mask keeps the shape, where picking the vectors would wait for the device.
-    return ((flow - reference) * moving).square().sum() / (2 * count)
+    return count
 
 
 def coarse_centers(

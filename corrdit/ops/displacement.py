@@ -14,13 +14,25 @@ from corrdit.ops import checks
 from corrdit.ops.backends import BackendInput, backend_input, select_backend
 
 
-class _Request(NamedTuple):
-    """What a backend is called with, and how its frame pairs are to be arranged."""
+class DisplacementRequest(NamedTuple):
+    """What a backend is called with, and how its frame pairs are to be arranged.
+
+    Attributes:
+        backend: the module that runs it.
+        arguments: q, k, grid and pairs as that backend takes them.
+        options: everything else, by name.
+        shape: of the field of displacements as the caller asked for it.
+    """
 
     backend: ModuleType
     arguments: tuple[Any, ...]
     options: dict[str, Any]
-    square: bool
+    shape: tuple[int, ...]
+
+    def result(self, operation: str) -> Tensor:
+        """The backend's field of displacements in `shape`."""
+        displacement: Tensor = getattr(self.backend, operation)(*self.arguments, **self.options)
+        return displacement.view(self.shape)
 
 
 def soft_displacement(
@@ -72,11 +84,11 @@ def soft_displacement(
         ValueError: an argument is out of range or does not fit the grid.
         RuntimeError: the backend asked for cannot run here.
     """
-    request = _displacement_request(
+    request = displacement_request(
         q, k, grid, heads=heads, head_weights=head_weights, temperature=temperature, frames=frames, window=window,
         center=center, scale=scale, key_mask=key_mask, backend=backend, memory_budget=memory_budget,
     )  # fmt: skip
-    return _arrange(request.backend.soft_displacement(*request.arguments, **request.options), request, grid)
+    return request.result("soft_displacement")
 
 
 @torch.no_grad()
@@ -108,14 +120,14 @@ def hard_displacement(
         ValueError: an argument is out of range or does not fit the grid.
         RuntimeError: the backend asked for cannot run here.
     """
-    request = _displacement_request(
+    request = displacement_request(
         q, k, grid, heads=heads, head_weights=head_weights, temperature=temperature, frames=frames, window=window,
         center=center, scale=scale, key_mask=key_mask, backend=backend, memory_budget=memory_budget,
     )  # fmt: skip
-    return _arrange(request.backend.hard_displacement(*request.arguments, **request.options), request, grid)
+    return request.result("hard_displacement")
 
 
-def _displacement_request(
+def displacement_request(
     q: Tensor,
     k: Tensor,
     grid: TokenGrid,
@@ -130,7 +142,8 @@ def _displacement_request(
     key_mask: Tensor | None,
     backend: str,
     memory_budget: int | None,
-) -> _Request:
+) -> DisplacementRequest:
+    """The checked arguments of `soft_displacement`, for the backend they are meant for."""
     checks.check_tokens(grid, q=q, k=k)
     weights = checks.check_heads(heads, head_weights, q)
     pairs = grid.frame_pairs(frames)
@@ -144,7 +157,10 @@ def _displacement_request(
     module = select_backend(backend, q)
     given = backend_input(module, BackendInput(q, k, grid, checks.check_key_mask(key_mask, q), heads, weights))
     options.update(heads=given.heads, weights=given.weights, key_mask=given.key_mask)
-    return _Request(module, (given.q, given.k, given.grid, pairs), options, square=frames is None)
+    pair_axes = (grid.frames, grid.frames) if frames is None else (len(pairs),)
+    head_axes = (q.shape[1],) if heads == "none" else ()
+    shape = (q.shape[0], *head_axes, *pair_axes, grid.height, grid.width, 2)
+    return DisplacementRequest(module, (given.q, given.k, given.grid, pairs), options, shape)
 
 
 def _check_center(
@@ -166,10 +182,3 @@ def _check_center(
     if not bool(torch.isfinite(center).all()):
         raise ValueError("center must be finite, got NaN or infinity in it")
     return center.reshape(q.shape[0], len(pairs), grid.height, grid.width, 2)
-
-
-def _arrange(displacement: Tensor, request: _Request, grid: TokenGrid) -> Tensor:
-    """One axis of pairs as (query frame, key frame) where all pairs were asked for."""
-    if not request.square:
-        return displacement
-    return displacement.unflatten(-4, (grid.frames, grid.frames))

@@ -6,6 +6,7 @@ from corrdit.streaming.frame_local_attention import frame_local_attention
 from corrdit.streaming.hard_displacement import hard_displacement
 from corrdit.streaming.match import match
 from corrdit.streaming.soft_displacement import soft_displacement
+from corrdit.streaming.soft_displacement_error import soft_displacement_error
 
 __all__ = [
     "attention_mass",
@@ -14,4 +15,5 @@ __all__ = [
     "hard_displacement",
     "match",
     "soft_displacement",
+    "soft_displacement_error",
 ]

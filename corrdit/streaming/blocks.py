@@ -43,6 +43,11 @@ class Run(NamedTuple):
     key_frames: int
     pair: int
 
+    @property
+    def pairs(self) -> slice:
+        """Where they are in the list of pairs."""
+        return slice(self.pair, self.pair + self.key_frames)
+
 
 class KeyGroup(NamedTuple):
     """Key frames that share one matrix product, and the runs of pairs within them."""
@@ -111,6 +116,12 @@ def take(tokens: Tensor, part: Part, grid: TokenGrid) -> Tensor:
         return tokens[..., part, :]
     by_place = tokens.unflatten(-2, (grid.height, grid.width))
     return by_place[..., part.top : part.bottom, part.left : part.right, :]
+
+
+def of_rows(vectors: Tensor, block: Block, grid: TokenGrid) -> Tensor:
+    """The rows of a block `[n, frames, 2]` in a field `[P, S, 2]` of vectors."""
+    part = take(vectors[block.run.pairs], block.queries, grid)
+    return part.reshape(block.run.key_frames, -1, 2).transpose(0, 1)
 
 
 class BlockPlan:

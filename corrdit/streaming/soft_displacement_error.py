@@ -1,0 +1,106 @@
+"""Squared error of the soft displacement against a reference, with its gradients from the same pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from corrdit.grid import FramePairs, TokenGrid
+from corrdit.streaming.blocks import Block, of_rows
+from corrdit.streaming.frame_pairs import PairPass, PairProblem
+from corrdit.streaming.once import first_gradient
+from corrdit.streaming.pair_gradients import add_gradients
+from corrdit.streaming.softmax_rows import displacement_of, score_gradient, softmax_rows
+
+ERROR_HEAD_MODES = ("logits", "features", "none")
+"""Where a displacement comes from one map, so that its error is known with the map's row."""
+
+
+def soft_displacement_error(
+    q: Tensor,
+    k: Tensor,
+    grid: TokenGrid,
+    pairs: FramePairs,
+    reference: Tensor,
+    *,
+    moving_only: bool,
+    heads: str,
+    weights: Tensor | None,
+    scale: float,
+    temperature: float,
+    key_mask: Tensor | None,
+    window: int | None,
+    center: Tensor | None,
+    memory_budget: int | None = None,
+) -> Tensor:
+    """`(soft_displacement(q, k, ...) - reference).square().sum()`, a scalar, with the gradients made along with it.
+
+    The squared error is a sum over rows of the softmax, so the gradient of a row is known as soon as its displacement
+    is: three matrix products a block, where a displacement and a gradient that comes back later take four. That of a
+    loss of cross entropy is found in the same way (Liger-Kernel, arXiv 2410.10989, fused linear cross entropy).
+
+    Differentiable once in q and k; the gradients are kept from the forward to the backward pass, in float32 (float64
+    for float64 input), so that a gradient that comes in at any scale is multiplied before it is rounded. Worth its
+    while only where a gradient is wanted.
+
+    Args:
+        reference: of any dtype, `[B, P, h, w, 2]`, or `[B, H, P, h, w, 2]` for heads="none".
+        moving_only: vectors whose reference is zero count nothing.
+        heads: one of `ERROR_HEAD_MODES`; see `corrdit.ops.soft_displacement` for it and the others.
+        memory_budget: bytes beyond inputs and gradients.
+    """
+    problem = PairProblem(grid, pairs, heads, weights, scale * temperature, key_mask, window, center, memory_budget)
+    field = reference.detach().flatten(-3, -2)
+    error: Tensor = _Error.apply(q, k, problem, field if heads == "none" else field.unsqueeze(1), moving_only)
+    return error
+
+
+class _Error(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, q: Tensor, k: Tensor, problem: PairProblem, reference: Tensor, moving_only: bool
+    ) -> Tensor:
+        needs_dq, needs_dk, *_ = ctx.needs_input_grad
+        with torch.autocast(q.device.type, enabled=False):
+            work = PairPass(q, k, problem, score_tiles=2, key_matrices=2, purpose="the loss of soft displacement")
+            dtype = work.products.dtype
+            dq = torch.zeros_like(q, dtype=dtype) if needs_dq else None
+            dk = torch.zeros_like(k, dtype=dtype) if needs_dk else None
+            slopes = _ErrorSlopes(work, reference, moving_only)
+            add_gradients(work, slopes, dq, dk)
+        ctx.save_for_backward(q, k, dq, dk)
+        return slopes.errors.sum()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        q, k, *kept = ctx.saved_tensors
+
+        def scaled(q: Tensor, k: Tensor, gradient: Tensor) -> tuple[Tensor | None, ...]:
+            return tuple(None if whole is None else (whole * gradient).to(q.dtype) for whole in kept)
+
+        dq, dk = first_gradient("the loss of soft_displacement", scaled, q, k, gradient)
+        return dq, dk, None, None, None
+
+
+class _ErrorSlopes:
+    """The gradient of the scores from the squared error of their own displacements.
+
+    Attributes:
+        errors: `[B, maps, P]` squared errors of the blocks visited.
+    """
+
+    def __init__(self, work: PairPass, reference: Tensor, moving_only: bool) -> None:
+        self.work, self.reference, self.moving_only = work, reference, moving_only
+        shape = (*reference.shape[:2], len(work.problem.pairs))
+        self.errors = torch.zeros(shape, dtype=work.products.dtype, device=work.q.device)
+
+    def of_block(self, batch: int, index: int, queries: Tensor, keys: Tensor, block: Block) -> Tensor:
+        work = self.work
+        rows = softmax_rows(work, queries, keys, block)
+        wanted = of_rows(self.reference[batch, index], block, work.grid)
+        error = displacement_of(work, rows, block).sub_(wanted.to(work.products.dtype))
+        if self.moving_only:
+            error.mul_((wanted != 0).any(-1, keepdim=True))
+        self.errors[batch, index, block.run.pairs] += error.square().sum((0, 2))
+        return score_gradient(work, rows, error.mul_(2), 1.0, block)
