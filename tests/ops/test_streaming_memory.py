@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from corrdit import TokenGrid, ops
+from corrdit import TokenGrid, motion, ops
 
 BUDGET = 320_000
 
@@ -51,6 +51,32 @@ def test_soft_displacement_and_its_gradients(dtype, heads, window):
 
         extra[frames] = extra_bytes(work)
     assert max(extra.values()) <= BUDGET, extra
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", ["logits", "features", "none"])
+@pytest.mark.parametrize("window", [None, 2])
+def test_attention_flow_loss_and_its_gradients(dtype, heads, window):
+    """Its gradients are kept in float32 until they are scaled; beside those it stays under the budget."""
+    for frames in (3, 16):
+        grid, (q, k, _) = scene(frames, dtype)
+        q, k = q.requires_grad_(), k.requires_grad_()
+        span = {"frames": 2} if frames > 3 and window else {}
+        options = {"heads": heads, "window": window, "backend": "streaming", "memory_budget": BUDGET, **span}
+        reference = torch.ones_like(ops.soft_displacement(q, k, grid, **options), dtype=torch.int64)
+
+        def loss(q=q, k=k, grid=grid, options=options, reference=reference) -> tuple[Tensor, ...]:
+            return (motion.attention_flow_loss(q, k, grid, reference, **options),)
+
+        def gradients(loss=loss, inputs=(q, k)) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(loss(), inputs)
+
+        kept = 2 * 4 * q.numel()
+        scaling = 0 if dtype == torch.float32 else 4 * q.numel()  # one of the two before it is rounded
+        tables = 8_000  # of positions, which go with the pass
+        assert extra_bytes(loss) <= kept + BUDGET
+        returned = 2 * q.element_size() * q.numel()
+        assert extra_bytes(gradients) <= max(kept + BUDGET - returned, kept + scaling + tables)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from corrdit import TokenGrid, ops
+from corrdit import TokenGrid, motion, ops
+from corrdit.motion.flow_loss import FLOW_LOSSES
 
 HEAD_MODES = ("logits", "features", "probabilities", "none")
 BACKENDS = ("reference", "streaming")
@@ -99,6 +100,23 @@ def test_soft_displacement_and_gradients(scene, data):
         incoming = torch.randn(moved.shape, generator=generator, dtype=torch.float64)
         results.append((moved, *torch.autograd.grad(moved, (q, k), incoming)))
     assert_same(results)
+
+
+@thorough
+@given(scenes(), st.data(), st.sampled_from(FLOW_LOSSES))
+def test_attention_flow_loss_and_gradients(scene, data, variant):
+    """Against the loss of the reference's displacements; the incoming gradient scales what the forward pass found."""
+    grid, options, (q, k, _) = scene
+    options |= displacement_options(data, grid, q.shape[0])
+    flow = ops.soft_displacement(q, k, grid, backend="reference", **options)
+    generator = torch.Generator().manual_seed(7)
+    reference = torch.randint(-1, 2, flow.shape, generator=generator)
+    reference[..., 0, 0, :] = 1
+    if data.draw(st.booleans()):
+        reference = reference * 0.75
+    composed = motion.flow_loss(flow, reference, variant=variant)
+    loss = motion.attention_flow_loss(q, k, grid, reference, variant=variant, backend="streaming", **options)
+    assert_same([(total, *torch.autograd.grad(1.5 * total, (q, k))) for total in (composed, loss)])
 
 
 @thorough
