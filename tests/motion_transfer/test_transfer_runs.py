@@ -14,7 +14,6 @@ from corrdit.integrations.diffusers.motion_transfer import (
 from corrdit.integrations.diffusers.motion_transfer import guided_run as guided_run_module
 from corrdit.integrations.diffusers.motion_transfer.optimisation import OptimiserMemory, optimised
 from corrdit.integrations.diffusers.motion_transfer.reference import codec_latents
-from corrdit.motion import flow_loss
 
 SETTINGS = {"steps": 3, "guided_share": 0.6, "optimisation_steps": 2, "learning_rate": 0.05}
 
@@ -298,17 +297,17 @@ def test_overflowing_gradients_are_computed_again_with_a_smaller_scale():
 
 
 def test_a_loss_that_becomes_nan_stops_and_keeps_the_state(case, tmp_path, monkeypatch):
-    backbone, video, arguments = case("cogvideox")
-    calls = []
-
-    def failing(self, description, reference):
-        calls.append(1)
-        loss = flow_loss(description, reference)
-        return loss * float("nan") if len(calls) == 4 else loss
-
     from corrdit.integrations.diffusers.motion_transfer.methods import AttentionMotionFlow
 
-    monkeypatch.setattr(AttentionMotionFlow, "loss", failing)
+    backbone, video, arguments = case("cogvideox")
+    calls, own = [], AttentionMotionFlow.loss_of_attention
+
+    def failing(self, *attention, reference):
+        calls.append(1)
+        loss = own(self, *attention, reference=reference)
+        return loss * float("nan") if len(calls) == 4 else loss
+
+    monkeypatch.setattr(AttentionMotionFlow, "loss_of_attention", failing)
     state = tmp_path / "state.safetensors"
     transfer = MotionTransfer(backbone, block=1, **SETTINGS)
     with pytest.raises(DivergedError, match="denoising step 1, optimisation step 1") as caught:

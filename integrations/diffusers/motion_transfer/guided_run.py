@@ -220,18 +220,19 @@ class GuidedRun:
         self._use({name: tensor.to(device) for name, tensor in found.items()})
 
     def _loss(self, transformer: torch.nn.Module, arguments: dict[str, Any], call: ForwardCall) -> Tensor:
-        assert self._method is not None
-        assert self._reference is not None
-        blocks = self._settings.blocks
-        if self._method.reads == "attention":
-            operations = {"motion": self._method.of_attention}
-            observed = attention_observed(transformer, arguments, dict.fromkeys(blocks, operations))
-            descriptions = {block: results["motion"] for block, results in observed.items()}
+        method, reference, blocks = self._method, self._reference, self._settings.blocks
+        assert method is not None
+        assert reference is not None
+        if method.reads == "attention":
+            operations = {
+                block: {"loss": functools.partial(method.loss_of_attention, reference=reference.wanted[block])}
+                for block in blocks
+            }
+            observed = attention_observed(transformer, arguments, operations)
+            losses = [observed[block]["loss"] for block in blocks]
         else:
-            descriptions = features_observed(
-                transformer, self._layout, arguments, call.grid, self._method.of_features, blocks
-            )
-        losses = [self._method.loss(descriptions[block], self._reference.wanted[block]) for block in blocks]
+            features = features_observed(transformer, self._layout, arguments, call.grid, lambda maps: maps, blocks)
+            losses = [method.loss_of_features(features[block], reference.wanted[block]) for block in blocks]
         return torch.stack(losses).mean()
 
     def _reference_keys_values(

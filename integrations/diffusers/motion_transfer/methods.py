@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,8 +11,8 @@ from corrdit import ops
 from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.motion_transfer.settings import TransferSettings
 from corrdit.motion import (
+    attention_flow_loss,
     coarse_centers,
-    flow_loss,
     moft_channels,
     moft_loss,
     smm_loss,
@@ -22,14 +21,18 @@ from corrdit.motion import (
 )
 
 
-class MotionMethod(abc.ABC):
+class MotionMethod:
     """A description of motion, read from one attention layer or from a block's output, and a loss on it.
+
+    A method has the two functions of what it reads: what it keeps of the reference, and the loss against that, a
+    differentiable scalar in float32 or float64.
 
     Args:
         settings: of the transfer.
 
     Attributes:
-        reads: "attention" (queries and keys) or "features" (the block's output for the video tokens).
+        reads: "attention" (queries and keys `[1, H, N, D]`) or "features" (the block's output for the video tokens,
+            `[F, C, h, w]`).
     """
 
     reads: ClassVar[Literal["attention", "features"]]
@@ -37,25 +40,23 @@ class MotionMethod(abc.ABC):
     def __init__(self, settings: TransferSettings) -> None:
         self.settings = settings
 
-    def of_attention(self, q: Tensor, k: Tensor, grid: TokenGrid, key_mask: Tensor | None) -> Tensor:
-        """The description from queries and keys `[1, H, N, D]`; differentiable."""
+    def reference_of_attention(self, q: Tensor, k: Tensor, grid: TokenGrid, key_mask: Tensor | None) -> Any:
+        """What the loss compares with, from the reference's queries and keys."""
         raise TypeError(f"{type(self).__name__} reads {self.reads}")
 
-    def of_features(self, features: Tensor) -> Tensor:
-        """The description from features `[F, C, h, w]`; differentiable."""
-        return features
-
-    def reference_of_attention(self, q: Tensor, k: Tensor, grid: TokenGrid, key_mask: Tensor | None) -> Any:
-        """What `loss` compares with, from the reference's queries and keys."""
-        return self.of_attention(q, k, grid, key_mask)
+    def loss_of_attention(
+        self, q: Tensor, k: Tensor, grid: TokenGrid, key_mask: Tensor | None, *, reference: Any
+    ) -> Tensor:
+        """The loss from queries and keys, and what was kept of the reference."""
+        raise TypeError(f"{type(self).__name__} reads {self.reads}")
 
     def reference_of_features(self, features: Tensor) -> Any:
-        """What `loss` compares with, from the reference's features."""
-        return self.of_features(features)
+        """What the loss compares with, from the reference's features."""
+        return features
 
-    @abc.abstractmethod
-    def loss(self, description: Tensor, reference: Any) -> Tensor:
-        """Scalar in float32 or float64."""
+    def loss_of_features(self, features: Tensor, reference: Any) -> Tensor:
+        """The loss from features, and what was kept of the reference."""
+        raise TypeError(f"{type(self).__name__} reads {self.reads}")
 
 
 class AttentionMotionFlow(MotionMethod):
@@ -64,17 +65,21 @@ class AttentionMotionFlow(MotionMethod):
 
     reads = "attention"
 
-    def of_attention(self, q: Tensor, k: Tensor, grid: TokenGrid, key_mask: Tensor | None) -> Tensor:
-        options = self._options(q, k, grid)
-        return ops.soft_displacement(q, k, grid, temperature=self.settings.temperature, key_mask=key_mask, **options)
-
     def reference_of_attention(self, q: Tensor, k: Tensor, grid: TokenGrid, key_mask: Tensor | None) -> Tensor:
+        options = self._options(q, k, grid)
         if self.settings.flow_reference == "soft":
-            return self.of_attention(q, k, grid, key_mask)
-        return ops.hard_displacement(q, k, grid, key_mask=key_mask, **self._options(q, k, grid))
+            temperature = self.settings.temperature
+            return ops.soft_displacement(q, k, grid, temperature=temperature, key_mask=key_mask, **options)
+        return ops.hard_displacement(q, k, grid, key_mask=key_mask, **options)
 
-    def loss(self, description: Tensor, reference: Tensor) -> Tensor:
-        return flow_loss(description, reference, variant=self.settings.loss)
+    def loss_of_attention(
+        self, q: Tensor, k: Tensor, grid: TokenGrid, key_mask: Tensor | None, *, reference: Tensor
+    ) -> Tensor:
+        settings, options = self.settings, self._options(q, k, grid)
+        return attention_flow_loss(
+            q, k, grid, reference,
+            variant=settings.loss, temperature=settings.temperature, key_mask=key_mask, **options,
+        )  # fmt: skip
 
     def _options(self, q: Tensor, k: Tensor, grid: TokenGrid) -> dict[str, Any]:
         settings = self.settings
@@ -88,8 +93,8 @@ class SpatialMarginalMean(MotionMethod):
 
     reads = "features"
 
-    def loss(self, description: Tensor, reference: Tensor) -> Tensor:
-        return smm_loss(description, reference, variant=self.settings.loss)
+    def loss_of_features(self, features: Tensor, reference: Tensor) -> Tensor:
+        return smm_loss(features, reference, variant=self.settings.loss)
 
 
 class MotionFeatures(MotionMethod):
@@ -100,8 +105,8 @@ class MotionFeatures(MotionMethod):
     def reference_of_features(self, features: Tensor) -> tuple[Tensor, Tensor]:
         return features, moft_channels(features, self.settings.motion_channels)
 
-    def loss(self, description: Tensor, reference: tuple[Tensor, Tensor]) -> Tensor:
-        return moft_loss(description, *reference)
+    def loss_of_features(self, features: Tensor, reference: tuple[Tensor, Tensor]) -> Tensor:
+        return moft_loss(features, *reference)
 
 
 class ClonedAttention(MotionMethod):
@@ -109,11 +114,13 @@ class ClonedAttention(MotionMethod):
 
     reads = "attention"
 
-    def of_attention(self, q: Tensor, k: Tensor, grid: TokenGrid, key_mask: Tensor | None) -> Tensor:
+    def reference_of_attention(self, q: Tensor, k: Tensor, grid: TokenGrid, key_mask: Tensor | None) -> Tensor:
         return temporal_attention(q, k, grid)
 
-    def loss(self, description: Tensor, reference: Tensor) -> Tensor:
-        return temporal_attention_loss(description, reference)
+    def loss_of_attention(
+        self, q: Tensor, k: Tensor, grid: TokenGrid, key_mask: Tensor | None, *, reference: Tensor
+    ) -> Tensor:
+        return temporal_attention_loss(temporal_attention(q, k, grid), reference)
 
 
 _METHODS: dict[str, type[MotionMethod]] = {
