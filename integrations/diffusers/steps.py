@@ -8,6 +8,9 @@ import torch
 
 from corrdit.integrations.diffusers.layouts import ForwardCall
 
+GUIDANCE_PROPERTY = "do_classifier_free_guidance"
+"""Of pipelines that say whether the step in progress has an unconditional branch."""
+
 
 class PipelineSteps:
     """The step a pipeline is at, counted through its scheduler.
@@ -34,14 +37,14 @@ class PipelineSteps:
         """
         if hasattr(type(self._pipe), "current_timestep") and getattr(self._pipe, "_current_timestep", None) is None:
             raise ValueError(
-                f"the transformer was called, but not by the {type(self._pipe).__name__} that is captured; capture the "
-                "pipeline that runs (another may share its parts), or the transformer itself"
+                f"the transformer was called, but not by the {type(self._pipe).__name__} that was given; give "
+                "the pipeline that runs (another may share its parts), or for a capture the transformer itself"
             )
         schedule = self._pipe.scheduler.timesteps
         if schedule is not self._schedule:
             self._schedule, self._marker, self.step = schedule, None, -1
             self.runs += 1
-            # Dynamic guidance overwrites the scale after the first forward, so it is read before.
+            # CogVideoX decides once and with dynamic guidance then overwrites the scale, so it is read before.
             self.guided = _uses_guidance(self._pipe)
         marker = getattr(self._pipe, "_current_timestep", None)
         if marker is None:
@@ -52,6 +55,9 @@ class PipelineSteps:
         self._marker = marker
         self.step += 1
         self.call = 0
+        if hasattr(type(self._pipe), GUIDANCE_PROPERTY):
+            # These pipelines ask anew at every step, so that a callback can end their guidance half way.
+            self.guided = bool(getattr(self._pipe, GUIDANCE_PROPERTY))
 
     @property
     def count(self) -> int:
@@ -80,10 +86,10 @@ class TransformerSteps:
 
 
 def _uses_guidance(pipe: Any) -> bool:
-    for name in ("do_classifier_free_guidance", "guidance_scale"):
+    for name in (GUIDANCE_PROPERTY, "guidance_scale"):
         value = getattr(pipe, name, None)
         if value is not None:
-            return bool(value) if name == "do_classifier_free_guidance" else value > 1
+            return bool(value) if name == GUIDANCE_PROPERTY else value > 1
     return False
 
 

@@ -128,6 +128,48 @@ class Recorder:
         return value[self.batch :] if batched else value
 
 
+def check_outputs(
+    pipe: Any, generation: dict[str, Any], guidance: Any, layers: tuple[int, ...], scale: float, uncond: Any = None
+) -> int:
+    """Every forward of a guided run returns what it returned unguided plus s (c - p); returns their number.
+
+    `uncond(index)` says whether forward `index` is an unconditional one of its own; a batch of two branches is told by
+    the pipeline's own `do_classifier_free_guidance`.
+    """
+    plain: list[tuple[torch.nn.Module, dict[str, Any], torch.Tensor, bool]] = []
+    guided: list[torch.Tensor] = []
+
+    def before(transformer: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        arguments = forward_arguments(transformer, args, kwargs)
+        arguments.pop("self")
+        batched = layout_of(transformer).guidance == "batched" and pipe.do_classifier_free_guidance
+        plain.append((transformer, arguments, output[0].clone(), batched))
+
+    def after(transformer: torch.nn.Module, args: Any, output: Any) -> None:
+        guided.append(output[0].clone())
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(pipe.transformer.register_forward_hook(before, with_kwargs=True).remove)
+        with guidance:
+            stack.callback(pipe.transformer.register_forward_hook(after).remove)
+            pipe(**generation)
+    shift = torch.zeros(())
+    for index, ((transformer, arguments, output, batched), actual) in enumerate(zip(plain, guided, strict=True)):
+        if uncond is None or not uncond(index):
+            half = len(output) // 2 if batched else 0
+            conditional = {
+                name: value[half:] if isinstance(value, torch.Tensor) and len(value) == 2 * half else value
+                for name, value in arguments.items()
+            }
+            call = layout_of(transformer).read_call(transformer, conditional)
+            with torch.no_grad(), perturbed(transformer, layers, call, cross_frame(True)):
+                without = transformer.forward(**conditional)[0]
+            shift = scale * (output[half:].double() - without.double())
+            assert shift.abs().max() > 0
+        assert_close(actual, (output.unflatten(0, (-1, len(shift))).double() + shift).flatten(0, 1))
+    return len(guided)
+
+
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
     """Largest error over largest value."""
     error = (actual.double() - expected.double()).abs().max() / expected.double().abs().max()
