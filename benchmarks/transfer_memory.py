@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from corrdit import TokenGrid, motion, ops
+from corrdit import TokenGrid, motion
 
 SHAPES = {
     "cpu": [(12, 64, 6, 30, 45), (12, 64, 3, 30, 45), (12, 64, 12, 30, 45)],
@@ -68,10 +68,9 @@ def step(
 ) -> tuple[float, torch.Tensor]:
     """Loss and its gradient in q."""
     if way == "ours":
-        flow = ops.soft_displacement(q, k, grid, temperature=TEMPERATURE)
+        loss = motion.attention_flow_loss(q, k, grid, wanted, temperature=TEMPERATURE)
     else:
-        flow = materialised_flow(q, k, grid, fold=way == "folded")
-    loss = motion.flow_loss(flow, wanted)
+        loss = motion.flow_loss(materialised_flow(q, k, grid, fold=way == "folded"), wanted)
     gradient, _ = torch.autograd.grad(loss, (q, k))
     return float(loss.detach()), gradient
 
