@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.guidance import perturbations
@@ -72,6 +74,35 @@ def test_other_heads_and_grouped_keys_keep_full_attention() -> None:
         output = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
     torch.testing.assert_close(output[:, [1, 3]], local[:, [1, 3]])
     torch.testing.assert_close(output[:, [0, 2]], full[:, [0, 2]])
+
+
+@pytest.mark.parametrize("mask_heads", [1, 4])
+def test_attention_that_is_replaced_is_not_computed(mask_heads: int) -> None:
+    grid = TokenGrid(2, 2, 2)
+    q, k, v = torch.randn(3, 1, 4, 8, 4)
+    mask = torch.ones(1, mask_heads, 1, 8, dtype=torch.bool)
+    mask[..., 3] = False
+    computed: list[int] = []
+
+    class Count(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is F.scaled_dot_product_attention:
+                computed.append(args[0].shape[1])
+            return func(*args, **(kwargs or {}))
+
+    def values(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any, **further: Any) -> torch.Tensor:
+        return v
+
+    with Count(), SubstituteAttention(values, grid, (1, 3)):
+        output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    assert computed == [2]
+    assert torch.equal(output[:, [1, 3]], v[:, [1, 3]])
+    torch.testing.assert_close(
+        output[:, [0, 2]], F.scaled_dot_product_attention(q, k, v, attn_mask=mask.expand(1, 4, 8, 8))[:, [0, 2]]
+    )
+    with Count(), SubstituteAttention(values, grid, (0, 1, 2, 3)):
+        assert torch.equal(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), v)
+    assert computed == [2]
 
 
 @pytest.mark.parametrize("change", [{"is_causal": True}, {"attn_mask": torch.ones(8, 8, dtype=torch.bool).tril()}])

@@ -189,12 +189,22 @@ def test_one_guidance_at_a_time() -> None:
         ({"heads": [2]}, "heads of layer 1 must be different numbers from 0 to 1"),
         ({"heads": {2: [0]}}, "not perturbed"),
         ({"heads": [0], "perturbation": "skip"}, "no heads to choose"),
+        ({"layers": True}, "whole numbers"),
+        ({"heads": 2}, "heads of layer 1 must be different numbers from 0 to 1"),
+        ({"heads": {1: 2}}, "heads of layer 1 must be different numbers from 0 to 1"),
+        ({"heads": 0.5}, "heads must be whole numbers"),
         ({"backend": "cuda"}, "backend must be one of"),
     ],
 )
 def test_bad_settings_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CrossAttentionGuidance(tiny_pipeline("cogvideox"), **{"layers": 1, **options})
+
+
+@pytest.mark.parametrize("heads", [1, [1], {1: 1, 2: [1]}, "iterator"])
+def test_heads_may_be_one_number_or_any_iterable(heads: Any) -> None:
+    given = iter([1]) if heads == "iterator" else heads
+    assert CrossAttentionGuidance(tiny_pipeline("cogvideox"), (1, 2), heads=given).heads == {1: (1,), 2: (1,)}
 
 
 def test_models_that_cannot_be_guided_are_refused() -> None:

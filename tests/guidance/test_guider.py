@@ -105,9 +105,17 @@ def test_model_is_clean_after_an_exception(batch: str) -> None:
     assert torch.equal(denoise(transformer, ClassifierFreeGuidance(5.0)), plain)
 
 
+def test_one_layer_and_one_head_as_numbers() -> None:
+    transformer = tiny_pipeline("wan").transformer
+    numbers = denoise(transformer, CrossAttentionGuider(5.0, layers=0, heads=1))
+    assert torch.equal(numbers, denoise(transformer, CrossAttentionGuider(5.0, layers=[0], heads=[1])))
+
+
 def test_bad_settings() -> None:
     with pytest.raises(ValueError, match="layers is empty"):
         CrossAttentionGuider(5.0)
+    with pytest.raises(ValueError, match="layers is empty"):
+        CrossAttentionGuider(5.0, layers=None)
     with pytest.raises(ValueError, match="scale must be a finite number"):
         CrossAttentionGuider(5.0, layers=[1], perturbation_scale=-1.0)
     with pytest.raises(ValueError, match="layer 9 is outside"):

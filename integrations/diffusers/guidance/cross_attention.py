@@ -63,7 +63,7 @@ class CrossAttentionGuidance:
         perturbation: "cross_frame"; "identity", where a video token sees itself and the text only (perturbed-attention
             guidance, arXiv 2403.17377); or "skip", where the blocks of the layers are left out (spatiotemporal skip
             guidance, arXiv 2411.18664).
-        heads: heads to perturb, the same in every layer or by layer; None for all.
+        heads: head or heads to perturb, the same in every layer or by layer; None for all.
         adaptive_scale: the scale falls by this for each timestep from the noisiest, down to 0, as in diffusers'
             perturbed-attention pipelines.
         preset: "published" for the published layers and variant of this model.

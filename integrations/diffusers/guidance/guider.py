@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -55,14 +55,14 @@ class CrossAttentionGuider(ClassifierFreeGuidance):
         start: float = 0.0,
         stop: float = 1.0,
         enabled: bool = True,
-        layers: Sequence[int] = (),
+        layers: int | Sequence[int] = (),
         perturbation_scale: float = 1.0,
         perturbation_start: float = 0.0,
         perturbation_stop: float = 1.0,
         renormalize: bool | None = None,
         span: int = 0,
         perturbation: str = "cross_frame",
-        heads: Sequence[int] | None = None,
+        heads: int | Sequence[int] | None = None,
         adaptive_scale: float = 0.0,
         backend: str = "auto",
     ) -> None:
@@ -75,9 +75,10 @@ class CrossAttentionGuider(ClassifierFreeGuidance):
             stop=stop,
             enabled=enabled,
         )
-        if not layers:
+        # Kept as lists, which can be read for every forward, and are what a configuration file holds.
+        self._layers, self._heads = _numbers(layers) or [], _numbers(heads)
+        if not self._layers:
             raise ValueError("layers is empty; give at least one attention layer to perturb")
-        self._layers, self._heads = tuple(layers), heads
         self._options = GuidanceOptions(
             scale=perturbation_scale,
             start=perturbation_start,
@@ -122,6 +123,12 @@ class CrossAttentionGuider(ClassifierFreeGuidance):
         if not self._options.adaptive_scale:
             return self._options.scale
         return self._options.scale_at(float(self._timestep), TRAIN_TIMESTEPS)
+
+
+def _numbers(given: int | Iterable[int] | None) -> list[int] | None:
+    if given is None:
+        return None
+    return list(given) if isinstance(given, Iterable) else [given]
 
 
 class _GuidedForward:

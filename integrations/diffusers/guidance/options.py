@@ -12,7 +12,7 @@ from corrdit.integrations.diffusers.guidance.perturbations import AttentionFunct
 from corrdit.ops.backends import BACKENDS
 
 PERTURBATIONS = ("cross_frame", "identity", "skip")
-Heads = Iterable[int] | Mapping[int, Iterable[int]] | None
+Heads = int | Iterable[int] | Mapping[int, int | Iterable[int]] | None
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def checked_layers(layers: int | Iterable[int], count: int, model: str) -> tuple
     Raises:
         ValueError: none, a repeated one, not a whole number, or outside the model.
     """
-    given = list(layers) if isinstance(layers, Iterable) else [layers]
+    given = _listed(layers)
     if not given:
         raise ValueError("layers is empty; give at least one attention layer to perturb")
     resolved = []
@@ -100,7 +100,7 @@ def checked_heads(heads: Heads, layers: tuple[int, ...], count: int, perturbatio
     """Perturbed heads by layer; a layer that is not named is perturbed in all.
 
     Args:
-        heads: the same heads in every layer, or heads by layer (non-negative), or None for all.
+        heads: a head or heads, the same in every layer or by layer (non-negative), or None for all.
         layers: the perturbed layers.
         count: heads of the model.
         perturbation: by name.
@@ -112,7 +112,11 @@ def checked_heads(heads: Heads, layers: tuple[int, ...], count: int, perturbatio
         return {}
     if perturbation == "skip":
         raise ValueError('perturbation="skip" leaves whole blocks out and has no heads to choose; leave heads out')
-    by_layer = heads if isinstance(heads, Mapping) else {layer: list(heads) for layer in layers}
+    if isinstance(heads, Mapping):
+        by_layer = {layer: _listed(chosen) for layer, chosen in heads.items()}
+    else:
+        same = _listed(heads)
+        by_layer = {layer: same for layer in layers}
     checked = {}
     for layer, chosen in by_layer.items():
         if layer not in layers:
@@ -124,8 +128,14 @@ def checked_heads(heads: Heads, layers: tuple[int, ...], count: int, perturbatio
     return checked
 
 
+def _listed(numbers: object) -> list[object]:
+    return list(numbers) if isinstance(numbers, Iterable) else [numbers]
+
+
 def _whole(name: str, value: object) -> int:
     try:
+        if isinstance(value, bool):
+            raise TypeError
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         raise ValueError(f"{name} must be whole numbers, got {value!r}") from None

@@ -156,9 +156,17 @@ class SubstituteAttention(TorchFunctionMode):
         if self._heads is None:
             return self._attention(query, key, value, grid, **arguments)
         chosen = list(self._heads)
-        output = F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, scale=scale)
-        perturbed = self._attention(*(tensor[:, chosen] for tensor in (query, key, value)), grid, **arguments)
-        return output.index_copy(1, torch.tensor(chosen, device=output.device), perturbed)
+        others = [head for head in range(heads) if head not in self._heads]
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        output[:, chosen] = self._attention(*(tensor[:, chosen] for tensor in (query, key, value)), grid, **arguments)
+        if others:
+            mask = attn_mask
+            if mask is not None and mask.ndim > 2 and mask.shape[-3] > 1:
+                mask = mask[..., others, :, :]
+            output[:, others] = F.scaled_dot_product_attention(
+                query[:, others], key[:, others], value[:, others], attn_mask=mask, scale=scale
+            )
+        return output
 
     def _grid_of(self, tokens: int, keys: int, causal: bool) -> TokenGrid:
         """The grid of one call, in which a family may have dropped a sample's text padding (Mochi)."""
