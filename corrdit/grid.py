@@ -24,6 +24,13 @@ def whole_number(name: str, value: object, minimum: int) -> int:
     return number
 
 
+def flag(name: str, value: object) -> bool:
+    """`value` as True or False; a ValueError that names it otherwise, where `bool` would take any string for True."""
+    if isinstance(value, str) or value not in (True, False):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
+
+
 @dataclass(frozen=True)
 class TokenGrid:
     """The token axis of one joint attention: video tokens row-major in (frame, row, column), text at one end.
@@ -48,6 +55,7 @@ class TokenGrid:
     def __post_init__(self) -> None:
         for name, minimum in (("frames", 1), ("height", 1), ("width", 1), ("text_tokens", 0)):
             object.__setattr__(self, name, whole_number(f"TokenGrid {name}", getattr(self, name), minimum))
+        object.__setattr__(self, "text_first", flag("TokenGrid text_first", self.text_first))
 
     @property
     def tokens_per_frame(self) -> int:
@@ -124,11 +132,13 @@ class TokenGrid:
         """
         if frames is None:
             return [(i, j) for i in range(self.frames) for j in range(self.frames)]
-        if not isinstance(frames, Iterable):
+        try:
+            entries = list(frames)  # type: ignore[arg-type]
+        except TypeError:
             span = whole_number("frames given as a span", frames, 0)
             return [(i, j) for i, j in self.frame_pairs() if abs(i - j) <= span]
         pairs = []
-        for entry in frames:
+        for entry in entries:
             try:
                 i, j = (operator.index(index) for index in entry)
             except (TypeError, ValueError):

@@ -6,7 +6,11 @@ and single precision and float64 for float64 input.
 
 Every operation takes `backend`: "reference" materialises score maps and is the definition, "streaming" visits query
 rows in chunks under a memory budget on any device, "triton" runs fused kernels on a CUDA device, and "auto" takes
-"triton" for CUDA tensors and "streaming" for all others.
+"triton" for CUDA tensors and "streaming" for all others. Without a `memory_budget` the streaming backend takes 256 MiB
+beyond inputs and outputs, more only where the keys of one frame alone exceed them; a given budget is kept, or refused
+where it is too small. A caller compiled by `torch.compile(fullgraph=True)` stays one graph on "triton" and "reference"
+("streaming" breaks graphs); values that a tensor holds (`head_weights`, `center`, `tokens`) are not checked in one.
+Autocast changes no result.
 """
 
 from corrdit.ops.attention_mass import AttentionMass, attention_mass

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from corrdit.grid import TokenGrid
 from corrdit.ops import checks
-from corrdit.ops.backends import BackendInput, backend_input, select_backend
+from corrdit.ops.backends import BackendInput, backend_input, full_precision, select_backend
 
 
 class AttentionMass(NamedTuple):
@@ -75,17 +75,18 @@ def attention_mass(
     key_mask = checks.check_key_mask(key_mask, q)
     module = select_backend(backend, q)
     given = backend_input(module, BackendInput(q, k, grid, key_mask, heads, weights), video_only=False)
-    return AttentionMass(
-        *module.attention_mass(
-            given.q,
-            given.k,
-            given.grid,
-            checks.check_frame_tokens(tokens, grid, q.device),
-            source=source,
-            heads=given.heads,
-            weights=given.weights,
-            scale=checks.check_scale(scale, q.shape[-1]),
-            key_mask=given.key_mask,
-            memory_budget=checks.check_budget(memory_budget),
+    with full_precision(q):
+        return AttentionMass(
+            *module.attention_mass(
+                given.q,
+                given.k,
+                given.grid,
+                checks.check_frame_tokens(tokens, grid, q.device),
+                source=source,
+                heads=given.heads,
+                weights=given.weights,
+                scale=checks.check_scale(scale, q.shape[-1]),
+                key_mask=given.key_mask,
+                memory_budget=checks.check_budget(memory_budget),
+            )
         )
-    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import logging
 import os
@@ -18,13 +17,11 @@ from corrdit.kernels.configs import HEAD_DIMS
 
 BACKENDS = ("auto", "triton", "streaming", "reference")
 
-_MODULES = {"triton": "kernels", "streaming": "streaming", "reference": "reference"}
-
 _logger = logging.getLogger("corrdit")
 
 
 def select_backend(backend: str, tensor: Tensor) -> ModuleType:
-    """The module that runs an operation on `tensor`.
+    """The module that runs an operation on `tensor`; torch.compile traces through it.
 
     Raises:
         ValueError: an unknown name, or "triton" for float64 tensors or a head_dim the kernels do not take.
@@ -32,15 +29,35 @@ def select_backend(backend: str, tensor: Tensor) -> ModuleType:
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    unfit = _unfit_tensor(tensor.dtype, tensor.shape[-1])
     if backend == "auto":
-        backend = _automatic(tensor.device.type, tensor.dtype, tensor.shape[-1])
+        backend = _fixed_choice(tensor.device.type, tensor.dtype, unfit)
+    elif backend == "triton" and (reason := unfit or _fixed_reason(tensor.device.type)):
+        kind = ValueError if unfit else RuntimeError
+        raise kind(f'backend="triton" cannot run: {reason}; use backend="streaming" or backend="auto"')
+    if torch.compiler.is_compiling():
+        _load(backend)
+    return _module(backend)
+
+
+def _module(backend: str) -> ModuleType:
+    # Statements, because a traced function may import, but not by name.
     if backend == "triton":
-        reason = triton_unavailable(tensor.device.type, tensor.dtype, tensor.shape[-1])
-        if reason:
-            unfit = tensor.dtype == torch.float64 or _unfit_head_dim(tensor.shape[-1]) is not None
-            kind = ValueError if unfit else RuntimeError
-            raise kind(f'backend="triton" cannot run: {reason}; use backend="streaming" or backend="auto"')
-    return importlib.import_module(f"corrdit.{_MODULES[backend]}")
+        from corrdit import kernels
+
+        return kernels
+    if backend == "streaming":
+        from corrdit import streaming
+
+        return streaming
+    from corrdit import reference
+
+    return reference
+
+
+def full_precision(tensor: Tensor) -> torch.autocast:
+    """A context in which autocast leaves the operations alone: their results are float32 whatever their inputs are."""
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 class BackendInput(NamedTuple):
@@ -63,7 +80,7 @@ def backend_input(module: ModuleType, given: BackendInput, *, video_only: bool =
     that the means over heads are. For 16-bit inputs the kernels get three heads of "logits" instead, which add up to
     that one; see `_tensor_core_parts`.
     """
-    if module.__name__ == f"corrdit.{_MODULES['streaming']}":
+    if module.__name__ == "corrdit.streaming":
         return given
     q, k, grid, key_mask, heads, weights = given
     if video_only:
@@ -72,8 +89,9 @@ def backend_input(module: ModuleType, given: BackendInput, *, video_only: bool =
         grid = grid.without_text()
     if heads == "features":
         assert weights is not None
-        q, k = (torch.einsum("bhnd,h->bnd", t.to(weights.dtype), weights).unsqueeze(1) for t in (q, k))
-        if module.__name__ == f"corrdit.{_MODULES['triton']}" and given.q.dtype in (torch.float16, torch.bfloat16):
+        with full_precision(q):
+            q, k = (torch.einsum("bhnd,h->bnd", t.to(weights.dtype), weights).unsqueeze(1) for t in (q, k))
+        if module.__name__ == "corrdit.kernels" and given.q.dtype in (torch.float16, torch.bfloat16):
             q, k = _tensor_core_parts(q, k, given.q.dtype)
         heads = "logits"
         weights = torch.full((1,), 1 / q.shape[1], dtype=weights.dtype, device=q.device).expand(q.shape[1])
@@ -101,19 +119,25 @@ def _tensor_core_parts(q: Tensor, k: Tensor, dtype: torch.dtype) -> tuple[Tensor
     return torch.cat((highs[0], highs[0], lows[0]), 1), torch.cat((highs[1], lows[1], highs[1]), 1)
 
 
-def _unfit_head_dim(head_dim: int) -> str | None:
+def _unfit_tensor(dtype: torch.dtype, head_dim: int | None) -> str | None:
+    """Why the kernels do not take such tensors on any machine."""
+    if dtype == torch.float64:
+        return "the kernels take float16, bfloat16 and float32, not float64"
     least, most = HEAD_DIMS
-    return None if least <= head_dim <= most else f"the kernels take head_dim {least} to {most}, got {head_dim}"
+    if head_dim is not None and not least <= head_dim <= most:
+        return f"the kernels take head_dim {least} to {most}, got {head_dim}"
+    return None
 
 
 def triton_unavailable(device: str, dtype: torch.dtype, head_dim: int | None = None) -> str | None:
     """Why the Triton kernels cannot run on such tensors, None where they can; `head_dim` None stands for any."""
+    return _unfit_tensor(dtype, head_dim) or _unfit_machine(device)
+
+
+def _unfit_machine(device: str) -> str | None:
+    """Why the kernels cannot run here on tensors of a kind of device."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if dtype == torch.float64:
-        return "the kernels take float16, bfloat16 and float32, not float64"
-    if head_dim is not None and (reason := _unfit_head_dim(head_dim)):
-        return reason
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return None
     if device != "cuda":
@@ -126,7 +150,7 @@ def triton_unavailable(device: str, dtype: torch.dtype, head_dim: int | None = N
 
 
 @functools.cache
-def _automatic(device: str, dtype: torch.dtype, head_dim: int) -> str:
+def _automatic(device: str, dtype: torch.dtype, unfit: str | None) -> str:
     """The backend "auto" stands for; the choice is logged once for each kind of tensor.
 
     On a CUDA device it is the kernels, and the streaming backend, with a warning that says why, for what they do not
@@ -134,9 +158,30 @@ def _automatic(device: str, dtype: torch.dtype, head_dim: int) -> str:
     """
     if device != "cuda":
         return "streaming"
-    reason = triton_unavailable(device, dtype, head_dim)
+    reason = unfit or _unfit_machine(device)
     if reason:
         _logger.warning('backend="auto" takes "streaming" for %s tensors on %s: %s', dtype, device, reason)
         return "streaming"
     _logger.info('backend="auto" takes "triton" for %s tensors on %s', dtype, device)
     return "triton"
+
+
+def _fixed_choice(device: str, dtype: torch.dtype, unfit: str | None) -> str:
+    return _automatic(device, dtype, unfit)
+
+
+def _fixed_reason(device: str) -> str | None:
+    return _unfit_machine(device)
+
+
+def _load(backend: str) -> None:
+    """Imports all of a backend: a traced function cannot ask a package for what it loads on demand."""
+    module = _module(backend)
+    for name in module.__all__:
+        getattr(module, name)
+
+
+# A compiled caller asks these once, while it is traced: what they look at is no part of a graph. The attribute is what
+# torch.compiler.assume_constant_result sets, whose import of the compiler would take seconds here.
+for _function in (_fixed_choice, _fixed_reason, _load):
+    _function._dynamo_marked_constant = True  # type: ignore[union-attr]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from corrdit.grid import TokenGrid, whole_number
 
 HEAD_MODES = ("logits", "features", "probabilities", "none")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Two such factors and log2(e) still multiply to an ordinary float32.
+SMALLEST_FACTOR = 1e-18
 
 
 def check_tokens(grid: TokenGrid, **tensors: Tensor) -> None:
@@ -25,6 +28,8 @@ def check_tokens(grid: TokenGrid, **tensors: Tensor) -> None:
             raise ValueError(f"{name} must be a tensor [batch, heads, tokens, head_dim], got {type(tensor).__name__}")
         if tensor.ndim != 4 or 0 in tensor.shape:
             raise ValueError(f"{name} must be [batch, heads, tokens, head_dim], none empty, got {list(tensor.shape)}")
+        if tensor.is_meta:
+            raise ValueError(f"{name} is on the meta device, where tensors have no values; give it on a real device")
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
         for what in ("shape", "dtype", "device"):
@@ -40,13 +45,30 @@ def check_tokens(grid: TokenGrid, **tensors: Tensor) -> None:
         )
 
 
+def may_read(tensor: Tensor) -> bool:
+    """Whether values may be looked at: not while a graph is traced or captured, which that would break."""
+    if torch.compiler.is_compiling():
+        return False
+    return tensor.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
+def entries(name: str, values: object) -> list[Any]:
+    """The entries of a list or of anything else that can be walked through."""
+    try:
+        return list(values)  # type: ignore[call-overload]
+    except TypeError:
+        raise ValueError(f"{name} must be a list, got {values!r}") from None
+
+
 def check_number(name: str, value: object, *, positive: bool = False) -> float:
-    """`value` as a finite float, above zero if asked."""
+    """`value` as a finite float; if asked above zero, and of a size whose products float32 holds."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise ValueError(f"{name} must be a number, got {value!r}")
     number = float(value)
     if not math.isfinite(number) or (positive and number <= 0):
         raise ValueError(f"{name} must be finite{' and above 0' if positive else ''}, got {value}")
+    if positive and not SMALLEST_FACTOR <= number <= 1 / SMALLEST_FACTOR:
+        raise ValueError(f"{name} must lie in {SMALLEST_FACTOR:g} to {1 / SMALLEST_FACTOR:g}, got {value}")
     return number
 
 
@@ -87,13 +109,29 @@ def check_heads(heads: str, head_weights: Tensor | Iterable[float] | None, q: Te
     if head_weights is None:
         # One number expanded: by its stride a backend knows equal weights without reading them from the device.
         return torch.full((1,), 1 / count, dtype=dtype, device=q.device).expand(count)
-    weights = torch.as_tensor(
-        head_weights if isinstance(head_weights, Tensor) else list(head_weights), dtype=dtype, device=q.device
-    ).detach()
-    if list(weights.shape) != [count]:
-        raise ValueError(f"head_weights must have one weight a head, [{count}], got {list(weights.shape)}")
-    if not bool(torch.isfinite(weights).all()) or bool((weights < 0).any()) or float(weights.sum()) <= 0:
+    if isinstance(head_weights, Tensor):
+        return _weights_of_tensor(head_weights.detach(), count).to(device=q.device, dtype=dtype)
+    numbers = [check_number("a weight of head_weights", entry) for entry in entries("head_weights", head_weights)]
+    if len(numbers) != count:
+        raise ValueError(f"head_weights must have one weight a head, [{count}], got [{len(numbers)}]")
+    largest = max(numbers)
+    if min(numbers) < 0 or largest <= 0:
+        raise ValueError(f"head_weights must be finite, not negative and not all zero, got {numbers}")
+    shares = [number / largest for number in numbers]
+    return torch.tensor([share / sum(shares) for share in shares], dtype=dtype, device=q.device)
+
+
+def _weights_of_tensor(weights: Tensor, count: int) -> Tensor:
+    """`[H]` normalised to sum 1."""
+    if list(weights.shape) != [count] or weights.is_complex():
+        raise ValueError(
+            f"head_weights must have one real weight a head, [{count}], got {list(weights.shape)} {weights.dtype}"
+        )
+    weights = weights.to(torch.float64 if weights.dtype == torch.float64 else torch.float32)
+    if may_read(weights) and not bool((weights.isfinite() & (weights >= 0)).all() & (weights > 0).any()):
         raise ValueError(f"head_weights must be finite, not negative and not all zero, got {weights.tolist()}")
+    # By the largest first: the sum of large weights might overflow.
+    weights = weights / weights.amax()
     return weights / weights.sum()
 
 
@@ -106,17 +144,25 @@ def check_frame(name: str, frame: int, grid: TokenGrid) -> int:
 
 def check_frame_tokens(tokens: Tensor | Iterable[int], grid: TokenGrid, device: torch.device) -> Tensor:
     """int64 `[P]` flat token indices row * width + column within one frame."""
-    indices = torch.as_tensor(tokens if isinstance(tokens, Tensor) else list(tokens))
-    integral = not (indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool)
-    if indices.ndim != 1 or indices.numel() == 0 or not integral:
-        raise ValueError(
-            "tokens must be a non-empty list or 1-D integer tensor of flat indices, "
-            f"got {list(indices.shape)} {indices.dtype}"
-        )
-    lowest, highest = int(indices.min()), int(indices.max())
+    if isinstance(tokens, Tensor):
+        integral = not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
+        if tokens.ndim != 1 or tokens.numel() == 0 or not integral:
+            raise ValueError(
+                "tokens must be a non-empty list or 1-D integer tensor of flat indices, "
+                f"got {list(tokens.shape)} {tokens.dtype}"
+            )
+        indices = tokens.to(torch.int64)
+        if not may_read(indices):
+            return indices.to(device)
+        lowest, highest = int(indices.min()), int(indices.max())
+    else:
+        numbers = [whole_number("a token of tokens", entry, 0) for entry in entries("tokens", tokens)]
+        if not numbers:
+            raise ValueError("tokens is an empty list; give at least one flat index of the source frame")
+        lowest, highest = min(numbers), max(numbers)
     if lowest < 0 or highest >= grid.tokens_per_frame:
         wrong = lowest if lowest < 0 else highest
         raise ValueError(
             f"token {wrong} is outside the source frame, whose flat indices go from 0 to {grid.tokens_per_frame - 1}"
         )
-    return indices.to(device=device, dtype=torch.int64)
+    return indices.to(device) if isinstance(tokens, Tensor) else torch.tensor(numbers, device=device)

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from corrdit.grid import TokenGrid
+from corrdit.grid import TokenGrid, flag
 from corrdit.ops import checks
-from corrdit.ops.backends import BackendInput, backend_input, select_backend
+from corrdit.ops.backends import BackendInput, backend_input, full_precision, select_backend
 
 
 @torch.no_grad()
@@ -57,17 +57,18 @@ def cost_rows(
     key_mask = checks.check_key_mask(key_mask, q)
     module = select_backend(backend, q)
     given = backend_input(module, BackendInput(q, k, grid, key_mask, heads, weights))
-    rows: Tensor = module.cost_rows(
-        given.q,
-        given.k,
-        given.grid,
-        checks.check_frame_tokens(tokens, grid, q.device),
-        source=source,
-        heads=given.heads,
-        weights=given.weights,
-        scale=checks.check_scale(scale, q.shape[-1]),
-        key_mask=given.key_mask,
-        bidirectional=bool(bidirectional),
-        memory_budget=checks.check_budget(memory_budget),
-    )
+    with full_precision(q):
+        rows: Tensor = module.cost_rows(
+            given.q,
+            given.k,
+            given.grid,
+            checks.check_frame_tokens(tokens, grid, q.device),
+            source=source,
+            heads=given.heads,
+            weights=given.weights,
+            scale=checks.check_scale(scale, q.shape[-1]),
+            key_mask=given.key_mask,
+            bidirectional=flag("bidirectional", bidirectional),
+            memory_budget=checks.check_budget(memory_budget),
+        )
     return rows

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from corrdit.grid import FramePairs, TokenGrid, whole_number
 from corrdit.ops import checks
-from corrdit.ops.backends import BackendInput, backend_input, select_backend
+from corrdit.ops.backends import BackendInput, backend_input, full_precision, select_backend
 
 
 class DisplacementRequest(NamedTuple):
@@ -31,7 +31,8 @@ class DisplacementRequest(NamedTuple):
 
     def result(self, operation: str) -> Tensor:
         """The backend's field of displacements in `shape`."""
-        displacement: Tensor = getattr(self.backend, operation)(*self.arguments, **self.options)
+        with full_precision(self.arguments[0]):
+            displacement: Tensor = getattr(self.backend, operation)(*self.arguments, **self.options)
         return displacement.view(self.shape)
 
 
@@ -150,7 +151,7 @@ def displacement_request(
     options: dict[str, Any] = {
         "scale": checks.check_scale(scale, q.shape[-1]),
         "temperature": checks.check_number("temperature", temperature, positive=True),
-        "window": None if window is None else whole_number("window", window, 0),
+        "window": None if window is None else min(whole_number("window", window, 0), max(grid.height, grid.width)),
         "memory_budget": checks.check_budget(memory_budget),
     }
     options["center"] = _check_center(center, options["window"], q, grid, pairs, square=frames is None)
@@ -177,8 +178,10 @@ def _check_center(
         given = f"{list(center.shape)} on {center.device}" if isinstance(center, Tensor) else type(center).__name__
         raise ValueError(f"center must be a tensor {expected} on {q.device}, got {given}")
     center = center.detach()
+    if center.is_complex():
+        raise ValueError(f"center must be real, got {center.dtype}")
     if not center.is_floating_point():
         center = center.to(torch.float32)
-    if not bool(torch.isfinite(center).all()):
+    if checks.may_read(center) and not bool(torch.isfinite(center).all()):
         raise ValueError("center must be finite, got NaN or infinity in it")
     return center.reshape(q.shape[0], len(pairs), grid.height, grid.width, 2)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from corrdit.grid import TokenGrid, whole_number
+from corrdit.grid import TokenGrid, flag, whole_number
 from corrdit.ops import checks
-from corrdit.ops.backends import select_backend
+from corrdit.ops.backends import full_precision, select_backend
 
 
 def frame_local_attention(
@@ -45,14 +45,16 @@ def frame_local_attention(
         RuntimeError: the backend asked for cannot run here.
     """
     checks.check_tokens(grid, q=q, k=k, v=v)
-    return select_backend(backend, q).frame_local_attention(
-        q,
-        k,
-        v,
-        grid,
-        scale=checks.check_scale(scale, q.shape[-1]),
-        key_mask=checks.check_key_mask(key_mask, q),
-        renormalize=bool(renormalize),
-        span=whole_number("span", span, 0),
-        memory_budget=checks.check_budget(memory_budget),
-    )
+    with full_precision(q):
+        attended: Tensor = select_backend(backend, q).frame_local_attention(
+            q,
+            k,
+            v,
+            grid,
+            scale=checks.check_scale(scale, q.shape[-1]),
+            key_mask=checks.check_key_mask(key_mask, q),
+            renormalize=flag("renormalize", renormalize),
+            span=min(whole_number("span", span, 0), grid.frames),
+            memory_budget=checks.check_budget(memory_budget),
+        )
+    return attended

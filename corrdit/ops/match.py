@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from corrdit.grid import TokenGrid, whole_number
+from corrdit.grid import TokenGrid, flag, whole_number
 from corrdit.ops import checks
-from corrdit.ops.backends import BackendInput, backend_input, select_backend
+from corrdit.ops.backends import BackendInput, backend_input, full_precision, select_backend
 
 
 class Match(NamedTuple):
@@ -78,20 +78,21 @@ def match(
     key_mask = checks.check_key_mask(key_mask, q)
     module = select_backend(backend, q)
     given = backend_input(module, BackendInput(q, k, grid, key_mask, heads, weights))
-    xy, score = module.match(
-        given.q,
-        given.k,
-        given.grid,
-        source,
-        wanted,
-        heads=given.heads,
-        weights=given.weights,
-        scale=checks.check_scale(scale, q.shape[-1]),
-        key_mask=given.key_mask,
-        bidirectional=bool(bidirectional),
-        refine=whole_number("refine", refine, 0),
-        memory_budget=checks.check_budget(memory_budget),
-    )
+    with full_precision(q):
+        xy, score = module.match(
+            given.q,
+            given.k,
+            given.grid,
+            source,
+            wanted,
+            heads=given.heads,
+            weights=given.weights,
+            scale=checks.check_scale(scale, q.shape[-1]),
+            key_mask=given.key_mask,
+            bidirectional=flag("bidirectional", bidirectional),
+            refine=min(whole_number("refine", refine, 0), max(grid.height, grid.width)),
+            memory_budget=checks.check_budget(memory_budget),
+        )
     return Match(xy, score)
 
 
@@ -102,7 +103,7 @@ def _target_frames(targets: Iterable[int] | None, source: int, grid: TokenGrid) 
         if not wanted:
             raise ValueError("the grid has one frame, so no frame but the source is left; give targets or more frames")
         return wanted
-    wanted = [checks.check_frame("targets", frame, grid) for frame in targets]
+    wanted = [checks.check_frame("targets", frame, grid) for frame in checks.entries("targets", targets)]
     if not wanted:
         raise ValueError("targets is empty; give at least one frame, or None for every frame but the source")
     return wanted

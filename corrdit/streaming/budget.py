@@ -9,6 +9,8 @@ DEFAULT_MEMORY_BUDGET = 256 * 2**20
 # 1 to 4 MB are equal, 16 MB is slower); an accelerator wants launches that are large enough to fill it.
 CPU_TILE_BYTES = 2 * 2**20
 ACCELERATOR_TILE_BYTES = 64 * 2**20
+# Query rows for which the default budget grows if it must; fewer would make the matrix products too small.
+LEAST_ROWS = 64
 # Frames smaller than this are worked on in groups, so that a matrix product is never narrower than about this.
 KEYS_IN_A_GROUP = 1536
 
@@ -45,7 +47,7 @@ def rows_in_a_chunk(
     """Query rows worked on at a time.
 
     Args:
-        memory_budget: bytes beyond inputs and outputs; None for `DEFAULT_MEMORY_BUDGET`.
+        memory_budget: bytes beyond inputs and outputs; None for `DEFAULT_MEMORY_BUDGET`, or what `LEAST_ROWS` need.
         fixed_bytes: workspace that does not depend on the number of rows.
         row_bytes: workspace of one row.
         tile_row_bytes: the part of `row_bytes` that the passes after the matrix product go over.
@@ -53,10 +55,13 @@ def rows_in_a_chunk(
         purpose: what the workspace is for, for the error message.
 
     Raises:
-        ValueError: not even one row fits.
+        ValueError: not even one row fits into the budget that was given.
     """
     budget = _bytes(memory_budget)
     affordable = (budget - fixed_bytes) // row_bytes
+    if memory_budget is None:
+        # Nobody asked for it: it grows where the keys of one frame alone exceed it (H * D of 5120, 45 x 80 tokens).
+        affordable = max(affordable, LEAST_ROWS)
     if affordable < 1:
         raise ValueError(
             f"memory_budget={budget} bytes is too small for {purpose}: one query row at a time needs "

@@ -80,6 +80,54 @@ def test_a_compiled_caller_is_one_graph(inputs):
         torch.testing.assert_close(one, two)
 
 
+def test_a_compiled_caller_of_the_operations_is_one_graph(inputs):
+    q, k, v = (t.requires_grad_() for t in inputs)
+    mask = torch.ones(1, 8, dtype=torch.bool)
+    mask[0, 5] = False
+
+    def caller(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weights: torch.Tensor, center: torch.Tensor
+    ) -> list[torch.Tensor]:
+        moved = ops.soft_displacement(
+            q * 2, k, GRID, head_weights=weights, window=1, center=center, frames=[(0, 1)], backend="triton"
+        )
+        seen = ops.frame_local_attention(q, k, v, GRID, key_mask=mask, backend="triton")
+        measures = [
+            ops.hard_displacement(q, k, GRID, heads="features", frames=0, backend="triton"),
+            *ops.match(q, k, GRID, head_weights=[0.2, 0.8], refine=1, backend="triton"),
+            ops.cost_rows(q, k, GRID, [1, 3], backend="triton"),
+            *ops.attention_mass(q, k, GRID, torch.tensor([2]), heads="none", backend="triton"),
+        ]
+        return [moved.square().sum() + seen.sin().sum(), *measures]
+
+    compiled = torch.compile(caller, fullgraph=True, backend="eager")
+    rest = (torch.tensor([3.0, 1.0]), torch.ones(1, 1, 1, 4, 2))
+    found, expected = compiled(q, k, v, *rest), caller(q, k, v, *rest)
+    for one, two in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, two)
+    for one, two in zip(
+        torch.autograd.grad(found[0], (q, k, v)), torch.autograd.grad(expected[0], (q, k, v)), strict=True
+    ):
+        torch.testing.assert_close(one, two)
+
+
+def test_autocast_does_not_lower_the_precision(inputs):
+    q, k, v = (t.requires_grad_() for t in inputs)
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            moved = [
+                ops.soft_displacement(q, k, GRID, heads=heads, frames=[(0, 1)], backend="triton")
+                for heads in ("features", "probabilities")
+            ]
+            found = ops.match(q, k, GRID, heads="features", refine=1, backend="triton")
+            seen = ops.frame_local_attention(q, k, v, GRID, backend="triton")
+        results.append([*moved, *found, seen])
+    for plain, under_autocast in zip(*results, strict=True):
+        assert plain.dtype == under_autocast.dtype
+        assert torch.equal(plain, under_autocast)
+
+
 @pytest.mark.parametrize("operation", ["soft", "local"])
 def test_a_second_derivative_is_refused(inputs, operation):
     q, k, v = (t.requires_grad_() for t in inputs)

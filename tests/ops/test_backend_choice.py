@@ -32,14 +32,15 @@ def test_auto_says_what_it_took_on_a_gpu(monkeypatch, caplog, capability, hip, d
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
     with caplog.at_level(logging.INFO, logger="corrdit"):
-        chosen = [backends._automatic("cuda", dtype, head_dim) for _ in range(2)]
+        unfit = backends._unfit_tensor(dtype, head_dim)
+        chosen = [backends._automatic("cuda", dtype, unfit) for _ in range(2)]
     assert chosen == (["triton"] * 2 if reason is None else ["streaming"] * 2)
     assert len(caplog.records) == 1
     assert (reason or "takes") in caplog.text
 
 
 def test_auto_takes_streaming_on_the_cpu():
-    assert backends._automatic("cpu", torch.float32, 64) == "streaming"
+    assert backends._automatic("cpu", torch.float32, None) == "streaming"
 
 
 @pytest.mark.parametrize("head_dim", [4, 264])

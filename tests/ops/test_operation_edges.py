@@ -153,18 +153,25 @@ def test_a_nan_under_the_mask_reaches_nothing():
         assert torch.equal(clean, spoiled)
 
 
-def test_autocast_does_not_lower_the_precision():
+@BACKENDS
+@HEADS
+def test_autocast_does_not_lower_the_precision(backend, heads):
     q, k, v = tensors(dtype=torch.float32)
     inputs = [tensor.requires_grad_() for tensor in (q, k, v)]
     results = []
     for enabled in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            moved = ops.soft_displacement(q, k, GRID, backend="streaming")
-            found = ops.match(q, k, GRID, backend="streaming")
-            attended = ops.frame_local_attention(*inputs, GRID, backend="streaming")
-            gradients = torch.autograd.grad(moved.sum() + attended.square().sum(), inputs)
-        results.append([moved, found.score, attended, *gradients])
+            moved = ops.soft_displacement(q, k, GRID, heads=heads, backend=backend)
+            found = ops.match(q, k, GRID, heads=heads, refine=1, backend=backend)
+            rows = ops.cost_rows(q, k, GRID, [3], heads=heads, backend=backend)
+            mass = ops.attention_mass(q, k, GRID, [3], heads=heads, backend=backend)
+            attended = ops.frame_local_attention(*inputs, GRID, backend=backend)
+            gradients: tuple[Tensor, ...] = ()
+            if backend == "streaming":  # plain PyTorch leaves the precision of its backward pass to the caller
+                gradients = torch.autograd.grad(moved.sum() + attended.square().sum(), inputs)
+        results.append([moved, *found, rows, *mass, attended, *gradients])
     for plain, under_autocast in zip(*results, strict=True):
+        assert plain.dtype == under_autocast.dtype
         assert torch.equal(plain, under_autocast)
 
 
