@@ -105,6 +105,23 @@ def test_error_of_each_precision_is_that_of_its_rounding(dtype, heads, scale):
         assert (exact - rounded.double()).abs().max() <= step * exact.abs().max()
 
 
+@pytest.mark.parametrize("heads", ["logits", "features", "none"])
+@pytest.mark.parametrize("window", [None, 2])
+def test_one_query_row_at_a_time(heads, window):
+    """Under the smallest budget there is, so that a frame pair takes as many blocks as it has queries."""
+    q, k = tensors()
+    reference = reference_for(heads)
+    options = {"heads": heads, "window": window}
+    with pytest.raises(ValueError, match="too small for the loss of soft displacement") as refusal:
+        motion.attention_flow_loss(q, k, GRID, reference, memory_budget=100, **options)
+    enough = int(str(refusal.value).split(" needs ")[1].split()[0])
+    loss = motion.attention_flow_loss(q, k, GRID, reference, memory_budget=enough, **options)
+    exact = composed(q, k, reference, backend="reference", **options)
+    torch.testing.assert_close(loss, exact, rtol=1e-10, atol=0)
+    for one, other in zip(*(torch.autograd.grad(total, (q, k)) for total in (loss, exact)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
 def test_a_graph_that_is_kept_gives_its_gradient_again_and_autocast_changes_nothing():
     q, k = tensors(torch.float32)
     reference = reference_for("logits")
@@ -169,7 +186,6 @@ def test_the_reference_may_be_differentiated_too():
         ({"reference": None}, "got NoneType"),
         ({"variant": "mean"}, "variant must be one of 'released', 'paper'"),
         ({"temperature": 0}, "temperature"),
-        ({"memory_budget": 100, "backend": "streaming"}, "too small for the loss of soft displacement"),
     ],
     ids=str,
 )
