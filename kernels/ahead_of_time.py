@@ -22,6 +22,8 @@ from corrdit.kernels.floors import EXPONENTIALS, ISSUE_LANES, TENSOR_PRODUCTS
 from corrdit.kernels.launch import compile_only
 from corrdit.kernels.primitives import INTERPRETED
 
+# Products of tiles in triton's intermediate code: up to 8.9, on 9.0 and on 10.0.
+_PRODUCTS = ("tt.dot", "warp_group_dot", "tc_gen5_mma")
 ARCHITECTURES = {80: "8.0", 89: "8.9", 90: "9.0", 100: "10.0"}
 
 
@@ -31,7 +33,7 @@ class Compiled(NamedTuple):
     Attributes:
         shared_bytes: shared memory of a block. spill_bytes: local memory of a thread.
         launchable: whether the chip has that much shared memory, and a block its registers.
-        tensor_cores: whether every matrix product runs on tensor cores.
+        tensor_cores: whether every matrix product runs on tensor cores; true where there is none, as in refinement.
         serialized: whether ptxas made each wgmma wait for the one before, for lack of registers.
         main_loop: None where the kernel has no loop over score tiles.
         elements: scores of a tile over the threads of a block.
@@ -151,9 +153,10 @@ def _inspect(binary: Any, name: str, architecture: str, options: dict[str, Any])
     elements = max(1, rows * columns // (32 * warps))
     times = repetition(binary.asm["ttgir"])
     shared = int(binary.metadata.shared)
-    # A product that missed the tensor cores keeps a result in a plain blocked layout.
-    products = [line for line in binary.asm["ttgir"].splitlines() if "tt.dot" in line]
-    plain = any("#blocked" in line.rsplit("->", 1)[-1] for line in products)
+    lines = binary.asm["ttgir"].splitlines()
+    products = [line for line in lines if any(f"{operation} " in line for operation in _PRODUCTS)]
+    # A product that missed the tensor cores is a tt.dot that keeps its result in a plain blocked layout.
+    plain = any("tt.dot " in line and "#blocked" in line.rsplit("->", 1)[-1] for line in products)
     return Compiled(
         kernel=name.removesuffix("_kernel"),
         architecture=architecture,
@@ -162,8 +165,8 @@ def _inspect(binary: Any, name: str, architecture: str, options: dict[str, Any])
         spill_bytes=spill,
         shared_bytes=shared,
         launchable=shared <= SHARED_BYTES[architecture] and registers * 32 * warps <= 65536,
-        tensor_cores=code.uses_tensor_cores() and not plain,
-        serialized=code.serialized(sum("warp_group_dot " in line for line in binary.asm["ttgir"].splitlines())),
+        tensor_cores=not products or (code.uses_tensor_cores() and not plain),
+        serialized=code.serialized(sum("warp_group_dot " in line for line in products)),
         main_loop=code.main_loop(elements * times),
         elements=elements,
         repetition=times,

@@ -3,10 +3,11 @@
 reads   nothing; with --output results.json, what that file already holds of the same kernel sources
 writes  to standard output a table, or with --json one JSON object a line: op, pass ("forward" or "backward"), heads,
         dtype, head_dim, arch, kernel, tiles (rows, columns, dims, warps, stages), registers, spill_bytes,
-        shared_bytes, launchable, tensor_cores (in every matrix product), serialized_products, repetition (threads that
-        compute each score), instructions_per_element (of the main loop), cycles_per_element (of each unit), and for
-        soft displacement of single heads floor_cycles_per_element; with --output the same in a file, with the command,
-        the commit and the versions, written anew after each call so that a run can be stopped and taken up again
+        shared_bytes, launchable, tensor_cores (in every matrix product; true where there is none),
+        serialized_products, repetition (threads that compute each score), instructions_per_element (of the main
+        loop), cycles_per_element (of each unit), and for soft displacement of single heads floor_cycles_per_element;
+        with --output the same in a file, with the command, the commit and the versions, written anew after each call
+        so that a run can be stopped and taken up again
 """
 
 from __future__ import annotations
