@@ -20,10 +20,23 @@ from corrdit.cli.devices import add_device_options, checked_device, checked_dtyp
 from corrdit.cli.lightning_runs import command_trainer, predict, quiet_lightning
 from corrdit.cli.model_options import add_preset_option, checked_preset, loaded_backbone
 from corrdit.cli.output import OutputFolder
+from corrdit.grid import whole_number
 
 HELP = "generate videos from prompts, with cross-attention guidance beside without"
 USAGE = "PROMPT | --prompts FILE  --output DIR [--cag] [--model embedded] [options]"
 _VARIANTS = {"default": None, "masked": True, "zeroed": False}
+_DEFAULTS = {
+    "layers": None,
+    "scale": 1.0,
+    "start": 0.0,
+    "stop": 1.0,
+    "variant": "default",
+    "span": 0,
+    "perturbation": "cross_frame",
+    "heads": None,
+    "adaptive_scale": 0.0,
+}
+"""Of the options --cag-NAME."""
 
 
 def add_arguments(parser: Any) -> None:
@@ -55,25 +68,40 @@ def _add_guidance(parser: Any) -> None:
     group.add_argument("--cag", action="store_true", help="guide, and write the video without guidance too")
     group.add_argument(
         "--cag-layers",
-        default=None,
+        default=_DEFAULTS["layers"],
         metavar="13,17,21",
         help="layers that lose their cross-frame attention; published ones or the model's matching layer if left out",
     )
-    group.add_argument("--cag-scale", type=float, default=1.0, help="guidance scale")
-    group.add_argument("--cag-start", type=float, default=0.0, help="share of the steps before it begins")
-    group.add_argument("--cag-stop", type=float, default=1.0, help="share of the steps after which it ends")
+    group.add_argument("--cag-scale", type=float, default=_DEFAULTS["scale"], help="guidance scale")
+    group.add_argument(
+        "--cag-start", type=float, default=_DEFAULTS["start"], help="share of the steps before it begins"
+    )
+    group.add_argument(
+        "--cag-stop", type=float, default=_DEFAULTS["stop"], help="share of the steps after which it ends"
+    )
     group.add_argument(
         "--cag-variant",
         choices=[*_VARIANTS, "published"],
-        default="default",
+        default=_DEFAULTS["variant"],
         help="cross-frame keys masked before the softmax, or their weights zeroed after it",
     )
-    group.add_argument("--cag-span", type=int, default=0, metavar="N", help="frames up to N away are kept")
+    group.add_argument(
+        "--cag-span", type=int, default=_DEFAULTS["span"], metavar="N", help="frames up to N away are kept"
+    )
     group.add_argument(
         "--cag-perturbation",
         choices=["cross_frame", "identity", "skip"],
-        default="cross_frame",
+        default=_DEFAULTS["perturbation"],
         help="identity: perturbed-attention guidance; skip: the blocks are left out",
+    )
+    group.add_argument(
+        "--cag-heads", default=_DEFAULTS["heads"], metavar="0,3", help="heads to perturb in each layer; all if left out"
+    )
+    group.add_argument(
+        "--cag-adaptive-scale",
+        type=float,
+        default=_DEFAULTS["adaptive_scale"],
+        help="by this the scale falls for each timestep from the noisiest, down to 0",
     )
 
 
@@ -81,6 +109,7 @@ def run(arguments: Any) -> int:
     if (arguments.prompt is None) == (arguments.prompts is None):
         given = "both were given" if arguments.prompt is not None else "neither was given"
         raise ValueError(f"generate takes a PROMPT or --prompts FILE; {given}")
+    _check_guidance_is_on(arguments)
     if arguments.prompt is not None:
         return _one(arguments)
     return _many(arguments)
@@ -97,13 +126,14 @@ def _one(arguments: Any) -> int:
         )
     began = time.perf_counter()
     call, guidance, preset = _call(arguments), _guidance(arguments), checked_preset(arguments.preset)
+    fps = comparison.checked_rate(arguments.fps)
     with OutputFolder(arguments.output) as folder:
         backbone = loaded_backbone(arguments, preset)
         if guidance is not None and guidance["layers"] is None:
             guidance["layers"] = comparison.default_layers(backbone)
         generated = comparison.generate(backbone.pipe, arguments.prompt, arguments.seed, call, guidance)
         details = {"model": backbone.name, "call": call, "guidance": guidance}
-        files = comparison.write_generated(folder, generated, fps=arguments.fps, details=details)
+        files = comparison.write_generated(folder, generated, fps=fps, details=details)
     frames, height, width, _ = generated.video.shape
     layers = "" if guidance is None else f", guided in layers {', '.join(map(str, guidance['layers']))}"
     print(f"{frames} frames of {height} x {width} in {time.perf_counter() - began:.1f} s{layers}")
@@ -116,6 +146,7 @@ def _many(arguments: Any) -> int:
     from corrdit.integrations.lightning import GenerationModule, PromptDataModule
 
     began = time.perf_counter()
+    devices = whole_number("--devices", arguments.devices, 1)
     data = PromptDataModule(arguments.prompts, samples=arguments.samples, seed=arguments.seed, output=arguments.output)
     module = GenerationModule(
         arguments.model,
@@ -130,9 +161,9 @@ def _many(arguments: Any) -> int:
     device = checked_device(arguments.device)
     with quiet_lightning():
         trainer = command_trainer(
-            several=arguments.devices > 1,
+            several=devices > 1,
             accelerator="auto" if device is None else {"cpu": "cpu", "cuda": "gpu"}.get(device.type, device.type),
-            devices=[device.index] if device is not None and device.index is not None else arguments.devices,
+            devices=[device.index] if device is not None and device.index is not None else devices,
         )
         predict(trainer, module, data)
         trainer.strategy.barrier("every process has made its videos")
@@ -156,12 +187,21 @@ def _call(arguments: Any) -> dict[str, Any]:
     return {**{name: value for name, value in named.items() if value is not None}, **(arguments.pipeline or {})}
 
 
+def _check_guidance_is_on(arguments: Any) -> None:
+    """Raises ValueError for settings of a guidance that was not asked for."""
+    changed = [name for name, default in _DEFAULTS.items() if getattr(arguments, f"cag_{name}") != default]
+    given = [f"--cag-{name.replace('_', '-')}" for name in changed]
+    if given and not arguments.cag:
+        goes = "goes" if len(given) == 1 else "go"
+        raise ValueError(f"{', '.join(given)} {goes} with --cag, without which nothing is guided; add --cag")
+
+
 def _guidance(arguments: Any) -> dict[str, Any] | None:
     if not arguments.cag:
         return None
     published = arguments.cag_variant == "published"
     return {
-        "layers": None if arguments.cag_layers is None else _layers(arguments.cag_layers),
+        "layers": None if arguments.cag_layers is None else _numbers("layers", arguments.cag_layers),
         "scale": arguments.cag_scale,
         "start": arguments.cag_start,
         "stop": arguments.cag_stop,
@@ -169,13 +209,15 @@ def _guidance(arguments: Any) -> dict[str, Any] | None:
         "preset": "published" if published else None,
         "span": arguments.cag_span,
         "perturbation": arguments.cag_perturbation,
+        "heads": None if arguments.cag_heads is None else _numbers("heads", arguments.cag_heads),
+        "adaptive_scale": arguments.cag_adaptive_scale,
     }
 
 
-def _layers(text: str) -> tuple[int, ...]:
+def _numbers(name: str, text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ValueError(
-            f"--cag-layers {text} is not a list of layers; accepted are numbers with commas, such as 13,17,21"
+            f"--cag-{name} {text} is not a list of {name}; accepted are numbers with commas, such as 13,17,21"
         ) from None

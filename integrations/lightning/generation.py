@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,17 @@ from corrdit.files import written_beside
 from corrdit.grid import whole_number
 from corrdit.integrations.diffusers.guidance.comparison import (
     DETAILS_FILE,
-    check_call,
+    check_generation,
+    checked_rate,
     default_layers,
     export_for_vbench,
     generate,
+    vbench_name,
     write_generated,
 )
 from corrdit.integrations.diffusers.guidance.cross_attention import CrossAttentionGuidance
 from corrdit.integrations.lightning.data_modules import EachOnceSampler
+from corrdit.integrations.lightning.guidance_callback import GuidanceCallback
 from corrdit.integrations.lightning.model_placement import preset_for_loading
 
 SETTINGS_FILE = "settings.json"
@@ -39,7 +43,7 @@ def read_prompts(path: str | os.PathLike[str]) -> list[str]:
         ValueError: no such file, not UTF-8 text, or no prompt in it.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
         raise ValueError(f"there is no file of prompts {path}; give a text file with one prompt a line") from None
     except UnicodeDecodeError as error:
@@ -74,7 +78,8 @@ class PromptDataModule(lightning.LightningDataModule):
             stopped goes on where it was. None predicts all.
 
     Raises:
-        ValueError: no prompts, a number out of range or, when prediction starts, a result of another prompt or seed.
+        ValueError: no prompts, a number out of range or, when prediction starts, a result of another prompt or seed,
+            or one that cannot be read.
     """
 
     def __init__(
@@ -94,17 +99,20 @@ class PromptDataModule(lightning.LightningDataModule):
         self.samples = whole_number("samples", samples, 1)
         self.seed = whole_number("seed", seed, 0)
         self.output = None if output is None else Path(output)
-        self.items = [
-            {
-                "name": f"{number:04d}" + (f"_{sample}" if samples > 1 else ""),
-                "prompt": prompt,
-                "seed": self.seed + number * self.samples + sample,
-                "sample": sample,
-            }
-            for number, prompt in enumerate(self.prompts)
-            for sample in range(self.samples)
-        ]
+        self.items = self._numbered()
         self.pending = self.items
+
+    def _numbered(self) -> list[dict[str, Any]]:
+        made: Counter[str] = Counter()
+        items = []
+        for number, prompt in enumerate(self.prompts):
+            for sample in range(self.samples):
+                name = f"{number:04d}" + (f"_{sample}" if self.samples > 1 else "")
+                seed = self.seed + number * self.samples + sample
+                # A prompt that stands in the file twice goes on counting, so that no sample of it replaces another.
+                items.append({"name": name, "prompt": prompt, "seed": seed, "sample": made[prompt]})
+                made[prompt] += 1
+        return items
 
     def setup(self, stage: str) -> None:
         """The first process looks which prompts are left, so that all share out the same list."""
@@ -115,7 +123,9 @@ class PromptDataModule(lightning.LightningDataModule):
         path = None if self.output is None else self.output / item["name"] / DETAILS_FILE
         if path is None or not path.is_file():
             return False
-        earlier = json.loads(path.read_text(encoding="utf-8"))
+        earlier = _kept(path)
+        if not {"prompt", "seed"} <= earlier.keys():
+            raise _not_ours(path)
         if (earlier["prompt"], earlier["seed"]) != (item["prompt"], item["seed"]):
             raise ValueError(
                 f"{path.parent} holds the video of another prompt or seed ({earlier['prompt']!r}, {earlier['seed']}), "
@@ -142,7 +152,8 @@ class GenerationModule(lightning.LightningModule):
     `output/NAME/` gets `video.mp4`, `generation.json` and, with `guidance`, `plain.mp4` (the same seed without it) and
     `side_by_side.mp4`. A folder appears by one rename when all its files are written; with
     `PromptDataModule(..., output=output)` the next run does what is left. `output/settings.json` says how the results
-    were made; a run with other settings is refused. To guide without the comparison, use `GuidanceCallback`.
+    were made; a run with other settings is refused. To guide without the comparison, give the Trainer a
+    `GuidanceCallback`, whose settings are kept too.
 
     Args:
         model: for `corrdit.load_backbone`, or a backbone that is loaded already.
@@ -156,8 +167,9 @@ class GenerationModule(lightning.LightningModule):
         vbench: also copy the videos into `output/vbench`, named as VBench's tool expects.
 
     Raises:
-        ValueError: when prediction starts, an unknown model, arguments that the pipeline or the guidance does not
-            take, or results of other settings in `output`.
+        ValueError: a rate that is not positive; when prediction starts, an unknown model, arguments that the pipeline
+            or the guidance does not take, guidance from here and from a callback, a prompt too long for VBench's
+            names, or results of other settings in `output`.
     """
 
     def __init__(
@@ -178,15 +190,17 @@ class GenerationModule(lightning.LightningModule):
         self.output = Path(output)
         self.call = dict(call or {})
         self.guidance = None if guidance is None else dict(guidance)
-        self.fps, self.vbench = float(fps), vbench
+        self.fps, self.vbench = checked_rate(fps), vbench
+        self.callback_guidance: dict[str, Any] | None = None
         self.backbone: Any = None
 
     def setup(self, stage: str) -> None:
         """Load the model on this process's device, and check arguments and the output folder."""
         if stage != "predict":
             raise ValueError(f"GenerationModule has no {stage} step; call Trainer.predict")
+        self._check_run()
         self.backbone = self._loaded()
-        check_call(self.backbone.pipe, self.call)
+        check_generation(self.backbone.pipe, self.call)
         if self.guidance is not None:
             if self.guidance.get("layers") is None:
                 self.guidance["layers"] = default_layers(self.backbone)
@@ -198,12 +212,27 @@ class GenerationModule(lightning.LightningModule):
             with written_beside(self.output / SETTINGS_FILE, "w") as file:
                 json.dump(self.settings(), file, indent=2)
 
+    def _check_run(self) -> None:
+        """What the Trainer brings: a callback that guides, and the prompts."""
+        guiding = [callback for callback in self.trainer.callbacks if isinstance(callback, GuidanceCallback)]
+        self.callback_guidance = guiding[0].options if guiding else None
+        if guiding and self.guidance is not None:
+            raise ValueError(
+                "GenerationModule and a GuidanceCallback both have guidance; give guidance to the module for videos "
+                "with and without it side by side, or the callback alone for guided ones"
+            )
+        data = getattr(self.trainer, "datamodule", None)
+        if self.vbench and isinstance(data, PromptDataModule):
+            for item in data.items:
+                vbench_name(item["prompt"], item["sample"])
+
     def settings(self) -> dict[str, Any]:
         """How results are made, as `settings.json` keeps it."""
         facts = {
             "model": self.model if isinstance(self.model, str) else self.model.name,
             "call": self.call,
             "guidance": self.guidance,
+            "guidance_callback": self.callback_guidance,
             "dtype": str(self.model_dtype),
             "fps": self.fps,
         }
@@ -252,13 +281,34 @@ class GenerationModule(lightning.LightningModule):
         path = self.output / SETTINGS_FILE
         if not path.is_file():
             return
-        earlier = json.loads(path.read_text(encoding="utf-8"))
+        earlier = _kept(path)
         for name, value in self.settings().items():
             if earlier.get(name) != value:
                 raise ValueError(
                     f"{self.output} holds results made with {name}={earlier.get(name)!r}, not {value!r}; give another "
                     "output folder, or the same settings to go on there"
                 )
+
+
+def _kept(path: Path) -> dict[str, Any]:
+    """What an earlier run wrote.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        kept = None
+    if not isinstance(kept, dict):
+        raise _not_ours(path)
+    return kept
+
+
+def _not_ours(path: Path) -> ValueError:
+    return ValueError(
+        f"{path} is not what a generation writes; remove the folder {path.parent}, or give another output folder"
+    )
 
 
 def _the_only_one(items: list[dict[str, Any]]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -48,14 +48,15 @@ class GuidanceCallback(Callback):
         attribute: str | None = None,
     ) -> None:
         self.options: dict[str, Any] = {
-            "layers": layers,
+            # Guidance is made anew for every prediction, so an iterator has to be kept as a list.
+            "layers": list(layers) if isinstance(layers, Iterable) else layers,
             "scale": scale,
             "start": start,
             "stop": stop,
             "renormalize": renormalize,
             "span": span,
             "perturbation": perturbation,
-            "heads": heads,
+            "heads": list(heads) if isinstance(heads, Iterable) and not isinstance(heads, Mapping) else heads,
             "adaptive_scale": adaptive_scale,
             "preset": preset,
             "backend": backend,

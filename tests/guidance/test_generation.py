@@ -122,6 +122,8 @@ def test_prompts_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("a dog\n\n# a cat\n  ein Igel läuft \n", encoding="utf-8")
     assert PromptDataModule(file).prompts == ["a dog", "ein Igel läuft"]
+    file.write_text("a dog\n", encoding="utf-8-sig")
+    assert PromptDataModule(file).prompts == ["a dog"]
     file.write_text("# nothing\n")
     with pytest.raises(ValueError, match="holds no prompts"):
         PromptDataModule(file)
@@ -132,6 +134,56 @@ def test_prompts_from_a_file(tmp_path: Path) -> None:
         PromptDataModule(tmp_path / "none.txt")
     with pytest.raises(ValueError, match="at least one text"):
         PromptDataModule(["a dog", " "])
+
+
+def test_equal_prompts_are_numbered_as_samples_of_one(pipe: Any, tmp_path: Path) -> None:
+    data = PromptDataModule(["a dog", "a cat", "a dog"], samples=2, output=tmp_path)
+    assert [item["sample"] for item in data.items] == [0, 1, 0, 1, 2, 3]
+    assert [item["name"] for item in data.items][-2:] == ["0002_0", "0002_1"]
+    module = GenerationModule(backbone_of(pipe), output=tmp_path, call=CALL, vbench=True)
+    trainer().predict(module, data)
+    assert len(list((tmp_path / "vbench" / "plain").iterdir())) == 6
+
+
+def test_prompts_too_long_for_vbench_stop_before_anything_is_generated(pipe: Any, tmp_path: Path) -> None:
+    module = GenerationModule(backbone_of(pipe), output=tmp_path / "out", call=CALL, vbench=True)
+    with pytest.raises(ValueError, match="too long for the name of a file"):
+        trainer().predict(module, PromptDataModule([PROMPTS[0], "ü" * 120]))
+    assert not (tmp_path / "out").exists()
+    module = GenerationModule(backbone_of(pipe), output=tmp_path / "out", call=CALL, vbench=True)
+    trainer().predict(module, PromptDataModule(["x" * 200]))
+    assert len(list((tmp_path / "out" / "vbench" / "plain").iterdir())) == 1
+
+
+def test_a_broken_result_is_named(pipe: Any, tmp_path: Path) -> None:
+    (tmp_path / "0000").mkdir()
+    for text in ("{", "[]", '{"prompt": 1}'):
+        (tmp_path / "0000" / "generation.json").write_text(text)
+        with pytest.raises(
+            ValueError, match=r"0000/generation.json is not what a generation writes.*remove the folder"
+        ):
+            trainer().predict(
+                GenerationModule(backbone_of(pipe), output=tmp_path, call=CALL),
+                PromptDataModule(["a"], output=tmp_path),
+            )
+
+
+def test_a_callback_guides_the_generation_module_and_its_results_say_so(pipe: Any, tmp_path: Path) -> None:
+    def run(callbacks: list[Any], **options: Any) -> None:
+        module = GenerationModule(backbone_of(pipe), output=tmp_path / "out", call=CALL, **options)
+        trainer(callbacks=callbacks).predict(module, PromptDataModule(PROMPTS[:1], seed=5, output=tmp_path / "out"))
+
+    run([GuidanceCallback(layers=iter([1]), scale=3.0)])
+    details = json.loads((tmp_path / "out" / "0000" / "generation.json").read_text())
+    assert details["guidance"] is None
+    assert (details["guidance_callback"]["layers"], details["guidance_callback"]["scale"]) == ([1], 3.0)
+    guided = comparison.generate(pipe, PROMPTS[0], 5, CALL, GUIDANCE).video
+    written = read_video(tmp_path / "out" / "0000" / "video.mp4").frames.astype(int)
+    assert np.abs(written - guided).mean() < 12
+    with pytest.raises(ValueError, match="made with guidance_callback="):
+        run([])
+    with pytest.raises(ValueError, match="both have guidance"):
+        run([GuidanceCallback(layers=1)], guidance=GUIDANCE)
 
 
 class SeededModule(lightning.LightningModule):
@@ -176,7 +228,8 @@ def test_callback_restores_after_an_exception_and_refuses_modules_without_a_pipe
 
 def test_command_for_one_prompt(folder: str, pipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--model", folder, "--frames", "4", "--steps", "2", "--seed", "5"]
-    guided = ["--cag", "--cag-layers", "1", "--cag-scale", "3", "--cag-variant", "zeroed"]
+    guided = ["--cag", "--cag-layers", "1", "--cag-scale", "3", "--cag-variant", "zeroed", "--cag-heads", "1"]
+    guided += ["--cag-adaptive-scale", "0.001"]
     out = tmp_path / "out"
     assert main(["generate", PROMPTS[0], "--output", str(out), *options, *guided]) == 0
     printed = capsys.readouterr().out
@@ -185,9 +238,12 @@ def test_command_for_one_prompt(folder: str, pipe: Any, tmp_path: Path, capsys: 
     names = ["video.mp4", "plain.mp4", "side_by_side.mp4", "generation.json"]
     assert sorted(path.name for path in out.iterdir()) == sorted(names)
     assert all(str(out / name) in printed for name in names)
-    expected = comparison.generate(pipe, PROMPTS[0], 5, CALL, {**GUIDANCE, "renormalize": False})
+    expected = comparison.generate(
+        pipe, PROMPTS[0], 5, CALL, {**GUIDANCE, "renormalize": False, "heads": 1, "adaptive_scale": 0.001}
+    )
     details = json.loads((out / "generation.json").read_text())
     assert details["guidance"]["renormalize"] is False
+    assert (details["guidance"]["heads"], details["guidance"]["adaptive_scale"]) == ([1], 0.001)
     for name, frames in (("video.mp4", expected.video), ("plain.mp4", expected.plain)):
         assert np.abs(read_video(out / name).frames.astype(int) - frames).mean() < 12
     assert main(["generate", PROMPTS[0], "--output", str(tmp_path / "plain"), *options]) == 0
@@ -242,13 +298,33 @@ def test_command_over_two_processes_makes_each_video_once(folder: str, tmp_path:
         (["a dog", "--cag", "--cag-layers", "1;2"], "--cag-layers 1;2 is not a list"),
         (["a dog", "--cag", "--cag-layers", "1", "--cag-scale", "-1"], "scale must be a finite number"),
         (["a dog", "--cag", "--cag-layers", "7"], "layer 7 is outside"),
+        (["a dog", "--cag", "--cag-heads", "2"], "must be different numbers from 0 to 1, got [2]"),
+        (["a dog", "--cag", "--cag-heads", "x"], "--cag-heads x is not a list of heads"),
+        (["a dog", "--cag", "--cag-adaptive-scale", "-1"], "adaptive_scale must be a finite number"),
+        (["a dog", "--cag-adaptive-scale", "1"], "--cag-adaptive-scale goes with --cag"),
         (["a dog", "--pipeline", '{"length": 3}'], "takes no argument 'length'"),
         (["--prompts", "nothing.txt"], "no file of prompts"),
+        (["a dog", "--cag-scale", "2"], "--cag-scale goes with --cag"),
+        (["a dog", "--cag-layers", "1", "--cag-span", "1"], "--cag-layers, --cag-span go with --cag"),
+        (["a dog", "--steps", "0"], "num_inference_steps must be a whole number of at least 1, got 0"),
+        (["a dog", "--frames", "0"], "num_frames must be a whole number of at least 1, got 0"),
+        (["a dog", "--height", "-32"], "height must be a whole number of at least 1, got -32"),
+        (["a dog", "--pipeline", '{"generator": 1}'], "generator is set for every video"),
+        (["a dog", "--pipeline", '{"num_videos_per_prompt": 2}'], "num_videos_per_prompt is set for every video"),
+        (["--prompts", "prompts.txt", "--devices", "0"], "--devices must be a whole number of at least 1, got 0"),
+        (["--prompts", "prompts.txt", "--fps", "0"], "fps=0.0 was given"),
     ],
 )
 def test_command_refuses_bad_input_in_one_line(
-    folder: str, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    folder: str,
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a dog")
     status = main(["generate", *arguments, "--model", folder, "--output", str(tmp_path / "out")])
     out, err = capsys.readouterr()
     assert (status, out) == (2, "")

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from corrdit.files import written_beside
+from corrdit.grid import whole_number
 from corrdit.integrations.diffusers.guidance.cross_attention import CrossAttentionGuidance
 from corrdit.integrations.diffusers.guidance.presets import guidance_preset
 
@@ -24,6 +25,11 @@ BOTH_FILE = "side_by_side.mp4"
 DETAILS_FILE = "generation.json"
 GAP_PIXELS = 8
 VBENCH_FOLDER = "vbench"
+LONGEST_NAME = 220
+"""Bytes of a file's name; file systems take 255, of which writing beside it needs some."""
+COUNTS = ("num_inference_steps", "num_frames", "height", "width")
+SET_FOR_EVERY_VIDEO = ("prompt", "generator", "output_type", "return_dict", "num_videos_per_prompt")
+"""Arguments of a pipeline's call that `generate` gives itself, or that change what the call returns."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +60,34 @@ def default_layers(backbone: Any) -> tuple[int, ...]:
 
 
 def check_call(pipe: Any, arguments: Mapping[str, Any]) -> None:
-    """Raises ValueError for an argument that the pipeline's call does not take."""
+    """Raises ValueError for an argument that the pipeline's call does not take, or a size or number of none."""
     accepted = set(inspect.signature(type(pipe).__call__).parameters) - {"self"}
     for name in arguments:
         if name not in accepted:
             raise ValueError(
                 f"{type(pipe).__name__} takes no argument {name!r}; accepted are {', '.join(sorted(accepted))}"
             )
+    for name in COUNTS:
+        if arguments.get(name) is not None:
+            whole_number(name, arguments[name], 1)
+
+
+def check_generation(pipe: Any, call: Mapping[str, Any]) -> None:
+    """Raises ValueError for arguments that `generate` does not take: what `check_call` refuses, and what it sets."""
+    check_call(pipe, call)
+    for name in SET_FOR_EVERY_VIDEO:
+        if name in call:
+            raise ValueError(
+                f"{name} is set for every video, so it cannot be among the pipeline's arguments; give prompts, seeds "
+                "and samples instead"
+            )
+
+
+def checked_rate(fps: float) -> float:
+    """Frames per second as a float; raises ValueError unless it is a positive number."""
+    from corrdit.video.writing import VideoWriter
+
+    return VideoWriter(VIDEO_FILE, fps).fps
 
 
 def generate(
@@ -77,14 +104,14 @@ def generate(
         pipe: a diffusers video pipeline.
         prompt: for it.
         seed: of the noise, which is drawn on the CPU, so that it is the same on every device.
-        call: further arguments of the pipeline's call.
+        call: further arguments of the pipeline's call (not those of `SET_FOR_EVERY_VIDEO`).
         guidance: arguments of `CrossAttentionGuidance`; None generates plainly.
         sample: kept in the result.
 
     Raises:
         ValueError: what the pipeline's call does not take, or what the guidance refuses.
     """
-    check_call(pipe, call or {})
+    check_generation(pipe, call or {})
     arguments = {**(call or {}), "prompt": prompt, "output_type": "np"}
     if guidance is None:
         return GeneratedVideo(prompt, seed, _frames(pipe, arguments, seed), sample=sample)
@@ -130,20 +157,38 @@ def write_generated(
     return [place / name for name in (*videos, DETAILS_FILE)]
 
 
+def vbench_name(prompt: str, sample: int) -> str:
+    """The name by which VBench's tool finds video `sample` of a prompt; a slash in the prompt becomes a dash.
+
+    Raises:
+        ValueError: a prompt too long for the name of a file.
+    """
+    name = f"{prompt.replace('/', '-')}-{sample}.mp4"
+    if len(name.encode()) > LONGEST_NAME:
+        raise ValueError(
+            f"the prompt {prompt[:40]!r}... is too long for the name of a file, by which VBench's tool knows it: "
+            f"{len(name.encode())} bytes of at most {LONGEST_NAME}; shorten it, or leave vbench out"
+        )
+    return name
+
+
 def export_for_vbench(
     result: str | os.PathLike[str], root: str | os.PathLike[str], prompt: str, sample: int
 ) -> list[Path]:
     """Copy the videos of a result into the folders VBench's own tool reads: `root/vbench/KIND/PROMPT-SAMPLE.mp4`.
 
-    KIND is "guided" and "plain" where the result has both, "plain" otherwise. A slash in the prompt becomes a dash.
+    KIND is "guided" and "plain" where the result has both, "plain" otherwise.
 
     Args:
         result: folder that `write_generated` filled.
         root: folder for the export, made if need be.
         prompt: the words, which VBench looks up by the name of the file.
         sample: number of the video among those of its prompt.
+
+    Raises:
+        ValueError: a prompt too long for the name of a file.
     """
-    source, name = Path(result), f"{prompt.replace('/', '-')}-{sample}.mp4"
+    source, name = Path(result), vbench_name(prompt, sample)
     both = (source / PLAIN_FILE).is_file()
     copied = []
     for kind, file in (("guided", VIDEO_FILE), ("plain", PLAIN_FILE)) if both else (("plain", VIDEO_FILE),):
