@@ -5,7 +5,7 @@ and with the embedded model, its matching layer perturbed. Three ways, in turn: 
 inside CrossAttentionGuidance; and two branches plus a third whole forward whose perturbed layers get a mask of all
 tokens by all tokens, as the released code does it. The guided prediction has to equal the plain third branch's before
 any time is printed. Medians over the rounds with quartiles, one JSON object a line: seconds of the processor on a CPU,
-which other programs on the machine do not lengthen, and of the clock on a GPU.
+which other programs on the machine do not lengthen, and of the clock on a GPU, there with the peak memory of each way.
 
     python benchmarks/guidance_cost.py [--rounds 5] [--heads 4] [--frames 9] [--rows 8] [--columns 12] [--device cpu]
 """
@@ -127,13 +127,18 @@ def measure(step: Step, rounds: int, device: torch.device, dtype: torch.dtype) -
         raise SystemExit(f"the guided prediction differs from the plain third branch by {error:.1e}; no times")
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     seconds: dict[str, list[float]] = {name: [] for name in ways}
+    peaks: dict[str, int | None] = dict.fromkeys(ways)
     for _ in range(rounds):
         for name, way in ways.items():
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
             _synchronise(device)
             began = clock()
             step.run(*way)
             _synchronise(device)
             seconds[name].append(clock() - began)
+            if device.type == "cuda":
+                peaks[name] = torch.cuda.max_memory_allocated()
     rows = {name: statistics.quantiles(values, n=4) for name, values in seconds.items()}
     plain, guided, third = (rows[name][1] for name in ways)
     return {
@@ -141,7 +146,7 @@ def measure(step: Step, rounds: int, device: torch.device, dtype: torch.dtype) -
         "seconds_quartiles": rows,
         "extra_of_a_third_branch": (guided - plain) / (third - plain),
         "guided_over_plain": guided / plain,
-        "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
+        "peak_bytes": peaks if device.type == "cuda" else None,
     }
 
 
@@ -152,7 +157,7 @@ def _synchronise(device: torch.device) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="at least 2, for quartiles")
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--frames", type=int, default=9, help="latent frames")
     parser.add_argument("--rows", type=int, default=8, help="rows of tokens")
@@ -160,6 +165,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     arguments = parser.parse_args()
+    if arguments.rounds < 2:
+        parser.error(f"--rounds must be at least 2, got {arguments.rounds}")
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     embeds = torch.randn(2, 1, TEXT_TOKENS, TEXT_CHANNELS, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     call = {"num_inference_steps": 1, "guidance_scale": CLASSIFIER_FREE_SCALE, "output_type": "latent"}
