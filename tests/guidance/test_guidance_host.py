@@ -232,6 +232,18 @@ def test_models_that_cannot_be_guided_are_refused() -> None:
         pass
 
 
+@pytest.mark.parametrize("start, stop", [(0.8, 1.0), (0.1, 0.4)])
+def test_a_share_that_holds_no_step_is_refused(start: float, stop: float) -> None:
+    pipe = tiny_pipeline("cogvideox")
+    with (
+        pytest.raises(ValueError, match=f"from start={start} to stop={stop} is none of the 2 denoising steps"),
+        CrossAttentionGuidance(pipe, 1, start=start, stop=stop),
+    ):
+        pipe(**tiny_generation("cogvideox", steps=2))
+    with CrossAttentionGuidance(pipe, 1, scale=0.0, start=start, stop=stop):
+        pipe(**tiny_generation("cogvideox", steps=2))
+
+
 def test_optimising_through_the_model_is_refused() -> None:
     pipe = tiny_pipeline("cogvideox")
     arguments = {

@@ -105,6 +105,12 @@ def test_model_is_clean_after_an_exception(batch: str) -> None:
     assert torch.equal(denoise(transformer, ClassifierFreeGuidance(5.0)), plain)
 
 
+def test_a_share_that_holds_no_step_is_refused() -> None:
+    guider = CrossAttentionGuider(5.0, layers=[1], perturbation_start=0.8)
+    with pytest.raises(ValueError, match="is none of the 4 denoising steps"):
+        denoise(tiny_pipeline("wan").transformer, guider, step=0)
+
+
 def test_one_layer_and_one_head_as_numbers() -> None:
     transformer = tiny_pipeline("wan").transformer
     numbers = denoise(transformer, CrossAttentionGuider(5.0, layers=0, heads=1))

@@ -72,7 +72,7 @@ class CrossAttentionGuidance:
     Raises:
         ValueError: settings out of range, a pipeline or model that cannot be guided (with the reason), a model under
             another guidance; during generation, attention that is not full, an odd batch under
-            classifier-free guidance, or a forward with gradients enabled.
+            classifier-free guidance, a share of the steps that holds none, or a forward with gradients enabled.
     """
 
     def __init__(

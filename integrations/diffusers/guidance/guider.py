@@ -43,7 +43,8 @@ class CrossAttentionGuider(ClassifierFreeGuidance):
             same in every layer.
 
     Raises:
-        ValueError: settings out of range; when a model comes, layers it does not have, or what cannot be guided.
+        ValueError: settings out of range; when a model comes, layers it does not have, what cannot be guided, or a
+            share of the steps that holds none.
     """
 
     @register_to_config

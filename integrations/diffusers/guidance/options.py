@@ -57,7 +57,16 @@ class GuidanceOptions:
             )
 
     def includes(self, step: int, count: int) -> bool:
-        """Whether a step is guided: the share of the steps done before it is in [start, stop)."""
+        """Whether a step is guided: the share of the steps done before it is in [start, stop).
+
+        Raises:
+            ValueError: none of the steps is.
+        """
+        if not any(self.start <= each / count < self.stop for each in range(count)):
+            raise ValueError(
+                f"from start={self.start} to stop={self.stop} is none of the {count} denoising steps, so nothing would "
+                "be guided; step k of n has the share k / n, counted from 0"
+            )
         return self.start <= step / count < self.stop
 
     def scale_at(self, timestep: float, train_timesteps: int) -> float:
