@@ -192,14 +192,14 @@ def _hunyuanvideo() -> Any:
     )
 
 
-def _wan_transformer() -> Any:
+def _wan_transformer(in_channels: int = LATENT_CHANNELS) -> Any:
     from diffusers import WanTransformer3DModel
 
     return WanTransformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=2,
         attention_head_dim=12,
-        in_channels=LATENT_CHANNELS,
+        in_channels=in_channels,
         out_channels=LATENT_CHANNELS,
         text_dim=TEXT_CHANNELS,
         freq_dim=256,
@@ -235,6 +235,19 @@ def _wan(boundary_ratio: float | None = None) -> Any:
 
 def _wan_2_2() -> Any:
     return _wan(boundary_ratio=0.875)
+
+
+def _wan_image() -> Any:
+    """As Wan 2.2: a mask of four channels and the latents of the image beside the noisy ones, no image encoder."""
+    from diffusers import WanImageToVideoPipeline
+
+    parts = {name: part for name, part in _wan().components.items() if name not in ("transformer", "transformer_2")}
+    return WanImageToVideoPipeline(
+        **parts,
+        transformer=_wan_transformer(2 * LATENT_CHANNELS + 4),
+        image_processor=None,
+        image_encoder=None,
+    )
 
 
 def _ltx() -> Any:
@@ -302,6 +315,10 @@ def _image_prompts(source: torch.Generator) -> dict[str, Any]:
     return {**_prompts(source), "image": torch.rand(1, 3, 64, 64, generator=source), "max_sequence_length": TEXT_TOKENS}
 
 
+def _prompts_and_image(source: torch.Generator) -> dict[str, Any]:
+    return {**_prompts(source), "image": torch.rand(1, 3, 64, 64, generator=source)}
+
+
 def _short_prompts(source: torch.Generator) -> dict[str, Any]:
     return {**_prompts(source), "max_sequence_length": TEXT_TOKENS}
 
@@ -314,6 +331,7 @@ TINY_MODELS = {
     "hunyuanvideo": TinyModel(_hunyuanvideo, _hunyuan_prompts),
     "wan": TinyModel(_wan, _prompts),
     "wan-2.2": TinyModel(_wan_2_2, _prompts),
+    "wan-image": TinyModel(_wan_image, _prompts_and_image),
     "ltx": TinyModel(_ltx, _masked_prompts, height=128),
     "mochi": TinyModel(_mochi, _masked_prompts),
 }

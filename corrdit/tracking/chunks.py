@@ -32,7 +32,13 @@ class Chunk:
 
 
 def anchored_chunks(
-    frames: int, anchor: int, *, frames_per_chunk: int = 13, schedule: str = "spread", stride: int | None = None
+    frames: int,
+    anchor: int,
+    *,
+    frames_per_chunk: int = 13,
+    schedule: str = "spread",
+    stride: int | None = None,
+    interval: int | None = None,
 ) -> list[Chunk]:
     """Chunks that all hold the anchor frame and together every other frame of the video.
 
@@ -45,27 +51,42 @@ def anchored_chunks(
             frame after another until all frames are covered, overlapping where they meet; "consecutive" takes
             neighbouring frames, chunks starting `stride` frames after another.
         stride: for "consecutive" only, 1 to frames_per_chunk - 1; frames_per_chunk - 1 (no overlap) by default.
+        interval: for "interleaved" only, n in place of the released one.
 
     Raises:
         ValueError: a number is out of range or the schedule unknown.
     """
     return chunks_through(
-        _other_frames(frames, anchor), anchor, frames_per_chunk=frames_per_chunk, schedule=schedule, stride=stride
+        _other_frames(frames, anchor),
+        anchor,
+        frames_per_chunk=frames_per_chunk,
+        schedule=schedule,
+        stride=stride,
+        interval=interval,
     )
 
 
 def chunks_through(
-    others: list[int], anchor: int, *, frames_per_chunk: int, schedule: str, stride: int | None
+    others: list[int],
+    anchor: int,
+    *,
+    frames_per_chunk: int,
+    schedule: str,
+    stride: int | None = None,
+    interval: int | None = None,
 ) -> list[Chunk]:
     """The chunks of `anchored_chunks` through some frames, ascending and without the anchor."""
     window = whole_number("frames_per_chunk", frames_per_chunk, 2) - 1
     if stride is not None and schedule != "consecutive":
         raise ValueError(f'stride is for schedule="consecutive"; drop it for schedule={schedule!r}')
+    if interval is not None and schedule != "interleaved":
+        raise ValueError(f'interval is for schedule="interleaved"; drop it for schedule={schedule!r}')
     if schedule == "spread":
         count = -(-len(others) // window)
         return [Chunk(anchor, tuple(others[start::count])) for start in range(count)]
     if schedule == "interleaved":
-        interval, step = max((len(others) + 1) // window, 1), 1
+        released = max((len(others) + 1) // window, 1)
+        interval, step = released if interval is None else whole_number("interval", interval, 1), 1
     elif schedule == "consecutive":
         interval, step = 1, _checked_stride(window if stride is None else stride, window)
     else:

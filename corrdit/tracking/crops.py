@@ -37,6 +37,7 @@ class CropLevel:
         spread: preference for the place looked at, see `corrdit.tracking.paths`.
         way_back: whether the match of each match is asked for.
         noise_seed: for readings with noise.
+        antialias: of the resized frames.
         frames_kept: frames of that size held in memory.
     """
 
@@ -52,6 +53,7 @@ class CropLevel:
         spread: float,
         way_back: bool,
         noise_seed: int,
+        antialias: bool,
         frames_kept: int,
     ) -> None:
         self.backbone, self.reading = backbone, reading
@@ -65,7 +67,7 @@ class CropLevel:
         self.size = torch.maximum(torch.tensor(size[::-1]), self.crop)
         self.scale = self.size / torch.tensor([video.shape[2], video.shape[1]])
         height, width = int(self.size[1]), int(self.size[0])
-        self.pictures = FrameStore(video, lambda part: resized(part, height, width), frames_kept)
+        self.pictures = FrameStore(video, lambda part: resized(part, height, width, antialias=antialias), frames_kept)
 
     def batches(self, points: int, chunk: Chunk) -> int:
         """Batches of crops that `points` points make in a chunk."""
@@ -106,7 +108,7 @@ class CropLevel:
             generator = torch.Generator().manual_seed(self.noise_seed)
             noise = torch.randn(latents.shape[1:], generator=generator).to(latents).expand_as(latents)
         pair = read_tokens(self.backbone, latents, self.reading, self.grid_size, noise)
-        for _ in self.reading.timesteps:
+        for _ in range(self.reading.passes):
             report()
         every = torch.arange(self.grid_size[0] * self.grid_size[1])
         rows = cost_rows(pair, self.reading, every, source=source)

@@ -77,11 +77,15 @@ def working_size(height: int, width: int, stride: tuple[int, int], tokens_per_fr
     return rows * stride[0], columns * stride[1]
 
 
-def resized(video: Tensor, height: int, width: int) -> Tensor:
-    """uint8 `[T, H, W, 3]` at another size, bilinear with antialiasing."""
+def resized(video: Tensor, height: int, width: int, *, antialias: bool = True) -> Tensor:
+    """uint8 `[T, H, W, 3]` at another size, bilinear."""
     if tuple(video.shape[1:3]) == (height, width):
         return video
     frames = torch.nn.functional.interpolate(
-        video.permute(0, 3, 1, 2).float(), size=(height, width), mode="bilinear", antialias=True, align_corners=False
+        video.permute(0, 3, 1, 2).float(),
+        size=(height, width),
+        mode="bilinear",
+        antialias=antialias,
+        align_corners=False,
     )
     return frames.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)

@@ -68,6 +68,7 @@ class Following:
                 spread=self.options.path_spread,
                 way_back=self._way_back,
                 noise_seed=self.options.seed,
+                antialias=self.options.antialias,
                 frames_kept=settings.frames_kept,
             )
             for scale in self.options.crops
@@ -81,7 +82,7 @@ class Following:
         """Forward passes that `points` points need."""
         chunks = [chunk for block in blocks for chunk in block]
         batches = sum(1 + sum(level.batches(points, chunk) for level in self.levels) for chunk in chunks)
-        return len(self.reading.timesteps) * batches
+        return self.reading.passes * batches
 
     def follow(self, points: Tensor, blocks: Blocks) -> dict[int, Found]:
         """For every target frame xy `[P, 2]` in pixels, visible `[P]` and score `[P]` of points `[P, 2]`."""
@@ -172,9 +173,12 @@ class Following:
 
     def _encoded(self, part: Tensor) -> Tensor:
         """Latents `[t, C, lh, lw]`, every frame a latent of its own."""
-        if self.options.resize_first is not None:
-            part = resized(part, *self.options.resize_first)
-        height, width = self.settings.encoded
+        options, (height, width) = self.options, self.settings.encoded
+        if not options.antialias:
+            plain = {"first": options.resize_first, "antialias": False}
+            return self.backbone.encode_frames(part, height=height, width=width, **plain)
+        if options.resize_first is not None:
+            part = resized(part, *options.resize_first)
         return self.backbone.encode_frames(part, height=height, width=width)
 
     def _noise(self, frames: tuple[int, ...], latents: Tensor) -> Tensor | None:
@@ -195,7 +199,7 @@ class Following:
             tokens = around.unique()
         latents = self.latents.of(chunk.frames)
         pair = read_tokens(self.backbone, latents, self.reading, self.grid_size, self._noise(chunk.frames, latents))
-        for _ in self.reading.timesteps:
+        for _ in range(self.reading.passes):
             self.report()
         source = chunk.frames.index(chunk.source)
         rows = cost_rows(pair, self.reading, tokens, source=source)[0]

@@ -12,6 +12,8 @@ from corrdit.tracking.chunks import SCHEDULES
 from corrdit.tracking.geometry import GEOMETRIES
 from corrdit.tracking.readings import FUSIONS
 
+INVERSIONS = ("ddim", "released")
+IMAGES = ("first", "all")
 VISIBILITIES = ("consistency", "all")
 COMBINATIONS = ("costs", "median")
 
@@ -31,6 +33,15 @@ class TrackerOptions:
         inference_steps: steps of the schedule that `step` counts; the backbone's preset by default.
         noise: whether the latents get the noise of that step (from `seed`); otherwise they stay clean.
         seed: of the noise.
+        inversion: "ddim" brings the clean latents to the noisy steps along the model's own path with the empty prompt
+            (models of flow matching by Euler steps), in place of noise; "released" is DiffTrack's code, which goes a
+            step too far. Costs a whole forward pass for every step from the cleanest to the one asked for. None for
+            neither.
+        denoise_from: a step to which the latents are brought, by `inversion` or `noise` or left clean, and from which
+            they are denoised to the steps that are read; DiffTrack's released script does so from the noisiest of
+            several. None brings them to every step by itself.
+        image: what image-to-video models are given beside the latents: "first" (the first frame of a chunk, as their
+            pipelines) or "all" (every frame, as DiffTrack's released code). Other models have no use for it.
         heads: "probabilities", "logits" or "features", see `corrdit.ops.match`; the backbone's preset by default.
         head_weights: weights of the heads of a layer, or of all layers one after another; the backbone's preset by
             default (equal ones for other layers than its own), () for the plain mean.
@@ -43,11 +54,14 @@ class TrackerOptions:
         schedule: "spread", "interleaved" or "consecutive" (see `corrdit.tracking.chunks.anchored_chunks`) with the
             query's frame in every chunk, or "chained" without.
         stride: frames between the starts of chunks, for "consecutive".
+        interval: frames from one to the next within a chunk, for "interleaved"; the released formula by default.
         average_overlap: whether cost maps of frames that several chunks hold are averaged; otherwise the first stands.
         height, width: size in pixels at which frames are encoded; the backbone's preset by default, or else the video's
             shape with at most `tokens_per_frame` tokens.
         tokens_per_frame: limit of tokens a frame is encoded to, in place of a size.
         resize_first: (height, width) to which frames are resized before that (DiffTrack's evaluation: 256 x 256).
+        antialias: whether frames are resized with antialiasing; DiffTrack's evaluation does without, and without
+            rounding between its two sizes.
         refine: radius in tokens of the cost-weighted mean round the best token; 0 for the best token itself.
         crops: scales at which points are looked at again, one after another, in crops of the frames round them: the
             span of a token in the crop, relative to that in the whole frame. See `corrdit.tracking.crops`; the cost
@@ -73,6 +87,9 @@ class TrackerOptions:
     inference_steps: int | None = None
     noise: bool | None = None
     seed: int = 0
+    inversion: str | None = None
+    denoise_from: int | None = None
+    image: str = "first"
     heads: str | None = None
     head_weights: tuple[float, ...] | None = None
     combine: str = "costs"
@@ -82,11 +99,13 @@ class TrackerOptions:
     frames_per_chunk: int | None = None
     schedule: str = "spread"
     stride: int | None = None
+    interval: int | None = None
     average_overlap: bool = True
     height: int | None = None
     width: int | None = None
     tokens_per_frame: int | None = None
     resize_first: tuple[int, int] | None = None
+    antialias: bool = True
     refine: int = 1
     crops: tuple[float, ...] = ()
     crop_tokens: int = 8
@@ -106,6 +125,11 @@ class TrackerOptions:
         _choice("backend", self.backend, BACKENDS)
         _choice("fusion", self.fusion, FUSIONS)
         _choice("combine", self.combine, COMBINATIONS)
+        _choice("image", self.image, IMAGES)
+        if self.inversion is not None:
+            _choice("inversion", self.inversion, INVERSIONS)
+        if self.inversion is not None and self.noise:
+            raise ValueError("inversion and noise both bring latents to the noisy steps; drop one of them")
         if self.heads is not None:
             _choice("heads", self.heads, ("probabilities", "logits", "features"))
         whole_number("refine", self.refine, 0)
@@ -117,6 +141,7 @@ class TrackerOptions:
             ("tokens_per_frame", 1),
             ("crop_tokens", 2),
             ("frames_per_block", 1),
+            ("interval", 1),
         ):
             if getattr(self, name) is not None:
                 whole_number(name, getattr(self, name), minimum)
@@ -162,6 +187,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "schedule": "interleaved",
         "frames_per_chunk": 13,
         "resize_first": (256, 256),
+        "antialias": False,
+        "image": "all",
         "refine": 0,
         "path_spread": 0.0,
         "geometry": "released",

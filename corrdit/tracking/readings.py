@@ -27,7 +27,12 @@ class Reading:
     Args:
         layers: attention layers, at least one.
         timesteps: timesteps of the forward passes, at least one.
-        noise: whether latents are noised to each timestep.
+        steps: denoising steps of the timesteps, non-negative; needed with `inversion` and `denoise_from`.
+        inference_steps: of the schedule that they count.
+        noise: whether latents are noised to each timestep, or to that of `denoise_from`.
+        inversion: "ddim" or "released", how clean latents are inverted to them instead; None for not.
+        denoise_from: step from which they are denoised to `steps`; None brings them to each.
+        image: "first" or "all", the frames a model is conditioned on that takes an image.
         heads: "probabilities", "logits" or "features", see `corrdit.ops.match`.
         head_weights: of the heads of one layer (for each layer alike), or of all layers one after another; None for
             equal weights.
@@ -43,7 +48,12 @@ class Reading:
 
     layers: tuple[int, ...]
     timesteps: tuple[float, ...]
+    steps: tuple[int, ...] = ()
+    inference_steps: int = 0
     noise: bool = False
+    inversion: str | None = None
+    denoise_from: int | None = None
+    image: str = "first"
     heads: str = "probabilities"
     head_weights: tuple[float, ...] | None = None
     fusion: str = "heads"
@@ -53,6 +63,14 @@ class Reading:
     bidirectional: bool = True
     backend: str = "auto"
     memory_budget: int | None = None
+
+    @property
+    def passes(self) -> int:
+        """Forward passes for a batch of latents."""
+        passes, start = len(self.timesteps), self.denoise_from
+        if self.inversion is not None:
+            passes += self.inference_steps - (min(self.steps) if start is None else start)
+        return passes if start is None else passes + max(self.steps) - start
 
     def layer_weights(self, heads: int) -> tuple[tuple[float, ...], ...]:
         """The weights of the `heads` heads of each layer.
@@ -113,13 +131,14 @@ def read_tokens(
     weights = reading.layer_weights(backbone.heads)
     parts: list[Captured] = []
     used: list[float] = []
-    for timestep in reading.timesteps:
-        given = latents if noise is None else backbone.add_noise(latents, noise, timestep)
+    image = image_given(backbone, latents, reading)
+    brought = latents_at_steps(backbone, latents, reading, noise, image)
+    for timestep, given in zip(reading.timesteps, brought, strict=True):
         operations = {
             layer: _capture(part, grid_size, reading.low_pass)
             for layer, part in zip(reading.layers, weights, strict=True)
         }
-        captured: Mapping[int, Captured] = backbone.forward(given, timestep, operations)
+        captured: Mapping[int, Captured] = backbone.forward(given, timestep, operations, **image)
         parts += [captured[layer] for layer in reading.layers]
         used += [weight for part in weights for weight in part if weight > 0]
     axis = 1 if reading.fusion == "heads" else 3
@@ -135,6 +154,34 @@ def read_tokens(
     scale = reading.temperature * first.shape[-1] ** -0.5
     equal = all(weight == used[0] for weight in used)
     return TokenPair(q, k, TokenGrid(frames, *grid_size), parts[0][2], None if equal else used, scale)
+
+
+def image_given(backbone: Any, latents: Tensor, reading: Reading) -> dict[str, Tensor]:
+    """The argument `image` for a model that takes one: clean latents of the first frame, or of all."""
+    if not getattr(backbone, "takes_image", False):
+        return {}
+    return {"image": latents if reading.image == "all" else latents[..., :1, :, :, :]}
+
+
+def latents_at_steps(
+    backbone: Any, latents: Tensor, reading: Reading, noise: Tensor | None, image: Mapping[str, Tensor]
+) -> list[Tensor]:
+    """The clean latents as they are read at each step: as they are, noised, inverted or denoised."""
+    start, steps, count = reading.denoise_from, reading.steps, reading.inference_steps
+    if start is None:
+        if reading.inversion is not None:
+            found = dict(backbone.inverted(latents, steps, count, rule=reading.inversion, **image))
+            return [found[step] for step in steps]
+        return [
+            latents if noise is None else backbone.add_noise(latents, noise, timestep) for timestep in reading.timesteps
+        ]
+    begun = latents
+    if reading.inversion is not None:
+        begun = dict(backbone.inverted(latents, [start], count, rule=reading.inversion, **image))[start]
+    elif noise is not None:
+        begun = backbone.add_noise(latents, noise, backbone.timestep(start, count))
+    found = dict(backbone.denoised(begun, start, steps, count, **image))
+    return [found[step] for step in steps]
 
 
 def _capture(

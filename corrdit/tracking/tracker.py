@@ -69,6 +69,7 @@ class PointTracker:
     def __init__(self, backbone: TrackingBackbone, *, preset: str = "default", **options: Any) -> None:
         self.backbone = backbone
         self.options = tracker_options(preset, {**self._preset_options(preset, options), **options})
+        self._check_conditioning(options)
         self.layers = self._layers()
         for layer in self.layers:
             if not 0 <= layer < backbone.layers:
@@ -117,7 +118,14 @@ class PointTracker:
         if options.schedule == "chained":
             return [chained_chunks(frames, anchor, frames_per_chunk=size)]
         return [
-            chunks_through(block, anchor, frames_per_chunk=size, schedule=options.schedule, stride=options.stride)
+            chunks_through(
+                block,
+                anchor,
+                frames_per_chunk=size,
+                schedule=options.schedule,
+                stride=options.stride,
+                interval=options.interval,
+            )
             for block in frame_blocks(frames, anchor, options.frames_per_block)
         ]
 
@@ -130,11 +138,16 @@ class PointTracker:
     def _reading(self) -> Reading:
         options, backbone = self.options, self.backbone
         inference_steps = self._chosen("inference_steps")
-        steps = options.steps or (self._chosen("step"),)
+        steps, start = self._steps(inference_steps)
         return Reading(
             layers=self.layers,
             timesteps=tuple(backbone.timestep(step, inference_steps) for step in steps),
-            noise=bool(self._chosen("noise")),
+            steps=steps,
+            inference_steps=inference_steps,
+            noise=options.inversion is None and bool(self._chosen("noise")),
+            inversion=options.inversion,
+            denoise_from=start,
+            image=options.image,
             heads=self._chosen("heads"),
             head_weights=self._head_weights(),
             fusion=options.fusion,
@@ -145,6 +158,27 @@ class PointTracker:
             backend=options.backend,
             memory_budget=options.memory_budget,
         )
+
+    def _steps(self, inference_steps: int) -> tuple[tuple[int, ...], int | None]:
+        """The steps that are read and the one from which is denoised, counted from 0."""
+        given, start = self.options.steps or (self._chosen("step"),), self.options.denoise_from
+        for step in given if start is None else (*given, start):
+            self.backbone.timestep(step, inference_steps)  # refuses a step outside the schedule
+        steps = tuple(step % inference_steps for step in given)
+        if start is None:
+            return steps, None
+        start %= inference_steps
+        if min(steps) < start:
+            raise ValueError(f"step {min(steps)} is noisier than step {start}, from which is denoised; begin there")
+        return steps, start
+
+    def _check_conditioning(self, given: Mapping[str, Any]) -> None:
+        options, name = self.options, getattr(self.backbone, "name", "this model")
+        if "image" in given and not getattr(self.backbone, "takes_image", False):
+            raise ValueError(f"image={options.image!r} is for image-to-video models, and {name} is none; drop it")
+        walks = options.inversion is not None or options.denoise_from is not None
+        if walks and not (hasattr(self.backbone, "inverted") and hasattr(self.backbone, "denoised")):
+            raise ValueError(f"{name} has no way to invert or denoise latents; drop inversion and denoise_from")
 
     def _preset_options(self, preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
         """Options that the backbone's preset has for the tracker, which are for the layers and the weights it names."""

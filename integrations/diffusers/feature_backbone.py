@@ -37,7 +37,14 @@ class FeatureBackbone:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.backbone, name)
 
-    def forward(self, latents: Tensor, timestep: float, operations: Mapping[int, Callable[..., Any]]) -> dict[int, Any]:
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: float,
+        operations: Mapping[int, Callable[..., Any]],
+        *,
+        image: Tensor | None = None,
+    ) -> dict[int, Any]:
         """As `Backbone.forward`, the operations being given features for both queries and keys."""
         grid = self.backbone.grid(latents.shape[0], *latents.shape[-2:]).without_text()
         results: dict[int, Any] = {}
@@ -54,6 +61,7 @@ class FeatureBackbone:
             operation=lambda q, k, grid, key_mask: q.new_zeros(1),
             feature_operation=_as_head,
             deliver=deliver,
+            image=image,
         )
         return results
 

@@ -30,7 +30,13 @@ class PixelBackbone:
     def timestep(self, step: int, inference_steps: int) -> float:
         return 1000.0 * -step / inference_steps
 
-    def encode_frames(self, video: torch.Tensor, *, height: int, width: int) -> torch.Tensor:
+    def encode_frames(self, video: torch.Tensor, *, height: int, width: int, **resizing) -> torch.Tensor:
+        if resizing:
+            resized = [resizing["first"] or (height, width), (height, width)]
+            pixels = video.permute(0, 3, 1, 2).float()
+            for size in resized:
+                pixels = torch.nn.functional.interpolate(pixels, size, mode="bilinear", antialias=resizing["antialias"])
+            return pixels / 255
         assert video.shape[1:3] == (height, width)
         return video.permute(0, 3, 1, 2).float() / 255
 

@@ -28,9 +28,9 @@ class FixedBackbone:
     def timestep(self, step, inference_steps):
         return 19.0
 
-    def encode_frames(self, video, *, height, width):
-        assert video.shape[1:3] == (256, 256), "the released evaluation resizes to 256 x 256 first"
+    def encode_frames(self, video, *, height, width, **resizing):
         assert (height, width) == (self.preset.height, self.preset.width)
+        self.encoded, self.resizing = video, resizing
         return torch.zeros(len(video), 1, 2, 2)
 
     def forward(self, latents, timestep, operations):
@@ -56,3 +56,14 @@ def test_tracks_equal_the_released_ones(golden, case):
     expected = numbers[f"{case}_headdim_tracks"][0]
     np.testing.assert_allclose(tracks.xy.numpy()[1:], expected[1:], rtol=0, atol=1e-5 * np.abs(expected).max())
     assert bool(tracks.visible.all())
+
+
+def test_frames_are_resized_twice_without_antialiasing():
+    grid = TokenGrid(3, 4, 6)
+    q = torch.randn(1, 2, grid.video_tokens, 4, generator=torch.Generator().manual_seed(0))
+    video = np.random.default_rng(1).integers(0, 256, (3, 300, 500, 3), dtype=np.uint8)
+    for antialias, shape in ((False, (300, 500)), (True, (256, 256))):
+        backbone = FixedBackbone(q, q, grid, 8)
+        PointTracker(backbone, preset="published", antialias=antialias).track(video, [(0, 5.0, 5.0)])
+        assert backbone.resizing == ({} if antialias else {"first": (256, 256), "antialias": False})
+        assert tuple(backbone.encoded.shape[1:3]) == shape

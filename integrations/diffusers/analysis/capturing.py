@@ -15,7 +15,6 @@ from corrdit.integrations.diffusers.captures import Capture
 from corrdit.integrations.diffusers.compatibility import has_compiled_blocks
 from corrdit.integrations.diffusers.forward_watch import RemovableHook
 from corrdit.integrations.diffusers.layouts import ForwardCall, TransformerLayout
-from corrdit.integrations.diffusers.motion_transfer.reference import codec_latents
 from corrdit.integrations.diffusers.processors import Operation, ReadRequest
 
 FeatureOperation = Callable[[Tensor, TokenGrid], Any]
@@ -141,6 +140,7 @@ def reading_forward(
     feature_operation: FeatureOperation | None,
     deliver: Callable[[int, str, Any], None],
     text: Mapping[str, Tensor] | None = None,
+    image: Tensor | None = None,
 ) -> None:
     """One call of the transformer; readings go to `deliver(layer, name, result)`.
 
@@ -151,10 +151,10 @@ def reading_forward(
         layers, operation, feature_operation: as for `ReadingCapture`.
         deliver: takes the results.
         text: the transformer's text arguments; None for the empty prompt.
+        image: as `Backbone.forward` takes it.
     """
     transformer = backbone.transformer_at(timestep)
-    text = {name: value.to(backbone.device) for name, value in (text or backbone.empty_prompt()).items()}
-    arguments = backbone.call_arguments(codec_latents(backbone, latents), timestep, text)
+    arguments = backbone.forward_arguments(latents, timestep, prompt_embeds=text, image=image)
     reader = ReadingCapture(
         transformer,
         layers=layers,

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import abc
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from corrdit.grid import TokenGrid, whole_number
+from corrdit.integrations.diffusers.backbones.frames import conditioning_latents, prepared_frames
 from corrdit.integrations.diffusers.backbones.presets import Preset, preset_for
 from corrdit.integrations.diffusers.captures import Capture
 from corrdit.integrations.diffusers.indices import resolved_index
+from corrdit.integrations.diffusers.inversion import Path, denoised_latents, inverted_latents
 from corrdit.integrations.diffusers.layouts import TransformerLayout, has_layout, register_layout
 from corrdit.integrations.diffusers.processors import Operation, named_operations
 
@@ -37,10 +38,12 @@ class Backbone(abc.ABC):
         family: name of the family.
         layers: number of attention layers, over all blocks.
         heads: attention heads.
+        channel_axis: axis of the channels in the latents the transformer is given.
     """
 
     family: ClassVar[str]
     layout: ClassVar[type[TransformerLayout]]
+    channel_axis: ClassVar[int] = 1
 
     def __init__(self, pipe: Any, *, name: str, preset: Preset | None = None) -> None:
         self.pipe = pipe
@@ -107,6 +110,27 @@ class Backbone(abc.ABC):
     ) -> dict[str, Any]:
         """The transformer's arguments for latents `[B, F, C, h, w]`, C and F as the codec counts them."""
 
+    @property
+    def takes_image(self) -> bool:
+        """Whether the transformer is given the latents of an image beside the noisy ones."""
+        return False
+
+    def image_arguments(
+        self,
+        latents: torch.Tensor,
+        timestep: float,
+        text: Mapping[str, torch.Tensor],
+        image: torch.Tensor | None,
+    ) -> dict[str, Any]:
+        """`call_arguments` of a model that takes an image, conditioned on `image [B, 1 or F, C, h, w]`."""
+        if image is not None:
+            raise ValueError(f"{self.name} takes no image beside the latents; leave image out")
+        return self.call_arguments(latents, timestep, text)
+
+    def output_latents(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """The transformer's output for latents `[B, F, C, h, w]` in their shape."""
+        return output.reshape(latents.shape)
+
     def transformer_at(self, timestep: float) -> torch.nn.Module:
         """The transformer that denoises at this timestep."""
         return self.transformer
@@ -132,11 +156,15 @@ class Backbone(abc.ABC):
 
     def schedule(self, inference_steps: int) -> torch.Tensor:
         """Timesteps from the noisiest to the cleanest; the pipeline's own scheduler is left as it is."""
+        return self.stepping_scheduler(inference_steps).timesteps
+
+    def stepping_scheduler(self, inference_steps: int) -> Any:
+        """A copy of the pipeline's scheduler with so many steps."""
         scheduler = self.pipe.scheduler
         changes = {"timestep_spacing": "trailing"} if "timestep_spacing" in scheduler.config else {}
         copy = type(scheduler).from_config(scheduler.config, **changes)
         copy.set_timesteps(inference_steps)
-        return copy.timesteps
+        return copy
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timestep: float) -> torch.Tensor:
         """Latents noised to a timestep, by the pipeline's scheduler."""
@@ -144,7 +172,7 @@ class Backbone(abc.ABC):
         return self.pipe.scheduler.add_noise(latents, noise, at)
 
     def encode_frames(
-        self, video: np.ndarray | torch.Tensor, *, height: int | None = None, width: int | None = None
+        self, video: np.ndarray | torch.Tensor, *, height: int | None = None, width: int | None = None, **resizing: Any
     ) -> torch.Tensor:
         """Every frame as a latent of its own: no temporal compression.
 
@@ -152,6 +180,7 @@ class Backbone(abc.ABC):
             video: uint8 `[T, H, W, 3]`.
             height: height to resize to before encoding; None for the preset's or the video's own.
             width: likewise.
+            resizing: `first` and `antialias` of `corrdit.integrations.diffusers.backbones.frames.prepared_frames`.
 
         Returns:
             Latents `[T, C, h, w]`.
@@ -159,12 +188,9 @@ class Backbone(abc.ABC):
         Raises:
             ValueError: not such a video, or a size that is not a multiple of `token_stride`.
         """
-        frames = self._prepared(video, height, width)
+        frames = self._prepared(video, height, width, **resizing)
         group = max(1, PIXELS_PER_ENCODER_CALL // (frames.shape[2] * frames.shape[3]))
-        latents = [
-            self._encode(frames[start : start + group, :, None].to(self.device))
-            for start in range(0, len(frames), group)
-        ]
+        latents = [self._encode(part[:, :, None].to(self.device)) for part in frames.split(group)]
         return torch.cat(latents)[:, :, 0].repeat(1, self.frames_per_token, 1, 1)
 
     def encode_video(
@@ -231,6 +257,7 @@ class Backbone(abc.ABC):
         prompt_embeds: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
         early_exit: bool = True,
         keep_graph: bool = False,
+        image: torch.Tensor | None = None,
     ) -> dict[int, Any]:
         """One call of the transformer with the conditional prompt; the results of operations on chosen layers.
 
@@ -242,20 +269,22 @@ class Backbone(abc.ABC):
                 the empty prompt.
             early_exit: stop after the last layer that is needed.
             keep_graph: leave results attached to the autograd graph.
+            image: for models that take one, clean latents `[1, C, h, w]` of the first frame, behind which there is
+                nothing, or `[F, C, h, w]` of all frames; a batch of them, or one for all. None takes the first frame
+                of `latents`.
 
         Returns:
             Results by layer, as the layers were given.
 
         Raises:
-            ValueError: latents that do not fit the model, no operations, or what `capture` refuses.
+            ValueError: latents or an image that do not fit the model, no operations, or what `capture` refuses.
         """
         if not isinstance(operations, Mapping):
             raise ValueError(f"operations must be a dict {{layer: operation}}, got {type(operations).__name__}")
         if not operations:
             raise ValueError("operations is empty; give at least one {layer: operation}")
-        batched = self._batched(latents)
-        text = self._text(prompt_embeds, batched.shape[0])
         transformer = self.transformer_at(timestep)
+        arguments = self.forward_arguments(latents, timestep, prompt_embeds=prompt_embeds, image=image)
         reader = Capture(
             transformer,
             operations={layer: named_operations(operation) for layer, operation in operations.items()},
@@ -264,12 +293,48 @@ class Backbone(abc.ABC):
             early_exit=early_exit,
         )
         with torch.set_grad_enabled(keep_graph and torch.is_grad_enabled()), reader:
-            transformer(**self.call_arguments(batched, timestep, text))
+            transformer(**arguments)
         results = {}
         for layer, operation in operations.items():
             by_name = reader[0, layer % self.layers]
             results[layer] = by_name if isinstance(operation, Mapping) else by_name["operation"]
         return results
+
+    @torch.no_grad()
+    def predict(self, latents: torch.Tensor, timestep: float, *, image: torch.Tensor | None = None) -> torch.Tensor:
+        """The transformer's output for the empty prompt, in the shape of the latents, float32.
+
+        Arguments and errors as for `forward`.
+        """
+        arguments = self.forward_arguments(latents, timestep, image=image)
+        output = self.transformer_at(timestep)(**arguments, return_dict=False)[0]
+        return self.output_latents(output, self._batched(latents)).reshape(latents.shape).float()
+
+    def inverted(self, latents: torch.Tensor, steps: Sequence[int], inference_steps: int, **options: Any) -> Path:
+        """Clean latents at denoising steps: `corrdit.integrations.diffusers.inversion.inverted_latents`."""
+        return inverted_latents(self, latents, steps, inference_steps, **options)
+
+    def denoised(
+        self, latents: torch.Tensor, start: int, steps: Sequence[int], inference_steps: int, **options: Any
+    ) -> Path:
+        """Latents of one step at later ones: `corrdit.integrations.diffusers.inversion.denoised_latents`."""
+        return denoised_latents(self, latents, start, steps, inference_steps, **options)
+
+    def forward_arguments(
+        self,
+        latents: torch.Tensor,
+        timestep: float,
+        *,
+        prompt_embeds: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
+        image: torch.Tensor | None = None,
+    ) -> dict[str, Any]:
+        """The transformer's arguments; arguments and errors as for `forward`."""
+        batched = self._batched(latents)
+        text = self._text(prompt_embeds, len(batched))
+        if image is None:
+            return self.call_arguments(batched, timestep, text)
+        given = conditioning_latents(self._batched(image), batched, frames_per_token=self.frames_per_token)
+        return self.image_arguments(batched, timestep, text, given)
 
     def _text(
         self, prompt_embeds: torch.Tensor | Mapping[str, torch.Tensor] | None, batch: int
@@ -311,26 +376,11 @@ class Backbone(abc.ABC):
         """Channels of a latent."""
         return int(self.transformer.config.in_channels)
 
-    def _prepared(self, video: np.ndarray | torch.Tensor, height: int | None, width: int | None) -> torch.Tensor:
-        """Video frames float `[T, 3, height, width]` in -1..1 on the CPU."""
-        frames = torch.as_tensor(video)
-        if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != torch.uint8 or not len(frames):
-            raise ValueError(f"video must be uint8 [T, H, W, 3], got {frames.dtype} {tuple(frames.shape)}")
-        height = height or self.preset.height or frames.shape[1]
-        width = width or self.preset.width or frames.shape[2]
-        for name, size, stride in zip(("height", "width"), (height, width), self.token_stride, strict=True):
-            if size % stride:
-                raise ValueError(
-                    f"{name} {size} is not a multiple of {stride}, the pixels a token of {self.name} spans; give "
-                    f"{name}={max(stride, round(size / stride) * stride)}"
-                )
-        images = frames.permute(0, 3, 1, 2)
-        if images.shape[2:] == (height, width):
-            return images.float() / 127.5 - 1
-        resized = [
-            F.interpolate(part.float(), (height, width), mode="bilinear", antialias=True) for part in images.split(1)
-        ]
-        return torch.cat(resized).clamp(0, 255) / 127.5 - 1
+    def _prepared(
+        self, video: np.ndarray | torch.Tensor, height: int | None, width: int | None, **resizing: Any
+    ) -> torch.Tensor:
+        size = (height or self.preset.height, width or self.preset.width)
+        return prepared_frames(video, size, stride=self.token_stride, name=self.name, **resizing)
 
     @torch.no_grad()
     def _encode(self, clips: torch.Tensor) -> torch.Tensor:

@@ -41,6 +41,7 @@ class CogVideoXBackbone(Backbone):
 
     family = "cogvideox"
     layout = CogVideoXLayout
+    channel_axis = 2
 
     @property
     def spatial_compression(self) -> int:
@@ -56,7 +57,6 @@ class CogVideoXBackbone(Backbone):
 
     @property
     def takes_image(self) -> bool:
-        """Whether the transformer is given image latents beside the noisy ones."""
         return self.transformer.config.in_channels == 2 * self.latent_channels
 
     def normalized(self, latents: torch.Tensor) -> torch.Tensor:
@@ -77,7 +77,11 @@ class CogVideoXBackbone(Backbone):
         return replace(video, text_tokens=tokens, text_first=True)
 
     def call_arguments(
-        self, latents: torch.Tensor, timestep: float, text: Mapping[str, torch.Tensor]
+        self,
+        latents: torch.Tensor,
+        timestep: float,
+        text: Mapping[str, torch.Tensor],
+        image: torch.Tensor | None = None,
     ) -> dict[str, Any]:
         batch, frames, _, height, width = latents.shape
         rotary = None
@@ -88,7 +92,8 @@ class CogVideoXBackbone(Backbone):
                 height * stride, width * stride, frames, self.device
             )
         if self.takes_image:
-            latents = torch.cat([latents, self._image_condition(latents)], dim=2)
+            condition = self._image_condition(latents[:, :1] if image is None else image, frames)
+            latents = torch.cat([latents, condition], dim=2)
         arguments = {
             "hidden_states": latents,
             "timestep": torch.full((batch,), timestep, device=self.device),
@@ -98,6 +103,17 @@ class CogVideoXBackbone(Backbone):
         if self.transformer.config.ofs_embed_dim is not None:
             arguments["ofs"] = latents.new_full((1,), 2.0)
         return arguments
+
+    def image_arguments(
+        self,
+        latents: torch.Tensor,
+        timestep: float,
+        text: Mapping[str, torch.Tensor],
+        image: torch.Tensor | None,
+    ) -> dict[str, Any]:
+        if not self.takes_image:
+            return super().image_arguments(latents, timestep, text, image)
+        return self.call_arguments(latents, timestep, text, image)
 
     def _check_size(self, height: int, width: int) -> None:
         """1.5 cuts its rotary table out of one of fixed size."""
@@ -109,12 +125,12 @@ class CogVideoXBackbone(Backbone):
                 f"{config.sample_width * stride} pixels, got {height * stride} x {width * stride}; resize the video"
             )
 
-    def _image_condition(self, latents: torch.Tensor) -> torch.Tensor:
-        """The first frame as the pipeline gives it: scaled the other way round for 1.5, zeros behind it."""
-        image = latents[:, :1]
+    def _image_condition(self, image: torch.Tensor, frames: int) -> torch.Tensor:
+        """Latents as the pipeline gives those of an image: scaled the other way round for 1.5, zeros behind them."""
         if getattr(self.pipe.vae.config, "invert_scale_latents", False):
             image = image / self.pipe.vae_scaling_factor_image**2
-        return torch.cat([image, torch.zeros_like(latents[:, 1:])], dim=1)
+        behind = image.new_zeros(len(image), frames - image.shape[1], *image.shape[2:])
+        return torch.cat([image, behind], dim=1)
 
     @property
     def _text_tokens(self) -> int:

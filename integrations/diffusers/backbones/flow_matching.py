@@ -21,10 +21,13 @@ class FlowMatchingBackbone(Backbone):
         """Share of noise in the latents at a timestep."""
         return timestep / self.pipe.scheduler.config.num_train_timesteps
 
-    def schedule(self, inference_steps: int) -> torch.Tensor:
+    def stepping_scheduler(self, inference_steps: int) -> Any:
         scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
         scheduler.set_timesteps(inference_steps, **self.schedule_arguments(inference_steps))
-        return scheduler.timesteps
+        return scheduler
+
+    def output_latents(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        return output.transpose(1, 2).reshape(latents.shape)
 
     def schedule_arguments(self, inference_steps: int) -> dict[str, Any]:
         """What the family's pipeline gives the scheduler beside the number of steps."""

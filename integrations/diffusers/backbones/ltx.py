@@ -94,6 +94,12 @@ class LTXBackbone(FlowMatchingBackbone):
     def with_text(self, video: TokenGrid) -> TokenGrid:
         return video
 
+    def output_latents(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        _, frames, _, height, width = latents.shape
+        patch_t, patch, _ = self._layout.patch_size(self.transformer)
+        size = (frames // patch_t, height // patch, width // patch)
+        return self.pipe._unpack_latents(output, *size, patch, patch_t).transpose(1, 2)
+
     def call_arguments(
         self, latents: torch.Tensor, timestep: float, text: Mapping[str, torch.Tensor]
     ) -> dict[str, Any]:

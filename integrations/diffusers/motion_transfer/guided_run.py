@@ -328,12 +328,12 @@ class GuidedRun:
         """Noisy latents, and the image condition of a model that has one beside them."""
         if not getattr(self._backbone, "takes_image", False):
             return hidden, None
-        latents, condition = hidden.tensor_split([self._backbone.latent_channels], dim=2)
+        axis = self._backbone.channel_axis
+        latents, condition = hidden.tensor_split([self._backbone.latent_channels], dim=axis)
         return latents, condition
 
-    @staticmethod
-    def _joined(latents: Tensor, condition: Tensor | None) -> Tensor:
-        return latents if condition is None else torch.cat([latents, condition], dim=2)
+    def _joined(self, latents: Tensor, condition: Tensor | None) -> Tensor:
+        return latents if condition is None else torch.cat([latents, condition], dim=self._backbone.channel_axis)
 
     @contextlib.contextmanager
     def _own_calls(self) -> Iterator[None]:
