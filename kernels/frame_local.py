@@ -11,7 +11,15 @@ from torch import Tensor
 from corrdit.grid import TokenGrid
 from corrdit.kernels.frame_local_backward import local_backward
 from corrdit.kernels.frame_local_forward import LocalLayout, local_forward
-from corrdit.kernels.launch import LOG2_E, canonical, check_device, check_tensors, float32_precision, product_precision
+from corrdit.kernels.launch import (
+    LOG2_E,
+    autocast_off,
+    canonical,
+    check_device,
+    check_tensors,
+    float32_precision,
+    product_precision,
+)
 
 
 def compute_frame_local_attention(
@@ -53,7 +61,7 @@ def compute_frame_local_attention_backward(
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) `[B, H, N, D]` in the dtype of q."""
-    with float32_precision(precision):
+    with float32_precision(precision), autocast_off(q):
         return local_backward(
             gradient, q, k, v, output, statistics, LocalLayout(*layout), scale, key_mask, renormalize
         )  # fmt: skip

@@ -44,6 +44,13 @@ def product_precision() -> str:
     return _float32_precision
 
 
+def autocast_off(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Within it, autocast has no say in what a host function computes itself: a gradient may be taken under it."""
+    if tensor.is_meta:
+        return contextlib.nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
 @contextlib.contextmanager
 def compile_only(architecture: str, compiler: Compiler) -> Iterator[None]:
     """Within it, host functions run on meta tensors and hand each launch to `compiler` instead of a device."""

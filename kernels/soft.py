@@ -16,6 +16,7 @@ from corrdit.grid import FramePairs, TokenGrid
 from corrdit.kernels.folded import folded_backward, folded_forward
 from corrdit.kernels.launch import (
     LOG2_E,
+    autocast_off,
     canonical,
     check_device,
     check_tensors,
@@ -80,7 +81,7 @@ def compute_soft_displacement_backward(
     precision: str,
 ) -> tuple[Tensor, Tensor]:
     """(dq, dk) `[B, H, F*S, D]` in the dtype of q."""
-    with float32_precision(precision):
+    with float32_precision(precision), autocast_off(q):
         if folded:
             return folded_backward(
                 gradient, q, k, weights, displacement, statistics, pairs, height, width, scale, key_mask, center, window
@@ -143,7 +144,9 @@ def soft_displacement(
     Args:
         q, k: `[B, H, F*S, D]` float16, bfloat16 or float32 with any strides, D from 8 to 256.
         weights: `[H]` summing to 1; None for equal weights.
-        memory_budget: not used: the kernels take 64 MiB beyond outputs and sums at most.
+        memory_budget: not used. Beyond outputs and a few numbers for each row the kernels take nothing; the gradient of
+            averaged logits takes 64 MiB, float32 sums of one sample's dq and dk, and a sample's keys once more (twice
+            with `key_mask`).
 
     Raises:
         ValueError: a dtype or head_dim the kernels do not take.

@@ -16,6 +16,7 @@ import json
 import os
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 HELP = "compile every Triton kernel without a GPU and show registers, spills and instructions"
@@ -42,13 +43,20 @@ def run(arguments: Any) -> int:
     # Compiling is what is asked for: interpreted kernels cannot be compiled.
     os.environ.pop("TRITON_INTERPRET", None)
     from corrdit.kernels.catalogue import compile_entry, requests, sources
+    from corrdit.kernels.configs import ARCHITECTURES, HEAD_DIMS
+    from corrdit.kernels.launch import DTYPES
 
+    # Everything is looked at before the first kernel is compiled.
+    _check("--arch", arguments.arch, [int(name.replace(".", "")) for name in ARCHITECTURES])
+    _check("--dtype", arguments.dtype, [str(dtype).removeprefix("torch.") for dtype in DTYPES])
+    _check("--head-dim", arguments.head_dim, range(HEAD_DIMS[0], HEAD_DIMS[1] + 1))
+    wanted = list(requests(arguments.arch, arguments.dtype, arguments.head_dim, arguments.op))
     output = None if arguments.output is None else pathlib.Path(arguments.output)
     digest = f"{sources()} {arguments.precision}"
     rows = [] if output is None else _rows_of(output, digest)
     if not arguments.json:
         print("".join(name.ljust(width) for name, width in _COLUMNS).rstrip())
-    for request in requests(arguments.arch, arguments.dtype, arguments.head_dim, arguments.op):
+    for request in wanted:
         key = (request.entry.operation, request.entry.heads, request.dtype, request.head_dim, request.arch)
         found = [row for row in rows if tuple(row[name] for name in _KEY) == key]
         if not found:
@@ -75,6 +83,13 @@ def _rows_of(output: pathlib.Path, digest: str) -> list[dict[str, Any]]:
         return list(held["rows"]) if held["sources"] == digest else []
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"--output {output} holds something else than rows of this command; name another") from error
+
+
+def _check(option: str, given: list[Any], accepted: Sequence[Any]) -> None:
+    for value in given:
+        if value not in accepted:
+            names = f"{accepted[0]} to {accepted[-1]}" if isinstance(accepted, range) else ", ".join(map(str, accepted))
+            raise ValueError(f"{option} must be one of {names}, got {value}")
 
 
 def _write(output: pathlib.Path, digest: str, rows: list[dict[str, Any]]) -> None:

@@ -119,6 +119,25 @@ def test_rows_are_collected_and_not_compiled_again(tmp_path, monkeypatch, capsys
     assert "holds something else" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--arch", "75"], "--arch must be one of 80, 89, 90, 100, got 75"),
+        (["--dtype", "float64"], "--dtype must be one of float16, bfloat16, float32, got float64"),
+        (["--head-dim", "64", "4"], "--head-dim must be one of 8 to 256, got 4"),
+        (["--head-dim", "300"], "--head-dim must be one of 8 to 256, got 300"),
+        (["--op", "dance"], "no operation is called 'dance'; there are attention_mass,"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2_before_anything_is_compiled(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(catalogue, "compile_entry", None)
+    assert main(["kernels", *arguments]) == 2
+    printed = capsys.readouterr()
+    assert not printed.out
+    assert len(printed.err.strip().splitlines()) == 1
+    assert message in printed.err
+
+
 LAYOUTS = """
 #mma = #ttg.nvidia_mma<{versionMajor = 3, versionMinor = 0, warpsPerCTA = [8, 1], instrShape = [16, 64, 16]}>
 #mma1 = #ttg.nvidia_mma<{versionMajor = 2, versionMinor = 0, warpsPerCTA = [2, 2], instrShape = [16, 8]}>

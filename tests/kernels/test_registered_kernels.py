@@ -120,9 +120,11 @@ def test_autocast_does_not_lower_the_precision(inputs):
                 ops.soft_displacement(q, k, GRID, heads=heads, frames=[(0, 1)], backend="triton")
                 for heads in ("features", "probabilities")
             ]
+            averaged = ops.soft_displacement(q, k, GRID, frames=[(0, 1)], backend="triton")
             found = ops.match(q, k, GRID, heads="features", refine=1, backend="triton")
             seen = ops.frame_local_attention(q, k, v, GRID, backend="triton")
-        results.append([*moved, *found, seen])
+            gradients = torch.autograd.grad(averaged.square().sum() + seen.square().sum(), (q, k, v))
+        results.append([*moved, averaged, *found, seen, *gradients])
     for plain, under_autocast in zip(*results, strict=True):
         assert plain.dtype == under_autocast.dtype
         assert torch.equal(plain, under_autocast)
@@ -205,6 +207,23 @@ def test_precision_of_float32_products_is_asked_for(inputs):
 
 def test_importing_the_package_imports_no_triton():
     code = "import sys, corrdit.kernels; assert not {'triton', 'torch'} & set(sys.modules), 'imported'"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd="/")
+
+
+def test_importing_every_kernel_asks_cuda_nothing():
+    code = """
+import torch
+def refuse(*arguments, **options):
+    raise AssertionError("CUDA was asked for something")
+for name in ("is_available", "device_count", "current_device", "get_device_capability", "get_device_properties",
+             "_lazy_init", "init"):
+    setattr(torch.cuda, name, refuse)
+from corrdit import kernels, ops
+for name in kernels.__all__:
+    getattr(kernels, name)
+assert not torch.cuda.is_initialized()
+"""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd="/")
 
