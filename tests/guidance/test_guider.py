@@ -115,6 +115,7 @@ def test_one_layer_and_one_head_as_numbers() -> None:
     transformer = tiny_pipeline("wan").transformer
     numbers = denoise(transformer, CrossAttentionGuider(5.0, layers=0, heads=1))
     assert torch.equal(numbers, denoise(transformer, CrossAttentionGuider(5.0, layers=[0], heads=[1])))
+    assert not torch.equal(numbers, denoise(transformer, CrossAttentionGuider(5.0, layers=0)))
 
 
 def test_bad_settings() -> None:
