@@ -8,19 +8,25 @@ import os
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning
 import numpy as np
 import torch
 
+from corrdit.evaluation import evaluate_video
 from corrdit.files import refuse_other_settings, written_beside
 from corrdit.integrations.diffusers.fingerprint import model_facts
 from corrdit.integrations.lightning.data_modules import has_result
 from corrdit.integrations.lightning.model_placement import preset_for_loading
 from corrdit.tracking.files import RESULT_FILE, track_at_size, write_track_results
+
+if TYPE_CHECKING:
+    from corrdit.data.tapvid import TapVidSample
+    from corrdit.metrics import TapVidMetric
 
 SETTINGS_FILE = "settings.json"
 FAILURE_FILE = "failed.json"
@@ -30,6 +36,10 @@ Queries = int | np.ndarray | Callable[[int, int, int], np.ndarray]
 
 class TrackingModule(lightning.LightningModule):
     """Tracks points through each video `Trainer.predict` gives it and writes a folder of results for each.
+
+    `Trainer.test` with a `TapVidDataModule` tracks that set's queries instead, writes nothing, and logs the means of
+    TAP-Vid's metric over the videos of all processes (`average_jaccard`, ..., `videos`, and how many were broken or
+    had no visible points). `EvaluationModule` keeps results, resumes, and compares several trackers.
 
     ```python
     data = VideoDataModule("videos", output="results")
@@ -101,11 +111,16 @@ class TrackingModule(lightning.LightningModule):
             **self.part,
         }
         self._tracker: Any = None
+        self._metric: TapVidMetric | None = None
+        self._left_out = torch.zeros(2)
 
     def setup(self, stage: str) -> None:
         """Load the model on this process's device and check the output folder."""
-        if stage != "predict":
-            raise ValueError(f"TrackingModule has no {stage} step; call Trainer.predict")
+        if stage not in ("predict", "test"):
+            raise ValueError(f"TrackingModule has no {stage} step; call Trainer.predict or Trainer.test")
+        if stage == "test":
+            self._begin_test()
+            return
         self.check_settings()
         self._load_tracker()
         self.check_settings()
@@ -149,6 +164,53 @@ class TrackingModule(lightning.LightningModule):
         (folder / FAILURE_FILE).unlink(missing_ok=True)
         seconds = time.perf_counter() - began
         return {"name": name, "frames": tracks.frames, "points": tracks.points, "seconds": seconds}
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Track the queries of one video and score them.
+
+        Args:
+            batch: of a `TapVidDataModule`.
+            batch_idx: its number on this process.
+        """
+        assert self._metric is not None
+        try:
+            if "error" in batch:
+                raise ValueError(batch["error"])
+            sample: TapVidSample = batch["sample"]
+            outcome = evaluate_video(self._tracker.track, sample)
+        except (ValueError, OSError) as error:
+            if self.on_broken == "raise":
+                raise ValueError(f"video {batch['name']}: {error}") from error
+            warnings.warn(f"video {batch['name']} is not in the means: {error}", UserWarning, stacklevel=2)
+            self._left_out += torch.tensor([1.0, 0.0])
+            return
+        if outcome.tracks is None:
+            self._left_out += torch.tensor([0.0, 1.0])
+            return
+        arguments = sample.metric_arguments(outcome.tracks)
+        del arguments["query_mode"]
+        self._metric.update(**arguments, videos=[batch["name"]])
+
+    def on_test_epoch_end(self) -> None:
+        """Log the means over the videos of all processes."""
+        assert self._metric is not None
+        figures = self._metric.compute()
+        strategy = self.trainer.strategy
+        counted = strategy.reduce(self._left_out.to(strategy.root_device), reduce_op="sum")
+        figures["broken_videos"], without = counted.cpu().unbind()
+        figures["videos_without_visible_points"] += without
+        for name, value in figures.items():
+            self.log(name, float(value), rank_zero_only=True)
+
+    def _begin_test(self) -> None:
+        from corrdit.metrics import TapVidMetric
+
+        data = self.trainer.datamodule
+        if not hasattr(data, "described"):
+            raise ValueError("TrackingModule is tested on a TapVidDataModule; give the Trainer one")
+        self._load_tracker()
+        self._metric = TapVidMetric("strided" if data.mode == "strided" else "first")
+        self._left_out = torch.zeros(2)
 
     def _load_tracker(self) -> None:
         from corrdit import PointTracker, load_backbone

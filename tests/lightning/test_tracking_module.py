@@ -213,9 +213,9 @@ def test_the_module_refuses(tmp_path, options, message):
         TrackingModule("embedded", output=tmp_path, **options)
 
 
-def test_only_prediction_is_offered(videos, backbone, tmp_path):
-    with pytest.raises(ValueError, match="has no test step"):
-        module(backbone, tmp_path).setup("test")
+def test_only_prediction_and_testing_are_offered(backbone, tmp_path):
+    with pytest.raises(ValueError, match=r"has no validate step; call Trainer\.predict or Trainer\.test"):
+        module(backbone, tmp_path).setup("validate")
 
 
 def counts(output: pathlib.Path) -> list[int]:
