@@ -113,6 +113,36 @@ def test_perturbed_attention_touches_few_pairs_and_makes_no_map(deep_pipeline: A
     assert perturbed > HEADS * VIDEO * VIDEO / FRAMES
 
 
+class _Maps(TorchDispatchMode):
+    """Results with as many rows and columns as there are video tokens."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.found: dict[str, tuple[int, ...]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for tensor in output if isinstance(output, (tuple, list)) else [output]:
+            if isinstance(tensor, torch.Tensor) and tensor.ndim >= 2 and min(tensor.shape[-2:]) >= self.tokens:
+                self.found[func.name()] = tuple(tensor.shape)
+        return output
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"renormalize": False, "heads": [0]}, {"span": 1}, {"perturbation": "identity"}]
+)
+@pytest.mark.parametrize("name", ["wan", "hunyuanvideo", "ltx", "mochi"])
+def test_no_family_gets_a_map_of_all_tokens(name: str, options: dict[str, Any]) -> None:
+    side, frames = (256 if name == "ltx" else 128), (25 if name == "mochi" else 17)
+    tokens = 3 * 8 * 8 if name == "ltx" else 5 * 8 * 8
+    generation = {**tiny_generation(name, steps=2), "height": side, "width": side, "num_frames": frames}
+    pipe = tiny_pipeline(name)
+    with _Maps(tokens) as maps, CrossAttentionGuidance(pipe, (1, 2), **options):
+        pipe(**generation)
+    assert maps.found == {}
+
+
 class _LiveMemory(TorchDispatchMode):
     """Peak of the bytes of tensors that were made inside and are still alive."""
 

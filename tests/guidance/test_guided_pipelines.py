@@ -114,6 +114,69 @@ def test_second_order_scheduler(three_branches: ModuleType, name: str) -> None:
         )
 
 
+@pytest.mark.parametrize("name", ["cogvideox", "wan", "hunyuanvideo", "ltx"])
+def test_fused_projections(name: str) -> None:
+    pipe = tiny_pipeline(name)
+    with CrossAttentionGuidance(pipe, LAYERS):
+        expected = pipe(**tiny_generation(name, steps=2)).frames
+    pipe.transformer.fuse_qkv_projections()
+    fused = [module.processor for module in pipe.transformer.modules() if hasattr(module, "processor")]
+    with CrossAttentionGuidance(pipe, LAYERS):
+        torch.testing.assert_close(pipe(**tiny_generation(name, steps=2)).frames, expected)
+    assert fused == [module.processor for module in pipe.transformer.modules() if hasattr(module, "processor")]
+
+
+@pytest.mark.parametrize("perturbation", ["cross_frame", "skip"])
+def test_hooks_of_accelerate_stay_paired(perturbation: str) -> None:
+    """As offloading puts them round every module: what is brought in is taken out again."""
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    open_modules = 0
+
+    class Paired(ModelHook):
+        def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+            nonlocal open_modules
+            open_modules += 1
+            return args, kwargs
+
+        def post_forward(self, module: torch.nn.Module, output: Any) -> Any:
+            nonlocal open_modules
+            open_modules -= 1
+            return output
+
+    pipe = tiny_pipeline("hunyuanvideo")
+    generation = {"steps": 2}
+    with CrossAttentionGuidance(pipe, LAYERS, perturbation=perturbation):
+        expected = pipe(**tiny_generation("hunyuanvideo", **generation)).frames
+    for module in pipe.transformer.modules():
+        add_hook_to_module(module, Paired())
+    forwards = [vars(module)["forward"] for module in pipe.transformer.modules()]
+    with CrossAttentionGuidance(pipe, LAYERS, perturbation=perturbation):
+        assert torch.equal(pipe(**tiny_generation("hunyuanvideo", **generation)).frames, expected)
+    assert open_modules == 0
+    assert all(own is vars(module)["forward"] for own, module in zip(forwards, pipe.transformer.modules(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["cogvideox", "wan"])
+def test_low_rank_adapters(three_branches: ModuleType, name: str) -> None:
+    peft = pytest.importorskip("peft")
+    pipe = tiny_pipeline(name)
+    adapter = peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q", "to_k", "to_v"])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipe.transformer.add_adapter(adapter)
+    generation = {**tiny_generation(name, steps=2), "attention_kwargs": {"scale": 0.3}}
+    if name == "wan":
+        check(three_branches, pipe, generation, second_of_two)
+        return
+    recorder = three_branches.Recorder(pipe, 1, True)
+    with recorder.recording(), CrossAttentionGuidance(pipe, LAYERS, SCALE):
+        pipe(**generation)
+    for step, prediction in enumerate(recorder.predictions):
+        expected = recorder.expected(step, LAYERS, SCALE, three_branches.cross_frame(True))
+        three_branches.assert_close(prediction, expected)
+
+
 @pytest.mark.parametrize("name", ["ltx", "mochi"])
 def test_several_videos_for_each_of_several_prompts(three_branches: ModuleType, name: str) -> None:
     pipe, generation = tiny_pipeline(name), tiny_generation(name, steps=2)

@@ -107,7 +107,7 @@ def test_published_variant_depends_on_classifier_free_guidance(three_branches: M
     check_all_steps(three_branches, recorder, three_branches.cross_frame(renormalize=not guided))
 
 
-@pytest.mark.parametrize("name", ["cogvideox", "hunyuanvideo", "wan-2.2"])
+@pytest.mark.parametrize("name", TINY_MODELS)
 def test_scale_zero_is_bit_identical(name: str) -> None:
     pipe = tiny_pipeline(name)
     plain = pipe(**tiny_generation(name)).frames
