@@ -31,15 +31,16 @@ from corrdit import MotionTransfer, load_backbone, motion
 RESULTS = pathlib.Path(__file__).parent / "results"
 KINDS = ("caption", "subject", "scene")
 BASE: dict[str, Any] = {"steps": 20, "guidance_scale": 1.0, "learning_rate": 0.05}
+# Learning rates are the best of four for each method on other references (`--part tuning`).
 MAIN: dict[str, dict[str, Any]] = {
     "backbone": {"method": "backbone"},
     "injection": {"method": "injection", "injection_blocks": (0,)},
     "smm": {"method": "smm", "loss": "paper"},
-    "smm released": {"method": "smm", "loss": "released"},
-    "moft": {"method": "moft"},
+    "smm released": {"method": "smm", "loss": "released", "learning_rate": 0.02},
+    "moft": {"method": "moft", "learning_rate": 0.2},
     "motionclone": {"method": "motionclone"},
     "ditflow latents": {"method": "ditflow"},
-    "ditflow embeddings": {"method": "ditflow", "optimise": "embedding"},
+    "ditflow embeddings": {"method": "ditflow", "optimise": "embedding", "learning_rate": 0.02},
 }
 ABLATIONS: dict[str, dict[str, Any]] = {
     **{f"block {block}": {"blocks": (block,)} for block in range(6)},
