@@ -142,8 +142,11 @@ def preset_values(calibration: Calibration, settings: dict[str, Any]) -> dict[st
         "guidance_layers": list(calibration.layers[:GUIDANCE_LAYERS]),
         "layers_by_accuracy": list(calibration.layers),
     }
-    if calibration.low_pass:
-        chosen["tracking"] = {"low_pass": calibration.low_pass}
+    tracking: dict[str, Any] = {"low_pass": calibration.low_pass} if calibration.low_pass else {}
+    if options.get("noise") == "inverted":
+        tracking["inversion"] = "ddim"
+    if tracking:
+        chosen["tracking"] = tracking
     if options.get("tokens_per_frame"):
         chosen["tokens_per_frame"] = options["tokens_per_frame"]
     return {**kept, **chosen}

@@ -21,7 +21,7 @@ _CHOICES = {
     "time": ("codec", "released"),
     "similarity": ("cosine", "dot"),
     "latents": ("frames", "video"),
-    "noise": ("noised", "clean"),
+    "noise": ("noised", "inverted", "clean"),
 }
 
 
@@ -51,7 +51,9 @@ class AnalysisOptions:
         bidirectional: whether the softmax over source tokens takes part in query-key matching.
         latents: of given videos: "frames" (every frame a latent of its own, as the tracker reads) or "video"
             (temporally compressed as the model was trained; released).
-        noise: of given videos: "noised" (fresh noise to the timestep of each step) or "clean".
+        noise: of given videos: "noised" (fresh noise to the timestep of each step), "inverted" (along the model's own
+            path, see `corrdit.integrations.diffusers.inversion`; costs a whole forward pass for each step of the
+            schedule) or "clean".
         seed: of the noise.
         max_frames: most latent frames of a given video that are read, spread evenly over it; None for the backbone's
             preset (with latents="video", for all).

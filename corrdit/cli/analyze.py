@@ -47,7 +47,7 @@ _OPTIONS: dict[str, tuple[Any, str]] = {
     "count_query_frame": (bool, "count the query frame as a match"),
     "bidirectional": (bool, "use the softmax over source tokens too"),
     "latents": (str, "of given videos: frames (each a latent of its own) or video (temporally compressed)"),
-    "noise": (str, "of given videos: noised (to each step's timestep) or clean"),
+    "noise": (str, "of given videos: noised (to each step's timestep), inverted (DDIM, to each step) or clean"),
     "seed": (int, "of noise, of generated videos, and of the world"),
     "max_frames": (int, "most latent frames of a given video that are read"),
     "tokens_per_frame": (int, "most tokens a frame is encoded to"),

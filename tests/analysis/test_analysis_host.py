@@ -12,7 +12,7 @@ from corrdit.analysis.pseudo_truth import starting_points
 from corrdit.analysis.scoring import match_counts
 from corrdit.integrations.diffusers import capture
 from corrdit.integrations.diffusers.analysis import analyze_generation, analyze_video
-from corrdit.integrations.diffusers.analysis.videos import encoded_video, noised
+from corrdit.integrations.diffusers.analysis.videos import encoded_video, noised, reading_operations
 from corrdit.testing.tiny_models import tiny_backbone, tiny_generation
 from corrdit.tracking import Tracks
 from corrdit.tracking.geometry import sample_matches
@@ -135,6 +135,43 @@ def test_compressed_latents_and_clean_ones(tiny, moving_video):
     table = analyze_video(tiny, video, xy, visible, options)
     assert table.readings == ("query-key mean", "standing still")
     assert table.cases[0, 0, 0] == visible[1:].sum()
+
+
+def test_latents_are_inverted_to_every_step_in_one_walk(tiny, moving_video, monkeypatch):
+    """Each step is read at the inverted latents of that step; two steps cost four predictions, not five."""
+    options = AnalysisOptions(steps=(1, 3), inference_steps=5, layers=(0,), noise="inverted", features=False)
+    encoded = encoded_video(tiny, *moving_video, options)
+    at = dict(tiny.inverted(encoded.latents, [1, 3], 5))
+    read, predicted = {}, []
+    predict = tiny.predict
+
+    def counted(latents, timestep, *, image=None):
+        predicted.append(timestep)
+        return predict(latents, timestep, image=image)
+
+    monkeypatch.setattr(tiny, "predict", counted)
+    table = analyze_video(
+        tiny, *moving_video, options, on_reading=lambda step, layer, name, reading: read.__setitem__(step, reading)
+    )
+    assert predicted == [tiny.timestep(step, 5) for step in (4, 3, 2, 1)]
+    assert table.steps == (1, 3)
+    attention, _ = reading_operations(tiny, encoded.truth.queries, options)
+    for step in (1, 3):
+        direct = tiny.forward(at[step], tiny.timestep(step, 5), {0: attention})[0]
+        torch.testing.assert_close(read[step].positions, direct.positions)
+
+
+def test_an_image_model_is_analysed_beside_its_clean_first_frame(moving_video):
+    backbone = tiny_backbone("cogvideox-image")
+    options = AnalysisOptions(steps=(0,), inference_steps=5, layers=(0,), features=False)
+    encoded = encoded_video(backbone, *moving_video, options)
+    read = {}
+    analyze_video(backbone, *moving_video, options, on_reading=lambda *found: read.update({found[1]: found[3]}))
+    attention, _ = reading_operations(backbone, encoded.truth.queries, options)
+    latents = noised(backbone, encoded.latents, 0, backbone.timestep(0, 5), options)
+    for image, same in ((encoded.latents[:1], True), (latents[:1], False)):
+        direct = backbone.forward(latents, backbone.timestep(0, 5), {0: attention}, image=image)[0]
+        assert torch.allclose(read[0].text, direct.text) is same
 
 
 def test_noise_follows_from_seed_and_step_alone(tiny):

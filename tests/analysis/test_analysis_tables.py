@@ -114,6 +114,9 @@ def test_calibration_takes_a_low_pass_filter_where_it_is_surely_better(make_tabl
     plain = [make_table(lambda s, n, r: 0.5 + 0.1 * n - 0.02 * r, heads=0, low_pass=(0.5, 1.0)) for _ in range(3)]
     assert calibrate(plain).low_pass == 0
     assert "tracking" not in preset_values(calibrate(plain), settings)
+    inverted = {**settings, "options": {**settings["options"], "noise": "inverted"}}
+    assert preset_values(calibrate(plain), inverted)["tracking"] == {"inversion": "ddim"}
+    assert preset_values(calibrate(plain), inverted)["noise"] is False
 
 
 def test_interval_leaves_out_videos_without_cases():

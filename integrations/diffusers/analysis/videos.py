@@ -1,8 +1,8 @@
-"""Analysing a given video: encoded, noised to each step, and read in one forward a step."""
+"""Analysing a given video: encoded, noised or inverted to each step, and read in one forward a step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,7 +133,9 @@ def analyze_video(
     table = analysis_axes(backbone, options)
     encoded = encoded_video(backbone, video, xy, visible, options)
     score_standing_still(table, encoded.truth, len(encoded.latents), options)
-    for done, (step, timestep) in enumerate(zip(table.steps, table.timesteps, strict=True), start=1):
+    timesteps = dict(zip(table.steps, table.timesteps, strict=True))
+    brought = latents_at_steps(backbone, encoded.latents, timesteps, options)
+    for done, (step, latents) in enumerate(brought, start=1):
 
         def receive(layer: int, name: str, reading: Any, step: int = step) -> None:
             score_reading(table, step, layer, name, reading, encoded.truth, options)
@@ -144,12 +146,13 @@ def analyze_video(
         try:
             reading_forward(
                 backbone,
-                noised(backbone, encoded.latents, step, timestep, options),
-                timestep,
+                latents,
+                timesteps[step],
                 layers=table.layers,
                 operation=operation,
                 feature_operation=feature_operation,
                 deliver=receive,
+                **image_of(backbone, encoded.latents),
             )
         except ValueError as error:
             raise ValueError(f"step {step}: {error}") from error
@@ -195,6 +198,30 @@ def score_standing_still(table: AnalysisTable, truth: TrueTracks, frames: int, o
     still = truth.queries.expand(1, frames - 1, -1, -1)
     settings: dict[str, Any] = {"stride": table.stride, "thresholds": table.thresholds, "options": options}
     table.put_still(match_counts(still, truth, **settings))
+
+
+def latents_at_steps(
+    backbone: Any, latents: Tensor, timesteps: Mapping[int, float], options: AnalysisOptions
+) -> Iterator[tuple[int, Tensor]]:
+    """The latents as the model is given them at each step, one after another; inverted ones from the cleanest on.
+
+    Args:
+        backbone: of `load_backbone`.
+        latents: clean, `[F, C, h, w]`.
+        timesteps: by the steps asked for.
+        options: how they are brought there.
+    """
+    if options.noise == "inverted":
+        inference_steps = options.inference_steps or backbone.preset.inference_steps
+        yield from backbone.inverted(latents, list(timesteps), inference_steps, **image_of(backbone, latents))
+        return
+    for step, timestep in timesteps.items():
+        yield step, noised(backbone, latents, step, timestep, options)
+
+
+def image_of(backbone: Any, latents: Tensor) -> dict[str, Tensor]:
+    """The argument `image` for a model that takes one: the clean first frame."""
+    return {"image": latents[:1]} if getattr(backbone, "takes_image", False) else {}
 
 
 def noised(backbone: Any, latents: Tensor, step: int, timestep: float, options: AnalysisOptions) -> Tensor:
