@@ -11,6 +11,9 @@ beyond inputs and outputs, more only where the keys of one frame alone exceed th
 where it is too small. A caller compiled by `torch.compile(fullgraph=True)` stays one graph on "triton" and "reference"
 ("streaming" breaks graphs); values that a tensor holds (`head_weights`, `center`, `tokens`) are not checked in one.
 Autocast changes no result.
+
+The kernels multiply float32 exactly; within `corrdit.kernels.float32_precision("tf32")` they take tensor cores and ten
+bits. The last two products of the gradient of averaged logits are PyTorch's and follow PyTorch's own setting.
 """
 
 from corrdit.ops.attention_mass import AttentionMass, attention_mass

@@ -65,7 +65,8 @@ def check_number(name: str, value: object, *, positive: bool = False) -> float:
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise ValueError(f"{name} must be a number, got {value!r}")
     number = float(value)
-    if not math.isfinite(number) or (positive and number <= 0):
+    # Not math.isfinite, which a graph with numbers of any value cannot hold.
+    if not -math.inf < number < math.inf or (positive and number <= 0):
         raise ValueError(f"{name} must be finite{' and above 0' if positive else ''}, got {value}")
     if positive and not SMALLEST_FACTOR <= number <= 1 / SMALLEST_FACTOR:
         raise ValueError(f"{name} must lie in {SMALLEST_FACTOR:g} to {1 / SMALLEST_FACTOR:g}, got {value}")

@@ -150,6 +150,12 @@ def test_triton_by_name_is_never_another_backend(monkeypatch):
             operation(*tensors(dtype=torch.float64, width=8), GRID, backend="triton")
 
 
+def test_triton_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match=r'backend="triton" cannot run: triton is not installed; use'):
+        ops.soft_displacement(*tensors(width=8), GRID, backend="triton")
+
+
 def test_sizes_past_every_frame_are_the_whole_frame():
     q, k, v = tensors(3)
     huge = 10**30

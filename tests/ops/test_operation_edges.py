@@ -203,3 +203,16 @@ def test_a_budget_that_only_the_gradient_exceeds_is_refused_before_the_work():
     enough_forward = int(str(refusal.value).split(" needs ")[1].split()[0])
     with pytest.raises(ValueError, match="backward pass"):
         ops.soft_displacement(q.requires_grad_(), k, GRID, backend="streaming", memory_budget=enough_forward)
+
+
+@pytest.mark.parametrize("operation", ["soft_displacement", "match"])
+def test_a_compiled_caller_of_any_shape_is_one_graph(operation):
+    def caller(q: Tensor, k: Tensor) -> Tensor:
+        if operation == "soft_displacement":
+            return ops.soft_displacement(q, k, GRID, scale=0.3, frames=[(0, 1)], backend="reference")
+        return ops.match(q, k, GRID, scale=0.3, targets=[1], backend="reference").score
+
+    compiled = torch.compile(caller, fullgraph=True, dynamic=True, backend="eager")
+    for heads in (2, 3):
+        q, k = tensors(2, heads=heads)
+        torch.testing.assert_close(compiled(q, k), caller(q, k))
