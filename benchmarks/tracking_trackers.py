@@ -68,6 +68,8 @@ def variants(backbone: Any) -> list[Variant]:
         ("two timesteps", {"steps": (-1, -4)}),
         ("noisy latents", {"noise": True}),
         ("noisy latents, step -4", {"noise": True, "step": -4}),
+        ("inverted latents", {"inversion": "ddim"}),
+        ("inverted latents, step -4", {"inversion": "ddim", "step": -4}),
         ("one direction", {"bidirectional": False}),
         ("no sub-token refinement", {"refine": 0}),
         ("refinement radius 2", {"refine": 2}),
