@@ -30,6 +30,7 @@ from corrdit import MotionTransfer, load_backbone, motion
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 KINDS = ("caption", "subject", "scene")
+BACKBONE, DEFAULT, ZERO_SHOT = "backbone", "block 4", ", zero-shot"
 BASE: dict[str, Any] = {"steps": 20, "guidance_scale": 1.0, "learning_rate": 0.05}
 # Learning rates are the best of four for each method on other references (`--part tuning`).
 MAIN: dict[str, dict[str, Any]] = {
@@ -101,8 +102,10 @@ def measured(backbone: Any, case: Case, prompt: str, settings: dict[str, Any], i
     began = time.process_time()
     result = MotionTransfer(backbone, **{**BASE, **settings})(case.video, prompt, seed=index)
     row = {"seconds": time.process_time() - began, **measures(case, result.video)}
-    if result.losses.size:
-        row |= {"first_loss": float(result.losses[0, 0]), "last_loss": float(result.losses[-1, -1])}
+    # Steps that use a gradient again have no loss of their own.
+    losses = result.losses[np.isfinite(result.losses)]
+    if losses.size:
+        row |= {"first_loss": float(losses[0]), "last_loss": float(losses[-1])}
     return row
 
 
@@ -150,11 +153,11 @@ def run_zero_shot(arguments: argparse.Namespace, backbone: Any, rows: Rows, indi
                 video = transfer(case.video, prompt, seed=index).video
                 quality = {"adherence": adherence(backbone, video, prompt, others)}
                 rows.add({**row, "name": name, **measures(case, video), **quality})
-            if name != "backbone" and Rows.key({**row, "name": f"{name}, zero-shot"}) not in rows.done:
+            if name != "backbone" and Rows.key({**row, "name": f"{name}{ZERO_SHOT}"}) not in rows.done:
                 stored = transfer(case.video, case.prompts["caption"], seed=index).optimised
                 video = transfer(None, prompt, stored=stored, seed=index).video
                 quality = {"adherence": adherence(backbone, video, prompt, others)}
-                rows.add({**row, "name": f"{name}, zero-shot", **measures(case, video), **quality})
+                rows.add({**row, "name": f"{name}{ZERO_SHOT}", **measures(case, video), **quality})
 
 
 def run_appendix_d(arguments: argparse.Namespace, backbone: Any, rows: Rows, indices: list[int]) -> None:
@@ -193,23 +196,42 @@ def kinds_of(arguments: argparse.Namespace, index: int) -> Iterator[str]:
     yield from arguments.kinds or [KINDS[index % len(KINDS)]]
 
 
+def is_finite_number(value: Any) -> bool:
+    return isinstance(value, float) and bool(np.isfinite(value))
+
+
+def paired(found: dict[Any, dict[str, Any]], base: dict[Any, dict[str, Any]], label: str) -> dict[str, Any]:
+    """Differences over the references that both have."""
+    common = sorted(set(found) & set(base))
+    measured_names = [name for name in ("fidelity", "adherence") if common and name in found[common[0]]]
+    return {
+        f"{name}_above_{label}": interval([found[at][name] - base[at][name] for at in common])
+        for name in measured_names
+    }
+
+
 def report(rows: Rows, path: str, model: str) -> None:
-    """Means with intervals, and paired differences to the backbone (main) or to the default (ablations)."""
+    """Means with intervals, and paired differences: to the backbone, to the ablations' default, and of a zero-shot run
+    to one that optimises for its prompt."""
     tables: dict[str, Any] = {}
     for part in sorted({row["part"] for row in rows.all}):
         by_name: dict[str, dict[Any, dict[str, Any]]] = defaultdict(dict)
         for row in rows.all:
             if row["part"] == part:
                 by_name[row["name"]][row["index"], row["kind"]] = row
-        base = by_name.get("backbone")
         table = {}
         for name, found in by_name.items():
-            measured_names = [key for key, value in next(iter(found.values())).items() if isinstance(value, float)]
+            # A row may lack what others have: without a finite value in all of them there is no mean.
+            every = found.values()
+            measured_names = [key for key in next(iter(every)) if all(is_finite_number(row.get(key)) for row in every)]
             entry = {key: interval([row[key] for row in found.values()]) for key in measured_names}
-            common = sorted(set(found) & set(base or {}))
-            if base is not None and name != "backbone" and common:
-                gains = [found[at]["fidelity"] - base[at]["fidelity"] for at in common]
-                entry["fidelity_above_backbone"] = interval(gains)
+            for other, label in (
+                (BACKBONE, "backbone"),
+                (DEFAULT, "default"),
+                (name.removesuffix(ZERO_SHOT), "optimised"),
+            ):
+                if other != name and other in by_name:
+                    entry |= paired(found, by_name[other], label)
             table[name] = entry
         tables[part] = table
     commit = subprocess.run(
