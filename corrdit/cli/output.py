@@ -67,7 +67,11 @@ class OutputFolder:
         target = self.path.absolute()
         if hidden.parent == target:
             for file in sorted(hidden.iterdir()):
-                os.replace(file, target / file.name)
+                place = target / file.name
+                if place.exists() and (place.is_dir() or file.is_dir()):
+                    # A folder is not renamed over anything; the old one goes when the hidden folder does.
+                    os.rename(place, hidden / f".{secrets.token_hex(4)}.old")
+                os.replace(file, place)
         else:
             os.rename(hidden, target)
 

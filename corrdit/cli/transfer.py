@@ -16,7 +16,6 @@ A run that is killed goes on after its last finished denoising step when the sam
 from __future__ import annotations
 
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +32,11 @@ USAGE = "REFERENCE PROMPT --output DIR [--model embedded] [--method ditflow] [op
 _SETTINGS: dict[str, tuple[Any, str]] = {
     "method": (str, "ditflow, smm, moft, motionclone, injection or backbone"),
     "optimise": (str, "latent or embedding"),
-    "blocks": (list[int], "attention layers whose motion is compared, such as [15]"),
+    "blocks": (list[int] | int, "attention layers whose motion is compared, such as [15]"),
     "steps": (int, "denoising steps"),
     "guided_share": (float, "share of the steps that are guided, from the noisiest on"),
     "optimisation_steps": (int, "steps of the optimiser at each guided step"),
-    "learning_rate": (list[float], "first and last learning rate, such as [0.002,0.001]"),
+    "learning_rate": (list[float] | float, "one learning rate, or the first and the last, such as [0.002,0.001]"),
     "optimizer": (str, "adam, adamw or sgd"),
     "temperature": (float, "factor of the logits of the motion flow"),
     "heads": (str, "how heads are combined: logits, features or probabilities"),
@@ -47,7 +46,7 @@ _SETTINGS: dict[str, tuple[Any, str]] = {
     "window": (int, "radius in tokens of the keys a query sees"),
     "tile": (int, "with --window: it lies round the match of tiles of this many tokens a side"),
     "gradient_interval": (int, "compute gradients at every n-th guided step, and use the last one again at the others"),
-    "injection_blocks": (list[int], "layers that get keys and values of the reference, such as [0]"),
+    "injection_blocks": (list[int] | int, "layers that get keys and values of the reference, such as [0]"),
     "gradient_checkpointing": (bool, "less memory, more time"),
     "guidance_scale": (float, "of classifier-free guidance"),
     "negative_prompt": (str, "what the new video shall not show"),
@@ -97,6 +96,7 @@ def run(arguments: Any) -> int:
     similarity = _similarity(arguments)
     changes = {name: getattr(arguments, name) for name in _SETTINGS if getattr(arguments, name) is not None}
     transfer = MotionTransfer(backbone, **changes)
+    state_file = _state_file(arguments.output)
     with OutputFolder(arguments.output) as folder:
         with progress_bar("denoising") as show:
             result = transfer(
@@ -107,8 +107,9 @@ def run(arguments: Any) -> int:
                 num_frames=arguments.num_frames,
                 height=arguments.height,
                 width=arguments.width,
-                state_file=_state_file(arguments.output),
-                report=lambda done, steps, losses: show(done, steps),
+                state_file=state_file,
+                keep_state=True,
+                report=lambda done, steps, losses: show(done, steps, _loss_in_words(losses)),
             )
         measured = fidelity_of(result, _tracker(backbone)) if arguments.metrics else {}
         if similarity is not None:
@@ -123,6 +124,8 @@ def run(arguments: Any) -> int:
             file_format=arguments.format,
             measured=measured,
         )
+    # The results are in their place: whoever is killed before goes on with the state.
+    state_file.unlink(missing_ok=True)
     frames, height, width, _ = result.video.shape
     print(f"{frames} frames of {height} x {width} in {time.perf_counter() - began:.1f} s{_in_words(result, measured)}")
     for name in names:
@@ -132,6 +135,7 @@ def run(arguments: Any) -> int:
 
 def _reference(arguments: Any) -> tuple[np.ndarray | None, float]:
     """The reference's frames, or None, and the rate of the new video."""
+    from corrdit.integrations.diffusers.motion_transfer.reference import at_rate
     from corrdit.video import read_video
     from corrdit.video.reading import DEFAULT_FPS
 
@@ -143,18 +147,9 @@ def _reference(arguments: Any) -> tuple[np.ndarray | None, float]:
                 "REFERENCE none goes with --stored FILE, the motion of an earlier transfer; give that file"
             )
         return None, arguments.fps or DEFAULT_FPS
-    video = read_video(arguments.reference, start=arguments.start, max_frames=arguments.max_frames)
-    own = video.fps
-    if arguments.fps is None or arguments.fps == own:
-        return video.frames, own
-    count = max(1, round(len(video.frames) / own * arguments.fps))
-    times = np.clip(np.round(np.arange(count) * own / arguments.fps), 0, len(video.frames) - 1)
-    warnings.warn(
-        f"the reference's {len(video.frames)} frames at {own:g} a second are resampled to {count} at {arguments.fps:g}",
-        UserWarning,
-        stacklevel=2,
-    )
-    return video.frames[times.astype(int)], arguments.fps
+    # How few frames are too few, the model says.
+    video = read_video(arguments.reference, start=arguments.start, max_frames=arguments.max_frames, min_frames=1)
+    return at_rate(video.frames, video.fps, arguments.fps)
 
 
 def _tracker(backbone: Any) -> Any:
@@ -174,8 +169,13 @@ def _similarity(arguments: Any) -> Any:
 def _state_file(output: str) -> Path:
     """Beside the output folder, which appears only with its results."""
     folder = Path(output).absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
     return folder.parent / f".{folder.name}.transfer-state.safetensors"
+
+
+def _loss_in_words(losses: list[float]) -> str | None:
+    """The loss of a guided step; None for the others, and where gradients were used again."""
+    known = [loss for loss in losses if not np.isnan(loss)]
+    return f"loss {known[-1]:.3f}" if known else None
 
 
 def _in_words(result: Any, measured: dict[str, float]) -> str:

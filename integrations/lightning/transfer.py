@@ -144,9 +144,10 @@ class TransferModule(lightning.LightningModule):
         output: folder for the results, made if need be.
         settings: changes of `TransferSettings`, by name.
         call: further arguments of `MotionTransfer`'s call (num_frames, height, width).
-        fps: frames a second of the files; None for each reference's own.
+        fps: rate the references are resampled to, and of the files; None for each reference's own.
         dtype: precision of the model.
         measure: track both videos and measure motion fidelity.
+        clip: folder or hub id of a CLIP model that measures the prompt's cosine as well; None for none.
         on_broken: "report" writes `failed.json` for a pair that cannot be transferred and goes on; "raise" stops.
 
     Raises:
@@ -164,6 +165,7 @@ class TransferModule(lightning.LightningModule):
         fps: float | None = None,
         dtype: torch.dtype | None = None,
         measure: bool = True,
+        clip: str | os.PathLike[str] | None = None,
         on_broken: str = "report",
     ) -> None:
         super().__init__()
@@ -173,7 +175,9 @@ class TransferModule(lightning.LightningModule):
         self.output = Path(output)
         self.changes, self.call = dict(settings or {}), dict(call or {})
         self.fps, self.measure, self.on_broken = fps, measure, on_broken
+        self.clip = clip
         self._transfer: Any = None
+        self._similarity: Any = None
 
     def setup(self, stage: str) -> None:
         """Load the model on this process's device and check settings and output folder."""
@@ -185,6 +189,10 @@ class TransferModule(lightning.LightningModule):
         if isinstance(backbone, (str, os.PathLike)):
             backbone = load_backbone(backbone, device=self.trainer.strategy.root_device, dtype=self.model_dtype)
         self._transfer = MotionTransfer(backbone, **self.changes)
+        if self.clip is not None:
+            from corrdit.motion import PromptSimilarity
+
+            self._similarity = PromptSimilarity(self.clip, backbone.device)
         self._check_settings()
         self.trainer.strategy.barrier("settings read")
         if self.trainer.is_global_zero:
@@ -223,13 +231,15 @@ class TransferModule(lightning.LightningModule):
             self._write_page()
 
     def _transferred(self, pair: dict[str, Any]) -> dict[str, float]:
+        from corrdit.integrations.diffusers.motion_transfer.reference import at_rate
         from corrdit.integrations.diffusers.motion_transfer.results_on_disk import fidelity_of, write_transfer
         from corrdit.video import read_video
 
-        video = read_video(pair["video"])
+        video = read_video(pair["video"], min_frames=1)
+        frames, fps = at_rate(video.frames, video.fps, self.fps)
         state = self.output / f".{pair['name']}.transfer-state.safetensors"
         result = self._transfer(
-            video.frames, pair["prompt"], seed=pair["seed"], state_file=state, **self.call
+            frames, pair["prompt"], seed=pair["seed"], state_file=state, keep_state=True, **self.call
         )  # fmt: skip
         backbone = self._transfer.backbone
         measured: dict[str, float] = {}
@@ -237,6 +247,8 @@ class TransferModule(lightning.LightningModule):
             from corrdit import PointTracker
 
             measured = fidelity_of(result, PointTracker(backbone).track)
+        if self._similarity is not None:
+            measured["image_quality"] = self._similarity(result.video, pair["prompt"])
         hidden = Path(tempfile.mkdtemp(dir=self.output, prefix=f".part-{pair['name']}-"))
         try:
             write_transfer(
@@ -245,7 +257,7 @@ class TransferModule(lightning.LightningModule):
                 backbone,
                 self._transfer.settings,
                 prompt=pair["prompt"],
-                fps=self.fps or video.fps,
+                fps=fps,
                 measured=measured,
             )
             with written_beside(hidden / PAIR_FILE, "w") as file:
@@ -253,6 +265,7 @@ class TransferModule(lightning.LightningModule):
             target = self.output / pair["name"]
             shutil.rmtree(target, ignore_errors=True)
             os.replace(hidden, target)
+            state.unlink(missing_ok=True)
         finally:
             shutil.rmtree(hidden, ignore_errors=True)
         return measured
@@ -291,14 +304,15 @@ def _pair(row: dict[str, str], number: int, path: Path) -> dict[str, Any]:
     if empty:
         raise ValueError(f"{path}, row {number + 1}: the column {empty[0]} is empty")
     seed = (row.get("seed") or "0").strip()
-    if not seed.isdigit():
+    if not seed.isdecimal():
         raise ValueError(f"{path}, row {number + 1}: seed must be a whole number, got {seed!r}")
     name = (row.get("name") or f"{number:04d}").strip()
     if name.startswith(".") or Path(name).name != name:
         raise ValueError(f"{path}, row {number + 1}: {name!r} is no name of a folder")
     video = Path(row["video"].strip())
-    place = video if video.is_absolute() else path.parent / video
-    return {"name": name, "video": str(place), "prompt": row["prompt"].strip(), "seed": int(seed)}
+    # Absolute, so that a run that goes on from another folder finds its pairs again.
+    place = os.path.abspath(path.parent / video)
+    return {"name": name, "video": place, "prompt": row["prompt"].strip(), "seed": int(seed)}
 
 
 def _only(batch: list[dict[str, Any]]) -> dict[str, Any]:

@@ -78,6 +78,45 @@ def test_a_reference_of_another_rate_is_resampled_and_said_so(model, reference, 
     assert len(list((tmp_path / "out" / "result").iterdir())) == 8
 
 
+def test_a_folder_of_frames_is_replaced_and_the_loss_stands_beside_the_progress(
+    model, reference, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    options = ["--metrics", "false", "--format", "frames", "--learning-rate", "0.02", *SHORT, "--blocks", "1"]
+    command = ["transfer", reference, "", "--model", model, "--output", str(tmp_path / "out"), *options]
+    assert main(command) == 0
+    assert re.search(r"loss \d+\.\d{3}", capsys.readouterr().err)
+    (tmp_path / "out" / "result" / "old.png").touch()
+    assert main(command) == 0
+    assert [file.name for file in sorted((tmp_path / "out" / "result").iterdir())] == [f"0000{i}.png" for i in range(4)]
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {
+        *(FILES - {"result.mp4", "reference.mp4"}),
+        "result",
+        "reference",
+    }
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_run_killed_while_it_measures_does_not_denoise_again(model, reference, tmp_path, capsys, monkeypatch):
+    from corrdit.integrations.diffusers.motion_transfer import results_on_disk
+    from corrdit.integrations.diffusers.motion_transfer.guided_run import GuidedRun
+
+    output = tmp_path / "out"
+    command = ["transfer", reference, "disc", "--model", model, "--output", str(output), *SHORT]
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(results_on_disk, "fidelity_of", killed)
+        assert main(command) == 130
+    assert [file.name for file in tmp_path.iterdir()] == [".out.transfer-state.safetensors"]
+    monkeypatch.setattr(GuidedRun, "_optimise", killed)
+    assert main(command) == 0
+    assert {file.name for file in output.iterdir()} == FILES
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -87,6 +126,9 @@ def test_a_reference_of_another_rate_is_resampled_and_said_so(model, reference, 
         (["--height", "18", "--width", "16"], "height 18 is not a multiple of 4"),
         (["--stored", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
         (["--num-frames", "0"], "num_frames must be a whole number of at least 1"),
+        (["--fps", "0"], "fps must be above 0"),
+        (["--max-frames", "1"], "the reference has 1 frames, .* give at least 2 frames"),
+        (["--negative-prompt", "disc " * 40], "the negative prompt has .* takes 24; shorten it"),
     ],
     ids=str,
 )

@@ -75,6 +75,29 @@ def test_pairs_are_transferred_once_and_broken_ones_reported(pairs, tmp_path):
         trainer().predict(again, TransferDataModule(pairs, output=output))
 
 
+def test_a_table_is_the_same_from_every_folder(pairs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert read_pairs("pairs.csv") == read_pairs(pairs)
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    assert read_pairs("../pairs.csv") == read_pairs(pairs)
+
+
+def test_pairs_are_resampled_and_their_prompts_measured(pairs, tmp_path, monkeypatch):
+    from corrdit import motion
+
+    monkeypatch.setattr(motion, "PromptSimilarity", lambda name, device: lambda video, prompt: len(video) + len(prompt))
+    settings = {**SETTINGS, "method": "backbone"}
+    module = TransferModule(
+        str(tmp_path / "model"), output=tmp_path / "out", settings=settings, fps=16, measure=False, clip="tiny"
+    )
+    with pytest.warns(UserWarning, match="3 frames at 8 a second are resampled to 6 at 16"):
+        (result,) = trainer().predict(module, TransferDataModule(read_pairs(pairs)[:1]))
+    assert result["image_quality"] == 6 + len("a red disc")
+    made = read_video(tmp_path / "out" / "0000" / "result.mp4")
+    assert (len(made.frames), made.fps) == (6, 16)
+
+
 def test_a_broken_pair_can_stop_the_run(pairs, tmp_path):
     module = TransferModule(str(tmp_path / "model"), output=tmp_path / "out", settings=SETTINGS, on_broken="raise")
     only = [pair for pair in read_pairs(pairs) if pair["name"] == "0002"]
@@ -88,6 +111,7 @@ def test_a_broken_pair_can_stop_the_run(pairs, tmp_path):
         ("clip,prompt\na.mp4,x\n", "no column video"),
         ("video,prompt\na.mp4,\n", "row 1: the column prompt is empty"),
         ("video,prompt,seed\na.mp4,x,one\n", "seed must be a whole number"),
+        ("video,prompt,seed\na.mp4,x,\u00b2\n", "seed must be a whole number"),
         ("video,prompt,name\na.mp4,x,n\nb.mp4,y,n\n", "more than once"),
         ("video,prompt,name\na.mp4,x,../n\n", "no name of a folder"),
         ("video,prompt\n", "lists no pairs"),

@@ -75,6 +75,8 @@ class GuidedRun:
         self._finished_step, self._report = finished_step, report
         self._layout = backbone.layout()
         self._method = method_of(settings)
+        # Stored motion goes in at the steps it was made at, whatever the settings would optimise.
+        self._guided_steps = settings.guided_steps if stored is None else max(stored.tensors, default=-1) + 1
         self._counter = PipelineSteps(backbone.pipe)
         self._inside = False
         self._shift: Tensor | None = None
@@ -146,11 +148,11 @@ class GuidedRun:
         latents, condition = self._split(conditional["hidden_states"])
         if step == 0:
             self.state.noise = latents.detach().clone()
-        if step >= self._settings.guided_steps:
+        if step >= self._guided_steps:
             self.state.tables = {}
             return
         self._unshifted = latents.detach()
-        if self._settings.injection_blocks:
+        if self._settings.injection_blocks and self._settings.method != "backbone":
             self._keys_values = self._reference_keys_values(transformer, conditional, call, condition)
         if self._stored is not None:
             self._take_stored(transformer, conditional, call, step)
@@ -185,7 +187,7 @@ class GuidedRun:
             with self._guided_model(transformer, call):
                 found, losses = optimised(start, loss_of, self._settings, step, self.state.memory, half_precision=half)
         except DivergedError as error:
-            error.losses = [*self.state.losses, []]
+            error.losses = [*self.state.losses, *error.losses]
             raise
         self.state.losses.append(losses)
         self.state.optimised[step] = {name: value.float().cpu() for name, value in found.items()}
@@ -286,7 +288,7 @@ class GuidedRun:
         self.state.outputs = tuple(outputs)
         self.state.scheduler = scheduler_variables(scheduler)
         self.state.generator = self._generator.get_state()
-        if index + 1 >= self._settings.guided_steps:
+        if index + 1 >= self._guided_steps:
             self.state.tables = {}
         if self._finished_step is not None:
             self._finished_step(self.state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -78,7 +79,7 @@ class AttentionMotionFlow(MotionMethod):
         settings, options = self.settings, self._options(q, k, grid)
         return attention_flow_loss(
             q, k, grid, reference,
-            variant=settings.loss, temperature=settings.temperature, key_mask=key_mask, **options,
+            variant=settings.loss_variant, temperature=settings.temperature, key_mask=key_mask, **options,
         )  # fmt: skip
 
     def _options(self, q: Tensor, k: Tensor, grid: TokenGrid) -> dict[str, Any]:
@@ -94,7 +95,7 @@ class SpatialMarginalMean(MotionMethod):
     reads = "features"
 
     def loss_of_features(self, features: Tensor, reference: Tensor) -> Tensor:
-        return smm_loss(features, reference, variant=self.settings.loss)
+        return smm_loss(features, reference, variant=self.settings.loss_variant)
 
 
 class MotionFeatures(MotionMethod):
@@ -106,6 +107,9 @@ class MotionFeatures(MotionMethod):
         return features, moft_channels(features, self.settings.motion_channels)
 
     def loss_of_features(self, features: Tensor, reference: tuple[Tensor, Tensor]) -> Tensor:
+        if not bool(torch.isfinite(features).all()):
+            # The run stops at a loss that is not finite, and says at which step.
+            return features.sum() * math.nan
         return moft_loss(features, *reference)
 
 
@@ -115,6 +119,11 @@ class ClonedAttention(MotionMethod):
     reads = "attention"
 
     def reference_of_attention(self, q: Tensor, k: Tensor, grid: TokenGrid, key_mask: Tensor | None) -> Tensor:
+        if grid.frames < 3:
+            raise ValueError(
+                f"motionclone compares how a frame divides its attention among the others; of {grid.frames} latent "
+                "frames each has one other. Give a longer video, or another method"
+            )
         return temporal_attention(q, k, grid)
 
     def loss_of_attention(

@@ -26,7 +26,7 @@ class DivergedError(ValueError):
         step: denoising step, from 0.
         iteration: step of the optimiser in it, from 0.
         last_good: what was optimised, as it was before, by name.
-        losses: all losses so far, `[guided steps][optimisation steps]`.
+        losses: all losses so far, `[guided steps][optimisation steps]`; the last step's end with the one that diverged.
     """
 
     def __init__(self, message: str, step: int, iteration: int, last_good: Leaves) -> None:
@@ -75,35 +75,51 @@ def optimised(
         earlier guided step was used again, and no loss computed).
 
     Raises:
-        DivergedError: a loss or a gradient that is not finite.
+        DivergedError: a loss, a gradient or a result that is not finite.
     """
     leaves = {name: _leaf(value) for name, value in start.items()}
     optimiser = _optimiser(list(leaves.values()), settings, step)
     again = step % settings.gradient_interval != 0 and bool(memory.gradients)
     losses: list[float] = []
-    for iteration in range(settings.optimisation_steps):
+    for _ in range(settings.optimisation_steps):
         if again:
             losses.append(math.nan)
             gradients = memory.gradients
         else:
             loss, gradients = _gradients(leaves, loss_of, memory, half_precision)
-            if not math.isfinite(loss) or not all(bool(torch.isfinite(g).all()) for g in gradients.values()):
-                what = f"the loss became {loss}" if not math.isfinite(loss) else "the gradient is not finite"
-                raise DivergedError(
-                    f"{what} at denoising step {step}, optimisation step {iteration}; the state before it is kept. "
-                    f"Take a smaller learning_rate than {settings.learning_rate} or another precision",
-                    step,
-                    iteration,
-                    {name: leaf.detach().clone() for name, leaf in leaves.items()},
-                )
             losses.append(loss)
+            if not math.isfinite(loss) or not _finite(gradients):
+                what = f"the loss became {loss}" if not math.isfinite(loss) else "the gradient is not finite"
+                raise _diverged(what, settings, step, losses, leaves)
+        before = {name: leaf.detach().clone() for name, leaf in leaves.items()}
         for name, leaf in leaves.items():
             leaf.grad = gradients[name].to(leaf).clone()
         optimiser.step()
+        if not _finite(leaves):
+            raise _diverged(f"the optimised {' and '.join(leaves)} became infinite", settings, step, losses, before)
         memory.gradients = gradients
     if settings.gradient_interval == 1:
         memory.gradients = {}
     return {name: leaf.detach() for name, leaf in leaves.items()}, losses
+
+
+def _finite(tensors: Leaves) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
+
+
+def _diverged(
+    what: str, settings: TransferSettings, step: int, losses: list[float], last_good: Leaves
+) -> DivergedError:
+    iteration = len(losses) - 1
+    error = DivergedError(
+        f"{what} at denoising step {step}, optimisation step {iteration}; the state before it is kept. Take a smaller "
+        f"learning_rate than {settings.learning_rate} or another precision",
+        step,
+        iteration,
+        {name: leaf.detach().clone() for name, leaf in last_good.items()},
+    )
+    error.losses = [losses]
+    return error
 
 
 def _gradients(

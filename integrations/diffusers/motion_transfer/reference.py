@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,7 +55,7 @@ def prepared_frames(
 
     Args:
         backbone: whose codec and token grid the video has to fit.
-        video: uint8 `[T, H, W, 3]`.
+        video: uint8 `[T, H, W, 3]`, or the path of a video file or of a folder of frames.
         num_frames: frames wanted; None for as many as the video has and the codec can stand for.
         height, width: size wanted; None for the nearest to the video's that fits.
 
@@ -64,7 +66,11 @@ def prepared_frames(
         ValueError: not such a video, fewer than two latent frames, frames that show nothing at all, or a size that is
             not a multiple of a token.
     """
-    frames = torch.as_tensor(video)
+    if isinstance(video, (str, os.PathLike)):
+        from corrdit.video import read_video
+
+        video = read_video(video, min_frames=1).frames
+    frames = torch.as_tensor(np.stack(video) if isinstance(video, list) else video)
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != torch.uint8 or not frames.numel():
         raise ValueError(f"the reference must be uint8 [T, H, W, 3], got {frames.dtype} {list(frames.shape)}")
     frames = _at_length(backbone, frames, num_frames)
@@ -76,6 +82,30 @@ def prepared_frames(
     if flat:
         _say(f"frames {', '.join(map(str, flat))} of the reference are of one colour; no motion is found there")
     return frames.numpy()
+
+
+def at_rate(frames: np.ndarray, rate: float, wanted: float | None) -> tuple[np.ndarray, float]:
+    """A video at another frame rate, by the nearest frames in time; says by a warning what was changed.
+
+    Args:
+        frames: `[T, H, W, 3]`.
+        rate: of them, frames a second.
+        wanted: the rate they shall have; None for their own.
+
+    Returns:
+        The frames, and their rate.
+
+    Raises:
+        ValueError: a rate that is not above 0.
+    """
+    if wanted is not None and not (math.isfinite(wanted) and wanted > 0):
+        raise ValueError(f"fps must be above 0, got {wanted}")
+    if wanted is None or wanted == rate:
+        return frames, rate
+    count = max(1, round(len(frames) / rate * wanted))
+    times = np.clip(np.round(np.arange(count) * rate / wanted), 0, len(frames) - 1)
+    _say(f"the reference's {len(frames)} frames at {rate:g} a second are resampled to {count} at {wanted:g}")
+    return frames[times.astype(int)], wanted
 
 
 @torch.no_grad()
@@ -175,7 +205,8 @@ def _at_size(backbone: Backbone, frames: Tensor, height: int | None, width: int 
     for name, given, actual, stride in zip(
         ("height", "width"), (height, width), own, backbone.token_stride, strict=True
     ):
-        target = given or max(stride, round(actual / stride) * stride)
+        nearest = max(stride, round(actual / stride) * stride)
+        target = nearest if given is None else whole_number(name, given, 1)
         if target % stride:
             raise ValueError(
                 f"{name} {target} is not a multiple of {stride}, the pixels a token of {backbone.name} spans; give "

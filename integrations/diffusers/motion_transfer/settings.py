@@ -44,7 +44,8 @@ class TransferSettings:
         temperature: factor of the logits of the motion flow.
         heads: how heads are combined in the motion flow: "logits" (released code), "features" (paper) or
             "probabilities".
-        loss: "released" or "paper"; of the motion flow or of SMM.
+        loss: "released" or "paper"; of the motion flow or of SMM. None for the released one of the motion flow and the
+            paper's of SMM, whose released one takes the target's anchor from the reference.
         flow_reference: "argmax" (hard displacement of the reference) or "soft".
         span: only pairs of frames at most this far apart are compared; None for all.
         window: radius in tokens of the keys a query sees; None for the whole frame.
@@ -78,7 +79,7 @@ class TransferSettings:
     optimizer: str = "adam"
     temperature: float = 2.0
     heads: str = "logits"
-    loss: str = "released"
+    loss: str | None = None
     flow_reference: str = "argmax"
     span: int | None = None
     window: int | None = None
@@ -112,12 +113,14 @@ class TransferSettings:
             ("optimise", OPTIMISED),
             ("optimizer", OPTIMISERS),
             ("heads", FLOW_HEADS),
-            ("loss", tuple(dict.fromkeys(FLOW_LOSSES + SMM_LOSSES))),
             ("flow_reference", FLOW_REFERENCES),
             ("backend", ("auto", "triton", "streaming", "reference")),
         ):
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {getattr(self, name)!r}")
+        losses = tuple(dict.fromkeys(FLOW_LOSSES + SMM_LOSSES))
+        if self.loss is not None and self.loss not in losses:
+            raise ValueError(f"loss must be one of {', '.join(losses)}, or None, got {self.loss!r}")
         for name in ("steps", "optimisation_steps", "gradient_interval"):
             whole_number(name, getattr(self, name), 1)
         for name, least in (("span", 0), ("window", 0), ("tile", 2)):
@@ -144,6 +147,11 @@ class TransferSettings:
         """Denoising steps that are guided, from the first on."""
         return 0 if self.method == "backbone" else min(self.steps, math.ceil(self.guided_share * self.steps - 1e-9))
 
+    @property
+    def loss_variant(self) -> str:
+        """The loss in use, "released" or "paper"."""
+        return self.loss or ("paper" if self.method == "smm" else "released")
+
     def rate(self, step: int) -> float:
         """Learning rate of a guided step."""
         first, last = self.learning_rate
@@ -151,7 +159,7 @@ class TransferSettings:
 
     def described(self) -> dict[str, Any]:
         """All settings as JSON can hold them."""
-        values = dataclasses.asdict(self)
+        values = {**dataclasses.asdict(self), "loss": self.loss_variant}
         values["pipeline_options"] = [[name, repr(value)] for name, value in self.pipeline_options]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +37,34 @@ class StoredMotion:
     height: int
     width: int
     tensors: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+
+    def check_fits(
+        self,
+        model: str,
+        steps: int,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> None:
+        """Compare with the run it is wanted for; another model is warned of, because names of the same one can differ.
+
+        Args:
+            model: name of the backbone.
+            steps: denoising steps.
+            num_frames, height, width: that were asked for; None for the stored ones.
+
+        Raises:
+            ValueError: another number of steps or another size, with the one it was made for.
+        """
+        wanted = {"steps": steps, "num_frames": num_frames, "height": height, "width": width}
+        for name, value in wanted.items():
+            own = getattr(self, name)
+            if value not in (None, own):
+                raise ValueError(f"the stored motion was made with {name} {own}, not {value}; give {name}={own}")
+        if model != self.model:
+            warnings.warn(
+                f"the stored motion was made with the model {self.model} and is given to {model}", stacklevel=3
+            )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, whole or not at all."""

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
+from corrdit.grid import whole_number
 from corrdit.integrations.diffusers.backbones.base import Backbone
+from corrdit.integrations.diffusers.motion_transfer.fingerprint import fingerprint
 from corrdit.integrations.diffusers.motion_transfer.guided_run import GuidedRun, StepReport
 from corrdit.integrations.diffusers.motion_transfer.presets import settings_for
 from corrdit.integrations.diffusers.motion_transfer.reference import (
@@ -27,6 +27,9 @@ from corrdit.integrations.diffusers.motion_transfer.settings import (
     resolved_blocks,
 )
 from corrdit.integrations.diffusers.motion_transfer.stored import StoredMotion
+
+Reference: TypeAlias = np.ndarray | torch.Tensor | str | os.PathLike[str]
+"""A reference video: its frames, or the path of a video file or of a folder of frames."""
 
 
 class MotionTransfer:
@@ -74,7 +77,7 @@ class MotionTransfer:
 
     def __call__(
         self,
-        reference: np.ndarray | torch.Tensor | None,
+        reference: Reference | None,
         prompt: str = "",
         *,
         stored: StoredMotion | str | os.PathLike[str] | None = None,
@@ -83,39 +86,45 @@ class MotionTransfer:
         height: int | None = None,
         width: int | None = None,
         state_file: str | os.PathLike[str] | None = None,
+        keep_state: bool = False,
         report: StepReport | None = None,
         **pipeline_arguments: Any,
     ) -> TransferResult:
         """Generate one video.
 
         Args:
-            reference: uint8 `[T, H, W, 3]`; None with `stored`, or for the method "backbone".
+            reference: uint8 `[T, H, W, 3]`, or the path of a video file or of a folder of frames; None with `stored`,
+                or for the method "backbone".
             prompt: for the new video.
             stored: motion optimised in an earlier run (`TransferResult.optimised` or the file it was saved to),
-                injected at its steps; nothing is optimised.
+                injected at its steps and at its size; nothing is optimised.
             seed: of the initial noise.
             num_frames: None for as many as the reference has and the codec can stand for.
             height, width: in pixels; None for the settings', or the nearest to the reference's.
             state_file: keeps the run's state after each denoising step. A run that was killed goes on from there, with
                 the same result; the file is removed once the video is there.
+            keep_state: leave the file where it is, for a caller that removes it when the video is in safety.
             report: `report(finished steps, steps, losses of the step)`.
             pipeline_arguments: further arguments of the pipeline's call, for instance `image` or `prompt_embeds`.
 
         Raises:
-            ValueError: a reference, prompt, size or stored motion that does not fit, with what is accepted.
+            ValueError: a reference, prompt, size or stored motion that does not fit, with what is accepted; or a video
+                that comes out as NaN.
             DivergedError: the loss became NaN or infinite; names the step, and `state_file` keeps the one before.
         """
         motion = StoredMotion.load(stored) if isinstance(stored, (str, os.PathLike)) else stored
-        self._check_prompt(prompt)
+        self._check_prompts(prompt, pipeline_arguments)
+        for name, value in (("num_frames", num_frames), ("height", height), ("width", width)):
+            if value is not None:
+                whole_number(name, value, 1)
+        if motion is not None:
+            motion.check_fits(self.backbone.name, self.settings.steps, num_frames, height, width)
         if reference is None:
             self._check_no_reference(motion, num_frames)
         prepared = self._reference(reference, motion, num_frames, height, width)
         size = self._size(prepared, motion, num_frames, height, width)
         arguments = self._pipeline_arguments(prompt, size, pipeline_arguments)
-        fingerprint = self._fingerprint(prepared, prompt, seed, size, motion, pipeline_arguments)
-        state = RunState(fingerprint)
-        if state_file is not None and os.path.exists(state_file):
-            state = RunState.load(state_file, fingerprint, self.backbone.device)
+        state = self._state(state_file, prepared, prompt, seed, size, motion, pipeline_arguments)
         generator = torch.Generator().manual_seed(seed)
         save: Callable[[RunState], None] | None = None if state_file is None else lambda state: state.save(state_file)
         run = GuidedRun(
@@ -124,13 +133,14 @@ class MotionTransfer:
         # Lightning predicts in inference mode, whose tensors can have no gradients.
         with torch.inference_mode(False), torch.no_grad(), run.attached():
             output = self.backbone.pipe(generator=generator, **arguments)
-        if state_file is not None and os.path.exists(state_file):
+        result = self._result(_as_uint8(output.frames[0]), run.state, prepared, size, seed)
+        if state_file is not None and not keep_state and os.path.exists(state_file):
             os.remove(state_file)
-        return self._result(_as_uint8(output.frames[0]), run.state, prepared, motion, size, seed)
+        return result
 
     def reference_motion(
         self,
-        reference: np.ndarray | torch.Tensor,
+        reference: Reference,
         *,
         num_frames: int | None = None,
         height: int | None = None,
@@ -146,7 +156,7 @@ class MotionTransfer:
 
     def _reference(
         self,
-        reference: np.ndarray | torch.Tensor | None,
+        reference: Reference | None,
         motion: StoredMotion | None,
         num_frames: int | None,
         height: int | None,
@@ -169,20 +179,22 @@ class MotionTransfer:
         if motion is None and num_frames is None:
             raise ValueError("without a reference or stored motion, num_frames has to be given")
 
-    def _check_prompt(self, prompt: str) -> None:
+    def _check_prompts(self, prompt: str, further: dict[str, Any]) -> None:
         """Pipelines cut prompts that are too long without an error."""
         if not isinstance(prompt, str):
             raise ValueError(f"the prompt must be one string, got {type(prompt).__name__}")
         tokenizer = getattr(self.backbone.pipe, "tokenizer", None)
-        if tokenizer is None or not prompt:
-            return
-        tokens = len(tokenizer(prompt).input_ids)
-        limit = self.backbone.empty_prompt()["encoder_hidden_states"].shape[1]
-        if tokens > limit:
-            raise ValueError(
-                f"the prompt has {tokens} tokens, but the text encoder of {self.backbone.name} takes {limit}; "
-                "shorten it"
-            )
+        negative = further.get("negative_prompt", self.settings.negative_prompt)
+        for name, text in (("prompt", prompt), ("negative prompt", negative)):
+            if tokenizer is None or not text or not isinstance(text, str):
+                continue
+            tokens = len(tokenizer(text).input_ids)
+            limit = self.backbone.empty_prompt()["encoder_hidden_states"].shape[1]
+            if tokens > limit:
+                raise ValueError(
+                    f"the {name} has {tokens} tokens, but the text encoder of {self.backbone.name} takes {limit}; "
+                    "shorten it"
+                )
 
     def _size(
         self,
@@ -198,10 +210,12 @@ class MotionTransfer:
         if motion is not None:
             return (motion.num_frames, motion.height, motion.width)
         chosen = self.settings.size or (0, 0)
+        # A size that was given is at least 1.
         rows, columns = height or chosen[0], width or chosen[1]
         if not rows or not columns:
             raise ValueError("without a reference or stored motion, height and width have to be given")
-        return (num_frames or 1, rows, columns)
+        assert num_frames is not None
+        return (num_frames, rows, columns)
 
     def _pipeline_arguments(self, prompt: str, size: tuple[int, int, int], further: dict[str, Any]) -> dict[str, Any]:
         settings = self.settings
@@ -214,44 +228,35 @@ class MotionTransfer:
         for name in ("prompt", "negative_prompt"):
             if f"{name}_embeds" in further:
                 chosen.pop(name, None)
-        refused = [name for name in further if name in ("generator", "latents", "output_type", "num_inference_steps")]
+        refused = [name for name in further if name in _OWN_ARGUMENTS]
         if refused:
-            raise ValueError(f"{', '.join(refused)} follow from seed and settings and cannot be given to the pipeline")
+            raise ValueError(f"{', '.join(refused)} cannot be given to the pipeline: seed and settings say how it runs")
         return {**chosen, **dict(settings.pipeline_options), **further}
 
-    def _fingerprint(
+    def _state(
         self,
+        file: str | os.PathLike[str] | None,
         prepared: ReferenceMotion | None,
         prompt: str,
         seed: int,
         size: tuple[int, int, int],
         motion: StoredMotion | None,
         further: dict[str, Any],
-    ) -> str:
-        digest = hashlib.sha256()
-        facts = [self.backbone.name, str(self.backbone.dtype), prompt, seed, size, self.settings.described()]
-        digest.update(json.dumps(facts, sort_keys=True).encode())
-        if prepared is not None:
-            digest.update(prepared.frames.tobytes())
-        tensors = (
-            [] if motion is None else [t for step in sorted(motion.tensors) for t in motion.tensors[step].values()]
-        )
-        for name, value in sorted(further.items()):
-            digest.update(name.encode())
-            if isinstance(value, torch.Tensor):
-                tensors.append(value)
-            else:
-                digest.update(repr(value).encode())
-        for tensor in tensors:
-            digest.update(tensor.detach().cpu().float().numpy().tobytes())
-        return digest.hexdigest()
+    ) -> RunState:
+        """The state a run begins at: that of the file, or a new one."""
+        model = (self.backbone.name, str(self.backbone.dtype))
+        frames = None if prepared is None else prepared.frames
+        stored = None if motion is None else (motion.kind, motion.tensors)
+        own = fingerprint(model, prompt, seed, size, self.settings.described(), frames, stored, further)
+        if file is None or not os.path.exists(file):
+            return RunState(own)
+        return RunState.load(file, own, self.backbone.device)
 
     def _result(
         self,
         video: np.ndarray,
         state: RunState,
         prepared: ReferenceMotion | None,
-        motion: StoredMotion | None,
         size: tuple[int, int, int],
         seed: int,
     ) -> TransferResult:
@@ -270,6 +275,15 @@ class MotionTransfer:
         )
 
 
+_OWN_ARGUMENTS = ("generator", "latents", "output_type", "num_inference_steps", "return_dict")
+
+
 def _as_uint8(frames: np.ndarray) -> np.ndarray:
     """Frames `[T, H, W, 3]` in 0..1 as uint8."""
-    return (np.nan_to_num(np.asarray(frames)) * 255).round().clip(0, 255).astype(np.uint8)
+    frames = np.asarray(frames)
+    if not np.isfinite(frames).all():
+        raise ValueError(
+            "the pipeline made frames that are NaN; take another precision, a smaller guidance_scale or, where "
+            "something is optimised, a smaller learning_rate"
+        )
+    return (frames * 255).round().clip(0, 255).astype(np.uint8)
