@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from corrdit.files import written_beside
+from corrdit.files import DAMAGED_ARRAYS, written_beside
 from corrdit.tracking.tracks import Tracks
 
 PROMPTS_FILE = "prompts.txt"
@@ -127,7 +127,7 @@ def _array(path: Path) -> np.ndarray:
     try:
         with open(path, "rb") as file:
             values = np.load(file, allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except DAMAGED_ARRAYS as error:
         raise ValueError(f"{path} is not an array as numpy saves it: {error}") from error
     if not isinstance(values, np.ndarray):
         raise ValueError(f"{path} holds several arrays; one is expected")

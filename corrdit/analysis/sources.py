@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 
 from corrdit.analysis.dataset import read_difftrack
 from corrdit.analysis.pseudo_truth import Tracker
+from corrdit.files import DAMAGED_ARRAYS
 
 HELD_OUT_SEEDS = 2_000_000_000
 """Seeds from here on are used neither by training nor by the evaluation of checkpoints."""
@@ -171,7 +171,7 @@ def _given(video: Path, tracks: Path) -> Callable[[], AnalysisVideo]:
                     raise ValueError(f"it lacks {', '.join(missing)}")
                 xy, visible = archive["xy"], archive["visible"]
                 frames = archive["video"] if "video" in archive.files else None
-        except (ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        except DAMAGED_ARRAYS as error:
             raise ValueError(f"{tracks} is not a tracks file (.npz with xy and visible): {error}") from error
         return AnalysisVideo(read_video(video).frames if frames is None else frames, xy, visible)
 

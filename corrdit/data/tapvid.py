@@ -251,22 +251,34 @@ def annotated_video(name: str, entry: Any) -> TapVidVideo:
     if not isinstance(entry, dict) or not all(key in entry for key in keys):
         found = ", ".join(map(str, entry)) if isinstance(entry, dict) else type(entry).__name__
         raise ValueError(f"video {name!r} must hold video, points and occluded, found {found or 'nothing'}")
-    return TapVidVideo(name, _frames(name, entry["video"]), entry["points"], entry["occluded"])
+    points, occluded = (_array(name, key, entry[key]) for key in ("points", "occluded"))
+    return TapVidVideo(name, _frames(name, entry["video"]), points, occluded)
 
 
 def _frames(name: str, video: Any) -> np.ndarray:
     """uint8 frames as they are, jpeg files decoded."""
+    if not isinstance(video, (list, tuple, np.ndarray)) or (isinstance(video, np.ndarray) and video.ndim == 0):
+        raise ValueError(f"video {name!r}: frames must be an array or a list of jpeg files, got {type(video).__name__}")
     if len(video) and isinstance(video[0], bytes):
         import imageio.v3 as imageio
 
         pictures = []
         for index, encoded in enumerate(video):
+            if not isinstance(encoded, bytes):
+                raise ValueError(f"video {name!r}: frame {index} is {type(encoded).__name__}, not a jpeg file")
             try:
                 pictures.append(imageio.imread(encoded, plugin="pillow", mode="RGB"))
-            except (OSError, ValueError, SyntaxError) as error:
+            except Exception as error:  # a damaged picture fails in whatever way its decoder does
                 raise ValueError(f"video {name!r}: frame {index} cannot be decoded as a picture: {error}") from error
         sizes = {picture.shape for picture in pictures}
         if len(sizes) > 1:
             raise ValueError(f"video {name!r}: frames are of different sizes: {sorted(sizes)}")
         return np.stack(pictures)
-    return np.array(video)
+    return _array(name, "video", video)
+
+
+def _array(name: str, key: str, value: Any) -> np.ndarray:
+    try:
+        return np.array(value)
+    except ValueError as error:
+        raise ValueError(f"video {name!r}: {key} is not an array: {error}") from error

@@ -7,8 +7,6 @@ pickle or shard the raw contents are in memory, jpeg frames still encoded; of a 
 from __future__ import annotations
 
 import os
-import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ import numpy as np
 
 from corrdit.data.restricted_pickle import load_arrays
 from corrdit.data.tapvid import SHARD_PATTERN, TapVidVideo, annotated_video, named_entries, shard_files
+from corrdit.files import DAMAGED_ARRAYS
 
 WORLD_ARRAYS = ("video", "xy", "visible")
 
@@ -125,7 +124,7 @@ def _world_video(name: str, path: Path) -> TapVidVideo:
             if missing:
                 raise ValueError(f"it lacks {', '.join(missing)} and holds {', '.join(archive.files) or 'nothing'}")
             video, xy, visible = (archive[array] for array in WORLD_ARRAYS)
-    except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, *DAMAGED_ARRAYS) as error:
         raise ValueError(f"{path} is not a video of `corrdit world` (.npz): {error}") from error
     if video.ndim != 4 or xy.ndim != 3 or visible.shape != xy.shape[:2]:
         raise ValueError(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import zipfile
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from corrdit.files import written_beside
+from corrdit.files import DAMAGED_ARRAYS, written_beside
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +102,7 @@ class Tracks:
                 if missing:
                     raise ValueError(f"it lacks {', '.join(missing)} and holds {', '.join(archive.files) or 'nothing'}")
                 arrays = {name: archive[name] for name in names}
-        except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        except DAMAGED_ARRAYS as error:
             raise ValueError(
                 f"{os.fspath(path)} is not a tracks file (.npz with xy, visible, score): {error}"
             ) from error

@@ -93,6 +93,21 @@ def test_folder_items_take_tracks_beside_and_otherwise_a_tracker(moving_video, t
     assert tracked.load().xy.shape == (5, 9, 2)
 
 
+def test_damaged_tracks_are_one_broken_video_and_not_the_end_of_the_analysis(moving_video, tmp_path):
+    video, xy, visible = moving_video
+    for name in ("inner", "single"):
+        write_video(tmp_path / f"{name}.mp4", video, 8.0)
+    np.savez_compressed(tmp_path / "inner.npz", xy=xy, visible=visible)
+    whole = bytearray((tmp_path / "inner.npz").read_bytes())
+    whole[80:110] = bytes(30)  # within the compressed numbers; the archive's list of contents is whole
+    (tmp_path / "inner.npz").write_bytes(bytes(whole))
+    with open(tmp_path / "single.npz", "wb") as file:
+        np.save(file, xy)
+    for item in folder_items(tmp_path):
+        with pytest.raises(ValueError, match=r"(inner|single)\.npz is not a tracks file"):
+            item.load()
+
+
 def test_tapvid_and_world_items(moving_video, tmp_path):
     video, xy, visible = moving_video
     points = xy.transpose(1, 0, 2) / 64
