@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,10 @@ from corrdit.files import written_beside
 DRAWS = 2000
 FEW_VIDEOS = 5
 GUIDANCE_LAYERS = 3
+Place = tuple[int, int, int]
+"""Indices of a step, a layer and a reading in a table."""
+Counts = dict[Place, tuple[np.ndarray, np.ndarray]]
+"""Hits and cases, each int64 `[V]` over videos."""
 
 
 @dataclass(frozen=True)
@@ -75,20 +79,23 @@ class Calibration:
         )
 
 
-def calibrate(tables: Sequence[AnalysisTable], *, threshold: float | None = None) -> Calibration:
+def calibrate(
+    tables: Collection[AnalysisTable], *, summed: AnalysisTable | None = None, threshold: float | None = None
+) -> Calibration:
     """The layer, step and head whose query-key matches are right most often.
 
     Points that moved are counted where there are any. A single head is taken in place of the mean over heads only
     where it is better in 97.5 % of resamplings of the videos: of many heads the best looks better than it is.
 
     Args:
-        tables: of several videos.
+        tables: of several videos; gone through one after another, so that they may be read as they come.
+        summed: their sum, where it is known.
         threshold: in pixels of the encoded frames; None for the one nearest to a token.
 
     Raises:
         ValueError: no table, tables that do not add up, an unknown threshold, no case at all.
     """
-    summed = total(tables)
+    summed = total(tables) if summed is None else summed
     threshold = summed.main_threshold if threshold is None else float(threshold)
     if threshold not in summed.thresholds:
         accepted = ", ".join(f"{value:g}" for value in summed.thresholds)
@@ -97,17 +104,21 @@ def calibrate(tables: Sequence[AnalysisTable], *, threshold: float | None = None
     accuracy = summed.accuracy(threshold, moving=moving)[..., : 1 + summed.heads]
     if not np.isfinite(accuracy).any():
         raise ValueError("no point is visible in any later frame, so nothing can be chosen")
-    counts = [_counts(table, threshold, moving) for table in tables]
-    mean = _choice(summed, accuracy, counts, 0, 1)
+    of_mean = _best_place(accuracy, 0, 1)
+    of_head = _best_place(accuracy, 1, 1 + summed.heads) if summed.heads else None
+    filtered = [(*of_mean[:2], 1 + summed.heads + index) for index in range(len(summed.low_pass))]
+    places = [of_mean, *([of_head] if of_head else []), *filtered]
+    counts = _counts(tables, places, threshold, moving)
+    mean = _choice(summed, accuracy, counts, of_mean)
     best, single = mean, None
-    if summed.heads:
-        single = _choice(summed, accuracy, counts, 1, 1 + summed.heads)
-        if _surely_better(counts, _place(summed, single), _place(summed, mean)):
+    if of_head is not None:
+        single = _choice(summed, accuracy, counts, of_head)
+        if _surely_better(counts, of_head, of_mean):
             best = single
     at = summed.steps.index(best.step)
     order = np.argsort(-np.nan_to_num(accuracy[at, :, 0], nan=-1.0), kind="stable")
     layers = tuple(summed.layers[index] for index in order)
-    low_pass = 0.0 if best.head is not None else _low_pass(summed, counts, best)
+    low_pass = 0.0 if best.head is not None else _low_pass(summed, counts, of_mean, filtered)
     return Calibration(best, mean, single, layers, threshold, moving, len(tables), low_pass)
 
 
@@ -165,55 +176,48 @@ def interval(hits: np.ndarray, cases: np.ndarray, *, seed: int = 0) -> tuple[flo
     return float(low), float(high)
 
 
-def _counts(table: AnalysisTable, threshold: float, moving: bool) -> tuple[np.ndarray, np.ndarray]:
-    place = table.thresholds.index(threshold)
-    if moving:
-        return table.moving_hits[..., place], table.moving_cases
-    return table.hits[..., place], table.cases
+def _counts(tables: Iterable[AnalysisTable], places: Sequence[Place], threshold: float, moving: bool) -> Counts:
+    """Hits and cases of every video at some readings, so that no more than one table is held at a time."""
+    found = []
+    for table in tables:
+        at = table.thresholds.index(threshold)
+        hits, cases = (table.moving_hits, table.moving_cases) if moving else (table.hits, table.cases)
+        found.append([(hits[(*place, at)], cases[place]) for place in places])
+    videos = np.array(found, dtype=np.int64).reshape(len(found), len(places), 2)
+    return {place: (videos[:, n, 0], videos[:, n, 1]) for n, place in enumerate(places)}
 
 
-def _choice(
-    table: AnalysisTable, accuracy: np.ndarray, counts: list[tuple[np.ndarray, np.ndarray]], first: int, end: int
-) -> Choice:
+def _best_place(accuracy: np.ndarray, first: int, end: int) -> Place:
     part = np.nan_to_num(accuracy[..., first:end], nan=-1.0)
     s, n, r = np.unravel_index(part.argmax(), part.shape)
-    place = (int(s), int(n), first + int(r))
-    hits, cases = (np.array([pair[kind][place] for pair in counts]) for kind in (0, 1))
+    return int(s), int(n), first + int(r)
+
+
+def _choice(table: AnalysisTable, accuracy: np.ndarray, counts: Counts, place: Place) -> Choice:
+    low, high = interval(*counts[place])
     return Choice(
-        layer=table.layers[n],
-        step=table.steps[s],
-        timestep=table.timesteps[s],
+        layer=table.layers[place[1]],
+        step=table.steps[place[0]],
+        timestep=table.timesteps[place[0]],
         head=None if place[2] == 0 else place[2] - 1,
         accuracy=float(accuracy[place]),
-        low=interval(hits, cases)[0],
-        high=interval(hits, cases)[1],
+        low=low,
+        high=high,
     )
 
 
-def _low_pass(table: AnalysisTable, counts: list[tuple[np.ndarray, np.ndarray]], best: Choice) -> float:
+def _low_pass(table: AnalysisTable, counts: Counts, plain: Place, filtered: list[Place]) -> float:
     """The filter that matches best at the chosen layer and step, if it is surely better than none; else 0."""
-    s, n, r = _place(table, best)
-    places = [(s, n, 1 + table.heads + index) for index in range(len(table.low_pass))]
-    if not places:
+    if not filtered:
         return 0.0
-    found = max(places, key=lambda place: sum(hits[place] for hits, _ in counts))
-    return table.low_pass[places.index(found)] if _surely_better(counts, found, (s, n, r)) else 0.0
+    found = max(filtered, key=lambda place: counts[place][0].sum())
+    return table.low_pass[filtered.index(found)] if _surely_better(counts, found, plain) else 0.0
 
 
-def _place(table: AnalysisTable, choice: Choice) -> tuple[int, int, int]:
-    reading = 0 if choice.head is None else 1 + choice.head
-    return table.steps.index(choice.step), table.layers.index(choice.layer), reading
-
-
-def _surely_better(
-    counts: list[tuple[np.ndarray, np.ndarray]], one: tuple[int, int, int], other: tuple[int, int, int]
-) -> bool:
+def _surely_better(counts: Counts, one: Place, other: Place) -> bool:
     """Whether one reading beats another in 97.5 % of resamplings of the videos, the same ones for both."""
-    resampled = []
-    for place in (one, other):
-        hits, cases = (np.array([pair[kind][place] for pair in counts]) for kind in (0, 1))
-        resampled.append(_resampled(hits, cases, 0))
-    return bool(np.quantile(resampled[0] - resampled[1], 0.025) > 0)
+    first, second = (_resampled(*counts[place], 0) for place in (one, other))
+    return bool(np.quantile(first - second, 0.025) > 0)
 
 
 def _resampled(hits: np.ndarray, cases: np.ndarray, seed: int) -> np.ndarray:

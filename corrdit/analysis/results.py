@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from corrdit.analysis.calibration import Calibration, calibrate
 from corrdit.analysis.table import AnalysisTable, total
 from corrdit.files import refuse_other_settings, written_beside
 
@@ -24,16 +25,18 @@ class AnalysisResults:
 
     Args:
         settings: how the results were made.
-        tables: by the names of the videos.
+        tables: by the names of the videos; those of a folder are read anew each time, so that memory does not grow
+            with the videos.
         failures: error by name.
     """
 
     settings: dict[str, Any]
-    tables: dict[str, AnalysisTable]
+    tables: Mapping[str, AnalysisTable]
     failures: dict[str, str]
+    _known: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def total(self) -> AnalysisTable:
-        """The sum over the videos.
+        """The sum over the videos, worked out once.
 
         Raises:
             ValueError: no video has a result; says why the first one failed.
@@ -41,7 +44,43 @@ class AnalysisResults:
         if not self.tables:
             reason = next((f"; {name}: {error}" for name, error in self.failures.items()), "")
             raise ValueError(f"none of the videos could be analysed ({len(self.failures)} failed{reason})")
-        return total(list(self.tables.values()))
+        if "total" not in self._known:
+            self._known["total"] = total(self.tables.values())
+        return self._known["total"]
+
+    def calibration(self, *, threshold: float | None = None) -> Calibration:
+        """What `corrdit.analysis.calibrate` chooses, worked out once a threshold.
+
+        Raises:
+            ValueError: as `total` and `calibrate`.
+        """
+        summed = self.total()
+        if threshold not in self._known:
+            self._known[threshold] = calibrate(self.tables.values(), summed=summed, threshold=threshold)
+        return self._known[threshold]
+
+
+class StoredTables(Mapping[str, AnalysisTable]):
+    """The tables of a folder by the names of its videos, each read when it is asked for and not kept.
+
+    Args:
+        output: the folder.
+        names: of videos that have a result.
+    """
+
+    def __init__(self, output: str | os.PathLike[str], names: Iterable[str]) -> None:
+        self._output, self._names = Path(output), dict.fromkeys(names)
+
+    def __getitem__(self, name: str) -> AnalysisTable:
+        if name not in self._names:
+            raise KeyError(name)
+        return AnalysisTable.load(video_folder(self._output, name) / RESULT_FILE)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def video_folder(output: str | os.PathLike[str], name: str) -> Path:
@@ -97,21 +136,21 @@ def read_results(output: str | os.PathLike[str], names: Iterable[str] | None = N
         names: of the videos; None for all that are there.
 
     Raises:
-        ValueError: not the folder of an analysis, or a damaged result.
+        ValueError: not the folder of an analysis; later, when a damaged result is read.
     """
     settings, root = _settings(output), Path(output) / VIDEOS_FOLDER
     if names is None:
         found = {file.parent.relative_to(root).as_posix() for file in root.rglob(RESULT_FILE)}
         found |= {file.parent.relative_to(root).as_posix() for file in root.rglob(FAILURE_FILE)}
         names = sorted(found)
-    tables, failures = {}, {}
+    done, failures = [], {}
     for name in names:
         failure = video_folder(output, name) / FAILURE_FILE
         if has_analysis(output, name):
-            tables[name] = AnalysisTable.load(video_folder(output, name) / RESULT_FILE)
+            done.append(name)
         elif failure.is_file():
             failures[name] = json.loads(failure.read_text(encoding="utf-8"))["error"]
-    return AnalysisResults(settings, tables, failures)
+    return AnalysisResults(settings, StoredTables(output, done), failures)
 
 
 def _settings(output: str | os.PathLike[str]) -> dict[str, Any]:

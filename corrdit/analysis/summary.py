@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from corrdit.analysis.calibration import FEW_VIDEOS, Calibration, calibrate
+from corrdit.analysis.calibration import FEW_VIDEOS, Calibration
 from corrdit.analysis.exports import harmonic_table, table_rows, write_csv, write_parquet
 from corrdit.analysis.options import FEATURE_READINGS
 from corrdit.analysis.report import ReportPage
@@ -55,7 +55,7 @@ def write_report(
     if parquet:
         write_parquet(folder / PARQUET_FILE, rows)
         files.append(PARQUET_FILE)
-    choice = calibrate(list(results.tables.values()))
+    choice = results.calibration()
     write_csv(folder / VIDEOS_CSV_FILE, _video_rows(results, choice))
     page = ReportPage(f"Correspondence in {results.settings.get('model', 'a video transformer')}")
     _findings(page, results, table, choice)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 
 from corrdit.analysis.options import FEATURE_READINGS
 from corrdit.analysis.scoring import AttentionSums, MatchCounts
-from corrdit.files import written_beside
+from corrdit.files import DAMAGED_ARRAYS, written_beside
 
 MEAN = "query-key mean"
 STANDING_STILL = "standing still"
@@ -163,21 +162,21 @@ class AnalysisTable:
                 facts = json.loads(str(archive["facts"]))
                 facts = {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
                 return cls(**facts, **{name: archive[name] for name in _ARRAYS})
-        except (ValueError, KeyError, TypeError, EOFError, AttributeError, IndexError, zipfile.BadZipFile) as error:
+        except DAMAGED_ARRAYS as error:
             raise ValueError(f"{os.fspath(path)} is not the result of an analysis: {error}") from error
 
 
-def total(tables: Sequence[AnalysisTable]) -> AnalysisTable:
+def total(tables: Iterable[AnalysisTable]) -> AnalysisTable:
     """The sum over videos.
 
     Raises:
         ValueError: no table, or tables that do not add up.
     """
-    if not tables:
+    summed: AnalysisTable | None = None
+    for table in tables:
+        summed = table if summed is None else summed + table
+    if summed is None:
         raise ValueError("there is no result to sum up; every video failed or none was analysed")
-    summed = tables[0]
-    for table in tables[1:]:
-        summed = summed + table
     return summed
 
 

@@ -232,7 +232,6 @@ def _items(arguments: Any, seed: int) -> Any:
 
 
 def _finish(arguments: Any, backbone: Any, items: Any, options: Any, began: float) -> int:
-    from corrdit.analysis.calibration import calibrate
     from corrdit.cli.calibrate import write_calibration
     from corrdit.integrations.diffusers.analysis import finish_analysis
 
@@ -248,7 +247,7 @@ def _finish(arguments: Any, backbone: Any, items: Any, options: Any, began: floa
     )
     for name, error in results.failures.items():
         print(f"corrdit analyze: {name}: {error}", file=sys.stderr)
-    choice = calibrate(list(results.tables.values()))
+    choice = results.calibration()
     if arguments.calibrate:
         files.append(write_calibration(results, Path(arguments.output) / "preset.json").name)
     print(

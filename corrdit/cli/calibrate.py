@@ -39,9 +39,7 @@ def run(arguments: Any) -> int:
 
 def write_calibration(results: AnalysisResults, path: Path, *, threshold: float | None = None) -> Path:
     """Write the preset that an analysis recommends."""
-    from corrdit.analysis.calibration import calibrate, preset_values, write_preset
+    from corrdit.analysis.calibration import preset_values, write_preset
 
-    results.total()
-    calibration = calibrate(list(results.tables.values()), threshold=threshold)
-    write_preset(path, preset_values(calibration, results.settings))
+    write_preset(path, preset_values(results.calibration(threshold=threshold), results.settings))
     return path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -178,3 +179,42 @@ def test_results_of_other_settings_are_refused_and_failures_alone_are_no_result(
     with pytest.raises(ValueError, match="holds no analysis"):
         read_results(tmp_path / "videos")
     assert json.loads((tmp_path / "settings.json").read_text(encoding="utf-8")) == {"model": "one"}
+
+
+def test_results_are_read_one_after_another_so_that_memory_does_not_grow_with_the_videos(
+    make_table, tmp_path, monkeypatch
+):
+    begin(tmp_path, {"model": "one", "options": {"inference_steps": 10}})
+    for number in range(8):
+        write_result(tmp_path, f"{number:04}", make_table(shares, seed=number, low_pass=(0.5,)))
+    alive: weakref.WeakSet[AnalysisTable] = weakref.WeakSet()
+    most, load = [], AnalysisTable.load
+
+    def watched(path):
+        table = load(path)
+        alive.add(table)
+        most.append(len(alive))
+        return table
+
+    monkeypatch.setattr(AnalysisTable, "load", watched)
+    results = read_results(tmp_path)
+    assert list(results.tables) == [f"{number:04}" for number in range(8)]
+    assert results.total().videos == 8
+    write_report(tmp_path, results)
+    assert len(most) >= 8
+    assert max(most) <= 3
+    together = calibrate([make_table(shares, seed=number, low_pass=(0.5,)) for number in range(8)])
+    assert results.calibration() == together
+    with pytest.raises(KeyError):
+        results.tables["0008"]
+
+
+def test_a_damaged_result_is_named(make_table, tmp_path):
+    begin(tmp_path, {"model": "one"})
+    write_result(tmp_path, "a", make_table(shares))
+    file = tmp_path / "videos" / "a" / "analysis.npz"
+    content = bytearray(file.read_bytes())
+    content[80:110] = bytes(30)
+    file.write_bytes(bytes(content))
+    with pytest.raises(ValueError, match=r"analysis\.npz is not the result of an analysis"):
+        read_results(tmp_path).total()

@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-from corrdit.analysis.calibration import calibrate
 from corrdit.analysis.options import AnalysisOptions
 from corrdit.analysis.results import AnalysisResults, has_analysis, read_results, write_failure, write_result
 from corrdit.analysis.sources import AnalysisItem
@@ -85,8 +84,7 @@ def finish_analysis(
         ValueError: no video has a result.
     """
     results = read_results(output, names)
-    results.total()
-    best = calibrate(list(results.tables.values())).best
+    best = results.calibration().best
     where = f"layer {best.layer}, timestep {best.timestep:g}"
     drawn: list[Picture] = []
     left = pictures
