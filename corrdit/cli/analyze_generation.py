@@ -42,6 +42,7 @@ def analyze_prompts(arguments: Any, given: dict[str, Any]) -> tuple[Any, list[An
     given["steps"], given["inference_steps"] = chosen_steps(arguments.steps, inference_steps), inference_steps
     options = analysis_options(arguments.protocol, given)
     begin(arguments.output, settings_of(arguments, options, backbone))
+    _check_same_prompts(arguments.output, prompts)
     with progress_bar("videos") as report:
         for number in range(len(prompts)):
             if not has_analysis(arguments.output, f"{number:03}"):
@@ -76,6 +77,23 @@ def _analyze_one(
     write_prompts(folder, prompts)
     write_difftrack_video(folder, number, found.video, found.tracks)
     write_result(arguments.output, name, found.table)
+
+
+def _check_same_prompts(output: str, prompts: list[str]) -> None:
+    """Raises ValueError where a video that is there already was made from another prompt; more at the end are fine."""
+    from corrdit.analysis.dataset import PROMPTS_FILE
+    from corrdit.analysis.results import has_analysis
+
+    file = Path(output) / DATASET_FOLDER / PROMPTS_FILE
+    earlier = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    for number, before in enumerate(earlier):
+        now = " ".join(prompts[number].split()) if number < len(prompts) else None
+        if now != before and has_analysis(output, f"{number:03}"):
+            said = "there is no such prompt now" if now is None else f"the prompt is now {now!r}"
+            raise ValueError(
+                f"{output} holds video {number:03} of {before!r}, but {said}; give another output folder, or the same "
+                "prompts, with further ones at the end"
+            )
 
 
 def _prompts(path: str) -> list[str]:

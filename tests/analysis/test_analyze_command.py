@@ -120,7 +120,15 @@ def test_prompts_become_a_data_set_and_a_report(with_tiny, tmp_path, capsys, mon
     assert (output / "dataset" / "prompts.txt").read_text(encoding="utf-8") == "a dog runs\na boat\n"
     assert np.load(output / "dataset" / "tracks" / "001.npy").shape == (1, 9, 100, 2)
     assert len(read_results(output).tables) == 2
+    # Other prompts for the videos that are there would say of each that it shows what it does not.
+    (tmp_path / "prompts.txt").write_text("a cat sleeps\na boat\n", encoding="utf-8")
     capsys.readouterr()
+    assert analyze(*given, "--tracker", "patches", "--pictures", 0) == 2
+    assert "holds video 000 of 'a dog runs', but the prompt is now 'a cat sleeps'" in capsys.readouterr().err
+    (tmp_path / "prompts.txt").write_text("a dog runs\n", encoding="utf-8")
+    assert analyze(*given, "--tracker", "patches", "--pictures", 0) == 2
+    assert "video 001 of 'a boat', but there is no such prompt now" in capsys.readouterr().err
+    assert (output / "dataset" / "prompts.txt").read_text(encoding="utf-8") == "a dog runs\na boat\n"
     assert analyze(*given) == 2
     assert "--prompts needs --tracker" in capsys.readouterr().err
     # The data set is a source of its own.
