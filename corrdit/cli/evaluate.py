@@ -178,7 +178,9 @@ def run(arguments: Any) -> int:
     if not trainer.is_global_zero:
         return 0
     _report(summaries)
-    print(f"{len(data.pending)} of {len(data.names)} videos evaluated now, in {time.perf_counter() - began:.1f} s")
+    broken = {name for summary in summaries for name in summary.broken}
+    evaluated = sum(entry.name not in broken for _, entry in data.pending)
+    print(f"{evaluated} of {len(data.names)} videos evaluated now, in {time.perf_counter() - began:.1f} s")
     print("\n".join(f"  {Path(arguments.output) / name}" for name in ("table.json", "table.csv", "videos.csv")))
     return 0
 

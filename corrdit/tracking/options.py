@@ -142,6 +142,8 @@ class TrackerOptions:
             ("crop_tokens", 2),
             ("frames_per_block", 1),
             ("interval", 1),
+            ("stride", 1),
+            ("memory_budget", 1),
         ):
             if getattr(self, name) is not None:
                 whole_number(name, getattr(self, name), minimum)
@@ -165,6 +167,12 @@ class TrackerOptions:
         for one, several in (("layer", "layers"), ("step", "steps")):
             if getattr(self, one) is not None and getattr(self, several):
                 raise ValueError(f"{one} and {several} were both given; drop one of them")
+        if self.resize_first is not None:
+            size = tuple(self.resize_first)
+            if len(size) != 2:
+                raise ValueError(f"resize_first must be (height, width), got {size}")
+            for name, value in zip(("height", "width"), size, strict=True):
+                whole_number(f"{name} of resize_first", value, 1)
         for scale in self.crops:
             if not 0 < scale <= 1:
                 raise ValueError(f"crops must be scales above 0 and at most 1, such as 0.5, got {scale}")

@@ -63,7 +63,8 @@ class PointTracker:
         options: in place of the preset's, see `corrdit.tracking.TrackerOptions`.
 
     Raises:
-        ValueError: an unknown preset or option, or a value out of range.
+        ValueError: an unknown preset or option, a value out of range, or what the backbone cannot serve, such as a
+            step outside the schedule or weights for another number of heads.
     """
 
     def __init__(self, backbone: TrackingBackbone, *, preset: str = "default", **options: Any) -> None:
@@ -74,6 +75,7 @@ class PointTracker:
         for layer in self.layers:
             if not 0 <= layer < backbone.layers:
                 raise ValueError(f"layer must be from 0 to {backbone.layers - 1} for this backbone, got {layer}")
+        self._check_served()
 
     @torch.no_grad()
     def track(self, video: Any, queries: Any, *, progress: Progress | None = None) -> Tracks:
@@ -111,6 +113,13 @@ class PointTracker:
             for frame, found in following.follow(points, blocks).items():
                 xy[frame, rows], visible[frame, rows], score[frame, rows] = found
         return Tracks(xy=xy, visible=visible, score=score)
+
+    def _check_served(self) -> None:
+        """Refuses, before any video, steps, weights, sizes and chunks that fit neither the backbone nor each other."""
+        self._reading().layer_weights(self.backbone.heads)
+        self._blocks(2, 0)
+        if self.options.height is not None:
+            self._encoded_size(self.options.height, self.options.height)
 
     def _blocks(self, frames: int, anchor: int) -> Blocks:
         options = self.options

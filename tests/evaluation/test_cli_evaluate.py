@@ -173,6 +173,7 @@ def test_a_broken_file_stops_or_is_skipped(videos, tmp_path, capsys):
     said = capsys.readouterr()
     assert "still without video 0000_of_0003.pkl: " in said.err
     assert "1 broken" in said.out
+    assert "2 of 3 videos evaluated now" in said.out
 
 
 def test_a_killed_run_goes_on_over_two_processes_with_the_same_tables(kinetics, expected, tmp_path):

@@ -268,3 +268,34 @@ def test_heads_of_weight_zero_are_left_out_and_wrong_counts_named():
     assert PointTracker(PixelBackbone(), head_weights=[1.0]).track(video, [(0, 30.0, 20.0)]).frames == 3
     with pytest.raises(ValueError, match="2 weights, but the layer has 1 heads"):
         PointTracker(PixelBackbone(), head_weights=[1.0, 0.0]).track(video, [(0, 30.0, 20.0)])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"head_weights": (1.0, 0.0)}, "2 weights, but the layer has 1 heads"),
+        ({"height": 33, "width": 40}, "no whole number of tokens"),
+        ({"stride": 2}, 'stride is for schedule="consecutive"'),
+        ({"schedule": "consecutive", "stride": 0}, "stride must be a whole number of at least 1"),
+        ({"memory_budget": -5}, "memory_budget must be a whole number of at least 1"),
+        ({"resize_first": (0, 5)}, "height of resize_first must be a whole number of at least 1"),
+        ({"resize_first": (5,)}, r"resize_first must be \(height, width\)"),
+    ],
+)
+def test_what_no_video_could_be_tracked_with_is_refused_before_any(options, message):
+    """Otherwise an evaluation would call every video of a set broken."""
+    with pytest.raises(ValueError, match=message):
+        PointTracker(PixelBackbone(), **options)
+
+
+class ShortSchedule(PixelBackbone):
+    def timestep(self, step, inference_steps):
+        if step >= inference_steps:
+            raise ValueError(f"step {step} is outside")
+        return super().timestep(step, inference_steps)
+
+
+@pytest.mark.parametrize("options", [{"step": 50}, {"steps": [-1, 50]}])
+def test_a_step_outside_the_schedule_is_refused_before_any_video(options):
+    with pytest.raises(ValueError, match="step 50 is outside"):
+        PointTracker(ShortSchedule(), **options)
