@@ -101,7 +101,7 @@ def write_result(output: str | os.PathLike[str], name: str, table: AnalysisTable
     (folder / FAILURE_FILE).unlink(missing_ok=True)
 
 
-def write_failure(output: str | os.PathLike[str], name: str, error: Exception) -> None:
+def write_failure(output: str | os.PathLike[str], name: str, error: Exception | str) -> None:
     """Say why a video has no result."""
     folder = video_folder(output, name)
     folder.mkdir(parents=True, exist_ok=True)

@@ -124,10 +124,9 @@ def _help_formatter() -> type:
 def _is_bad_input(error: Exception) -> bool:
     from argparse import ArgumentError
 
-    if isinstance(error, (ValueError, OSError, ImportError, MemoryError, ArgumentError)):
-        return True
-    text = str(error).lower()  # torch says it has no memory left by a bare RuntimeError
-    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    from corrdit.memory import is_out_of_memory
+
+    return isinstance(error, (ValueError, OSError, ImportError, ArgumentError)) or is_out_of_memory(error)
 
 
 def _one_line(error: BaseException) -> str:

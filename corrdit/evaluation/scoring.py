@@ -13,6 +13,7 @@ import torch
 from corrdit.data.tapvid import TapVidSample
 from corrdit.evaluation.trackers import Track
 from corrdit.grid import whole_number
+from corrdit.memory import is_out_of_memory
 from corrdit.metrics import tapvid
 from corrdit.tracking import Tracks
 
@@ -55,7 +56,7 @@ def evaluate_video(track: Track, sample: TapVidSample, *, queries_at_once: int |
     try:
         tracks = track_in_parts(track, sample.video, queries_inside(sample), queries_at_once)
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise ValueError(
             f"there is not enough memory for {len(sample.queries)} queries, {queries_at_once or 'all'} at once, in "
@@ -96,11 +97,6 @@ def track_in_parts(track: Track, video: Any, queries: np.ndarray, queries_at_onc
     back = torch.from_numpy(np.argsort(order, kind="stable"))
     joined = [torch.cat([getattr(part, name) for part in parts], dim=1)[:, back] for name in ("xy", "visible", "score")]
     return Tracks(*joined)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    text = str(error).lower()  # torch says so by a bare RuntimeError on the CPU
-    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
 def _first_line(error: BaseException) -> str:

@@ -9,9 +9,11 @@ import torch
 from corrdit import ops
 from corrdit.analysis.options import FEATURE_READINGS, AnalysisOptions
 from corrdit.analysis.pseudo_truth import starting_points
+from corrdit.analysis.results import begin, read_results
 from corrdit.analysis.scoring import match_counts
+from corrdit.analysis.sources import AnalysisItem
 from corrdit.integrations.diffusers import capture
-from corrdit.integrations.diffusers.analysis import analyze_generation, analyze_video
+from corrdit.integrations.diffusers.analysis import analyze_generation, analyze_item, analyze_video
 from corrdit.integrations.diffusers.analysis.videos import encoded_video, noised, reading_operations
 from corrdit.testing.tiny_models import tiny_backbone, tiny_generation
 from corrdit.tracking import Tracks
@@ -219,3 +221,22 @@ def test_nan_weights_are_named_with_layer_step_and_leave_the_model_as_it_was(mov
 def test_broken_videos_are_refused(tiny, moving_video, change, message):
     with pytest.raises(ValueError, match=message):
         analyze_video(tiny, *change(*moving_video), AnalysisOptions(steps=(-1,)))
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), MemoryError()]
+)
+def test_a_video_too_large_for_the_memory_is_counted_and_other_errors_are_not_taken_for_it(tiny, tmp_path, error):
+    def fail():
+        raise error
+
+    begin(tmp_path, {"model": "tiny"})
+    said = analyze_item(tiny, AnalysisItem("large", fail, "exact"), tmp_path, AnalysisOptions(steps=(-1,)))
+    assert "not enough memory for it" in said["error"]
+    assert read_results(tmp_path).failures == {"large": said["error"]}
+
+    def mistaken():
+        raise RuntimeError("shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        analyze_item(tiny, AnalysisItem("b", mistaken, "exact"), tmp_path, AnalysisOptions(steps=(-1,)))

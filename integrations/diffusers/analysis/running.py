@@ -13,6 +13,7 @@ from corrdit.analysis.summary import Picture, write_report
 from corrdit.integrations.diffusers.analysis.drawing import drawn_pictures
 from corrdit.integrations.diffusers.analysis.picturing import video_pictures
 from corrdit.integrations.diffusers.analysis.videos import Progress, analyze_video
+from corrdit.memory import is_out_of_memory
 
 ON_BROKEN = ("report", "raise")
 
@@ -47,11 +48,12 @@ def analyze_item(
     try:
         given = item.load()
         table = analyze_video(backbone, given.video, given.xy, given.visible, options, progress=progress)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        said = _said(error)
         if on_broken == "raise":
-            raise ValueError(f"video {item.name}: {error}") from error
-        write_failure(output, item.name, error)
-        return {"name": item.name, "truth": item.truth, "error": str(error)}
+            raise ValueError(f"video {item.name}: {said}") from error
+        write_failure(output, item.name, said)
+        return {"name": item.name, "truth": item.truth, "error": said}
     write_result(output, item.name, table)
     return {"name": item.name, "truth": item.truth}
 
@@ -101,3 +103,13 @@ def finish_analysis(
     order = list(dict.fromkeys(section for section, _, _ in drawn))
     drawn.sort(key=lambda picture: order.index(picture[0]))
     return results, write_report(output, results, pictures=drawn, parquet=parquet)
+
+
+def _said(error: Exception) -> str:
+    """What is wrong with a video; errors that are not about the video are raised again."""
+    if is_out_of_memory(error):
+        line = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        return f"there is not enough memory for it ({line}); give max_frames, tokens_per_frame or fewer points"
+    if isinstance(error, (ValueError, OSError)):
+        return str(error)
+    raise error
