@@ -124,6 +124,8 @@ def _matching(page: ReportPage, table: AnalysisTable, choice: Calibration) -> No
         f"Points within {choice.threshold:g} px by query-key matching (mean over heads) and by features: the attention "
         "output with heads joined, before its projection, and after it. The best cell is framed.",
     )
+    if len(table.steps) == 1:  # a curve of one point says nothing beyond the table
+        return
     shown = list(dict.fromkeys([*choice.layers[:4], choice.best.layer]))
     still = float(accuracy[0, 0, table.readings.index(STANDING_STILL)])
     curves = {f"layer {layer}": accuracy[:, table.layers.index(layer), 0] for layer in shown}
@@ -159,6 +161,8 @@ def _heads(page: ReportPage, table: AnalysisTable, choice: Calibration) -> None:
         ),
         f"Points within {choice.threshold:g} px by the queries and keys of each head alone.",
     )
+    if len(table.steps) == 1:
+        return
     n = table.layers.index(choice.single.layer)
     order = np.argsort(-np.nan_to_num(accuracy[at, n, 1 : 1 + table.heads], nan=-1.0), kind="stable")[:5]
     curves = {"mean over heads": accuracy[:, n, 0]}
@@ -194,7 +198,7 @@ def _attention(page: ReportPage, table: AnalysisTable) -> None:
         )
         return
     page.picture(
-        draw_heatmaps({"harmonic mean": harmonic.T}, **_layer_step(table)),
+        draw_heatmaps({"harmonic mean": harmonic.T}, **_layer_step(table), percent=False),
         "Harmonic mean of accuracy, confidence and cross-frame attention, each scaled from its smallest to its largest "
         "entry first (DiffTrack's criterion; relative, so it compares layers and timesteps of one model only).",
     )

@@ -6,6 +6,7 @@ import csv
 import json
 import sys
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -166,6 +167,34 @@ def test_report_is_one_page_without_links_outside_and_counts_what_failed(make_ta
     assert [row["video"] for row in rows] == ["clip 0", "clip 1", "broken"]
     assert rows[2]["cases"] == ""
     assert "NaN" in rows[2]["error"]
+
+
+def test_a_report_of_one_step_has_no_curves_and_the_harmonic_mean_is_no_percentage(make_table, tmp_path, monkeypatch):
+    from corrdit.analysis import summary
+
+    drawn = {}
+
+    def watched(panels, **options):
+        drawn.update(dict.fromkeys(panels, options))
+        return np.zeros((4, 4, 3), np.uint8)
+
+    monkeypatch.setattr(summary, "draw_heatmaps", watched)
+    both = make_table(shares)
+    names = ("hits", "moving_hits", "cases", "moving_cases", "confidence", "text", "own", "cross")
+    names = (*names, "confidence_cases", "attention_cases")
+    last = replace(both, steps=(9,), timesteps=(19.0,), **{name: getattr(both, name)[1:] for name in names})
+    captions = []
+    for number, table in enumerate((both, last)):
+        folder = tmp_path / str(number)
+        begin(folder, {"model": "one"})
+        write_result(folder, "a", table)
+        write_report(folder, read_results(folder))
+        captions.append((folder / "report.html").read_text(encoding="utf-8"))
+    for words in ("The best layers by query-key matching", "beside their mean"):
+        assert words in captions[0]
+        assert words not in captions[1]
+    assert drawn["harmonic mean"]["percent"] is False
+    assert drawn["confidence"].get("percent", True)
 
 
 def test_results_of_other_settings_are_refused_and_failures_alone_are_no_result(tmp_path):
