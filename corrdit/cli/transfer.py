@@ -6,7 +6,8 @@ reads   REFERENCE: a video file or a folder of frames; with --stored it may be t
 writes  into the folder --output, all of them or none:
         result.mp4          the new video, and beside it reference.mp4, the reference as the model was given it
         flow.npz            displacement (dx, dy) in tokens of the reference between all frames, one array a block:
-                            [frames, frames, rows, columns, 2]; flow_BLOCK_colours.png and flow_BLOCK_arrows.png show it
+                            [frames, frames, rows, columns, 2]; flow_BLOCK_colours.png and flow_BLOCK_arrows.png show
+                            it; beside them, as "latents", what nearest neighbours on the latents find, for comparison
         losses.png          the loss over the guided steps
         motion.safetensors  the optimised latents or embeddings, for --stored
         metrics.json        settings, losses, motion fidelity and, with --clip, the prompt's cosine
@@ -180,8 +181,10 @@ def _loss_in_words(losses: list[float]) -> str | None:
 
 def _in_words(result: Any, measured: dict[str, float]) -> str:
     words = ""
-    if result.losses.size:
-        words += f"; loss {result.losses[0, 0]:.3f} to {np.nanmin(result.losses[-1]):.3f}"
+    # Steps that use a gradient again have no loss.
+    computed = [step for step in result.losses if not np.isnan(step).all()]
+    if computed:
+        words += f"; loss {computed[0][0]:.3f} to {np.nanmin(computed[-1]):.3f}"
     if "motion_fidelity" in measured:
         words += f"; motion fidelity {measured['motion_fidelity']:.2f}"
     return words

@@ -18,6 +18,8 @@ FILES = {
     "flow.npz",
     "flow_1_colours.png",
     "flow_1_arrows.png",
+    "flow_latents_colours.png",
+    "flow_latents_arrows.png",
     "losses.png",
     "motion.safetensors",
     "metrics.json",
@@ -54,6 +56,8 @@ def test_a_transfer_writes_all_of_its_files(model, reference, tmp_path, capsys):
     assert read_video(output / "result.mp4").frames.shape == (4, 16, 16, 3)
     with np.load(output / "flow.npz") as flow:
         assert flow["block_1"].shape == (4, 4, 4, 4, 2)
+        # Four pixels to the right are one token.
+        assert (flow["latents"][0, 1, :, :3] == [1, 0]).mean() > 0.9
     facts = json.loads((output / "metrics.json").read_text())
     assert np.shape(facts["losses"]) == (1, 2)
     assert -1 <= facts["motion_fidelity"] <= 1
@@ -83,9 +87,13 @@ def test_a_folder_of_frames_is_replaced_and_the_loss_stands_beside_the_progress(
 ):
     monkeypatch.setenv("FORCE_COLOR", "1")
     options = ["--metrics", "false", "--format", "frames", "--learning-rate", "0.02", *SHORT, "--blocks", "1"]
+    options += ["--guided-share", "1", "--gradient-interval", "2"]
     command = ["transfer", reference, "", "--model", model, "--output", str(tmp_path / "out"), *options]
     assert main(command) == 0
-    assert re.search(r"loss \d+\.\d{3}", capsys.readouterr().err)
+    printed = capsys.readouterr()
+    assert re.search(r"loss \d+\.\d{3}", printed.err)
+    assert re.search(r"loss \d+\.\d{3} to \d+\.\d{3}", printed.out)
+    assert "NaN" not in printed.err
     (tmp_path / "out" / "result" / "old.png").touch()
     assert main(command) == 0
     assert [file.name for file in sorted((tmp_path / "out" / "result").iterdir())] == [f"0000{i}.png" for i in range(4)]

@@ -63,6 +63,8 @@ def write_transfer(
 ) -> list[str]:
     """Write the new video, the reference beside it, the loss curve, the motion flow with pictures, and the measures.
 
+    Beside the motion flow of every block stands what nearest neighbours on the latents find (DiTFlow's appendix C).
+
     Args:
         folder: an existing folder.
         result: of the transfer.
@@ -119,16 +121,22 @@ def _write_video(folder: Path, name: str, video: np.ndarray, fps: float, file_fo
 
 
 def _write_flow(folder: Path, result: TransferResult, backbone: Backbone) -> list[str]:
+    from corrdit.motion import latent_displacement
     from corrdit.visualization import write_flow_pictures
 
     assert result.reference is not None
-    arrays = {f"block_{block}": flow.numpy().astype(np.int16) for block, flow in result.flows.items()}
+    flows = {str(block): flow.numpy().astype(np.int16) for block, flow in result.flows.items()}
+    height, width = result.reference.shape[1:3]
+    latents = backbone.encode_video(result.reference, height=height, width=width)
+    _, patch, _ = backbone.layout().patch_size(backbone.transformer)
+    flows["latents"] = latent_displacement(latents, patch=patch).cpu().numpy().astype(np.int16)
+    arrays = {name if name == "latents" else f"block_{name}": flow for name, flow in flows.items()}
     with written_beside(folder / "flow.npz") as file:
         np.savez_compressed(file, **arrays)
     groups = backbone.latent_frame_map(len(result.reference))
     shown = [result.reference[group[len(group) // 2]] if group else result.reference[-1] for group in groups]
     names = ["flow.npz"]
-    for block, flow in result.flows.items():
-        files = write_flow_pictures(folder, f"flow_{block}", flow.numpy(), shown)
+    for name, flow in flows.items():
+        files = write_flow_pictures(folder, f"flow_{name}", flow, shown)
         names += [file.name for file in files]
     return names
