@@ -72,10 +72,13 @@ class Calibration:
         if self.low_pass:
             head += f" (better with a low-pass filter of {self.low_pass:g} tokens)"
         kind = "visible points that moved" if self.moving else "visible points"
+        among = f"{100 * self.best.low:.1f} to {100 * self.best.high:.1f} %, {self.videos} videos"
+        if self.videos == 1:
+            among = "of one video, so without an interval"
         return (
             f"layer {self.best.layer}, {head}, step {self.best.step} (timestep {self.best.timestep:g}): "
             f"{100 * self.best.accuracy:.1f} % of {kind} within {self.threshold:g} px "
-            f"({100 * self.best.low:.1f} to {100 * self.best.high:.1f} %, {self.videos} videos)"
+            f"({among})"
         )
 
 
@@ -215,7 +218,12 @@ def _low_pass(table: AnalysisTable, counts: Counts, plain: Place, filtered: list
 
 
 def _surely_better(counts: Counts, one: Place, other: Place) -> bool:
-    """Whether one reading beats another in 97.5 % of resamplings of the videos, the same ones for both."""
+    """Whether one reading beats another in 97.5 % of resamplings of the videos, the same ones for both.
+
+    Never with a single video: every resampling of it is itself.
+    """
+    if (counts[one][1] > 0).sum() < 2:
+        return False
     first, second = (_resampled(*counts[place], 0) for place in (one, other))
     return bool(np.quantile(first - second, 0.025) > 0)
 

@@ -247,3 +247,13 @@ def test_a_damaged_result_is_named(make_table, tmp_path):
     file.write_bytes(bytes(content))
     with pytest.raises(ValueError, match=r"analysis\.npz is not the result of an analysis"):
         read_results(tmp_path).total()
+
+
+def test_one_video_gives_no_head_and_no_interval(make_table):
+    """The best of many heads is better than their mean on any single video."""
+    one = calibrate([make_table(shares)])
+    assert one.single is not None
+    assert one.single.accuracy > one.mean.accuracy
+    assert one.best == one.mean
+    assert "of one video, so without an interval" in one.described()
+    assert calibrate([make_table(shares, seed=seed) for seed in range(6)]).best.head == 1
