@@ -38,8 +38,8 @@ REQUIREMENTS = [
 EXTRAS = {
     "metrics": ["torchmetrics>=1.4,<2"],
     "tensorboard": ["tensorboard>=2.16,<3"],
-    "parquet": ["pyarrow>=15,<24"],
-    "opencv": ["opencv-python-headless>=4.9,<5"],
+    "parquet": ["pyarrow>=15,<27"],
+    "opencv": ["opencv-python-headless>=4.9,<6"],
     "test": [
         "pytest>=8,<10",
         "pytest-xdist>=3.5,<4",
@@ -48,6 +48,7 @@ EXTRAS = {
         "torchmetrics>=1.4,<2",
         "tensorboard>=2.16,<3",
         "setuptools>=77,<90",
+        "pyarrow>=15,<27",
     ],
     "lint": ["ruff>=0.9,<1", "mypy>=1.14,<3", "pre-commit>=4,<5"],
 }
