@@ -16,6 +16,15 @@ from corrdit.integrations.diffusers.layouts import layout_of
 FAMILIES = ("cogvideox", "cogvideox-rotary", "hunyuanvideo", "wan", "ltx", "mochi")
 
 
+@pytest.fixture(autouse=True)
+def usual_backend_afterwards():
+    """A model's `set_attention_backend` also changes diffusers' backend of all other models, which stays changed."""
+    from diffusers.models.attention_dispatch import attention_backend
+
+    with attention_backend("native"):
+        yield
+
+
 @pytest.fixture
 def attached(transformer_call):
     """(transformer, arguments, first self-attention module, its grid)."""
