@@ -114,9 +114,7 @@ class MotionTransfer:
         """
         motion = StoredMotion.load(stored) if isinstance(stored, (str, os.PathLike)) else stored
         self._check_prompts(prompt, pipeline_arguments)
-        for name, value in (("num_frames", num_frames), ("height", height), ("width", width)):
-            if value is not None:
-                whole_number(name, value, 1)
+        _check_sizes(num_frames=num_frames, height=height, width=width)
         if motion is not None:
             motion.check_fits(self.backbone.name, self.settings.steps, num_frames, height, width)
         if reference is None:
@@ -276,6 +274,12 @@ class MotionTransfer:
 
 
 _OWN_ARGUMENTS = ("generator", "latents", "output_type", "num_inference_steps", "return_dict")
+
+
+def _check_sizes(**sizes: int | None) -> None:
+    for name, value in sizes.items():
+        if value is not None:
+            whole_number(name, value, 1)
 
 
 def _as_uint8(frames: np.ndarray) -> np.ndarray:
