@@ -190,6 +190,8 @@ class _Measurement:
     def _refusal(self, rival: Rival) -> tuple[str, str] | None:
         """Why a rival is not even tried."""
         settings = self.settings
+        if rival.absent_on == settings.device.type:
+            return "not possible", f"does not run on {settings.device.type}"
         if self.piece.backward and rival.forward_only_on == settings.device.type:
             return "not possible", f"has no backward pass on {settings.device.type}"
         needed = rival.map_bytes(self.piece.shape, settings.dtype.itemsize)

@@ -93,7 +93,9 @@ def test_every_way_is_right_and_timed(piece):
     rows = measured(piece, dataclasses.replace(SETTINGS, rivals=tuple(RIVALS)))
     assert set(rows) == {"corrdit auto", *CONTESTS[piece.operation].rivals}
     for name, row in rows.items():
-        if name == "flex" and piece.backward:
+        if name == "flex" and piece.operation == "frame_local_attention:zeroed":
+            assert row["left_out"] == "does not run on cpu"
+        elif name == "flex" and piece.backward:
             assert row["left_out"] == "has no backward pass on cpu"
         else:
             assert row["within_tolerance"]
