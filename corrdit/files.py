@@ -5,18 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import struct
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
-
-DAMAGED_ARRAYS = (
-    *(ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError, RuntimeError, OverflowError, MemoryError),
-    *(zipfile.BadZipFile, zlib.error, struct.error),
-)
-"""What reading an .npz or .npy file raises where it is torn, damaged or something else; missing files are OSErrors."""
 
 
 def refuse_other_settings(output: str | os.PathLike[str], earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:

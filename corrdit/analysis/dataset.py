@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from corrdit.files import DAMAGED_ARRAYS, written_beside
+from corrdit.array_files import read_array
+from corrdit.files import written_beside
 from corrdit.tracking.tracks import Tracks
 
 PROMPTS_FILE = "prompts.txt"
@@ -51,7 +52,7 @@ class DiffTrackEntry:
         Raises:
             ValueError: files that are damaged or of other shapes.
         """
-        xy, visible = _array(self.tracks), _array(self.visibility)
+        xy, visible = read_array(self.tracks), read_array(self.visibility)
         if xy.ndim != 4 or xy.shape[0] != 1 or xy.shape[3] != 2 or visible.shape != xy.shape[:3]:
             raise ValueError(
                 f"{self.tracks} must be [1, frames, points, 2] and {self.visibility} [1, frames, points], got "
@@ -121,14 +122,3 @@ def write_prompts(folder: str | os.PathLike[str], prompts: list[str]) -> None:
     Path(folder).mkdir(parents=True, exist_ok=True)
     with written_beside(Path(folder) / PROMPTS_FILE, "w") as file:
         file.writelines(" ".join(prompt.split()) + "\n" for prompt in prompts)
-
-
-def _array(path: Path) -> np.ndarray:
-    try:
-        with open(path, "rb") as file:
-            values = np.load(file, allow_pickle=False)
-    except DAMAGED_ARRAYS as error:
-        raise ValueError(f"{path} is not an array as numpy saves it: {error}") from error
-    if not isinstance(values, np.ndarray):
-        raise ValueError(f"{path} holds several arrays; one is expected")
-    return values

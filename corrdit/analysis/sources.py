@@ -12,7 +12,7 @@ import numpy as np
 
 from corrdit.analysis.dataset import read_difftrack
 from corrdit.analysis.pseudo_truth import Tracker
-from corrdit.files import DAMAGED_ARRAYS
+from corrdit.array_files import read_arrays
 
 HELD_OUT_SEEDS = 2_000_000_000
 """Seeds from here on are used neither by training nor by the evaluation of checkpoints."""
@@ -164,16 +164,10 @@ def _given(video: Path, tracks: Path) -> Callable[[], AnalysisVideo]:
     def load() -> AnalysisVideo:
         from corrdit.video import read_video
 
-        try:
-            with open(tracks, "rb") as file, np.load(file, allow_pickle=False) as archive:
-                missing = [name for name in ("xy", "visible") if name not in archive.files]
-                if missing:
-                    raise ValueError(f"it lacks {', '.join(missing)}")
-                xy, visible = archive["xy"], archive["visible"]
-                frames = archive["video"] if "video" in archive.files else None
-        except DAMAGED_ARRAYS as error:
-            raise ValueError(f"{tracks} is not a tracks file (.npz with xy and visible): {error}") from error
-        return AnalysisVideo(read_video(video).frames if frames is None else frames, xy, visible)
+        what = "a tracks file (.npz with xy and visible)"
+        found = read_arrays(tracks, ("xy", "visible"), what=what, optional=("video",))
+        frames = found["video"] if "video" in found else read_video(video).frames
+        return AnalysisVideo(frames, found["xy"], found["visible"])
 
     return load
 

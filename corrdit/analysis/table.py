@@ -12,7 +12,8 @@ import numpy as np
 
 from corrdit.analysis.options import FEATURE_READINGS
 from corrdit.analysis.scoring import AttentionSums, MatchCounts
-from corrdit.files import DAMAGED_ARRAYS, written_beside
+from corrdit.array_files import read_arrays
+from corrdit.files import written_beside
 
 MEAN = "query-key mean"
 STANDING_STILL = "standing still"
@@ -157,13 +158,14 @@ class AnalysisTable:
             FileNotFoundError: no such file.
             ValueError: another file.
         """
+        what = "the result of an analysis"
+        arrays = read_arrays(path, ("facts", *_ARRAYS), what=what)
         try:
-            with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-                facts = json.loads(str(archive["facts"]))
-                facts = {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
-                return cls(**facts, **{name: archive[name] for name in _ARRAYS})
-        except DAMAGED_ARRAYS as error:
-            raise ValueError(f"{os.fspath(path)} is not the result of an analysis: {error}") from error
+            facts = json.loads(str(arrays.pop("facts")))
+            facts = {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
+            return cls(**facts, **arrays)
+        except (ValueError, TypeError, AttributeError) as error:  # facts that are none, or others
+            raise ValueError(f"{os.fspath(path)} is not {what}: {error}") from error
 
 
 def total(tables: Iterable[AnalysisTable]) -> AnalysisTable:

@@ -18,6 +18,7 @@ from corrdit.benchmark.environment import environment
 from corrdit.benchmark.floors import Ceilings, Floor, floor_of
 from corrdit.benchmark.measure import Work, peak_extra_bytes, time_interleaved
 from corrdit.benchmark.shapes import Shape
+from corrdit.memory import is_out_of_memory
 from corrdit.ops.backends import select_backend
 
 Row = dict[str, Any]
@@ -227,7 +228,7 @@ class _Measurement:
 
     def _failure(self, error: Exception) -> Row:
         status, reason = "failed", " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             wanted = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
             status, reason = "out of memory", "out of memory" + (f": wanted {wanted.group(1)} more" if wanted else "")
         elif "CUDA error" in str(error):
@@ -250,10 +251,3 @@ def _backend_name(backend: str, scene: Scene) -> str:
 
 def _left_out(status: str, reason: str) -> Row:
     return {"status": status, "left_out": reason}
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    text = str(error).lower()
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        "out of memory" in text or "can't allocate memory" in text
-    )

@@ -18,14 +18,11 @@ from corrdit.cli.tracker_options import given_tracker_options
 
 def is_folder_of_videos(path: Path, output: str | None = None) -> bool:
     """A folder with videos in it (those in `output` aside) which is not itself a video, as pictures of its frames."""
-    from corrdit.tracking.files import FRAME_SUFFIXES, find_videos
+    from corrdit.tracking.files import FRAME_SUFFIXES, videos_below
 
     if not path.is_dir() or any(entry.suffix.lower() in FRAME_SUFFIXES for entry in path.iterdir()):
         return False
-    try:
-        return bool(find_videos(path, without=output))
-    except ValueError:
-        return False
+    return bool(videos_below(path, without=output))
 
 
 def track_folder(arguments: Any, presets: tuple[str, Any]) -> int:

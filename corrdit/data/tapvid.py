@@ -12,6 +12,7 @@ the video. `TapVidSample.metric_arguments` is the one place that converts.
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -261,6 +262,7 @@ def _frames(name: str, video: Any) -> np.ndarray:
         raise ValueError(f"video {name!r}: frames must be an array or a list of jpeg files, got {type(video).__name__}")
     if len(video) and isinstance(video[0], bytes):
         import imageio.v3 as imageio
+        from PIL.Image import DecompressionBombError
 
         pictures = []
         for index, encoded in enumerate(video):
@@ -268,7 +270,7 @@ def _frames(name: str, video: Any) -> np.ndarray:
                 raise ValueError(f"video {name!r}: frame {index} is {type(encoded).__name__}, not a jpeg file")
             try:
                 pictures.append(imageio.imread(encoded, plugin="pillow", mode="RGB"))
-            except Exception as error:  # a damaged picture fails in whatever way its decoder does
+            except (OSError, ValueError, SyntaxError, EOFError, struct.error, DecompressionBombError) as error:
                 raise ValueError(f"video {name!r}: frame {index} cannot be decoded as a picture: {error}") from error
         sizes = {picture.shape for picture in pictures}
         if len(sizes) > 1:

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from corrdit.array_files import read_arrays
 from corrdit.data.restricted_pickle import load_arrays
 from corrdit.data.tapvid import SHARD_PATTERN, TapVidVideo, annotated_video, named_entries, shard_files
-from corrdit.files import DAMAGED_ARRAYS
 
 WORLD_ARRAYS = ("video", "xy", "visible")
 
@@ -118,14 +118,11 @@ class TapVidSet:
 
 def _world_video(name: str, path: Path) -> TapVidVideo:
     """A video of `corrdit world`: positions in pixels `[T, P, 2]` to shares `[P, T, 2]`."""
+    what = "a video of `corrdit world` (.npz)"
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            missing = [array for array in WORLD_ARRAYS if array not in archive.files]
-            if missing:
-                raise ValueError(f"it lacks {', '.join(missing)} and holds {', '.join(archive.files) or 'nothing'}")
-            video, xy, visible = (archive[array] for array in WORLD_ARRAYS)
-    except (OSError, *DAMAGED_ARRAYS) as error:
-        raise ValueError(f"{path} is not a video of `corrdit world` (.npz): {error}") from error
+        video, xy, visible = read_arrays(path, WORLD_ARRAYS, what=what).values()
+    except OSError as error:
+        raise ValueError(f"{path} is not {what}: {error}") from error
     if video.ndim != 4 or xy.ndim != 3 or visible.shape != xy.shape[:2]:
         raise ValueError(
             f"{path}: video, xy and visible must be [T, H, W, 3], [T, P, 2] and [T, P], got {video.shape}, {xy.shape} "

@@ -35,6 +35,16 @@ def find_videos(folder: str | os.PathLike[str], *, without: str | os.PathLike[st
     root = Path(folder)
     if not root.is_dir():
         raise ValueError(f"{folder} is not a folder; give a folder of video files or of folders of frames")
+    found = videos_below(root, without=without)
+    if not found:
+        raise ValueError(
+            f"{folder} holds no videos; accepted are {', '.join(VIDEO_SUFFIXES)} files and folders of png or jpg frames"
+        )
+    return found
+
+
+def videos_below(root: Path, *, without: str | os.PathLike[str] | None = None) -> list[str]:
+    """As `find_videos`, without a complaint where there are none."""
     skipped = None if without is None else Path(without).resolve()
     found = []
     for place, folders, files in os.walk(root):
@@ -44,10 +54,6 @@ def find_videos(folder: str | os.PathLike[str], *, without: str | os.PathLike[st
         found += [here / name for name in shown if name.lower().endswith(VIDEO_SUFFIXES)]
         if here != root and any(name.lower().endswith(FRAME_SUFFIXES) for name in shown):
             found.append(here)
-    if not found:
-        raise ValueError(
-            f"{folder} holds no videos; accepted are {', '.join(VIDEO_SUFFIXES)} files and folders of png or jpg frames"
-        )
     return sorted(path.relative_to(root).as_posix() for path in found)
 
 

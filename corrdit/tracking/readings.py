@@ -131,7 +131,7 @@ def read_tokens(
     weights = reading.layer_weights(backbone.heads)
     parts: list[Captured] = []
     used: list[float] = []
-    image = image_given(backbone, latents, reading)
+    image = image_given(backbone, latents, reading.image)
     brought = latents_at_steps(backbone, latents, reading, noise, image)
     for timestep, given in zip(reading.timesteps, brought, strict=True):
         operations = {
@@ -156,11 +156,11 @@ def read_tokens(
     return TokenPair(q, k, TokenGrid(frames, *grid_size), parts[0][2], None if equal else used, scale)
 
 
-def image_given(backbone: Any, latents: Tensor, reading: Reading) -> dict[str, Tensor]:
-    """The argument `image` for a model that takes one: clean latents of the first frame, or of all."""
+def image_given(backbone: Any, latents: Tensor, frames: str = "first") -> dict[str, Tensor]:
+    """The argument `image` for a model that takes one: clean latents of the "first" of the frames, or of "all"."""
     if not getattr(backbone, "takes_image", False):
         return {}
-    return {"image": latents if reading.image == "all" else latents[..., :1, :, :, :]}
+    return {"image": latents if frames == "all" else latents[..., :1, :, :, :]}
 
 
 def latents_at_steps(

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from corrdit.files import DAMAGED_ARRAYS, written_beside
+from corrdit.array_files import read_arrays
+from corrdit.files import written_beside
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,19 +94,7 @@ class Tracks:
             FileNotFoundError: no such file.
             ValueError: not an .npz file, or one without xy, visible and score.
         """
-        names = ("xy", "visible", "score")
-        try:
-            with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-                if not hasattr(archive, "files"):
-                    raise ValueError("it holds a single array")
-                missing = [name for name in names if name not in archive.files]
-                if missing:
-                    raise ValueError(f"it lacks {', '.join(missing)} and holds {', '.join(archive.files) or 'nothing'}")
-                arrays = {name: archive[name] for name in names}
-        except DAMAGED_ARRAYS as error:
-            raise ValueError(
-                f"{os.fspath(path)} is not a tracks file (.npz with xy, visible, score): {error}"
-            ) from error
+        arrays = read_arrays(path, ("xy", "visible", "score"), what="a tracks file (.npz with xy, visible, score)")
         return cls(**arrays)
 
 

@@ -28,9 +28,8 @@ def given_to_transformer(backbone, run) -> torch.Tensor:
 
     handle = backbone.transformer.register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        run()
-    except Stopped:
-        pass
+        with pytest.raises(Stopped):
+            run()
     finally:
         handle.remove()
     return seen[0]

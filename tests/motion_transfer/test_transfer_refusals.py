@@ -6,7 +6,7 @@ import torch
 
 from corrdit.integrations.diffusers.layouts import layout_of
 from corrdit.integrations.diffusers.motion_transfer import DivergedError, MotionTransfer, StoredMotion, TransferSettings
-from corrdit.integrations.diffusers.motion_transfer.fingerprint import fingerprint
+from corrdit.integrations.diffusers.motion_transfer.run_fingerprint import fingerprint
 from corrdit.video import write_video
 
 SETTINGS = {"steps": 3, "guided_share": 0.6, "optimisation_steps": 2, "learning_rate": 0.05}

@@ -15,7 +15,8 @@ from corrdit.analysis.reading import AttentionReading, read_attention
 from corrdit.analysis.sources import AnalysisVideo
 from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.analysis.capturing import reading_forward
-from corrdit.integrations.diffusers.analysis.videos import EncodedVideo, encoded_video, image_of, latents_at_steps
+from corrdit.integrations.diffusers.analysis.videos import EncodedVideo, encoded_video, given_latents
+from corrdit.tracking.readings import image_given
 
 SHOWN_POINTS = 3
 SHOWN_WORDS = 4
@@ -74,7 +75,7 @@ def video_pictures(
         return feature_picture(features, grid, points=encoded.truth.queries[points], stride=stride)
 
     found: dict[str, Any] = {}
-    ((_, latents),) = latents_at_steps(backbone, encoded.latents, {step: timestep}, options)
+    ((_, latents),) = given_latents(backbone, encoded.latents, {step: timestep}, options)
     reading_forward(
         backbone,
         latents,
@@ -84,7 +85,7 @@ def video_pictures(
         feature_operation=of_features if options.features else None,
         deliver=lambda layer, name, result: found.__setitem__(name, result),
         text=text,
-        **image_of(backbone, encoded.latents),
+        **image_given(backbone, encoded.latents),
     )
     drawn, reading = found["attention"]
     features = {name: found[name] for name in FEATURE_READINGS if name in found}

@@ -17,6 +17,7 @@ from corrdit.analysis.table import AnalysisTable
 from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.analysis.capturing import reading_forward
 from corrdit.tracking.queries import check_video
+from corrdit.tracking.readings import image_given
 from corrdit.tracking.tracker import TOKENS_PER_FRAME, working_size
 
 Progress = Callable[[int, int], None]
@@ -134,7 +135,7 @@ def analyze_video(
     encoded = encoded_video(backbone, video, xy, visible, options)
     score_standing_still(table, encoded.truth, len(encoded.latents), options)
     timesteps = dict(zip(table.steps, table.timesteps, strict=True))
-    brought = latents_at_steps(backbone, encoded.latents, timesteps, options)
+    brought = given_latents(backbone, encoded.latents, timesteps, options)
     for done, (step, latents) in enumerate(brought, start=1):
 
         def receive(layer: int, name: str, reading: Any, step: int = step) -> None:
@@ -152,7 +153,7 @@ def analyze_video(
                 operation=operation,
                 feature_operation=feature_operation,
                 deliver=receive,
-                **image_of(backbone, encoded.latents),
+                **image_given(backbone, encoded.latents),
             )
         except ValueError as error:
             raise ValueError(f"step {step}: {error}") from error
@@ -200,7 +201,7 @@ def score_standing_still(table: AnalysisTable, truth: TrueTracks, frames: int, o
     table.put_still(match_counts(still, truth, **settings))
 
 
-def latents_at_steps(
+def given_latents(
     backbone: Any, latents: Tensor, timesteps: Mapping[int, float], options: AnalysisOptions
 ) -> Iterator[tuple[int, Tensor]]:
     """The latents as the model is given them at each step, one after another; inverted ones from the cleanest on.
@@ -213,15 +214,10 @@ def latents_at_steps(
     """
     if options.noise == "inverted":
         inference_steps = options.inference_steps or backbone.preset.inference_steps
-        yield from backbone.inverted(latents, list(timesteps), inference_steps, **image_of(backbone, latents))
+        yield from backbone.inverted(latents, list(timesteps), inference_steps, **image_given(backbone, latents))
         return
     for step, timestep in timesteps.items():
         yield step, noised(backbone, latents, step, timestep, options)
-
-
-def image_of(backbone: Any, latents: Tensor) -> dict[str, Tensor]:
-    """The argument `image` for a model that takes one: the clean first frame."""
-    return {"image": latents[:1]} if getattr(backbone, "takes_image", False) else {}
 
 
 def noised(backbone: Any, latents: Tensor, step: int, timestep: float, options: AnalysisOptions) -> Tensor:

@@ -112,20 +112,11 @@ class Backbone(abc.ABC):
 
     @property
     def takes_image(self) -> bool:
-        """Whether the transformer is given the latents of an image beside the noisy ones."""
-        return False
+        """Whether the transformer is given the latents of an image beside the noisy ones.
 
-    def image_arguments(
-        self,
-        latents: torch.Tensor,
-        timestep: float,
-        text: Mapping[str, torch.Tensor],
-        image: torch.Tensor | None,
-    ) -> dict[str, Any]:
-        """`call_arguments` of a model that takes an image, conditioned on `image [B, 1 or F, C, h, w]`."""
-        if image is not None:
-            raise ValueError(f"{self.name} takes no image beside the latents; leave image out")
-        return self.call_arguments(latents, timestep, text)
+        `call_arguments` of such a model also takes them, as `image [B, 1 or F, C, h, w]`.
+        """
+        return False
 
     def output_latents(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """The transformer's output for latents `[B, F, C, h, w]` in their shape."""
@@ -333,8 +324,11 @@ class Backbone(abc.ABC):
         text = self._text(prompt_embeds, len(batched))
         if image is None:
             return self.call_arguments(batched, timestep, text)
+        if not self.takes_image:
+            raise ValueError(f"{self.name} takes no image beside the latents; leave image out")
         given = conditioning_latents(self._batched(image), batched, frames_per_token=self.frames_per_token)
-        return self.image_arguments(batched, timestep, text, given)
+        conditioned: dict[str, Any] = {"image": given}
+        return self.call_arguments(batched, timestep, text, **conditioned)
 
     def _text(
         self, prompt_embeds: torch.Tensor | Mapping[str, torch.Tensor] | None, batch: int

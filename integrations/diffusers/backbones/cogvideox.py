@@ -104,17 +104,6 @@ class CogVideoXBackbone(Backbone):
             arguments["ofs"] = latents.new_full((1,), 2.0)
         return arguments
 
-    def image_arguments(
-        self,
-        latents: torch.Tensor,
-        timestep: float,
-        text: Mapping[str, torch.Tensor],
-        image: torch.Tensor | None,
-    ) -> dict[str, Any]:
-        if not self.takes_image:
-            return super().image_arguments(latents, timestep, text, image)
-        return self.call_arguments(latents, timestep, text, image)
-
     def _check_size(self, height: int, width: int) -> None:
         """1.5 cuts its rotary table out of one of fixed size."""
         config = self.transformer.config

@@ -116,17 +116,6 @@ class WanBackbone(FlowMatchingBackbone):
             latents = torch.cat([latents, condition], dim=2)
         return {"hidden_states": latents.transpose(1, 2), "timestep": times, **text}
 
-    def image_arguments(
-        self,
-        latents: torch.Tensor,
-        timestep: float,
-        text: Mapping[str, torch.Tensor],
-        image: torch.Tensor | None,
-    ) -> dict[str, Any]:
-        if not self.takes_image:
-            return super().image_arguments(latents, timestep, text, image)
-        return self.call_arguments(latents, timestep, text, image)
-
     def _check_inputs(self) -> None:
         config = self.transformer.config
         if getattr(config, "image_dim", None) is not None:

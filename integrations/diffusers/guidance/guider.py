@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -13,7 +13,7 @@ from diffusers.guiders.guider_utils import GuiderOutput
 
 from corrdit.integrations.diffusers.compatibility import check_processor, check_transformer
 from corrdit.integrations.diffusers.guidance.cross_attention import DEFAULT_RENORMALIZE, guidance_shift
-from corrdit.integrations.diffusers.guidance.options import GuidanceOptions, checked_heads, checked_layers
+from corrdit.integrations.diffusers.guidance.options import GuidanceOptions, checked_heads, checked_layers, listed
 from corrdit.integrations.diffusers.guidance.perturbed_pass import PerturbedPass, prediction_of
 from corrdit.integrations.diffusers.layouts import forward_arguments, layout_of
 
@@ -77,7 +77,7 @@ class CrossAttentionGuider(ClassifierFreeGuidance):
             enabled=enabled,
         )
         # Kept as lists, which can be read for every forward, and are what a configuration file holds.
-        self._layers, self._heads = _numbers(layers) or [], _numbers(heads)
+        self._layers, self._heads = [] if layers is None else listed(layers), None if heads is None else listed(heads)
         if not self._layers:
             raise ValueError("layers is empty; give at least one attention layer to perturb")
         self._options = GuidanceOptions(
@@ -124,12 +124,6 @@ class CrossAttentionGuider(ClassifierFreeGuidance):
         if not self._options.adaptive_scale:
             return self._options.scale
         return self._options.scale_at(float(self._timestep), TRAIN_TIMESTEPS)
-
-
-def _numbers(given: int | Iterable[int] | None) -> list[int] | None:
-    if given is None:
-        return None
-    return list(given) if isinstance(given, Iterable) else [given]
 
 
 class _GuidedForward:

@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from corrdit.grid import whole_number
 from corrdit.integrations.diffusers.guidance.perturbations import AttentionFunction, frame_local, identity_attention
@@ -88,7 +89,7 @@ def checked_layers(layers: int | Iterable[int], count: int, model: str) -> tuple
     Raises:
         ValueError: none, a repeated one, not a whole number, or outside the model.
     """
-    given = _listed(layers)
+    given = listed(layers)
     if not given:
         raise ValueError("layers is empty; give at least one attention layer to perturb")
     resolved = []
@@ -122,9 +123,9 @@ def checked_heads(heads: Heads, layers: tuple[int, ...], count: int, perturbatio
     if perturbation == "skip":
         raise ValueError('perturbation="skip" leaves whole blocks out and has no heads to choose; leave heads out')
     if isinstance(heads, Mapping):
-        by_layer = {layer: _listed(chosen) for layer, chosen in heads.items()}
+        by_layer = {layer: listed(chosen) for layer, chosen in heads.items()}
     else:
-        same = _listed(heads)
+        same = listed(heads)
         by_layer = {layer: same for layer in layers}
     checked = {}
     for layer, chosen in by_layer.items():
@@ -137,7 +138,8 @@ def checked_heads(heads: Heads, layers: tuple[int, ...], count: int, perturbatio
     return checked
 
 
-def _listed(numbers: object) -> list[object]:
+def listed(numbers: Any) -> list[Any]:
+    """One number, or several of them, as a list."""
     return list(numbers) if isinstance(numbers, Iterable) else [numbers]
 
 

@@ -11,7 +11,6 @@ import torch
 
 from corrdit.grid import whole_number
 from corrdit.integrations.diffusers.backbones.base import Backbone
-from corrdit.integrations.diffusers.motion_transfer.fingerprint import fingerprint
 from corrdit.integrations.diffusers.motion_transfer.guided_run import GuidedRun, StepReport
 from corrdit.integrations.diffusers.motion_transfer.presets import settings_for
 from corrdit.integrations.diffusers.motion_transfer.reference import (
@@ -20,6 +19,7 @@ from corrdit.integrations.diffusers.motion_transfer.reference import (
     reference_motion,
 )
 from corrdit.integrations.diffusers.motion_transfer.result import TransferResult
+from corrdit.integrations.diffusers.motion_transfer.run_fingerprint import fingerprint
 from corrdit.integrations.diffusers.motion_transfer.run_state import RunState
 from corrdit.integrations.diffusers.motion_transfer.settings import (
     TransferSettings,
