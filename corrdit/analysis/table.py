@@ -163,7 +163,7 @@ class AnalysisTable:
         try:
             facts = json.loads(str(arrays.pop("facts")))
             facts = {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
-            return cls(**facts, **arrays)
+            return cls(**{**facts, **arrays})
         except (ValueError, TypeError, AttributeError) as error:  # facts that are none, or others
             raise ValueError(f"{os.fspath(path)} is not {what}: {error}") from error
 
