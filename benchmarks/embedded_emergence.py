@@ -27,7 +27,7 @@ from corrdit.integrations.diffusers.embedded.pipeline import build_pipeline
 from corrdit.integrations.lightning.recipes import load_checkpoint
 
 VALIDATION_SEEDS = HELD_OUT_SEEDS + 1_000_000
-TIMESTEPS = (50, 300)
+TIMESTEPS = (50, 300, 600)
 
 
 def parsed_arguments(words: list[str] | None = None) -> argparse.Namespace:

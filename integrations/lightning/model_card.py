@@ -43,6 +43,8 @@ be used, tested and studied without downloading anything. It knows nothing of th
 _UNMEASURED = """
 Not measured yet; `python benchmarks/embedded_matching.py --pipeline FOLDER --output FILE.json` does it.
 """
+_KINDS = ("best head", "best head, refined", "best layer", "best layer, refined", "best features", "patches")
+"""Columns of a table of quality, where they were measured."""
 
 
 def model_card(
@@ -85,7 +87,8 @@ def _quality(measured: Mapping[str, Any]) -> str:
 
 
 def _table(title: str, table: Mapping[str, Any]) -> str:
-    kinds = ("best head", "best layer", "best features", "patches")
+    found = set.intersection(*(set(rows) for rows in table["summary"].values()))
+    kinds = [kind for kind in _KINDS if kind in found]
     lines = [
         f"\n{title}:",
         "share of visible points that moved by more than 1.5 tokens which are matched within one token, from the first",
@@ -101,5 +104,5 @@ def _table(title: str, table: Mapping[str, Any]) -> str:
 
 
 def _cell(row: Mapping[str, Any]) -> str:
-    where = "" if row["reading"] == "patches" else f"<br>{row['reading'].removeprefix('query-key ')}"
+    where = "" if row["reading"] == "patches" else f"<br>{row['reading'].split('query-key ')[-1]}"
     return f"{row['share']:.3f} ({row['low']:.3f} to {row['high']:.3f}){where}"

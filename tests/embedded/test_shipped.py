@@ -63,6 +63,26 @@ def test_beats_standing_still_and_patches(shipped: EmbeddedVideoPipeline) -> Non
         assert rows["best layer"]["share"] > rows["best features"]["share"]
 
 
+def test_readings_between_tokens_stay_by_the_best_token_and_find_more(shipped: EmbeddedVideoPipeline) -> None:
+    videos = held_out_videos(shipped, WorldConfig(), FEW)
+    noise = torch.randn(videos.latents.shape, generator=torch.Generator().manual_seed(0))
+    plain = read_matches(shipped, videos.latents, videos.grid, 300, noise)
+    both = read_matches(shipped, videos.latents, videos.grid, 300, noise, refined=True)
+    layers, heads = shipped.transformer.config.num_layers, shipped.transformer.config.num_attention_heads
+    extra = both.keys() - plain.keys()
+    assert len(extra) == layers * (heads + 1)
+    for name, xy in plain.items():
+        torch.testing.assert_close(both[name], xy)
+    for name in extra:
+        best = both[name.removeprefix("refined ")]
+        assert bool((both[name] != best).any())
+        assert float((both[name] - best).abs().max()) <= 1 + 1e-5
+    layer = read_preset()["layer"]
+    assert (
+        videos.hits(both[f"refined query-key {layer} mean"]).sum() > videos.hits(plain[f"query-key {layer} mean"]).sum()
+    )
+
+
 def test_generates_from_words(shipped: EmbeddedVideoPipeline) -> None:
     generator = torch.Generator().manual_seed(0)
     frames = shipped(

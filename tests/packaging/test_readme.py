@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import pathlib
 import re
 
@@ -41,3 +42,18 @@ def test_make_targets_named_in_the_readme_exist():
     named = set(re.findall(r"^make ([\w-]+)", README, re.MULTILINE))
     assert {"demo", "test"} <= named
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in named)
+
+
+def test_tables_are_those_of_the_result_files(tmp_path, monkeypatch):
+    """Every marked table, and a figure changed by hand is found and put right."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    tables = importlib.import_module("readme_tables")
+    results = ROOT / "benchmarks" / "results"
+    assert {name for _, name, _ in tables.MARKED.findall(README)} == set(tables.TABLES)
+    assert tables.filled(README, results) == (README, [])
+    page = tmp_path / "README.md"
+    page.write_text(README.replace("| standing still | 21.4 |", "| standing still | 12.4 |"), encoding="utf-8")
+    words = ["--page", str(page), "--results", str(results)]
+    assert tables.main([*words, "--check"]) == 1
+    assert tables.main(words) == 0
+    assert page.read_text(encoding="utf-8") == README

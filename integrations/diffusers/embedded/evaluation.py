@@ -25,6 +25,7 @@ HELD_OUT_SEEDS = 1_000_000_000
 MOVED_TOKENS = 1.5
 NEAR_TOKENS = 1.0
 SMALL_FRAME = 256
+REFINED = "refined "
 
 
 @dataclass(frozen=True)
@@ -129,21 +130,37 @@ def nearest_patches(latents: Tensor, grid: TokenGrid) -> Tensor:
     return grid.coordinates()[distance.argmin(-1)]
 
 
-def _match_operation(q: Tensor, k: Tensor, grid: TokenGrid, key_mask: Tensor | None) -> dict[str, Tensor]:
+def _match_operation(
+    q: Tensor, k: Tensor, grid: TokenGrid, key_mask: Tensor | None, refine: int = 0
+) -> dict[str, Tensor]:
     # Whole cost maps of small frames cost less than the bookkeeping of streaming over them.
     backend = "reference" if grid.tokens_per_frame <= SMALL_FRAME else "auto"
-    single = ops.match(q, k, grid, heads="none", key_mask=key_mask, backend=backend).xy.flatten(3, 4)
-    mean = ops.match(q, k, grid, heads="probabilities", key_mask=key_mask, backend=backend).xy.flatten(2, 3)
+    options: dict[str, Any] = {"key_mask": key_mask, "backend": backend, "refine": refine}
+    single = ops.match(q, k, grid, heads="none", **options).xy.flatten(3, 4)
+    mean = ops.match(q, k, grid, heads="probabilities", **options).xy.flatten(2, 3)
     return {"mean": mean, **{f"head {head}": single[:, head] for head in range(single.shape[1])}}
+
+
+def _refined_operation(q: Tensor, k: Tensor, grid: TokenGrid, key_mask: Tensor | None) -> dict[str, Tensor]:
+    refined = _match_operation(q, k, grid, key_mask, refine=1)
+    return _match_operation(q, k, grid, key_mask) | {REFINED + name: xy for name, xy in refined.items()}
 
 
 @torch.no_grad()
 def read_matches(
-    pipe: EmbeddedVideoPipeline, latents: Tensor, grid: TokenGrid, timestep: int, noise: Tensor | None
+    pipe: EmbeddedVideoPipeline,
+    latents: Tensor,
+    grid: TokenGrid,
+    timestep: int,
+    noise: Tensor | None,
+    *,
+    refined: bool = False,
 ) -> dict[str, Tensor]:
     """Matches [B, F-1, S, 2] from the first frame by every reading: "query-key L mean", "query-key L head H",
     "attention output L", "block output L" and "patches".
 
+    refined: also "refined query-key L mean" and "refined query-key L head H", between tokens: the mean position of the
+    best token and its neighbours weighted by the cost (`ops.match` with refine=1).
     noise: what the latents [B, F, C, h, w] are noised with to the timestep; None reads the clean latents at that
     timestep.
     """
@@ -160,7 +177,9 @@ def read_matches(
     layers = len(transformer.transformer_blocks)
     with (
         _recorded_features(transformer, records),
-        capture(transformer, layers=range(layers), operation=_match_operation) as captured,
+        capture(
+            transformer, layers=range(layers), operation=_refined_operation if refined else _match_operation
+        ) as captured,
     ):
         transformer(
             hidden_states=noisy.to(transformer.dtype),
@@ -169,7 +188,11 @@ def read_matches(
             image_rotary_emb=rotary,
             return_dict=False,
         )
-    matches = {f"query-key {layer} {name}": xy for layer in range(layers) for name, xy in captured[0, layer].items()}
+    matches = {}
+    for layer in range(layers):
+        for name, xy in captured[0, layer].items():
+            kind = REFINED if name.startswith(REFINED) else ""
+            matches[f"{kind}query-key {layer} {name.removeprefix(kind)}"] = xy
     for name, features in records.items():
         matches[name] = nearest(features, grid, cosine=name.startswith("block"))
     matches["patches"] = nearest_patches(noisy, grid)
@@ -194,9 +217,12 @@ def matching_table(
     working: tuple[int, int] | None = None,
     batch: int = 20,
     noisy: bool = True,
+    refined: bool = False,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Accuracy of every reading at every timestep: {"readings": {timestep: {reading: share and interval}}, ...}."""
+    """Accuracy of every reading at every timestep: {"readings": {timestep: {reading: share and interval}}, ...}.
+
+    refined: with the readings between tokens, see `read_matches`."""
     generator = torch.Generator().manual_seed(seed)
     hits: dict[int, dict[str, list[Tensor]]] = {timestep: {} for timestep in timesteps}
     totals, still, seen = [], [], []
@@ -208,7 +234,9 @@ def matching_table(
         still.append(videos.hits(standing, videos.visible))
         noise = torch.randn(videos.latents.shape, generator=generator)
         for timestep in timesteps:
-            matches = read_matches(pipe, videos.latents, videos.grid, timestep, noise if noisy else None)
+            matches = read_matches(
+                pipe, videos.latents, videos.grid, timestep, noise if noisy else None, refined=refined
+            )
             for name, xy in matches.items():
                 hits[timestep].setdefault(name, []).append(videos.hits(xy))
     total = torch.cat(totals).numpy()
@@ -225,7 +253,8 @@ def matching_table(
 
 
 def summary(readings: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, Any]]:
-    """The best head, layer and features and the patches of every timestep, from the `readings` of `matching_table`."""
+    """The best head, layer and features and the patches of every timestep, from the `readings` of `matching_table`;
+    where it has them, the best refined head and layer too."""
 
     def best(found: Mapping[str, Mapping[str, float]], begins: str, ends: str = "") -> dict[str, Any]:
         names = [name for name in found if name.startswith(begins) and ends in name]
@@ -241,4 +270,7 @@ def summary(readings: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[s
             "best features": max(features, key=lambda row: row["share"]),
             "patches": {"reading": "patches", **found["patches"]},
         }
+        if any(name.startswith(REFINED) for name in found):
+            rows[timestep]["best head, refined"] = best(found, REFINED, "head")
+            rows[timestep]["best layer, refined"] = best(found, REFINED, "mean")
     return rows
