@@ -183,10 +183,12 @@ def write_loss_curve(path: str | os.PathLike[str], losses: Any) -> None:
         raise ValueError(f"losses must be [guided steps, optimisation steps], got shape {losses.shape}")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(6, 3.5), dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     steps, iterations = losses.shape
     for step in range(steps):
         axes.plot(step + np.arange(iterations) / max(iterations, 1), losses[step], marker="o", markersize=3)
