@@ -26,18 +26,28 @@ def add_arguments(parser: Any) -> None:
         "--threads", type=int, default=None, help="CPU threads of a process; PyTorch's default otherwise"
     )
     parser.add_argument(
-        "--minutes", type=float, default=None, help="stop after this long, with a checkpoint; go on with --resume"
+        "--minutes",
+        type=float,
+        default=None,
+        help="stop after this long, with a checkpoint; --resume goes on, for as long again",
     )
     parser.add_argument("--processes", type=int, default=1, help="data-parallel processes that share each batch")
 
 
 def run(arguments: Any) -> int:
     """Train, or resume, and export float16 weights with a model card."""
-    from corrdit.integrations.lightning.recipes import export_checkpoint, load_recipe, newest_checkpoint, train
+    from corrdit.integrations.lightning.recipes import (
+        export_checkpoint,
+        load_recipe,
+        newest_checkpoint,
+        refuse_other_folder,
+        train,
+    )
 
     config = load_recipe(arguments.recipe, steps=arguments.steps)
     output = pathlib.Path(arguments.output)
-    output.mkdir(parents=True, exist_ok=True)
+    exported = output / "pipeline"
+    refuse_other_folder(exported)
     if not arguments.export_only:
         module = train(
             config,
@@ -50,6 +60,6 @@ def run(arguments: Any) -> int:
         )
         if not module.trainer.is_global_zero:
             return 0
-    folder = export_checkpoint(newest_checkpoint(output), output / "pipeline")
+    folder = export_checkpoint(newest_checkpoint(output), exported)
     print(f"exported {folder}")
     return 0

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import logging
 import pathlib
-import shutil
+import re
 import tempfile
 from collections.abc import Mapping
 from datetime import timedelta
@@ -14,9 +14,11 @@ from typing import Any
 import lightning
 import torch
 import yaml
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, Timer
 from lightning.pytorch.loggers import CSVLogger, Logger
 
+from corrdit.files import refuse_other_settings
+from corrdit.grid import whole_number
 from corrdit.integrations.diffusers.embedded.loading import PRESET_FILE
 from corrdit.integrations.diffusers.embedded.pipeline import build_pipeline
 from corrdit.integrations.lightning.model_card import model_card
@@ -24,19 +26,29 @@ from corrdit.integrations.lightning.training import EmbeddedTraining, TrainingCo
 
 _LOG = logging.getLogger(__name__)
 _CHECKPOINTS = "checkpoints"
+_CHECKPOINT_NAME = re.compile(r"step-(\d+)(-v\d+)?\.ckpt")
+_CHECKPOINT_ENTRIES = ("hyper_parameters", "state_dict", "optimizer_states", "global_step", "pytorch-lightning_version")
+_MAY_CHANGE = ("steps", "workers")
+_MOST_MINUTES = 1e6
 
 
 def load_recipe(name: str, steps: int | None = None) -> TrainingConfig:
-    """A recipe shipped with the package by name, or from a YAML file. Raises ValueError if there is neither."""
+    """A recipe shipped with the package by name, or from a YAML file.
+
+    Raises ValueError if there is neither, and for a file that is no recipe.
+    """
     shipped = resources.files("corrdit.integrations.diffusers.embedded") / "recipes"
     names = sorted(item.name.removesuffix(".yaml") for item in shipped.iterdir() if item.name.endswith(".yaml"))
     if name in names:
-        text = (shipped / f"{name}.yaml").read_text(encoding="utf-8")
+        contents = (shipped / f"{name}.yaml").read_bytes()
     elif pathlib.Path(name).is_file():
-        text = pathlib.Path(name).read_text(encoding="utf-8")
+        contents = pathlib.Path(name).read_bytes()
     else:
         raise ValueError(f"no recipe {name!r}: give one of {', '.join(names)} or the path of a YAML file")
-    values = yaml.safe_load(text)
+    try:
+        values = yaml.safe_load(contents)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"the recipe {name!r} is not a YAML file: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"the recipe {name!r} must be a YAML mapping, got {type(values).__name__}")
     config = TrainingConfig.from_dict(values)
@@ -45,15 +57,23 @@ def load_recipe(name: str, steps: int | None = None) -> TrainingConfig:
 
 def newest_checkpoint(output: pathlib.Path) -> pathlib.Path:
     """The checkpoint with the most steps in a run's folder. Raises FileNotFoundError if there is none."""
-    found = sorted((output / _CHECKPOINTS).glob("step-*.ckpt"), key=lambda path: int(path.stem.split("-")[1]))
+    found = _checkpoints(output)
     if not found:
         raise FileNotFoundError(f"{output / _CHECKPOINTS} holds no step-*.ckpt; train first, without --resume")
-    return found[-1]
+    return max(found, key=lambda path: (_step_of(path), path.stat().st_mtime))
+
+
+def _checkpoints(output: pathlib.Path) -> list[pathlib.Path]:
+    return [path for path in (output / _CHECKPOINTS).glob("step-*.ckpt") if _CHECKPOINT_NAME.fullmatch(path.name)]
+
+
+def _step_of(checkpoint: pathlib.Path) -> int:
+    return int(checkpoint.stem.split("-")[1])
 
 
 def _loggers(output: pathlib.Path, resumed: bool) -> list[Logger]:
-    versions = [path for path in (output / "logs").glob("part_*")]
-    part = f"part_{len(versions)}" if resumed else "part_0"
+    parts = [int(path.name.removeprefix("part_")) for path in (output / "logs").glob("part_[0-9]*")]
+    part = f"part_{max(parts, default=-1) + 1}" if resumed else "part_0"
     loggers: list[Logger] = [CSVLogger(output, name="logs", version=part, flush_logs_every_n_steps=20)]
     try:
         from lightning.pytorch.loggers import TensorBoardLogger
@@ -62,6 +82,30 @@ def _loggers(output: pathlib.Path, resumed: bool) -> list[Logger]:
     except ModuleNotFoundError:
         _LOG.info("tensorboard is not installed; the run logs to CSV only")
     return loggers
+
+
+class _PieceTimer(Timer):
+    """Stops a piece of a run after a while. Lightning's own timer goes on counting where the checkpoint's was, so that
+    every further piece would end at once."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: each piece has all of its time."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Leave the clock at zero."""
+
+
+def _callbacks(output: pathlib.Path, checkpoint_every: int, minutes: float | None) -> list[Callback]:
+    saver = ModelCheckpoint(
+        dirpath=output / _CHECKPOINTS,
+        filename="step-{step}",
+        auto_insert_metric_name=False,
+        every_n_train_steps=checkpoint_every,
+        save_top_k=-1,
+        save_on_train_epoch_end=False,
+    )
+    return [saver] if minutes is None else [saver, _PieceTimer(timedelta(minutes=minutes))]
 
 
 def train(
@@ -79,25 +123,25 @@ def train(
 ) -> EmbeddedTraining:
     """Train a recipe in a folder, with checkpoints/step-*.ckpt and logs/part_*/metrics.csv.
 
-    resume: go on from the newest checkpoint; the rest of the run is the same as without the interruption.
+    resume: go on from the newest checkpoint; the rest of the run is the same as without the interruption. The recipe
+    must be that of the checkpoint, but for `steps` and `workers`.
     processes: data-parallel processes; two with one thread each are faster on two busy cores than one with two threads.
-    minutes: stop after this long; the run can be resumed.
+    minutes: stop after this long, counted for each call; the run can be resumed.
     stop_after: stop at this step although the recipe (and its learning-rate schedule) is longer.
-    Raises FileNotFoundError if there is nothing to resume and ValueError if a fresh run would overwrite one.
+    Raises FileNotFoundError if there is nothing to resume and ValueError if a fresh run would overwrite one, for a
+    damaged checkpoint, for one of another recipe or with more steps, and for numbers out of range.
     """
-    checkpoint = newest_checkpoint(output) if resume else None
+    _check_numbers(config, checkpoint_every, threads, processes, minutes, stop_after)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"the output folder {output} is a file; give a folder, which is made if need be")
     if not resume and checkpoint_exists(output):
         raise ValueError(f"{output} already holds checkpoints; resume that run or give another folder")
+    checkpoint = newest_checkpoint(output) if resume else None
+    module = EmbeddedTraining(config)
+    if checkpoint is not None:
+        _check_resumable(module, output, checkpoint)
     if threads is not None:
         torch.set_num_threads(threads)
-    saver = ModelCheckpoint(
-        dirpath=output / _CHECKPOINTS,
-        filename="step-{step}",
-        auto_insert_metric_name=False,
-        every_n_train_steps=checkpoint_every,
-        save_top_k=-1,
-        save_on_train_epoch_end=False,
-    )
     trainer = lightning.Trainer(
         accelerator="auto",
         devices=processes,
@@ -105,33 +149,111 @@ def train(
         precision=config.precision,  # type: ignore[arg-type]
         max_steps=min(config.steps, stop_after or config.steps),
         max_epochs=-1,
-        max_time=None if minutes is None else timedelta(minutes=minutes),
         gradient_clip_val=config.clip,
         logger=_loggers(output, resume),
-        callbacks=[saver, *(callbacks or [])],
+        callbacks=[*_callbacks(output, checkpoint_every, minutes), *(callbacks or [])],
         log_every_n_steps=1,
         enable_progress_bar=progress,
         enable_model_summary=False,
         default_root_dir=output,
     )
-    module = EmbeddedTraining(config)
     trainer.fit(module, WorldDataModule(config), ckpt_path=checkpoint, weights_only=True)
     if trainer.global_step % checkpoint_every:
         trainer.save_checkpoint(output / _CHECKPOINTS / f"step-{trainer.global_step}.ckpt")
     return module
 
 
+def _check_numbers(
+    config: TrainingConfig,
+    checkpoint_every: int,
+    threads: int | None,
+    processes: int,
+    minutes: float | None,
+    stop_after: int | None,
+) -> None:
+    whole_number("checkpoint_every", checkpoint_every, 1)
+    whole_number("processes", processes, 1)
+    for name, value in (("threads", threads), ("stop_after", stop_after)):
+        if value is not None:
+            whole_number(name, value, 1)
+    if minutes is not None and not 0 < minutes <= _MOST_MINUTES:
+        raise ValueError(f"minutes must be more than 0 and at most {_MOST_MINUTES:.0f}, got {minutes!r}")
+    if config.batch_size % processes:
+        raise ValueError(f"batch_size {config.batch_size} cannot be shared evenly by {processes} processes")
+
+
 def checkpoint_exists(output: pathlib.Path) -> bool:
     """Whether a run's folder holds any checkpoint."""
-    return any((output / _CHECKPOINTS).glob("step-*.ckpt"))
+    return bool(_checkpoints(output))
+
+
+def _read_checkpoint(checkpoint: pathlib.Path) -> dict[str, Any]:
+    """What a checkpoint of `train` holds. Raises ValueError for a damaged or foreign file."""
+    try:
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    # Damaged archives and pickles fail in any way that torch's reader can.
+    except Exception as error:
+        raise _no_checkpoint(checkpoint, f"it cannot be read, {type(error).__name__}") from error
+    if not isinstance(state, dict) or not all(name in state for name in _CHECKPOINT_ENTRIES):
+        raise _no_checkpoint(checkpoint, f"it must hold {', '.join(_CHECKPOINT_ENTRIES)}")
+    return state
+
+
+def _recipe_of(checkpoint: pathlib.Path, state: Mapping[str, Any]) -> TrainingConfig:
+    try:
+        return TrainingConfig.from_dict(dict(state["hyper_parameters"]))
+    except (TypeError, ValueError) as error:
+        raise _no_checkpoint(checkpoint, f"its recipe is none: {error}") from error
+
+
+def _fill(module: EmbeddedTraining, checkpoint: pathlib.Path, state: Mapping[str, Any]) -> None:
+    try:
+        module.load_state_dict(state["state_dict"])
+    except (AttributeError, TypeError, RuntimeError) as error:
+        raise _no_checkpoint(checkpoint, "its weights are not those of its recipe") from error
+
+
+def _no_checkpoint(checkpoint: pathlib.Path, reason: str) -> ValueError:
+    return ValueError(
+        f"{checkpoint} is damaged or no checkpoint of this training ({reason}); remove it to take the one before"
+    )
+
+
+def _check_resumable(module: EmbeddedTraining, output: pathlib.Path, checkpoint: pathlib.Path) -> None:
+    """Raises ValueError where a run could not go on from a checkpoint as it was meant."""
+    state = _read_checkpoint(checkpoint)
+    earlier, now = (dataclasses.asdict(recipe) for recipe in (_recipe_of(checkpoint, state), module.config))
+    refuse_other_settings(output, earlier, {name: now[name] for name in now if name not in _MAY_CHANGE})
+    _fill(module, checkpoint, state)
+    if state["global_step"] > module.config.steps:
+        raise ValueError(
+            f"{checkpoint} has {state['global_step']} steps, more than the recipe's {module.config.steps}; give as "
+            "many with --steps, or --export-only"
+        )
 
 
 def load_checkpoint(checkpoint: pathlib.Path) -> EmbeddedTraining:
-    """The training module of a checkpoint, weights and average."""
-    state: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    module = EmbeddedTraining(TrainingConfig.from_dict(state["hyper_parameters"]))
-    module.load_state_dict(state["state_dict"])
-    return module
+    """The training module of a checkpoint, weights and average. Raises ValueError for a damaged or foreign file."""
+    return _module_and_steps(checkpoint)[0]
+
+
+def _module_and_steps(checkpoint: pathlib.Path) -> tuple[EmbeddedTraining, int]:
+    state = _read_checkpoint(checkpoint)
+    module = EmbeddedTraining(_recipe_of(checkpoint, state))
+    _fill(module, checkpoint, state)
+    return module, int(state["global_step"])
+
+
+def refuse_other_folder(folder: pathlib.Path) -> None:
+    """Raises ValueError for a folder that an export would replace although it holds no exported pipeline."""
+    taken = folder.exists() and not (folder / "model_index.json").is_file()
+    if taken and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(
+            f"{folder} is where the pipeline is exported to and holds something else; move that away or give another "
+            "output folder"
+        )
 
 
 def export_checkpoint(
@@ -146,11 +268,17 @@ def export_checkpoint(
     card.
 
     preset: where to read correspondence, written as preset.json; measured and notes: for the model card.
-    The folder is replaced as a whole, only after everything is written.
+    The folder is replaced as a whole, only after everything is written. Raises ValueError for a damaged or foreign
+    checkpoint, for weights that are not finite, and for a folder that holds anything but an exported pipeline.
     """
-    module = load_checkpoint(checkpoint)
-    steps = int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"])
+    refuse_other_folder(folder)
+    module, steps = _module_and_steps(checkpoint)
     pipe = build_pipeline(module.average.to(torch.float16))
+    if not all(bool(weight.isfinite().all()) for weight in module.average.parameters()):
+        raise ValueError(
+            f"the averaged weights of {checkpoint} are not finite in float16: the run diverged; train again "
+            "with a lower learning_rate"
+        )
     parameters = sum(weight.numel() for weight in module.average.parameters())
     card = model_card(dict(module.hparams), steps, parameters, measured=measured, notes=notes)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -163,6 +291,6 @@ def export_checkpoint(
         for file in fresh.rglob("*.safetensors"):
             file.chmod(0o644)
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.replace(pathlib.Path(work) / "replaced")
         fresh.replace(folder)
     return folder

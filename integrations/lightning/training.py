@@ -5,6 +5,7 @@ videos, noise and timesteps as one that was not, and logs the same losses.
 """
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
@@ -19,10 +20,55 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from corrdit.data import PROMPT_KINDS, WorldConfig, describe, render
-from corrdit.integrations.diffusers.embedded.pipeline import build_pipeline, build_transformer, rotary_positions
+from corrdit.grid import whole_number
+from corrdit.integrations.diffusers.embedded.pipeline import (
+    build_pipeline,
+    build_transformer,
+    check_transformer,
+    rotary_positions,
+)
 from corrdit.integrations.lightning.muon import MuonWithAdamW
 
 HELD_OUT_SEEDS = 1_000_000_000
+PRECISIONS = ("bf16-mixed", "32-true", "16-mixed")
+_WHOLE_NUMBERS = {"seed": 0, "steps": 1, "batch_size": 1, "warmup": 0, "workers": 0}
+_NUMBERS = {
+    "learning_rate": (0.0, math.inf),
+    "matrix_rate": (0.0, math.inf),
+    "slowing_share": (0.001, 1.0),
+    "final_rate": (0.0, 1.0),
+    "weight_decay": (0.0, math.inf),
+    "clip": (0.0, math.inf),
+    "average_decay": (0.0, 1.0),
+    "empty_prompts": (0.0, 1.0),
+    "part_prompts": (0.0, 1.0),
+}
+
+
+def _number(name: str, value: Any, least: float, most: float) -> float:
+    """A number in a range; text too, because YAML's 1e-3 is text to PyYAML."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (least <= number <= most and math.isfinite(number)):
+        accepted = f"of at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
+        raise ValueError(f"{name} must be a number {accepted}, got {value!r}")
+    return number
+
+
+def _shapes(value: Any) -> tuple[tuple[int, int, int], ...]:
+    """The shapes of a recipe as tuples of whole numbers."""
+    if not isinstance(value, (list, tuple)) or not value:
+        raise ValueError(f"shapes must be a list of at least one [frames, height, width], got {value!r}")
+    for shape in value:
+        if not isinstance(shape, (list, tuple)) or len(shape) != 3:
+            raise ValueError(f"shapes must be a list of [frames, height, width], got {shape!r} in it")
+        for name, size, least in zip(("frames", "height", "width"), shape, (1, 8, 8), strict=True):
+            whole_number(f"{name} of the shape {list(shape)}", size, least)
+        if shape[1] % 4 or shape[2] % 4:
+            raise ValueError(f"a shape is (frames, height, width) with sizes divisible by 4, got {shape}")
+    return tuple((int(frames), int(height), int(width)) for frames, height, width in value)
 
 
 @dataclass(frozen=True)
@@ -57,22 +103,24 @@ class TrainingConfig:
     workers: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shapes", tuple(tuple(int(size) for size in shape) for shape in self.shapes))
-        if self.steps < 1 or self.batch_size < 1 or self.seed < 0 or self.workers < 0:
-            raise ValueError(f"need steps >= 1, batch_size >= 1, seed >= 0 and workers >= 0, got {self}")
+        for name, least in _WHOLE_NUMBERS.items():
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), least))
+        for name, (low, high) in _NUMBERS.items():
+            object.__setattr__(self, name, _number(name, getattr(self, name), low, high))
+        object.__setattr__(self, "shapes", _shapes(self.shapes))
+        check_transformer(self.layers, self.heads, self.head_dim, self.positions)
         if self.optimizer not in ("adamw", "muon"):
             raise ValueError(f"optimizer must be 'adamw' or 'muon', got {self.optimizer!r}")
-        for shape in self.shapes:
-            if len(shape) != 3 or shape[1] % 4 or shape[2] % 4:
-                raise ValueError(f"a shape is (frames, height, width) with sizes divisible by 4, got {shape}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         if (self.seed + 1) * self.steps * self.batch_size > HELD_OUT_SEEDS:
             raise ValueError("(seed + 1) * steps * batch_size must not exceed 1e9, where the held-out videos begin")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainingConfig":
-        """A recipe from a config file's entries. Raises ValueError for an entry that does not exist."""
+        """A recipe from a config file's entries. Raises ValueError for an entry that does not exist or is not valid."""
         known = {field.name for field in fields(cls)}
-        if unknown := sorted(set(values) - known):
+        if unknown := sorted(set(values) - known, key=str):
             raise ValueError(f"unknown entries {unknown} in the recipe; known are {sorted(known)}")
         return cls(**values)
 

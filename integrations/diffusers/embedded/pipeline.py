@@ -7,6 +7,7 @@ from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransf
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from torch import Tensor
 
+from corrdit.grid import whole_number
 from corrdit.integrations.diffusers.embedded.codec import HaarVideoCodec
 from corrdit.integrations.diffusers.embedded.text import WordEncoder, WordTokenizer
 
@@ -84,15 +85,30 @@ class EmbeddedVideoPipeline(CogVideoXPipeline):
         return rotary_positions(head_dim, num_frames, height // stride, width // stride, device)
 
 
+def check_transformer(layers: int, heads: int, head_dim: int, positions: str) -> None:
+    """Raises ValueError for a size or a kind of positions that no embedded transformer can have."""
+    if positions not in ("rotary", "absolute"):
+        raise ValueError(f"positions must be 'rotary' or 'absolute', got {positions!r}")
+    for name, value in (("layers", layers), ("heads", heads), ("head_dim", head_dim)):
+        whole_number(name, value, 1)
+    # A quarter for the frames and three eighths for each side, all in pairs of sine and cosine.
+    name, split = ("head_dim", head_dim) if positions == "rotary" else ("heads * head_dim", heads * head_dim)
+    if split % 16:
+        raise ValueError(f"{name} must be divisible by 16 for {positions} positions, got {split}")
+
+
 def build_transformer(
     layers: int = 6, heads: int = 4, head_dim: int = 32, positions: str = "rotary", frames: int = 8, size: int = 32
 ) -> CogVideoXTransformer3DModel:
     """A fresh transformer for the embedded codec and text encoder.
 
     positions: "rotary" (runs at any size) or "absolute" (a fixed table, made for `frames` of `size` x `size` pixels).
+    Raises ValueError for other positions and for sizes that cannot be built.
     """
-    if positions not in ("rotary", "absolute"):
-        raise ValueError(f"positions must be 'rotary' or 'absolute', got {positions!r}")
+    check_transformer(layers, heads, head_dim, positions)
+    whole_number("frames", frames, 1)
+    if whole_number("size", size, 4) % 4:
+        raise ValueError(f"size must be divisible by 4, the pixels of a token, got {size}")
     return CogVideoXTransformer3DModel(
         num_attention_heads=heads,
         attention_head_dim=head_dim,
