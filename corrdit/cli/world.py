@@ -51,6 +51,7 @@ def run(arguments: Any) -> int:
     if arguments.seed < 0:
         raise ValueError(f"--seed {arguments.seed} was given; accepted is 0 or more")
     config = WorldConfig(arguments.frames, arguments.height, arguments.width)
+    _refuse_other_videos(Path(arguments.output), arguments.videos, arguments.tapvid)
     annotated = []
     with OutputFolder(arguments.output) as folder, progress_bar("videos") as report:
         with (folder / "prompts.csv").open("w", newline="", encoding="utf-8") as file:
@@ -69,6 +70,18 @@ def run(arguments: Any) -> int:
     size = f"{config.frames} frames of {config.height} x {config.width}"
     print(f"{arguments.videos} videos of {size}: {arguments.output}")
     return 0
+
+
+def _refuse_other_videos(output: Path, videos: int, tapvid: bool) -> None:
+    """Raises ValueError where videos of an earlier call would stay beside the new ones and be read as one set."""
+    written = {f"{index:04d}.{ending}" for index in range(videos) for ending in ("npz", "mp4")}
+    written |= {"world.pkl"} if tapvid else set()
+    found = [path.name for pattern in ("*.npz", "[0-9]*.mp4", "world.pkl") for path in output.glob(pattern)]
+    if other := sorted(set(found) - written):
+        raise ValueError(
+            f"the output folder {output} holds {other[0]}, which this call would leave beside its own videos; give an "
+            "empty folder or remove the old videos"
+        )
 
 
 def _clips(first_seed: int, count: int, config: Any) -> Iterator[Clip]:

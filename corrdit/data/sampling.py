@@ -6,6 +6,7 @@ import numpy as np
 
 from corrdit.data.tapvid import TapVidVideo
 from corrdit.data.world import Clip
+from corrdit.grid import whole_number
 
 _CANDIDATES = 16
 
@@ -14,10 +15,9 @@ def sample_queries(clip: Clip, count: int, seed: int = 0) -> np.ndarray:
     """Random points of a clip, about half of them on its sprites as far as these are in view.
 
     count: at least 1. Returns float64 [count, 3] (frame, x, y) in pixels, at random frames. Raises ValueError for a
-    count below 1.
+    count below 1 and a negative seed.
     """
-    if count < 1:
-        raise ValueError(f"count must be at least 1, got {count}")
+    count, seed = whole_number("count", count, 1), whole_number("seed", seed, 0)
     rng = np.random.default_rng([seed, clip.scene.seed])
     config = clip.config
     candidates = rng.random((_CANDIDATES * count, 3)) * [config.frames, config.width, config.height]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from corrdit.data.shapes import SHAPES
+from corrdit.grid import whole_number
 
 SPRITE_TEXTURES = ("striped", "dotted", "checkered", "marbled", "speckled", "patched")
 BACKGROUNDS = ("grass", "sand", "water", "stone", "brick", "wood", "clouds")
@@ -176,17 +177,27 @@ def _draw_sprite(rng: np.random.Generator, frames: int, half: np.ndarray, size: 
     )
 
 
+def check_sprites(sprites: tuple[int, int]) -> tuple[int, int]:
+    """Least and most number of sprites as whole numbers; a ValueError where there can be none such."""
+    try:
+        least, most = (whole_number("a number of sprites", count, 1) for count in sprites)
+    except (TypeError, ValueError):
+        least, most = 0, 0
+    if not 1 <= least <= most <= MOST_SPRITES:
+        raise ValueError(f"sprites must be (least, most) with 1 <= least <= most <= {MOST_SPRITES}, got {sprites}")
+    return least, most
+
+
 def draw_scene(seed: int, frames: int, aspect: float, sprites: tuple[int, int] = (1, MOST_SPRITES)) -> Scene:
     """The scene of a seed.
 
     seed: non-negative; frames: at least 1; aspect: width over height; sprites: least and most number of sprites, 1
     to 5. Raises ValueError for values outside of these.
     """
-    least, most = sprites
-    if not 1 <= least <= most <= MOST_SPRITES:
-        raise ValueError(f"sprites must be (least, most) with 1 <= least <= most <= {MOST_SPRITES}, got {sprites}")
-    if seed < 0 or frames < 1 or aspect <= 0:
-        raise ValueError(f"need seed >= 0, frames >= 1 and aspect > 0, got seed={seed}, frames={frames}, {aspect=}")
+    least, most = check_sprites(sprites)
+    seed, frames = whole_number("seed", seed, 0), whole_number("frames", frames, 1)
+    if not 0 < aspect < math.inf:
+        raise ValueError(f"aspect must be a positive number, width over height, got {aspect!r}")
     rng = np.random.default_rng([seed, 20_231])
     half = np.array([max(aspect, 1.0), max(1 / aspect, 1.0)]) / 2
     camera = _draw_camera(rng, frames)

@@ -7,7 +7,8 @@ by a known similarity transform, the place and the visibility of any of its poin
 Pixel coordinates: the origin is the frame's top left corner and the centre of the first pixel is (0.5, 0.5).
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,16 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from corrdit.data.prompts import describe
-from corrdit.data.scene import MOST_SPRITES, SPRITE_TEXTURES, Scene, Sprite, draw_scene
+from corrdit.data.scene import MOST_SPRITES, SPRITE_TEXTURES, Scene, Sprite, check_sprites, draw_scene
 from corrdit.data.shapes import SHAPES, signed_distance
 from corrdit.data.textures import BACKGROUND_EXTENT, SPRITE_EXTENT, background_images, sprite_images
+from corrdit.grid import whole_number
 
 _RIM = 0.13
 
 
 @dataclass(frozen=True)
 class WorldConfig:
-    """Size and content of the videos: frames, height and width in pixels, least and most number of sprites."""
+    """Size and content of the videos: frames, height and width in pixels (at least 8), least and most number of
+    sprites (1 to 5). Raises ValueError for others."""
 
     frames: int = 8
     height: int = 32
@@ -33,11 +36,9 @@ class WorldConfig:
     sprites: tuple[int, int] = (1, MOST_SPRITES)
 
     def __post_init__(self) -> None:
-        if self.frames < 1 or self.height < 8 or self.width < 8:
-            raise ValueError(
-                f"a generated video needs at least 1 frame of 8x8 pixels, got {self.frames} frames of "
-                f"{self.height}x{self.width}"
-            )
+        for name, least in (("frames", 1), ("height", 8), ("width", 8)):
+            object.__setattr__(self, name, whole_number(f"{name} of a generated video", getattr(self, name), least))
+        object.__setattr__(self, "sprites", check_sprites(self.sprites))
 
     @property
     def unit(self) -> int:
@@ -160,9 +161,16 @@ def _develop(video: Tensor, scenes: Sequence[Scene], config: WorldConfig) -> Ten
 
 
 def render(scenes: Sequence[Scene], config: WorldConfig) -> Tensor:
-    """Paint scenes drawn for `config`: float32 [B, T, 3, H, W] in 0..1."""
+    """Paint scenes drawn for `config`: float32 [B, T, 3, H, W] in 0..1. Raises ValueError for scenes of another length
+    or aspect ratio, and for none."""
     if not scenes:
         raise ValueError("no scenes were given; give at least one")
+    for scene in scenes:
+        if scene.frames != config.frames or not math.isclose(scene.aspect, config.width / config.height):
+            raise ValueError(
+                f"the scene of seed {scene.seed} was drawn for {scene.frames} frames of aspect {scene.aspect:.4g}, not "
+                f"for {config}; draw it with config.scene(seed)"
+            )
     grid = _screen_grid(config)
     video = _paint_background(scenes, config, grid)
     owners = [index for index, scene in enumerate(scenes) for _ in scene.sprites]
@@ -189,19 +197,28 @@ class Clip:
 
     def layers(self, frame: int, xy: np.ndarray) -> np.ndarray:
         """Which surface is seen at points xy [P, 2] (pixels) of a frame: int64 [P], 0 the background, k the k-th sprite
-        from the back."""
-        seen = self._sprite_cover(torch.as_tensor(xy, dtype=torch.float64)[None], [frame])[:, 0]
+        from the back. Raises ValueError for a frame that the clip has not, and for points that are not such."""
+        places = np.asarray(xy, dtype=np.float64)
+        if places.ndim != 2 or places.shape[1] != 2 or not np.isfinite(places).all():
+            raise ValueError(f"xy must be finite and of shape [P, 2], got shape {places.shape}")
+        if whole_number("frame", frame, 0) >= self.config.frames:
+            raise ValueError(f"frame must be 0 to {self.config.frames - 1}, got {frame}")
+        seen = self._sprite_cover(torch.from_numpy(places)[None], [frame])[:, 0]
         order = torch.arange(1, len(seen) + 1)[:, None]
         return (seen * order).amax(dim=0).numpy()
 
     def tracks(self, queries: np.ndarray) -> Truth:
         """Exact tracks of the surface points seen at the queries.
 
-        queries: [P, 3] (frame, x, y), whole frame numbers and pixels inside of the frame. Raises ValueError otherwise.
+        queries: [P, 3] (frame, x, y), whole frame numbers and pixels inside of the frame, its border included. A point
+        is visible in its query's frame. Raises ValueError otherwise.
         """
         queries = np.asarray(queries, dtype=np.float64)
         self._check_queries(queries)
-        return self._follow(queries, list(range(self.config.frames)))
+        truth = self._follow(queries, list(range(self.config.frames)))
+        # A query on the frame's border may leave it by rounding, and those on the right and the lower one are outside.
+        truth.visible[queries[:, 0].astype(np.int64), np.arange(len(queries))] = True
+        return truth
 
     def flow(self) -> Flow:
         """Exact forward flow of every pixel centre."""
@@ -271,9 +288,12 @@ class Clip:
         return self._to_pixels(torch.einsum("ptij,pj->tpi", matrix[layer], surface) + shift[layer].transpose(0, 1))
 
 
-def generate(seeds: Sequence[int], config: WorldConfig | None = None) -> list[Clip]:
-    """Generated clips of one size, one for each seed; a seed gives the same clip in any batch."""
+def generate(seeds: Iterable[int], config: WorldConfig | None = None) -> list[Clip]:
+    """Generated clips of one size, one for each seed; a seed gives the same clip in any batch. Raises ValueError for
+    seeds that are not whole numbers of at least 0."""
     config = config or WorldConfig()
+    if not isinstance(seeds, Iterable):
+        raise ValueError(f"seeds must be a list of whole numbers, got {seeds!r}; give [{seeds!r}] for one clip")
     scenes = [config.scene(seed) for seed in seeds]
     frames = (render(scenes, config) * 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2)
     return [Clip(scene, config, video.contiguous().numpy()) for scene, video in zip(scenes, frames, strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -199,7 +200,7 @@ def test_outlines() -> None:
 
 
 def test_bad_input_is_refused_in_words() -> None:
-    with pytest.raises(ValueError, match="at least 1 frame of 8x8"):
+    with pytest.raises(ValueError, match="frames of a generated video must be a whole number of at least 1, got 0"):
         WorldConfig(frames=0)
     with pytest.raises(ValueError, match="least <= most"):
         draw_scene(0, 8, 1.0, sprites=(0, 2))
@@ -210,6 +211,7 @@ def test_bad_input_is_refused_in_words() -> None:
         (np.array([[0.0, np.nan, 1]]), "finite"),
         (np.array([[0.0, 70, 1]]), "inside"),
         (np.array([[0.5, 7, 1]]), "frames 0..4"),
+        (np.zeros(0), "shape"),
     ):
         with pytest.raises(ValueError, match=message):
             clip.tracks(queries)
@@ -219,6 +221,54 @@ def test_bad_input_is_refused_in_words() -> None:
         render([], SMALL)
     with pytest.raises(ValueError, match="count"):
         sample_queries(clip, 0)
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        {"frames": 4.5},
+        {"frames": True},
+        {"height": "32"},
+        {"width": 7},
+        {"sprites": (0, 9)},
+        {"sprites": 3},
+        {"sprites": (1.5, 2)},
+    ],
+)
+def test_sizes_that_no_video_has(size: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(size))):
+        WorldConfig(**size)
+
+
+@pytest.mark.parametrize("seeds", [[-1], [1.5], ["a"], 5])
+def test_seeds_that_are_none(seeds: Any) -> None:
+    with pytest.raises(ValueError, match="seed"):
+        generate(seeds, SMALL)
+
+
+def test_scenes_of_another_video_are_not_painted() -> None:
+    for other in (WorldConfig(frames=6, height=48, width=64), WorldConfig(frames=5, height=48, width=48)):
+        with pytest.raises(ValueError, match="seed 3 was drawn for"):
+            render([other.scene(3)], SMALL)
+    larger = WorldConfig(frames=5, height=96, width=128)
+    assert render([SMALL.scene(3)], larger).shape == (1, 5, 3, 96, 128)
+
+
+def test_layers_of_what_is_no_frame_and_no_point() -> None:
+    clip = generate([0], SMALL)[0]
+    for frame, places in ((5, [[1, 1]]), (-1, [[1, 1]]), (0, [1, 1]), (0, [[np.nan, 1]])):
+        with pytest.raises(ValueError, match=r"frame must|xy must"):
+            clip.layers(frame, np.array(places))
+
+
+def test_a_query_on_the_border_is_visible_where_it_was_asked() -> None:
+    for seed in range(4):
+        clip = generate([seed], SMALL)[0]
+        sides = [(x, y) for x in (0.0, 64.0) for y in np.linspace(0, 48, 7)]
+        sides += [(x, y) for y in (0.0, 48.0) for x in np.linspace(0, 64, 7)]
+        queries = np.array([(frame, x, y) for frame in range(SMALL.frames) for x, y in sides])
+        truth = clip.tracks(queries)
+        assert truth.visible[queries[:, 0].astype(int), np.arange(len(queries))].all()
 
 
 def test_tapvid_video_of_a_clip() -> None:

@@ -1,0 +1,42 @@
+"""`corrdit world`: a folder holds one set of videos."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from corrdit.cli import main
+from corrdit.data import TapVidSet
+
+SMALL = ("--frames", "2", "--height", "33", "--width", "47", "--points", "3")
+
+
+def test_a_smaller_set_is_not_written_over_a_larger_one(refused: Callable[..., str], tmp_path: Path) -> None:
+    """The videos of the larger one would stay, and both would be read as one set."""
+    output = ("world", "--output", str(tmp_path / "world"), *SMALL)
+    assert main([*output, "--videos", "2", "--tapvid"]) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "world").iterdir()}
+    assert sorted(before) == ["0000.mp4", "0000.npz", "0001.mp4", "0001.npz", "prompts.csv", "world.pkl"]
+    assert "0001.mp4, which this call would leave" in refused(*output, "--videos", "1", "--seed", "3", "--tapvid")
+    assert "world.pkl, which this call would leave" in refused(*output, "--videos", "2", "--seed", "3")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "world").iterdir()} == before
+    assert main([*output, "--videos", "3", "--seed", "3", "--tapvid"]) == 0
+    assert len(TapVidSet(tmp_path / "world").index()) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--videos", "0"), "--videos 0 was given; accepted is 1 or more"),
+        (("--height", "4"), "height of a generated video must be a whole number of at least 8, got 4"),
+        (("--frames", "2.5"), "frames"),
+        (("--seed", "-1"), "--seed -1 was given"),
+    ],
+)
+def test_bad_options_leave_no_folder(
+    refused: Callable[..., str], tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
+    assert message in refused("world", "--output", tmp_path / "world", *options)
+    assert not (tmp_path / "world").exists()
