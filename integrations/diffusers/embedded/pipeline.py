@@ -1,5 +1,7 @@
 """CogVideoX's pipeline with the embedded components: short prompts and rotary positions in tokens at every size."""
 
+import functools
+import inspect
 from typing import Any
 
 import torch
@@ -47,9 +49,10 @@ def rotary_positions(head_dim: int, frames: int, height: int, width: int, device
 class EmbeddedVideoPipeline(CogVideoXPipeline):
     """CogVideoXPipeline for the embedded model. `pipe("a striped disc moves left over grass").frames`.
 
-    Two things differ from its parent. Prompts are padded to the transformer's own text length. Rotary positions are
+    Three things differ from its parent. Prompts are padded to the transformer's own text length. Rotary positions are
     token indices; the parent stretches every frame to the size of training, which would change what a distance of
-    one token means.
+    one token means. And sizes, numbers and prompts that the parent would replace by others or fail on with words about
+    tensors raise ValueError.
     """
 
     def __init__(
@@ -63,6 +66,34 @@ class EmbeddedVideoPipeline(CogVideoXPipeline):
         super().__init__(
             tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
         )
+
+    @torch.no_grad()
+    @functools.wraps(CogVideoXPipeline.__call__)
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        given = inspect.signature(CogVideoXPipeline.__call__).bind(self, *arguments, **keywords).arguments
+        for name in ("height", "width", "num_frames", "num_inference_steps", "max_sequence_length"):
+            if given.get(name) is not None:
+                whole_number(name, given[name], 1)
+        if given.get("num_videos_per_prompt", 1) != 1:
+            raise ValueError(
+                f"num_videos_per_prompt must be 1, got {given['num_videos_per_prompt']!r}; give a list of prompts for "
+                "several videos"
+            )
+        for name in ("prompt", "negative_prompt"):
+            texts = given.get(name)
+            if isinstance(texts, list) and not (texts and all(isinstance(text, str) for text in texts)):
+                raise ValueError(f"{name} must be a text or a list of at least one text, got {texts!r}")
+        config = self.transformer.config
+        if given.get("max_sequence_length", TEXT_TOKENS) < config.max_text_seq_length and not self._rotary:
+            raise ValueError(
+                f"max_sequence_length must be at least {config.max_text_seq_length} for absolute positions, got "
+                f"{given['max_sequence_length']}"
+            )
+        return super().__call__(*arguments, **keywords)
+
+    @property
+    def _rotary(self) -> bool:
+        return bool(self.transformer.config.use_rotary_positional_embeddings)
 
     def _get_t5_prompt_embeds(
         self,

@@ -23,7 +23,7 @@ _FUNCTION_WORDS = (
     *_SPRITE_WORDS,
     *("clockwise", "anticlockwise", "pans", "zooms", "in", "out"),
 )
-_VOCABULARY_FILE = "vocabulary.json"
+VOCABULARY_FILE = "vocabulary.json"
 
 
 def world_vocabulary() -> list[str]:
@@ -33,18 +33,25 @@ def world_vocabulary() -> list[str]:
     return list(dict.fromkeys([PADDING, END, *words]))
 
 
+def _read_words(path: str) -> list[str]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            words = json.load(file)
+    except ValueError as error:
+        raise ValueError(f"{path} is not the JSON file that save_pretrained writes: {error}") from error
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words) or words[:2] != [PADDING, END]:
+        raise ValueError(f"{path} must hold a list of words that begins with {PADDING} and {END}")
+    return words
+
+
 class WordTokenizer(PreTrainedTokenizer):
     """Lower-case words to ids; a word that is not in the list gets one of `hash_buckets` further ids by its CRC-32."""
 
-    vocab_files_names: ClassVar[dict[str, str]] = {"vocab_file": _VOCABULARY_FILE}
+    vocab_files_names: ClassVar[dict[str, str]] = {"vocab_file": VOCABULARY_FILE}
     model_input_names: ClassVar[list[str]] = ["input_ids", "attention_mask"]
 
     def __init__(self, vocab_file: str | None = None, hash_buckets: int = 256, **kwargs: Any) -> None:
-        if vocab_file is None:
-            words = world_vocabulary()
-        else:
-            with open(vocab_file, encoding="utf-8") as file:
-                words = json.load(file)
+        words = world_vocabulary() if vocab_file is None else _read_words(vocab_file)
         self.words: list[str] = words
         self.word_ids = {word: index for index, word in enumerate(words)}
         self.hash_buckets = hash_buckets
@@ -79,7 +86,7 @@ class WordTokenizer(PreTrainedTokenizer):
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
         """Write the word list as JSON; returns the path."""
-        name = f"{filename_prefix}-{_VOCABULARY_FILE}" if filename_prefix else _VOCABULARY_FILE
+        name = f"{filename_prefix}-{VOCABULARY_FILE}" if filename_prefix else VOCABULARY_FILE
         path = os.path.join(save_directory, name)
         with open(path, "w", encoding="utf-8") as file:
             json.dump(self.words, file)
