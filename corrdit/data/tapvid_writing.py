@@ -49,7 +49,7 @@ def write_tapvid(
 def write_tapvid_shards(
     folder: str | os.PathLike[str], videos: Iterable[TapVidVideo], *, count: int, shards: int, frames: str = "jpeg"
 ) -> None:
-    """Write a folder of shards as Kinetics' is; one shard is in memory at a time.
+    """Write a folder of shards as Kinetics' is, all or none; one shard is in memory at a time.
 
     Args:
         folder: made where missing; must hold no shards.
@@ -69,17 +69,31 @@ def write_tapvid_shards(
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.glob("*_of_*.pkl")):
         raise ValueError(f"{folder} already holds shards; give an empty folder")
-    source: Iterator[TapVidVideo] = iter(videos)
-    written = 0
+    written: list[Path] = []
+    try:
+        _write_shards(folder, iter(videos), count, shards, frames, written)
+    except BaseException:
+        for file in written:
+            file.unlink()
+        raise
+
+
+def _write_shards(
+    folder: Path, source: Iterator[TapVidVideo], count: int, shards: int, frames: str, written: list[Path]
+) -> None:
+    """Write one shard after another and note each file in `written`."""
+    read = 0
     for shard in range(shards):
         size = (shard + 1) * count // shards - shard * count // shards
         entries = [_entry(video, frames) for video in itertools.islice(source, size)]
-        written += len(entries)
+        read += len(entries)
         if len(entries) < size:
-            raise ValueError(f"videos ended after {written}, count says {count}")
-        _dump(folder / f"{shard:04}_of_{shards:04}.pkl", entries)
+            raise ValueError(f"videos ended after {read}, count says {count}; nothing was written")
+        file = folder / f"{shard:04}_of_{shards:04}.pkl"
+        _dump(file, entries)
+        written.append(file)
     if next(source, None) is not None:
-        raise ValueError(f"there are more videos than count={count}; the first {count} were written")
+        raise ValueError(f"there are more videos than count={count}; nothing was written")
 
 
 def _check_options(layout: str, frames: str) -> None:

@@ -249,3 +249,12 @@ def test_a_truncated_shard_is_counted_and_the_others_are_read(tmp_path):
 def test_writing_and_sampling_refuse(tmp_path, call, message):
     with pytest.raises(ValueError, match=message):
         call(tmp_path)
+
+
+@pytest.mark.parametrize("videos", [2, 4])
+def test_shards_are_all_written_or_none(tmp_path: Path, videos: int) -> None:
+    with pytest.raises(ValueError, match="nothing was written"):
+        write_tapvid_shards(tmp_path, [some_video()] * videos, count=3, shards=3, frames="raw")
+    assert not any(tmp_path.iterdir())
+    write_tapvid_shards(tmp_path, [some_video()] * 3, count=3, shards=3, frames="raw")
+    assert len(list(read_tapvid(tmp_path))) == 3
