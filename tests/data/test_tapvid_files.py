@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
