@@ -191,7 +191,7 @@ def _read_checkpoint(checkpoint: pathlib.Path) -> dict[str, Any]:
     """What a checkpoint of `train` holds. Raises ValueError for a damaged or foreign file."""
     try:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except OSError:
+    except (OSError, MemoryError):
         raise
     # Damaged archives and pickles fail in any way that torch's reader can.
     except Exception as error:

@@ -53,6 +53,14 @@ def test_preset_names_a_layer_of_the_model(shipped: EmbeddedVideoPipeline) -> No
     assert head is None or 0 <= head < config.num_attention_heads
 
 
+def test_a_saved_copy_is_read_with_its_preset(shipped: EmbeddedVideoPipeline, tmp_path: pathlib.Path) -> None:
+    from corrdit import load_backbone
+
+    shipped.save_pretrained(str(tmp_path))
+    assert read_preset(tmp_path) == read_preset()
+    assert load_backbone(str(tmp_path)).preset == load_backbone("embedded").preset
+
+
 def test_beats_standing_still_and_patches(shipped: EmbeddedVideoPipeline) -> None:
     table = matching_table(shipped, WorldConfig(), FEW, (50, 300))
     assert table["points"] > 500

@@ -2,6 +2,8 @@
 
 import functools
 import inspect
+import os
+import pathlib
 from typing import Any
 
 import torch
@@ -9,8 +11,10 @@ from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransf
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from torch import Tensor
 
+from corrdit.files import written_beside
 from corrdit.grid import whole_number
 from corrdit.integrations.diffusers.embedded.codec import HaarVideoCodec
+from corrdit.integrations.diffusers.embedded.loading import PRESET_FILE
 from corrdit.integrations.diffusers.embedded.text import WordEncoder, WordTokenizer
 
 TEXT_TOKENS = 24
@@ -66,6 +70,16 @@ class EmbeddedVideoPipeline(CogVideoXPipeline):
         super().__init__(
             tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
         )
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *arguments: Any, **keywords: Any) -> None:
+        """As the parent, and with the preset of the folder that this pipeline was read from, if that has one: without
+        it `load_backbone` would not know where in these weights correspondence is."""
+        super().save_pretrained(save_directory, *arguments, **keywords)
+        preset = pathlib.Path(self.config.get("_name_or_path") or "") / PRESET_FILE
+        copy = pathlib.Path(save_directory) / PRESET_FILE
+        if preset.is_file() and not copy.exists():
+            with written_beside(copy) as file:
+                file.write(preset.read_bytes())
 
     @torch.no_grad()
     @functools.wraps(CogVideoXPipeline.__call__)
