@@ -63,7 +63,7 @@ def variants(backbone: Any) -> list[Variant]:
         ("mean of softmaxes over its heads", {**mean, "heads": "probabilities"}),
         ("mean of softmaxes, heads as default", {"heads": "probabilities"}),
         ("median over heads of positions", {"combine": "median"}),
-        ("temperature 1", {"temperature": 1.0}),
+        ("temperature 4", {"temperature": 4.0}),
         *filtered,
         ("two timesteps", {"steps": (-1, -4)}),
         ("noisy latents", {"noise": True}),
