@@ -45,6 +45,9 @@ Not measured yet; `python benchmarks/embedded_matching.py --pipeline FOLDER --ou
 """
 _KINDS = ("best head", "best head, refined", "best layer", "best layer, refined", "best features", "patches")
 """Columns of a table of quality, where they were measured."""
+_REFINED = """Refined is the position between tokens: the mean of the best token and its neighbours, weighted by
+the cost (`ops.match` with refine=1).
+"""
 
 
 def model_card(
@@ -94,6 +97,7 @@ def _table(title: str, table: Mapping[str, Any]) -> str:
         "share of visible points that moved by more than 1.5 tokens which are matched within one token, from the first",
         f"frame to all others, {table['videos']} held-out videos, 95 % bootstrap interval over videos. Standing still",
         "scores 0 on these points.\n",
+        *([_REFINED] if any("refined" in kind for kind in kinds) else []),
         "| t of 1000 | " + " | ".join(kinds) + " |",
         "| --- " * (len(kinds) + 1) + "|",
     ]
