@@ -31,7 +31,7 @@ MATCHING = {
 }
 TRACKERS = {
     "default": "corrdit, default",
-    "mean of softmaxes over its heads": "mean of the softmaxes of all heads of the layer, not one head",
+    "mean of softmaxes over its heads": "mean of the softmaxes of all heads of the layer, not two",
     "no crops": "without looking again at enlarged crops",
     "no sub-token refinement": "without sub-token refinement",
     "one direction": "without the backward softmax",
