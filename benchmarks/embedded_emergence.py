@@ -80,9 +80,8 @@ def losses(run: pathlib.Path, stretch: int) -> dict[str, list[float]]:
 def main(words: list[str] | None = None) -> None:
     arguments = parsed_arguments(words)
     torch.set_num_threads(1)
-    known = (
-        json.loads(arguments.output.read_text(encoding="utf-8"))["checkpoints"] if arguments.output.is_file() else []
-    )
+    before = json.loads(arguments.output.read_text(encoding="utf-8")) if arguments.output.is_file() else {}
+    known = before["checkpoints"] if before.get("timesteps") == list(TIMESTEPS) else []
     rows = {row["step"]: row for row in known}
     wanted = checkpoints(arguments.run, arguments.every)
     todo = [step for step in wanted if step not in rows or rows[step]["videos"] != arguments.videos]
@@ -96,6 +95,7 @@ def main(words: list[str] | None = None) -> None:
             "command": " ".join(["python", f"benchmarks/{pathlib.Path(__file__).name}", *sys.argv[1:]]),
             "environment": environment(torch.device("cpu")),
             "first_seed": VALIDATION_SEEDS,
+            "timesteps": list(TIMESTEPS),
             "loss": losses(arguments.run, arguments.stretch),
             "checkpoints": [rows[step] for step in sorted(rows)],
         }

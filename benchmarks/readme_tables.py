@@ -58,12 +58,7 @@ METHODS = {
 }
 PERTURBED = {
     "centre": "layer {centre}, the one that matches, scale 1",
-    "layer 0": "layer 0",
-    "layer 1": "layer 1",
-    "layer 2": "layer 2",
-    "layer 3": "layer 3",
-    "layer 4": "layer 4",
-    "layer 5": "layer 5",
+    **{f"layer {layer}": f"layer {layer}" for layer in range(6)},
     "all layers": "all layers",
     "scale 0.5": "layer {centre}, scale 0.5",
     "scale 2": "layer {centre}, scale 2",

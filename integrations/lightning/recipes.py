@@ -23,6 +23,7 @@ from corrdit.integrations.diffusers.embedded.loading import PRESET_FILE
 from corrdit.integrations.diffusers.embedded.pipeline import build_pipeline
 from corrdit.integrations.lightning.model_card import model_card
 from corrdit.integrations.lightning.training import EmbeddedTraining, TrainingConfig, WorldDataModule
+from corrdit.memory import is_out_of_memory
 
 _LOG = logging.getLogger(__name__)
 _CHECKPOINTS = "checkpoints"
@@ -191,10 +192,11 @@ def _read_checkpoint(checkpoint: pathlib.Path) -> dict[str, Any]:
     """What a checkpoint of `train` holds. Raises ValueError for a damaged or foreign file."""
     try:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except (OSError, MemoryError):
+    except OSError:
         raise
-    # Damaged archives and pickles fail in any way that torch's reader can.
-    except Exception as error:
+    except Exception as error:  # damaged archives and pickles fail in any way that torch's reader can
+        if is_out_of_memory(error):
+            raise
         raise _no_checkpoint(checkpoint, f"it cannot be read, {type(error).__name__}") from error
     if not isinstance(state, dict) or not all(name in state for name in _CHECKPOINT_ENTRIES):
         raise _no_checkpoint(checkpoint, f"it must hold {', '.join(_CHECKPOINT_ENTRIES)}")

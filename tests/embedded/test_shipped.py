@@ -21,7 +21,7 @@ from corrdit.integrations.diffusers.embedded.evaluation import (
     summary,
 )
 from corrdit.integrations.diffusers.embedded.loading import WEIGHTS
-from corrdit.integrations.diffusers.embedded.pipeline import EmbeddedVideoPipeline
+from corrdit.integrations.diffusers.embedded.pipeline import EmbeddedVideoPipeline, build_pipeline
 
 FEW = range(HELD_OUT_SEEDS + 2_000_000, HELD_OUT_SEEDS + 2_000_012)
 
@@ -59,6 +59,23 @@ def test_a_saved_copy_is_read_with_its_preset(shipped: EmbeddedVideoPipeline, tm
     shipped.save_pretrained(str(tmp_path))
     assert read_preset(tmp_path) == read_preset()
     assert load_backbone(str(tmp_path)).preset == load_backbone("embedded").preset
+
+
+def test_a_pipeline_from_no_folder_takes_no_preset_that_lies_about(
+    shipped: EmbeddedVideoPipeline, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "preset.json").write_text("{}", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    build_pipeline(shipped.transformer).save_pretrained(str(tmp_path / "copy"))
+    assert not (tmp_path / "copy" / "preset.json").exists()
+
+
+def test_a_copy_written_over_another_takes_its_own_preset(
+    shipped: EmbeddedVideoPipeline, tmp_path: pathlib.Path
+) -> None:
+    (tmp_path / "preset.json").write_text('{"layer": 0}', encoding="utf-8")
+    shipped.save_pretrained(str(tmp_path))
+    assert read_preset(tmp_path) == read_preset()
 
 
 def test_beats_standing_still_and_patches(shipped: EmbeddedVideoPipeline) -> None:

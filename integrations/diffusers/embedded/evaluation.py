@@ -133,17 +133,19 @@ def nearest_patches(latents: Tensor, grid: TokenGrid) -> Tensor:
 def _match_operation(
     q: Tensor, k: Tensor, grid: TokenGrid, key_mask: Tensor | None, refine: int = 0
 ) -> dict[str, Tensor]:
+    """Matches of every reading, with {} in its name for the layer."""
     # Whole cost maps of small frames cost less than the bookkeeping of streaming over them.
     backend = "reference" if grid.tokens_per_frame <= SMALL_FRAME else "auto"
     options: dict[str, Any] = {"key_mask": key_mask, "backend": backend, "refine": refine}
     single = ops.match(q, k, grid, heads="none", **options).xy.flatten(3, 4)
     mean = ops.match(q, k, grid, heads="probabilities", **options).xy.flatten(2, 3)
-    return {"mean": mean, **{f"head {head}": single[:, head] for head in range(single.shape[1])}}
+    kind = REFINED if refine else ""
+    heads = {f"{kind}query-key {{}} head {head}": single[:, head] for head in range(single.shape[1])}
+    return {f"{kind}query-key {{}} mean": mean, **heads}
 
 
 def _refined_operation(q: Tensor, k: Tensor, grid: TokenGrid, key_mask: Tensor | None) -> dict[str, Tensor]:
-    refined = _match_operation(q, k, grid, key_mask, refine=1)
-    return _match_operation(q, k, grid, key_mask) | {REFINED + name: xy for name, xy in refined.items()}
+    return _match_operation(q, k, grid, key_mask) | _match_operation(q, k, grid, key_mask, refine=1)
 
 
 @torch.no_grad()
@@ -175,11 +177,10 @@ def read_matches(
         rotary = pipe._prepare_rotary_positional_embeddings(height, width, grid.frames, latents.device)
     records: dict[str, Tensor] = {}
     layers = len(transformer.transformer_blocks)
+    operation = _refined_operation if refined else _match_operation
     with (
         _recorded_features(transformer, records),
-        capture(
-            transformer, layers=range(layers), operation=_refined_operation if refined else _match_operation
-        ) as captured,
+        capture(transformer, layers=range(layers), operation=operation) as captured,
     ):
         transformer(
             hidden_states=noisy.to(transformer.dtype),
@@ -188,11 +189,7 @@ def read_matches(
             image_rotary_emb=rotary,
             return_dict=False,
         )
-    matches = {}
-    for layer in range(layers):
-        for name, xy in captured[0, layer].items():
-            kind = REFINED if name.startswith(REFINED) else ""
-            matches[f"{kind}query-key {layer} {name.removeprefix(kind)}"] = xy
+    matches = {name.format(layer): xy for layer in range(layers) for name, xy in captured[0, layer].items()}
     for name, features in records.items():
         matches[name] = nearest(features, grid, cosine=name.startswith("block"))
     matches["patches"] = nearest_patches(noisy, grid)

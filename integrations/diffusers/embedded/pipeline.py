@@ -75,13 +75,12 @@ class EmbeddedVideoPipeline(CogVideoXPipeline):
         """As the parent, and with the preset of the folder that this pipeline was read from, if that has one: without
         it `load_backbone` would not know where in these weights correspondence is."""
         super().save_pretrained(save_directory, *arguments, **keywords)
-        preset = pathlib.Path(self.config.get("_name_or_path") or "") / PRESET_FILE
-        copy = pathlib.Path(save_directory) / PRESET_FILE
-        if preset.is_file() and not copy.exists():
-            with written_beside(copy) as file:
-                file.write(preset.read_bytes())
+        source = self.config.get("_name_or_path")
+        if source and (preset := pathlib.Path(source) / PRESET_FILE).is_file():
+            contents = preset.read_bytes()
+            with written_beside(pathlib.Path(save_directory) / PRESET_FILE) as file:
+                file.write(contents)
 
-    @torch.no_grad()
     @functools.wraps(CogVideoXPipeline.__call__)
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         given = inspect.signature(CogVideoXPipeline.__call__).bind(self, *arguments, **keywords).arguments
