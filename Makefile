@@ -36,12 +36,8 @@ lint: $(VENV)/.linted
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Type checkers cannot follow the folder mapping of setup.py in the source tree, so the installed wheel is checked.
 types: $(VENV)/.linted
-	rm -rf build/types
-	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/types/wheel .
-	$(BIN)/pip install --quiet --no-deps --target build/types/site build/types/wheel/*.whl
-	MYPYPATH=build/types/site $(BIN)/mypy --config-file pyproject.toml --package corrdit
+	$(BIN)/mypy --config-file pyproject.toml --package corrdit
 
 # Every figure of the embedded model, from the shipped checkpoint and the committed curves of its training.
 figures: $(INSTALLED)

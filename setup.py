@@ -1,9 +1,9 @@
 """Build description: three top-level folders, one import root.
 
-`corrdit/` is the library, `kernels/` and `integrations/` are its subpackages `corrdit.kernels` and
-`corrdit.integrations`; `benchmarks/baselines/` is `corrdit.benchmark.baselines`, which `corrdit bench` times. No other
-top-level import package is installed: one named `kernels` would collide with the package of that name which diffusers
-looks for.
+`corrdit/` is the library; `kernels/` and `integrations/` are its subpackages `corrdit.kernels` and
+`corrdit.integrations`, by two links in `corrdit/`, so that the source tree imports as the installed package does. No
+other top-level import package is installed: one named `kernels` would collide with the package of that name which
+diffusers looks for.
 """
 
 import pathlib
@@ -12,12 +12,6 @@ import re
 from setuptools import find_packages, setup
 
 ROOT = pathlib.Path(__file__).parent
-MAPPED_FOLDERS = {
-    "kernels": "corrdit.kernels",
-    "integrations": "corrdit.integrations",
-    "benchmarks/baselines": "corrdit.benchmark.baselines",
-}
-
 REQUIREMENTS = [
     "torch>=2.11,<2.14",
     "triton>=3.6,<3.10; platform_system == 'Linux'",
@@ -54,14 +48,6 @@ EXTRAS = {
 }
 
 
-def library_packages() -> list[str]:
-    """Import names of all packages, the mapped folders under their place in `corrdit`."""
-    names = find_packages(str(ROOT), include=["corrdit", "corrdit.*"])
-    for folder, import_name in MAPPED_FOLDERS.items():
-        names += [import_name, *(f"{import_name}.{name}" for name in find_packages(str(ROOT / folder)))]
-    return names
-
-
 def version() -> str:
     text = (ROOT / "corrdit" / "__init__.py").read_text(encoding="utf-8")
     match = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
@@ -79,11 +65,11 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=library_packages(),
-    package_dir={"corrdit": "corrdit", **{name: folder for folder, name in MAPPED_FOLDERS.items()}},
+    packages=find_packages(str(ROOT), include=["corrdit", "corrdit.*"]),
+    # Named, so that an editable install maps this one folder and leaves the root off the path.
+    package_dir={"corrdit": "corrdit"},
     package_data={
         "corrdit": ["py.typed", "**/*.json", "**/*.yaml"],
-        "corrdit.kernels": ["**/*.json"],
         "corrdit.integrations": ["**/*.json", "**/*.yaml", "**/*.safetensors", "**/*.md"],
     },
     install_requires=REQUIREMENTS,

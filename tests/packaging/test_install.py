@@ -18,7 +18,6 @@ SOURCES = (
     "corrdit",
     "kernels",
     "integrations",
-    "benchmarks/baselines",
     "setup.py",
     "pyproject.toml",
     "README.md",
@@ -44,7 +43,7 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path
     source.mkdir()
     for name in SOURCES:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(ROOT / name, source / name)
     (folder / "wheel").mkdir()
@@ -66,7 +65,6 @@ def source_files() -> set[str]:
         ("corrdit", "corrdit"),
         ("kernels", "corrdit/kernels"),
         ("integrations", "corrdit/integrations"),
-        ("benchmarks/baselines", "corrdit/benchmark/baselines"),
     ):
         for path in (ROOT / folder).rglob("*"):
             if path.is_file() and "__pycache__" not in path.parts:
