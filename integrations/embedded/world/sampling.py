@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from corrdit.data.tapvid import TapVidVideo
-from corrdit.data.world import Clip
 from corrdit.grid import whole_number
+from corrdit.integrations.embedded.world.clips import Clip
 
 _CANDIDATES = 16
 
