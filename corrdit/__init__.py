@@ -39,6 +39,7 @@ MOVED = {
     },
     "corrdit.integrations.diffusers.embedded.evaluation": "corrdit.integrations.embedded.training.evaluation",
     "corrdit.integrations.diffusers.embedded": "corrdit.integrations.embedded",
+    "corrdit.integrations.lightning.model_placement": "corrdit.integrations.diffusers.placement",
     "corrdit.integrations.lightning.muon": "corrdit.integrations.embedded.training.muon",
     "corrdit.integrations.lightning.recipes": "corrdit.integrations.embedded.training.recipe",
     "corrdit.integrations.lightning.training": "corrdit.integrations.embedded.training.module",

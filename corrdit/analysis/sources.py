@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,9 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from corrdit.analysis.dataset import read_difftrack
+from corrdit.analysis.dataset import DiffTrackEntry, read_difftrack
 from corrdit.analysis.pseudo_truth import Tracker
-from corrdit.array_files import read_arrays
+from corrdit.array_files import content_digest, read_arrays
+from corrdit.files import file_digest
+from corrdit.runs import Inputs
+from corrdit.tracking.queries import point_grid
 
 HELD_OUT_SEEDS = 2_000_000_000
 """Seeds from here on are used neither by training nor by the evaluation of checkpoints."""
@@ -42,11 +46,13 @@ class AnalysisItem(NamedTuple):
         name: of its results.
         load: reads the video and its truth; ValueError or OSError where that fails.
         truth: what the truth is, in a few words.
+        inputs: gives digests of what is loaded, by which a result of something else is known.
     """
 
     name: str
     load: Callable[[], AnalysisVideo]
     truth: str
+    inputs: Callable[[], Inputs] = dict
 
 
 def world_items(
@@ -69,10 +75,7 @@ def world_items(
         truth = clip.tracks(queries)
         return AnalysisVideo(clip.video, truth.xy, truth.visible, clip.prompt)
 
-    return [
-        AnalysisItem(f"{number:04d}", lambda number=number: load(number), "exact")  # type: ignore[misc]
-        for number in range(count)
-    ]
+    return [AnalysisItem(f"{number:04d}", functools.partial(load, number), "exact") for number in range(count)]
 
 
 def folder_items(
@@ -113,7 +116,8 @@ def folder_items(
             load = _given(root / name, file)
         else:
             load = _tracked(root / name, tracker, points)
-        items.append(AnalysisItem(name, load, "given tracks" if file is not None else tracker_name))
+        truth = "given tracks" if file is not None else tracker_name
+        items.append(AnalysisItem(name, load, truth, _digests(video=root / name, tracks=file)))
     return items
 
 
@@ -131,7 +135,8 @@ def tapvid_items(
         return AnalysisVideo(sample.video, sample.tracks.transpose(1, 0, 2), ~sample.occluded.T)
 
     for video in read_tapvid(path, on_broken=on_broken):
-        yield AnalysisItem(video.name, lambda video=video: load(video), "annotated")  # type: ignore[misc]
+        inputs = {"video": content_digest(video.video, video.points, video.occluded)}
+        yield AnalysisItem(video.name, functools.partial(load, video), "annotated", inputs.copy)
 
 
 def difftrack_items(folder: str | os.PathLike[str]) -> list[AnalysisItem]:
@@ -140,24 +145,27 @@ def difftrack_items(folder: str | os.PathLike[str]) -> list[AnalysisItem]:
     Raises:
         ValueError: as `read_difftrack`.
     """
-    items = []
-    for entry in read_difftrack(folder):
-
-        def load(entry=entry) -> AnalysisVideo:  # type: ignore[no-untyped-def]
-            from corrdit.video import read_video
-
-            xy, visible = entry.load_tracks()
-            return AnalysisVideo(read_video(entry.video).frames, xy, visible, entry.prompt)
-
-        items.append(AnalysisItem(entry.name, load, "given tracks"))
-    return items
+    return [
+        AnalysisItem(
+            entry.name,
+            functools.partial(_generated, entry),
+            "given tracks",
+            _digests(video=entry.video, tracks=entry.tracks, visibility=entry.visibility),
+        )
+        for entry in read_difftrack(folder)
+    ]
 
 
-def point_grid(count: int, height: int, width: int) -> np.ndarray:
-    """`count` x `count` points at the centres of equal cells of frame 0: float32 `[count**2, 3]`, (frame, x, y)."""
-    share = (np.arange(count) + 0.5) / count
-    y, x = np.meshgrid(share * height, share * width, indexing="ij")
-    return np.stack((np.zeros_like(x), x, y), axis=-1).reshape(-1, 3).astype(np.float32)
+def _generated(entry: DiffTrackEntry) -> AnalysisVideo:
+    from corrdit.video import read_video
+
+    xy, visible = entry.load_tracks()
+    return AnalysisVideo(read_video(entry.video).frames, xy, visible, entry.prompt)
+
+
+def _digests(**files: Path | None) -> Callable[[], Inputs]:
+    """Digests of files by words for them, when they are asked for."""
+    return lambda: {word: file_digest(file) for word, file in files.items() if file is not None}
 
 
 def _given(video: Path, tracks: Path) -> Callable[[], AnalysisVideo]:

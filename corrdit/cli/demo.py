@@ -13,15 +13,19 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from corrdit.cli.model_options import add_model_options, loaded_backbone
-from corrdit.cli.output import OutputFolder
-from corrdit.cli.points import grid_points
 from corrdit.cli.progress import progress_bar
 from corrdit.cli.tables import print_table
+from corrdit.files import OutputFolder
+
+if TYPE_CHECKING:
+    import numpy as np
+    from jsonargparse import ArgumentParser, Namespace
+
+    from corrdit.integrations.embedded.world import Truth
+    from corrdit.tracking import Tracks
 
 HELP = "track points through a generated clip and compare with its exact truth"
 USAGE = "--output DIR [--seed N] [--model embedded] [options]"
@@ -30,23 +34,26 @@ _MOVED_PIXELS = 8.0
 _THRESHOLDS = (2.0, 4.0, 8.0)
 
 
-def add_arguments(parser: Any) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results, made if need be")
     parser.add_argument("--seed", type=int, default=9, help="of the clip")
     parser.add_argument("--points", type=int, default=16, metavar="N", help="N x N points on the first frame")
     add_model_options(parser)
 
 
-def run(arguments: Any) -> int:
+def run(arguments: Namespace) -> int:
+    import numpy as np
+
     from corrdit.integrations.embedded.world import demo_clip
     from corrdit.tracking import PointTracker
     from corrdit.tracking.baselines import nearest_patches, standing_still
+    from corrdit.tracking.queries import point_grid
 
     if arguments.points < 1:
         raise ValueError(f"--points {arguments.points} was given; accepted is a number of points a side of 1 or more")
     video, clip = demo_clip(arguments.seed)
     frames, height, width = video.shape[:3]
-    queries = grid_points(arguments.points, height, width)
+    queries = point_grid(arguments.points, height, width)
     truth = clip.tracks(queries)
     with OutputFolder(arguments.output) as folder:
         backbone = loaded_backbone(arguments)
@@ -73,8 +80,10 @@ def run(arguments: Any) -> int:
     return 0
 
 
-def error_cells(tracks: Any, truth: Any, chosen: np.ndarray) -> tuple[str, ...]:
+def error_cells(tracks: Tracks, truth: Truth, chosen: np.ndarray) -> tuple[str, ...]:
     """Median and mean error in pixels and the share of positions within each threshold, as text."""
+    import numpy as np
+
     if not chosen.any():
         return ("none",) * (2 + len(_THRESHOLDS))
     errors = np.linalg.norm(np.asarray(tracks.xy) - truth.xy, axis=-1)[chosen]
@@ -82,7 +91,9 @@ def error_cells(tracks: Any, truth: Any, chosen: np.ndarray) -> tuple[str, ...]:
     return (f"{np.median(errors):.1f} px", f"{errors.mean():.1f} px", *within)
 
 
-def _write(folder: Path, video: np.ndarray, queries: np.ndarray, tracks: Any, truth: Any) -> None:
+def _write(folder: Path, video: np.ndarray, queries: np.ndarray, tracks: Tracks, truth: Truth) -> None:
+    import numpy as np
+
     from corrdit.tracking import Tracks
     from corrdit.video import write_video
     from corrdit.visualization import write_track_pictures

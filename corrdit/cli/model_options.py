@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from corrdit.cli.devices import add_device_options, checked_device, checked_dtype
+from corrdit.cli.devices import add_device_options, checked_device, checked_dtype, usable_devices
 
 
 def add_model_options(parser: Any) -> None:
@@ -49,12 +49,20 @@ def loaded_backbone(arguments: Any, preset: Any = None) -> Any:
         ValueError: an unknown model, one that cannot be loaded, a preset of another model, or a device that is not
             there.
     """
-    from corrdit.integrations.diffusers.backbones.loading import load_backbone
+    from corrdit.integrations.diffusers.backbones import loading
+    from corrdit.integrations.diffusers.placement import placed_backbone
 
     device, dtype = checked_device(arguments.device), checked_dtype(arguments.dtype)
     given = {} if preset is None else {"preset": preset}
     with _quiet_libraries():
-        return load_backbone(arguments.model, device=device, dtype=dtype, **given)
+        if arguments.placement != "device":
+            chosen = device or _first_device()
+            return placed_backbone(arguments.model, device=chosen, dtype=dtype, placement=arguments.placement, **given)
+        return loading.load_backbone(arguments.model, device=device, dtype=dtype, **given)
+
+
+def _first_device() -> Any:
+    return checked_device(usable_devices()[min(1, len(usable_devices()) - 1)])
 
 
 @contextlib.contextmanager

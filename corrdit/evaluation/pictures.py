@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from pathlib import Path
 
 import numpy as np
 
 from corrdit.data.tapvid import TapVidSample
 from corrdit.evaluation.results import file_name
+from corrdit.files import OutputFolder
 from corrdit.tracking import Tracks
 
 FRAMES_A_SECOND = 10.0
@@ -20,21 +19,18 @@ def draw_tracks(folder: str | os.PathLike[str], sample: TapVidSample, tracks: Tr
     """Write `VIDEO.mp4` and the contact sheet `VIDEO.png` into a folder, which is made if need be."""
     from corrdit.visualization import TrackStyle, write_track_pictures
 
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as hidden:
+    name = file_name(sample.name)
+    with OutputFolder(folder) as hidden:
         write_track_pictures(
             sample.video,
             tracks,
             (sample.video.shape[1], sample.video.shape[2]),
             queries=sample.queries,
             fps=FRAMES_A_SECOND,
-            video_path=Path(hidden) / "tracks.mp4",
-            sheet_path=Path(hidden) / "tracks.png",
+            video_path=hidden / f"{name}.mp4",
+            sheet_path=hidden / f"{name}.png",
             style=TrackStyle(trail=TRAIL),
         )
-        for file in Path(hidden).iterdir():
-            os.replace(file, folder / f"{file_name(sample.name)}{file.suffix}")
 
 
 def true_tracks(sample: TapVidSample) -> Tracks:

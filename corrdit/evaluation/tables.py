@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from corrdit.evaluation.results import EvaluationResults
 from corrdit.evaluation.summary import TrackerSummary, is_scored, summarise
-from corrdit.files import written_beside
+from corrdit.files import write_json, written_beside
 from corrdit.metrics.tapvid import METRIC_NAMES
 
 TABLE_NAME = "table"
@@ -41,7 +40,9 @@ def write_tables(output: str | os.PathLike[str]) -> list[TrackerSummary]:
     for label in settings["trackers"]:
         records, broken, left = [], {}, []
         for video in settings["videos"]:
-            record, failure = results.record(label, video), results.failure(label, video)
+            reason = results.unmade(label, video, settings.get("inputs", {}).get(video))
+            record = results.record(label, video) if reason is None else None
+            failure = results.failure(label, video) or (f"{reason}; evaluate it again" if reason else None)
             rows.append(_video_row(label, video, record, failure))
             if record is not None:
                 records.append(record)
@@ -50,17 +51,11 @@ def write_tables(output: str | os.PathLike[str]) -> list[TrackerSummary]:
             else:
                 left.append(video)
         summaries.append(summarise(label, records, broken=broken, left=left))
-    _write_json(results.path / f"{TABLE_NAME}.json", settings, summaries)
+    table = {"data": settings["data"], "trackers": [summary.as_dict() for summary in summaries]}
+    write_json(results.path / f"{TABLE_NAME}.json", table)
     _write_csv(results.path / f"{TABLE_NAME}.csv", [_tracker_row(summary) for summary in summaries])
     _write_csv(results.path / VIDEOS_FILE, rows)
     return summaries
-
-
-def _write_json(path: Path, settings: Mapping[str, Any], summaries: list[TrackerSummary]) -> None:
-    contents = {"data": settings["data"], "trackers": [summary.as_dict() for summary in summaries]}
-    with written_beside(path, "w") as file:
-        json.dump(contents, file, indent=1, allow_nan=False)
-        file.write("\n")
 
 
 def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+
+def point_grid(count: int, height: int, width: int) -> np.ndarray:
+    """`count` x `count` points at the centres of equal cells of frame 0: float32 `[count**2, 3]`, (frame, x, y)."""
+    share = (np.arange(count) + 0.5) / count
+    y, x = np.meshgrid(share * height, share * width, indexing="ij")
+    return np.stack((np.zeros_like(x), x, y), axis=-1).reshape(-1, 3).astype(np.float32)
 
 
 def check_video(video: Any) -> Any:

@@ -101,7 +101,7 @@ def test_modules_generate_every_prompt_once_and_resume(pipe: Any, tmp_path: Path
     with pytest.raises(ValueError, match="another prompt or seed"):
         trainer().predict(module, PromptDataModule(PROMPTS, samples=2, seed=11, output=tmp_path))
     other = GenerationModule(backbone, output=tmp_path, call=CALL, guidance={"layers": (0,)})
-    with pytest.raises(ValueError, match="made with guidance="):
+    with pytest.raises(ValueError, match="made with other settings: guidance "):
         trainer().predict(other, PromptDataModule(PROMPTS, samples=2, seed=10, output=tmp_path))
 
 
@@ -180,7 +180,7 @@ def test_a_callback_guides_the_generation_module_and_its_results_say_so(pipe: An
     guided = comparison.generate(pipe, PROMPTS[0], 5, CALL, GUIDANCE).video
     written = read_video(tmp_path / "out" / "0000" / "video.mp4").frames.astype(int)
     assert np.abs(written - guided).mean() < 12
-    with pytest.raises(ValueError, match="made with guidance_callback="):
+    with pytest.raises(ValueError, match="made with other settings: guidance_callback "):
         run([])
     with pytest.raises(ValueError, match="both have guidance"):
         run([GuidanceCallback(layers=1)], guidance=GUIDANCE)
@@ -311,7 +311,10 @@ def test_command_over_two_processes_makes_each_video_once(folder: str, tmp_path:
         (["a dog", "--height", "-32"], "height must be a whole number of at least 1, got -32"),
         (["a dog", "--pipeline", '{"generator": 1}'], "generator is set for every video"),
         (["a dog", "--pipeline", '{"num_videos_per_prompt": 2}'], "num_videos_per_prompt is set for every video"),
-        (["--prompts", "prompts.txt", "--devices", "0"], "--devices must be a whole number of at least 1, got 0"),
+        (
+            ["--prompts", "prompts.txt", "--processes", "0"],
+            "--processes 0 was given; accepted is a number of 1 or more",
+        ),
         (["--prompts", "prompts.txt", "--fps", "0"], "fps=0.0 was given"),
     ],
 )

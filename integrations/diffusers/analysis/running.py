@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from typing import Any
 
 from corrdit.analysis.options import AnalysisOptions
 from corrdit.analysis.results import AnalysisResults, has_analysis, read_results, write_failure, write_result
@@ -13,20 +12,20 @@ from corrdit.analysis.summary import Picture, write_report
 from corrdit.integrations.diffusers.analysis.drawing import drawn_pictures
 from corrdit.integrations.diffusers.analysis.picturing import video_pictures
 from corrdit.integrations.diffusers.analysis.videos import Progress, analyze_video
+from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.memory import is_out_of_memory
-
-ON_BROKEN = ("report", "raise")
+from corrdit.runs import check_on_broken
 
 
 def analyze_item(
-    backbone: Any,
+    backbone: Backbone,
     item: AnalysisItem,
     output: str | os.PathLike[str],
     options: AnalysisOptions,
     *,
     on_broken: str = "report",
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> dict[str, str]:
     """Analyse one video into its folder of results.
 
     Args:
@@ -43,9 +42,9 @@ def analyze_item(
     Raises:
         ValueError: an unknown `on_broken`, or with "raise" what is wrong with the video.
     """
-    if on_broken not in ON_BROKEN:
-        raise ValueError(f"on_broken must be one of {', '.join(map(repr, ON_BROKEN))}, got {on_broken!r}")
+    check_on_broken(on_broken)
     try:
+        inputs = item.inputs()
         given = item.load()
         table = analyze_video(backbone, given.video, given.xy, given.visible, options, progress=progress)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
@@ -54,12 +53,12 @@ def analyze_item(
             raise ValueError(f"video {item.name}: {said}") from error
         write_failure(output, item.name, said)
         return {"name": item.name, "truth": item.truth, "error": said}
-    write_result(output, item.name, table)
+    write_result(output, item.name, table, inputs)
     return {"name": item.name, "truth": item.truth}
 
 
 def finish_analysis(
-    backbone: Any,
+    backbone: Backbone,
     items: Iterable[AnalysisItem],
     output: str | os.PathLike[str],
     options: AnalysisOptions,

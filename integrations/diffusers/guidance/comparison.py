@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -128,17 +127,14 @@ def side_by_side(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return np.concatenate([left, gap, right], axis=2)
 
 
-def write_generated(
-    folder: str | os.PathLike[str], generated: GeneratedVideo, *, fps: float, details: Mapping[str, Any]
-) -> list[Path]:
-    """Write one result into an existing folder: `video.mp4`, `generation.json`, and with guidance `plain.mp4` and
-    `side_by_side.mp4` (without guidance on the left). `generation.json` comes last.
+def write_generated(folder: str | os.PathLike[str], generated: GeneratedVideo, *, fps: float) -> list[Path]:
+    """Write the videos of one result into an existing folder: `video.mp4`, and with guidance `plain.mp4` and
+    `side_by_side.mp4` (without guidance on the left).
 
     Args:
         folder: must exist.
         generated: what to write.
         fps: frames per second.
-        details: kept in `generation.json` beside prompt, seed and size.
 
     Returns:
         The files.
@@ -151,10 +147,12 @@ def write_generated(
         videos |= {PLAIN_FILE: generated.plain, BOTH_FILE: side_by_side(generated.plain, generated.video)}
     for name, frames in videos.items():
         write_video(place / name, frames, fps)
-    facts = {"prompt": generated.prompt, "seed": generated.seed, "shape": list(generated.video.shape), "fps": fps}
-    with written_beside(place / DETAILS_FILE, "w") as file:
-        json.dump({**facts, **details}, file, indent=2)
-    return [place / name for name in (*videos, DETAILS_FILE)]
+    return [place / name for name in videos]
+
+
+def generation_facts(generated: GeneratedVideo, fps: float) -> dict[str, object]:
+    """Prompt, seed, shape and rate of a result, for `generation.json`."""
+    return {"prompt": generated.prompt, "seed": generated.seed, "shape": list(generated.video.shape), "fps": fps}
 
 
 def vbench_name(prompt: str, sample: int) -> str:
