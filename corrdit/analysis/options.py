@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from corrdit.grid import whole_number
+from corrdit.arguments import whole_number
 from corrdit.tracking.geometry import GEOMETRIES
 
 FEATURE_READINGS = ("attention output", "projected output")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from corrdit.arguments import whole_number
 from corrdit.data.tapvid import TapVidVideo
 from corrdit.data.world import Clip
-from corrdit.grid import whole_number
 
 _CANDIDATES = 16
 

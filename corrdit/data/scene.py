@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from corrdit.arguments import whole_number
 from corrdit.data.shapes import SHAPES
-from corrdit.grid import whole_number
 
 SPRITE_TEXTURES = ("striped", "dotted", "checkered", "marbled", "speckled", "patched")
 BACKGROUNDS = ("grass", "sand", "water", "stone", "brick", "wood", "clouds")

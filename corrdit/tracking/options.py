@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from corrdit.grid import whole_number
+from corrdit.arguments import whole_number
 from corrdit.ops.backends import BACKENDS
 from corrdit.tracking.chunks import SCHEDULES
 from corrdit.tracking.geometry import GEOMETRIES

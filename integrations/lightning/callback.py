@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from corrdit.grid import whole_number
+from corrdit.arguments import whole_number
 from corrdit.integrations.diffusers.indices import whole_indices
 from corrdit.integrations.lightning.discovery import find_video_model
 from corrdit.integrations.lightning.measurement import MatchMeasurement

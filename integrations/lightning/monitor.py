@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from corrdit.grid import whole_number
+from corrdit.arguments import whole_number
 from corrdit.integrations.lightning.discovery import find_video_model, layer_count, transformer_of
 from corrdit.integrations.lightning.measurement import MatchMeasurement
 from corrdit.integrations.lightning.probe import WorldProbe

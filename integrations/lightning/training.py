@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from corrdit.arguments import whole_number
 from corrdit.data import PROMPT_KINDS, WorldConfig, describe, render
-from corrdit.grid import whole_number
 from corrdit.integrations.diffusers.embedded.pipeline import (
     build_pipeline,
     build_transformer,

@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from corrdit.grid import TokenGrid, whole_number
+from corrdit.arguments import whole_number
+from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.backbones.frames import conditioning_latents, prepared_frames
 from corrdit.integrations.diffusers.backbones.presets import Preset, preset_for
 from corrdit.integrations.diffusers.captures import Capture
