@@ -14,7 +14,7 @@ from torch import Tensor
 
 from corrdit.arguments import choice
 from corrdit.grid import TokenGrid
-from corrdit.kernels.configs import HEAD_DIMS
+from corrdit.kernels.shared.configs import HEAD_DIMS
 
 BACKENDS = ("auto", "triton", "streaming", "reference")
 

@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from corrdit.kernels.configs import Tiles, padded_head_dim
-from corrdit.kernels.launch import LOG2_E, choose_tiles, launch, product_precision, tile_count
-from corrdit.kernels.primitives import (
+from corrdit.kernels.displacement.soft_forward import key_range, load_centers, masked_scores, window_kind
+from corrdit.kernels.shared.configs import Tiles, padded_head_dim
+from corrdit.kernels.shared.launch import LOG2_E, choose_tiles, launch, product_precision, tile_count
+from corrdit.kernels.shared.primitives import (
     COORDINATE_LANES,
     GRADIENT_LANES,
     coordinate_tile,
@@ -31,8 +32,7 @@ from corrdit.kernels.primitives import (
     wide,
     window_rows,
 )
-from corrdit.kernels.soft_forward import key_range, load_centers, masked_scores, window_kind
-from corrdit.kernels.tables import FramePairTable, coordinate_table
+from corrdit.kernels.shared.tables import FramePairTable, coordinate_table
 
 # Element by element: one size does for every device.
 _GRADIENT_ROWS = Tiles(256, 16, 16, 4, 1)

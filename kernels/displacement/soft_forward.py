@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from corrdit.kernels.configs import padded_head_dim
-from corrdit.kernels.launch import choose_tiles, launch, product_precision, tile_count
-from corrdit.kernels.primitives import (
+from corrdit.kernels.shared.configs import padded_head_dim
+from corrdit.kernels.shared.launch import choose_tiles, launch, product_precision, tile_count
+from corrdit.kernels.shared.primitives import (
     accumulate_moments,
     coordinate_tile,
     keep_window,
@@ -21,7 +21,7 @@ from corrdit.kernels.primitives import (
     wide,
     window_rows,
 )
-from corrdit.kernels.tables import FramePairTable, coordinate_table
+from corrdit.kernels.shared.tables import FramePairTable, coordinate_table
 
 OWN_PLACE = 1
 GIVEN_CENTER = 2

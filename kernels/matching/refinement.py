@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from corrdit.kernels.correspondence import Heads
-from corrdit.kernels.launch import choose_tiles, launch, tile_count
-from corrdit.kernels.primitives import load_allowed, load_tile, wide
-from corrdit.kernels.tables import frame_pairs
+from corrdit.kernels.matching.correspondence import Heads
+from corrdit.kernels.shared.launch import choose_tiles, launch, tile_count
+from corrdit.kernels.shared.primitives import load_allowed, load_tile, wide
+from corrdit.kernels.shared.tables import frame_pairs
 
 
 @triton.jit

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from corrdit.grid import TokenGrid
-from corrdit.kernels.best_match import best_match, token_positions
-from corrdit.kernels.correspondence import arrange_heads, exponent, pair_statistics
-from corrdit.kernels.launch import (
+from corrdit.kernels.matching.best_match import best_match, token_positions
+from corrdit.kernels.matching.correspondence import arrange_heads, exponent, pair_statistics
+from corrdit.kernels.matching.refinement import refine
+from corrdit.kernels.shared.launch import (
     canonical,
     check_device,
     check_tensors,
@@ -23,7 +24,6 @@ from corrdit.kernels.launch import (
     product_precision,
     unequal_weights,
 )
-from corrdit.kernels.refinement import refine
 
 
 def compute_match(

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from corrdit.kernels.configs import Tiles, padded_head_dim
+from corrdit.kernels.shared.configs import Tiles, padded_head_dim
 
 # Lanes a multiprocessor issues in a cycle, exponentials, and multiply-adds of 16-bit matrix products (by architecture).
 ISSUE_LANES = 128

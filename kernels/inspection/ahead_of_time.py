@@ -16,11 +16,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import MockTensor
 
-from corrdit.kernels.configs import SHARED_BYTES, Tiles
-from corrdit.kernels.disassembly import Disassembly, MainLoop, repetition, resources
-from corrdit.kernels.floors import EXPONENTIALS, ISSUE_LANES, TENSOR_PRODUCTS
-from corrdit.kernels.launch import compile_only
-from corrdit.kernels.primitives import INTERPRETED
+from corrdit.kernels.inspection.disassembly import Disassembly, MainLoop, repetition, resources
+from corrdit.kernels.inspection.floors import EXPONENTIALS, ISSUE_LANES, TENSOR_PRODUCTS
+from corrdit.kernels.shared.configs import SHARED_BYTES, Tiles
+from corrdit.kernels.shared.launch import compile_only
+from corrdit.kernels.shared.primitives import INTERPRETED
 
 # Products of tiles in triton's intermediate code: up to 8.9, on 9.0 and on 10.0.
 _PRODUCTS = ("tt.dot", "warp_group_dot", "tc_gen5_mma")

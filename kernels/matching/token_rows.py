@@ -9,10 +9,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from corrdit.kernels.correspondence import Heads, cost_tile
-from corrdit.kernels.launch import choose_tiles, launch, product_precision, tile_count
-from corrdit.kernels.primitives import exponentials, head_scores, is_nan, load_allowed, log_sum_exp, raise_peak, wide
-from corrdit.kernels.tables import token_segments
+from corrdit.kernels.matching.correspondence import Heads, cost_tile
+from corrdit.kernels.shared.launch import choose_tiles, launch, product_precision, tile_count
+from corrdit.kernels.shared.primitives import (
+    exponentials,
+    head_scores,
+    is_nan,
+    load_allowed,
+    log_sum_exp,
+    raise_peak,
+    wide,
+)
+from corrdit.kernels.shared.tables import token_segments
 
 
 @triton.jit

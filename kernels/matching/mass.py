@@ -8,9 +8,15 @@ import torch
 from torch import Tensor
 
 from corrdit.grid import TokenGrid
-from corrdit.kernels.correspondence import arrange_heads, exponent
-from corrdit.kernels.launch import check_device, check_tensors, float32_precision, product_precision, unequal_weights
-from corrdit.kernels.token_rows import mass_of_rows, row_statistics
+from corrdit.kernels.matching.correspondence import arrange_heads, exponent
+from corrdit.kernels.matching.token_rows import mass_of_rows, row_statistics
+from corrdit.kernels.shared.launch import (
+    check_device,
+    check_tensors,
+    float32_precision,
+    product_precision,
+    unequal_weights,
+)
 
 
 def compute_attention_mass(

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from corrdit.grid import TokenGrid
-from corrdit.kernels.correspondence import arrange_heads, exponent, pair_statistics
-from corrdit.kernels.launch import (
+from corrdit.kernels.matching.correspondence import arrange_heads, exponent, pair_statistics
+from corrdit.kernels.matching.token_rows import cost_of_rows, row_statistics
+from corrdit.kernels.shared.launch import (
     canonical,
     check_device,
     check_tensors,
@@ -17,7 +18,6 @@ from corrdit.kernels.launch import (
     product_precision,
     unequal_weights,
 )
-from corrdit.kernels.token_rows import cost_of_rows, row_statistics
 
 
 def compute_cost_rows(

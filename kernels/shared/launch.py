@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corrdit.kernels import configs
-from corrdit.kernels.primitives import INTERPRETED
+from corrdit.kernels.shared import configs
+from corrdit.kernels.shared.primitives import INTERPRETED
 
 LOG2_E = 1.4426950408889634
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from corrdit.grid import TokenGrid
-from corrdit.kernels.frame_local_backward import local_backward
-from corrdit.kernels.frame_local_forward import LocalLayout, local_forward
-from corrdit.kernels.launch import (
+from corrdit.kernels.frame_local.backward import local_backward
+from corrdit.kernels.frame_local.forward import LocalLayout, local_forward
+from corrdit.kernels.shared.launch import (
     LOG2_E,
     autocast_off,
     canonical,

@@ -79,7 +79,7 @@ def load_allowed(key_mask, tokens, kept, mask_stride, HAS_MASK: tl.constexpr):
 
 @triton.jit
 def coordinate_tile(table, tokens, kept, GUARD: tl.constexpr):
-    """`[N, 16]` rows (1, x, y, 1, x, y, 0, ...) of the coordinate table; see `corrdit.kernels.tables`."""
+    """`[N, 16]` rows (1, x, y, 1, x, y, 0, ...) of the coordinate table; see `corrdit.kernels.shared.tables`."""
     pointers = table + tokens[:, None] * COORDINATE_LANES + tl.arange(0, COORDINATE_LANES)[None, :]
     if GUARD:
         return tl.load(pointers, mask=kept[:, None], other=0.0)

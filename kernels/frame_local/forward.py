@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from corrdit.grid import TokenGrid
-from corrdit.kernels.configs import padded_head_dim
-from corrdit.kernels.launch import choose_tiles, launch, product_precision, tile_count
-from corrdit.kernels.primitives import (
+from corrdit.kernels.shared.configs import padded_head_dim
+from corrdit.kernels.shared.launch import choose_tiles, launch, product_precision, tile_count
+from corrdit.kernels.shared.primitives import (
     exponentials,
     load_allowed,
     load_tile,

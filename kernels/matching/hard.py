@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from corrdit.grid import FramePairs, TokenGrid
-from corrdit.kernels.best_match import best_match, token_positions
-from corrdit.kernels.correspondence import arrange_heads, exponent, pair_statistics
-from corrdit.kernels.launch import (
+from corrdit.kernels.matching.best_match import best_match, token_positions
+from corrdit.kernels.matching.correspondence import arrange_heads, exponent, pair_statistics
+from corrdit.kernels.shared.launch import (
     canonical,
     check_device,
     check_tensors,
@@ -19,7 +19,7 @@ from corrdit.kernels.launch import (
     product_precision,
     unequal_weights,
 )
-from corrdit.kernels.tables import window_centers
+from corrdit.kernels.shared.tables import window_centers
 
 
 def compute_hard_displacement(

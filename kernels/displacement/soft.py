@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from corrdit.grid import FramePairs, TokenGrid
-from corrdit.kernels.folded import folded_backward, folded_forward
-from corrdit.kernels.launch import (
+from corrdit.kernels.displacement.folded import folded_backward, folded_forward
+from corrdit.kernels.displacement.soft_backward import soft_backward
+from corrdit.kernels.displacement.soft_forward import soft_forward
+from corrdit.kernels.shared.launch import (
     LOG2_E,
     autocast_off,
     canonical,
@@ -24,9 +26,7 @@ from corrdit.kernels.launch import (
     product_precision,
     unequal_weights,
 )
-from corrdit.kernels.soft_backward import soft_backward
-from corrdit.kernels.soft_forward import soft_forward
-from corrdit.kernels.tables import frame_pairs, window_centers
+from corrdit.kernels.shared.tables import frame_pairs, window_centers
 
 
 def compute_soft_displacement(

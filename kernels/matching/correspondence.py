@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from corrdit.kernels.folded import folded_forward, folded_scale
-from corrdit.kernels.launch import LOG2_E, canonical
-from corrdit.kernels.primitives import exponentials, head_scores, wide
-from corrdit.kernels.soft_forward import soft_forward
-from corrdit.kernels.tables import frame_pairs
+from corrdit.kernels.displacement.folded import folded_forward, folded_scale
+from corrdit.kernels.displacement.soft_forward import soft_forward
+from corrdit.kernels.shared.launch import LOG2_E, canonical
+from corrdit.kernels.shared.primitives import exponentials, head_scores, wide
+from corrdit.kernels.shared.tables import frame_pairs
 
 
 @triton.jit

@@ -12,9 +12,9 @@ import triton
 from torch import Tensor
 
 from corrdit.grid import TokenGrid
-from corrdit.kernels.ahead_of_time import ARCHITECTURES, Compiled, meta_heads, recording
-from corrdit.kernels.floors import soft_floor
-from corrdit.kernels.launch import float32_precision, product_precision
+from corrdit.kernels.inspection.ahead_of_time import ARCHITECTURES, Compiled, meta_heads, recording
+from corrdit.kernels.inspection.floors import soft_floor
+from corrdit.kernels.shared.launch import float32_precision, product_precision
 
 # CogVideoX-5B's heads and frame; two frames stand for all, no kernel depends on their number.
 HEADS = 48
@@ -131,7 +131,7 @@ def compile_entry(entry: Entry, dtype: str, head_dim: int, arch: int, precision:
 
 def _soft_displacement(heads: str, q: Tensor, grid: TokenGrid, compiled: list[Compiled]) -> int:
     """Each of these calls an operation and returns how many kernels its forward pass launched."""
-    from corrdit.kernels.soft import compute_soft_displacement, compute_soft_displacement_backward
+    from corrdit.kernels.displacement.soft import compute_soft_displacement, compute_soft_displacement_backward
 
     folded = heads == "logits"
     options: tuple[Any, ...] = (_PAIRS, grid.height, grid.width, folded, 0.18, -1, product_precision())
@@ -142,7 +142,7 @@ def _soft_displacement(heads: str, q: Tensor, grid: TokenGrid, compiled: list[Co
 
 
 def _hard_displacement(heads: str, q: Tensor, grid: TokenGrid, compiled: list[Compiled]) -> int:
-    from corrdit.kernels.hard import compute_hard_displacement
+    from corrdit.kernels.matching.hard import compute_hard_displacement
 
     compute_hard_displacement(
         q, q, None, None, None, _PAIRS, grid.height, grid.width, heads, 0.12, -1, product_precision()
@@ -151,14 +151,14 @@ def _hard_displacement(heads: str, q: Tensor, grid: TokenGrid, compiled: list[Co
 
 
 def _match(heads: str, q: Tensor, grid: TokenGrid, compiled: list[Compiled]) -> int:
-    from corrdit.kernels.matching import compute_match
+    from corrdit.kernels.matching.match import compute_match
 
     compute_match(q, q, None, None, _PAIRS, grid.height, grid.width, heads, 0.12, True, 1, product_precision())
     return len(compiled)
 
 
 def _cost_rows(heads: str, q: Tensor, grid: TokenGrid, compiled: list[Compiled]) -> int:
-    from corrdit.kernels.costs import compute_cost_rows
+    from corrdit.kernels.matching.costs import compute_cost_rows
 
     tokens = torch.empty(64, dtype=torch.int64, device="meta")
     compute_cost_rows(q, q, tokens, None, None, 0, grid.height, grid.width, heads, 0.12, True, product_precision())
@@ -166,7 +166,7 @@ def _cost_rows(heads: str, q: Tensor, grid: TokenGrid, compiled: list[Compiled])
 
 
 def _attention_mass(heads: str, q: Tensor, grid: TokenGrid, compiled: list[Compiled]) -> int:
-    from corrdit.kernels.mass import compute_attention_mass
+    from corrdit.kernels.matching.mass import compute_attention_mass
 
     tokens = torch.empty(64, dtype=torch.int64, device="meta")
     compute_attention_mass(
@@ -188,8 +188,11 @@ def _attention_mass(heads: str, q: Tensor, grid: TokenGrid, compiled: list[Compi
 
 
 def _frame_local_attention(heads: str, q: Tensor, grid: TokenGrid, compiled: list[Compiled]) -> int:
-    from corrdit.kernels.frame_local import compute_frame_local_attention, compute_frame_local_attention_backward
-    from corrdit.kernels.frame_local_forward import LocalLayout
+    from corrdit.kernels.frame_local.attention import (
+        compute_frame_local_attention,
+        compute_frame_local_attention_backward,
+    )
+    from corrdit.kernels.frame_local.forward import LocalLayout
 
     options: tuple[Any, ...] = (list(LocalLayout.of(grid, 0)), 0.18, heads == "renormalized", product_precision())
     found = compute_frame_local_attention(q, q, q, None, *options)
@@ -240,6 +243,7 @@ def requests(
 def sources() -> str:
     """A digest of the kernels' source files: results of the same sources and triton need not be compiled again."""
     digest = hashlib.sha256(triton.__version__.encode())
-    for path in sorted(pathlib.Path(__file__).parent.glob("*.py")):
-        digest.update(path.name.encode() + path.read_bytes())
+    root = pathlib.Path(__file__).parents[1]
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:16]

@@ -9,11 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from corrdit.kernels.correspondence import Heads, cost_tile
-from corrdit.kernels.launch import choose_tiles, launch, product_precision, tile_count
-from corrdit.kernels.primitives import better_match, head_scores, load_allowed, no_token, wide
-from corrdit.kernels.soft_forward import key_range, load_centers, window_kind
-from corrdit.kernels.tables import frame_pairs
+from corrdit.kernels.displacement.soft_forward import key_range, load_centers, window_kind
+from corrdit.kernels.matching.correspondence import Heads, cost_tile
+from corrdit.kernels.shared.launch import choose_tiles, launch, product_precision, tile_count
+from corrdit.kernels.shared.primitives import better_match, head_scores, load_allowed, no_token, wide
+from corrdit.kernels.shared.tables import frame_pairs
 
 
 @triton.jit

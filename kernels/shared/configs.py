@@ -3,7 +3,7 @@
 The tables are read when a kernel is launched and are keyed by kernel, element size and padded head_dim, never by the
 number of tokens. Other devices take the table of the nearest one that has no more shared memory than they: 8.6 and 12.x
 (100 KiB) that of 8.9, every later data-centre part that of 10.0. AMD devices are refused where kernels are launched
-(`corrdit.kernels.launch.check_device`): no table of theirs has been tried.
+(`corrdit.kernels.shared.launch.check_device`): no table of theirs has been tried.
 """
 
 from __future__ import annotations

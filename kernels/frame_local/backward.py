@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from corrdit.kernels.configs import padded_head_dim
-from corrdit.kernels.frame_local_forward import LocalLayout, tile_stretch, visible_stretch
-from corrdit.kernels.launch import LOG2_E, choose_tiles, launch, product_precision
-from corrdit.kernels.primitives import exponentials, load_allowed, load_tile, multiply, product, store_tile, wide
+from corrdit.kernels.frame_local.forward import LocalLayout, tile_stretch, visible_stretch
+from corrdit.kernels.shared.configs import padded_head_dim
+from corrdit.kernels.shared.launch import LOG2_E, choose_tiles, launch, product_precision
+from corrdit.kernels.shared.primitives import exponentials, load_allowed, load_tile, multiply, product, store_tile, wide
 
 
 @triton.jit

@@ -15,11 +15,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from corrdit.kernels.launch import LOG2_E, choose_tiles, launch, product_precision, tile_count
-from corrdit.kernels.primitives import accumulate_moments, coordinate_tile, head_scores, wide
-from corrdit.kernels.soft_backward import gradient_rows, load_gradient_rows, logit_gradients
-from corrdit.kernels.soft_forward import key_range, load_centers, masked_scores, store_displacement, window_kind
-from corrdit.kernels.tables import FramePairTable, coordinate_table
+from corrdit.kernels.displacement.soft_backward import gradient_rows, load_gradient_rows, logit_gradients
+from corrdit.kernels.displacement.soft_forward import (
+    key_range,
+    load_centers,
+    masked_scores,
+    store_displacement,
+    window_kind,
+)
+from corrdit.kernels.shared.launch import LOG2_E, choose_tiles, launch, product_precision, tile_count
+from corrdit.kernels.shared.primitives import accumulate_moments, coordinate_tile, head_scores, wide
+from corrdit.kernels.shared.tables import FramePairTable, coordinate_table
 
 WORKSPACE_BYTES = 64 * 1024 * 1024
 
