@@ -49,10 +49,10 @@ EXTRAS = {
 
 
 def version() -> str:
-    text = (ROOT / "corrdit" / "__init__.py").read_text(encoding="utf-8")
+    text = (ROOT / "corrdit" / "version.py").read_text(encoding="utf-8")
     match = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
     if match is None:
-        raise RuntimeError('corrdit/__init__.py has no line __version__ = "..."')
+        raise RuntimeError('corrdit/version.py has no line __version__ = "..."')
     return match.group(1)
 
 

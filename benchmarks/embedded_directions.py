@@ -28,12 +28,12 @@ from guidance_quality import weights_digest
 from sprite_direction import angle_to, sprite_motion
 
 from corrdit.benchmark.environment import environment
-from corrdit.data import WorldConfig, describe, generate
-from corrdit.data.prompts import subject_words
-from corrdit.data.scene import DIRECTIONS, Scene
 from corrdit.files import written_beside
-from corrdit.integrations.diffusers.embedded import load_embedded_pipeline
-from corrdit.integrations.diffusers.embedded.evaluation import bootstrap
+from corrdit.integrations.embedded import load_embedded_pipeline
+from corrdit.integrations.embedded.training.evaluation import bootstrap
+from corrdit.integrations.embedded.world import WorldConfig, describe, generate
+from corrdit.integrations.embedded.world.prompts import subject_words
+from corrdit.integrations.embedded.world.scene import DIRECTIONS, Scene
 
 WORLD = WorldConfig(sprites=(1, 1))
 FIRST_SEED, TUNING_SEED = 1_000_500_000, 1_000_600_000

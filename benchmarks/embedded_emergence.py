@@ -20,11 +20,11 @@ import numpy as np
 import torch
 
 from corrdit.benchmark.environment import environment
-from corrdit.data import WorldConfig
 from corrdit.files import written_beside
-from corrdit.integrations.diffusers.embedded.evaluation import HELD_OUT_SEEDS, matching_table
-from corrdit.integrations.diffusers.embedded.pipeline import build_pipeline
-from corrdit.integrations.lightning.recipes import load_checkpoint
+from corrdit.integrations.embedded.pipeline import build_pipeline
+from corrdit.integrations.embedded.training.evaluation import HELD_OUT_SEEDS, matching_table
+from corrdit.integrations.embedded.training.recipe import load_checkpoint
+from corrdit.integrations.embedded.world import WorldConfig
 
 VALIDATION_SEEDS = HELD_OUT_SEEDS + 1_000_000
 TIMESTEPS = (50, 300, 600)

@@ -23,9 +23,9 @@ from typing import Any
 import diffusers
 import torch
 
-from corrdit.data import WorldConfig
-from corrdit.integrations.diffusers.embedded import load_embedded_pipeline
-from corrdit.integrations.diffusers.embedded.evaluation import HELD_OUT_SEEDS, matching_table, summary
+from corrdit.integrations.embedded import load_embedded_pipeline
+from corrdit.integrations.embedded.training.evaluation import HELD_OUT_SEEDS, matching_table, summary
+from corrdit.integrations.embedded.world import WorldConfig
 
 TIMESTEPS = (50, 300, 600)
 LARGE_TIMESTEPS = (19, 100, 300)

@@ -16,10 +16,10 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from corrdit.data import WorldConfig
-from corrdit.integrations.diffusers.embedded import load_embedded_pipeline
-from corrdit.integrations.diffusers.embedded.evaluation import HELD_OUT_SEEDS, matching_table
-from corrdit.integrations.diffusers.embedded.loading import PRESET_FILE, WEIGHTS
+from corrdit.integrations.embedded import load_embedded_pipeline
+from corrdit.integrations.embedded.loading import PRESET_FILE, WEIGHTS
+from corrdit.integrations.embedded.training.evaluation import HELD_OUT_SEEDS, matching_table
+from corrdit.integrations.embedded.world import WorldConfig
 
 VALIDATION_SEEDS = HELD_OUT_SEEDS + 1_000_000
 INFERENCE_STEPS = 50

@@ -28,8 +28,8 @@ from video_measures import measures
 
 from corrdit import CrossAttentionGuidance, load_backbone
 from corrdit.benchmark.environment import environment
-from corrdit.data import WorldConfig, describe, render
 from corrdit.files import written_beside
+from corrdit.integrations.embedded.world import WorldConfig, describe, render
 
 HELD_OUT = 10**9 + 40_000
 GROUP = 16

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from transfer_world import followed_patches
 
-from corrdit.data.scene import DIRECTIONS
+from corrdit.integrations.embedded.world.scene import DIRECTIONS
 
 SPACING = 2
 RADIUS, REACH = 3, 7

@@ -24,10 +24,10 @@ from tracking_trackers import TRACKERS, Variant, variants
 
 from corrdit import load_backbone
 from corrdit.benchmark.environment import environment
-from corrdit.data import WorldConfig, generate
 from corrdit.data.tapvid import TapVidSample
 from corrdit.evaluation.scoring import evaluate_video
 from corrdit.files import written_beside
+from corrdit.integrations.embedded.world import WorldConfig, generate
 
 SEEDS = {"report": 2_000_000_000, "tune": 2_050_000_000}
 FIGURES = (

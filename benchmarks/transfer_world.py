@@ -10,9 +10,9 @@ import torch
 from torch.nn import functional
 
 from corrdit import metrics, motion
-from corrdit.data import WorldConfig, generate
-from corrdit.data.prompts import subject_words
-from corrdit.data.scene import Scene
+from corrdit.integrations.embedded.world import WorldConfig, generate
+from corrdit.integrations.embedded.world.prompts import subject_words
+from corrdit.integrations.embedded.world.scene import Scene
 
 SIZE = WorldConfig(frames=8, height=32, width=32)
 FIRST_SEED = 1_000_300_000

@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from corrdit import moved
+from corrdit.version import __version__
 
 _LAZY_ATTRIBUTES = {
     "TokenGrid": "corrdit.grid",
@@ -23,6 +24,32 @@ _LAZY_ATTRIBUTES = {
     "load_backbone": "corrdit.integrations.diffusers",
 }
 _LAZY_MODULES = ("data", "metrics", "motion", "ops", "testing", "tracking", "video", "visualization")
+
+MOVED = {
+    "corrdit.data.prompts": "corrdit.integrations.embedded.world.prompts",
+    "corrdit.data.sampling": "corrdit.integrations.embedded.world.sampling",
+    "corrdit.data.scene": "corrdit.integrations.embedded.world.scene",
+    "corrdit.data.world": "corrdit.integrations.embedded.world.clips",
+    **{
+        f"corrdit.data:{name}": f"corrdit.integrations.embedded.world:{name}"
+        for name in (
+            "PROMPT_KINDS", "Clip", "Flow", "Scene", "Truth", "WorldConfig", "demo_clip", "describe", "generate",
+            "render",
+        )
+    },
+    "corrdit.integrations.diffusers.embedded.evaluation": "corrdit.integrations.embedded.training.evaluation",
+    "corrdit.integrations.diffusers.embedded": "corrdit.integrations.embedded",
+    "corrdit.integrations.lightning.muon": "corrdit.integrations.embedded.training.muon",
+    "corrdit.integrations.lightning.recipes": "corrdit.integrations.embedded.training.recipe",
+    "corrdit.integrations.lightning.training": "corrdit.integrations.embedded.training.module",
+    **{
+        f"corrdit.testing.{name}": f"corrdit.integrations.diffusers.testing.{name}"
+        for name in ("conformance", "subject", "tiny_models")
+    },
+}  # fmt: skip
+"""New names by old ones ("module:attribute" for single names); the old ones work until 0.3, with a warning."""
+
+moved.install(MOVED)
 
 __all__ = [
     "CorrespondenceProcessor",

@@ -57,7 +57,7 @@ def world_items(
     Raises:
         ValueError: no videos or points, or a size the world does not make.
     """
-    from corrdit.data import WorldConfig, generate
+    from corrdit.integrations.embedded.world import WorldConfig, generate
 
     if count < 1 or points < 1:
         raise ValueError(f"{count} videos with {points} x {points} points were asked for; at least 1 of each is needed")

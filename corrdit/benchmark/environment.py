@@ -10,13 +10,13 @@ import subprocess
 
 import torch
 
-import corrdit
+from corrdit import version as version_file
 
 
 def environment(device: torch.device) -> dict[str, str | int | None]:
     """Commit, device, driver and versions, as they stand in every row of results."""
     return {
-        "corrdit": corrdit.__version__,
+        "corrdit": version_file.__version__,
         "commit": commit(),
         "device": device_name(device),
         "driver": _driver(device) if device.type == "cuda" else None,
@@ -30,7 +30,7 @@ def environment(device: torch.device) -> dict[str, str | int | None]:
 
 def commit() -> str | None:
     """The commit of the checkout the package is run from, "+" for uncommitted changes; None for an installed wheel."""
-    folder = pathlib.Path(corrdit.__file__).parent
+    folder = pathlib.Path(version_file.__file__).parent
     if _command_output("git", "-C", str(folder), "ls-files", "--error-unmatch", "__init__.py") is None:
         return None
     head = _command_output("git", "-C", str(folder), "rev-parse", "--short=12", "HEAD")

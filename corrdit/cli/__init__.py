@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_overview())
         return _SUCCESS
     if arguments[0] in ("-V", "--version", "version"):
-        from corrdit import __version__
+        from corrdit.version import __version__
 
         print(f"corrdit {__version__}")
         return _SUCCESS

@@ -38,8 +38,8 @@ def add_arguments(parser: Any) -> None:
 
 
 def run(arguments: Any) -> int:
-    from corrdit import PointTracker
-    from corrdit.data import demo_clip
+    from corrdit.integrations.embedded.world import demo_clip
+    from corrdit.tracking import PointTracker
     from corrdit.tracking.baselines import nearest_patches, standing_still
 
     if arguments.points < 1:
@@ -83,7 +83,7 @@ def error_cells(tracks: Any, truth: Any, chosen: np.ndarray) -> tuple[str, ...]:
 
 
 def _write(folder: Path, video: np.ndarray, queries: np.ndarray, tracks: Any, truth: Any) -> None:
-    from corrdit import Tracks
+    from corrdit.tracking import Tracks
     from corrdit.video import write_video
     from corrdit.visualization import write_track_pictures
 

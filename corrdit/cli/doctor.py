@@ -40,7 +40,7 @@ def run(arguments: Any) -> int:
 
 def versions() -> dict[str, dict[str, str | None]]:
     """Installed and accepted versions of Python, corrdit and its dependencies, by the packages' own metadata."""
-    from corrdit import __version__
+    from corrdit.version import __version__
 
     found: dict[str, dict[str, str | None]] = {
         "python": {"version": platform.python_version(), "accepted": ">=3.10"},
@@ -125,7 +125,7 @@ def files() -> dict[str, str]:
     if importlib.util.find_spec("diffusers") is None:
         found["embedded model"] = "needs diffusers, which is not installed"
     else:
-        from corrdit.integrations.diffusers.embedded.loading import WEIGHTS
+        from corrdit.integrations.embedded.loading import WEIGHTS
 
         weights = sorted(WEIGHTS.rglob("*.safetensors"))
         size = sum(file.stat().st_size for file in weights) / 1e6

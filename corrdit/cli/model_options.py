@@ -49,7 +49,7 @@ def loaded_backbone(arguments: Any, preset: Any = None) -> Any:
         ValueError: an unknown model, one that cannot be loaded, a preset of another model, or a device that is not
             there.
     """
-    from corrdit import load_backbone
+    from corrdit.integrations.diffusers.backbones.loading import load_backbone
 
     device, dtype = checked_device(arguments.device), checked_dtype(arguments.dtype)
     given = {} if preset is None else {"preset": preset}

@@ -112,7 +112,7 @@ def chosen_presets(given: str) -> tuple[str, Any]:
 
 def _track(arguments: Any, presets: tuple[str, Any], video: Any, queries: np.ndarray) -> Any:
     """Tracks in the file's own pixels; the tracker sees the frames at the size they are read."""
-    from corrdit import PointTracker
+    from corrdit.tracking import PointTracker
     from corrdit.tracking.files import track_at_size
 
     preset, of_model = presets

@@ -36,7 +36,7 @@ def add_arguments(parser: Any) -> None:
 
 def run(arguments: Any) -> int:
     """Train, or resume, and export float16 weights with a model card."""
-    from corrdit.integrations.lightning.recipes import (
+    from corrdit.integrations.embedded.training.recipe import (
         export_checkpoint,
         load_recipe,
         newest_checkpoint,

@@ -154,7 +154,7 @@ def _reference(arguments: Any) -> tuple[np.ndarray | None, float]:
 
 
 def _tracker(backbone: Any) -> Any:
-    from corrdit import PointTracker
+    from corrdit.tracking import PointTracker
 
     return PointTracker(backbone).track
 

@@ -22,7 +22,7 @@ from corrdit.cli.output import OutputFolder
 from corrdit.cli.progress import progress_bar
 
 if TYPE_CHECKING:
-    from corrdit.data import Clip
+    from corrdit.integrations.embedded.world import Clip
 
 HELP = "write generated videos with exact tracks, flow and prompts"
 USAGE = "--output DIR [--videos N] [--seed S] [options]"
@@ -41,9 +41,9 @@ def add_arguments(parser: Any) -> None:
 
 
 def run(arguments: Any) -> int:
-    from corrdit.data import PROMPT_KINDS, WorldConfig, describe
-    from corrdit.data.sampling import as_tapvid, sample_queries
     from corrdit.data.tapvid_writing import write_tapvid
+    from corrdit.integrations.embedded.world import PROMPT_KINDS, WorldConfig, describe
+    from corrdit.integrations.embedded.world.sampling import as_tapvid, sample_queries
 
     for name in ("videos", "points"):
         if getattr(arguments, name) < 1:
@@ -85,7 +85,7 @@ def _refuse_other_videos(output: Path, videos: int, tapvid: bool) -> None:
 
 
 def _clips(first_seed: int, count: int, config: Any) -> Iterator[Clip]:
-    from corrdit.data import generate
+    from corrdit.integrations.embedded.world import generate
 
     for index in range(count):
         yield generate([first_seed + index], config)[0]

@@ -11,18 +11,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _LAZY_ATTRIBUTES = {
-    "CheckResult": "corrdit.testing.conformance",
-    "TINY_MODELS": "corrdit.testing.tiny_models",
-    "check_backbone": "corrdit.testing.conformance",
-    "tiny_backbone": "corrdit.testing.tiny_models",
-    "tiny_generation": "corrdit.testing.tiny_models",
-    "tiny_pipeline": "corrdit.testing.tiny_models",
+    "CheckResult": "corrdit.integrations.diffusers.testing.conformance",
+    "TINY_MODELS": "corrdit.integrations.diffusers.testing.tiny_models",
+    "check_backbone": "corrdit.integrations.diffusers.testing.conformance",
+    "tiny_backbone": "corrdit.integrations.diffusers.testing.tiny_models",
+    "tiny_generation": "corrdit.integrations.diffusers.testing.tiny_models",
+    "tiny_pipeline": "corrdit.integrations.diffusers.testing.tiny_models",
 }
 __all__ = ["TINY_MODELS", "CheckResult", "check_backbone", "tiny_backbone", "tiny_generation", "tiny_pipeline"]
 
 if TYPE_CHECKING:
-    from corrdit.testing.conformance import CheckResult, check_backbone
-    from corrdit.testing.tiny_models import TINY_MODELS, tiny_backbone, tiny_generation, tiny_pipeline
+    from corrdit.integrations.diffusers.testing.conformance import CheckResult, check_backbone
+    from corrdit.integrations.diffusers.testing.tiny_models import (
+        TINY_MODELS,
+        tiny_backbone,
+        tiny_generation,
+        tiny_pipeline,
+    )
 
 
 def __getattr__(name: str) -> Any:

@@ -153,7 +153,7 @@ class AnalysisModule(lightning.LightningModule):
     def _loaded(self) -> Any:
         if not isinstance(self.model, (str, os.PathLike)):
             return self.model
-        from corrdit import load_backbone
+        from corrdit.integrations.diffusers.backbones.loading import load_backbone
 
         device = self.trainer.strategy.root_device
         return load_backbone(self.model, device=device, dtype=self.model_dtype, preset=self.model_preset)

@@ -48,7 +48,7 @@ def placed_backbone(
             )
         told(model)
         return model
-    from corrdit import load_backbone
+    from corrdit.integrations.diffusers.backbones.loading import load_backbone
 
     precision = None if dtype is None else getattr(torch, dtype)
     if placement == "device":

@@ -213,7 +213,8 @@ class TrackingModule(lightning.LightningModule):
         self._left_out = torch.zeros(2)
 
     def _load_tracker(self) -> None:
-        from corrdit import PointTracker, load_backbone
+        from corrdit.integrations.diffusers.backbones.loading import load_backbone
+        from corrdit.tracking import PointTracker
 
         backbone = self.model
         if isinstance(backbone, (str, os.PathLike)):

@@ -88,7 +88,7 @@ class WorldProbe:
         return found
 
     def _videos(self) -> tuple[list[Any], np.ndarray]:
-        from corrdit.data import WorldConfig, generate
+        from corrdit.integrations.embedded.world import WorldConfig, generate
 
         config = WorldConfig(frames=self.frames, height=self.height, width=self.width)
         clips = generate([self.seed + index for index in range(self.clips)], config)

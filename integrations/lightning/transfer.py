@@ -183,7 +183,8 @@ class TransferModule(lightning.LightningModule):
         """Load the model on this process's device and check settings and output folder."""
         if stage != "predict":
             raise ValueError(f"TransferModule has no {stage} step; call Trainer.predict")
-        from corrdit import MotionTransfer, load_backbone
+        from corrdit.integrations.diffusers.backbones.loading import load_backbone
+        from corrdit.integrations.diffusers.motion_transfer import MotionTransfer
 
         backbone = self.model
         if isinstance(backbone, (str, os.PathLike)):
@@ -244,7 +245,7 @@ class TransferModule(lightning.LightningModule):
         backbone = self._transfer.backbone
         measured: dict[str, float] = {}
         if self.measure:
-            from corrdit import PointTracker
+            from corrdit.tracking import PointTracker
 
             measured = fidelity_of(result, PointTracker(backbone).track)
         if self._similarity is not None:

@@ -25,7 +25,7 @@ def moving_video() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 @pytest.fixture(scope="session")
 def tiny() -> Any:
     """A tiny random CogVideoX with rotary positions."""
-    from corrdit.testing.tiny_models import tiny_backbone
+    from corrdit.integrations.diffusers.testing.tiny_models import tiny_backbone
 
     return tiny_backbone("cogvideox-rotary")
 

@@ -15,7 +15,7 @@ from corrdit.analysis.sources import AnalysisItem
 from corrdit.integrations.diffusers import capture
 from corrdit.integrations.diffusers.analysis import analyze_generation, analyze_item, analyze_video
 from corrdit.integrations.diffusers.analysis.videos import encoded_video, noised, reading_operations
-from corrdit.testing.tiny_models import tiny_backbone, tiny_generation
+from corrdit.integrations.diffusers.testing.tiny_models import tiny_backbone, tiny_generation
 from corrdit.tracking import Tracks
 from corrdit.tracking.geometry import sample_matches
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import corrdit
 from corrdit.analysis.results import read_results
 from corrdit.analysis.sources import AnalysisItem, folder_items
 from corrdit.analysis.table import AnalysisTable
 from corrdit.cli import main
 from corrdit.cli.analyze import chosen_steps
-from corrdit.testing.tiny_models import tiny_backbone, tiny_generation
+from corrdit.integrations.diffusers.backbones import loading
+from corrdit.integrations.diffusers.testing.tiny_models import tiny_backbone, tiny_generation
 from corrdit.video import write_video
 
 
@@ -29,7 +29,7 @@ def with_tiny(monkeypatch):
         loaded.append(name)
         return tiny_backbone("cogvideox-rotary")
 
-    monkeypatch.setitem(vars(corrdit), "load_backbone", load)
+    monkeypatch.setattr(loading, "load_backbone", load)
     return loaded
 
 

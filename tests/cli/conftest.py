@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-import corrdit
+import corrdit.tracking
 from corrdit.cli import main
+from corrdit.integrations.diffusers.backbones import loading
 from corrdit.tracking import Tracks
 from corrdit.video import write_video
 
@@ -42,8 +43,8 @@ class DriftingTracker:
 @pytest.fixture
 def drifting_tracker(monkeypatch: pytest.MonkeyPatch) -> type[DriftingTracker]:
     """Put the stand-in where the command looks for the tracker and its model."""
-    monkeypatch.setitem(vars(corrdit), "PointTracker", DriftingTracker)
-    monkeypatch.setitem(vars(corrdit), "load_backbone", lambda name, **options: SimpleNamespace(name=name, **options))
+    monkeypatch.setitem(vars(corrdit.tracking), "PointTracker", DriftingTracker)
+    monkeypatch.setattr(loading, "load_backbone", lambda name, **options: SimpleNamespace(name=name, **options))
     return DriftingTracker
 
 

@@ -24,7 +24,7 @@ import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
 import sys, time
 from types import SimpleNamespace
-import corrdit, corrdit.cli
+import corrdit.cli, corrdit.tracking, corrdit.integrations.diffusers.backbones.loading
 
 class Endless:
     def __init__(self, backbone, **options):
@@ -34,8 +34,8 @@ class Endless:
         print("tracking", flush=True)
         time.sleep(60)
 
-vars(corrdit)["PointTracker"] = Endless
-vars(corrdit)["load_backbone"] = lambda name, **options: SimpleNamespace(name=name)
+vars(corrdit.tracking)["PointTracker"] = Endless
+corrdit.integrations.diffusers.backbones.loading.load_backbone = lambda name, **options: SimpleNamespace(name=name)
 sys.argv[0] = "corrdit"
 corrdit.cli.entry_point()
 """

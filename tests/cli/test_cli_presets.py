@@ -12,7 +12,7 @@ import torch
 
 from corrdit import PointTracker, load_backbone
 from corrdit.cli import main
-from corrdit.integrations.diffusers.embedded.pipeline import build_pipeline, build_transformer
+from corrdit.integrations.embedded.pipeline import build_pipeline, build_transformer
 from corrdit.tracking import Tracks
 from corrdit.video import read_video, write_video
 

@@ -18,7 +18,7 @@ from corrdit.video import read_video
 
 @pytest.mark.usefixtures("drifting_tracker")
 def test_demo_compares_with_the_exact_truth(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from corrdit.data import demo_clip
+    from corrdit.integrations.embedded.world import demo_clip
 
     assert main(["demo", "--output", str(tmp_path / "demo"), "--points", "5", "--seed", "4"]) == 0
     out = capsys.readouterr().out

@@ -14,7 +14,7 @@ import pytest
 
 from corrdit.cli import main
 from corrdit.cli.track_folder import is_folder_of_videos
-from corrdit.testing.tiny_models import tiny_pipeline
+from corrdit.integrations.diffusers.testing.tiny_models import tiny_pipeline
 from corrdit.tracking import Tracks
 from corrdit.video import write_video
 

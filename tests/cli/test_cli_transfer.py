@@ -29,7 +29,7 @@ FILES = {
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A folder with a small embedded pipeline of random weights."""
-    from corrdit.integrations.diffusers.embedded.pipeline import build_pipeline, build_transformer
+    from corrdit.integrations.embedded.pipeline import build_pipeline, build_transformer
 
     folder = tmp_path_factory.mktemp("model")
     with torch.random.fork_rng(devices=[]):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from corrdit.cli import main
-from corrdit.testing.tiny_models import TINY_MODELS, tiny_pipeline
+from corrdit.integrations.diffusers.testing.tiny_models import TINY_MODELS, tiny_pipeline
 from corrdit.tracking import Tracks
 
 

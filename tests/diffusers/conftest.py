@@ -48,7 +48,7 @@ def scores() -> Callable[..., torch.Tensor]:
 @pytest.fixture
 def transformer_call(pipeline) -> Callable[..., tuple[torch.nn.Module, dict[str, Any]]]:
     """A tiny transformer and arguments for it by name."""
-    from corrdit.testing.subject import Subject
+    from corrdit.integrations.diffusers.testing.subject import Subject
 
     def build(name: str = "cogvideox-rotary", seed: int = 0) -> tuple[torch.nn.Module, dict[str, Any]]:
         from corrdit.testing import tiny_backbone

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from corrdit import capture
+from corrdit.integrations.diffusers.testing.subject import Subject, small_scalar
 from corrdit.testing import tiny_backbone
-from corrdit.testing.subject import Subject, small_scalar
 
 FAMILIES = ("cogvideox-rotary", "hunyuanvideo", "wan", "ltx", "mochi")
 

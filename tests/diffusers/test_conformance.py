@@ -9,8 +9,8 @@ import torch
 
 from corrdit.integrations.diffusers import processors
 from corrdit.integrations.diffusers.backbones import cogvideox, hunyuanvideo, ltx, mochi, wan
+from corrdit.integrations.diffusers.testing.conformance import CHECKS, GENERATION_CHECK
 from corrdit.testing import TINY_MODELS, check_backbone, tiny_backbone, tiny_generation
-from corrdit.testing.conformance import CHECKS, GENERATION_CHECK
 
 LAYOUTS = {
     "cogvideox": cogvideox.CogVideoXLayout,
@@ -55,7 +55,7 @@ def test_text_offset_off_by_one(name, offset, monkeypatch):
 
 
 def whole_call(name):
-    from corrdit.testing.subject import Subject
+    from corrdit.integrations.diffusers.testing.subject import Subject
 
     subject = Subject.random(tiny_backbone(name), frames=3, batch=2, seed=0)
     return subject.transformer, subject.arguments()
@@ -83,7 +83,9 @@ def test_rows_and_columns_swapped(name, monkeypatch):
         "video_grid",
         lambda self, transformer, frames, height, width: video_grid(self, transformer, frames, width, height),
     )
-    monkeypatch.setattr("corrdit.testing.subject.fitting_tokens", lambda backbone, rows, columns: (4, 3))
+    monkeypatch.setattr(
+        "corrdit.integrations.diffusers.testing.subject.fitting_tokens", lambda backbone, rows, columns: (4, 3)
+    )
     assert failures(name, only=("token order",)) == {"token order"}
 
 

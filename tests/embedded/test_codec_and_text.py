@@ -7,11 +7,11 @@ import pathlib
 import pytest
 import torch
 
-from corrdit.data import describe
-from corrdit.data.scene import draw_scene
-from corrdit.integrations.diffusers.embedded.codec import HaarVideoCodec
-from corrdit.integrations.diffusers.embedded.pipeline import TEXT_TOKENS, build_pipeline, build_transformer
-from corrdit.integrations.diffusers.embedded.text import WordEncoder, WordTokenizer, world_vocabulary
+from corrdit.integrations.embedded.codec import HaarVideoCodec
+from corrdit.integrations.embedded.pipeline import TEXT_TOKENS, build_pipeline, build_transformer
+from corrdit.integrations.embedded.text import WordEncoder, WordTokenizer, world_vocabulary
+from corrdit.integrations.embedded.world import describe
+from corrdit.integrations.embedded.world.scene import draw_scene
 
 
 def test_codec_round_trip_and_frames_by_themselves() -> None:

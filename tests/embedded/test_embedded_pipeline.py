@@ -12,8 +12,8 @@ import torch
 from diffusers import CogVideoXPipeline
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
-from corrdit.integrations.diffusers.embedded import load_embedded_pipeline, read_preset
-from corrdit.integrations.diffusers.embedded.pipeline import (
+from corrdit.integrations.embedded import load_embedded_pipeline, read_preset
+from corrdit.integrations.embedded.pipeline import (
     EmbeddedVideoPipeline,
     build_pipeline,
     build_transformer,

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from corrdit.integrations.diffusers.embedded import load_embedded_pipeline
-from corrdit.integrations.lightning.recipes import export_checkpoint, load_recipe, newest_checkpoint, train
+from corrdit.integrations.embedded import load_embedded_pipeline
+from corrdit.integrations.embedded.training.recipe import export_checkpoint, load_recipe, newest_checkpoint, train
 
 SCRIPTS = pathlib.Path(__file__).parents[2] / "benchmarks"
 PNG = b"\x89PNG"

@@ -14,19 +14,19 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from corrdit.data import WorldConfig
-from corrdit.integrations.diffusers.embedded import load_embedded_pipeline
-from corrdit.integrations.diffusers.embedded.evaluation import HELD_OUT_SEEDS, matching_table
-from corrdit.integrations.diffusers.embedded.pipeline import build_pipeline
+from corrdit.integrations.embedded import load_embedded_pipeline
+from corrdit.integrations.embedded.pipeline import build_pipeline
+from corrdit.integrations.embedded.training.evaluation import HELD_OUT_SEEDS, matching_table
+from corrdit.integrations.embedded.training.module import GeneratedBatches, TrainingConfig
+from corrdit.integrations.embedded.training.recipe import export_checkpoint, load_recipe, newest_checkpoint, train
+from corrdit.integrations.embedded.world import WorldConfig
 from corrdit.integrations.lightning import CorrespondenceMonitor, WorldProbe
-from corrdit.integrations.lightning.recipes import export_checkpoint, load_recipe, newest_checkpoint, train
-from corrdit.integrations.lightning.training import GeneratedBatches, TrainingConfig
 
 TINY = {"batch_size": 2, "shapes": ((3, 16, 16), (2, 16, 24)), "layers": 2, "heads": 2, "head_dim": 16}
 KILLED = """
 import os, pathlib, signal, sys
 import lightning
-from corrdit.integrations.lightning.recipes import load_recipe, train
+from corrdit.integrations.embedded.training.recipe import load_recipe, train
 
 class Kill(lightning.Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_index):

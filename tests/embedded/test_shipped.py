@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from corrdit.data import WorldConfig
-from corrdit.integrations.diffusers.embedded import load_embedded_pipeline, read_preset
-from corrdit.integrations.diffusers.embedded.evaluation import (
+from corrdit.integrations.embedded import load_embedded_pipeline, read_preset
+from corrdit.integrations.embedded.loading import WEIGHTS
+from corrdit.integrations.embedded.pipeline import EmbeddedVideoPipeline, build_pipeline
+from corrdit.integrations.embedded.training.evaluation import (
     HELD_OUT_SEEDS,
     bootstrap,
     held_out_videos,
@@ -20,8 +21,7 @@ from corrdit.integrations.diffusers.embedded.evaluation import (
     read_matches,
     summary,
 )
-from corrdit.integrations.diffusers.embedded.loading import WEIGHTS
-from corrdit.integrations.diffusers.embedded.pipeline import EmbeddedVideoPipeline, build_pipeline
+from corrdit.integrations.embedded.world import WorldConfig
 
 FEW = range(HELD_OUT_SEEDS + 2_000_000, HELD_OUT_SEEDS + 2_000_012)
 

@@ -8,21 +8,21 @@ import pathlib
 import pytest
 import torch
 
-from corrdit.integrations.diffusers.embedded import load_embedded_pipeline
-from corrdit.integrations.diffusers.embedded.evaluation import HELD_OUT_SEEDS
-from corrdit.integrations.lightning.muon import MuonWithAdamW, orthogonalised
-from corrdit.integrations.lightning.recipes import (
+from corrdit.integrations.embedded import load_embedded_pipeline
+from corrdit.integrations.embedded.training.evaluation import HELD_OUT_SEEDS
+from corrdit.integrations.embedded.training.module import (
+    EmbeddedTraining,
+    GeneratedBatches,
+    MaterialisedAttention,
+    TrainingConfig,
+)
+from corrdit.integrations.embedded.training.muon import MuonWithAdamW, orthogonalised
+from corrdit.integrations.embedded.training.recipe import (
     export_checkpoint,
     load_checkpoint,
     load_recipe,
     newest_checkpoint,
     train,
-)
-from corrdit.integrations.lightning.training import (
-    EmbeddedTraining,
-    GeneratedBatches,
-    MaterialisedAttention,
-    TrainingConfig,
 )
 
 

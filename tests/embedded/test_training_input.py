@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from corrdit.integrations.diffusers.embedded.pipeline import build_transformer
-from corrdit.integrations.lightning.recipes import (
+from corrdit.integrations.embedded.pipeline import build_transformer
+from corrdit.integrations.embedded.training.module import TrainingConfig
+from corrdit.integrations.embedded.training.recipe import (
     export_checkpoint,
     load_checkpoint,
     load_recipe,
     newest_checkpoint,
     train,
 )
-from corrdit.integrations.lightning.training import TrainingConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TINY = TrainingConfig(

@@ -8,8 +8,9 @@ import lightning
 import numpy as np
 import pytest
 
-from corrdit.data import TapVidVideo, WorldConfig, generate, write_tapvid, write_tapvid_shards
-from corrdit.data.sampling import as_tapvid, sample_queries
+from corrdit.data import TapVidVideo, write_tapvid, write_tapvid_shards
+from corrdit.integrations.embedded.world import WorldConfig, generate
+from corrdit.integrations.embedded.world.sampling import as_tapvid, sample_queries
 
 
 def annotated(name: str, seed: int, *, frames: int = 5, size: tuple[int, int] = (32, 48), points: int = 8):

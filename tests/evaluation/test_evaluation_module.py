@@ -15,10 +15,10 @@ from corrdit.data import TapVidSet, read_tapvid, write_tapvid_shards
 from corrdit.data.restricted_pickle import load_arrays
 from corrdit.evaluation import EvaluationResults
 from corrdit.integrations.diffusers.fingerprint import model_facts
+from corrdit.integrations.diffusers.testing.tiny_models import tiny_backbone
 from corrdit.integrations.lightning import EvaluationModule, TapVidDataModule
 from corrdit.integrations.lightning.tapvid_data import NeighboursOnceSampler, TapVidVideos
 from corrdit.metrics.tapvid import METRIC_NAMES
-from corrdit.testing.tiny_models import tiny_backbone
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*has no text encoder"),

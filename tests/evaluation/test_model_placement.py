@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from corrdit.integrations.diffusers.backbones.loading import backbone_of
+from corrdit.integrations.diffusers.testing.tiny_models import tiny_pipeline
 from corrdit.integrations.lightning import model_placement
-from corrdit.testing.tiny_models import tiny_pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no text encoder")
 CPU = torch.device("cpu")

@@ -13,9 +13,9 @@ import pytest
 from lightning.pytorch.demos.boring_classes import BoringDataModule
 
 from corrdit.data import TapVidVideo, write_tapvid
+from corrdit.integrations.diffusers.testing.tiny_models import tiny_backbone
 from corrdit.integrations.lightning import EvaluationModule, TapVidDataModule, TrackingModule
 from corrdit.metrics.tapvid import METRIC_NAMES
-from corrdit.testing.tiny_models import tiny_backbone
 
 PROCESS = pathlib.Path(__file__).with_name("tracking_test_process.py")
 OPTIONS = {"backend": "reference", "height": 32, "width": 48, "layer": 0}

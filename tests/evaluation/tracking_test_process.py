@@ -9,8 +9,8 @@ import sys
 import lightning
 import torch
 
+from corrdit.integrations.diffusers.testing.tiny_models import tiny_backbone
 from corrdit.integrations.lightning import TapVidDataModule, TrackingModule
-from corrdit.testing.tiny_models import tiny_backbone
 
 
 def main() -> None:

@@ -17,8 +17,8 @@ import torch
 from corrdit.cli import generate as command
 from corrdit.cli import main
 from corrdit.integrations.diffusers import backbone_of
-from corrdit.integrations.diffusers.embedded.pipeline import build_pipeline, build_transformer
 from corrdit.integrations.diffusers.guidance import CrossAttentionGuidance, comparison
+from corrdit.integrations.embedded.pipeline import build_pipeline, build_transformer
 from corrdit.integrations.lightning import GenerationModule, GuidanceCallback, PromptDataModule
 from corrdit.testing import tiny_generation, tiny_pipeline
 from corrdit.video import read_video

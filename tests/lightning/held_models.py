@@ -8,7 +8,7 @@ import lightning
 import torch
 from torch.utils.data import DataLoader
 
-from corrdit.testing.tiny_models import tiny_generation, tiny_pipeline
+from corrdit.integrations.diffusers.testing.tiny_models import tiny_generation, tiny_pipeline
 
 FRAMES, SIZE = 3, 8
 

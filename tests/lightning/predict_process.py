@@ -11,8 +11,8 @@ import sys
 import lightning
 import torch
 
+from corrdit.integrations.diffusers.testing.tiny_models import tiny_backbone
 from corrdit.integrations.lightning import TrackingModule, VideoDataModule
-from corrdit.testing.tiny_models import tiny_backbone
 
 
 class Killed(TrackingModule):

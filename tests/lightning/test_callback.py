@@ -15,11 +15,11 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from corrdit import TokenGrid, ops
+from corrdit.integrations.diffusers.testing.tiny_models import tiny_backbone, tiny_pipeline
 from corrdit.integrations.lightning import CorrespondenceCallback
 from corrdit.integrations.lightning.discovery import find_video_model
 from corrdit.integrations.lightning.measurement import MatchMeasurement
 from corrdit.integrations.lightning.reports import draw_heatmap, draw_matches
-from corrdit.testing.tiny_models import tiny_backbone, tiny_pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
 FIGURES = ["score", "consistency", "motion", "text", "own_frame", "other_frames"]

@@ -11,10 +11,10 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
+from corrdit.integrations.diffusers.testing.tiny_models import tiny_pipeline
 from corrdit.integrations.lightning import CorrespondenceCallback, CorrespondenceMonitor, WorldProbe
 from corrdit.integrations.lightning.monitor import BatchTruth, latent_frames
 from corrdit.metrics.matching import MatchingHits, matching_hits
-from corrdit.testing.tiny_models import tiny_pipeline
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

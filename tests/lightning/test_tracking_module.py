@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from corrdit import Tracks
+from corrdit.integrations.diffusers.testing.tiny_models import tiny_backbone
 from corrdit.integrations.lightning import TrackingModule, VideoDataModule, tracking_report
 from corrdit.integrations.lightning.data_modules import EachOnceSampler, VideoFiles
-from corrdit.testing.tiny_models import tiny_backbone
 from corrdit.tracking.files import find_videos
 from corrdit.video import write_video
 

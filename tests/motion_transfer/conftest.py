@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from corrdit.testing.tiny_models import tiny_backbone, tiny_generation
+from corrdit.integrations.diffusers.testing.tiny_models import tiny_backbone, tiny_generation
 
 CALL_ARGUMENTS = ("num_inference_steps", "generator", "output_type")
 

@@ -7,7 +7,7 @@ import torch
 from corrdit.integrations.diffusers.layouts import forward_arguments, layout_of
 from corrdit.integrations.diffusers.motion_transfer import MotionTransfer
 from corrdit.integrations.diffusers.motion_transfer.embeddings import positional_tables
-from corrdit.testing.subject import Subject
+from corrdit.integrations.diffusers.testing.subject import Subject
 
 FAMILIES = ("cogvideox", "cogvideox-rotary", "cogvideox-1.5", "hunyuanvideo", "wan", "ltx", "mochi")
 SETTINGS = {"steps": 3, "guided_share": 0.6, "optimisation_steps": 3, "learning_rate": 0.05}

@@ -20,7 +20,7 @@ SETTINGS = {"steps": 2, "guided_share": 0.5, "optimisation_steps": 1, "blocks": 
 @pytest.fixture
 def pairs(tmp_path):
     """A CSV file with three pairs, the last of which names a video that is not there; and a model."""
-    from corrdit.integrations.diffusers.embedded.pipeline import build_pipeline, build_transformer
+    from corrdit.integrations.embedded.pipeline import build_pipeline, build_transformer
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -16,7 +16,7 @@ def test_readme_shows_python():
 
 
 def test_python_runs_from_top_to_bottom(tmp_path, monkeypatch):
-    from corrdit.data import demo_clip
+    from corrdit.integrations.embedded.world import demo_clip
     from corrdit.video import write_video
 
     monkeypatch.chdir(tmp_path)

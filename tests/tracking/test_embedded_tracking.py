@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from corrdit import PointTracker, load_backbone
-from corrdit.data import WorldConfig, generate
+from corrdit.integrations.embedded.world import WorldConfig, generate
 from corrdit.tracking.baselines import standing_still
 
 SEEDS = range(2_100_000_000, 2_100_000_004)

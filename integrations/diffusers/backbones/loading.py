@@ -130,14 +130,14 @@ def backbone_of(pipe: Any, *, name: str | None = None, preset: Preset | None = N
 
 
 def _embedded(device: torch.device, dtype: torch.dtype | None) -> Backbone:
-    from corrdit.integrations.diffusers.embedded import load_embedded_pipeline, read_preset
+    from corrdit.integrations.embedded import load_embedded_pipeline, read_preset
 
     pipe = load_embedded_pipeline(dtype=dtype or torch.float32).to(device)
     return backbone_of(pipe, name=EMBEDDED, preset=Preset.from_mapping(read_preset()))
 
 
 def _embedded_row() -> dict[str, Any]:
-    from corrdit.integrations.diffusers.embedded.loading import WEIGHTS, read_preset
+    from corrdit.integrations.embedded.loading import WEIGHTS, read_preset
 
     row: dict[str, Any] = {"name": EMBEDDED, "family": "cogvideox", "layers": None, "heads": None, "preset": None}
     if not (WEIGHTS / "model_index.json").is_file():
@@ -228,7 +228,7 @@ def _load_pipeline(
 
     class_name = index["_class_name"]
     if class_name == "EmbeddedVideoPipeline":
-        from corrdit.integrations.diffusers.embedded import load_embedded_pipeline
+        from corrdit.integrations.embedded import load_embedded_pipeline
 
         return load_embedded_pipeline(source, dtype=dtype).to(device)
     if not hasattr(diffusers, class_name):

@@ -21,9 +21,9 @@ A small text-to-video diffusion transformer of CogVideoX's architecture (diffuse
 scratch on videos that are generated while it trains. It is there so that reading correspondence from attention can
 be used, tested and studied without downloading anything. It knows nothing of the real world.
 
-- **Data**: the generated world of `corrdit.data`: one to five textured sprites on their own paths over a textured
-  background under a moving camera. No recorded or collected data. Training videos follow from seeds below 10^9,
-  held-out ones from seeds of 10^9 and above.
+- **Data**: the generated world of `corrdit.integrations.embedded.world`: one to five textured sprites on their own
+  paths over a textured background under a moving camera. No recorded or collected data. Training videos follow from
+  seeds below 10^9, held-out ones from seeds of 10^9 and above.
 - **Latents**: a fixed, invertible Haar transform of 2 x 2 pixels; a token spans 4 x 4 pixels of one frame.
 - **Text**: a fixed word encoder; words outside of the world's vocabulary get a place by a hash and carry no meaning.
 - **Objective**: v-prediction at uniform timesteps, with CogVideoX's noise schedule without its shift towards noise.

@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from corrdit.data import PROMPT_KINDS, Clip, WorldConfig, demo_clip, describe, generate, render
-from corrdit.data.sampling import as_tapvid, sample_queries
-from corrdit.data.scene import PATHS, draw_scene
-from corrdit.data.shapes import SHAPES, signed_distance
+from corrdit.integrations.embedded.world import PROMPT_KINDS, Clip, WorldConfig, demo_clip, describe, generate, render
+from corrdit.integrations.embedded.world.sampling import as_tapvid, sample_queries
+from corrdit.integrations.embedded.world.scene import PATHS, draw_scene
+from corrdit.integrations.embedded.world.shapes import SHAPES, signed_distance
 
 SMALL = WorldConfig(frames=5, height=48, width=64)
 

@@ -20,14 +20,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from corrdit.arguments import whole_number
-from corrdit.data import PROMPT_KINDS, WorldConfig, describe, render
-from corrdit.integrations.diffusers.embedded.pipeline import (
+from corrdit.integrations.embedded.pipeline import (
     build_pipeline,
     build_transformer,
     check_transformer,
     rotary_positions,
 )
-from corrdit.integrations.lightning.muon import MuonWithAdamW
+from corrdit.integrations.embedded.training.muon import MuonWithAdamW
+from corrdit.integrations.embedded.world import PROMPT_KINDS, WorldConfig, describe, render
 
 HELD_OUT_SEEDS = 1_000_000_000
 PRECISIONS = ("bf16-mixed", "32-true", "16-mixed")

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from corrdit.arguments import whole_number
 from corrdit.files import written_beside
-from corrdit.integrations.diffusers.embedded.codec import HaarVideoCodec
-from corrdit.integrations.diffusers.embedded.loading import PRESET_FILE
-from corrdit.integrations.diffusers.embedded.text import WordEncoder, WordTokenizer
+from corrdit.integrations.embedded.codec import HaarVideoCodec
+from corrdit.integrations.embedded.loading import PRESET_FILE
+from corrdit.integrations.embedded.text import WordEncoder, WordTokenizer
 
 TEXT_TOKENS = 24
 TEXT_DIM = 64

@@ -17,10 +17,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from corrdit.arguments import whole_number
-from corrdit.data.prompts import describe
-from corrdit.data.scene import MOST_SPRITES, SPRITE_TEXTURES, Scene, Sprite, check_sprites, draw_scene
-from corrdit.data.shapes import SHAPES, signed_distance
-from corrdit.data.textures import BACKGROUND_EXTENT, SPRITE_EXTENT, background_images, sprite_images
+from corrdit.integrations.embedded.world.prompts import describe
+from corrdit.integrations.embedded.world.scene import (
+    MOST_SPRITES,
+    SPRITE_TEXTURES,
+    Scene,
+    Sprite,
+    check_sprites,
+    draw_scene,
+)
+from corrdit.integrations.embedded.world.shapes import SHAPES, signed_distance
+from corrdit.integrations.embedded.world.textures import (
+    BACKGROUND_EXTENT,
+    SPRITE_EXTENT,
+    background_images,
+    sprite_images,
+)
 
 _RIM = 0.13
 

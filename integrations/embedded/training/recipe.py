@@ -8,7 +8,6 @@ import re
 import tempfile
 from collections.abc import Mapping
 from datetime import timedelta
-from importlib import resources
 from typing import Any
 
 import lightning
@@ -19,10 +18,10 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 
 from corrdit.arguments import whole_number
 from corrdit.files import refuse_other_settings
-from corrdit.integrations.diffusers.embedded.loading import PRESET_FILE
-from corrdit.integrations.diffusers.embedded.pipeline import build_pipeline
-from corrdit.integrations.lightning.model_card import model_card
-from corrdit.integrations.lightning.training import EmbeddedTraining, TrainingConfig, WorldDataModule
+from corrdit.integrations.embedded.loading import PRESET_FILE
+from corrdit.integrations.embedded.pipeline import build_pipeline
+from corrdit.integrations.embedded.training.model_card import model_card
+from corrdit.integrations.embedded.training.module import EmbeddedTraining, TrainingConfig, WorldDataModule
 from corrdit.memory import is_out_of_memory
 
 _LOG = logging.getLogger(__name__)
@@ -38,7 +37,7 @@ def load_recipe(name: str, steps: int | None = None) -> TrainingConfig:
 
     Raises ValueError if there is neither, and for a file that is no recipe.
     """
-    shipped = resources.files("corrdit.integrations.diffusers.embedded") / "recipes"
+    shipped = pathlib.Path(__file__).parent / "recipes"
     names = sorted(item.name.removesuffix(".yaml") for item in shipped.iterdir() if item.name.endswith(".yaml"))
     if name in names:
         contents = (shipped / f"{name}.yaml").read_bytes()

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from corrdit.testing.subject import Subject, small_scalar
+from corrdit.integrations.diffusers.testing.subject import Subject, small_scalar
 
 
 class _Interruption(Exception):

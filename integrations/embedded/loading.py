@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from corrdit.integrations.diffusers.embedded.pipeline import EmbeddedVideoPipeline
+    from corrdit.integrations.embedded.pipeline import EmbeddedVideoPipeline
 
 WEIGHTS = pathlib.Path(__file__).parent / "weights"
 PRESET_FILE = "preset.json"
@@ -22,8 +22,8 @@ def load_embedded_pipeline(
 
     Raises FileNotFoundError if the folder holds no pipeline or not all of one, weights as safetensors included.
     """
-    from corrdit.integrations.diffusers.embedded.pipeline import EmbeddedVideoPipeline
-    from corrdit.integrations.diffusers.embedded.text import VOCABULARY_FILE
+    from corrdit.integrations.embedded.pipeline import EmbeddedVideoPipeline
+    from corrdit.integrations.embedded.text import VOCABULARY_FILE
 
     source = WEIGHTS if folder is None else pathlib.Path(folder)
     if not (source / "model_index.json").is_file():

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from corrdit.testing import guidance_checks, reading_checks, restoring_checks
-from corrdit.testing.subject import Check, Subject
+from corrdit.integrations.diffusers.testing import guidance_checks, reading_checks, restoring_checks
+from corrdit.integrations.diffusers.testing.subject import Check, Subject
 
 if TYPE_CHECKING:
     from corrdit.integrations.diffusers.backbones.base import Backbone

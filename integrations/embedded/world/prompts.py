@@ -3,7 +3,7 @@
 Three kinds, as in DiTFlow's evaluation: the caption (everything), the subject alone and the scene alone.
 """
 
-from corrdit.data.scene import Scene, Sprite
+from corrdit.integrations.embedded.world.scene import Scene, Sprite
 
 PROMPT_KINDS = ("caption", "subject", "scene")
 _DESCRIBED_SPRITES = 2

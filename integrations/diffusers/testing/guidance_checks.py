@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from corrdit.testing.subject import copy_of_inputs
+from corrdit.integrations.diffusers.testing.subject import copy_of_inputs
 
 if TYPE_CHECKING:
     from corrdit.integrations.diffusers.backbones.base import Backbone

@@ -8,7 +8,13 @@ from typing import Any
 
 import torch
 
-from corrdit.testing.subject import AttentionRecord, AttentionRecorder, LayerRead, Subject, small_scalar
+from corrdit.integrations.diffusers.testing.subject import (
+    AttentionRecord,
+    AttentionRecorder,
+    LayerRead,
+    Subject,
+    small_scalar,
+)
 
 ATTENTION_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-5

@@ -13,8 +13,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import Tensor
 from transformers import PreTrainedTokenizer
 
-from corrdit.data.scene import BACKGROUNDS, COLOURS, DIRECTIONS, SPRITE_TEXTURES
-from corrdit.data.shapes import SHAPES
+from corrdit.integrations.embedded.world.scene import BACKGROUNDS, COLOURS, DIRECTIONS, SPRITE_TEXTURES
+from corrdit.integrations.embedded.world.shapes import SHAPES
 
 PADDING, END = "<pad>", "<end>"
 _SPRITE_WORDS = ("moves", "accelerates", "circles", "bounces", "turns", "grows", "shrinks", "stands", "still")

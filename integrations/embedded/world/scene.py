@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from corrdit.arguments import whole_number
-from corrdit.data.shapes import SHAPES
+from corrdit.integrations.embedded.world.shapes import SHAPES
 
 SPRITE_TEXTURES = ("striped", "dotted", "checkered", "marbled", "speckled", "patched")
 BACKGROUNDS = ("grass", "sand", "water", "stone", "brick", "wood", "clouds")

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from corrdit import ops
-from corrdit.data import WorldConfig, generate
 from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.captures import capture
-from corrdit.integrations.diffusers.embedded.pipeline import EmbeddedVideoPipeline
+from corrdit.integrations.embedded.pipeline import EmbeddedVideoPipeline
+from corrdit.integrations.embedded.world import WorldConfig, generate
 
 HELD_OUT_SEEDS = 1_000_000_000
 MOVED_TOKENS = 1.5

@@ -6,7 +6,7 @@ import numpy as np
 
 from corrdit.arguments import whole_number
 from corrdit.data.tapvid import TapVidVideo
-from corrdit.data.world import Clip
+from corrdit.integrations.embedded.world.clips import Clip
 
 _CANDIDATES = 16
 

@@ -1,0 +1,1 @@
+"""Checks for backbones, and tiny random models to run them on; offered as `corrdit.testing`."""

@@ -1,0 +1,18 @@
+"""The generated world: videos from seeds with exact point correspondence, and their prompts."""
+
+from corrdit.integrations.embedded.world.clips import Clip, Flow, Truth, WorldConfig, demo_clip, generate, render
+from corrdit.integrations.embedded.world.prompts import PROMPT_KINDS, describe
+from corrdit.integrations.embedded.world.scene import Scene
+
+__all__ = [
+    "PROMPT_KINDS",
+    "Clip",
+    "Flow",
+    "Scene",
+    "Truth",
+    "WorldConfig",
+    "demo_clip",
+    "describe",
+    "generate",
+    "render",
+]
