@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from corrdit.video import VideoWriter
 from corrdit.visualization.sheet import cell_size, contact_sheet, sheet_frames
-from corrdit.visualization.tracks import TrackPainter, TrackStyle
-
-if TYPE_CHECKING:
-    from corrdit.tracking import Tracks
+from corrdit.visualization.tracks import DrawableTracks, TrackPainter, TrackStyle
 
 
 def write_track_pictures(
     frames: Iterable[np.ndarray],
-    tracks: Tracks,
+    tracks: DrawableTracks,
     size: tuple[int, int],
     *,
     queries: np.ndarray,

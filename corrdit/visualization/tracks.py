@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
+from torch import Tensor
 
 from corrdit.video import resize_frame
 from corrdit.visualization.colours import position_colours
 
-if TYPE_CHECKING:
-    from corrdit.tracking import Tracks
-
 _SMALLEST_SIDE = 240
 _ENLARGED_SIDE = 320
+
+
+class DrawableTracks(Protocol):
+    """What is drawn: xy `[T, P, 2]` in pixels of the video and visible `[T, P]`, as `corrdit.Tracks` has them."""
+
+    @property
+    def xy(self) -> Tensor | np.ndarray: ...
+
+    @property
+    def visible(self) -> Tensor | np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,7 @@ class TrackPainter:
 
     def __init__(
         self,
-        tracks: Tracks,
+        tracks: DrawableTracks,
         height: int,
         width: int,
         *,
@@ -140,7 +148,7 @@ def _with_opacity(colours: np.ndarray, opacity: np.ndarray | float) -> np.ndarra
 
 def iterate_drawn_tracks(
     frames: Iterable[np.ndarray],
-    tracks: Tracks,
+    tracks: DrawableTracks,
     height: int,
     width: int,
     *,
@@ -159,7 +167,7 @@ def iterate_drawn_tracks(
 
 def draw_tracks(
     video: np.ndarray,
-    tracks: Tracks,
+    tracks: DrawableTracks,
     *,
     starts: np.ndarray | None = None,
     size: tuple[int, int] | None = None,
