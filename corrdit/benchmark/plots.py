@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from corrdit.benchmark.contests import CONTESTS
+from corrdit.benchmark.comparisons import COMPARISONS
 from corrdit.benchmark.report import largest_shape
 from corrdit.benchmark.runner import BOTH, FORWARD, Row
 from corrdit.files import written_beside
@@ -62,7 +62,7 @@ def _write_against_tokens(rows: Sequence[Row], passes: str, quantity: _Quantity,
     """A panel for each operation, all with the same axes; one legend for all, in a free panel where there is one."""
     from matplotlib.figure import Figure
 
-    operations = [name for name in CONTESTS if any(row["operation"] == name for row in rows)]
+    operations = [name for name in COMPARISONS if any(row["operation"] == name for row in rows)]
     columns = min(3 if len(operations) in (3, 5, 6, 9) else 4, len(operations))
     lines = -(-len(operations) // columns)
     figure = Figure(figsize=(0.8 + 2.9 * columns, 0.6 + 2.6 * lines), layout="constrained")
@@ -161,7 +161,7 @@ def _write_limits(rows: Sequence[Row], path: pathlib.Path) -> None:
 
     shape = largest_shape(rows)
     timed = [row for row in rows if "milliseconds" in row and row["shape"]["name"] == shape.name]
-    lines = [(name, p) for name in CONTESTS for p in FILES if any(_line(row) == (name, p) for row in timed)]
+    lines = [(name, p) for name in COMPARISONS for p in FILES if any(_line(row) == (name, p) for row in timed)]
     figure = Figure(figsize=(9.5, 1.6 + 0.33 * len(lines)), layout="constrained")
     axis = figure.subplots()
     handles: dict[str, Any] = {}

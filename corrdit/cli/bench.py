@@ -16,6 +16,7 @@ until it ends with status 0: status 3 says that time was up, status 1 that one o
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import pathlib
@@ -31,11 +32,11 @@ if TYPE_CHECKING:
     from corrdit.benchmark.runner import Piece, Row, Settings
 
 HELP = "time the operations against other ways to compute them"
-USAGE = "[--output DIR [--resume] [--minutes N]] [--operations NAMES] [--rivals NAMES] [--shapes NAMES] [options]"
+USAGE = "[--output DIR [--resume] [--minutes N]] [--operations NAMES] [--baselines NAMES] [--shapes NAMES] [options]"
 DTYPES = ("float32", "float16", "bfloat16")
 SUCCESS, FAILED, UNFINISHED = 0, 1, 3
 CHECKED_FRAMES_ON_CPU = 2
-# Of the memory that is free: what inputs, gradients and a rival's maps may take.
+# Of the memory that is free: what inputs, gradients and a baseline's maps may take.
 USABLE = 0.8
 
 
@@ -46,7 +47,7 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument("--redraw", action="store_true", help="measure nothing: table and pictures from results.json")
     parser.add_argument("--plan", action="store_true", help="measure nothing: show what would be, and its floors")
     parser.add_argument("--operations", type=str, default="all", help="names (match is both matches), all, or list")
-    parser.add_argument("--rivals", type=str, default="all", help="the other ways: names, all, none, or list")
+    parser.add_argument("--baselines", type=str, default="all", help="the other ways: names, all, none, or list")
     parser.add_argument("--shapes", type=str, default="default", help="names, default, or list")
     parser.add_argument("--device", type=str, default=None, help="cuda, cuda:1 or cpu; CUDA where there is one")
     parser.add_argument("--dtype", type=str, default=None, help="float32, float16 or bfloat16 (the one of CUDA)")
@@ -56,13 +57,19 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument(
         "--check-frames", type=int, default=None, help="frames compared with float64 (CPU: 2; CUDA: all)"
     )
-    parser.add_argument("--rival-gigabytes", type=float, default=None, help="memory that a rival's score maps may take")
+    parser.add_argument(
+        "--baseline-gigabytes", type=float, default=None, help="memory that a baseline's score maps may take"
+    )
     parser.add_argument("--commit", type=str, default=None, help="for the rows, where the folder is no git checkout")
+    # Names of 0.1, until 0.3.
+    hidden = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    parser.add_argument("--rival-gigabytes", dest="baseline_gigabytes", type=float, **hidden)
+    parser.add_argument("--rivals", dest="baselines", type=str, **hidden)
 
 
 def run(arguments: Any) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler counts memory and would chat about it
-    if "list" in (arguments.operations, arguments.rivals, arguments.shapes):
+    if "list" in (arguments.operations, arguments.baselines, arguments.shapes):
         return _print_names()
     output = _checked_output(arguments)
     if arguments.redraw:
@@ -76,13 +83,13 @@ def run(arguments: Any) -> int:
 
 
 def _measure(todo: Sequence[Piece], settings: Settings, output: pathlib.Path | None, arguments: Any) -> int:
-    from corrdit.benchmark import results
+    from corrdit.benchmark import row_file
     from corrdit.benchmark.runner import run_piece, surroundings
 
     start = time.monotonic()
     where = surroundings(settings)
-    rows = results.read_rows(output / results.FILE) if output is not None and arguments.resume else []
-    left = {piece: names for piece in todo if (names := results.missing(piece, settings, rows, where))}
+    rows = row_file.read_rows(output / row_file.FILE) if output is not None and arguments.resume else []
+    left = {piece: names for piece in todo if (names := row_file.missing(piece, settings, rows, where))}
     if len(left) < len(todo):
         print(f"{len(todo) - len(left)} of {len(todo)} measurements are in {output} already", flush=True)
     if left:
@@ -102,7 +109,7 @@ def _measure(todo: Sequence[Piece], settings: Settings, output: pathlib.Path | N
 
 def _written(new: Iterator[Row], rows: list[Row], output: pathlib.Path | None) -> Iterator[Row]:
     """Rows of a piece as they come; they are on the disk when the piece is over, or has left by an exception."""
-    from corrdit.benchmark import results
+    from corrdit.benchmark import row_file
 
     fresh = []
     try:
@@ -110,13 +117,13 @@ def _written(new: Iterator[Row], rows: list[Row], output: pathlib.Path | None) -
             fresh.append(row)
             yield row
     finally:
-        rows[:] = results.merged(rows, fresh)
+        rows[:] = row_file.merged(rows, fresh)
         if output is not None and fresh:
-            results.write_rows(output / results.FILE, " ".join(["corrdit", *sys.argv[1:]]), rows)
+            row_file.write_rows(output / row_file.FILE, " ".join(["corrdit", *sys.argv[1:]]), rows)
 
 
 def _status(rows: Sequence[Row], todo: Sequence[Piece], unfinished: int) -> int:
-    from corrdit.benchmark.results import failed_rows
+    from corrdit.benchmark.row_file import failed_rows
 
     asked = {(piece.operation, piece.shape.name) for piece in todo}
     failed = [row for row in failed_rows(rows) if (row["operation"], row["shape"]["name"]) in asked]
@@ -129,20 +136,20 @@ def _status(rows: Sequence[Row], todo: Sequence[Piece], unfinished: int) -> int:
 
 
 def _write_report(rows: Sequence[Row], output: pathlib.Path) -> None:
-    from corrdit.benchmark import results
+    from corrdit.benchmark import row_file
     from corrdit.benchmark.plots import write_plots
     from corrdit.benchmark.report import write_table
 
-    for path in [output / results.FILE, write_table(rows, output), *write_plots(rows, output)]:
+    for path in [output / row_file.FILE, write_table(rows, output), *write_plots(rows, output)]:
         print(path, flush=True)
 
 
 def _redraw(output: pathlib.Path | None) -> int:
-    from corrdit.benchmark import results
+    from corrdit.benchmark import row_file
 
-    rows = [] if output is None else results.read_rows(output / results.FILE)
+    rows = [] if output is None else row_file.read_rows(output / row_file.FILE)
     if output is None or not rows:
-        raise ValueError(f"--redraw needs --output DIR with the {results.FILE} of an earlier run, got {output}")
+        raise ValueError(f"--redraw needs --output DIR with the {row_file.FILE} of an earlier run, got {output}")
     _write_report(rows, output)
     return SUCCESS
 
@@ -155,7 +162,7 @@ def _measured_ceilings(settings: Settings) -> Ceilings:
 
 def _checked_output(arguments: Any) -> pathlib.Path | None:
     """The folder, made if need be; its results are not overwritten unless they are to be resumed."""
-    from corrdit.benchmark.results import FILE
+    from corrdit.benchmark.row_file import FILE
 
     if arguments.output is None:
         if arguments.resume:
@@ -175,7 +182,7 @@ def _checked_output(arguments: Any) -> pathlib.Path | None:
 def _settings(arguments: Any) -> Settings:
     import torch
 
-    from corrdit.benchmark.contests import RIVALS
+    from corrdit.benchmark.comparisons import BASELINES
     from corrdit.benchmark.runner import Settings
     from corrdit.ops.backends import BACKENDS
 
@@ -183,21 +190,21 @@ def _settings(arguments: Any) -> Settings:
     dtype = arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     if dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    for option in ("minutes", "seconds", "rival_gigabytes", "rounds", "check_frames"):
+    for option in ("minutes", "seconds", "baseline_gigabytes", "rounds", "check_frames"):
         value = getattr(arguments, option)
         if value is not None and not (math.isfinite(value) and value > 0):
             raise ValueError(f"--{option.replace('_', '-')} must be above 0, got {value}")
-    rival_bytes = None if device.type == "cuda" else USABLE * _free_bytes(device)
-    if arguments.rival_gigabytes is not None:
-        rival_bytes = arguments.rival_gigabytes * 2**30
+    baseline_bytes = None if device.type == "cuda" else USABLE * _free_bytes(device)
+    if arguments.baseline_gigabytes is not None:
+        baseline_bytes = arguments.baseline_gigabytes * 2**30
     return Settings(
         device=device,
         dtype=getattr(torch, dtype),
         backends=tuple(_names("backend", arguments.backends, dict.fromkeys(BACKENDS))),
-        rivals=tuple(_names("rival", arguments.rivals, RIVALS)),
+        baselines=tuple(_names("baseline", arguments.baselines, BASELINES)),
         rounds=arguments.rounds,
         seconds=arguments.seconds,
-        rival_bytes=rival_bytes,
+        baseline_bytes=baseline_bytes,
         checked_frames=arguments.check_frames or (None if device.type == "cuda" else CHECKED_FRAMES_ON_CPU),
         commit=arguments.commit,
     )
@@ -241,7 +248,7 @@ def _chosen_pieces(arguments: Any, settings: Settings) -> tuple[list[Piece], boo
     """What is to be measured, and whether that is the plan for a device that is not here."""
     import torch
 
-    from corrdit.benchmark.contests import CONTESTS
+    from corrdit.benchmark.comparisons import COMPARISONS
     from corrdit.benchmark.runner import pieces
     from corrdit.benchmark.shapes import SHAPES, default_shapes
 
@@ -258,7 +265,7 @@ def _chosen_pieces(arguments: Any, settings: Settings) -> tuple[list[Piece], boo
         if not default:
             raise ValueError(f"--shapes {name} {reason} on {settings.device}; leave it out")
         print(f"{name} is left out: it {reason}", flush=True)
-    operations = _names("operation", arguments.operations, CONTESTS)
+    operations = _names("operation", arguments.operations, COMPARISONS)
     return pieces(operations, fitting), absent
 
 
@@ -270,10 +277,10 @@ def _input_bytes(shape: Any, settings: Settings) -> float:
 
 
 def _names(kind: str, names: str, known: Mapping[str, Any]) -> list[str]:
-    """Names separated by commas; all and, of rivals, none; an operation's name stands for all of its kinds."""
+    """Names separated by commas; all and, of baselines, none; an operation's name stands for all of its kinds."""
     if names == "all":
         return list(known)
-    if names == "none" and kind == "rival":
+    if names == "none" and kind == "baseline":
         return []
     chosen: list[str] = []
     for name in (part.strip() for part in names.split(",")):
@@ -285,16 +292,16 @@ def _names(kind: str, names: str, known: Mapping[str, Any]) -> list[str]:
 
 
 def _print_names() -> int:
-    from corrdit.benchmark.contests import CONTESTS, RIVALS
+    from corrdit.benchmark.comparisons import BASELINES, COMPARISONS
     from corrdit.benchmark.shapes import SHAPES
 
-    contests = CONTESTS.items()
-    passes = [("forward and backward" if contest.backward else "forward") for contest in CONTESTS.values()]
+    comparisons = COMPARISONS.items()
+    passes = [("forward and backward" if comparison.backward else "forward") for comparison in COMPARISONS.values()]
     print_table(
-        ("operation", "passes", "rivals"),
-        [(name, label, ", ".join(c.rivals)) for (name, c), label in zip(contests, passes, strict=True)],
+        ("operation", "passes", "baselines"),
+        [(name, label, ", ".join(c.baselines)) for (name, c), label in zip(comparisons, passes, strict=True)],
     )
-    print_table(("rival", "what it is"), list(RIVALS.items()))
+    print_table(("baseline", "what it is"), list(BASELINES.items()))
     print_table(("shape", "heads x head_dim, frames x rows x columns"), [(s.name, s.label) for s in SHAPES.values()])
     return SUCCESS
 

@@ -64,7 +64,9 @@ def devices() -> dict[str, str]:
     """Devices by torch's name for them, and where there is no GPU the reason."""
     import torch
 
-    found = {"cpu": f"{_processor()}, {torch.get_num_threads()} threads{_memory()}"}
+    from corrdit.benchmark.environment import processor_name
+
+    found = {"cpu": f"{processor_name()}, {torch.get_num_threads()} threads{_memory()}"}
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         found[f"cuda:{index}"] = (
@@ -139,15 +141,6 @@ def files() -> dict[str, str]:
 
         found["mp4 (H.264)"] = "can be written" if "libx264" in av.codecs_available else "this PyAV has no libx264"
     return found
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _memory() -> str:
