@@ -6,24 +6,24 @@ writes  tables to standard output, or with --json one JSON object
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
 import re
-from typing import Any
 
 from corrdit.cli.tables import print_table
 
 HELP = "show versions, devices and backends, and why a backend cannot run"
 
 
-def add_arguments(parser: Any) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
 
 
-def run(arguments: Any) -> int:
+def run(arguments: argparse.Namespace) -> int:
     found, runs = versions(), {"backends": backends(), "attention": attention_implementations()}
     if arguments.json:
         print(json.dumps({"versions": found, "devices": devices(), **runs, "files": files()}, indent=1))

@@ -147,10 +147,10 @@ def test_folders_that_will_not_do(tmp_path, capsys):
 
 
 def test_shapes_that_do_not_fit_in_memory(monkeypatch, capsys):
-    monkeypatch.setattr("corrdit.cli.bench._free_bytes", lambda device: 2.0**30)
+    monkeypatch.setattr("corrdit.cli.bench_run._free_bytes", lambda device: 2.0**30)
     assert main([*FEW, "--shapes", "small,hunyuanvideo-720p"]) == 2
     assert "--shapes hunyuanvideo-720p needs 1" in capsys.readouterr().err
-    monkeypatch.setattr("corrdit.cli.bench._free_bytes", lambda device: 2.0**23)
+    monkeypatch.setattr("corrdit.cli.bench_run._free_bytes", lambda device: 2.0**23)
     assert main([*FEW, "--shapes", "default", "--plan"]) == 0
     assert "small-8-frames is left out: it needs" in capsys.readouterr().out
 

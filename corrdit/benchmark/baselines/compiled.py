@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,11 +21,14 @@ from corrdit.grid import TokenGrid
 RECOMPILATIONS = 256
 
 
-def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _compile(function: Callable[P, R]) -> Callable[P, R]:
     """Compiled for each shape by itself; where that cannot be done it raises instead of running the plain function."""
     torch._dynamo.config.recompile_limit = max(RECOMPILATIONS, torch._dynamo.config.recompile_limit)
-    compiled: Callable[..., Any] = torch.compile(function, dynamic=False, fullgraph=True)
-    return compiled
+    return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 @functools.cache
