@@ -6,7 +6,7 @@ import json
 import pathlib
 from collections.abc import Iterable, Sequence
 
-from corrdit.benchmark.contests import CONTESTS
+from corrdit.benchmark.comparisons import COMPARISONS
 from corrdit.benchmark.runner import BOTH, FORWARD, Piece, Row, Settings
 from corrdit.benchmark.shapes import SHAPES
 from corrdit.files import written_beside
@@ -51,7 +51,7 @@ def write_rows(path: pathlib.Path, command: str, rows: Iterable[Row]) -> None:
 def merged(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
     """New rows in place of old ones of the same key, in the order of shapes and operations."""
     rows = {key_of(row): row for row in [*old, *new]}
-    order = (list(SHAPES), list(CONTESTS), [FORWARD, BOTH])
+    order = (list(SHAPES), list(COMPARISONS), [FORWARD, BOTH])
 
     def place(row: Row) -> list[int]:
         names = (row["shape"]["name"], row["operation"], row["pass"])

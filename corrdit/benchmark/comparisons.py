@@ -1,4 +1,4 @@
-"""Every operation with its rivals and the work that it cannot do without."""
+"""Every operation with its baselines and the work that it cannot do without."""
 
 from __future__ import annotations
 
@@ -11,14 +11,7 @@ from torch import Tensor
 
 from corrdit import ops
 from corrdit.benchmark import floors
-from corrdit.benchmark.baselines import (
-    attention_positions,
-    compiled,
-    folded_chunks,
-    frame_by_frame,
-    materialized,
-    window_gather,
-)
+from corrdit.benchmark.baselines import compiled, folded_chunks, materialized, sdpa, window_gather
 from corrdit.benchmark.floors import QUERY_TOKENS, WINDOW, Work, WorkOf
 from corrdit.benchmark.shapes import Shape
 from corrdit.grid import TokenGrid
@@ -46,7 +39,7 @@ class Scene:
         return torch.linspace(0, tokens - 1, min(QUERY_TOKENS, tokens), device=self.q.device).round().long()
 
 
-RIVALS = {
+BASELINES = {
     "materialized": "all heads and all pairs at once, as the released code does",
     "folded-chunks": "one product over the joined heads, query rows in chunks",
     "sdpa": "scaled_dot_product_attention: the coordinates as values, or frame by frame",
@@ -58,7 +51,7 @@ MapBytes = Callable[[Shape, int], float]
 
 
 @dataclass(frozen=True)
-class Rival:
+class Baseline:
     """Another way to compute an operation.
 
     Attributes:
@@ -79,8 +72,8 @@ class Rival:
 
 
 @dataclass(frozen=True)
-class Contest:
-    """An operation, its rivals, and its work.
+class Comparison:
+    """An operation, its baselines, and its work.
 
     Attributes:
         run: the call; takes the backend.
@@ -92,7 +85,7 @@ class Contest:
     run: Callable[[Scene, str], Results]
     forward: WorkOf
     backward: WorkOf | None = None
-    rivals: Mapping[str, Rival] = field(default_factory=dict)
+    baselines: Mapping[str, Baseline] = field(default_factory=dict)
     pair_maps: bool = True
 
     def work(self, shape: Shape, backward: bool) -> Work:
@@ -125,48 +118,48 @@ def _soft(scene: Scene, backend: str, **options: object) -> Results:
     return (ops.soft_displacement(scene.q, scene.k, scene.grid, backend=backend, **options),)  # type: ignore[arg-type]
 
 
-def _compiled_soft(**options: object) -> Rival:
-    return Rival(
+def _compiled_soft(**options: object) -> Baseline:
+    return Baseline(
         lambda s: (compiled.soft_displacement(*s.video, **options),),  # type: ignore[arg-type]
         map_bytes=lambda shape, _: 8.0 * shape.heads * shape.grid.tokens_per_frame**2,
         compiles=True,
     )
 
 
-def _sdpa_soft(heads: str) -> Rival:
-    return Rival(
-        lambda s: (attention_positions.soft_displacement(*s.video, heads=heads),),
-        about=lambda s: attention_positions.chosen_kernel(*s.video, heads),
+def _sdpa_soft(heads: str) -> Baseline:
+    return Baseline(
+        lambda s: (sdpa.soft_displacement(*s.video, heads=heads),),
+        about=lambda s: sdpa.displacement_kernel(*s.video, heads),
     )
 
 
-def _matching(bidirectional: bool) -> Contest:
+def _matching(bidirectional: bool) -> Comparison:
     directions = 2 if bidirectional else 1
-    return Contest(
+    return Comparison(
         lambda s, backend: tuple(ops.match(s.q, s.k, s.grid, bidirectional=bidirectional, backend=backend)),
         floors.match(directions),
-        rivals={
-            "materialized": Rival(
+        baselines={
+            "materialized": Baseline(
                 lambda s: tuple(materialized.match(*s.video, bidirectional=bidirectional)),
                 map_bytes=_source_pairs(2.0),
             ),
-            "compiled": Rival(lambda s: compiled.match(*s.video, bidirectional=bidirectional), compiles=True),
+            "compiled": Baseline(lambda s: compiled.match(*s.video, bidirectional=bidirectional), compiles=True),
         },
     )
 
 
-def _frame_local(renormalize: bool, rivals: Mapping[str, Rival]) -> Contest:
+def _frame_local(renormalize: bool, baselines: Mapping[str, Baseline]) -> Comparison:
     everywhere = {
-        "materialized": Rival(
+        "materialized": Baseline(
             lambda s: (materialized.frame_local_attention(s.q, s.k, s.v, s.grid, renormalize=renormalize),),
             map_bytes=_all_pairs(2.0),
         ),
-        "compiled": Rival(
+        "compiled": Baseline(
             lambda s: (compiled.frame_local_attention(s.q, s.k, s.v, s.grid, renormalize=renormalize),),
             map_bytes=lambda shape, _: _all_pairs(2.0)(shape, 4),
             compiles=True,
         ),
-        "flex": Rival(
+        "flex": Baseline(
             lambda s: (compiled.flex_frame_local_attention(s.q, s.k, s.v, s.grid, renormalize=renormalize),),
             forward_only_on="cpu",
             # Zeroing after the softmax needs the sums of both softmaxes, which FlexAttention does not give on a CPU.
@@ -174,13 +167,13 @@ def _frame_local(renormalize: bool, rivals: Mapping[str, Rival]) -> Contest:
             compiles=True,
         ),
     }
-    return Contest(
+    return Comparison(
         lambda s, backend: (
             ops.frame_local_attention(s.q, s.k, s.v, s.grid, renormalize=renormalize, backend=backend),
         ),
         floors.frame_local if renormalize else floors.frame_local_zeroed,
         floors.frame_local_backward if renormalize else floors.frame_local_zeroed_backward,
-        rivals={**everywhere, **rivals},
+        baselines={**everywhere, **baselines},
         pair_maps=False,
     )
 
@@ -197,74 +190,76 @@ def _every_head(shape: Shape) -> int:
     return shape.heads
 
 
-CONTESTS = {
-    "soft_displacement:logits": Contest(
+COMPARISONS = {
+    "soft_displacement:logits": Comparison(
         _soft,
         *_displacement_work(_one, floors.all_pairs),
-        rivals={
-            "materialized": Rival(lambda s: (materialized.soft_displacement(*s.video),), map_bytes=_all_pairs(2.0)),
-            "folded-chunks": Rival(lambda s: (folded_chunks.soft_displacement(*s.video),)),
+        baselines={
+            "materialized": Baseline(lambda s: (materialized.soft_displacement(*s.video),), map_bytes=_all_pairs(2.0)),
+            "folded-chunks": Baseline(lambda s: (folded_chunks.soft_displacement(*s.video),)),
             "sdpa": _sdpa_soft("logits"),
             "compiled": _compiled_soft(heads="logits"),
         },
     ),
-    "soft_displacement:probabilities": Contest(
+    "soft_displacement:probabilities": Comparison(
         functools.partial(_soft, heads="probabilities"),
         *_displacement_work(_every_head, floors.all_pairs),
-        rivals={
+        baselines={
             "sdpa": _sdpa_soft("probabilities"),
-            "flex": Rival(lambda s: (compiled.flex_soft_displacement(*s.video),), forward_only_on="cpu", compiles=True),
+            "flex": Baseline(
+                lambda s: (compiled.flex_soft_displacement(*s.video),), forward_only_on="cpu", compiles=True
+            ),
             "compiled": _compiled_soft(heads="probabilities"),
         },
     ),
-    "soft_displacement:window": Contest(
+    "soft_displacement:window": Comparison(
         functools.partial(_soft, window=WINDOW),
         *_displacement_work(_one, floors.window_pairs),
-        rivals={
-            "windows": Rival(
+        baselines={
+            "windows": Baseline(
                 lambda s: (window_gather.soft_displacement(*s.video, window=WINDOW),), map_bytes=_window_keys
             ),
             "compiled": _compiled_soft(heads="logits", window=WINDOW),
         },
     ),
-    "hard_displacement:logits": Contest(
+    "hard_displacement:logits": Comparison(
         lambda s, backend: (ops.hard_displacement(s.q, s.k, s.grid, backend=backend),),
         floors.displacement(lambda shape: 0, floors.all_pairs),
-        rivals={
-            "materialized": Rival(lambda s: (materialized.hard_displacement(*s.video),), map_bytes=_all_pairs(2.0)),
-            "folded-chunks": Rival(lambda s: (folded_chunks.hard_displacement(*s.video),)),
-            "compiled": Rival(lambda s: (compiled.hard_displacement(*s.video),), compiles=True),
+        baselines={
+            "materialized": Baseline(lambda s: (materialized.hard_displacement(*s.video),), map_bytes=_all_pairs(2.0)),
+            "folded-chunks": Baseline(lambda s: (folded_chunks.hard_displacement(*s.video),)),
+            "compiled": Baseline(lambda s: (compiled.hard_displacement(*s.video),), compiles=True),
         },
     ),
     "match:bidirectional": _matching(True),
     "match:forward": _matching(False),
-    "cost_rows": Contest(
+    "cost_rows": Comparison(
         lambda s, backend: (ops.cost_rows(s.q, s.k, s.grid, s.chosen_tokens, backend=backend),),
         floors.cost_rows,
-        rivals={
-            "materialized": Rival(
+        baselines={
+            "materialized": Baseline(
                 lambda s: (materialized.cost_rows(*s.video, s.chosen_tokens),), map_bytes=_source_pairs(3.0)
             ),
-            "compiled": Rival(lambda s: (compiled.cost_rows(*s.video, s.chosen_tokens),), compiles=True),
+            "compiled": Baseline(lambda s: (compiled.cost_rows(*s.video, s.chosen_tokens),), compiles=True),
         },
     ),
-    "attention_mass": Contest(
+    "attention_mass": Comparison(
         lambda s, backend: tuple(ops.attention_mass(s.q, s.k, s.grid, s.chosen_tokens, backend=backend)),
         floors.attention_mass,
-        rivals={
-            "materialized": Rival(
+        baselines={
+            "materialized": Baseline(
                 lambda s: materialized.attention_mass(s.q, s.k, s.grid, s.chosen_tokens), map_bytes=_chosen_rows
             ),
-            "compiled": Rival(lambda s: compiled.attention_mass(s.q, s.k, s.grid, s.chosen_tokens), compiles=True),
+            "compiled": Baseline(lambda s: compiled.attention_mass(s.q, s.k, s.grid, s.chosen_tokens), compiles=True),
         },
         pair_maps=False,
     ),
     "frame_local_attention:masked": _frame_local(
         True,
         {
-            "sdpa": Rival(
-                lambda s: (frame_by_frame.frame_local_attention(s.q, s.k, s.v, s.grid),),
-                about=lambda s: frame_by_frame.chosen_kernel(s.q, s.k, s.v, s.grid),
+            "sdpa": Baseline(
+                lambda s: (sdpa.frame_local_attention(s.q, s.k, s.v, s.grid),),
+                about=lambda s: sdpa.frame_local_kernel(s.q, s.k, s.v, s.grid),
             ),
         },
     ),

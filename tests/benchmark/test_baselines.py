@@ -1,4 +1,4 @@
-"""The rivals compute the same functions."""
+"""The baselines compute the same functions."""
 
 from __future__ import annotations
 
@@ -6,14 +6,7 @@ import pytest
 import torch
 
 from corrdit import TokenGrid, ops
-from corrdit.benchmark.baselines import (
-    attention_positions,
-    compiled,
-    folded_chunks,
-    frame_by_frame,
-    materialized,
-    window_gather,
-)
+from corrdit.benchmark.baselines import compiled, folded_chunks, materialized, sdpa, window_gather
 
 
 @pytest.fixture(scope="module")
@@ -35,31 +28,31 @@ def uncompiled(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("rival", "options"),
+    ("baseline", "options"),
     [
         (materialized.soft_displacement, {}),
         (folded_chunks.soft_displacement, {}),
-        (attention_positions.soft_displacement, {}),
-        (lambda *given, **o: attention_positions.soft_displacement(*given, heads="probabilities", **o),
+        (sdpa.soft_displacement, {}),
+        (lambda *given, **o: sdpa.soft_displacement(*given, heads="probabilities", **o),
          {"heads": "probabilities"}),
         (lambda *given, **o: window_gather.soft_displacement(*given, window=1, **o), {"window": 1}),
     ],
     ids=["materialized", "folded", "attention, logits", "attention, probabilities", "windows"],
 )  # fmt: skip
-def test_rivals_of_soft_displacement(tensors, rival, options):
+def test_baselines_of_soft_displacement(tensors, baseline, options):
     grid, q, k, _ = tensors
     expected = ops.soft_displacement(q, k, grid, temperature=2.0, backend="reference", **options)
-    torch.testing.assert_close(rival(q, k, grid, temperature=2.0).to(expected.dtype), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(baseline(q, k, grid, temperature=2.0).to(expected.dtype), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("rival", [materialized.hard_displacement, folded_chunks.hard_displacement])
-def test_rivals_of_hard_displacement(tensors, rival):
+@pytest.mark.parametrize("baseline", [materialized.hard_displacement, folded_chunks.hard_displacement])
+def test_baselines_of_hard_displacement(tensors, baseline):
     grid, q, k, _ = tensors
-    assert torch.equal(rival(q, k, grid), ops.hard_displacement(q, k, grid))
+    assert torch.equal(baseline(q, k, grid), ops.hard_displacement(q, k, grid))
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
-def test_rival_of_matching(tensors, bidirectional):
+def test_baseline_of_matching(tensors, bidirectional):
     grid, q, k, _ = tensors
     found = materialized.match(q, k, grid, source=1, bidirectional=bidirectional)
     expected = ops.match(q, k, grid, source=1, bidirectional=bidirectional)
@@ -67,7 +60,7 @@ def test_rival_of_matching(tensors, bidirectional):
         torch.testing.assert_close(theirs, ours)
 
 
-def test_rivals_of_chosen_rows(tensors):
+def test_baselines_of_chosen_rows(tensors):
     grid, q, k, _ = tensors
     tokens = torch.tensor([0, 7, 19])
     torch.testing.assert_close(
@@ -81,13 +74,13 @@ def test_rivals_of_chosen_rows(tensors):
 
 @pytest.mark.parametrize("text_first", [True, False])
 @pytest.mark.parametrize("text_tokens", [0, 20])
-def test_rivals_of_frame_local_attention(tensors, text_tokens, text_first):
+def test_baselines_of_frame_local_attention(tensors, text_tokens, text_first):
     _, q, k, v = tensors
     grid = TokenGrid(3 - text_tokens // 20, 4, 5, text_tokens=text_tokens, text_first=text_first)
     masked, zeroed = (ops.frame_local_attention(q, k, v, grid, renormalize=before) for before in (True, False))
     torch.testing.assert_close(materialized.frame_local_attention(q, k, v, grid), masked)
     torch.testing.assert_close(materialized.frame_local_attention(q, k, v, grid, renormalize=False), zeroed)
-    torch.testing.assert_close(frame_by_frame.frame_local_attention(q, k, v, grid), masked)
+    torch.testing.assert_close(sdpa.frame_local_attention(q, k, v, grid), masked)
 
 
 @pytest.mark.usefixtures("uncompiled")
@@ -145,7 +138,7 @@ def test_compiled_for_more_shapes_than_the_compiler_allows_by_itself():
 def test_the_library_kernel_is_named(tensors):
     grid, q, k, v = (tensors[0], *(tensor.float() for tensor in tensors[1:]))
     names = {"math", "flash", "efficient", "cudnn", "overrideable"}
-    assert attention_positions.chosen_kernel(q, k, grid, "logits") in names
-    assert frame_by_frame.chosen_kernel(q, k, v, grid) in names
+    assert sdpa.displacement_kernel(q, k, grid, "logits") in names
+    assert sdpa.frame_local_kernel(q, k, v, grid) in names
     with pytest.raises(ValueError, match='heads must be "logits" or "probabilities"'):
-        attention_positions.soft_displacement(q, k, grid, heads="none")
+        sdpa.soft_displacement(q, k, grid, heads="none")

@@ -1,24 +1,32 @@
-"""Heatmaps of one number over two axes, such as layer and timestep, side by side on one scale or each on its own."""
+"""Heatmaps of a number over two axes, such as layer and timestep, and curves over timesteps."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-_INK = "#3a4048"
+from corrdit.visualization.figures import INK, figure_pixels
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.image import AxesImage
+
 _MISSING = "#e3e6ea"
 _MOST_LABELS = 24
 _MOST_NUMBERS = 160
 _DPI = 110
+_COLOURS = ("#2a6fbb", "#e4572e", "#3f9b5b", "#8b5fbf", "#c08a1e", "#3aa6a6", "#b5487d", "#6b7580")
+MOST_CURVES = len(_COLOURS)
 
 
 def draw_heatmaps(
     panels: Mapping[str, np.ndarray],
     *,
-    rows: Sequence[Any],
-    columns: Sequence[Any],
+    rows: Sequence[object],
+    columns: Sequence[object],
     row_title: str,
     column_title: str,
     shared: bool = False,
@@ -46,7 +54,6 @@ def draw_heatmaps(
             raise ValueError(
                 f"{title} has shape {np.shape(values)}, which does not fit {len(rows)} rows and {len(columns)} columns"
             )
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     factor = 100 if percent else 1
@@ -56,40 +63,38 @@ def draw_heatmaps(
     width = min(6.0, max(3.4, 0.42 * len(columns) + 1.6))
     height = min(7.0, max(2.2, 0.32 * len(rows) + 1.3))
     figure = Figure(figsize=(width * side_by_side, height * down), dpi=_DPI, layout="constrained", facecolor="white")
-    canvas = FigureCanvasAgg(figure)
     every = np.concatenate([table.ravel() for table in tables.values()])
     common = _limits(every) if shared else None
     axes = figure.subplots(down, side_by_side, squeeze=False)
     for place, (title, table) in enumerate(tables.items()):
         axis = axes[place // side_by_side, place % side_by_side]
         image = _panel(axis, table, title, common or _limits(table), rows, columns, percent)
-        axis.set_xlabel(column_title, color=_INK, fontsize=9)
-        axis.set_ylabel(row_title, color=_INK, fontsize=9)
+        axis.set_xlabel(column_title, color=INK, fontsize=9)
+        axis.set_ylabel(row_title, color=INK, fontsize=9)
         figure.colorbar(image, ax=axis, shrink=0.9, format="%g %%" if percent else "%g").ax.tick_params(labelsize=7)
     for place in range(len(tables), down * side_by_side):
         axes[place // side_by_side, place % side_by_side].set_axis_off()
-    canvas.draw()
-    return np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])
+    return figure_pixels(figure)
 
 
 def _panel(
-    axis: Any,
+    axis: Axes,
     table: np.ndarray,
     title: str,
     limits: tuple[float, float],
-    rows: Sequence[Any],
-    columns: Sequence[Any],
+    rows: Sequence[object],
+    columns: Sequence[object],
     percent: bool,
-) -> Any:
+) -> AxesImage:
     from matplotlib import colormaps
     from matplotlib.patches import Rectangle
 
     palette = colormaps["viridis"].with_extremes(bad=_MISSING)
     image = axis.imshow(np.ma.masked_invalid(table), cmap=palette, vmin=limits[0], vmax=limits[1], aspect="auto")
-    axis.set_title(title, color=_INK, fontsize=10, loc="left")
+    axis.set_title(title, color=INK, fontsize=10, loc="left")
     _ticks(axis.xaxis, columns)
     _ticks(axis.yaxis, rows)
-    axis.tick_params(labelsize=8, colors=_INK, length=2)
+    axis.tick_params(labelsize=8, colors=INK, length=2)
     for spine in axis.spines.values():
         spine.set_visible(False)
     if table.size <= _MOST_NUMBERS:
@@ -105,7 +110,7 @@ def _panel(
     return image
 
 
-def _ticks(axis: Any, labels: Sequence[Any]) -> None:
+def _ticks(axis: Axis, labels: Sequence[object]) -> None:
     step = -(-len(labels) // _MOST_LABELS)
     axis.set_ticks(range(0, len(labels), step), labels=[str(label) for label in labels[::step]])
 
@@ -116,3 +121,56 @@ def _limits(values: np.ndarray) -> tuple[float, float]:
         return 0.0, 1.0
     low, high = float(finite.min()), float(finite.max())
     return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+
+def draw_curves(
+    x: Sequence[float],
+    curves: Mapping[str, np.ndarray],
+    *,
+    title: str,
+    x_title: str,
+    y_title: str,
+    percent: bool = True,
+    reference: tuple[str, float] | None = None,
+) -> np.ndarray:
+    """Draw several curves with direct labels, the first x on the left: noise, and the clean video on the right.
+
+    Args:
+        x: places of the points.
+        curves: at most `MOST_CURVES` rows of values, by label; NaN leaves a gap.
+        title, x_title, y_title: what is shown.
+        percent: whether values are shares, which are written as percentages.
+        reference: label and value of a dashed level to compare with.
+
+    Returns:
+        uint8 `[h, w, 3]`.
+
+    Raises:
+        ValueError: no curve, too many, or one that does not fit x.
+    """
+    if not 1 <= len(curves) <= MOST_CURVES:
+        raise ValueError(f"{len(curves)} curves were given; accepted are 1 to {MOST_CURVES}, more cannot be told apart")
+    for label, values in curves.items():
+        if np.shape(values) != (len(x),):
+            raise ValueError(f"{label} has shape {np.shape(values)}; {len(x)} values are needed, one for each x")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 3.6), dpi=_DPI, layout="constrained", facecolor="white")
+    axis = figure.subplots()
+    factor = 100 if percent else 1
+    for colour, (label, values) in zip(_COLOURS, curves.items(), strict=False):
+        marker = "o" if len(x) <= 30 else None
+        axis.plot(x, factor * np.asarray(values), color=colour, label=label, linewidth=1.8, marker=marker, markersize=4)
+    if reference is not None:
+        axis.axhline(factor * reference[1], color=INK, linewidth=1, linestyle=(0, (4, 3)), label=reference[0])
+    if x[0] > x[-1]:
+        axis.invert_xaxis()
+    axis.set_title(title, color=INK, fontsize=10, loc="left")
+    axis.set_xlabel(x_title, color=INK, fontsize=9)
+    axis.set_ylabel(f"{y_title} (%)" if percent else y_title, color=INK, fontsize=9)
+    axis.tick_params(labelsize=8, colors=INK)
+    axis.grid(axis="y", color="#e3e6ea", linewidth=0.8)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), labelcolor=INK)
+    return figure_pixels(figure)

@@ -12,11 +12,10 @@ import numpy as np
 from corrdit.analysis.calibration import FEW_VIDEOS, Calibration
 from corrdit.analysis.exports import harmonic_table, table_rows, write_csv, write_parquet
 from corrdit.analysis.options import FEATURE_READINGS
-from corrdit.analysis.report import ReportPage
 from corrdit.analysis.results import AnalysisResults
 from corrdit.analysis.table import MEAN, STANDING_STILL, AnalysisTable
-from corrdit.visualization.curves import draw_curves
-from corrdit.visualization.heatmaps import draw_heatmaps
+from corrdit.visualization.charts import draw_curves, draw_heatmaps
+from corrdit.visualization.page import ReportPage
 
 REPORT_FILE = "report.html"
 CSV_FILE = "analysis.csv"
