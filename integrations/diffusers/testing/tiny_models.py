@@ -108,7 +108,7 @@ def _masked_prompts(source: torch.Generator, *, pooled: bool = False) -> dict[st
         "prompt_attention_mask": valid < TEXT_TOKENS - 2,
         "negative_prompt_attention_mask": valid < TEXT_TOKENS - 5,
     }
-    return {**_prompts(source, **masks), **pooled_prompts}
+    return {**_prompts(source), **masks, **pooled_prompts}
 
 
 def _cogvideox(**changes: Any) -> diffusers.DiffusionPipeline:
