@@ -1,7 +1,7 @@
-"""The README's tables of quality, from the result files.
+"""The tables of quality in README.md and docs/results.md, from the result files.
 
-    python benchmarks/readme_tables.py            # writes them into README.md, between their marks
-    python benchmarks/readme_tables.py --check    # exit status 1 and the names of tables that are not as the files say
+    python benchmarks/result_tables.py            # writes them into the pages, between their marks
+    python benchmarks/result_tables.py --check    # exit status 1 and the names of tables that are not as the files say
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`.
 """
@@ -19,6 +19,7 @@ from typing import Any
 from corrdit.files import written_beside
 
 ROOT = pathlib.Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 MATCHING = {
@@ -95,14 +96,18 @@ def matching(result: Mapping[str, Any]) -> str:
     return table(["timestep", *(MATCHING[kind] for kind in kinds)], rows)
 
 
-def tracking(result: Mapping[str, Any]) -> str:
+def tracking(result: Mapping[str, Any], variants: Iterable[str] = TRACKERS) -> str:
     head = ["tracker", "average Jaccard", "points within thresholds", "within 1 px", "within 2 px", "visibility"]
     measured = {row["variant"]: row for row in result["rows"]}
     rows = (
-        [name, *(f"{100 * measured[variant][figure][0]:.1f}" for figure in TRACKER_FIGURES)]
-        for variant, name in TRACKERS.items()
+        [TRACKERS[variant], *(f"{100 * measured[variant][figure][0]:.1f}" for figure in TRACKER_FIGURES)]
+        for variant in variants
     )
     return table(head, rows)
+
+
+def summary(result: Mapping[str, Any]) -> str:
+    return tracking(result, ("default", "published procedure", "Lucas-Kanade", "standing still"))
 
 
 def transfer(result: Mapping[str, Any]) -> str:
@@ -145,6 +150,7 @@ def guidance(result: Mapping[str, Any]) -> str:
 TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "matching": ("embedded_matching.json", matching),
     "tracking": ("tracking.json", tracking),
+    "summary": ("tracking.json", summary),
     "transfer": ("transfer_quality.json", transfer),
     "guidance": ("guidance_quality.json", guidance),
 }
@@ -174,15 +180,18 @@ def filled(text: str, results: pathlib.Path) -> tuple[str, list[str]]:
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing")
-    parser.add_argument("--page", type=pathlib.Path, default=ROOT / "README.md")
+    parser.add_argument("--page", type=pathlib.Path, nargs="+", default=list(PAGES))
     parser.add_argument("--results", type=pathlib.Path, default=ROOT / "benchmarks" / "results")
     arguments = parser.parse_args(words)
-    text, changed = filled(arguments.page.read_text(encoding="utf-8"), arguments.results)
-    if changed and not arguments.check:
-        with written_beside(arguments.page, "w") as file:
-            file.write(text)
-    print("\n".join(changed) or "every table is as its file says")
-    return int(bool(changed) and arguments.check)
+    different = []
+    for page in arguments.page:
+        text, changed = filled(page.read_text(encoding="utf-8"), arguments.results)
+        if changed and not arguments.check:
+            with written_beside(page, "w") as file:
+                file.write(text)
+        different += changed
+    print("\n".join(different) or "every table is as its file says")
+    return int(bool(different) and arguments.check)
 
 
 if __name__ == "__main__":
