@@ -55,9 +55,7 @@ STRINGS_TODAY: set[str] = {
     "corrdit.ops.backends",
     "corrdit.tracking",
     "corrdit.integrations.diffusers",
-    "corrdit.integrations.diffusers.backbones.loading",
     "corrdit.integrations.diffusers.guidance",
-    "corrdit.integrations.diffusers.layouts",
     "corrdit.integrations.lightning",
 }
 """Files that still name modules in strings; to become empty."""
