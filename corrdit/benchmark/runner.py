@@ -19,7 +19,7 @@ from corrdit.benchmark.floors import Ceilings, Floor, floor_of
 from corrdit.benchmark.measure import Work, peak_extra_bytes, time_interleaved
 from corrdit.benchmark.shapes import Shape
 from corrdit.memory import is_out_of_memory
-from corrdit.ops.backends import select_backend
+from corrdit.ops.backends import backend_name
 
 Row = dict[str, Any]
 FORWARD, BOTH = "forward", "forward and backward"
@@ -156,7 +156,7 @@ class _Measurement:
                 return {**row, **_left_out("wrong", "the result is wrong, so it has no time")}
             scene = self._scene_to_time()
             if rival is None:
-                row["about"] = _backend_name(name.removeprefix("corrdit "), scene)
+                row["about"] = backend_name(name.removeprefix("corrdit "), scene.q)
             elif rival.about is not None:
                 row["about"] = rival.about(scene)
             work = checking.work(run, scene, self.piece.backward)
@@ -241,12 +241,6 @@ class _Measurement:
         if self.settings.device.type == "cuda" and self.broken is None:
             torch.cuda.empty_cache()
         return _left_out(status, reason)
-
-
-def _backend_name(backend: str, scene: Scene) -> str:
-    """What "auto" stands for."""
-    module = select_backend(backend, scene.q).__name__.rsplit(".", 1)[-1]
-    return "triton" if module == "kernels" else module
 
 
 def _left_out(status: str, reason: str) -> Row:

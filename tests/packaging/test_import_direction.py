@@ -61,7 +61,6 @@ STRINGS_TODAY: set[str] = {
     "corrdit.cli",
     "corrdit.cli.evaluate",
     "corrdit.metrics",
-    "corrdit.ops.backends",
     "corrdit.tracking",
     "corrdit.integrations.diffusers",
     "corrdit.integrations.diffusers.backbones.loading",
