@@ -211,7 +211,7 @@ def _chunk_gradients(
 ) -> Tensor:
     """Gradient of the chunk's queries; adds what the chunk gives to the gradients of keys and values."""
     queries, incoming = head.queries(chunk), gradient[chunk.queries].to(head.dtype)
-    attention, _ = head.attention(chunk)
+    attention, lse = head.attention(chunk)
     slopes = torch.zeros_like(attention)
     for keys, columns, seen in chunk.stretches:
         if seen:
@@ -222,7 +222,8 @@ def _chunk_gradients(
     slopes.mul_(attention)
     level = slopes.sum(-1, keepdim=True)
     if of_lse is not None:
-        level -= of_lse[chunk.queries].unsqueeze(-1)
+        # What merges shards may send NaN to a row without keys, whose log-sum-exp is -inf.
+        level -= of_lse[chunk.queries].masked_fill(lse == float("-inf"), 0.0).unsqueeze(-1)
     slopes.addcmul_(attention, level, value=-1.0)
     dq = torch.zeros_like(queries)
     for keys, columns, _ in chunk.stretches:

@@ -65,7 +65,8 @@ def score_gradient(
     pull = incoming * share.unsqueeze(-1)
     level = (pull * rows.expected).sum(-1)
     if of_lse is not None:
-        level.addcmul_(of_lse, share, value=-1.0)
+        # What merges shards may send NaN to a row without keys, whose log-sum-exp is -inf.
+        level.addcmul_(of_lse.masked_fill(rows.inverse == 0, 0.0), share, value=-1.0)
     columns, lines = block.table.columns, block.table.rows
     along_row = (pull[..., :1] * columns).unsqueeze(-2)
     along_column = (pull[..., 1:] * lines - level.unsqueeze(-1)).unsqueeze(-1)
