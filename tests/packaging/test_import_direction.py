@@ -52,7 +52,6 @@ UPWARD_TODAY: set[tuple[str, str]] = set()
 STRINGS_TODAY: set[str] = {
     "corrdit.cli",
     "corrdit.cli.evaluate",
-    "corrdit.ops.backends",
     "corrdit.tracking",
     "corrdit.integrations.diffusers",
     "corrdit.integrations.diffusers.guidance",
