@@ -26,6 +26,7 @@ from torch import Tensor
 from corrdit import CrossAttentionGuidance, TokenGrid, load_backbone
 from corrdit.benchmark.environment import environment
 from corrdit.integrations.diffusers.guidance.perturbations import SubstituteAttention
+from corrdit.integrations.diffusers.host.attention import intercepting
 
 PERTURBED = (13, 17, 21)
 SCALE, CLASSIFIER_FREE_SCALE = 1.0, 6.0
@@ -84,7 +85,7 @@ def _masked(module: torch.nn.Module, grid: TokenGrid) -> Callable[[], object]:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
 
     def forward(*args: object, **kwargs: object) -> object:
-        with SubstituteAttention(attention, grid, None):
+        with intercepting([SubstituteAttention(attention, grid, None)]):
             return original(*args, **kwargs)
 
     module.__dict__["forward"] = forward

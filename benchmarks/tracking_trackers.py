@@ -10,10 +10,10 @@ import numpy as np
 from experiment import Record
 
 from corrdit import PointTracker, Tracks
-from corrdit.analysis.pseudo_truth import lucas_kanade
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.feature_backbone import FeatureBackbone
 from corrdit.tracking.baselines import nearest_patches, standing_still
+from corrdit.tracking.pseudo_truth import lucas_kanade
 
 Track = Callable[[np.ndarray, np.ndarray], Tracks]
 
