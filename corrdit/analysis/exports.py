@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import os
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 
 from corrdit.analysis.table import ATTENTION_SCORES, AnalysisTable
 from corrdit.files import written_beside
-from corrdit.metrics.summary import harmonic_mean
+from corrdit.metrics.harmonic import harmonic_mean
 
 
 def harmonic_table(table: AnalysisTable, *, moving: bool = False) -> np.ndarray | None:
@@ -55,16 +54,6 @@ def table_rows(table: AnalysisTable) -> list[dict[str, Any]]:
                 row["harmonic_mean"] = None if harmonic is None or r else _number(harmonic[s, n])
                 rows.append(row)
     return rows
-
-
-def write_csv(path: str | os.PathLike[str], rows: list[dict[str, Any]]) -> None:
-    """Write rows with the columns of the first one; None becomes an empty cell."""
-    if not rows:
-        raise ValueError("there are no rows to write")
-    with written_beside(path, "w") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def write_parquet(path: str | os.PathLike[str], rows: list[dict[str, Any]]) -> None:

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from corrdit.analysis.calibration import FEW_VIDEOS, Calibration
-from corrdit.analysis.exports import harmonic_table, table_rows, write_csv, write_parquet
-from corrdit.analysis.options import FEATURE_READINGS
+from corrdit.analysis.exports import harmonic_table, table_rows, write_parquet
+from corrdit.analysis.protocols import FEATURE_READINGS
 from corrdit.analysis.results import AnalysisResults
 from corrdit.analysis.table import MEAN, STANDING_STILL, AnalysisTable
+from corrdit.files import write_csv
 from corrdit.visualization.charts import draw_curves, draw_heatmaps
 from corrdit.visualization.page import ReportPage
 

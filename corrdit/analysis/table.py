@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from corrdit.analysis.options import FEATURE_READINGS
-from corrdit.analysis.scoring import AttentionSums, MatchCounts
+from corrdit.analysis.counts import AttentionSums, MatchCounts
+from corrdit.analysis.protocols import FEATURE_READINGS
 from corrdit.array_files import read_arrays
 from corrdit.files import written_beside
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from corrdit import ops
-from corrdit.analysis.options import FEATURE_READINGS, AnalysisOptions
+from corrdit.analysis.counts import match_counts
+from corrdit.analysis.protocols import FEATURE_READINGS, AnalysisOptions
 from corrdit.analysis.results import begin, read_results
-from corrdit.analysis.scoring import match_counts
 from corrdit.analysis.sources import AnalysisItem
 from corrdit.geometry import sample_matches
 from corrdit.integrations.diffusers import capture

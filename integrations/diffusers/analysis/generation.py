@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from corrdit.analysis.options import AnalysisOptions, resolved
-from corrdit.analysis.reading import AttentionReading, read_attention, read_features
-from corrdit.analysis.scoring import TrueTracks
+from corrdit.analysis.counts import TrueTracks
+from corrdit.analysis.point_readings import AttentionReading, read_attention, read_features
+from corrdit.analysis.protocols import AnalysisOptions, resolved
 from corrdit.analysis.table import AnalysisTable
 from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.analysis.capturing import ReadingCapture

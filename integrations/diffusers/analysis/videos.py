@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from corrdit.analysis.options import FEATURE_READINGS, AnalysisOptions, resolved
-from corrdit.analysis.reading import AttentionReading, read_attention, read_features
-from corrdit.analysis.scoring import TrueTracks, attention_sums, match_counts
+from corrdit.analysis.counts import TrueTracks, attention_sums, match_counts
+from corrdit.analysis.point_readings import AttentionReading, read_attention, read_features
+from corrdit.analysis.protocols import FEATURE_READINGS, AnalysisOptions, resolved
 from corrdit.analysis.table import AnalysisTable
 from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.analysis.capturing import reading_forward

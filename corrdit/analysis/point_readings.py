@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from corrdit import ops
-from corrdit.analysis.options import AnalysisOptions
+from corrdit.analysis.protocols import AnalysisOptions
 from corrdit.geometry import nearest_tokens, pixels_to_tokens, sample_matches
 from corrdit.grid import TokenGrid
 from corrdit.tracking.filtering import low_pass
