@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from corrdit.arguments import whole_number
 from corrdit.geometry import GEOMETRIES
-from corrdit.grid import whole_number
 
 FEATURE_READINGS = ("attention output", "projected output")
 """Intermediate features: heads joined before the attention's output projection, and what comes out of it."""

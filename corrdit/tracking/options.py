@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from corrdit.arguments import whole_number
 from corrdit.geometry import GEOMETRIES
-from corrdit.grid import whole_number
 from corrdit.ops.backends import BACKENDS
 from corrdit.tracking.chunks import SCHEDULES
 from corrdit.tracking.readings import FUSIONS

@@ -54,11 +54,8 @@ STRINGS_TODAY: set[str] = {
     "corrdit.cli.evaluate",
     "corrdit.ops.backends",
     "corrdit.tracking",
-    "corrdit.kernels",
     "corrdit.integrations.diffusers",
-    "corrdit.integrations.diffusers.backbones.loading",
     "corrdit.integrations.diffusers.guidance",
-    "corrdit.integrations.diffusers.layouts",
     "corrdit.integrations.lightning",
 }
 """Files that still name modules in strings; to become empty."""
