@@ -14,8 +14,8 @@ from lightning.pytorch import Trainer
 
 from corrdit.files import written_beside
 from corrdit.integrations.lightning.reading import BatchCallback
+from corrdit.visualization.charts import draw_heatmaps
 from corrdit.visualization.colours import position_colours
-from corrdit.visualization.heatmaps import draw_heatmaps
 
 Column = TypeVar("Column", int, str)
 FOLDER = "correspondence"
