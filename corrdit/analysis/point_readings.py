@@ -81,8 +81,8 @@ def read_attention(
     video = grid.video_slice
     alone = {**common, "key_mask": None if key_mask is None else key_mask[:, video]}
     for spread in options.low_pass:
-        smooth = [low_pass(tensor[:, :, video], grid.without_text(), spread) for tensor in (q, k)]
-        found = ops.match(*smooth, grid.without_text(), bidirectional=options.bidirectional, **alone).xy
+        smooth_q, smooth_k = (low_pass(tensor[:, :, video], grid.without_text(), spread) for tensor in (q, k))
+        found = ops.match(smooth_q, smooth_k, grid.without_text(), bidirectional=options.bidirectional, **alone).xy
         positions.append(sample_matches(found, points.to(found), stride, geometry=options.geometry).cpu())
     return AttentionReading(torch.cat(positions), *(torch.cat(parts) for parts in zip(*masses, strict=True)))
 

@@ -168,8 +168,8 @@ def coarse_centers(
     if tile > max(grid.height, grid.width):
         raise ValueError(f"a tile of {tile} tokens is larger than a frame of {grid.height} x {grid.width} tokens")
     coarse = TokenGrid(grid.frames, -(-grid.height // tile), -(-grid.width // tile))
-    pooled = [_tile_means(tensor.detach(), grid, tile) for tensor in (q, k)]
-    moved = ops.hard_displacement(*pooled, coarse, heads=heads, frames=frames, scale=scale, backend=backend)
+    tiles_q, tiles_k = (_tile_means(tensor.detach(), grid, tile) for tensor in (q, k))
+    moved = ops.hard_displacement(tiles_q, tiles_k, coarse, heads=heads, frames=frames, scale=scale, backend=backend)
     rows = torch.arange(grid.height, device=q.device) // tile
     columns = torch.arange(grid.width, device=q.device) // tile
     spread = moved.index_select(-3, rows).index_select(-2, columns)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from corrdit.files import written_beside
 from corrdit.video import resize_frame
@@ -20,7 +20,7 @@ _MOST_ARROWS = 24
 _ARROW_ROOM = 40  # pixels of a token where frames are small
 
 
-def flow_colours(flow: Any, *, largest: float | None = None) -> np.ndarray:
+def flow_colours(flow: ArrayLike, *, largest: float | None = None) -> np.ndarray:
     """A displacement field as colours: hue is the direction, saturation the length; no motion is white.
 
     Args:
@@ -61,7 +61,7 @@ def colour_wheel(size: int = 64) -> np.ndarray:
     return wheel
 
 
-def draw_flow_arrows(frame: np.ndarray, flow: Any, *, scale: tuple[float, float] | None = None) -> np.ndarray:
+def draw_flow_arrows(frame: np.ndarray, flow: ArrayLike, *, scale: tuple[float, float] | None = None) -> np.ndarray:
     """Arrows over a frame, one for every token, or for some of them where there are many.
 
     Args:
@@ -113,7 +113,7 @@ def draw_flow_arrows(frame: np.ndarray, flow: Any, *, scale: tuple[float, float]
 def write_flow_pictures(
     folder: str | os.PathLike[str],
     name: str,
-    flow: Any,
+    flow: ArrayLike,
     frames: Sequence[np.ndarray] | np.ndarray,
     *,
     source: int = 0,
@@ -165,7 +165,7 @@ def _roomy(frame: np.ndarray, tokens: tuple[int, ...]) -> np.ndarray:
     return resize_frame(frame, round(frame.shape[0] * factor), round(frame.shape[1] * factor))
 
 
-def write_loss_curve(path: str | os.PathLike[str], losses: Any) -> None:
+def write_loss_curve(path: str | os.PathLike[str], losses: ArrayLike) -> None:
     """The losses of a motion transfer as a PNG picture.
 
     Args:

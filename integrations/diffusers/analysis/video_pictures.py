@@ -99,7 +99,7 @@ def video_pictures(
         feature_operation=of_features if options.features else None,
         deliver=lambda layer, name, result: found.__setitem__(name, result),
         text=text,
-        **image_given(backbone, encoded.latents),
+        image=image_given(backbone, encoded.latents).get("image"),
     )
     drawn, reading = found["attention"]
     features = {name: found[name] for name in FEATURE_READINGS if name in found}

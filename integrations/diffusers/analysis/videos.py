@@ -153,7 +153,7 @@ def analyze_video(
                 operation=operation,
                 feature_operation=feature_operation,
                 deliver=receive,
-                **image_given(backbone, encoded.latents),
+                image=image_given(backbone, encoded.latents).get("image"),
             )
         except ValueError as error:
             raise ValueError(f"step {step}: {error}") from error
