@@ -17,7 +17,7 @@ from corrdit.arguments import whole_number
 from corrdit.data.tapvid import TapVidSample
 from corrdit.evaluation.results import file_name
 from corrdit.evaluation.trackers import Track
-from corrdit.memory import is_out_of_memory
+from corrdit.memory import first_line, is_out_of_memory
 from corrdit.metrics import tapvid
 from corrdit.tracking import Tracks
 from corrdit.visualization import TrackStyle, write_track_pictures
@@ -67,7 +67,7 @@ def evaluate_video(track: Track, sample: TapVidSample, *, queries_at_once: int |
             raise
         raise ValueError(
             f"there is not enough memory for {len(sample.queries)} queries, {queries_at_once or 'all'} at once, in "
-            f"{frames} frames of {height} x {width} ({_first_line(error)}); give fewer at once, fewer frames or a "
+            f"{frames} frames of {height} x {width} ({first_line(error)}); give fewer at once, fewer frames or a "
             "smaller working size"
         ) from error
     figures = tapvid(**sample.metric_arguments(tracks))
@@ -84,7 +84,7 @@ def queries_inside(sample: TapVidSample) -> np.ndarray:
     return np.concatenate([sample.queries[:, :1], sample.queries[:, 1:].clip(0, extent)], axis=1)
 
 
-def track_in_parts(track: Track, video: Any, queries: np.ndarray, queries_at_once: int | None) -> Tracks:
+def track_in_parts(track: Track, video: np.ndarray, queries: np.ndarray, queries_at_once: int | None) -> Tracks:
     """Tracks of any number of queries, so many at a time; those of one frame stay together where they can.
 
     Args:
@@ -131,7 +131,3 @@ def true_tracks(sample: TapVidSample) -> Tracks:
     xy = np.where(known, sample.tracks, sample.queries[:, None, 1:]).transpose(1, 0, 2)
     visible = ~sample.occluded.T & known[..., 0].T
     return Tracks(*map(torch.from_numpy, (xy, visible, np.ones(visible.shape, np.float32))))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]

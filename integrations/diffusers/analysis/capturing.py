@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.captures import Capture
@@ -17,7 +18,7 @@ from corrdit.integrations.diffusers.forward_watch import RemovableHook
 from corrdit.integrations.diffusers.layouts import ForwardCall, TransformerLayout
 from corrdit.integrations.diffusers.processors import Operation, ReadRequest
 
-FeatureOperation = Callable[[Tensor, TokenGrid], Any]
+FeatureOperation = Callable[[Tensor, TokenGrid], object]
 Deliver = Callable[[int, int, str, Any], None]
 
 
@@ -90,7 +91,7 @@ class ReadingCapture(Capture):
                         stack.callback(self._watched(transformer, layer, module).remove)
             yield
 
-    def _watched(self, transformer: torch.nn.Module, layer: int, module: torch.nn.Module) -> Any:
+    def _watched(self, transformer: torch.nn.Module, layer: int, module: torch.nn.Module) -> RemovableHandle:
         projection = getattr(module, "to_out", None)
         if projection is not None:
             return projection[0].register_forward_hook(
@@ -98,7 +99,7 @@ class ReadingCapture(Capture):
             )
         joint = _parent(transformer, module).proj_out
 
-        def take_share(part: torch.nn.Module, inputs: Any, output: Any) -> None:
+        def take_share(part: torch.nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
             hidden = output[0]
             self._take(layer, hidden, F.linear(hidden, joint.weight[:, : hidden.shape[-1]], joint.bias))
 
@@ -130,8 +131,23 @@ def video_features(features: Tensor, grid: TokenGrid) -> Tensor:
     )
 
 
+class ForwardBackbone(Protocol):
+    """What a single forward needs of a backbone."""
+
+    def transformer_at(self, timestep: float) -> torch.nn.Module: ...
+
+    def forward_arguments(
+        self,
+        latents: Tensor,
+        timestep: float,
+        *,
+        prompt_embeds: Tensor | Mapping[str, Tensor] | None = ...,
+        image: Tensor | None = ...,
+    ) -> dict[str, Any]: ...
+
+
 def reading_forward(
-    backbone: Any,
+    backbone: ForwardBackbone,
     latents: Tensor,
     timestep: float,
     *,

@@ -17,6 +17,7 @@ from corrdit.analysis.token_maps import AttentionPicture, FeaturePicture, attent
 from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.analysis.capturing import reading_forward
 from corrdit.integrations.diffusers.analysis.videos import EncodedVideo, encoded_video, given_latents
+from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.tracking.readings import image_given
 from corrdit.tracking.tracks import Tracks
 from corrdit.video import resize_frame
@@ -58,7 +59,7 @@ class VideoPictures:
 
 
 def video_pictures(
-    backbone: Any, given: AnalysisVideo, *, step: int, timestep: float, layer: int, options: AnalysisOptions
+    backbone: Backbone, given: AnalysisVideo, *, step: int, timestep: float, layer: int, options: AnalysisOptions
 ) -> VideoPictures:
     """Read one video once more for pictures, with its own prompt where it has one.
 
@@ -73,11 +74,13 @@ def video_pictures(
     """
     encoded = encoded_video(backbone, given.video, given.xy, given.visible, options)
     points = telling_points(encoded.truth.xy, encoded.truth.visible)
-    stride = tuple(backbone.token_stride)
+    stride = backbone.token_stride
     text, words, indices = _prompted(backbone, given.prompt)
     plain = replace(options, per_head=True)
 
-    def operation(q: Tensor, k: Tensor, grid: TokenGrid, key_mask: Tensor | None) -> tuple[Any, Any]:
+    def operation(
+        q: Tensor, k: Tensor, grid: TokenGrid, key_mask: Tensor | None
+    ) -> tuple[AttentionPicture, AttentionReading]:
         chosen = encoded.truth.queries[points]
         drawn = attention_picture(
             q, k, grid, key_mask, points=chosen, text_tokens=indices, stride=stride, options=options
@@ -227,7 +230,7 @@ def telling_points(xy: Tensor, visible: Tensor, count: int = SHOWN_POINTS) -> Te
     return torch.tensor(chosen)
 
 
-def _prompted(backbone: Any, prompt: str) -> tuple[dict[str, Tensor] | None, tuple[str, ...], list[int]]:
+def _prompted(backbone: Backbone, prompt: str) -> tuple[dict[str, Tensor] | None, tuple[str, ...], list[int]]:
     """Text arguments of the prompt (None for the empty one), its first words and their places among the tokens."""
     tokenizer = getattr(backbone.pipe, "tokenizer", None)
     if not prompt or tokenizer is None or getattr(backbone.pipe, "text_encoder", None) is None:
