@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -101,7 +100,7 @@ def _compared(table: AnalysisTable, choice: Calibration) -> list[str]:
     return [MEAN, *heads, *filtered, *(FEATURE_READINGS if table.features else ()), STANDING_STILL]
 
 
-def _threshold_row(table: AnalysisTable, reading: str, choice: Calibration) -> list[Any]:
+def _threshold_row(table: AnalysisTable, reading: str, choice: Calibration) -> list[object]:
     r = table.readings.index(reading)
     values = np.nan_to_num(table.accuracy(choice.threshold, moving=choice.moving)[..., r], nan=-1.0)
     s, n = np.unravel_index(values.argmax(), values.shape)
@@ -120,7 +119,7 @@ def _matching(page: ReportPage, table: AnalysisTable, choice: Calibration) -> No
     readings = [MEAN, *(FEATURE_READINGS if table.features else ())]
     page.section("Matching by layer and timestep")
     page.picture(
-        draw_heatmaps({name: accuracy[..., table.readings.index(name)].T for name in readings}, **_layer_step(table)),
+        _by_layer_and_step(table, {name: accuracy[..., table.readings.index(name)] for name in readings}),
         f"Points within {choice.threshold:g} px by query-key matching (mean over heads) and by features: the attention "
         "output with heads joined, before its projection, and after it. The best cell is framed.",
     )
@@ -181,13 +180,13 @@ def _heads(page: ReportPage, table: AnalysisTable, choice: Calibration) -> None:
 
 def _attention(page: ReportPage, table: AnalysisTable) -> None:
     page.section("Confidence, attention and their harmonic mean with the accuracy")
-    panels = {"confidence": table.confidence_score()[..., 0].T}
+    panels = {"confidence": table.confidence_score()[..., 0]}
     panels |= {
-        f"attention on {words}": table.attention_score(part)[..., 0].T
+        f"attention on {words}": table.attention_score(part)[..., 0]
         for part, words in (("text", "the text"), ("own", "the own frame"), ("cross", "other frames"))
     }
     page.picture(
-        draw_heatmaps(panels, **_layer_step(table)),
+        _by_layer_and_step(table, panels),
         "Confidence: the largest attention weight of a point in a later frame where it is visible, on average. "
         "Attention: summed weight on the text, the point's own frame and all others. Mean over heads.",
     )
@@ -198,7 +197,7 @@ def _attention(page: ReportPage, table: AnalysisTable) -> None:
         )
         return
     page.picture(
-        draw_heatmaps({"harmonic mean": harmonic.T}, **_layer_step(table), percent=False),
+        _by_layer_and_step(table, {"harmonic mean": harmonic}, percent=False),
         "Harmonic mean of accuracy, confidence and cross-frame attention, each scaled from its smallest to its largest "
         "entry first (DiffTrack's criterion; relative, so it compares layers and timesteps of one model only).",
     )
@@ -212,16 +211,19 @@ def _record(page: ReportPage, results: AnalysisResults, files: Sequence[str]) ->
     page.table(["setting", "value"], [[name, str(value)] for name, value in settings.items()])
 
 
-def _layer_step(table: AnalysisTable) -> dict[str, Any]:
-    return {
-        "rows": table.layers,
-        "columns": [f"{timestep:.0f}" for timestep in table.timesteps],
-        "row_title": "layer",
-        "column_title": "timestep",
-    }
+def _by_layer_and_step(table: AnalysisTable, panels: Mapping[str, np.ndarray], *, percent: bool = True) -> np.ndarray:
+    """Heatmaps of values `[S, L]`."""
+    return draw_heatmaps(
+        {title: values.T for title, values in panels.items()},
+        rows=table.layers,
+        columns=[f"{timestep:.0f}" for timestep in table.timesteps],
+        row_title="layer",
+        column_title="timestep",
+        percent=percent,
+    )
 
 
-def _video_rows(results: AnalysisResults, choice: Calibration) -> list[dict[str, Any]]:
+def _video_rows(results: AnalysisResults, choice: Calibration) -> list[dict[str, object]]:
     """Figures of every video at the chosen reading, broken ones with their reason."""
     rows = []
     for name, table in results.tables.items():

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -18,6 +18,8 @@ TABLE_NAME = "table"
 VIDEOS_FILE = "videos.csv"
 RESAMPLES = 2000
 LEVEL = 95
+Record: TypeAlias = Mapping[str, Any]
+"""Of a video, as `corrdit.evaluation.evaluate_video` gives it."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class TrackerSummary:
     broken: dict[str, str] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For JSON: the figures beside the counts."""
         return {
             "tracker": self.tracker,
@@ -57,7 +59,7 @@ class TrackerSummary:
 
 def summarise(
     tracker: str,
-    records: Sequence[Mapping[str, Any]],
+    records: Sequence[Record],
     *,
     broken: Mapping[str, str] | None = None,
     left: Sequence[str] = (),
@@ -80,7 +82,8 @@ def summarise(
     if len(set(names)) < len(names):
         raise ValueError(f"tracker {tracker} has more than one record of a video")
     scored = [record["figures"] for record in ordered if is_scored(record)]
-    table = np.array([[_number(figures[name]) for name in METRIC_NAMES] for figures in scored], dtype=np.float64)
+    # None becomes NaN.
+    table = np.array([[figures[name] for name in METRIC_NAMES] for figures in scored], dtype=np.float64)
     table = table.reshape(len(scored), len(METRIC_NAMES))
     means = table.mean(axis=0) if scored else np.full(len(METRIC_NAMES), np.nan)
     low, high = _bootstrap(table)
@@ -98,7 +101,7 @@ def summarise(
     )
 
 
-def is_scored(record: Mapping[str, Any]) -> bool:
+def is_scored(record: Record) -> bool:
     """Whether a record has figures that count: some visible point was scored."""
     figures = record["figures"]
     return figures is not None and figures["average_pts_within_thresh"] is not None
@@ -145,7 +148,7 @@ def write_tables(output: str | os.PathLike[str]) -> list[TrackerSummary]:
     return summaries
 
 
-def _tracker_row(summary: TrackerSummary) -> dict[str, Any]:
+def _tracker_row(summary: TrackerSummary) -> dict[str, object]:
     ends: dict[str, float | None] = {}
     for name in ("average_jaccard", "average_pts_within_thresh", "occlusion_accuracy"):
         low, high = summary.intervals[name] or (None, None)
@@ -161,7 +164,7 @@ def _tracker_row(summary: TrackerSummary) -> dict[str, Any]:
     }
 
 
-def _video_row(label: str, video: str, record: Mapping[str, Any] | None, failure: str | None) -> dict[str, Any]:
+def _video_row(label: str, video: str, record: Record | None, failure: str | None) -> dict[str, object]:
     status = "left" if failure is None else "broken"
     if record is not None:
         status = "scored" if is_scored(record) else "no visible points"
@@ -186,10 +189,6 @@ def _bootstrap(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     means = np.stack([table[rows].mean(axis=0) for rows in drawn])
     low, high = np.percentile(means, [(100 - LEVEL) / 2, (100 + LEVEL) / 2], axis=0)
     return low, high
-
-
-def _number(value: Any) -> float:
-    return float("nan") if value is None else float(value)
 
 
 def _plain(value: float) -> float | None:
