@@ -88,16 +88,13 @@ def _findings(page: ReportPage, results: AnalysisResults, table: AnalysisTable, 
         page.text(f"{len(results.tables)} videos are few; the order of near readings may be chance.", kind="problem")
     columns = ["reading", "layer", "timestep", *(f"{limit:g} px" for limit in table.thresholds)]
     all_points = [f"{limit:g} px, all points" for limit in table.thresholds]
-    rows = [_threshold_row(table, reading, choice) for reading in _compared(table, choice)]
+    heads = [] if choice.single is None else [f"query-key head {choice.single.head}"]
+    filtered = [f"query-key low-pass {spread:g}" for spread in table.low_pass]
+    compared = [MEAN, *heads, *filtered, *(FEATURE_READINGS if table.features else ()), STANDING_STILL]
+    rows = [_threshold_row(table, reading, choice) for reading in compared]
     page.section("Points within each distance")
     page.table([*columns, *all_points], rows)
     page.text("Percent; pixels of the encoded frames. Each reading is shown where it is best at the main distance.")
-
-
-def _compared(table: AnalysisTable, choice: Calibration) -> list[str]:
-    heads = [] if choice.single is None else [f"query-key head {choice.single.head}"]
-    filtered = [f"query-key low-pass {spread:g}" for spread in table.low_pass]
-    return [MEAN, *heads, *filtered, *(FEATURE_READINGS if table.features else ()), STANDING_STILL]
 
 
 def _threshold_row(table: AnalysisTable, reading: str, choice: Calibration) -> list[object]:
@@ -132,14 +129,7 @@ def _matching(page: ReportPage, table: AnalysisTable, choice: Calibration) -> No
         best = int(np.nanargmax(np.nan_to_num(accuracy[..., table.readings.index(name)], nan=-1.0).max(0)))
         curves[f"{name}, layer {table.layers[best]}"] = accuracy[:, best, table.readings.index(name)]
     page.picture(
-        draw_curves(
-            table.timesteps,
-            curves,
-            title=f"Points within {choice.threshold:g} px",
-            x_title="timestep, from noise to the clean video",
-            y_title="share",
-            reference=(STANDING_STILL, still),
-        ),
+        _by_timestep(table, curves, f"Points within {choice.threshold:g} px", reference=(STANDING_STILL, still)),
         "The best layers by query-key matching, and the best layer of each feature.",
     )
 
@@ -167,13 +157,7 @@ def _heads(page: ReportPage, table: AnalysisTable, choice: Calibration) -> None:
     curves = {"mean over heads": accuracy[:, n, 0]}
     curves |= {f"head {head}": accuracy[:, n, 1 + head] for head in order}
     page.picture(
-        draw_curves(
-            table.timesteps,
-            curves,
-            title=f"Layer {choice.single.layer}: points within {choice.threshold:g} px",
-            x_title="timestep, from noise to the clean video",
-            y_title="share",
-        ),
+        _by_timestep(table, curves, f"Layer {choice.single.layer}: points within {choice.threshold:g} px"),
         "The heads of the layer that has the best single head, beside their mean.",
     )
 
@@ -221,6 +205,13 @@ def _by_layer_and_step(table: AnalysisTable, panels: Mapping[str, np.ndarray], *
         column_title="timestep",
         percent=percent,
     )
+
+
+def _by_timestep(
+    table: AnalysisTable, curves: Mapping[str, np.ndarray], title: str, reference: tuple[str, float] | None = None
+) -> np.ndarray:
+    x_title = "timestep, from noise to the clean video"
+    return draw_curves(table.timesteps, curves, title=title, x_title=x_title, y_title="share", reference=reference)
 
 
 def _video_rows(results: AnalysisResults, choice: Calibration) -> list[dict[str, object]]:

@@ -189,7 +189,8 @@ def read_tapvid(
             `on_broken` is not given.
     """
     path = Path(path)
-    for file, prefix in _files(path):
+    files = [(shard, f"{shard.stem}/") for shard in shard_files(path)] if path.is_dir() else [(path, "")]
+    for file, prefix in files:
         try:
             entries = named_entries(file, load_arrays(file))
         except ValueError as error:
@@ -207,13 +208,6 @@ def read_tapvid(
                 on_broken(prefix + name, error)
                 continue
             yield video
-
-
-def _files(path: Path) -> list[tuple[Path, str]]:
-    """Files to read and what their videos' names begin with."""
-    if not path.is_dir():
-        return [(path, "")]
-    return [(shard, f"{shard.stem}/") for shard in shard_files(path)]
 
 
 def shard_files(path: Path) -> list[Path]:

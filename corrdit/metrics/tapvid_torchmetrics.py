@@ -80,7 +80,8 @@ class TapVidMetric(Metric):
 
     def compute(self) -> dict[str, torch.Tensor]:
         """Means over the videos of all processes."""
-        rows = torch.cat([_no_record(self.device), *self._record_list()]).cpu().numpy()
+        records = [self.records] if isinstance(self.records, torch.Tensor) else self.records
+        rows = torch.cat([_no_record(self.device), *records]).cpu().numpy()
         rows = _without_repetitions(rows[np.lexsort(rows.T[::-1])])
         counted = rows[~np.isnan(rows[:, 1 + METRIC_NAMES.index("average_pts_within_thresh")]), 1:]
         means = counted.mean(axis=0) if len(counted) else np.full(len(METRIC_NAMES), np.nan)
@@ -93,9 +94,6 @@ class TapVidMetric(Metric):
         if not self.records:
             self.records.append(_no_record(self.device))
         super().sync(*args, **kwargs)
-
-    def _record_list(self) -> list[torch.Tensor]:
-        return [self.records] if isinstance(self.records, torch.Tensor) else self.records
 
 
 def _no_record(device: torch.device) -> torch.Tensor:

@@ -146,7 +146,10 @@ def write_flow_pictures(
         flow_colours(flow[source, target], largest=largest).repeat(enlarge, axis=0).repeat(enlarge, axis=1)
         for target in targets
     ]
-    shown = _roomy(np.asarray(frames[source]), flow.shape[2:4])
+    shown = np.asarray(frames[source])
+    height, width = shown.shape[:2]
+    factor = max(1.0, _ARROW_ROOM * flow.shape[2] / height, _ARROW_ROOM * flow.shape[3] / width)
+    shown = resize_frame(shown, round(height * factor), round(width * factor))
     arrows = [draw_flow_arrows(shown, flow[source, target]) for target in targets]
     labels = [f"to frame {target}" for target in targets]
     caption = f"displacement from frame {source}; full colour is {largest:.1f} tokens"
@@ -157,12 +160,6 @@ def write_flow_pictures(
     contact_sheet([*colours, padded], [*labels, "directions"], path=files[0], caption=caption)
     contact_sheet(arrows, labels, path=files[1], caption=caption)
     return files
-
-
-def _roomy(frame: np.ndarray, tokens: tuple[int, ...]) -> np.ndarray:
-    """A frame large enough for an arrow in every token."""
-    factor = max(1.0, *(_ARROW_ROOM * count / size for count, size in zip(tokens, frame.shape[:2], strict=True)))
-    return resize_frame(frame, round(frame.shape[0] * factor), round(frame.shape[1] * factor))
 
 
 def write_loss_curve(path: str | os.PathLike[str], losses: ArrayLike) -> None:

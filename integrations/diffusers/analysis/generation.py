@@ -25,7 +25,7 @@ from corrdit.integrations.diffusers.analysis.videos import (
     score_reading,
     score_standing_still,
 )
-from corrdit.integrations.diffusers.backbones.base import Backbone, Pipeline
+from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.guidance.comparison import check_call
 from corrdit.tracking.pseudo_truth import Tracker, starting_points
 from corrdit.tracking.tracks import Tracks
@@ -101,7 +101,8 @@ def analyze_generation(
             deliver=receive,
         )
         with capturing:
-            video = _generated(backbone.pipe, arguments, seed)
+            made = backbone.pipe(**arguments, generator=torch.Generator().manual_seed(seed))
+        video = np.round(np.asarray(made.frames[0]) * 255).clip(0, 255).astype(np.uint8)
         tracks = tracker(video, np.column_stack([np.zeros(len(reader.points)), reader.points.numpy()]))
         # The timesteps of the run that has just ended.
         schedule = backbone.pipe.scheduler.timesteps
@@ -119,12 +120,6 @@ def _arguments(backbone: Backbone, prompt: str, options: AnalysisOptions, call: 
     steps = int(call.get("num_inference_steps") or options.inference_steps or backbone.preset.inference_steps)
     words = {"prompt": prompt} if prompt else {}
     return {**call, **words, "num_inference_steps": steps, "output_type": "np"}
-
-
-def _generated(pipe: Pipeline, arguments: Mapping[str, Any], seed: int) -> np.ndarray:
-    """The video, uint8 `[T, H, W, 3]`."""
-    made = pipe(**arguments, generator=torch.Generator().manual_seed(seed))
-    return np.round(np.asarray(made.frames[0]) * 255).clip(0, 255).astype(np.uint8)
 
 
 class _GridReader:
