@@ -165,7 +165,8 @@ class _Measurement:
                 work()
             start = time.perf_counter()
             row["extra_bytes"] = peak_extra_bytes(work, self.settings.device)
-            self._rounds[name] = self._affordable_rounds(time.perf_counter() - start)
+            seconds, most = max(time.perf_counter() - start, 1e-6), self.settings.rounds
+            self._rounds[name] = max(min(LEAST_ROUNDS, most), min(most, int(self.settings.seconds / seconds)))
             self._works[name] = work
         except Exception as error:  # whatever a competitor dies of is a result, and the others go on
             return {**row, **self._failure(error)}
@@ -179,11 +180,6 @@ class _Measurement:
                 row.update(self._failure(failures[name]))
             else:
                 row["milliseconds"] = dataclasses.asdict(times[name])
-
-    def _affordable_rounds(self, seconds: float) -> int:
-        """Timed calls of a competitor that takes so many seconds."""
-        most = self.settings.rounds
-        return max(min(LEAST_ROUNDS, most), min(most, int(self.settings.seconds / max(seconds, 1e-6))))
 
     def _refusal(self, baseline: Baseline) -> tuple[str, str] | None:
         """Why a baseline is not even tried."""
