@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from corrdit.integrations.embedded import load_embedded_pipeline
-from corrdit.integrations.embedded.loading import PRESET_FILE, WEIGHTS
+from corrdit.integrations.embedded.preset import PRESET_FILE, WEIGHTS
 from corrdit.integrations.embedded.training.evaluation import HELD_OUT_SEEDS, matching_table
 from corrdit.integrations.embedded.world import WorldConfig
 

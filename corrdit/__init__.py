@@ -26,8 +26,8 @@ _LAZY_ATTRIBUTES = {
 _LAZY_MODULES = ("data", "metrics", "motion", "ops", "testing", "tracking", "video", "visualization")
 
 MOVED = {
-    "corrdit.data.prompts": "corrdit.integrations.embedded.world.prompts",
-    "corrdit.data.sampling": "corrdit.integrations.embedded.world.sampling",
+    "corrdit.data.prompts": "corrdit.integrations.embedded.world.scene",
+    "corrdit.data.sampling": "corrdit.integrations.embedded.world.clips",
     "corrdit.data.scene": "corrdit.integrations.embedded.world.scene",
     "corrdit.data.world": "corrdit.integrations.embedded.world.clips",
     **{

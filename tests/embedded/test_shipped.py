@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from corrdit.integrations.embedded import load_embedded_pipeline, read_preset
-from corrdit.integrations.embedded.loading import WEIGHTS
 from corrdit.integrations.embedded.pipeline import EmbeddedVideoPipeline, build_pipeline
+from corrdit.integrations.embedded.preset import WEIGHTS
 from corrdit.integrations.embedded.training.evaluation import (
     HELD_OUT_SEEDS,
     bootstrap,

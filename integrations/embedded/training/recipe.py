@@ -18,8 +18,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 
 from corrdit.files import refuse_other_settings
 from corrdit.grid import whole_number
-from corrdit.integrations.embedded.loading import PRESET_FILE
 from corrdit.integrations.embedded.pipeline import build_pipeline
+from corrdit.integrations.embedded.preset import PRESET_FILE
 from corrdit.integrations.embedded.training.model_card import model_card
 from corrdit.integrations.embedded.training.module import EmbeddedTraining, TrainingConfig, WorldDataModule
 from corrdit.memory import is_out_of_memory
