@@ -71,14 +71,20 @@ class HaarVideoCodec(ModelMixin, ConfigMixin):
 
     def encode(self, sample: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[PointDistribution]:
         """sample: [B, 3, T, H, W] in -1..1, H and W even. `.latent_dist` holds [B, 12, T, H/2, W/2]."""
+        distribution = PointDistribution(self._encoded(sample))
+        return AutoencoderKLOutput(latent_dist=distribution) if return_dict else (distribution,)
+
+    def encode_frames(self, video: Tensor) -> Tensor:
+        """Latents [B, T, 12, H/2, W/2] of videos [B, T, 3, H, W] in 0..1."""
+        return self._encoded((2 * video - 1).transpose(1, 2)).transpose(1, 2)
+
+    def _encoded(self, sample: Tensor) -> Tensor:
         if sample.ndim != 5 or sample.shape[1] != 3 or sample.shape[3] % 2 or sample.shape[4] % 2:
             raise ValueError(f"the codec encodes [B, 3, T, even H, even W], got {tuple(sample.shape)}")
         batch, _, frames, height, width = sample.shape
         cells = sample.reshape(batch, 3, frames, height // 2, 2, width // 2, 2)
         cells = cells.permute(0, 2, 3, 5, 1, 4, 6).flatten(4)
-        latent = (cells @ self.analysis.T).permute(0, 4, 1, 2, 3)
-        distribution = PointDistribution(latent.contiguous())
-        return AutoencoderKLOutput(latent_dist=distribution) if return_dict else (distribution,)
+        return (cells @ self.analysis.T).permute(0, 4, 1, 2, 3).contiguous()
 
     def decode(self, latent: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """latent: [B, 12, T, h, w]. `.sample` holds [B, 3, T, 2h, 2w]."""

@@ -31,6 +31,8 @@ DIRECTIONS = {
     "up right": (math.sqrt(0.5), -math.sqrt(0.5)),
 }
 MOST_SPRITES = 5
+HELD_OUT_SEEDS = 1_000_000_000
+"""First seed of the videos that no training sees."""
 PROMPT_KINDS = ("caption", "subject", "scene")
 _DESCRIBED_SPRITES = 2
 _SPRITE_COUNT_ODDS = (0.40, 0.27, 0.16, 0.10, 0.07)
