@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from corrdit.grid import whole_number
+from corrdit.arguments import whole_number
 from corrdit.integrations.diffusers.indices import whole_indices
 from corrdit.integrations.diffusers.processors import Operation
 from corrdit.integrations.lightning.discovery import VideoModel, find_video_model

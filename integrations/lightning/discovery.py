@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 
+from corrdit.integrations.diffusers.backbones.base import Pipeline
 from corrdit.integrations.diffusers.layouts import layout_of
 
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
-
-VideoModel: TypeAlias = "DiffusionPipeline | torch.nn.Module"
+VideoModel: TypeAlias = Pipeline | torch.nn.Module
 """A diffusers video pipeline, or a bare transformer."""
 USUAL_NAME = "transformer"
 
@@ -103,14 +101,14 @@ def _pipelines_in(module: torch.nn.Module) -> dict[str, VideoModel]:
     return found
 
 
-def _pipeline_of(value: object) -> DiffusionPipeline | None:
+def _pipeline_of(value: object) -> Pipeline | None:
     """The pipeline that `value` is or, being a backbone, holds; None otherwise."""
     if isinstance(value, torch.nn.Module):
         return None
     for candidate in (value, getattr(value, "pipe", None)):
         transformer = getattr(candidate, "transformer", None)
         if isinstance(transformer, torch.nn.Module) and hasattr(candidate, "scheduler") and _is_known(transformer):
-            return candidate
+            return cast(Pipeline, candidate)
     return None
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from corrdit.grid import whole_number
+from corrdit.arguments import whole_number
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.backbones.loading import backbone_of
 from corrdit.integrations.lightning.discovery import VideoModel, find_video_model, transformers_of

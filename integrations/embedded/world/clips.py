@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from corrdit.arguments import whole_number
 from corrdit.data.tapvid import TapVidVideo
-from corrdit.grid import whole_number
 from corrdit.integrations.embedded.world.scene import (
     MOST_SPRITES,
     SPRITE_TEXTURES,
