@@ -31,16 +31,10 @@ class PointDistribution:
         return self.latent
 
 
-def _colour_axes() -> Tensor:
-    """Orthonormal brightness, red-blue and green-magenta axes, [3, 3]."""
-    axes = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]])
-    return axes / axes.norm(dim=1, keepdim=True)
-
-
-def _haar_axes() -> Tensor:
-    """Orthonormal mean, column, row and diagonal differences of 2x2 pixels in row-major order, [4, 4]."""
-    signs = [[1.0, 1.0, 1.0, 1.0], [1.0, -1.0, 1.0, -1.0], [1.0, 1.0, -1.0, -1.0], [1.0, -1.0, -1.0, 1.0]]
-    return torch.tensor(signs) / 2
+_COLOUR_AXES = ((1.0, 1.0, 1.0), (1.0, 0.0, -1.0), (1.0, -2.0, 1.0))
+"""Brightness, red-blue and green-magenta, orthogonal."""
+_HAAR_AXES = ((1.0, 1.0, 1.0, 1.0), (1.0, -1.0, 1.0, -1.0), (1.0, 1.0, -1.0, -1.0), (1.0, -1.0, -1.0, 1.0))
+"""Mean, column, row and diagonal differences of 2x2 pixels in row-major order, orthogonal."""
 
 
 class HaarVideoCodec(ModelMixin, ConfigMixin):
@@ -64,7 +58,9 @@ class HaarVideoCodec(ModelMixin, ConfigMixin):
         super().__init__()
         if in_channels != 3 or latent_channels != 12:
             raise ValueError(f"the codec maps 3 colours to 12 channels, got {in_channels} and {latent_channels}")
-        matrix = torch.einsum("ci,dp->cdip", _colour_axes(), _haar_axes()).reshape(12, 12)
+        colours, details = torch.tensor(_COLOUR_AXES), torch.tensor(_HAAR_AXES) / 2
+        colours = colours / colours.norm(dim=1, keepdim=True)
+        matrix = torch.einsum("ci,dp->cdip", colours, details).reshape(12, 12)
         gains = torch.outer(torch.tensor(colour_gains), torch.tensor(detail_gains)).reshape(12)
         self.register_buffer("analysis", matrix * gains[:, None])
         self.register_buffer("synthesis", (matrix / gains[:, None]).T.contiguous())

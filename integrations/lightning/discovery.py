@@ -64,7 +64,12 @@ def _named(module: torch.nn.Module, attribute: str) -> VideoModel:
     value: object = module
     try:
         for name in attribute.split("."):
-            value = _entry(value, name)
+            if isinstance(value, Mapping):
+                value = value[name]
+            elif isinstance(value, (list, tuple)) and name.isdigit():
+                value = value[int(name)]
+            else:
+                value = getattr(value, name)
     except (AttributeError, IndexError, KeyError):
         raise ValueError(
             f"{type(module).__name__} has no attribute {attribute!r}; it holds {_inventory(module)}"
@@ -76,14 +81,6 @@ def _named(module: torch.nn.Module, attribute: str) -> VideoModel:
         raise ValueError(f"{attribute} is a {type(value).__name__}, no diffusers video pipeline or transformer")
     layout_of(value)
     return value
-
-
-def _entry(value: object, name: str) -> object:
-    if isinstance(value, Mapping):
-        return value[name]
-    if isinstance(value, (list, tuple)) and name.isdigit():
-        return value[int(name)]
-    return getattr(value, name)
 
 
 def _pipelines_in(module: torch.nn.Module) -> dict[str, VideoModel]:

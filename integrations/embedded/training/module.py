@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from corrdit.arguments import whole_number
+from corrdit.arguments import choice, whole_number
 from corrdit.integrations.embedded.pipeline import (
     build_pipeline,
     build_transformer,
@@ -57,7 +57,7 @@ def _number(name: str, value: Any, least: float, most: float) -> float:
     return number
 
 
-def _shapes(value: Any) -> tuple[tuple[int, int, int], ...]:
+def _shapes(value: object) -> tuple[tuple[int, int, int], ...]:
     """The shapes of a recipe as tuples of whole numbers."""
     if not isinstance(value, (list, tuple)) or not value:
         raise ValueError(f"shapes must be a list of at least one [frames, height, width], got {value!r}")
@@ -111,8 +111,7 @@ class TrainingConfig:
         check_transformer(self.layers, self.heads, self.head_dim, self.positions)
         if self.optimizer not in ("adamw", "muon"):
             raise ValueError(f"optimizer must be 'adamw' or 'muon', got {self.optimizer!r}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        choice("precision", self.precision, PRECISIONS)
         if (self.seed + 1) * self.steps * self.batch_size > HELD_OUT_SEEDS:
             raise ValueError("(seed + 1) * steps * batch_size must not exceed 1e9, where the held-out videos begin")
 
@@ -235,12 +234,11 @@ class EmbeddedTraining(lightning.LightningModule):
     def _close_gates(self) -> None:
         """Start every block as the identity and the output at zero, as DiT's adaLN-Zero (Peebles and Xie, section
         3.2)."""
-        for block in self.transformer.transformer_blocks:
-            for norm in (block.norm1, block.norm2):
-                torch.nn.init.zeros_(norm.linear.weight)
-                torch.nn.init.zeros_(norm.linear.bias)
-        torch.nn.init.zeros_(self.transformer.proj_out.weight)
-        torch.nn.init.zeros_(self.transformer.proj_out.bias)
+        blocks = self.transformer.transformer_blocks
+        gates = [norm.linear for block in blocks for norm in (block.norm1, block.norm2)]
+        for layer in (*gates, self.transformer.proj_out):
+            torch.nn.init.zeros_(layer.weight)
+            torch.nn.init.zeros_(layer.bias)
 
     def embed(self, prompts: list[str]) -> Tensor:
         """Text embeddings [B, text tokens, dim] of prompts."""

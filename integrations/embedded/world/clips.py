@@ -87,13 +87,6 @@ def _rotation(angle: Tensor) -> Tensor:
     return torch.stack([torch.stack([cosine, -sine], -1), torch.stack([sine, cosine], -1)], -2)
 
 
-def _screen_grid(config: WorldConfig) -> Tensor:
-    """Pixel centres in units, [H, W, 2]."""
-    rows = (torch.arange(config.height) + 0.5 - config.height / 2) / config.unit
-    columns = (torch.arange(config.width) + 0.5 - config.width / 2) / config.unit
-    return torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)
-
-
 def _stacked(items: Sequence[Scene | Camera | Sprite], name: str) -> Tensor:
     """A value of each item over time, float64 [N, T, ...]."""
     return torch.from_numpy(np.stack([getattr(item, name) for item in items]))
@@ -173,7 +166,10 @@ def render(scenes: Sequence[Scene], config: WorldConfig) -> Tensor:
                 f"the scene of seed {scene.seed} was drawn for {scene.frames} frames of aspect {scene.aspect:.4g}, not "
                 f"for {config}; draw it with config.scene(seed)"
             )
-    grid = _screen_grid(config)
+    rows = (torch.arange(config.height) + 0.5 - config.height / 2) / config.unit
+    columns = (torch.arange(config.width) + 0.5 - config.width / 2) / config.unit
+    # Pixel centres in units, [H, W, 2].
+    grid = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)
     video = _paint_background(scenes, config, grid)
     owners = [index for index, scene in enumerate(scenes) for _ in scene.sprites]
     ranks = [rank for scene in scenes for rank in range(len(scene.sprites))]
@@ -196,6 +192,7 @@ class Clip:
         self.config = config
         self.video = video
         self.prompt = describe(scene)
+        self._middle = torch.tensor([config.width, config.height]) / 2
 
     def layers(self, frame: int, xy: np.ndarray) -> np.ndarray:
         """Which surface is seen at points xy [P, 2] (pixels) of a frame: int64 [P], 0 the background, k the k-th sprite
@@ -259,16 +256,10 @@ class Clip:
         inside = ((moved >= 0) & (moved < size)).all(dim=-1)
         return Truth(moved.float().numpy(), (inside & ~hidden).numpy())
 
-    def _to_units(self, xy: Tensor) -> Tensor:
-        return (xy - torch.tensor([self.config.width, self.config.height]) / 2) / self.config.unit
-
-    def _to_pixels(self, units: Tensor) -> Tensor:
-        return units * self.config.unit + torch.tensor([self.config.width, self.config.height]) / 2
-
     def _sprite_cover(self, xy: Tensor, frames: list[int]) -> Tensor:
         """Whether each sprite covers points xy [T', P, 2] of the given T' frames: bool [sprites, T', P]."""
         inverse, center, radius = _sprite_poses(self.scene.sprites, torch.float64)
-        offset = self._to_units(xy) - center[:, frames, None]
+        offset = (xy - self._middle) / self.config.unit - center[:, frames, None]
         local = torch.einsum("ntij,ntpj->ntpi", inverse[:, frames], offset) / radius[:, frames, None, None]
         return signed_distance(local, [sprite.shape for sprite in self.scene.sprites]) <= 0
 
@@ -281,10 +272,11 @@ class Clip:
         matrix = _rotation(angle) * scale[..., None, None]
         background_shift = -torch.einsum("tij,tj->ti", matrix[0], torch.from_numpy(camera.center))
         shift = torch.stack([background_shift, *(torch.from_numpy(sprite.center) for sprite in sprites)])
-        start = self._to_units(xy) - shift[layer, frames]
+        start = (xy - self._middle) / self.config.unit - shift[layer, frames]
         surface = torch.linalg.solve(matrix[layer, frames], start)
         matrix, shift = matrix[:, targets], shift[:, targets]
-        return self._to_pixels(torch.einsum("ptij,pj->tpi", matrix[layer], surface) + shift[layer].transpose(0, 1))
+        places = torch.einsum("ptij,pj->tpi", matrix[layer], surface) + shift[layer].transpose(0, 1)
+        return places * self.config.unit + self._middle
 
 
 def generate(seeds: Iterable[int], config: WorldConfig | None = None) -> list[Clip]:

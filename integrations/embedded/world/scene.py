@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from corrdit.arguments import whole_number
+from corrdit.arguments import choice, whole_number
 from corrdit.integrations.embedded.world.shapes import SHAPES
 
 SPRITE_TEXTURES = ("striped", "dotted", "checkered", "marbled", "speckled", "patched")
@@ -102,16 +102,15 @@ def _stretch(frames: int) -> float:
     return math.sqrt(max(frames - 1, 1) / 7)
 
 
-def _reflect(values: np.ndarray, limit: float) -> np.ndarray:
-    """Fold a straight path back into [-limit, limit]."""
+def _reflect(values: np.ndarray, limit: np.ndarray) -> np.ndarray:
+    """Fold a straight path [T, 2] back into [-limit, limit] of each axis."""
     period = 4 * limit
     folded = np.mod(values + limit, period)
     return np.where(folded > 2 * limit, period - folded, folded) - limit
 
 
 def _draw_camera(rng: np.random.Generator, frames: int) -> Camera:
-    phase = _phase(frames)
-    stretch = _stretch(frames)
+    phase, stretch = _phase(frames), _stretch(frames)
     kind = rng.choice(["still", "pan", "zoom", "rotate"], p=[0.12, 0.58, 0.15, 0.15])
     name = str(rng.choice(list(DIRECTIONS)))
     travel = rng.uniform(0.3, 0.9) * stretch
@@ -153,9 +152,7 @@ def _draw_path(rng: np.random.Generator, path: str, frames: int, half: np.ndarra
         around = np.stack([np.cos(angle), np.sin(angle)], axis=-1)
         return "clockwise" if sweep > 0 else "anticlockwise", 0.5 * middle + orbit * around
     if path == "bouncing":
-        straight = middle + phase[:, None] * 1.6 * travel * way
-        limits = half - 0.1
-        return name, np.stack([_reflect(straight[:, axis], float(limits[axis])) for axis in (0, 1)], axis=-1)
+        return name, _reflect(middle + phase[:, None] * 1.6 * travel * way, half - 0.1)
     return "", middle + np.zeros((frames, 2))
 
 
@@ -263,8 +260,7 @@ def describe(scene: Scene, kind: str = "caption") -> str:
     kind: "caption" names the one or two foremost sprites, their motion, the background and the camera; "subject" leaves
     out background and camera; "scene" leaves out the sprites. Raises ValueError for another kind.
     """
-    if kind not in PROMPT_KINDS:
-        raise ValueError(f"kind must be one of {', '.join(PROMPT_KINDS)}, got {kind!r}")
+    choice("kind", kind, PROMPT_KINDS)
     foremost = scene.sprites[::-1][:_DESCRIBED_SPRITES]
     subjects = " and ".join(f"{subject_words(sprite)} {motion_words(sprite)}" for sprite in foremost)
     place = f"over {scene.background} the camera {scene.camera.move}"
