@@ -14,10 +14,10 @@ import pathlib
 from experiment import Record, new_parser, read_json, write_json
 
 from corrdit.integrations.embedded import load_embedded_pipeline
-from corrdit.integrations.embedded.loading import PRESET_FILE, WEIGHTS
 from corrdit.integrations.embedded.pipeline import EmbeddedVideoPipeline
-from corrdit.integrations.embedded.training.evaluation import HELD_OUT_SEEDS, matching_table
-from corrdit.integrations.embedded.world import WorldConfig
+from corrdit.integrations.embedded.preset import PRESET_FILE, WEIGHTS
+from corrdit.integrations.embedded.training.evaluation import matching_table
+from corrdit.integrations.embedded.world import HELD_OUT_SEEDS, WorldConfig
 
 VALIDATION_SEEDS = HELD_OUT_SEEDS + 1_000_000
 INFERENCE_STEPS = 50
