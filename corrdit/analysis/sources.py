@@ -1,4 +1,4 @@
-"""Videos with truth for an analysis: the generated world, folders with tracks beside, TAP-Vid and DiffTrack's sets."""
+"""Videos with truth for an analysis: folders with tracks beside, TAP-Vid and DiffTrack's sets."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import NamedTuple
 import numpy as np
 
 from corrdit.analysis.dataset import DiffTrackEntry, read_difftrack
-from corrdit.analysis.pseudo_truth import Tracker
 from corrdit.array_files import content_digest, read_arrays
+from corrdit.data import TapVidVideo, read_tapvid
 from corrdit.files import file_digest
 from corrdit.runs import Inputs
+from corrdit.tracking.files import find_videos
+from corrdit.tracking.pseudo_truth import Tracker
 from corrdit.tracking.queries import point_grid
-
-HELD_OUT_SEEDS = 2_000_000_000
-"""Seeds from here on are used neither by training nor by the evaluation of checkpoints."""
+from corrdit.video import read_video
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,29 +55,6 @@ class AnalysisItem(NamedTuple):
     inputs: Callable[[], Inputs] = dict
 
 
-def world_items(
-    count: int, *, seed: int = 0, frames: int = 8, height: int = 64, width: int = 96, points: int = 16
-) -> list[AnalysisItem]:
-    """Generated videos with exact tracks of `points` x `points` places on the first frame.
-
-    Raises:
-        ValueError: no videos or points, or a size the world does not make.
-    """
-    from corrdit.integrations.embedded.world import WorldConfig, generate
-
-    if count < 1 or points < 1:
-        raise ValueError(f"{count} videos with {points} x {points} points were asked for; at least 1 of each is needed")
-    config = WorldConfig(frames, height, width)
-    queries = point_grid(points, height, width)
-
-    def load(number: int) -> AnalysisVideo:
-        clip = generate([HELD_OUT_SEEDS + 100_000 * seed + number], config)[0]
-        truth = clip.tracks(queries)
-        return AnalysisVideo(clip.video, truth.xy, truth.visible, clip.prompt)
-
-    return [AnalysisItem(f"{number:04d}", functools.partial(load, number), "exact") for number in range(count)]
-
-
 def folder_items(
     folder: str | os.PathLike[str],
     *,
@@ -104,8 +81,6 @@ def folder_items(
     Raises:
         ValueError: not a folder, or one without videos.
     """
-    from corrdit.tracking.files import find_videos
-
     root, given = Path(folder), Path(folder if tracks is None else tracks)
     items = []
     for name in find_videos(root, without=without):
@@ -113,10 +88,9 @@ def folder_items(
         candidates = (given / f"{stem}.npz", given / name / "tracks.npz", given / stem / "tracks.npz")
         file = next((candidate for candidate in candidates if candidate.is_file()), None)
         if file is not None:
-            load = _given(root / name, file)
+            load, truth = functools.partial(_with_given_tracks, root / name, file), "given tracks"
         else:
-            load = _tracked(root / name, tracker, points)
-        truth = "given tracks" if file is not None else tracker_name
+            load, truth = functools.partial(_tracked, root / name, tracker, points), tracker_name
         items.append(AnalysisItem(name, load, truth, _digests(video=root / name, tracks=file)))
     return items
 
@@ -128,7 +102,6 @@ def tapvid_items(
 
     Arguments and errors: as `corrdit.data.read_tapvid`.
     """
-    from corrdit.data import TapVidVideo, read_tapvid
 
     def load(video: TapVidVideo) -> AnalysisVideo:
         sample = video.sample("frame_0")
@@ -145,10 +118,15 @@ def difftrack_items(folder: str | os.PathLike[str]) -> list[AnalysisItem]:
     Raises:
         ValueError: as `read_difftrack`.
     """
+
+    def load(entry: DiffTrackEntry) -> AnalysisVideo:
+        xy, visible = entry.load_tracks()
+        return AnalysisVideo(read_video(entry.video).frames, xy, visible, entry.prompt)
+
     return [
         AnalysisItem(
             entry.name,
-            functools.partial(_generated, entry),
+            functools.partial(load, entry),
             "given tracks",
             _digests(video=entry.video, tracks=entry.tracks, visibility=entry.visibility),
         )
@@ -156,38 +134,21 @@ def difftrack_items(folder: str | os.PathLike[str]) -> list[AnalysisItem]:
     ]
 
 
-def _generated(entry: DiffTrackEntry) -> AnalysisVideo:
-    from corrdit.video import read_video
-
-    xy, visible = entry.load_tracks()
-    return AnalysisVideo(read_video(entry.video).frames, xy, visible, entry.prompt)
-
-
 def _digests(**files: Path | None) -> Callable[[], Inputs]:
     """Digests of files by words for them, when they are asked for."""
     return lambda: {word: file_digest(file) for word, file in files.items() if file is not None}
 
 
-def _given(video: Path, tracks: Path) -> Callable[[], AnalysisVideo]:
-    def load() -> AnalysisVideo:
-        from corrdit.video import read_video
-
-        what = "a tracks file (.npz with xy and visible)"
-        found = read_arrays(tracks, ("xy", "visible"), what=what, optional=("video",))
-        frames = found["video"] if "video" in found else read_video(video).frames
-        return AnalysisVideo(frames, found["xy"], found["visible"])
-
-    return load
+def _with_given_tracks(video: Path, tracks: Path) -> AnalysisVideo:
+    what = "a tracks file (.npz with xy and visible)"
+    found = read_arrays(tracks, ("xy", "visible"), what=what, optional=("video",))
+    frames = found["video"] if "video" in found else read_video(video).frames
+    return AnalysisVideo(frames, found["xy"], found["visible"])
 
 
-def _tracked(video: Path, tracker: Tracker | None, points: int) -> Callable[[], AnalysisVideo]:
-    def load() -> AnalysisVideo:
-        from corrdit.video import read_video
-
-        if tracker is None:
-            raise ValueError(f"{video} has no tracks beside it and no tracker was given; give one of the two")
-        frames = read_video(video).frames
-        tracks = tracker(frames, point_grid(points, *frames.shape[1:3]))
-        return AnalysisVideo(frames, tracks.xy.numpy(), tracks.visible.numpy())
-
-    return load
+def _tracked(video: Path, tracker: Tracker | None, points: int) -> AnalysisVideo:
+    if tracker is None:
+        raise ValueError(f"{video} has no tracks beside it and no tracker was given; give one of the two")
+    frames = read_video(video).frames
+    tracks = tracker(frames, point_grid(points, *frames.shape[1:3]))
+    return AnalysisVideo(frames, tracks.xy.numpy(), tracks.visible.numpy())

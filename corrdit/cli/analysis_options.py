@@ -12,7 +12,7 @@ from corrdit.cli.model_options import add_preset_option
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
-    from corrdit.analysis.options import AnalysisOptions
+    from corrdit.analysis.protocols import AnalysisOptions
     from corrdit.integrations.diffusers.backbones.base import Backbone
 
 SOURCES = ("world", "videos", "tapvid", "difftrack", "prompts")
@@ -79,7 +79,7 @@ def resolved_options(arguments: Namespace, backbone: Backbone, inference_steps: 
         backbone: the model.
         inference_steps: of its schedule, in place of the option's and of the preset's.
     """
-    from corrdit.analysis.options import analysis_options
+    from corrdit.analysis.protocols import analysis_options
 
     given = {name: arguments[name] for name in _OPTIONS if arguments[name] is not None}
     given |= {name: tuple(given[name]) for name in ("thresholds", "low_pass") if name in given}

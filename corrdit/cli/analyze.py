@@ -36,7 +36,7 @@ from corrdit.cli.progress import Report, progress_bar
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
-    from corrdit.analysis.options import AnalysisOptions
+    from corrdit.analysis.protocols import AnalysisOptions
     from corrdit.analysis.sources import AnalysisItem
     from corrdit.integrations.diffusers.backbones.base import Backbone
 
@@ -137,11 +137,13 @@ def _analyze_in_processes(
 
 def _items(arguments: Namespace) -> Iterable[AnalysisItem]:
     from corrdit.analysis import sources
-    from corrdit.analysis.pseudo_truth import pseudo_tracker
+    from corrdit.tracking.pseudo_truth import pseudo_tracker
 
     if arguments.world is not None:
+        from corrdit.integrations.embedded.world.analysis_items import world_items
+
         size = {"frames": arguments.frames, "height": arguments.height, "width": arguments.width}
-        return sources.world_items(arguments.world, seed=arguments.seed or 0, points=arguments.points, **size)
+        return world_items(arguments.world, seed=arguments.seed or 0, points=arguments.points, **size)
     if arguments.tapvid is not None:
         if not Path(arguments.tapvid).exists():
             raise ValueError(f"--tapvid {arguments.tapvid} does not exist; give a TAP-Vid file or a folder of shards")

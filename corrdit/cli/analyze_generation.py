@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from jsonargparse import Namespace
     from PIL.Image import Image
 
-    from corrdit.analysis.options import AnalysisOptions
-    from corrdit.analysis.pseudo_truth import Tracker
+    from corrdit.analysis.protocols import AnalysisOptions
     from corrdit.analysis.sources import AnalysisItem
     from corrdit.integrations.diffusers.backbones.base import Backbone
+    from corrdit.tracking.pseudo_truth import Tracker
 
 DATASET_FOLDER = "dataset"
 
@@ -32,10 +32,10 @@ def analyze_prompts(arguments: Namespace) -> tuple[Backbone, list[AnalysisItem],
     Raises:
         ValueError: no tracker or prompts, or what the pipeline does not take.
     """
-    from corrdit.analysis.pseudo_truth import pseudo_tracker, starting_points
     from corrdit.analysis.results import analysis_folder
     from corrdit.analysis.sources import difftrack_items
     from corrdit.array_files import content_digest
+    from corrdit.tracking.pseudo_truth import pseudo_tracker, starting_points
 
     if arguments.tracker is None:
         raise ValueError(

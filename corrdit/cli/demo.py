@@ -11,6 +11,7 @@ writes  a table of errors to standard output: the tracker beside points that sta
 
 from __future__ import annotations
 
+import argparse
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +23,6 @@ from corrdit.files import OutputFolder
 
 if TYPE_CHECKING:
     import numpy as np
-    from jsonargparse import ArgumentParser, Namespace
 
     from corrdit.integrations.embedded.world import Truth
     from corrdit.tracking import Tracks
@@ -34,14 +34,14 @@ _MOVED_PIXELS = 8.0
 _THRESHOLDS = (2.0, 4.0, 8.0)
 
 
-def add_arguments(parser: ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results, made if need be")
     parser.add_argument("--seed", type=int, default=9, help="of the clip")
     parser.add_argument("--points", type=int, default=16, metavar="N", help="N x N points on the first frame")
     add_model_options(parser)
 
 
-def run(arguments: Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     import numpy as np
 
     from corrdit.integrations.embedded.world import demo_clip
@@ -93,6 +93,7 @@ def error_cells(tracks: Tracks, truth: Truth, chosen: np.ndarray) -> tuple[str, 
 
 def _write(folder: Path, video: np.ndarray, queries: np.ndarray, tracks: Tracks, truth: Truth) -> None:
     import numpy as np
+    import torch
 
     from corrdit.tracking import Tracks
     from corrdit.video import write_video
@@ -100,8 +101,8 @@ def _write(folder: Path, video: np.ndarray, queries: np.ndarray, tracks: Tracks,
 
     write_video(folder / "clip.mp4", video, _FPS)
     tracks.save(folder / "tracks.npz", queries=queries)
-    known = np.ones(truth.visible.shape, dtype=np.float32)
-    Tracks(xy=truth.xy, visible=truth.visible, score=known).save(folder / "truth.npz", queries=queries)
+    exact = (truth.xy, truth.visible, np.ones(truth.visible.shape, dtype=np.float32))
+    Tracks(*map(torch.as_tensor, exact)).save(folder / "truth.npz", queries=queries)
     write_track_pictures(
         video,
         tracks,

@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -55,7 +54,7 @@ class TapVidSet:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._loaded: tuple[str, Sequence[Any]] | None = None
+        self._loaded: tuple[str, Sequence[tuple[str, object]]] | None = None
         if not self.path.is_dir():
             if not self.path.exists():
                 raise FileNotFoundError(f"{path} does not exist; give a TAP-Vid file or a folder of its shards")
@@ -113,7 +112,7 @@ class TapVidSet:
             for position, (name, contents) in enumerate(self._contents(file))
         )
 
-    def _contents(self, file: str) -> Sequence[tuple[str, Any]]:
+    def _contents(self, file: str) -> Sequence[tuple[str, object]]:
         if self._loaded is None or self._loaded[0] != file:
             self._loaded = None  # the old file goes before the new one comes
             path = self.path / file if self._in_folder else self.path

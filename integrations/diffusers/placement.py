@@ -3,7 +3,7 @@
 `"device"`: everything on the process's device. `"offload"`: diffusers' model offloading, which keeps text encoder,
 transformer and codec in the computer's memory and moves each to the device while it runs. `"offload_layers"`:
 diffusers' sequential offloading, the same for every layer; slow, and needs the least. `"shards"`: accelerate spreads
-the transformer's blocks over all GPUs that one process sees (one process a machine: `--trainer.devices 1`).
+the transformer's blocks over all GPUs that one process sees (one process a machine: `--processes 1`).
 """
 
 from __future__ import annotations

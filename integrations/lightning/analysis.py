@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 
 import torch
 
-from corrdit.analysis.options import analysis_options
+from corrdit.analysis.protocols import analysis_options
 from corrdit.analysis.results import analysis_folder
 from corrdit.analysis.sources import AnalysisItem
 from corrdit.integrations.diffusers.analysis.running import analyze_item

@@ -8,13 +8,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from corrdit.arguments import whole_number
 from corrdit.data.tapvid import TapVidSample
 from corrdit.evaluation import EvaluationResults, TrackerSummary, chosen_trackers, evaluate_video, write_tables
-from corrdit.evaluation.pictures import draw_tracks, true_tracks
 from corrdit.evaluation.results import EvaluationSettings
-from corrdit.evaluation.scoring import QUERIES_AT_ONCE
+from corrdit.evaluation.scoring import QUERIES_AT_ONCE, draw_tracks, true_tracks
 from corrdit.evaluation.trackers import Track, TrackerChoice
-from corrdit.grid import whole_number
 from corrdit.integrations.diffusers.backbones.presets import Preset
 from corrdit.integrations.diffusers.fingerprint import MODEL_FACTS
 from corrdit.integrations.lightning.data_modules import on_first_process

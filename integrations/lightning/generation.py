@@ -9,8 +9,8 @@ from typing import TypedDict
 
 import torch
 
+from corrdit.arguments import whole_number
 from corrdit.files import read_json, read_prompts
-from corrdit.grid import whole_number
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.backbones.presets import Preset
 from corrdit.integrations.diffusers.guidance.comparison import (

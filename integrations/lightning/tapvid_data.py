@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 from typing import TypedDict
 
+from corrdit.arguments import whole_number
 from corrdit.data.tapvid import PUBLISHED_STRIDE, QUERY_MODES, TapVidSample
 from corrdit.data.tapvid_set import TapVidEntry, TapVidSet
-from corrdit.grid import whole_number
 from corrdit.integrations.lightning.data_modules import EachOnceDataModule, on_first_process
 from corrdit.runs import Inputs
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
-from corrdit.analysis.options import AnalysisOptions
+from corrdit.analysis.html_report import Picture, write_report
+from corrdit.analysis.protocols import AnalysisOptions
 from corrdit.analysis.results import AnalysisResults, has_analysis, read_results, write_failure, write_result
 from corrdit.analysis.sources import AnalysisItem
-from corrdit.analysis.summary import Picture, write_report
-from corrdit.integrations.diffusers.analysis.drawing import drawn_pictures
-from corrdit.integrations.diffusers.analysis.picturing import video_pictures
+from corrdit.integrations.diffusers.analysis.video_pictures import drawn_pictures, video_pictures
 from corrdit.integrations.diffusers.analysis.videos import Progress, analyze_video
 from corrdit.integrations.diffusers.backbones.base import Backbone
-from corrdit.memory import is_out_of_memory
+from corrdit.memory import first_line, is_out_of_memory
 from corrdit.runs import check_on_broken
 
 
@@ -107,7 +106,7 @@ def finish_analysis(
 def _said(error: Exception) -> str:
     """What is wrong with a video; errors that are not about the video are raised again."""
     if is_out_of_memory(error):
-        line = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        line = first_line(error)
         return f"there is not enough memory for it ({line}); give max_frames, tokens_per_frame or fewer points"
     if isinstance(error, (ValueError, OSError)):
         return str(error)

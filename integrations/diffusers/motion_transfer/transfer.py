@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from corrdit.arguments import whole_number
 from corrdit.array_files import content_digest
-from corrdit.grid import whole_number
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.fingerprint import weights_fingerprint
 from corrdit.integrations.diffusers.motion_transfer.guided_run import GuidedRun, StepReport

@@ -1,0 +1,73 @@
+"""Cost rows: the operation and its registration with torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from corrdit.kernels.matching.correspondence import arrange_heads, exponent, pair_statistics
+from corrdit.kernels.matching.token_rows import cost_of_rows, row_statistics
+from corrdit.kernels.shared.inputs import kernel_input
+from corrdit.kernels.shared.launch import canonical, unequal_weights
+from corrdit.problem import PairProblem, float32_precision
+
+
+def compute_cost_rows(
+    q: Tensor,
+    k: Tensor,
+    tokens: Tensor,
+    weights: Tensor | None,
+    key_mask: Tensor | None,
+    source: int,
+    height: int,
+    width: int,
+    heads: str,
+    scale: float,
+    bidirectional: bool,
+    precision: str,
+) -> Tensor:
+    """float32 `[B, H or 1, R, F, S]`."""
+    frame_tokens = height * width
+    frames = q.shape[2] // frame_tokens
+    arrangement = arrange_heads(q, heads, weights)
+    positive = canonical(q, scale)[1]
+    q, factor = exponent(q, scale, arrangement)
+    rows = tokens.to(torch.int64) + source * frame_tokens
+    with float32_precision(precision):
+        segments = [(frame * frame_tokens, frame_tokens) for frame in range(frames)]
+        forward = row_statistics(q, k, rows, segments, arrangement, factor, key_mask)
+        backward = None
+        if bidirectional:
+            # Every target token's softmax over the whole source frame, however few rows are asked for.
+            towards = [(frame, source) for frame in range(frames)]
+            backward = pair_statistics(
+                q, k, towards, height, width, arrangement, weights, positive, key_mask
+            )  # fmt: skip
+        return cost_of_rows(q, k, rows, frames, arrangement, factor, key_mask, forward, backward)
+
+
+_cost_rows = torch.library.custom_op("corrdit::cost_rows", compute_cost_rows, mutates_args=())
+
+
+@_cost_rows.register_fake
+def _(
+    q: Tensor, k: Tensor, tokens: Tensor, weights: Any, key_mask: Any, source: int, height: int, width: int,
+    heads: str, scale: float, bidirectional: bool, precision: str,
+) -> Tensor:  # fmt: skip
+    size = height * width
+    outer = q.shape[1] if heads == "none" else 1
+    return q.new_empty(q.shape[0], outer, tokens.shape[0], q.shape[2] // size, size, dtype=torch.float32)
+
+
+def cost_rows(q: Tensor, k: Tensor, problem: PairProblem, tokens: Tensor, *, bidirectional: bool) -> Tensor:
+    """float32 `[B, H or 1, P, F, S]`; see `corrdit.ops.cost_rows`.
+
+    Arguments and errors as in `corrdit.kernels.soft_displacement`.
+    """
+    q, k, problem = kernel_input(q, k, problem)
+    return _cost_rows(
+        q.detach(), k.detach(), tokens, unequal_weights(problem.weights), problem.key_mask, problem.pairs[0][0],
+        problem.grid.height, problem.grid.width, problem.heads, problem.factor, bidirectional, problem.precision,
+    )  # fmt: skip

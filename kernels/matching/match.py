@@ -1,0 +1,82 @@
+"""Matching: the operation and its registration with torch.
+
+The log-sum-exp of both directions for each head, then one pass over the cost with a running argmax: memory grows with
+heads * tokens, not with tokens squared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from corrdit.kernels.matching.best_match import best_match, token_positions
+from corrdit.kernels.matching.correspondence import arrange_heads, exponent, pair_statistics
+from corrdit.kernels.matching.refinement import refine
+from corrdit.kernels.shared.inputs import kernel_input
+from corrdit.kernels.shared.launch import canonical, unequal_weights
+from corrdit.problem import PairProblem, float32_precision
+
+
+def compute_match(
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor | None,
+    key_mask: Tensor | None,
+    pairs: Sequence[int],
+    height: int,
+    width: int,
+    heads: str,
+    scale: float,
+    bidirectional: bool,
+    radius: int,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    """(position `[B, H or 1, P, S, 2]`, score `[B, H or 1, P, S]`), both float32."""
+    arrangement = arrange_heads(q, heads, weights)
+    both = list(zip(pairs[::2], pairs[1::2], strict=True))
+    swapped = [(j, i) for i, j in both]
+    positive = canonical(q, scale)[1]
+    q, factor = exponent(q, scale, arrangement)
+    options = (height, width, arrangement, weights, positive, key_mask)
+    with float32_precision(precision):
+        forward = pair_statistics(q, k, both, *options)
+        backward = pair_statistics(q, k, swapped, *options) if bidirectional else None
+        tokens, scores = best_match(
+            q, k, both, height, width, arrangement, factor, key_mask,
+            forward=forward, backward=backward, allowed_only=False,
+        )  # fmt: skip
+        if radius == 0:
+            return token_positions(tokens, width).to(torch.float32), scores
+        positions = refine(
+            q, k, both, height, width, arrangement, factor, key_mask, forward, backward, tokens, radius
+        )  # fmt: skip
+    return positions, scores
+
+
+_match = torch.library.custom_op("corrdit::match", compute_match, mutates_args=())
+
+
+@_match.register_fake
+def _(
+    q: Tensor, k: Tensor, weights: Any, key_mask: Any, pairs: Sequence[int], height: int, width: int, heads: str,
+    scale: float, bidirectional: bool, radius: int, precision: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    shape = (q.shape[0], q.shape[1] if heads == "none" else 1, len(pairs) // 2, height * width)
+    return q.new_empty(*shape, 2, dtype=torch.float32), q.new_empty(shape, dtype=torch.float32)
+
+
+def match(q: Tensor, k: Tensor, problem: PairProblem, *, bidirectional: bool, refine: int) -> tuple[Tensor, Tensor]:
+    """(xy `[B, H or 1, R, 2]`, score `[B, H or 1, R]`), float32; see `corrdit.ops.match`.
+
+    Arguments and errors as in `corrdit.kernels.soft_displacement`.
+    """
+    q, k, problem = kernel_input(q, k, problem)
+    xy, score = _match(
+        q.detach(), k.detach(), unequal_weights(problem.weights), problem.key_mask,
+        [frame for pair in problem.pairs for frame in pair], problem.grid.height, problem.grid.width, problem.heads,
+        problem.factor, bidirectional, refine, problem.precision,
+    )  # fmt: skip
+    return xy.flatten(2, 3), score.flatten(2, 3)
