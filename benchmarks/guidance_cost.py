@@ -177,7 +177,7 @@ def main() -> None:
         tokens = TEXT_TOKENS + arguments.frames * arguments.rows * arguments.columns
         _report("30 layers, random", PERTURBED, tokens, arguments, row, device)
         backbone = load_backbone("embedded", device=device, dtype=dtype)
-        layers = (backbone.preset.layer,)
+        layers = (backbone.preset.reading.layer,)
         step = Step(backbone.pipe, layers, {**call, "prompt": "a red disc moves left over stripes"})
         row = measure(step, arguments.rounds, device, dtype)
         _report("embedded", layers, 24 + 8 * 64, arguments, row, device)

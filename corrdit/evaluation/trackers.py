@@ -10,7 +10,7 @@ from typing import Any
 
 from corrdit.tracking import Tracks
 from corrdit.tracking.baselines import nearest_patches, standing_still
-from corrdit.tracking.options import tracker_options
+from corrdit.tracking.options import PRESETS, TrackerOptions, changed_options
 
 Track = Callable[[Any, Any], Tracks]
 """`track(video uint8 [T, H, W, 3], queries [P, 3])`."""
@@ -43,7 +43,7 @@ class TrackerKind:
 
 def _checked_preset(preset: str) -> Callable[[Mapping[str, Any]], None]:
     def check(options: Mapping[str, Any]) -> None:
-        tracker_options(preset, dict(options))
+        changed_options(PRESETS[preset], options)
 
     return check
 
@@ -58,7 +58,7 @@ def _point_tracker(preset: str) -> Callable[[Any, Mapping[str, Any]], Track]:
 
 
 def _checked_features(options: Mapping[str, Any]) -> None:
-    tracker_options("default", {name: value for name, value in options.items() if name != "feature"})
+    changed_options(TrackerOptions(), {name: value for name, value in options.items() if name != "feature"})
 
 
 def _feature_tracker(backbone: Any, options: Mapping[str, Any]) -> Track:
@@ -68,7 +68,7 @@ def _feature_tracker(backbone: Any, options: Mapping[str, Any]) -> Track:
     given = {"temperature": FEATURE_TEMPERATURE, **options, "heads": "logits", "head_weights": ()}
     read = FeatureBackbone(backbone, **{name: given.pop(name) for name in ("feature",) if name in given})
     if not given.get("layers"):
-        given.setdefault("layer", backbone.preset.layer)
+        given.setdefault("layer", backbone.preset.reading.layer)
     return PointTracker(read, **given).track
 
 

@@ -62,7 +62,6 @@ STRINGS_TODAY: set[str] = {
     "corrdit.cli.evaluate",
     "corrdit.metrics",
     "corrdit.ops.backends",
-    "corrdit.tracking",
     "corrdit.kernels",
     "corrdit.integrations.diffusers",
     "corrdit.integrations.diffusers.guidance",
@@ -72,7 +71,6 @@ STRINGS_TODAY: set[str] = {
 
 CIRCLES_TODAY: set[frozenset[str]] = {
     frozenset(["corrdit.integrations.embedded.loading", "corrdit.integrations.embedded.pipeline"]),
-    frozenset(["corrdit.tracking.paths", "corrdit.tracking.peaks"]),
     frozenset(["corrdit.cli.analyze", "corrdit.cli.analyze_generation"]),
 }
 """Files that still import each other; to become empty."""

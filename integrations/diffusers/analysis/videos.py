@@ -47,7 +47,7 @@ def analysis_axes(backbone: Any, options: AnalysisOptions) -> AnalysisTable:
     Raises:
         ValueError: a layer or step the backbone does not have.
     """
-    inference_steps = options.inference_steps or backbone.preset.inference_steps
+    inference_steps = options.inference_steps or backbone.preset.reading.inference_steps
     steps = resolved("step", options.steps, inference_steps, f"the schedule of {inference_steps} steps")
     stride = tuple(backbone.token_stride)
     return AnalysisTable(
@@ -213,7 +213,7 @@ def given_latents(
         options: how they are brought there.
     """
     if options.noise == "inverted":
-        inference_steps = options.inference_steps or backbone.preset.inference_steps
+        inference_steps = options.inference_steps or backbone.preset.reading.inference_steps
         yield from backbone.inverted(latents, list(timesteps), inference_steps, **image_given(backbone, latents))
         return
     for step, timestep in timesteps.items():
@@ -231,7 +231,7 @@ def noised(backbone: Any, latents: Tensor, step: int, timestep: float, options: 
 
 def encoded_size(backbone: Any, height: int, width: int, options: AnalysisOptions) -> tuple[int, int]:
     """(height, width) in pixels at which frames are encoded: the preset's, or near the video's in whole tokens."""
-    preset = backbone.preset
+    preset = backbone.preset.reading
     if options.tokens_per_frame is None and preset.height is not None:
         return preset.height, preset.width
     tokens = options.tokens_per_frame or preset.tokens_per_frame or TOKENS_PER_FRAME
@@ -240,7 +240,7 @@ def encoded_size(backbone: Any, height: int, width: int, options: AnalysisOption
 
 def _chosen_frames(backbone: Any, frames: int, options: AnalysisOptions) -> np.ndarray:
     if options.latents == "frames":
-        most = options.max_frames or backbone.preset.frames_per_chunk
+        most = options.max_frames or backbone.preset.reading.frames_per_chunk
     elif options.max_frames is None:
         most = frames
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -64,7 +64,7 @@ class MaskedTextBackbone(FlowMatchingBackbone):
         return {"encoder_hidden_states": prompt_embeds.to(self.dtype), "encoder_attention_mask": mask}
 
 
-Statistics = Sequence[float] | torch.Tensor
+Statistics: TypeAlias = Sequence[float] | torch.Tensor
 
 
 def standardized(latents: torch.Tensor, mean: Statistics, std: Statistics, factor: float = 1.0) -> torch.Tensor:
