@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from corrdit import CrossAttentionGuidance, TokenGrid, load_backbone
 from corrdit.benchmark.environment import environment
 from corrdit.integrations.diffusers.guidance.perturbations import SubstituteAttention
+from corrdit.integrations.diffusers.host.attention import intercepting
 
 LAYERS, PERTURBED = 30, (13, 17, 21)
 TEXT_TOKENS, TEXT_CHANNELS = 226, 64
@@ -107,7 +108,7 @@ def _masked(module: torch.nn.Module, grid: TokenGrid) -> Callable[[], None]:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        with SubstituteAttention(attention, grid, None):
+        with intercepting([SubstituteAttention(attention, grid, None)]):
             return original(*args, **kwargs)
 
     module.__dict__["forward"] = forward

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from corrdit.geometry import sample_map
 from corrdit.grid import TokenGrid
-from corrdit.tracking.geometry import sample_map
 
 FAR_SHARE = 0.02
 """Preference of a place far from the path, relative to one on it: a match fifty times better elsewhere is a jump."""

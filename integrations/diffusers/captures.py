@@ -71,8 +71,9 @@ def capture(
 
     Raises:
         ValueError: for what cannot be read (unknown or unsupported model, parallelism, feature caches, whole-model
-            compilation, attention backends that do not call scaled_dot_product_attention), indices out of range, a
-            model already captured, and, when the block ends without an exception, a requested result that never came.
+            compilation, attention that a processor neither sends through diffusers' dispatcher nor computes by
+            scaled_dot_product_attention), indices out of range, a model already captured, and, when the block ends
+            without an exception, a requested result that never came.
     """
     if not isinstance(model, torch.nn.Module) and hasattr(model, "pipe"):
         model = model.pipe

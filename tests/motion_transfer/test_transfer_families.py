@@ -103,3 +103,19 @@ def test_an_image_model_keeps_its_condition(case):
     result = MotionTransfer(backbone, block=1, **SETTINGS)(video, **arguments)
     assert result.losses[1, 2] < result.losses[0, 0]
     assert result.optimised.tensors[0]["latent"].shape == (1, 3, backbone.latent_channels, 8, 8)
+
+
+@pytest.mark.parametrize("name", ["cogvideox-rotary", "wan", pytest.param("hunyuanvideo", marks=pytest.mark.slow)])
+def test_injection_into_compiled_blocks(case, name):
+    options = {"method": "injection", "injection_blocks": (0, 1, 2), "steps": 12, "guided_share": 1.0}
+    backbone, video, arguments = case(name)
+    expected = MotionTransfer(backbone, **options)(video, **arguments)
+    torch._dynamo.reset()
+    for module_list in backbone.layout().block_lists(backbone.transformer):
+        for block in getattr(backbone.transformer, module_list):
+            block.compile(backend="eager", fullgraph=True)
+    compiled = MotionTransfer(backbone, **options)(video, **arguments)
+    torch._dynamo.reset()
+    np.testing.assert_array_equal(compiled.video, expected.video)
+    plain = MotionTransfer(case(name)[0], method="backbone", steps=12)(video, **arguments)
+    assert (compiled.video != plain.video).any()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import abc
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Protocol, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 import numpy as np
 import torch
 
-from corrdit.grid import TokenGrid, whole_number
+from corrdit.arguments import whole_number
+from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.backbones.frames import conditioning_latents, prepared_frames
 from corrdit.integrations.diffusers.backbones.presets import Preset, preset_for
 from corrdit.integrations.diffusers.captures import Capture
@@ -18,6 +19,9 @@ from corrdit.integrations.diffusers.indices import resolved_index
 from corrdit.integrations.diffusers.inversion import Path, denoised_latents, inverted_latents
 from corrdit.integrations.diffusers.layouts import Config, TransformerLayout, config_of, has_layout, register_layout
 from corrdit.integrations.diffusers.processors import Operation, named_operations
+
+if TYPE_CHECKING:
+    from corrdit.integrations.diffusers.feature_backbone import FeatureBackbone
 
 PIXELS_PER_ENCODER_CALL = 480 * 720
 """Frames are given to the codec in groups of about this many pixels, so that memory does not grow with the video."""
@@ -319,6 +323,15 @@ class Backbone(abc.ABC):
         arguments = self.forward_arguments(latents, timestep, image=image)
         output = self.transformer_at(timestep)(**arguments, return_dict=False)[0]
         return self.output_latents(output, self._batched(latents)).reshape(latents.shape).float()
+
+    def with_features(self, feature: str = "attention output") -> FeatureBackbone:
+        """This model with the output of an attention layer in place of its queries and keys.
+
+        Args and errors: as `corrdit.integrations.diffusers.feature_backbone.FeatureBackbone`.
+        """
+        from corrdit.integrations.diffusers.feature_backbone import FeatureBackbone
+
+        return FeatureBackbone(self, feature)
 
     def inverted(self, latents: torch.Tensor, steps: Sequence[int], inference_steps: int, **options: Any) -> Path:
         """Clean latents at denoising steps: `corrdit.integrations.diffusers.inversion.inverted_latents`."""

@@ -13,12 +13,9 @@ from typing import Any
 
 import torch
 
-from corrdit.integrations.diffusers.guidance.forwards import replaced_forward
-from corrdit.integrations.diffusers.guidance.perturbations import (
-    AttentionFunction,
-    SubstituteAttention,
-    check_answered,
-)
+from corrdit.integrations.diffusers.guidance.forwards import replaced_forward, uncompiled
+from corrdit.integrations.diffusers.guidance.perturbations import AttentionFunction, PerturbingProcessor
+from corrdit.integrations.diffusers.host.attention import processors_wrapped
 from corrdit.integrations.diffusers.layouts import ForwardCall, TransformerLayout
 from corrdit.integrations.diffusers.processors import CorrespondenceProcessor
 
@@ -108,9 +105,12 @@ class PerturbedPass:
                     left_out = functools.partial(_leave_out, self._blocks[layer])
                     stack.enter_context(replaced_forward(self._blocks[layer], left_out))
                 else:
-                    substitute = functools.partial(self._substitute, layer, attention, call, count)
-                    stack.enter_context(replaced_forward(self._blocks[layer], _as_written))
-                    stack.enter_context(replaced_forward(self._modules[layer], substitute))
+                    stack.enter_context(uncompiled(self._blocks[layer]))
+            if attention is not None:
+                perturbed = {layer: self._modules[layer] for layer in self._layers}
+                stack.enter_context(
+                    processors_wrapped(perturbed, functools.partial(self._perturbing, attention, call, count))
+                )
             return prediction_of(self._transformer.forward(**chosen))
 
     def check_left_out(self) -> None:
@@ -141,21 +141,10 @@ class PerturbedPass:
 
         return kept
 
-    def _substitute(
-        self,
-        layer: int,
-        attention: AttentionFunction,
-        call: ForwardCall,
-        count: int,
-        original: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        substitute = SubstituteAttention(attention, call.grid, self._heads.get(layer))
-        with substitute:
-            output = original(*args, **kwargs)
-        check_answered(substitute, count, self._modules[layer].processor)
-        return output
+    def _perturbing(
+        self, attention: AttentionFunction, call: ForwardCall, count: int, layer: int, inner: object
+    ) -> PerturbingProcessor:
+        return PerturbingProcessor(inner, attention, call.grid, self._heads.get(layer), count)
 
 
 class _PrefixHook:
@@ -213,10 +202,6 @@ def _reading_suspended(modules: list[torch.nn.Module]) -> Iterator[None]:
 def prediction_of(output: Any) -> torch.Tensor:
     """The prediction in what a transformer's forward returned."""
     return output[0]
-
-
-def _as_written(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return original(*args, **kwargs)
 
 
 def _check_can_be_left_out(block: torch.nn.Module) -> None:

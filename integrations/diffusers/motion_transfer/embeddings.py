@@ -14,11 +14,11 @@ from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.early_exit import leaving_after
 from corrdit.integrations.diffusers.forward_watch import RemovableHook
+from corrdit.integrations.diffusers.host.attention import processors_wrapped
 from corrdit.integrations.diffusers.layouts import TransformerLayout
 from corrdit.integrations.diffusers.motion_transfer.attention_editing import (
     EditingProcessor,
     joined_with_text,
-    processors_wrapped,
     video_part,
 )
 from corrdit.integrations.diffusers.processors import EarlyExit
