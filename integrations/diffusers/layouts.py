@@ -146,7 +146,9 @@ def register_layout(transformer_class_name: str, layout: type[TransformerLayout]
 def forward_arguments(transformer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call by the names of the class's own `forward`, whatever hooks wrap it."""
     signature = _forward_signature(type(transformer))  # type: ignore[arg-type]
-    return dict(signature.bind(transformer, *args, **kwargs).arguments)
+    arguments = dict(signature.bind(transformer, *args, **kwargs).arguments)
+    del arguments[next(iter(arguments))]  # self
+    return arguments
 
 
 @functools.cache

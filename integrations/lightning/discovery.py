@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from corrdit.integrations.diffusers.host.forwards import transformers_of
 from corrdit.integrations.diffusers.layouts import layout_of
 
 USUAL_NAME = "transformer"
@@ -50,14 +51,6 @@ def find_video_model(module: torch.nn.Module, attribute: str | None = None) -> A
         f"{type(module).__name__} holds no diffusers video pipeline and no transformer that is known; found "
         f"{_inventory(module)}. Give attribute= with its dotted name if it is elsewhere"
     )
-
-
-def transformers_of(model: Any) -> list[torch.nn.Module]:
-    """The transformers of a pipeline (Wan 2.2 has two), or the transformer itself."""
-    if isinstance(model, torch.nn.Module):
-        return [model]
-    found = (getattr(model, name, None) for name in ("transformer", "transformer_2"))
-    return [transformer for transformer in found if isinstance(transformer, torch.nn.Module)]
 
 
 def transformer_of(model: Any) -> torch.nn.Module:

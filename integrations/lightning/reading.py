@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from corrdit.integrations.diffusers.captures import Capture, capture
+from corrdit.integrations.diffusers.host.forwards import transformers_of
 from corrdit.integrations.diffusers.indices import resolved_index, whole_indices
 from corrdit.integrations.diffusers.layouts import ForwardCall, forward_arguments, layout_of
-from corrdit.integrations.lightning.discovery import layer_count, transformers_of
+from corrdit.integrations.lightning.discovery import layer_count
 
 Deliver = Callable[[int, int, torch.Tensor, Any], None]
 

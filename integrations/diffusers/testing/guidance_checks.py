@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from corrdit.integrations.diffusers.host.forwards import transformers_of
 from corrdit.integrations.diffusers.testing.subject import copy_of_inputs
 
 if TYPE_CHECKING:
@@ -66,11 +67,9 @@ def _recorded_generation(
         kept = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in arguments.items()}
         calls.append(RecordedCall(transformer, kept, iteration))
 
-    transformers = [getattr(backbone.pipe, name, None) for name in ("transformer", "transformer_2")]
     hooks = [
         transformer.register_forward_pre_hook(record, with_kwargs=True)
-        for transformer in transformers
-        if transformer is not None
+        for transformer in transformers_of(backbone.pipe)
     ]
     try:
         plain = _generated(backbone, generation, callback_on_step_end=count)
