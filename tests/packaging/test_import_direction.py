@@ -64,9 +64,7 @@ STRINGS_TODAY: set[str] = {
     "corrdit.ops.backends",
     "corrdit.tracking",
     "corrdit.kernels",
-    "corrdit.integrations.diffusers",
     "corrdit.integrations.diffusers.backbones.loading",
-    "corrdit.integrations.diffusers.guidance",
     "corrdit.integrations.diffusers.layouts",
     "corrdit.integrations.lightning",
 }
