@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from corrdit import PointTracker, Tracks
-from corrdit.analysis.pseudo_truth import lucas_kanade
 from corrdit.integrations.diffusers.feature_backbone import FeatureBackbone
 from corrdit.tracking.baselines import nearest_patches, standing_still
+from corrdit.tracking.pseudo_truth import lucas_kanade
 
 Track = Callable[[Any, Any], Tracks]
 

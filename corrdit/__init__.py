@@ -26,6 +26,8 @@ _LAZY_ATTRIBUTES = {
 _LAZY_MODULES = ("data", "metrics", "motion", "ops", "testing", "tracking", "video", "visualization")
 
 MOVED = {
+    "corrdit.analysis.pseudo_truth": "corrdit.tracking.pseudo_truth",
+    "corrdit.analysis:world_items": "corrdit.integrations.embedded.world.analysis_items:world_items",
     "corrdit.data.prompts": "corrdit.integrations.embedded.world.prompts",
     "corrdit.data.sampling": "corrdit.integrations.embedded.world.sampling",
     "corrdit.data.scene": "corrdit.integrations.embedded.world.scene",
@@ -42,6 +44,7 @@ MOVED = {
     "corrdit.integrations.lightning.muon": "corrdit.integrations.embedded.training.muon",
     "corrdit.integrations.lightning.recipes": "corrdit.integrations.embedded.training.recipe",
     "corrdit.integrations.lightning.training": "corrdit.integrations.embedded.training.module",
+    "corrdit.tracking.geometry": "corrdit.geometry",
     **{
         f"corrdit.testing.{name}": f"corrdit.integrations.diffusers.testing.{name}"
         for name in ("conformance", "subject", "tiny_models")

@@ -7,28 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from corrdit.arguments import flag, whole_number
+
 if TYPE_CHECKING:
     import torch
 
 FramePairs = list[tuple[int, int]]
-
-
-def whole_number(name: str, value: object, minimum: int) -> int:
-    """`value` as an int of at least `minimum`; a ValueError that names it otherwise."""
-    try:
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool) or number < minimum:
-        raise ValueError(f"{name} must be a whole number of at least {minimum}, got {value!r}")
-    return number
-
-
-def flag(name: str, value: object) -> bool:
-    """`value` as True or False; a ValueError that names it otherwise, where `bool` would take any string for True."""
-    if isinstance(value, str) or value not in (True, False):
-        raise ValueError(f"{name} must be True or False, got {value!r}")
-    return bool(value)
 
 
 @dataclass(frozen=True)

@@ -1,25 +1,11 @@
 """Triton kernels of the operations, forward and backward; one function for each, as in `corrdit.reference`.
 
-Importing this package imports neither triton nor torch; a function's kernels are loaded when it is first asked for. The
+Importing this package imports neither triton nor torch; `operations` is loaded when a function is first asked for. The
 kernels run on NVIDIA devices of compute capability 8.0 and later. AMD devices are refused with a RuntimeError: no tiles
 of theirs have been tried. With TRITON_INTERPRET=1 set before triton is imported they run on CPU tensors, slowly.
 """
 
 from __future__ import annotations
-
-import importlib
-from typing import Any
-
-# No module is called like its function: importing it would put the module in the function's place.
-_HOMES = {
-    "attention_mass": "mass",
-    "cost_rows": "costs",
-    "frame_local_attention": "frame_local",
-    "hard_displacement": "hard",
-    "match": "matching",
-    "soft_displacement": "soft",
-    "float32_precision": "launch",
-}
 
 __all__ = [
     "attention_mass",
@@ -32,13 +18,15 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+def __getattr__(name: str) -> object:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    from corrdit.kernels import operations
+
+    value: object = getattr(operations, name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted({*globals(), *__all__})

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from corrdit.grid import whole_number
-from corrdit.tracking.geometry import GEOMETRIES
+from corrdit.arguments import whole_number
+from corrdit.geometry import GEOMETRIES
 
 FEATURE_READINGS = ("attention output", "projected output")
 """Intermediate features: heads joined before the attention's output projection, and what comes out of it."""
@@ -41,7 +41,7 @@ class AnalysisOptions:
         least_motion: in tokens; points that moved farther from their place in the first frame are also counted apart,
             because points that stand still are matched well by a map that never moves.
         geometry: "centers" (token centres) or "released" (DiffTrack's reading of match maps), see
-            `corrdit.tracking.geometry`.
+            `corrdit.geometry`.
         token_choice: the token whose attention a point stands for: the "nearest" one, or "released": x / stride and
             y / stride rounded, clipped by the wrong side and used as row and column, so that the token is transposed.
         time: how matches in latent frames become positions in video frames: "codec" places a latent frame at the mean

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from corrdit import ops
 from corrdit.analysis.options import AnalysisOptions
+from corrdit.geometry import nearest_tokens, pixels_to_tokens, sample_matches
 from corrdit.grid import TokenGrid
 from corrdit.tracking.filtering import low_pass
-from corrdit.tracking.geometry import nearest_tokens, pixels_to_tokens, sample_matches
 
 Stride = tuple[int, int]
 

@@ -210,11 +210,13 @@ def _report(report: Any, before: int, total: int, done: int, of: int) -> None:
 
 def _items(arguments: Any, seed: int) -> Any:
     from corrdit.analysis import sources
-    from corrdit.analysis.pseudo_truth import pseudo_tracker
+    from corrdit.tracking.pseudo_truth import pseudo_tracker
 
     if arguments.world is not None:
+        from corrdit.integrations.embedded.world.analysis_items import world_items
+
         size = {"frames": arguments.frames, "height": arguments.height, "width": arguments.width}
-        return sources.world_items(arguments.world, seed=seed, points=arguments.points, **size)
+        return world_items(arguments.world, seed=seed, points=arguments.points, **size)
     if arguments.tapvid is not None:
         if not Path(arguments.tapvid).exists():
             raise ValueError(f"--tapvid {arguments.tapvid} does not exist; give a TAP-Vid file or a folder of shards")

@@ -18,12 +18,12 @@ def analyze_prompts(arguments: Any, given: dict[str, Any]) -> tuple[Any, list[An
         ValueError: no tracker or prompts, or what the pipeline does not take.
     """
     from corrdit.analysis.options import analysis_options
-    from corrdit.analysis.pseudo_truth import pseudo_tracker, starting_points
     from corrdit.analysis.results import begin, has_analysis
     from corrdit.analysis.sources import difftrack_items
     from corrdit.cli.analyze import chosen_steps, settings_of
     from corrdit.cli.model_options import checked_preset, loaded_backbone
     from corrdit.cli.progress import progress_bar
+    from corrdit.tracking.pseudo_truth import pseudo_tracker, starting_points
 
     if arguments.tracker is None:
         raise ValueError(

@@ -16,11 +16,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from corrdit.arguments import whole_number
 from corrdit.cli.devices import add_device_options, checked_device, checked_dtype
 from corrdit.cli.lightning_runs import command_trainer, predict, quiet_lightning
 from corrdit.cli.model_options import add_preset_option, checked_preset, loaded_backbone
 from corrdit.cli.output import OutputFolder
-from corrdit.grid import whole_number
 
 HELP = "generate videos from prompts, with cross-attention guidance beside without"
 USAGE = "PROMPT | --prompts FILE  --output DIR [--cag] [--model embedded] [options]"

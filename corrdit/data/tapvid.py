@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from corrdit.arguments import whole_number
 from corrdit.data.restricted_pickle import load_arrays
-from corrdit.grid import whole_number
 
 if TYPE_CHECKING:
     from corrdit.tracking import Tracks

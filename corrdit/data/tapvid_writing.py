@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from corrdit.arguments import whole_number
 from corrdit.data.tapvid import TapVidVideo
 from corrdit.files import written_beside
-from corrdit.grid import whole_number
 
 LAYOUTS = ("dict", "list")
 FRAME_FORMATS = ("raw", "jpeg")

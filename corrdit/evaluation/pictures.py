@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from corrdit.data.tapvid import TapVidSample
 from corrdit.evaluation.results import file_name
@@ -42,4 +43,4 @@ def true_tracks(sample: TapVidSample) -> Tracks:
     known = np.isfinite(sample.tracks).all(axis=2, keepdims=True)
     xy = np.where(known, sample.tracks, sample.queries[:, None, 1:]).transpose(1, 0, 2)
     visible = ~sample.occluded.T & known[..., 0].T
-    return Tracks(xy=xy, visible=visible, score=np.ones(visible.shape, np.float32))
+    return Tracks(*map(torch.from_numpy, (xy, visible, np.ones(visible.shape, np.float32))))

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from corrdit.arguments import whole_number
 from corrdit.data.tapvid import TapVidSample
 from corrdit.evaluation.trackers import Track
-from corrdit.grid import whole_number
 from corrdit.memory import is_out_of_memory
 from corrdit.metrics import tapvid
 from corrdit.tracking import Tracks

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from corrdit import ops
-from corrdit.grid import TokenGrid, whole_number
+from corrdit.arguments import whole_number
+from corrdit.grid import TokenGrid
 from corrdit.ops.displacement import displacement_request
 
 FLOW_LOSSES = ("released", "paper")

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from corrdit import ops
-from corrdit.grid import TokenGrid, whole_number
+from corrdit.arguments import whole_number
+from corrdit.grid import TokenGrid
 
 
 def latent_displacement(latents: Tensor, *, patch: int = 1, backend: str = "auto") -> Tensor:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from corrdit.grid import TokenGrid, whole_number
+from corrdit.arguments import whole_number
+from corrdit.grid import TokenGrid
 
 
 def temporal_attention(q: Tensor, k: Tensor, grid: TokenGrid, *, scale: float | None = None) -> Tensor:

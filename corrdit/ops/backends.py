@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from corrdit.arguments import choice
 from corrdit.grid import TokenGrid
-from corrdit.kernels.configs import HEAD_DIMS
+from corrdit.kernels.shared.configs import HEAD_DIMS
 
 BACKENDS = ("auto", "triton", "streaming", "reference")
 
@@ -27,8 +28,7 @@ def select_backend(backend: str, tensor: Tensor) -> ModuleType:
         ValueError: an unknown name, or "triton" for float64 tensors or a head_dim the kernels do not take.
         RuntimeError: "triton" where triton or a CUDA device is missing.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    choice("backend", backend, BACKENDS)
     unfit = _unfit_tensor(tensor.dtype, tensor.shape[-1])
     if backend == "auto":
         backend = _fixed_choice(tensor.device.type, tensor.dtype, unfit)

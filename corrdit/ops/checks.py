@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from corrdit.grid import TokenGrid, whole_number
+from corrdit.arguments import choice, entries, finite_number, whole_number
+from corrdit.grid import TokenGrid
 
 HEAD_MODES = ("logits", "features", "probabilities", "none")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -52,30 +50,17 @@ def may_read(tensor: Tensor) -> bool:
     return tensor.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
-def entries(name: str, values: object) -> list[Any]:
-    """The entries of a list or of anything else that can be walked through."""
-    try:
-        return list(values)  # type: ignore[call-overload]
-    except TypeError:
-        raise ValueError(f"{name} must be a list, got {values!r}") from None
-
-
-def check_number(name: str, value: object, *, positive: bool = False) -> float:
-    """`value` as a finite float; if asked above zero, and of a size whose products float32 holds."""
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise ValueError(f"{name} must be a number, got {value!r}")
-    number = float(value)
-    # Not math.isfinite, which a graph with numbers of any value cannot hold.
-    if not -math.inf < number < math.inf or (positive and number <= 0):
-        raise ValueError(f"{name} must be finite{' and above 0' if positive else ''}, got {value}")
-    if positive and not SMALLEST_FACTOR <= number <= 1 / SMALLEST_FACTOR:
+def check_factor(name: str, value: object) -> float:
+    """`value` as a finite float above zero, of a size whose products float32 holds."""
+    number = finite_number(name, value, above=0)
+    if not SMALLEST_FACTOR <= number <= 1 / SMALLEST_FACTOR:
         raise ValueError(f"{name} must lie in {SMALLEST_FACTOR:g} to {1 / SMALLEST_FACTOR:g}, got {value}")
     return number
 
 
 def check_scale(scale: float | None, head_dim: int) -> float:
     """The factor of q.k: `head_dim ** -0.5` unless given."""
-    return head_dim**-0.5 if scale is None else check_number("scale", scale, positive=True)
+    return head_dim**-0.5 if scale is None else check_factor("scale", scale)
 
 
 def check_budget(memory_budget: int | None) -> int | None:
@@ -99,8 +84,7 @@ def check_key_mask(key_mask: Tensor | None, q: Tensor) -> Tensor | None:
 
 def check_heads(heads: str, head_weights: Tensor | Iterable[float] | None, q: Tensor) -> Tensor | None:
     """The weights over heads `[H]` (summing to 1, in the working precision), None for heads="none"."""
-    if heads not in HEAD_MODES:
-        raise ValueError(f"heads must be one of {', '.join(HEAD_MODES)}, got {heads!r}")
+    choice("heads", heads, HEAD_MODES)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     count = q.shape[1]
     if heads == "none":
@@ -112,7 +96,7 @@ def check_heads(heads: str, head_weights: Tensor | Iterable[float] | None, q: Te
         return torch.full((1,), 1 / count, dtype=dtype, device=q.device).expand(count)
     if isinstance(head_weights, Tensor):
         return _weights_of_tensor(head_weights.detach(), count).to(device=q.device, dtype=dtype)
-    numbers = [check_number("a weight of head_weights", entry) for entry in entries("head_weights", head_weights)]
+    numbers = [finite_number("a weight of head_weights", entry) for entry in entries("head_weights", head_weights)]
     if len(numbers) != count:
         raise ValueError(f"head_weights must have one weight a head, [{count}], got [{len(numbers)}]")
     largest = max(numbers)
@@ -136,11 +120,11 @@ def _weights_of_tensor(weights: Tensor, count: int) -> Tensor:
     return weights / weights.sum()
 
 
-def check_frame(name: str, frame: int, grid: TokenGrid) -> int:
-    frame = whole_number(name, frame, 0)
-    if frame >= grid.frames:
-        raise ValueError(f"{name} is frame {frame}, but the grid has frames 0 to {grid.frames - 1}")
-    return frame
+def check_frame(name: str, frame: object, grid: TokenGrid) -> int:
+    index = whole_number(name, frame, 0)
+    if index >= grid.frames:
+        raise ValueError(f"{name} is frame {index}, but the grid has frames 0 to {grid.frames - 1}")
+    return index
 
 
 def check_frame_tokens(tokens: Tensor | Iterable[int], grid: TokenGrid, device: torch.device) -> Tensor:

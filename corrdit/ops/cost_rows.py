@@ -7,7 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from corrdit.grid import TokenGrid, flag
+from corrdit.arguments import flag
+from corrdit.grid import TokenGrid
 from corrdit.ops import checks
 from corrdit.ops.backends import BackendInput, backend_input, full_precision, select_backend
 

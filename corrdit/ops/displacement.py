@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from corrdit.grid import FramePairs, TokenGrid, whole_number
+from corrdit.arguments import whole_number
+from corrdit.grid import FramePairs, TokenGrid
 from corrdit.ops import checks
 from corrdit.ops.backends import BackendInput, backend_input, full_precision, select_backend
 
@@ -150,7 +151,7 @@ def displacement_request(
     pairs = grid.frame_pairs(frames)
     options: dict[str, Any] = {
         "scale": checks.check_scale(scale, q.shape[-1]),
-        "temperature": checks.check_number("temperature", temperature, positive=True),
+        "temperature": checks.check_factor("temperature", temperature),
         "window": None if window is None else min(whole_number("window", window, 0), max(grid.height, grid.width)),
         "memory_budget": checks.check_budget(memory_budget),
     }

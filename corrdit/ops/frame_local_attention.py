@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from corrdit.grid import TokenGrid, flag, whole_number
+from corrdit.arguments import flag, whole_number
+from corrdit.grid import TokenGrid
 from corrdit.ops import checks
 from corrdit.ops.backends import full_precision, select_backend
 

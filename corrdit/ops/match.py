@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from corrdit.grid import TokenGrid, flag, whole_number
+from corrdit.arguments import entries, flag, whole_number
+from corrdit.grid import TokenGrid
 from corrdit.ops import checks
 from corrdit.ops.backends import BackendInput, backend_input, full_precision, select_backend
 
@@ -103,7 +104,7 @@ def _target_frames(targets: Iterable[int] | None, source: int, grid: TokenGrid) 
         if not wanted:
             raise ValueError("the grid has one frame, so no frame but the source is left; give targets or more frames")
         return wanted
-    wanted = [checks.check_frame("targets", frame, grid) for frame in checks.entries("targets", targets)]
+    wanted = [checks.check_frame("targets", frame, grid) for frame in entries("targets", targets)]
     if not wanted:
         raise ValueError("targets is empty; give at least one frame, or None for every frame but the source")
     return wanted

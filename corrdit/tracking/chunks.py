@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from corrdit.grid import whole_number
+from corrdit.arguments import whole_number
 
 SCHEDULES = ("spread", "interleaved", "consecutive", "chained")
 

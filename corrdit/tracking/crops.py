@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from corrdit.geometry import bilinear_tokens
 from corrdit.grid import TokenGrid
 from corrdit.tracking.chunks import Chunk
 from corrdit.tracking.encoding import FrameStore, resized
-from corrdit.tracking.geometry import bilinear_tokens
 from corrdit.tracking.peaks import Located, locate
 from corrdit.tracking.readings import Reading, cost_rows, read_tokens
 

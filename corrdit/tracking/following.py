@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from corrdit.geometry import bilinear_tokens, pixels_to_tokens, sample_map, sample_matches, tokens_to_pixels
 from corrdit.tracking.accumulation import ChunkCost, CostAccumulator, FrameCost
 from corrdit.tracking.chunks import Chunk, last_visits
 from corrdit.tracking.crops import CropLevel
 from corrdit.tracking.encoding import FrameStore, resized
-from corrdit.tracking.geometry import bilinear_tokens, pixels_to_tokens, sample_map, sample_matches, tokens_to_pixels
 from corrdit.tracking.options import TrackerOptions
 from corrdit.tracking.peaks import Located, locate, refined_peaks
 from corrdit.tracking.readings import Reading, cost_rows, matches_back, read_tokens

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from corrdit.grid import whole_number
+from corrdit.arguments import whole_number
 
 
 def interpolate_tracks(tracks: torch.Tensor | np.ndarray, frames: int) -> torch.Tensor | np.ndarray:

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from corrdit.grid import whole_number
+from corrdit.arguments import whole_number
+from corrdit.geometry import GEOMETRIES
 from corrdit.ops.backends import BACKENDS
 from corrdit.tracking.chunks import SCHEDULES
-from corrdit.tracking.geometry import GEOMETRIES
 from corrdit.tracking.readings import FUSIONS
 
 INVERSIONS = ("ddim", "released")

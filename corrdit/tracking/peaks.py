@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from corrdit.geometry import sample_map
 from corrdit.grid import TokenGrid
-from corrdit.tracking.geometry import sample_map
 
 
 class Located(NamedTuple):

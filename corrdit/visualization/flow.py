@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 from corrdit.files import written_beside
 from corrdit.video import resize_frame
+from corrdit.visualization.figures import figure_pixels
 from corrdit.visualization.sheet import contact_sheet
 
 _ARROW = "#ffffff"
@@ -80,7 +80,6 @@ def draw_flow_arrows(frame: np.ndarray, flow: Any, *, scale: tuple[float, float]
         raise ValueError(
             f"frame must be uint8 [H, W, 3] and flow [h, w, 2], got {frame.dtype} {frame.shape} and {flow.shape}"
         )
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     height, width = frame.shape[:2]
@@ -90,7 +89,6 @@ def draw_flow_arrows(frame: np.ndarray, flow: Any, *, scale: tuple[float, float]
     y, x = np.meshgrid(np.arange(step // 2, rows, step), np.arange(step // 2, columns, step), indexing="ij")
     moved = flow[y, x]
     figure = Figure(figsize=(width / 72, height / 72), dpi=72)
-    canvas = FigureCanvasAgg(figure)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.imshow(frame, extent=(0, width, height, 0), aspect="auto")
     axes.quiver(
@@ -109,8 +107,7 @@ def draw_flow_arrows(frame: np.ndarray, flow: Any, *, scale: tuple[float, float]
     axes.set_xlim(0, width)
     axes.set_ylim(height, 0)
     axes.axis("off")
-    canvas.draw()
-    return np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])
+    return figure_pixels(figure)
 
 
 def write_flow_pictures(
@@ -181,12 +178,10 @@ def write_loss_curve(path: str | os.PathLike[str], losses: Any) -> None:
     losses = np.asarray(losses, dtype=np.float64)
     if losses.ndim != 2:
         raise ValueError(f"losses must be [guided steps, optimisation steps], got shape {losses.shape}")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(6, 3.5), dpi=110, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     steps, iterations = losses.shape
@@ -195,8 +190,5 @@ def write_loss_curve(path: str | os.PathLike[str], losses: Any) -> None:
     axes.set_xlabel("denoising step")
     axes.set_ylabel("loss before the optimiser's step")
     axes.grid(alpha=0.3)
-    canvas.draw()
-    encoded = io.BytesIO()
-    figure.savefig(encoded, format="png")
     with written_beside(path) as file:
-        file.write(encoded.getvalue())
+        figure.savefig(file, format="png")

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from corrdit.grid import whole_number
+from corrdit.arguments import whole_number
 
 RULES = ("ddim", "released")
 """How latents are inverted: as diffusers' `DDIMInverseScheduler` does, or as DiffTrack's released code."""

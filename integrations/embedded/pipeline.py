@@ -11,8 +11,8 @@ from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransf
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from torch import Tensor
 
+from corrdit.arguments import whole_number
 from corrdit.files import written_beside
-from corrdit.grid import whole_number
 from corrdit.integrations.embedded.codec import HaarVideoCodec
 from corrdit.integrations.embedded.loading import PRESET_FILE
 from corrdit.integrations.embedded.text import WordEncoder, WordTokenizer

@@ -16,8 +16,8 @@ import lightning
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from corrdit.arguments import whole_number
 from corrdit.files import written_beside
-from corrdit.grid import whole_number
 from corrdit.integrations.diffusers.guidance.comparison import (
     DETAILS_FILE,
     check_generation,

@@ -12,9 +12,9 @@ import lightning
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from corrdit.arguments import whole_number
 from corrdit.data.tapvid import PUBLISHED_STRIDE, QUERY_MODES
 from corrdit.data.tapvid_set import TapVidEntry, TapVidSet
-from corrdit.grid import whole_number
 from corrdit.integrations.lightning.data_modules import EachOnceSampler
 
 

@@ -8,16 +8,16 @@ import torch
 
 from corrdit import ops
 from corrdit.analysis.options import FEATURE_READINGS, AnalysisOptions
-from corrdit.analysis.pseudo_truth import starting_points
 from corrdit.analysis.results import begin, read_results
 from corrdit.analysis.scoring import match_counts
 from corrdit.analysis.sources import AnalysisItem
+from corrdit.geometry import sample_matches
 from corrdit.integrations.diffusers import capture
 from corrdit.integrations.diffusers.analysis import analyze_generation, analyze_item, analyze_video
 from corrdit.integrations.diffusers.analysis.videos import encoded_video, noised, reading_operations
 from corrdit.integrations.diffusers.testing.tiny_models import tiny_backbone, tiny_generation
 from corrdit.tracking import Tracks
-from corrdit.tracking.geometry import sample_matches
+from corrdit.tracking.pseudo_truth import starting_points
 
 FAMILIES = ["cogvideox", "cogvideox-1.5", "hunyuanvideo", "wan", "ltx", "mochi"]
 

@@ -13,8 +13,8 @@ import pytest
 
 from corrdit.analysis.calibration import calibrate, interval, preset_values, write_preset
 from corrdit.analysis.exports import harmonic_table, table_rows, write_csv, write_parquet
+from corrdit.analysis.html_report import write_report
 from corrdit.analysis.results import begin, read_results, write_failure, write_result
-from corrdit.analysis.summary import write_report
 from corrdit.analysis.table import MEAN, AnalysisTable, total
 from corrdit.metrics import harmonic_mean
 
@@ -173,7 +173,7 @@ def test_report_is_one_page_without_links_outside_and_counts_what_failed(make_ta
 
 
 def test_a_report_of_one_step_has_no_curves_and_the_harmonic_mean_is_no_percentage(make_table, tmp_path, monkeypatch):
-    from corrdit.analysis import summary
+    from corrdit.analysis import html_report
 
     drawn = {}
 
@@ -181,7 +181,7 @@ def test_a_report_of_one_step_has_no_curves_and_the_harmonic_mean_is_no_percenta
         drawn.update(dict.fromkeys(panels, options))
         return np.zeros((4, 4, 3), np.uint8)
 
-    monkeypatch.setattr(summary, "draw_heatmaps", watched)
+    monkeypatch.setattr(html_report, "draw_heatmaps", watched)
     both = make_table(shares)
     names = ("hits", "moving_hits", "cases", "moving_cases", "confidence", "text", "own", "cross")
     names = (*names, "confidence_cases", "attention_cases")

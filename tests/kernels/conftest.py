@@ -20,8 +20,9 @@ os.environ["TRITON_INTERPRET"] = "1"
 try:
     # Whether a kernel is interpreted is settled when its module is loaded.
     from corrdit import kernels
-    from corrdit.kernels import ahead_of_time, configs, primitives
-    from corrdit.kernels.configs import Tiles
+    from corrdit.kernels.inspection import ahead_of_time
+    from corrdit.kernels.shared import configs, primitives
+    from corrdit.kernels.shared.configs import Tiles
 
     for name in kernels.__all__:
         getattr(kernels, name)

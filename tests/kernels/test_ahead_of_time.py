@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 
 from corrdit.cli import main
-from corrdit.kernels import ahead_of_time, catalogue, configs, disassembly, floors
+from corrdit.kernels.inspection import ahead_of_time, catalogue, disassembly, floors
+from corrdit.kernels.shared import configs
 
 # Instructions a score needs at least: multiply-add of the exponent, maximum, exponential, half a conversion.
 FORWARD_BAR = 6.0
-# The gradients' loops over the instructions no kernel can do without; corrdit.kernels.floors says what is between.
+# The gradients' loops over the instructions no kernel can do without; `inspection/floors.py` says what is between.
 BACKWARD_INSTRUCTIONS = {"soft_backward_query": 1.4, "soft_backward_key": 1.45}
 
 

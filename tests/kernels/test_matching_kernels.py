@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from corrdit import TokenGrid, kernels
-from corrdit.kernels import best_match, correspondence
+from corrdit.kernels.matching import best_match, correspondence
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 RAGGED = TokenGrid(2, 5, 7)

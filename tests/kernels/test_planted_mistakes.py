@@ -9,18 +9,11 @@ import pytest
 import torch
 
 from corrdit import TokenGrid
-from corrdit.kernels import (
-    best_match,
-    correspondence,
-    folded,
-    frame_local_backward,
-    frame_local_forward,
-    primitives,
-    refinement,
-    soft_backward,
-    soft_forward,
-    token_rows,
-)
+from corrdit.kernels.displacement import folded, soft_backward, soft_forward
+from corrdit.kernels.frame_local import backward as frame_local_backward
+from corrdit.kernels.frame_local import forward as frame_local_forward
+from corrdit.kernels.matching import best_match, correspondence, refinement, token_rows
+from corrdit.kernels.shared import primitives
 
 pytestmark = pytest.mark.slow
 TEXT = TokenGrid(2, 3, 6, text_tokens=19)

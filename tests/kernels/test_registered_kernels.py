@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from corrdit import TokenGrid, kernels, ops
-from corrdit.kernels import configs, launch
-from corrdit.kernels.frame_local_forward import LocalLayout
+from corrdit.kernels.frame_local.forward import LocalLayout
+from corrdit.kernels.shared import configs, launch
 
 GRID = TokenGrid(2, 1, 4)
 

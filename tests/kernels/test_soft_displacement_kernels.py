@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from corrdit import TokenGrid, kernels
-from corrdit.kernels import tables
+from corrdit.kernels.shared import tables
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 ROW = TokenGrid(2, 1, 5)
@@ -64,8 +64,8 @@ def test_averaged_logits(check, case, pinned):
 
 @pytest.mark.parametrize("mode", ["logits", "none"])
 def test_windows_skip_tiles(mode):
-    from corrdit.kernels.folded import folded_forward
-    from corrdit.kernels.soft_forward import soft_forward
+    from corrdit.kernels.displacement.folded import folded_forward
+    from corrdit.kernels.displacement.soft_forward import soft_forward
 
     q = torch.randn(1, 1, 96, 16)
     table = tables.frame_pairs([0, 0], 1, q.device)
@@ -152,7 +152,7 @@ def test_any_sign_of_the_scale(case, scale):
 
 
 def test_workspace_of_any_size_gives_the_same_gradients(case, monkeypatch):
-    from corrdit.kernels import folded
+    from corrdit.kernels.displacement import folded
 
     pinned = case(mode="logits", grid=RAGGED, pairs=((0, 0), (0, 1), (1, 0)))
     q, k = (pinned.tensor(seed).requires_grad_() for seed in range(2))

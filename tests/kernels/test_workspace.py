@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from corrdit.kernels import launch
-from corrdit.kernels.costs import compute_cost_rows
-from corrdit.kernels.frame_local import compute_frame_local_attention, compute_frame_local_attention_backward
-from corrdit.kernels.hard import compute_hard_displacement
-from corrdit.kernels.mass import compute_attention_mass
-from corrdit.kernels.matching import compute_match
-from corrdit.kernels.soft import compute_soft_displacement, compute_soft_displacement_backward
+from corrdit.kernels.displacement.soft import compute_soft_displacement, compute_soft_displacement_backward
+from corrdit.kernels.frame_local.attention import compute_frame_local_attention, compute_frame_local_attention_backward
+from corrdit.kernels.matching.costs import compute_cost_rows
+from corrdit.kernels.matching.hard import compute_hard_displacement
+from corrdit.kernels.matching.mass import compute_attention_mass
+from corrdit.kernels.matching.match import compute_match
+from corrdit.kernels.shared import launch
 
 MIB = 2**20
 # heads, head_dim, frames, height, width

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from corrdit.analysis.html_report import Picture
 from corrdit.analysis.options import FEATURE_READINGS
-from corrdit.analysis.summary import Picture
 from corrdit.integrations.diffusers.analysis.picturing import VideoPictures
 from corrdit.tracking.tracks import Tracks
 from corrdit.video import resize_frame

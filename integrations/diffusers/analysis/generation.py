@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from corrdit.analysis.options import AnalysisOptions, resolved
-from corrdit.analysis.pseudo_truth import Tracker, starting_points
 from corrdit.analysis.reading import AttentionReading, read_attention, read_features
 from corrdit.analysis.scoring import TrueTracks
 from corrdit.analysis.table import AnalysisTable
@@ -20,6 +19,7 @@ from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.analysis.capturing import ReadingCapture
 from corrdit.integrations.diffusers.analysis.videos import OnReading, score_reading, score_standing_still
 from corrdit.integrations.diffusers.guidance.comparison import check_call
+from corrdit.tracking.pseudo_truth import Tracker, starting_points
 from corrdit.tracking.tracks import Tracks
 
 
@@ -59,7 +59,7 @@ def analyze_generation(
     Args:
         backbone: of `load_backbone`; text to video, or image to video with `image` in `call`.
         prompt: for the pipeline; "" where `call` holds prompt embeddings.
-        tracker: gives the pseudo-truth from the video, see `corrdit.analysis.pseudo_truth`.
+        tracker: gives the pseudo-truth from the video, see `corrdit.tracking.pseudo_truth`.
         options: `layers`, `steps` and the ways of measuring are used.
         mode: starting grid, "object" or "scene".
         seed: of the noise, drawn on the CPU.

@@ -6,10 +6,10 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
+from corrdit.analysis.html_report import Picture, write_report
 from corrdit.analysis.options import AnalysisOptions
 from corrdit.analysis.results import AnalysisResults, has_analysis, read_results, write_failure, write_result
 from corrdit.analysis.sources import AnalysisItem
-from corrdit.analysis.summary import Picture, write_report
 from corrdit.integrations.diffusers.analysis.drawing import drawn_pictures
 from corrdit.integrations.diffusers.analysis.picturing import video_pictures
 from corrdit.integrations.diffusers.analysis.videos import Progress, analyze_video

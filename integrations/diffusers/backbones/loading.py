@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.util
 import json
 import os
@@ -16,21 +15,14 @@ from typing import Any
 
 import torch
 
-from corrdit.integrations.diffusers.backbones.base import Backbone
+from corrdit.integrations.diffusers.backbones.base import Backbone, Pipeline
 from corrdit.integrations.diffusers.backbones.presets import PUBLISHED_MODELS, Preset
+from corrdit.integrations.diffusers.backbones.table import FAMILIES
 from corrdit.integrations.diffusers.layouts import layout_of
 
 ENTRY_POINT_GROUP = "corrdit.backbones"
 EMBEDDED = "embedded"
 INDEX_FILE = "model_index.json"
-FAMILY_BACKBONES = {
-    "CogVideoXTransformer3DModel": "corrdit.integrations.diffusers.backbones.cogvideox:CogVideoXBackbone",
-    "HunyuanVideoTransformer3DModel": "corrdit.integrations.diffusers.backbones.hunyuanvideo:HunyuanVideoBackbone",
-    "LTXVideoTransformer3DModel": "corrdit.integrations.diffusers.backbones.ltx:LTXBackbone",
-    "MochiTransformer3DModel": "corrdit.integrations.diffusers.backbones.mochi:MochiBackbone",
-    "WanTransformer3DModel": "corrdit.integrations.diffusers.backbones.wan:WanBackbone",
-}
-"""Backbone class by the transformer's class name."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -109,7 +101,7 @@ def available_backbones() -> list[dict[str, Any]]:
     return rows
 
 
-def backbone_of(pipe: Any, *, name: str | None = None, preset: Preset | None = None) -> Backbone:
+def backbone_of(pipe: Pipeline, *, name: str | None = None, preset: Preset | None = None) -> Backbone:
     """The backbone round a pipeline that is already loaded.
 
     Raises:
@@ -120,12 +112,9 @@ def backbone_of(pipe: Any, *, name: str | None = None, preset: Preset | None = N
         raise ValueError(f"{type(pipe).__name__} has no transformer; give a video pipeline of {_families()}")
     layout_of(transformer)
     for candidate in type(transformer).__mro__:
-        target = FAMILY_BACKBONES.get(candidate.__name__)
-        if target is not None:
-            module, _, attribute = target.partition(":")
-            return getattr(importlib.import_module(module), attribute)(
-                pipe, name=name or type(pipe).__name__, preset=preset
-            )
+        family = FAMILIES.get(candidate.__name__)
+        if family is not None:
+            return family(pipe, name=name or type(pipe).__name__, preset=preset)
     raise ValueError(f"{type(transformer).__name__} can be captured but is no backbone; backbones are {_families()}")
 
 
@@ -275,7 +264,7 @@ def _third_party() -> dict[str, EntryPoint]:
 
 
 def _families() -> str:
-    return ", ".join(sorted(FAMILY_BACKBONES))
+    return ", ".join(sorted(FAMILIES))
 
 
 def _accepted() -> str:

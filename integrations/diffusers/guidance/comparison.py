@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from corrdit.arguments import whole_number
 from corrdit.files import written_beside
-from corrdit.grid import whole_number
 from corrdit.integrations.diffusers.guidance.cross_attention import CrossAttentionGuidance
 from corrdit.integrations.diffusers.guidance.presets import guidance_preset
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from corrdit.grid import whole_number
+from corrdit.arguments import whole_number
 from corrdit.integrations.diffusers.guidance.perturbations import AttentionFunction, frame_local, identity_attention
 from corrdit.ops.backends import BACKENDS
 

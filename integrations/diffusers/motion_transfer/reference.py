@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from corrdit.grid import TokenGrid, whole_number
+from corrdit.arguments import whole_number
+from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.layouts import forward_arguments
 from corrdit.integrations.diffusers.motion_transfer.methods import MotionMethod, method_of, reference_flow

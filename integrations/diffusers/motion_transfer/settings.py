@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from corrdit.grid import whole_number
+from corrdit.arguments import whole_number
 from corrdit.motion.flow_loss import FLOW_LOSSES
 from corrdit.motion.smm import SMM_LOSSES
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from corrdit.grid import whole_number
+from corrdit.arguments import whole_number
 from corrdit.integrations.embedded.pipeline import (
     build_pipeline,
     build_transformer,

@@ -16,8 +16,8 @@ import yaml
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, Timer
 from lightning.pytorch.loggers import CSVLogger, Logger
 
+from corrdit.arguments import whole_number
 from corrdit.files import refuse_other_settings
-from corrdit.grid import whole_number
 from corrdit.integrations.embedded.loading import PRESET_FILE
 from corrdit.integrations.embedded.pipeline import build_pipeline
 from corrdit.integrations.embedded.training.model_card import model_card

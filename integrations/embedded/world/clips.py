@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from corrdit.grid import whole_number
+from corrdit.arguments import whole_number
 from corrdit.integrations.embedded.world.prompts import describe
 from corrdit.integrations.embedded.world.scene import (
     MOST_SPRITES,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from corrdit.arguments import whole_number
 from corrdit.data.tapvid import TapVidVideo
-from corrdit.grid import whole_number
 from corrdit.integrations.embedded.world.clips import Clip
 
 _CANDIDATES = 16

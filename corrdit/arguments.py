@@ -1,0 +1,66 @@
+"""Checks of single arguments, each with a ValueError that names the argument, what was given and what is accepted."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from collections.abc import Iterable
+from typing import SupportsIndex
+
+
+def whole_number(name: str, value: object, minimum: int) -> int:
+    """`value` as an int of at least `minimum`."""
+    try:
+        number = operator.index(value) if isinstance(value, SupportsIndex) else None
+    except TypeError:  # tensors have an index only if they hold one whole number
+        number = None
+    if number is None or isinstance(value, bool) or number < minimum:
+        raise ValueError(f"{name} must be a whole number of at least {minimum}, got {value!r}")
+    return number
+
+
+def finite_number(
+    name: str, value: object, *, above: float | None = None, least: float | None = None, most: float | None = None
+) -> float:
+    """`value` as a finite float; if asked larger than `above`, at least `least`, at most `most`."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    number = float(value)
+    # Not math.isfinite, which a graph with numbers of any value cannot hold.
+    fits = -math.inf < number < math.inf
+    limits = ""
+    if above is not None:
+        fits, limits = fits and number > above, f" and above {above:g}"
+    if least is not None:
+        fits, limits = fits and number >= least, f"{limits} and at least {least:g}"
+    if most is not None:
+        fits, limits = fits and number <= most, f"{limits} and at most {most:g}"
+    if not fits:
+        raise ValueError(f"{name} must be finite{limits}, got {value}")
+    return number
+
+
+def flag(name: str, value: object) -> bool:
+    """`value` as True or False, where `bool` would take any string for True."""
+    if isinstance(value, str) or value not in (True, False):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
+
+
+def choice(name: str, value: str, accepted: Iterable[str]) -> str:
+    """`value` if it is one of the accepted words."""
+    accepted = tuple(accepted)
+    if value not in accepted:
+        raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {value!r}")
+    return value
+
+
+def entries(name: str, values: object) -> list[object]:
+    """The entries of a list or of anything else that can be walked through."""
+    try:
+        if isinstance(values, Iterable):
+            return list(values)
+    except TypeError:  # a tensor without axes has `__iter__`, but cannot be iterated
+        pass
+    raise ValueError(f"{name} must be a list, got {values!r}")

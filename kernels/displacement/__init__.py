@@ -1,0 +1,1 @@
+"""Soft displacement: forward and backward kernels, for each head and for averaged logits."""

@@ -1,0 +1,122 @@
+"""Frame-local attention: the operation, its registration with torch, and its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from corrdit.grid import TokenGrid
+from corrdit.kernels.frame_local.backward import local_backward
+from corrdit.kernels.frame_local.forward import LocalLayout, local_forward
+from corrdit.kernels.shared.launch import (
+    LOG2_E,
+    autocast_off,
+    canonical,
+    check_device,
+    check_tensors,
+    float32_precision,
+    product_precision,
+)
+
+
+def compute_frame_local_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    layout: Sequence[int],
+    scale: float,
+    renormalize: bool,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    """(attention `[B, H, N, D]`, log-sum-exp float32 `[B, H, N]`)."""
+    with float32_precision(precision):
+        return local_forward(q, k, v, LocalLayout(*layout), scale, key_mask, renormalize)
+
+
+_frame_local_attention = torch.library.custom_op(
+    "corrdit::frame_local_attention", compute_frame_local_attention, mutates_args=()
+)
+
+
+@_frame_local_attention.register_fake
+def _(q: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def compute_frame_local_attention_backward(
+    gradient: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    output: Tensor,
+    statistics: Tensor,
+    layout: Sequence[int],
+    scale: float,
+    renormalize: bool,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) `[B, H, N, D]` in the dtype of q."""
+    with float32_precision(precision), autocast_off(q):
+        return local_backward(
+            gradient, q, k, v, output, statistics, LocalLayout(*layout), scale, key_mask, renormalize
+        )  # fmt: skip
+
+
+_frame_local_attention_backward = torch.library.custom_op(
+    "corrdit::frame_local_attention_backward", compute_frame_local_attention_backward, mutates_args=()
+)
+
+
+@_frame_local_attention_backward.register_fake
+def _(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, key_mask, *ctx.options = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, k, v, key_mask, *output)
+
+
+def _differentiate(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    dq, dk, dv = _frame_local_attention_backward(gradient, *ctx.saved_tensors, *ctx.options)
+    return dq, dk, dv, *(None,) * 5
+
+
+def _refuse_second_derivative(ctx: Any, *gradients: Tensor) -> None:
+    raise RuntimeError(
+        "frame_local_attention on Triton kernels is differentiable once; for a second derivative use "
+        'backend="reference", whose every step is differentiable'
+    )
+
+
+_frame_local_attention.register_autograd(_differentiate, setup_context=_save)
+_frame_local_attention_backward.register_autograd(_refuse_second_derivative)
+
+
+def frame_local_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: TokenGrid,
+    *,
+    scale: float,
+    key_mask: Tensor | None,
+    renormalize: bool,
+    span: int,
+    memory_budget: int | None = None,
+) -> Tensor:
+    """`[B, H, N, D]` in the dtype of q, differentiable once; see `corrdit.ops.frame_local_attention`.
+
+    Arguments and errors as in `corrdit.kernels.soft_displacement`.
+    """
+    check_tensors(q, k, v)
+    check_device(q)
+    q, positive = canonical(q, scale)
+    layout = list(LocalLayout.of(grid, span))
+    return _frame_local_attention(q, k, v, key_mask, layout, positive * LOG2_E, renormalize, product_precision())[0]

@@ -1,0 +1,1 @@
+"""Compiling kernels without a GPU and reading their machine code."""

@@ -1,0 +1,1 @@
+"""What reads tiles of scores and forgets them: best matches, cost rows, attention mass."""

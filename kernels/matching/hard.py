@@ -1,0 +1,105 @@
+"""Hard displacement: the operation and its registration with torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from corrdit.grid import FramePairs, TokenGrid
+from corrdit.kernels.matching.best_match import best_match, token_positions
+from corrdit.kernels.matching.correspondence import arrange_heads, exponent, pair_statistics
+from corrdit.kernels.shared.launch import (
+    canonical,
+    check_device,
+    check_tensors,
+    float32_precision,
+    product_precision,
+    unequal_weights,
+)
+from corrdit.kernels.shared.tables import window_centers
+
+
+def compute_hard_displacement(
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor | None,
+    key_mask: Tensor | None,
+    center: Tensor | None,
+    pairs: Sequence[int],
+    height: int,
+    width: int,
+    heads: str,
+    scale: float,
+    window: int,
+    precision: str,
+) -> Tensor:
+    """int64 `[B, H or 1, P, S, 2]`."""
+    arrangement = arrange_heads(q, heads, weights)
+    both = list(zip(pairs[::2], pairs[1::2], strict=True))
+    q, factor = exponent(q, scale, arrangement)
+    with float32_precision(precision):
+        forward = None
+        if heads == "probabilities":
+            positive = canonical(q, scale)[1]
+            forward = pair_statistics(
+                q, k, both, height, width, arrangement, weights, positive, key_mask, center, window
+            )
+        tokens, _ = best_match(
+            q, k, both, height, width, arrangement, factor, key_mask,
+            forward=forward, allowed_only=True, center=center, window=window,
+        )  # fmt: skip
+    own = torch.arange(height * width, device=q.device)
+    return token_positions(tokens, width) - token_positions(own, width)
+
+
+_hard_displacement = torch.library.custom_op("corrdit::hard_displacement", compute_hard_displacement, mutates_args=())
+
+
+@_hard_displacement.register_fake
+def _(
+    q: Tensor, k: Tensor, weights: Any, key_mask: Any, center: Any, pairs: Sequence[int], height: int, width: int,
+    heads: str, scale: float, window: int, precision: str,
+) -> Tensor:  # fmt: skip
+    outer = q.shape[1] if heads == "none" else 1
+    return q.new_empty(q.shape[0], outer, len(pairs) // 2, height * width, 2, dtype=torch.int64)
+
+
+def hard_displacement(
+    q: Tensor,
+    k: Tensor,
+    grid: TokenGrid,
+    pairs: FramePairs,
+    *,
+    heads: str,
+    weights: Tensor | None,
+    scale: float,
+    temperature: float,
+    key_mask: Tensor | None,
+    window: int | None,
+    center: Tensor | None,
+    memory_budget: int | None = None,
+) -> Tensor:
+    """int64 `[B, P, h, w, 2]`, or `[B, H, P, h, w, 2]` for heads="none"; see `corrdit.ops.hard_displacement`.
+
+    Arguments and errors as in `corrdit.kernels.soft_displacement`.
+    """
+    check_tensors(q, k)
+    check_device(q)
+    displacement = _hard_displacement(
+        q.detach(),
+        k.detach(),
+        unequal_weights(weights),
+        key_mask,
+        None if center is None else window_centers(center, grid.height, grid.width),
+        [frame for pair in pairs for frame in pair],
+        grid.height,
+        grid.width,
+        heads,
+        scale * temperature,
+        -1 if window is None else min(window, max(grid.height, grid.width)),
+        product_precision(),
+    ).unflatten(-2, (grid.height, grid.width))
+    return displacement if heads == "none" else displacement.squeeze(1)

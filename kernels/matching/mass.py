@@ -1,0 +1,87 @@
+"""Attention mass: the operation and its registration with torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from corrdit.grid import TokenGrid
+from corrdit.kernels.matching.correspondence import arrange_heads, exponent
+from corrdit.kernels.matching.token_rows import mass_of_rows, row_statistics
+from corrdit.kernels.shared.launch import (
+    check_device,
+    check_tensors,
+    float32_precision,
+    product_precision,
+    unequal_weights,
+)
+
+
+def compute_attention_mass(
+    q: Tensor,
+    k: Tensor,
+    tokens: Tensor,
+    weights: Tensor | None,
+    key_mask: Tensor | None,
+    text_first: int,
+    text_tokens: int,
+    video_first: int,
+    frames: int,
+    source: int,
+    heads: str,
+    scale: float,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    """(sum, peak) float32 `[B, H or 1, 1 + F, R]` over the text (0 without text), then each frame."""
+    frame_tokens = (q.shape[2] - text_tokens) // frames
+    arrangement = arrange_heads(q, heads, weights)
+    q, factor = exponent(q, scale, arrangement)
+    rows = tokens.to(torch.int64) + video_first + source * frame_tokens
+    segments = [(text_first, text_tokens)]
+    segments += [(video_first + frame * frame_tokens, frame_tokens) for frame in range(frames)]
+    with float32_precision(precision):
+        statistics = row_statistics(q, k, rows, [(0, q.shape[2])], arrangement, factor, key_mask)
+        return mass_of_rows(q, k, rows, segments, arrangement, factor, key_mask, statistics)
+
+
+_attention_mass = torch.library.custom_op("corrdit::attention_mass", compute_attention_mass, mutates_args=())
+
+
+@_attention_mass.register_fake
+def _(
+    q: Tensor, k: Tensor, tokens: Tensor, weights: Any, key_mask: Any, text_first: int, text_tokens: int,
+    video_first: int, frames: int, source: int, heads: str, scale: float, precision: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    shape = (q.shape[0], q.shape[1] if heads == "none" else 1, 1 + frames, tokens.shape[0])
+    return q.new_empty(shape, dtype=torch.float32), q.new_empty(shape, dtype=torch.float32)
+
+
+def attention_mass(
+    q: Tensor,
+    k: Tensor,
+    grid: TokenGrid,
+    tokens: Tensor,
+    *,
+    source: int,
+    heads: str,
+    weights: Tensor | None,
+    scale: float,
+    key_mask: Tensor | None,
+    memory_budget: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(text `[B, (H,) P]`, frames `[B, (H,) P, F]`, text peak, frame peak); see `corrdit.ops.attention_mass`.
+
+    Arguments and errors as in `corrdit.kernels.soft_displacement`.
+    """
+    check_tensors(q, k)
+    check_device(q)
+    sums, peaks = _attention_mass(
+        q.detach(), k.detach(), tokens, unequal_weights(weights), key_mask, grid.text_slice.start, grid.text_tokens,
+        grid.video_start, grid.frames, source, heads, scale, product_precision(),
+    )  # fmt: skip
+    if heads != "none":
+        sums, peaks = sums.squeeze(1), peaks.squeeze(1)
+    text, frames = sums[..., 0, :], sums[..., 1:, :].transpose(-1, -2)
+    return text, frames, peaks[..., 0, :], peaks[..., 1:, :].transpose(-1, -2)

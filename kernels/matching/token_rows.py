@@ -1,0 +1,244 @@
+"""Kernels for chosen query tokens: log-sum-exp over token segments, cost rows, attention mass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from corrdit.kernels.matching.correspondence import Heads, cost_tile
+from corrdit.kernels.shared.launch import choose_tiles, launch, product_precision, tile_count
+from corrdit.kernels.shared.primitives import (
+    exponentials,
+    head_scores,
+    is_nan,
+    load_allowed,
+    log_sum_exp,
+    raise_peak,
+    wide,
+)
+from corrdit.kernels.shared.tables import token_segments
+
+
+@triton.jit
+def row_statistics_kernel(
+    q, k, head_weights, statistics, tokens, segments, key_mask, q_strides, k_strides, mask_strides,
+    outer, inner, row_count, segment_count, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_MASK: tl.constexpr,
+    WEIGHTED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (tile of rows, segment; batch * outer head): base-2 log-sum-exp of its rows over the segment's keys."""
+    tiles = tl.cdiv(row_count, BLOCK_M)
+    segment = tl.program_id(0) // tiles
+    batch = tl.program_id(1) // outer
+    first_head = tl.program_id(1) % outer
+    rows = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    kept_rows = rows < row_count
+    q += wide(batch) * q_strides[0]
+    k += wide(batch) * k_strides[0]
+    key_mask += wide(batch) * mask_strides[0]
+    row_tokens = tl.load(tokens + rows, mask=kept_rows, other=0)
+    start = tl.load(segments + 2 * segment)
+    end = start + tl.load(segments + 2 * segment + 1)
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for first in range(start, end, BLOCK_N):
+        columns = first + tl.arange(0, BLOCK_N)
+        inside = columns < end
+        allowed = load_allowed(key_mask, columns, inside, mask_strides[1], HAS_MASK)
+        scores = head_scores(
+            q, k, row_tokens, columns, kept_rows, inside, q_strides, k_strides, head_weights, first_head, inner,
+            D, BLOCK_D, WEIGHTED, True, PRECISION,
+        )  # fmt: skip
+        scores = tl.where(allowed[None, :], scores, float("-inf"))
+        peak, shift, shrink = raise_peak(peak, scores, scale)
+        total = total * shrink + tl.sum(exponentials(scores, scale, shift[:, None]), 1)
+    places = statistics + (wide(tl.program_id(1)) * segment_count + segment) * row_count + rows
+    tl.store(places, log_sum_exp(peak, total, scale), mask=kept_rows)
+
+
+@triton.jit
+def cost_rows_kernel(
+    q, k, head_weights, forward, backward, costs, tokens, key_mask, q_strides, k_strides, mask_strides,
+    outer, inner, row_count, frames, frame_tokens, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FOLDED: tl.constexpr,
+    BIDIRECTIONAL: tl.constexpr, HAS_MASK: tl.constexpr, WEIGHTED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (tile of rows, frame, tile of its tokens; batch * outer head): a tile of `costs [B, O, R, F, S]`."""
+    column_tiles = tl.cdiv(frame_tokens, BLOCK_N)
+    frame = tl.program_id(0) // column_tiles % frames
+    batch = tl.program_id(1) // outer
+    first_head = tl.program_id(1) % outer
+    rows = tl.program_id(0) // (column_tiles * frames) * BLOCK_M + tl.arange(0, BLOCK_M)
+    kept_rows = rows < row_count
+    columns = tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = columns < frame_tokens
+    q += wide(batch) * q_strides[0]
+    k += wide(batch) * k_strides[0]
+    key_mask += wide(batch) * mask_strides[0]
+    row_tokens = tl.load(tokens + rows, mask=kept_rows, other=0)
+    column_tokens = wide(frame) * frame_tokens + columns
+    if FOLDED:
+        head = wide(batch)
+    else:
+        head = wide(batch) * outer * inner + first_head
+    forward_stride = wide(frames) * row_count
+    backward_stride = wide(frames) * frame_tokens
+    cost = cost_tile(
+        q, k, head_weights, forward + head * forward_stride + wide(frame) * row_count,
+        backward + head * backward_stride + wide(frame) * frame_tokens, row_tokens, column_tokens, kept_rows, inside,
+        load_allowed(key_mask, row_tokens, kept_rows, mask_strides[1], HAS_MASK),
+        load_allowed(key_mask, column_tokens, inside, mask_strides[1], HAS_MASK),
+        rows, columns, forward_stride, backward_stride, q_strides, k_strides, first_head, inner, scale,
+        D, BLOCK_D, FOLDED, BIDIRECTIONAL, WEIGHTED, PRECISION,
+    )  # fmt: skip
+    row = wide(tl.program_id(1)) * row_count + rows
+    places = costs + (row * frames + frame)[:, None] * frame_tokens + columns[None, :]
+    tl.store(places, cost, mask=kept_rows[:, None] & inside[None, :])
+
+
+@triton.jit
+def attention_mass_kernel(
+    q, k, head_weights, statistics, sums, peaks, tokens, segments, key_mask, q_strides, k_strides, mask_strides,
+    outer, inner, row_count, segment_count, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FOLDED: tl.constexpr,
+    HAS_MASK: tl.constexpr, WEIGHTED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (tile of rows, segment; batch * outer head): summed and largest weight of its rows on the segment."""
+    tiles = tl.cdiv(row_count, BLOCK_M)
+    segment = tl.program_id(0) // tiles
+    batch = tl.program_id(1) // outer
+    first_head = tl.program_id(1) % outer
+    rows = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    kept_rows = rows < row_count
+    q += wide(batch) * q_strides[0]
+    k += wide(batch) * k_strides[0]
+    key_mask += wide(batch) * mask_strides[0]
+    row_tokens = tl.load(tokens + rows, mask=kept_rows, other=0)
+    start = tl.load(segments + 2 * segment)
+    end = start + tl.load(segments + 2 * segment + 1)
+    if FOLDED:
+        statistics += wide(batch) * row_count
+    else:
+        statistics += (wide(batch) * outer * inner + first_head) * row_count
+    mass = tl.zeros([BLOCK_M], tl.float32)
+    peak = tl.zeros([BLOCK_M], tl.float32)
+    for first in range(start, end, BLOCK_N):
+        columns = first + tl.arange(0, BLOCK_N)
+        inside = columns < end
+        allowed = load_allowed(key_mask, columns, inside, mask_strides[1], HAS_MASK)
+        weights = cost_tile(
+            q, k, head_weights, statistics, statistics, row_tokens, columns, kept_rows, inside, kept_rows, allowed,
+            rows, columns, row_count, row_count, q_strides, k_strides, first_head, inner, scale,
+            D, BLOCK_D, FOLDED, False, WEIGHTED, PRECISION,
+        )  # fmt: skip
+        mass += tl.sum(weights, 1)
+        peak = tl.maximum(peak, tl.max(weights, 1))
+    place = (wide(tl.program_id(1)) * segment_count + segment) * row_count + rows
+    tl.store(sums + place, mass, mask=kept_rows)
+    # Maxima pass NaN over; the sum holds it.
+    tl.store(peaks + place, tl.where(is_nan(mass), mass, peak), mask=kept_rows)
+
+
+def row_statistics(
+    q: Tensor,
+    k: Tensor,
+    tokens: Tensor,
+    segments: Sequence[tuple[int, int]],
+    arrangement: Heads,
+    factor: float,
+    key_mask: Tensor | None,
+) -> Tensor:
+    """float32 `[B, H, G, R]` (`[B, 1, G, R]` for folded heads): base-2 log-sum-exp of R tokens over G segments of keys.
+
+    Args:
+        q, k: `[B, H, N, D]`. tokens: int64 `[R]` in their token axis. segments: (first token, tokens) in it.
+        factor: turns a product into a base-2 exponent. key_mask: bool `[B, N]`.
+    """
+    outer, inner = (1, arrangement.inner) if arrangement.folded else (q.shape[1], 1)
+    table = token_segments(tuple(segments), q.device)
+    statistics = torch.empty(
+        q.shape[0], outer, len(segments), tokens.shape[0], dtype=torch.float32, device=q.device
+    )  # fmt: skip
+    tiles = choose_tiles("statistics", q)
+    mask = table if key_mask is None else key_mask
+    factors = arrangement.factors if arrangement.folded else None
+    launch(
+        row_statistics_kernel, (len(segments) * tile_count(tokens.shape[0], tiles.rows), q.shape[0] * outer),
+        q, k, table if factors is None else factors, statistics, tokens, table, mask,
+        q.stride(), k.stride(), mask.stride(), outer, inner, tokens.shape[0], len(segments), factor,
+        D=q.shape[-1], BLOCK_D=tiles.dims, BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, HAS_MASK=key_mask is not None,
+        WEIGHTED=int(factors is not None), PRECISION=product_precision(), tiles=tiles,
+    )  # fmt: skip
+    return statistics
+
+
+def cost_of_rows(
+    q: Tensor,
+    k: Tensor,
+    tokens: Tensor,
+    frames: int,
+    arrangement: Heads,
+    factor: float,
+    key_mask: Tensor | None,
+    forward: Tensor,
+    backward: Tensor | None,
+) -> Tensor:
+    """float32 `[B, outer heads, R, F, S]`: cost of R tokens with every token of every frame.
+
+    Args:
+        forward: `[B, H or 1, F, R]`; backward: `[B, H or 1, F, S]` log-sum-exp, None for the forward direction alone.
+    """
+    frame_tokens = q.shape[2] // frames
+    costs = torch.empty(
+        q.shape[0], arrangement.outer, tokens.shape[0], frames, frame_tokens, dtype=torch.float32, device=q.device
+    )
+    tiles = choose_tiles("correspondence", q)
+    mask = costs.flatten(1) if key_mask is None else key_mask
+    programs = tile_count(tokens.shape[0], tiles.rows) * frames * tile_count(frame_tokens, tiles.columns)
+    launch(
+        cost_rows_kernel, (programs, q.shape[0] * arrangement.outer),
+        q, k, costs if arrangement.factors is None else arrangement.factors, forward,
+        forward if backward is None else backward, costs, tokens, mask, q.stride(), k.stride(), mask.stride(),
+        arrangement.outer, arrangement.inner, tokens.shape[0], frames, frame_tokens, factor,
+        D=q.shape[-1], BLOCK_D=tiles.dims, BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, FOLDED=arrangement.folded,
+        BIDIRECTIONAL=backward is not None, HAS_MASK=key_mask is not None,
+        WEIGHTED=int(arrangement.factors is not None), PRECISION=product_precision(), tiles=tiles,
+    )  # fmt: skip
+    return costs
+
+
+def mass_of_rows(
+    q: Tensor,
+    k: Tensor,
+    tokens: Tensor,
+    segments: Sequence[tuple[int, int]],
+    arrangement: Heads,
+    factor: float,
+    key_mask: Tensor | None,
+    statistics: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """(sum, peak) float32 `[B, outer heads, G, R]` of the weights of R tokens on G segments.
+
+    Args:
+        statistics: `[B, H or 1, 1, R]` log-sum-exp over all keys.
+    """
+    table = token_segments(tuple(segments), q.device)
+    shape = (q.shape[0], arrangement.outer, len(segments), tokens.shape[0])
+    sums, peaks = (torch.empty(shape, dtype=torch.float32, device=q.device) for _ in range(2))
+    tiles = choose_tiles("correspondence", q)
+    mask = table if key_mask is None else key_mask
+    launch(
+        attention_mass_kernel,
+        (len(segments) * tile_count(tokens.shape[0], tiles.rows), q.shape[0] * arrangement.outer),
+        q, k, table if arrangement.factors is None else arrangement.factors, statistics, sums, peaks, tokens, table,
+        mask, q.stride(), k.stride(), mask.stride(), arrangement.outer, arrangement.inner, tokens.shape[0],
+        len(segments), factor,
+        D=q.shape[-1], BLOCK_D=tiles.dims, BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, FOLDED=arrangement.folded,
+        HAS_MASK=key_mask is not None, WEIGHTED=int(arrangement.factors is not None), PRECISION=product_precision(),
+        tiles=tiles,
+    )  # fmt: skip
+    return sums, peaks

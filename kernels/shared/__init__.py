@@ -1,0 +1,1 @@
+"""What all kernels share: tile primitives, tile tables, device tables, the launch."""

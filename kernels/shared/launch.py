@@ -1,0 +1,141 @@
+"""What stands between a host function and a kernel: checks, the architecture, the launch itself."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from corrdit.kernels.shared import configs
+from corrdit.kernels.shared.primitives import INTERPRETED
+
+LOG2_E = 1.4426950408889634
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+PRECISIONS = ("ieee", "tf32")
+
+# What `ahead_of_time` puts here is called in place of every launch, and names the architecture to compile for.
+Compiler = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
+_compiler: tuple[str, Compiler] | None = None
+_float32_precision = "ieee"
+
+
+@contextlib.contextmanager
+def float32_precision(precision: str) -> Iterator[None]:
+    """Within it, products of float32 input use "tf32" (tensor cores, ten-bit mantissa) in place of "ieee".
+
+    Raises:
+        ValueError: neither "ieee" nor "tf32".
+    """
+    global _float32_precision  # noqa: PLW0603
+    if precision not in PRECISIONS:
+        raise ValueError(f"float32 precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    before, _float32_precision = _float32_precision, precision
+    try:
+        yield
+    finally:
+        _float32_precision = before
+
+
+def product_precision() -> str:
+    """The precision of float32 products in force; 16-bit products do not look at it."""
+    return _float32_precision
+
+
+def autocast_off(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Within it, autocast has no say in what a host function computes itself: a gradient may be taken under it."""
+    if tensor.is_meta:
+        return contextlib.nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+@contextlib.contextmanager
+def compile_only(architecture: str, compiler: Compiler) -> Iterator[None]:
+    """Within it, host functions run on meta tensors and hand each launch to `compiler` instead of a device."""
+    global _compiler  # noqa: PLW0603
+    before, _compiler = _compiler, (architecture, compiler)
+    try:
+        yield
+    finally:
+        _compiler = before
+
+
+def check_device(tensor: Tensor) -> None:
+    """Raises a RuntimeError that names the reason where the kernels cannot run on a tensor's device."""
+    kind = tensor.device.type
+    if _compiler is not None:
+        return
+    if kind == "cpu" and INTERPRETED.value:
+        return
+    if kind == "cpu":
+        raise RuntimeError(
+            "the Triton kernels need a CUDA device, the tensors are on the CPU; move them, or set TRITON_INTERPRET=1 "
+            'before triton is imported, or use backend="streaming"'
+        )
+    if kind != "cuda":
+        raise RuntimeError(f'the Triton kernels need a CUDA device, got {kind} tensors; use backend="streaming"')
+    if torch.version.hip is not None:
+        raise RuntimeError(
+            'the Triton kernels have no tiles tried on AMD devices and refuse them; use backend="streaming"'
+        )
+
+
+def check_tensors(*tensors: Tensor) -> None:
+    """Raises a ValueError for a dtype or a head_dim the kernels do not take."""
+    for tensor in tensors:
+        if tensor.dtype not in DTYPES:
+            raise ValueError(
+                f"the Triton kernels take float16, bfloat16 and float32, got {tensor.dtype}; "
+                'use backend="streaming" or backend="reference"'
+            )
+    head_dim = tensors[0].shape[-1]
+    least, most = configs.HEAD_DIMS
+    if not least <= head_dim <= most:
+        raise ValueError(f'the Triton kernels take head_dim {least} to {most}, got {head_dim}; use backend="streaming"')
+
+
+def choose_tiles(kernel: str, tensor: Tensor) -> configs.Tiles:
+    """The tiles of a kernel for q of `[..., D]` on its device."""
+    if _compiler is not None:
+        architecture = _compiler[0]
+    elif tensor.device.type == "cuda":
+        architecture = configs.table_of(torch.cuda.get_device_capability(tensor.device))
+    else:
+        architecture = configs.INTERPRETER
+    return configs.tiles(kernel, architecture, tensor.shape[-1], tensor.element_size())
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, tiles: configs.Tiles, **options: Any) -> None:
+    """Runs `kernel` over `grid` on the device of its first argument."""
+    options.update(num_warps=tiles.warps, num_stages=tiles.stages)
+    if _compiler is not None:
+        _compiler[1](kernel, arguments, options)
+        return
+    device = arguments[0].device
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](*arguments, **options)
+
+
+def canonical(q: Tensor, logit_scale: float) -> tuple[Tensor, float]:
+    """The same logits by a factor above 0, which the running maxima need.
+
+    Returns:
+        q and logit_scale; q negated where the factor is negative, and zeroed where it is 0.
+    """
+    if logit_scale > 0:
+        return q, logit_scale
+    return (q * 0.0, 1.0) if logit_scale == 0 else (-q, -logit_scale)
+
+
+def unequal_weights(weights: Tensor | None) -> Tensor | None:
+    """The weights, None where they are equal by construction: one number expanded over the heads.
+
+    Equal weights take the kernels without factors of the queries; reading the values would wait for the device.
+    """
+    return None if weights is None or weights.stride(0) == 0 else weights
+
+
+def tile_count(size: int, tile: int) -> int:
+    return -(-size // tile)
