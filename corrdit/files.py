@@ -122,7 +122,11 @@ class OutputFolder:
     def _publish(self, hidden: Path) -> None:
         target = self.path.absolute()
         if self._whole and target.is_dir():
-            os.rename(target, hidden / f".{secrets.token_hex(4)}.old")
+            old = target.parent / _part_name(target.name)
+            os.rename(target, old)
+            os.rename(hidden, target)
+            shutil.rmtree(old, ignore_errors=True)
+            return
         if hidden.parent != target:
             try:
                 os.rename(hidden, target)

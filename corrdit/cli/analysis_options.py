@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from types import UnionType
 from typing import TYPE_CHECKING
 
@@ -85,7 +84,7 @@ def resolved_options(arguments: Namespace, backbone: Backbone, inference_steps: 
     given |= {name: tuple(given[name]) for name in ("thresholds", "low_pass") if name in given}
     if arguments.layers != "all":
         given["layers"] = _numbers("--layers", arguments.layers)
-    count = int(inference_steps or given.get("inference_steps") or backbone.preset.inference_steps)
+    count = int(inference_steps or given.get("inference_steps") or backbone.preset.reading.inference_steps)
     given |= {"steps": chosen_steps(arguments.steps, count), "inference_steps": count}
     return analysis_options(arguments.protocol, given)
 
@@ -127,7 +126,7 @@ def settings_of(arguments: Namespace, options: AnalysisOptions, backbone: Backbo
         "source": source_of(arguments),
         "protocol": arguments.protocol,
         "options": options.described(),
-        "preset": asdict(backbone.preset),
+        "preset": backbone.preset.described(),
         **model_facts(backbone),
     }
 

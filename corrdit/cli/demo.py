@@ -11,7 +11,6 @@ writes  a table of errors to standard output: the tracker beside points that sta
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +22,7 @@ from corrdit.files import OutputFolder
 
 if TYPE_CHECKING:
     import numpy as np
+    from jsonargparse import ArgumentParser, Namespace
 
     from corrdit.integrations.embedded.world import Truth
     from corrdit.tracking import Tracks
@@ -34,14 +34,14 @@ _MOVED_PIXELS = 8.0
 _THRESHOLDS = (2.0, 4.0, 8.0)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results, made if need be")
     parser.add_argument("--seed", type=int, default=9, help="of the clip")
     parser.add_argument("--points", type=int, default=16, metavar="N", help="N x N points on the first frame")
     add_model_options(parser)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: Namespace) -> int:
     import numpy as np
 
     from corrdit.integrations.embedded.world import demo_clip

@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 
 from corrdit.integrations.diffusers.backbones import loading
 from corrdit.integrations.diffusers.backbones.base import Backbone
-from corrdit.integrations.diffusers.backbones.presets import Preset
+from corrdit.integrations.diffusers.backbones.presets import Preset, checked_preset
 
 PLACEMENTS = ("device", "offload", "offload_layers", "shards")
 
@@ -27,7 +27,7 @@ def placed_backbone(
     device: torch.device,
     dtype: torch.dtype | str | None,
     placement: str,
-    preset: Preset | None = None,
+    preset: Preset | str | None = None,
     on_loaded: Callable[[Backbone], None] | None = None,
 ) -> Backbone:
     """A backbone, loaded where it is not loaded already, with its parts where they run.
@@ -81,8 +81,8 @@ def named_dtype(dtype: torch.dtype | str | None) -> str | None:
 
 def preset_for_loading(
     model: str | os.PathLike[str] | Backbone, preset: Preset | str | os.PathLike[str] | None
-) -> Preset | None:
-    """The `Preset` with which a model will be loaded, None for its own.
+) -> Preset | str | None:
+    """What `load_backbone` is given to load a model with: a `Preset`, "published", or None for the model's own.
 
     Raises:
         FileNotFoundError, ValueError: a file that is not there or holds no preset, or a model that is loaded already.
@@ -93,7 +93,7 @@ def preset_for_loading(
         raise ValueError(
             "model_preset is for a model that is loaded by name; give corrdit.load_backbone the preset of this one"
         )
-    return preset if isinstance(preset, Preset) else Preset.from_file(preset)
+    return checked_preset(preset)
 
 
 def place(pipe: DiffusionPipeline, placement: str, device: torch.device) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch
 
@@ -104,11 +104,11 @@ class AnalysisModule(ResumableModule[AnalysisItem]):
 
     def prepare(self, backbone: Backbone) -> Mapping[str, object]:
         """Check the options against the model; gives all of them, and the model's preset."""
-        preset = backbone.preset
-        self.options = replace(self.options, inference_steps=self.options.inference_steps or preset.inference_steps)
+        steps = self.options.inference_steps or backbone.preset.reading.inference_steps
+        self.options = replace(self.options, inference_steps=steps)
         analysis_axes(backbone, self.options)
         self.backbone = backbone
-        return {"options": self.options.described(), "preset": asdict(preset)}
+        return {"options": self.options.described(), "preset": backbone.preset.described()}
 
     def make(self, sample: AnalysisItem) -> Mapping[str, object]:
         """Analyse one video; gives what the truth is, and the error of a broken video."""

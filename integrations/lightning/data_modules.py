@@ -20,7 +20,7 @@ Sample = TypeVar("Sample")
 Found = TypeVar("Found")
 
 
-class EachOnceSampler(DistributedSampler[Sample]):
+class EachOnceSampler(DistributedSampler[int]):
     """Every item on exactly one process, however uneven the counts.
 
     torch's distributed sampler repeats items until every process has as many as the others. Lightning leaves a sampler
@@ -101,7 +101,7 @@ class EachOnceDataModule(lightning.LightningDataModule, Generic[Sample]):
         """One sample a batch."""
         dataset = Samples(self.pending, self.sample)
         processes, rank = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
-        sampler: EachOnceSampler[Sample] = EachOnceSampler(dataset, processes, rank, neighbours=self.neighbours)
+        sampler = EachOnceSampler(dataset, processes, rank, neighbours=self.neighbours)
         return DataLoader(dataset, batch_size=1, sampler=sampler, collate_fn=_the_only_one, num_workers=0)
 
     def test_dataloader(self) -> DataLoader[Sample]:

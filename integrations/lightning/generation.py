@@ -12,12 +12,11 @@ import torch
 from corrdit.arguments import whole_number
 from corrdit.files import read_json, read_prompts
 from corrdit.integrations.diffusers.backbones.base import Backbone
-from corrdit.integrations.diffusers.backbones.presets import Preset
+from corrdit.integrations.diffusers.backbones.presets import Preset, default_layers
 from corrdit.integrations.diffusers.guidance.comparison import (
     DETAILS_FILE,
     check_generation,
     checked_rate,
-    default_layers,
     export_for_vbench,
     generate,
     generation_facts,

@@ -49,16 +49,10 @@ BY_NAME = "an import by name"
 UPWARD_TODAY: set[tuple[str, str]] = set()
 """(importing file, imported file) that still point up; to become empty."""
 
-STRINGS_TODAY: set[str] = {
-    "corrdit.tracking",
-    "corrdit.integrations.diffusers",
-    "corrdit.integrations.diffusers.guidance",
-}
+STRINGS_TODAY: set[str] = set()
 """Files that still name modules in strings; to become empty."""
 
-CIRCLES_TODAY: set[frozenset[str]] = {
-    frozenset(["corrdit.tracking.paths", "corrdit.tracking.peaks"]),
-}
+CIRCLES_TODAY: set[frozenset[str]] = set()
 """Files that still import each other; to become empty."""
 
 
