@@ -28,8 +28,7 @@ from corrdit.integrations.embedded import load_embedded_pipeline
 from corrdit.integrations.embedded.pipeline import EmbeddedVideoPipeline
 from corrdit.integrations.embedded.training.evaluation import bootstrap
 from corrdit.integrations.embedded.world import WorldConfig, describe, generate
-from corrdit.integrations.embedded.world.prompts import subject_words
-from corrdit.integrations.embedded.world.scene import DIRECTIONS, Scene
+from corrdit.integrations.embedded.world.scene import DIRECTIONS, Scene, subject_words
 
 WORLD = WorldConfig(sprites=(1, 1))
 FIRST_SEED, TUNING_SEED = 1_000_500_000, 1_000_600_000

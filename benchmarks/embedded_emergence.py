@@ -17,9 +17,9 @@ import torch
 from experiment import Record, facts_apart, new_parser, read_json, write_json
 
 from corrdit.integrations.embedded.pipeline import build_pipeline
-from corrdit.integrations.embedded.training.evaluation import HELD_OUT_SEEDS, matching_table
+from corrdit.integrations.embedded.training.evaluation import matching_table
 from corrdit.integrations.embedded.training.recipe import load_checkpoint
-from corrdit.integrations.embedded.world import WorldConfig
+from corrdit.integrations.embedded.world import HELD_OUT_SEEDS, WorldConfig
 
 VALIDATION_SEEDS = HELD_OUT_SEEDS + 1_000_000
 TIMESTEPS = (50, 300, 600)

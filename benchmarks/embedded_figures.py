@@ -32,8 +32,8 @@ from matplotlib.figure import Figure
 
 from corrdit.integrations.embedded import load_embedded_pipeline
 from corrdit.integrations.embedded.pipeline import EmbeddedVideoPipeline
-from corrdit.integrations.embedded.training.evaluation import HELD_OUT_SEEDS, matching_table, summary
-from corrdit.integrations.embedded.world import WorldConfig, generate
+from corrdit.integrations.embedded.training.evaluation import matching_table, summary
+from corrdit.integrations.embedded.world import HELD_OUT_SEEDS, WorldConfig, generate
 
 PICTURES = pathlib.Path(__file__).parent.parent / "docs" / "figures"
 TIMESTEPS = (10, 50, 100, 200, 300, 400, 500, 600, 700, 800, 900)

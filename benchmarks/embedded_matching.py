@@ -17,8 +17,8 @@ from experiment import Record, facts, new_parser, write_json
 
 from corrdit.integrations.embedded import load_embedded_pipeline
 from corrdit.integrations.embedded.pipeline import EmbeddedVideoPipeline
-from corrdit.integrations.embedded.training.evaluation import HELD_OUT_SEEDS, matching_table, summary
-from corrdit.integrations.embedded.world import WorldConfig
+from corrdit.integrations.embedded.training.evaluation import matching_table, summary
+from corrdit.integrations.embedded.world import HELD_OUT_SEEDS, WorldConfig
 
 TIMESTEPS = (50, 300, 600)
 LARGE_TIMESTEPS = (19, 100, 300)

@@ -14,10 +14,10 @@ import pathlib
 from experiment import Record, new_parser, read_json, write_json
 
 from corrdit.integrations.embedded import load_embedded_pipeline
-from corrdit.integrations.embedded.loading import PRESET_FILE, WEIGHTS
 from corrdit.integrations.embedded.pipeline import EmbeddedVideoPipeline
-from corrdit.integrations.embedded.training.evaluation import HELD_OUT_SEEDS, matching_table
-from corrdit.integrations.embedded.world import WorldConfig
+from corrdit.integrations.embedded.preset import PRESET_FILE, WEIGHTS
+from corrdit.integrations.embedded.training.evaluation import matching_table
+from corrdit.integrations.embedded.world import HELD_OUT_SEEDS, WorldConfig
 
 VALIDATION_SEEDS = HELD_OUT_SEEDS + 1_000_000
 INFERENCE_STEPS = 50
@@ -45,12 +45,13 @@ def candidates(pipe: EmbeddedVideoPipeline, videos: int) -> list[Record]:
 def preset_of(row: Record, videos: int, before: Record) -> Record:
     """The entries `load_backbone` reads, and what they were chosen by.
 
-    before: the pipeline's preset so far; its tracker's options were chosen with benchmarks/tracking.py for its layer,
+    before: the pipeline's preset so far; its options of tracking and of motion transfer were chosen for its layer,
     and are kept if the layer is the same.
     """
     _, layer, kind, *head = row["reading"].split()
     size = f"{WORKING[0]} x {WORKING[1]}"
-    tracking = {"tracking": before["tracking"]} if before.get("layer") == int(layer) and "tracking" in before else {}
+    names = ("tracking", "transfer") if before.get("layer") == int(layer) else ()
+    kept = {name: before[name] for name in names if name in before}
     return {
         "layer": int(layer),
         "head": int(head[0]) if kind == "head" else None,
@@ -63,7 +64,7 @@ def preset_of(row: Record, videos: int, before: Record) -> Record:
         "source": f"best of all layers and heads on {videos} generated validation videos at {size}",
         "timestep": row["timestep"],
         "validation_share_within_one_token": round(row["share"], 4),
-        **tracking,
+        **kept,
     }
 
 

@@ -151,7 +151,7 @@ def main() -> None:
         embedded_call = {**call, "prompt": "a red disc moves left over stripes"}
         for name, pipe, layers, tokens, words in (
             ("30 layers, random", model.pipeline(device, dtype), PERTURBED, model.tokens, {**call, **prompts}),
-            ("embedded", backbone.pipe, (backbone.preset.layer,), 24 + 8 * 64, embedded_call),
+            ("embedded", backbone.pipe, (backbone.preset.reading.layer,), 24 + 8 * 64, embedded_call),
         ):
             row = measure(Step(pipe, layers, words), arguments.rounds, device, dtype)
             about = {"model": name, "layers": layers, "tokens": tokens}

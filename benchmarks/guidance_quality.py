@@ -166,7 +166,7 @@ def main() -> None:
     backbone = load_backbone(arguments.model)
     call = {"num_inference_steps": arguments.steps, "guidance_scale": arguments.guidance_scale}
     weights = weights_digest(backbone.transformer)
-    centre = backbone.preset.layer if arguments.layer is None else arguments.layer
+    centre = backbone.preset.reading.layer if arguments.layer is None else arguments.layer
     chosen = settings(backbone.layers, centre)
     if arguments.settings is not None:
         chosen = {name: chosen[name] for name in arguments.settings}
@@ -187,7 +187,7 @@ def main() -> None:
         **facts(),
         "model": backbone.name,
         "weights": weights,
-        "matching_layer": backbone.preset.layer,
+        "matching_layer": backbone.preset.reading.layer,
         "centre_layer": centre,
         "call": call,
         "settings": summarised(shards, list(chosen)),

@@ -30,7 +30,7 @@ class Variant:
 def _features(backbone: Backbone, options: Mapping[str, object]) -> Track:
     given = dict(options)
     read = FeatureBackbone(backbone, given.pop("feature"))
-    layer = given.pop("layer", backbone.preset.layer)
+    layer = given.pop("layer", backbone.preset.reading.layer)
     return PointTracker(read, layer=layer, head_weights=(), heads="logits", **given).track
 
 
@@ -55,8 +55,8 @@ def released_temperature(backbone: Backbone) -> float:
 
 def variants(backbone: Backbone) -> list[Variant]:
     """All rows for a backbone; its preset's own options for the tracker are the default that rows change."""
-    own = dict(getattr(backbone.preset, "tracking", None) or {})
-    mean = {**own, "layers": (), "layer": backbone.preset.layer, "head_weights": ()}
+    own = dict(backbone.preset.described()["tracking"])
+    mean = {**own, "layers": (), "layer": backbone.preset.reading.layer, "head_weights": ()}
     mean.pop("layers")
     published = {"preset": "published", "temperature": released_temperature(backbone)}
     filtered = [(f"low-pass {spread:g}", {"low_pass": spread}) for spread in (0.4, 0.8)]

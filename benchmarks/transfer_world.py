@@ -11,8 +11,7 @@ from torch.nn import functional
 from corrdit import metrics, motion
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.embedded.world import WorldConfig, generate
-from corrdit.integrations.embedded.world.prompts import subject_words
-from corrdit.integrations.embedded.world.scene import Scene
+from corrdit.integrations.embedded.world.scene import Scene, subject_words
 
 SIZE = WorldConfig(frames=8, height=32, width=32)
 FIRST_SEED = 1_000_300_000
