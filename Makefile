@@ -42,7 +42,7 @@ types: $(VENV)/.linted
 # Every figure of the embedded model, from the shipped checkpoint and the committed curves of its training.
 figures: $(INSTALLED)
 	$(BIN)/python benchmarks/embedded_figures.py
-	$(BIN)/python benchmarks/readme_tables.py
+	$(BIN)/python benchmarks/result_tables.py
 
 format: $(VENV)/.linted
 	$(BIN)/ruff check --fix .

@@ -22,6 +22,7 @@ import numpy as np
 from corrdit.array_files import read_array
 from corrdit.files import written_beside
 from corrdit.tracking.tracks import Tracks
+from corrdit.video import write_video
 
 PROMPTS_FILE = "prompts.txt"
 _NUMBER = re.compile(r"[0-9]+")
@@ -104,8 +105,6 @@ def write_difftrack_video(
     Raises:
         ValueError: tracks of another number of frames.
     """
-    from corrdit.video import write_video
-
     if tracks.frames != len(video):
         raise ValueError(f"the video has {len(video)} frames, its tracks have {tracks.frames}; they must agree")
     root = Path(folder)

@@ -1,7 +1,8 @@
-"""Videos with truth for an analysis: the generated world, folders with tracks beside, TAP-Vid and DiffTrack's sets."""
+"""Videos with truth for an analysis: folders with tracks beside, TAP-Vid and DiffTrack's sets."""
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,12 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from corrdit.analysis.dataset import read_difftrack
-from corrdit.analysis.pseudo_truth import Tracker
+from corrdit.analysis.dataset import DiffTrackEntry, read_difftrack
 from corrdit.array_files import read_arrays
-
-HELD_OUT_SEEDS = 2_000_000_000
-"""Seeds from here on are used neither by training nor by the evaluation of checkpoints."""
+from corrdit.data import TapVidVideo, read_tapvid
+from corrdit.tracking.files import find_videos
+from corrdit.tracking.pseudo_truth import Tracker
+from corrdit.video import read_video
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,32 +50,6 @@ class AnalysisItem(NamedTuple):
     truth: str
 
 
-def world_items(
-    count: int, *, seed: int = 0, frames: int = 8, height: int = 64, width: int = 96, points: int = 16
-) -> list[AnalysisItem]:
-    """Generated videos with exact tracks of `points` x `points` places on the first frame.
-
-    Raises:
-        ValueError: no videos or points, or a size the world does not make.
-    """
-    from corrdit.integrations.embedded.world import WorldConfig, generate
-
-    if count < 1 or points < 1:
-        raise ValueError(f"{count} videos with {points} x {points} points were asked for; at least 1 of each is needed")
-    config = WorldConfig(frames, height, width)
-    queries = point_grid(points, height, width)
-
-    def load(number: int) -> AnalysisVideo:
-        clip = generate([HELD_OUT_SEEDS + 100_000 * seed + number], config)[0]
-        truth = clip.tracks(queries)
-        return AnalysisVideo(clip.video, truth.xy, truth.visible, clip.prompt)
-
-    return [
-        AnalysisItem(f"{number:04d}", lambda number=number: load(number), "exact")  # type: ignore[misc]
-        for number in range(count)
-    ]
-
-
 def folder_items(
     folder: str | os.PathLike[str],
     *,
@@ -101,8 +76,6 @@ def folder_items(
     Raises:
         ValueError: not a folder, or one without videos.
     """
-    from corrdit.tracking.files import find_videos
-
     root, given = Path(folder), Path(folder if tracks is None else tracks)
     items = []
     for name in find_videos(root, without=without):
@@ -110,10 +83,10 @@ def folder_items(
         candidates = (given / f"{stem}.npz", given / name / "tracks.npz", given / stem / "tracks.npz")
         file = next((candidate for candidate in candidates if candidate.is_file()), None)
         if file is not None:
-            load = _given(root / name, file)
+            load = functools.partial(_with_given_tracks, root / name, file)
+            items.append(AnalysisItem(name, load, "given tracks"))
         else:
-            load = _tracked(root / name, tracker, points)
-        items.append(AnalysisItem(name, load, "given tracks" if file is not None else tracker_name))
+            items.append(AnalysisItem(name, functools.partial(_tracked, root / name, tracker, points), tracker_name))
     return items
 
 
@@ -124,14 +97,13 @@ def tapvid_items(
 
     Arguments and errors: as `corrdit.data.read_tapvid`.
     """
-    from corrdit.data import TapVidVideo, read_tapvid
 
     def load(video: TapVidVideo) -> AnalysisVideo:
         sample = video.sample("frame_0")
         return AnalysisVideo(sample.video, sample.tracks.transpose(1, 0, 2), ~sample.occluded.T)
 
     for video in read_tapvid(path, on_broken=on_broken):
-        yield AnalysisItem(video.name, lambda video=video: load(video), "annotated")  # type: ignore[misc]
+        yield AnalysisItem(video.name, functools.partial(load, video), "annotated")
 
 
 def difftrack_items(folder: str | os.PathLike[str]) -> list[AnalysisItem]:
@@ -140,17 +112,14 @@ def difftrack_items(folder: str | os.PathLike[str]) -> list[AnalysisItem]:
     Raises:
         ValueError: as `read_difftrack`.
     """
-    items = []
-    for entry in read_difftrack(folder):
 
-        def load(entry=entry) -> AnalysisVideo:  # type: ignore[no-untyped-def]
-            from corrdit.video import read_video
+    def load(entry: DiffTrackEntry) -> AnalysisVideo:
+        xy, visible = entry.load_tracks()
+        return AnalysisVideo(read_video(entry.video).frames, xy, visible, entry.prompt)
 
-            xy, visible = entry.load_tracks()
-            return AnalysisVideo(read_video(entry.video).frames, xy, visible, entry.prompt)
-
-        items.append(AnalysisItem(entry.name, load, "given tracks"))
-    return items
+    return [
+        AnalysisItem(entry.name, functools.partial(load, entry), "given tracks") for entry in read_difftrack(folder)
+    ]
 
 
 def point_grid(count: int, height: int, width: int) -> np.ndarray:
@@ -160,26 +129,16 @@ def point_grid(count: int, height: int, width: int) -> np.ndarray:
     return np.stack((np.zeros_like(x), x, y), axis=-1).reshape(-1, 3).astype(np.float32)
 
 
-def _given(video: Path, tracks: Path) -> Callable[[], AnalysisVideo]:
-    def load() -> AnalysisVideo:
-        from corrdit.video import read_video
-
-        what = "a tracks file (.npz with xy and visible)"
-        found = read_arrays(tracks, ("xy", "visible"), what=what, optional=("video",))
-        frames = found["video"] if "video" in found else read_video(video).frames
-        return AnalysisVideo(frames, found["xy"], found["visible"])
-
-    return load
+def _with_given_tracks(video: Path, tracks: Path) -> AnalysisVideo:
+    what = "a tracks file (.npz with xy and visible)"
+    found = read_arrays(tracks, ("xy", "visible"), what=what, optional=("video",))
+    frames = found["video"] if "video" in found else read_video(video).frames
+    return AnalysisVideo(frames, found["xy"], found["visible"])
 
 
-def _tracked(video: Path, tracker: Tracker | None, points: int) -> Callable[[], AnalysisVideo]:
-    def load() -> AnalysisVideo:
-        from corrdit.video import read_video
-
-        if tracker is None:
-            raise ValueError(f"{video} has no tracks beside it and no tracker was given; give one of the two")
-        frames = read_video(video).frames
-        tracks = tracker(frames, point_grid(points, *frames.shape[1:3]))
-        return AnalysisVideo(frames, tracks.xy.numpy(), tracks.visible.numpy())
-
-    return load
+def _tracked(video: Path, tracker: Tracker | None, points: int) -> AnalysisVideo:
+    if tracker is None:
+        raise ValueError(f"{video} has no tracks beside it and no tracker was given; give one of the two")
+    frames = read_video(video).frames
+    tracks = tracker(frames, point_grid(points, *frames.shape[1:3]))
+    return AnalysisVideo(frames, tracks.xy.numpy(), tracks.visible.numpy())

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from corrdit.benchmark.contests import Contest, Results, Scene
-from corrdit.benchmark.measure import Work
+from corrdit.benchmark.comparisons import Comparison, Results, Scene
+from corrdit.benchmark.measure import Call
 from corrdit.benchmark.shapes import Shape
 from corrdit.grid import TokenGrid
 
-# Largest error over largest value. Half precision rounds logits of the rivals; ours must stay far below this, and the
-# error stands in the row.
+# Largest error over largest value. Half precision rounds logits of the baselines; ours must stay far below this, and
+# the error stands in the row.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 # Share of argmaxes that may differ: near ties are decided by the last bit.
 MISMATCHES = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
@@ -48,7 +47,7 @@ def scene(shape: Shape, grid: TokenGrid, device: torch.device, dtype: torch.dtyp
     return Scene(grid, *(tensor.to(dtype).requires_grad_(gradient) for tensor in (q, k, v)))
 
 
-def work(run: Callable[[Scene], Results], inputs: Scene, backward: bool) -> Work:
+def work(run: Callable[[Scene], Results], inputs: Scene, backward: bool) -> Call:
     """A call that gives the results, and with `backward` the gradients of the inputs that have any after them."""
     if not backward:
         return lambda: run(inputs)
@@ -82,23 +81,31 @@ class Truth:
 
     @classmethod
     def of(
-        cls, contest: Contest, shape: Shape, *, frames: int, backward: bool, device: torch.device, dtype: torch.dtype
+        cls,
+        comparison: Comparison,
+        shape: Shape,
+        *,
+        frames: int,
+        backward: bool,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> Truth:
         """The truth on the first frames of a shape."""
         grid = dataclasses.replace(shape.grid, frames=frames)
         inputs = scene(shape, grid, device, dtype, backward)
         exact = (tensor.detach().double().requires_grad_(backward) for tensor in (inputs.q, inputs.k, inputs.v))
-        map_tokens = grid.tokens_per_frame if contest.pair_maps else grid.tokens
+        map_tokens = grid.tokens_per_frame if comparison.pair_maps else grid.tokens
         source = "reference" if 8 * shape.heads * map_tokens**2 <= REFERENCE_BYTES else "streaming"
-        results = work(lambda inputs: contest.run(inputs, source), Scene(grid, *exact), backward)()
+        results = work(lambda inputs: comparison.run(inputs, source), Scene(grid, *exact), backward)()
         return cls(inputs, tuple(result.detach() for result in results), backward, source)
 
-    def compare(self, run: Callable[[Scene], Results]) -> dict[str, Any]:
+    def compare(self, run: Callable[[Scene], Results]) -> dict[str, object]:
         """The error of a competitor, as it stands in its row."""
         results = work(run, self.inputs, self.backward)()
         error, mismatches = 0.0, 0.0
         for result, exact in zip(results, self.expected, strict=True):
-            if _is_position(exact):
+            # Argmaxes, which count tokens, are right or wrong, not near.
+            if exact.shape[-1] == 2 and bool((exact == exact.round()).all()):
                 mismatches = max(mismatches, float((result.double() != exact.double()).any(-1).double().mean()))
             else:
                 largest = max(float(exact.abs().max()), 1e-30)
@@ -112,8 +119,3 @@ class Truth:
             "within_tolerance": good,
             "checked_against": f"{self.source} in float64, {self.inputs.grid.frames} frames",
         }
-
-
-def _is_position(exact: Tensor) -> bool:
-    """Whether a result counts tokens: argmaxes are right or wrong, not near."""
-    return exact.shape[-1] == 2 and bool((exact == exact.round()).all())

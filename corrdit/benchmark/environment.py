@@ -15,11 +15,12 @@ from corrdit import version as version_file
 
 def environment(device: torch.device) -> dict[str, str | int | None]:
     """Commit, device, driver and versions, as they stand in every row of results."""
+    driver = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
         "corrdit": version_file.__version__,
         "commit": commit(),
         "device": device_name(device),
-        "driver": _driver(device) if device.type == "cuda" else None,
+        "driver": _command_output(*driver, f"--id={device.index or 0}") if device.type == "cuda" else None,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -44,18 +45,15 @@ def device_name(device: torch.device) -> str:
     """The marketing name of a GPU, or the CPU's model and core count."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    model = platform.processor() or platform.machine()
+    return f"{processor_name()}, {os.cpu_count()} cores"
+
+
+def processor_name() -> str:
+    """The CPU's model, or its architecture where the system says no more."""
     information = pathlib.Path("/proc/cpuinfo")
-    if information.exists():
-        names = [line for line in information.read_text(encoding="utf-8").splitlines() if line.startswith("model name")]
-        model = names[0].split(":", 1)[1].strip() if names else model
-    return f"{model}, {os.cpu_count()} cores"
-
-
-def _driver(device: torch.device) -> str | None:
-    return _command_output(
-        "nvidia-smi", f"--id={device.index or 0}", "--query-gpu=driver_version", "--format=csv,noheader"
-    )
+    lines = information.read_text(encoding="utf-8").splitlines() if information.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:

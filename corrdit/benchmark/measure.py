@@ -12,7 +12,7 @@ from torch import Tensor
 
 from corrdit.benchmark.floors import Ceilings
 
-Work = Callable[[], Sequence[Tensor]]
+Call = Callable[[], Sequence[Tensor]]
 # Larger than any cache, so that a timed call does not find its input where the last one left it.
 _CACHE_BYTES = 2**28
 _CEILING_ROUNDS = 10
@@ -33,7 +33,7 @@ class Times:
 
 
 def time_interleaved(
-    works: Mapping[str, Work], device: torch.device, rounds: Mapping[str, int]
+    works: Mapping[str, Call], device: torch.device, rounds: Mapping[str, int]
 ) -> tuple[dict[str, Times], dict[str, Exception]]:
     """Times several works in turns, one call each a round, so that what else the machine does hits all of them.
 
@@ -57,7 +57,7 @@ def time_interleaved(
     return {name: Times.of(values) for name, values in seconds.items() if values and name not in failures}, failures
 
 
-def _seconds_of(work: Work, device: torch.device) -> float:
+def _seconds_of(work: Call, device: torch.device) -> float:
     """Seconds of one call: between events on a GPU, by the clock elsewhere."""
     if device.type != "cuda":
         start = time.perf_counter()
@@ -73,7 +73,7 @@ def _seconds_of(work: Work, device: torch.device) -> float:
     return first.elapsed_time(last) / 1e3
 
 
-def peak_extra_bytes(work: Work, device: torch.device) -> int:
+def peak_extra_bytes(work: Call, device: torch.device) -> int:
     """Peak of the bytes allocated during a call, beyond what was there before and what it returns."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -88,7 +88,7 @@ def peak_extra_bytes(work: Work, device: torch.device) -> int:
     return max(0, peak - sum(storages.values()))
 
 
-def _peak_on_cpu(work: Work) -> tuple[Sequence[Tensor], int]:
+def _peak_on_cpu(work: Call) -> tuple[Sequence[Tensor], int]:
     """By the allocator's own record, which also has what library calls allocate inside."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -110,7 +110,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     source = torch.empty(elements, dtype=torch.int8, device=device).zero_()
     target = torch.empty_like(source)
     count, exponentials = _exponentials(device)
-    works: dict[str, Work] = {
+    works: dict[str, Call] = {
         "matmul": lambda: (torch.mm(left, right),),
         "copy": lambda: (target.copy_(source),),
         "exponentials": exponentials,
@@ -127,7 +127,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     )
 
 
-def _exponentials(device: torch.device) -> tuple[int, Work]:
+def _exponentials(device: torch.device) -> tuple[int, Call]:
     """How many powers of two a work computes, and the work; its numbers never leave registers or the cache."""
     if device.type == "cuda":
         from corrdit.benchmark import exponentials

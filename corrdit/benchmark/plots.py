@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from corrdit.benchmark.contests import CONTESTS
+from corrdit.benchmark.comparisons import COMPARISONS
 from corrdit.benchmark.report import largest_shape
 from corrdit.benchmark.runner import BOTH, FORWARD, Row
 from corrdit.files import written_beside
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 FILES = {FORWARD: "forward", BOTH: "forward-backward"}
 # Colours of Okabe and Ito, which stay apart for the colour-blind; shapes of the marks for print without colour.
@@ -62,12 +67,12 @@ def _write_against_tokens(rows: Sequence[Row], passes: str, quantity: _Quantity,
     """A panel for each operation, all with the same axes; one legend for all, in a free panel where there is one."""
     from matplotlib.figure import Figure
 
-    operations = [name for name in CONTESTS if any(row["operation"] == name for row in rows)]
+    operations = [name for name in COMPARISONS if any(row["operation"] == name for row in rows)]
     columns = min(3 if len(operations) in (3, 5, 6, 9) else 4, len(operations))
     lines = -(-len(operations) // columns)
     figure = Figure(figsize=(0.8 + 2.9 * columns, 0.6 + 2.6 * lines), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).flatten()
-    handles: dict[str, Any] = {}
+    handles: dict[str, Artist] = {}
     for number, (axis, operation) in enumerate(zip(axes, operations, strict=False)):
         here = [row for row in rows if row["operation"] == operation]
         _draw_panel(axis, here, quantity, handles)
@@ -84,7 +89,7 @@ def _write_against_tokens(rows: Sequence[Row], passes: str, quantity: _Quantity,
     _save(figure, path)
 
 
-def _draw_legend(figure: Any, free_panel: Any, handles: dict[str, Any]) -> None:
+def _draw_legend(figure: Figure, free_panel: Axes | None, handles: dict[str, Artist]) -> None:
     order = [name for name in _WAYS if name in handles] + [name for name in handles if name not in _WAYS]
     drawn = [handles[name] for name in order]
     if free_panel is None:
@@ -93,7 +98,7 @@ def _draw_legend(figure: Any, free_panel: Any, handles: dict[str, Any]) -> None:
         free_panel.legend(drawn, order, loc="center", fontsize=_TEXT + 1, frameon=False)
 
 
-def _draw_panel(axis: Any, rows: Sequence[Row], quantity: _Quantity, handles: dict[str, Any]) -> None:
+def _draw_panel(axis: Axes, rows: Sequence[Row], quantity: _Quantity, handles: dict[str, Artist]) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     axis.set_xscale("log")
@@ -128,7 +133,12 @@ def _draw_panel(axis: Any, rows: Sequence[Row], quantity: _Quantity, handles: di
 
 
 def _draw_lines(
-    axis: Any, rows: Sequence[Row], value: Callable[[Row], float], handles: dict[str, Any], name: str, **look: Any
+    axis: Axes,
+    rows: Sequence[Row],
+    value: Callable[[Row], float],
+    handles: dict[str, Artist],
+    name: str,
+    **look: Any,
 ) -> None:
     for series in _series(rows):
         points = sorted((_tokens(row), value(row)) for row in series)
@@ -138,7 +148,7 @@ def _draw_lines(
 
 def _series(rows: Sequence[Row]) -> list[list[Row]]:
     """Rows that may be joined by a line: they differ in the number of frames only."""
-    series: dict[tuple[Any, ...], list[Row]] = {}
+    series: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
         key = tuple(value for name, value in row["shape"].items() if name not in ("name", "frames"))
         series.setdefault(key, []).append(row)
@@ -161,10 +171,10 @@ def _write_limits(rows: Sequence[Row], path: pathlib.Path) -> None:
 
     shape = largest_shape(rows)
     timed = [row for row in rows if "milliseconds" in row and row["shape"]["name"] == shape.name]
-    lines = [(name, p) for name in CONTESTS for p in FILES if any(_line(row) == (name, p) for row in timed)]
+    lines = [(name, p) for name in COMPARISONS for p in FILES if any(_line(row) == (name, p) for row in timed)]
     figure = Figure(figsize=(9.5, 1.6 + 0.33 * len(lines)), layout="constrained")
     axis = figure.subplots()
-    handles: dict[str, Any] = {}
+    handles: dict[str, Artist] = {}
     for row in sorted(timed, key=lambda row: row["competitor"].startswith("corrdit ")):
         color, marker = _style(row["competitor"])
         own = row["competitor"].startswith("corrdit ")
@@ -215,6 +225,6 @@ def _caption(rows: Sequence[Row]) -> str:
     return f"{first['device']}, {first['dtype']}, torch {first['torch']}, commit {commits}"
 
 
-def _save(figure: Any, path: pathlib.Path) -> None:
+def _save(figure: Figure, path: pathlib.Path) -> None:
     with written_beside(path) as file:
         figure.savefig(file, format="png", dpi=120)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Sequence
 
-from corrdit.benchmark.contests import CONTESTS, RIVALS
+from corrdit.benchmark.comparisons import BASELINES, COMPARISONS
 from corrdit.benchmark.floors import Ceilings
 from corrdit.benchmark.runner import BOTH, FORWARD, Row
 from corrdit.benchmark.shapes import Shape
@@ -83,13 +83,13 @@ def _brief(rows: Sequence[Row]) -> list[str]:
         "| operation | pass | floor | corrdit | memory | of the limit | fastest other way | the released way |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for operation in CONTESTS:
+    for operation in COMPARISONS:
         for passes in (FORWARD, BOTH):
             here = _at(rows, shape.name, operation, passes)
             own = next((row for row in here if row["competitor"].startswith("corrdit ")), None)
             if own is None:
                 continue
-            others = [row for row in here if row["competitor"] in RIVALS]
+            others = [row for row in here if row["competitor"] in BASELINES]
             timed = [row for row in others if "milliseconds" in row]
             fastest = min(timed, key=lambda row: row["milliseconds"]["median"], default=None)
             released = next((row for row in others if row["competitor"] == RELEASED), None)
@@ -109,7 +109,7 @@ def _full(rows: Sequence[Row], shape_name: str) -> list[str]:
         "| operation | way | forward | memory | of the limit | forward and backward | memory | of the limit |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for operation in CONTESTS:
+    for operation in COMPARISONS:
         here = [row for passes in (FORWARD, BOTH) for row in _at(rows, shape.name, operation, passes)]
         for number, competitor in enumerate(dict.fromkeys(row["competitor"] for row in here)):
             by_pass = {row["pass"]: row for row in here if row["competitor"] == competitor}

@@ -1,4 +1,4 @@
-"""Runs contests: correctness first, then memory, then times in turns; one row for each competitor and pass."""
+"""Runs comparisons: correctness first, then memory, then times in turns; one row for each competitor and pass."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from corrdit.benchmark import checking
-from corrdit.benchmark.contests import CONTESTS, Results, Rival, Scene
+from corrdit.benchmark.comparisons import COMPARISONS, Baseline, Results, Scene
 from corrdit.benchmark.environment import environment
 from corrdit.benchmark.floors import Ceilings, Floor, floor_of
-from corrdit.benchmark.measure import Work, peak_extra_bytes, time_interleaved
+from corrdit.benchmark.measure import Call, peak_extra_bytes, time_interleaved
 from corrdit.benchmark.shapes import Shape
 from corrdit.memory import is_out_of_memory
 from corrdit.ops.backends import backend_name
@@ -32,11 +32,11 @@ class Settings:
 
     Attributes:
         backends: our own competitors, as `backend=` of the operations.
-        rivals: names of the other ways that are timed as well.
+        baselines: names of the other ways that are timed as well.
         rounds: timed calls of each competitor, at most.
         seconds: timed calls of a competitor end after about this long, but not before `LEAST_ROUNDS`.
-        rival_bytes: rivals that need more than this for their score maps are left out, with the reason in their row;
-            None tries them all.
+        baseline_bytes: baselines that need more than this for their score maps are left out, with the reason in their
+            row; None tries them all.
         checked_frames: frames on which results are compared with float64; None for all.
         commit: what stands in the rows as the commit; None finds it out.
     """
@@ -44,10 +44,10 @@ class Settings:
     device: torch.device
     dtype: torch.dtype
     backends: tuple[str, ...] = ("auto",)
-    rivals: tuple[str, ...] = ()
+    baselines: tuple[str, ...] = ()
     rounds: int = 7
     seconds: float = 10.0
-    rival_bytes: float | None = None
+    baseline_bytes: float | None = None
     checked_frames: int | None = None
     commit: str | None = None
 
@@ -66,11 +66,11 @@ class Piece:
 
     def competitors(self, settings: Settings) -> list[str]:
         """Names as they stand in rows, ours first."""
-        rivals = [name for name in CONTESTS[self.operation].rivals if name in settings.rivals]
-        return [f"corrdit {backend}" for backend in settings.backends] + rivals
+        baselines = [name for name in COMPARISONS[self.operation].baselines if name in settings.baselines]
+        return [f"corrdit {backend}" for backend in settings.backends] + baselines
 
     def floor(self, ceilings: Ceilings, dtype: torch.dtype) -> Floor:
-        return floor_of(CONTESTS[self.operation].work(self.shape, self.backward), ceilings, dtype.itemsize)
+        return floor_of(COMPARISONS[self.operation].work(self.shape, self.backward), ceilings, dtype.itemsize)
 
 
 def pieces(operations: Sequence[str], shapes: Sequence[Shape]) -> list[Piece]:
@@ -79,7 +79,7 @@ def pieces(operations: Sequence[str], shapes: Sequence[Shape]) -> list[Piece]:
         Piece(operation, shape, backward)
         for shape in shapes
         for operation in operations
-        for backward in ((False, True) if CONTESTS[operation].backward else (False,))
+        for backward in ((False, True) if COMPARISONS[operation].backward else (False,))
     ]
 
 
@@ -132,10 +132,10 @@ class _Measurement:
     """
 
     def __init__(self, piece: Piece, settings: Settings) -> None:
-        self.contest = CONTESTS[piece.operation]
+        self.comparison = COMPARISONS[piece.operation]
         self.piece, self.settings = piece, settings
         self.broken: str | None = None
-        self._works: dict[str, Work] = {}
+        self._works: dict[str, Call] = {}
         self._rounds: dict[str, int] = {}
         self._scene: Scene | None = None
         self._truth: checking.Truth | None = None
@@ -144,27 +144,29 @@ class _Measurement:
         """Checks a competitor, calls it once to warm up and once more for its memory."""
         if self.broken is not None:
             return _left_out("failed", f"not run: {self.broken}")
-        rival = None if name.startswith("corrdit ") else self.contest.rivals[name]
-        reason = None if rival is None else self._refusal(rival)
+        baseline = None if name.startswith("corrdit ") else self.comparison.baselines[name]
+        reason = None if baseline is None else self._refusal(baseline)
         if reason is not None:
             return _left_out(*reason)
-        run = rival.run if rival is not None else self._own(name)
+        backend = name.removeprefix("corrdit ")
+        run = baseline.run if baseline is not None else lambda scene: self.comparison.run(scene, backend)
         row: Row = {}
         try:
             row.update(self._check(run))
             if not row["within_tolerance"]:
                 return {**row, **_left_out("wrong", "the result is wrong, so it has no time")}
             scene = self._scene_to_time()
-            if rival is None:
-                row["about"] = backend_name(name.removeprefix("corrdit "), scene.q)
-            elif rival.about is not None:
-                row["about"] = rival.about(scene)
+            if baseline is None:
+                row["about"] = backend_name(backend, scene.q)  # what "auto" stands for
+            elif baseline.about is not None:
+                row["about"] = baseline.about(scene)
             work = checking.work(run, scene, self.piece.backward)
-            if self.settings.device.type == "cuda" or (rival is not None and rival.compiles):
+            if self.settings.device.type == "cuda" or (baseline is not None and baseline.compiles):
                 work()
             start = time.perf_counter()
             row["extra_bytes"] = peak_extra_bytes(work, self.settings.device)
-            self._rounds[name] = self._affordable_rounds(time.perf_counter() - start)
+            seconds, most = max(time.perf_counter() - start, 1e-6), self.settings.rounds
+            self._rounds[name] = max(min(LEAST_ROUNDS, most), min(most, int(self.settings.seconds / seconds)))
             self._works[name] = work
         except Exception as error:  # whatever a competitor dies of is a result, and the others go on
             return {**row, **self._failure(error)}
@@ -179,28 +181,17 @@ class _Measurement:
             else:
                 row["milliseconds"] = dataclasses.asdict(times[name])
 
-    def _affordable_rounds(self, seconds: float) -> int:
-        """Timed calls of a competitor that takes so many seconds."""
-        most = self.settings.rounds
-        return max(min(LEAST_ROUNDS, most), min(most, int(self.settings.seconds / max(seconds, 1e-6))))
-
-    def _own(self, name: str) -> Callable[[Scene], Results]:
-        backend = name.removeprefix("corrdit ")
-        return lambda scene: self.contest.run(scene, backend)
-
-    def _refusal(self, rival: Rival) -> tuple[str, str] | None:
-        """Why a rival is not even tried."""
+    def _refusal(self, baseline: Baseline) -> tuple[str, str] | None:
+        """Why a baseline is not even tried."""
         settings = self.settings
-        if rival.absent_on == settings.device.type:
+        if baseline.absent_on == settings.device.type:
             return "not possible", f"does not run on {settings.device.type}"
-        if self.piece.backward and rival.forward_only_on == settings.device.type:
+        if self.piece.backward and baseline.forward_only_on == settings.device.type:
             return "not possible", f"has no backward pass on {settings.device.type}"
-        needed = rival.map_bytes(self.piece.shape, settings.dtype.itemsize)
-        if settings.rival_bytes is not None and needed > settings.rival_bytes:
-            return (
-                "out of memory",
-                f"needs {needed / 2**30:.1f} GiB for its score maps, more than {settings.rival_bytes / 2**30:.1f} GiB",
-            )
+        needed, allowed = baseline.map_bytes(self.piece.shape, settings.dtype.itemsize), settings.baseline_bytes
+        if allowed is not None and needed > allowed:
+            reason = f"needs {needed / 2**30:.1f} GiB for its score maps, more than {allowed / 2**30:.1f} GiB"
+            return "out of memory", reason
         return None
 
     def _scene_to_time(self) -> Scene:
@@ -217,7 +208,7 @@ class _Measurement:
         if self._truth is None:
             frames = self.settings.checked_frames or self.piece.shape.frames
             self._truth = checking.Truth.of(
-                self.contest,
+                self.comparison,
                 self.piece.shape,
                 frames=min(frames, self.piece.shape.frames),
                 backward=self.piece.backward,

@@ -11,9 +11,10 @@ writes  a table of errors to standard output: the tracker beside points that sta
 
 from __future__ import annotations
 
+import argparse
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,6 +24,10 @@ from corrdit.cli.points import grid_points
 from corrdit.cli.progress import progress_bar
 from corrdit.cli.tables import print_table
 
+if TYPE_CHECKING:
+    from corrdit.integrations.embedded.world import Truth
+    from corrdit.tracking import Tracks
+
 HELP = "track points through a generated clip and compare with its exact truth"
 USAGE = "--output DIR [--seed N] [--model embedded] [options]"
 _FPS = 10.0
@@ -30,14 +35,14 @@ _MOVED_PIXELS = 8.0
 _THRESHOLDS = (2.0, 4.0, 8.0)
 
 
-def add_arguments(parser: Any) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results, made if need be")
     parser.add_argument("--seed", type=int, default=9, help="of the clip")
     parser.add_argument("--points", type=int, default=16, metavar="N", help="N x N points on the first frame")
     add_model_options(parser)
 
 
-def run(arguments: Any) -> int:
+def run(arguments: argparse.Namespace) -> int:
     from corrdit.integrations.embedded.world import demo_clip
     from corrdit.tracking import PointTracker
     from corrdit.tracking.baselines import nearest_patches, standing_still
@@ -73,7 +78,7 @@ def run(arguments: Any) -> int:
     return 0
 
 
-def error_cells(tracks: Any, truth: Any, chosen: np.ndarray) -> tuple[str, ...]:
+def error_cells(tracks: Tracks, truth: Truth, chosen: np.ndarray) -> tuple[str, ...]:
     """Median and mean error in pixels and the share of positions within each threshold, as text."""
     if not chosen.any():
         return ("none",) * (2 + len(_THRESHOLDS))
@@ -82,15 +87,17 @@ def error_cells(tracks: Any, truth: Any, chosen: np.ndarray) -> tuple[str, ...]:
     return (f"{np.median(errors):.1f} px", f"{errors.mean():.1f} px", *within)
 
 
-def _write(folder: Path, video: np.ndarray, queries: np.ndarray, tracks: Any, truth: Any) -> None:
+def _write(folder: Path, video: np.ndarray, queries: np.ndarray, tracks: Tracks, truth: Truth) -> None:
+    import torch
+
     from corrdit.tracking import Tracks
     from corrdit.video import write_video
     from corrdit.visualization import write_track_pictures
 
     write_video(folder / "clip.mp4", video, _FPS)
     tracks.save(folder / "tracks.npz", queries=queries)
-    known = np.ones(truth.visible.shape, dtype=np.float32)
-    Tracks(xy=truth.xy, visible=truth.visible, score=known).save(folder / "truth.npz", queries=queries)
+    exact = (truth.xy, truth.visible, np.ones(truth.visible.shape, dtype=np.float32))
+    Tracks(*map(torch.as_tensor, exact)).save(folder / "truth.npz", queries=queries)
     write_track_pictures(
         video,
         tracks,

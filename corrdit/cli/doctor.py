@@ -6,24 +6,24 @@ writes  tables to standard output, or with --json one JSON object
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
 import re
-from typing import Any
 
 from corrdit.cli.tables import print_table
 
 HELP = "show versions, devices and backends, and why a backend cannot run"
 
 
-def add_arguments(parser: Any) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
 
 
-def run(arguments: Any) -> int:
+def run(arguments: argparse.Namespace) -> int:
     found, runs = versions(), {"backends": backends(), "attention": attention_implementations()}
     if arguments.json:
         print(json.dumps({"versions": found, "devices": devices(), **runs, "files": files()}, indent=1))
@@ -64,7 +64,9 @@ def devices() -> dict[str, str]:
     """Devices by torch's name for them, and where there is no GPU the reason."""
     import torch
 
-    found = {"cpu": f"{_processor()}, {torch.get_num_threads()} threads{_memory()}"}
+    from corrdit.benchmark.environment import processor_name
+
+    found = {"cpu": f"{processor_name()}, {torch.get_num_threads()} threads{_memory()}"}
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         found[f"cuda:{index}"] = (
@@ -125,7 +127,7 @@ def files() -> dict[str, str]:
     if importlib.util.find_spec("diffusers") is None:
         found["embedded model"] = "needs diffusers, which is not installed"
     else:
-        from corrdit.integrations.embedded.loading import WEIGHTS
+        from corrdit.integrations.embedded.preset import WEIGHTS
 
         weights = sorted(WEIGHTS.rglob("*.safetensors"))
         size = sum(file.stat().st_size for file in weights) / 1e6
@@ -139,15 +141,6 @@ def files() -> dict[str, str]:
 
         found["mp4 (H.264)"] = "can be written" if "libx264" in av.codecs_available else "this PyAV has no libx264"
     return found
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _memory() -> str:

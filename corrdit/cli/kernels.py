@@ -12,12 +12,12 @@ writes  to standard output a table, or with --json one JSON object a line: op, p
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 HELP = "compile every Triton kernel without a GPU and show registers, spills and instructions"
 USAGE = "[--arch 80 90 100] [--json] [--output FILE] [--op OP ...] [--dtype DTYPE ...] [--head-dim D ...]"
@@ -29,7 +29,7 @@ _COLUMNS = (
 _KEY = ("op", "heads", "dtype", "head_dim", "arch")
 
 
-def add_arguments(parser: Any) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", type=int, nargs="+", default=[90], help="compute capabilities: 80, 89, 90, 100")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
     parser.add_argument("--output", type=str, default=None, help="a JSON file that collects the rows")
@@ -39,7 +39,7 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument("--precision", type=str, default="ieee", help="of products of float32: ieee or tf32")
 
 
-def run(arguments: Any) -> int:
+def run(arguments: argparse.Namespace) -> int:
     # Compiling is what is asked for: interpreted kernels cannot be compiled.
     os.environ.pop("TRITON_INTERPRET", None)
     from corrdit.kernels.inspection.catalogue import compile_entry, requests, sources
@@ -70,11 +70,11 @@ def run(arguments: Any) -> int:
     return 0
 
 
-def _line(row: dict[str, Any]) -> str:
+def _line(row: dict[str, object]) -> str:
     return "".join(str(row[name]).ljust(width) for name, width in _COLUMNS).rstrip()
 
 
-def _rows_of(output: pathlib.Path, digest: str) -> list[dict[str, Any]]:
+def _rows_of(output: pathlib.Path, digest: str) -> list[dict[str, object]]:
     """The rows a file holds if they are of these sources; none where there is no file or it is of others."""
     if not output.exists():
         return []
@@ -85,14 +85,14 @@ def _rows_of(output: pathlib.Path, digest: str) -> list[dict[str, Any]]:
         raise ValueError(f"--output {output} holds something else than rows of this command; name another") from error
 
 
-def _check(option: str, given: list[Any], accepted: Sequence[Any]) -> None:
+def _check(option: str, given: Sequence[object], accepted: Sequence[object]) -> None:
     for value in given:
         if value not in accepted:
             names = f"{accepted[0]} to {accepted[-1]}" if isinstance(accepted, range) else ", ".join(map(str, accepted))
             raise ValueError(f"{option} must be one of {names}, got {value}")
 
 
-def _write(output: pathlib.Path, digest: str, rows: list[dict[str, Any]]) -> None:
+def _write(output: pathlib.Path, digest: str, rows: list[dict[str, object]]) -> None:
     import torch
 
     from corrdit.benchmark.environment import environment

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
-from corrdit.tracking import Tracks
+from corrdit.tracking import PointTracker
 from corrdit.tracking.baselines import nearest_patches, standing_still
-from corrdit.tracking.options import tracker_options
+from corrdit.tracking.options import PRESETS, changed_options
+from corrdit.tracking.pseudo_truth import Tracker, lucas_kanade
+from corrdit.tracking.tracker import TrackingBackbone
 
-Track = Callable[[Any, Any], Tracks]
+Options = Mapping[str, Any]
+"""Of a tracker, by name."""
+
+Track = Tracker
 """`track(video uint8 [T, H, W, 3], queries [P, 3])`."""
 
 PATCH_VALUES = 2**26
@@ -20,6 +26,12 @@ PATCH_VALUES = 2**26
 
 FEATURE_TEMPERATURE = 8.0
 """Cosines lie between -1 and 1: without this factor the softmax over a frame is nearly flat."""
+
+
+class ModelBackbone(TrackingBackbone, Protocol):
+    """What the trackers that read a model ask of it; `corrdit.load_backbone` gives one."""
+
+    def with_features(self, feature: str = ...) -> TrackingBackbone: ...
 
 
 @dataclass(frozen=True)
@@ -36,112 +48,86 @@ class TrackerKind:
 
     description: str
     needs_model: bool
-    check: Callable[[Mapping[str, Any]], None]
-    build: Callable[[Any, Mapping[str, Any]], Track]
+    check: Callable[[Options], None]
+    build: Callable[[ModelBackbone | None, Options], Track]
     queries_at_once: Callable[[int, int], int | None] = lambda height, width: None
 
 
-def _checked_preset(preset: str) -> Callable[[Mapping[str, Any]], None]:
-    def check(options: Mapping[str, Any]) -> None:
-        tracker_options(preset, dict(options))
-
-    return check
+def _point_tracker(preset: str, backbone: ModelBackbone | None, options: Options) -> Track:
+    return PointTracker(_given(backbone), preset=preset, **options).track
 
 
-def _point_tracker(preset: str) -> Callable[[Any, Mapping[str, Any]], Track]:
-    def build(backbone: Any, options: Mapping[str, Any]) -> Track:
-        from corrdit.tracking import PointTracker
-
-        return PointTracker(backbone, preset=preset, **options).track
-
-    return build
-
-
-def _checked_features(options: Mapping[str, Any]) -> None:
-    tracker_options("default", {name: value for name, value in options.items() if name != "feature"})
-
-
-def _feature_tracker(backbone: Any, options: Mapping[str, Any]) -> Track:
-    from corrdit.integrations.diffusers.feature_backbone import FeatureBackbone
-    from corrdit.tracking import PointTracker
-
-    given = {"temperature": FEATURE_TEMPERATURE, **options, "heads": "logits", "head_weights": ()}
-    read = FeatureBackbone(backbone, **{name: given.pop(name) for name in ("feature",) if name in given})
+def _feature_tracker(backbone: ModelBackbone | None, options: Options) -> Track:
+    backbone, given = _given(backbone), {"temperature": FEATURE_TEMPERATURE, **options}
+    read = backbone.with_features(given.pop("feature")) if "feature" in given else backbone.with_features()
+    given |= {"heads": "logits", "head_weights": ()}
     if not given.get("layers"):
-        given.setdefault("layer", backbone.preset.layer)
+        given.setdefault("layer", backbone.preset.reading.layer)
     return PointTracker(read, **given).track
 
 
-def _checked_signature(function: Callable[..., Any]) -> Callable[[Mapping[str, Any]], None]:
+def _given(backbone: ModelBackbone | None) -> ModelBackbone:
+    if backbone is None:
+        raise ValueError("this tracker reads a video transformer and none was given; give what load_backbone returns")
+    return backbone
+
+
+def _check_model_options(preset: str, options: Options, *, besides: str = "") -> None:
+    changed_options(PRESETS[preset], {name: value for name, value in options.items() if name != besides})
+
+
+def _check_keywords(function: Callable[..., object], options: Options) -> None:
     """Options are the keyword-only arguments of the function."""
     parameters = inspect.signature(function).parameters.values()
     accepted = [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
-
-    def check(options: Mapping[str, Any]) -> None:
-        unknown = sorted(set(options) - set(accepted))
-        if unknown:
-            raise ValueError(f"unknown option {unknown[0]!r}; the options are {', '.join(accepted) or 'none'}")
-
-    return check
+    unknown = sorted(set(options) - set(accepted))
+    if unknown:
+        raise ValueError(f"unknown option {unknown[0]!r}; the options are {', '.join(accepted) or 'none'}")
 
 
-def _standing_still(backbone: Any, options: Mapping[str, Any]) -> Track:
-    return lambda video, queries: standing_still(queries, len(video))
-
-
-def _nearest_patches(backbone: Any, options: Mapping[str, Any]) -> Track:
-    return lambda video, queries: nearest_patches(video, queries, **options)
-
-
-def _lucas_kanade_installed(options: Mapping[str, Any]) -> None:
-    _checked_signature(lambda: None)(options)
+def _check_lucas_kanade(options: Options) -> None:
+    _check_keywords(lucas_kanade, options)
     if importlib.util.find_spec("cv2") is None:
         raise ValueError("Lucas-Kanade is OpenCV's; install opencv-python-headless, or leave this tracker out")
-
-
-def _lucas_kanade(backbone: Any, options: Mapping[str, Any]) -> Track:
-    from corrdit.analysis.pseudo_truth import lucas_kanade
-
-    return lucas_kanade
 
 
 TRACKER_KINDS: dict[str, TrackerKind] = {
     "ours": TrackerKind(
         "queries and keys of the model, with the options of corrdit's default",
         True,
-        _checked_preset("default"),
-        _point_tracker("default"),
+        functools.partial(_check_model_options, "default"),
+        functools.partial(_point_tracker, "default"),
     ),
     "released": TrackerKind(
         "queries and keys of the model, by DiffTrack's released procedure",
         True,
-        _checked_preset("published"),
-        _point_tracker("published"),
+        functools.partial(_check_model_options, "published"),
+        functools.partial(_point_tracker, "published"),
     ),
     "features": TrackerKind(
         "output of the model's attention layer in place of queries and keys",
         True,
-        _checked_features,
+        functools.partial(_check_model_options, "default", besides="feature"),
         _feature_tracker,
     ),
     "patches": TrackerKind(
         "the patch of pixels that looks most alike",
         False,
-        _checked_signature(nearest_patches),
-        _nearest_patches,
+        functools.partial(_check_keywords, nearest_patches),
+        lambda backbone, options: functools.partial(nearest_patches, **options),
         lambda height, width: max(1, PATCH_VALUES // (height * width)),
     ),
     "still": TrackerKind(
         "points that stand still",
         False,
-        _checked_signature(lambda: None),
-        _standing_still,
+        functools.partial(_check_keywords, standing_still),
+        lambda backbone, options: lambda video, queries: standing_still(queries, len(video)),
     ),
     "lucas_kanade": TrackerKind(
         "OpenCV's Lucas-Kanade from frame to frame (needs opencv-python-headless)",
         False,
-        _lucas_kanade_installed,
-        _lucas_kanade,
+        _check_lucas_kanade,
+        lambda backbone, options: lucas_kanade,
     ),
 }
 
@@ -161,7 +147,7 @@ class TrackerChoice:
 
     label: str
     kind: str
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Options = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.label:
@@ -178,7 +164,7 @@ class TrackerChoice:
         """Whether it reads a video transformer."""
         return TRACKER_KINDS[self.kind].needs_model
 
-    def build(self, backbone: Any) -> Track:
+    def build(self, backbone: ModelBackbone | None) -> Track:
         """The tracker; `backbone` may be None where it needs none.
 
         Raises:
@@ -193,14 +179,14 @@ class TrackerChoice:
         """Most queries it is given together for frames of this size."""
         return TRACKER_KINDS[self.kind].queries_at_once(height, width)
 
-    def described(self) -> dict[str, Any]:
+    def described(self) -> dict[str, object]:
         """Kind and options, as `settings.json` keeps them."""
         return {"kind": self.kind, **{name: _plain(value) for name, value in self.options.items()}}
 
 
 def chosen_trackers(
-    trackers: str | Sequence[str] | Mapping[str, Mapping[str, Any] | None],
-    model_options: Mapping[str, Any] | None = None,
+    trackers: str | Sequence[str] | Mapping[str, Options | None],
+    model_options: Options | None = None,
 ) -> list[TrackerChoice]:
     """Trackers from names, or from labels with options.
 
@@ -231,5 +217,5 @@ def chosen_trackers(
     return choices
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

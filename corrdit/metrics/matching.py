@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from corrdit.tracking.geometry import Stride, sample_matches
+from corrdit.geometry import Stride, sample_matches
 
 
 @dataclass(frozen=True)

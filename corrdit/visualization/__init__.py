@@ -9,9 +9,14 @@ from corrdit.visualization.flow import (
     write_loss_curve,
 )
 from corrdit.visualization.page import write_comparison_page
-from corrdit.visualization.pictures import write_track_pictures
 from corrdit.visualization.sheet import contact_sheet
-from corrdit.visualization.tracks import TrackPainter, TrackStyle, draw_tracks, iterate_drawn_tracks
+from corrdit.visualization.tracks import (
+    TrackPainter,
+    TrackStyle,
+    draw_tracks,
+    iterate_drawn_tracks,
+    write_track_pictures,
+)
 
 __all__ = [
     "TrackPainter",

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from corrdit.files import written_beside
 from corrdit.video import resize_frame
+from corrdit.visualization.figures import figure_pixels
 from corrdit.visualization.sheet import contact_sheet
 
 _ARROW = "#ffffff"
@@ -20,7 +20,7 @@ _MOST_ARROWS = 24
 _ARROW_ROOM = 40  # pixels of a token where frames are small
 
 
-def flow_colours(flow: Any, *, largest: float | None = None) -> np.ndarray:
+def flow_colours(flow: ArrayLike, *, largest: float | None = None) -> np.ndarray:
     """A displacement field as colours: hue is the direction, saturation the length; no motion is white.
 
     Args:
@@ -61,7 +61,7 @@ def colour_wheel(size: int = 64) -> np.ndarray:
     return wheel
 
 
-def draw_flow_arrows(frame: np.ndarray, flow: Any, *, scale: tuple[float, float] | None = None) -> np.ndarray:
+def draw_flow_arrows(frame: np.ndarray, flow: ArrayLike, *, scale: tuple[float, float] | None = None) -> np.ndarray:
     """Arrows over a frame, one for every token, or for some of them where there are many.
 
     Args:
@@ -80,7 +80,6 @@ def draw_flow_arrows(frame: np.ndarray, flow: Any, *, scale: tuple[float, float]
         raise ValueError(
             f"frame must be uint8 [H, W, 3] and flow [h, w, 2], got {frame.dtype} {frame.shape} and {flow.shape}"
         )
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     height, width = frame.shape[:2]
@@ -90,7 +89,6 @@ def draw_flow_arrows(frame: np.ndarray, flow: Any, *, scale: tuple[float, float]
     y, x = np.meshgrid(np.arange(step // 2, rows, step), np.arange(step // 2, columns, step), indexing="ij")
     moved = flow[y, x]
     figure = Figure(figsize=(width / 72, height / 72), dpi=72)
-    canvas = FigureCanvasAgg(figure)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.imshow(frame, extent=(0, width, height, 0), aspect="auto")
     axes.quiver(
@@ -109,14 +107,13 @@ def draw_flow_arrows(frame: np.ndarray, flow: Any, *, scale: tuple[float, float]
     axes.set_xlim(0, width)
     axes.set_ylim(height, 0)
     axes.axis("off")
-    canvas.draw()
-    return np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])
+    return figure_pixels(figure)
 
 
 def write_flow_pictures(
     folder: str | os.PathLike[str],
     name: str,
-    flow: Any,
+    flow: ArrayLike,
     frames: Sequence[np.ndarray] | np.ndarray,
     *,
     source: int = 0,
@@ -149,7 +146,10 @@ def write_flow_pictures(
         flow_colours(flow[source, target], largest=largest).repeat(enlarge, axis=0).repeat(enlarge, axis=1)
         for target in targets
     ]
-    shown = _roomy(np.asarray(frames[source]), flow.shape[2:4])
+    shown = np.asarray(frames[source])
+    height, width = shown.shape[:2]
+    factor = max(1.0, _ARROW_ROOM * flow.shape[2] / height, _ARROW_ROOM * flow.shape[3] / width)
+    shown = resize_frame(shown, round(height * factor), round(width * factor))
     arrows = [draw_flow_arrows(shown, flow[source, target]) for target in targets]
     labels = [f"to frame {target}" for target in targets]
     caption = f"displacement from frame {source}; full colour is {largest:.1f} tokens"
@@ -162,13 +162,7 @@ def write_flow_pictures(
     return files
 
 
-def _roomy(frame: np.ndarray, tokens: tuple[int, ...]) -> np.ndarray:
-    """A frame large enough for an arrow in every token."""
-    factor = max(1.0, *(_ARROW_ROOM * count / size for count, size in zip(tokens, frame.shape[:2], strict=True)))
-    return resize_frame(frame, round(frame.shape[0] * factor), round(frame.shape[1] * factor))
-
-
-def write_loss_curve(path: str | os.PathLike[str], losses: Any) -> None:
+def write_loss_curve(path: str | os.PathLike[str], losses: ArrayLike) -> None:
     """The losses of a motion transfer as a PNG picture.
 
     Args:
@@ -181,12 +175,10 @@ def write_loss_curve(path: str | os.PathLike[str], losses: Any) -> None:
     losses = np.asarray(losses, dtype=np.float64)
     if losses.ndim != 2:
         raise ValueError(f"losses must be [guided steps, optimisation steps], got shape {losses.shape}")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(6, 3.5), dpi=110, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     steps, iterations = losses.shape
@@ -195,8 +187,5 @@ def write_loss_curve(path: str | os.PathLike[str], losses: Any) -> None:
     axes.set_xlabel("denoising step")
     axes.set_ylabel("loss before the optimiser's step")
     axes.grid(alpha=0.3)
-    canvas.draw()
-    encoded = io.BytesIO()
-    figure.savefig(encoded, format="png")
     with written_beside(path) as file:
-        file.write(encoded.getvalue())
+        figure.savefig(file, format="png")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import os
 from collections.abc import Sequence
@@ -12,12 +11,12 @@ import numpy as np
 
 from corrdit.files import written_beside
 from corrdit.video import resize_frame
+from corrdit.visualization.figures import INK, figure_pixels, png_bytes
 
 _MARGIN = 16
 _GAP = 10
 _LABEL = 24
 _SHEET_WIDTH = 1600
-_INK = "#3a4048"
 
 
 def sheet_frames(frames: int, cells: int = 12) -> list[int]:
@@ -75,12 +74,8 @@ def contact_sheet(
     sheet, corners = _lay_out(pictures, columns or sheet_columns(len(pictures), height, width), cell, bool(caption))
     sheet = _write_labels(sheet, corners, labels, caption)
     if path is not None:
-        import imageio.v3 as imageio
-
-        encoded = io.BytesIO()
-        imageio.imwrite(encoded, sheet, extension=".png", plugin="pillow")
         with written_beside(path) as file:
-            file.write(encoded.getvalue())
+            file.write(png_bytes(sheet))
     return sheet
 
 
@@ -104,16 +99,13 @@ def _lay_out(
 def _write_labels(
     sheet: np.ndarray, corners: Sequence[tuple[int, int]], labels: Sequence[str], caption: str
 ) -> np.ndarray:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     height, width = sheet.shape[:2]
     figure = Figure(figsize=(width / 72, height / 72), dpi=72)
-    canvas = FigureCanvasAgg(figure)
     figure.figimage(sheet, 0, 0, origin="upper")
     for (top, left), label in zip(corners, labels, strict=True):
-        figure.text(left / width, 1 - (top - 6) / height, label, fontsize=13, color=_INK, va="baseline")
+        figure.text(left / width, 1 - (top - 6) / height, label, fontsize=13, color=INK, va="baseline")
     if caption:
-        figure.text(_MARGIN / width, (_MARGIN - 4) / height, caption, fontsize=12, color=_INK, va="baseline")
-    canvas.draw()
-    return np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])
+        figure.text(_MARGIN / width, (_MARGIN - 4) / height, caption, fontsize=12, color=INK, va="baseline")
+    return figure_pixels(figure)

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from torch import Tensor
 
-from corrdit.video import resize_frame
+from corrdit.video import VideoWriter, resize_frame
 from corrdit.visualization.colours import position_colours
+from corrdit.visualization.sheet import cell_size, contact_sheet, sheet_frames
 
 if TYPE_CHECKING:
-    from corrdit.tracking import Tracks
+    from matplotlib.collections import Collection
+    from matplotlib.transforms import Transform
 
 _SMALLEST_SIDE = 240
 _ENLARGED_SIDE = 320
+
+
+class DrawableTracks(Protocol):
+    """What is drawn: xy `[T, P, 2]` in pixels of the video and visible `[T, P]`, as `corrdit.Tracks` has them."""
+
+    @property
+    def xy(self) -> Tensor | np.ndarray: ...
+
+    @property
+    def visible(self) -> Tensor | np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -63,7 +77,7 @@ class TrackPainter:
 
     def __init__(
         self,
-        tracks: Tracks,
+        tracks: DrawableTracks,
         height: int,
         width: int,
         *,
@@ -140,7 +154,7 @@ def _with_opacity(colours: np.ndarray, opacity: np.ndarray | float) -> np.ndarra
 
 def iterate_drawn_tracks(
     frames: Iterable[np.ndarray],
-    tracks: Tracks,
+    tracks: DrawableTracks,
     height: int,
     width: int,
     *,
@@ -159,7 +173,7 @@ def iterate_drawn_tracks(
 
 def draw_tracks(
     video: np.ndarray,
-    tracks: Tracks,
+    tracks: DrawableTracks,
     *,
     starts: np.ndarray | None = None,
     size: tuple[int, int] | None = None,
@@ -189,6 +203,53 @@ def draw_tracks(
     height, width = video.shape[1:3]
     drawn = iterate_drawn_tracks(video, tracks, height, width, starts=starts, size=size, style=style)
     return np.stack(list(drawn))
+
+
+def write_track_pictures(
+    frames: Iterable[np.ndarray],
+    tracks: DrawableTracks,
+    size: tuple[int, int],
+    *,
+    queries: np.ndarray,
+    fps: float,
+    video_path: str | os.PathLike[str],
+    sheet_path: str | os.PathLike[str],
+    style: TrackStyle | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Draw tracks over a video and write it with its contact sheet, holding one frame at a time.
+
+    Args:
+        frames: uint8 `[H, W, 3]`, one after another.
+        tracks: xy `[T, P, 2]` in pixels, visible `[T, P]`.
+        size: (height, width) of the video in whose pixels `tracks` is given.
+        queries: float `[P, 3]`, (frame, x, y); their places give the colours.
+        fps: frames per second of the written video.
+        video_path: .mp4, .mov or .gif; sheet_path: .png.
+        style: see `TrackStyle`.
+        progress: called with (frames done, frames in all).
+    """
+    total = len(tracks.xy)
+    chosen = sheet_frames(total)
+    starts = np.asarray(queries)[:, 1:]
+    painter = TrackPainter(tracks, *size, starts=starts, style=style)
+    cell_painter = TrackPainter(tracks, *size, starts=starts, style=style, size=cell_size(len(chosen), *size))
+    cells = []
+    with VideoWriter(video_path, fps) as writer:
+        for index, frame in enumerate(frames):
+            writer.write(painter.draw(frame, index))
+            if index in chosen:
+                cells.append(cell_painter.draw(frame, index))
+            if progress is not None:
+                progress(index + 1, total)
+        visible = 100 * float(np.asarray(tracks.visible).mean())
+        contact_sheet(
+            cells,
+            [f"frame {index}" for index in chosen],
+            path=sheet_path,
+            caption=f"{tracks.xy.shape[1]} points, {visible:.0f} % visible. Filled dots are visible, rings are hidden;"
+            " colours tell where a point starts.",
+        )
 
 
 def _comfortable_size(height: int, width: int) -> tuple[int, int]:
@@ -247,7 +308,7 @@ class _Canvas:
         circles = CircleCollection(area, offsets=centres, offset_transform=self._downwards, snap=False, **properties)
         self._add(circles, len(centres))
 
-    def _add(self, collection: Any, count: int, transform: Any = None) -> None:
+    def _add(self, collection: Collection, count: int, transform: Transform | None = None) -> None:
         if count:
             if transform is not None:
                 collection.set_transform(transform)

@@ -1,14 +1,14 @@
-"""What a call of scaled_dot_product_attention holds, joined over the calls of one layer."""
+"""What a call of attention holds, joined over the calls of one layer."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from corrdit.grid import TokenGrid
+from corrdit.integrations.diffusers.host.attention import AttentionCall
 
 ADDITIVE_MASK_LIMIT = -1000.0
 """Additive masks at or below this remove a key: diffusers writes -10000 or the type's lowest value."""
@@ -33,18 +33,9 @@ class AttentionInputs:
     key_mask: torch.Tensor | None = None
 
     @classmethod
-    def of_call(
-        cls,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        **further: Any,
-    ) -> AttentionInputs:
-        """Reads the arguments of `torch.nn.functional.scaled_dot_product_attention`, by its own names."""
-        return cls(query=query, key=key, mask=attn_mask, causal=is_causal)
+    def of_call(cls, call: AttentionCall) -> AttentionInputs:
+        """What of a call is read."""
+        return cls(query=call.query, key=call.key, mask=call.mask, causal=call.causal)
 
 
 class GatheredCalls:
@@ -53,17 +44,13 @@ class GatheredCalls:
     Args:
         batch: samples in the layer's input.
         grid: the layer's token axis, padded text included.
-        skip_attention: whether the attention itself need not be computed, because the forward ends here.
         text_mask: `[B, T]`, True for the text tokens that take part, where the family drops the others.
     """
 
-    def __init__(
-        self, batch: int, grid: TokenGrid, *, skip_attention: bool = False, text_mask: torch.Tensor | None = None
-    ) -> None:
+    def __init__(self, batch: int, grid: TokenGrid, *, text_mask: torch.Tensor | None = None) -> None:
         self.batch = batch
         self.samples = 0
         self._grid = grid
-        self._skip_attention = skip_attention
         self._text_mask = text_mask
         self._calls: list[AttentionInputs] = []
 
@@ -88,10 +75,6 @@ class GatheredCalls:
         self._calls.append(inputs)
         self.samples += inputs.query.shape[0]
         return self.complete
-
-    def stand_in(self, inputs: AttentionInputs) -> torch.Tensor | None:
-        """An empty attention output where the real one is never used."""
-        return torch.empty_like(inputs.query) if self._skip_attention else None
 
     def joined(self) -> AttentionInputs:
         """All samples as one `[B, H, N, D]` query and key with a key mask; the gathered calls are let go.

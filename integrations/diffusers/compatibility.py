@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from corrdit.integrations.diffusers.host.attention import DelegatingProcessor, calls_dispatcher
+
 SDPA_BACKENDS = frozenset({"native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math"})
 """Attention backends of diffusers that call `scaled_dot_product_attention`."""
 
@@ -57,14 +59,18 @@ def check_processor(processor: Any) -> None:
 
 
 def check_attention_backend(processor: Any) -> None:
-    """Refuses by name an attention backend that does not call scaled_dot_product_attention.
+    """Refuses by name an attention backend behind which a processor's attention cannot be seen.
 
-    Families whose processors call it directly (CogVideoX, Mochi) have no backend and pass.
+    That is one which does not call scaled_dot_product_attention, for a processor that does not call diffusers'
+    dispatcher itself (a subclass which goes through its base class's `__call__`, for instance). Families whose
+    processors call scaled_dot_product_attention directly (CogVideoX, Mochi) have no backend and pass.
 
     Raises:
         ValueError: such a backend.
     """
-    if not hasattr(processor, "_attention_backend"):
+    while isinstance(processor, DelegatingProcessor):
+        processor = processor.inner
+    if calls_dispatcher(type(processor)) or not hasattr(processor, "_attention_backend"):
         return
     backend = processor._attention_backend
     if backend is None:
@@ -72,8 +78,9 @@ def check_attention_backend(processor: Any) -> None:
     name = getattr(backend, "value", backend)
     if name not in SDPA_BACKENDS:
         raise ValueError(
-            f"the attention backend {name!r} does not go through scaled_dot_product_attention, so its queries and keys "
-            f"cannot be read; set one of {', '.join(sorted(SDPA_BACKENDS))} "
+            f"the attention backend {name!r} does not go through scaled_dot_product_attention, and "
+            f"{type(processor).__name__} does not call dispatch_attention_fn itself, so its queries and keys cannot be "
+            f"read; set one of {', '.join(sorted(SDPA_BACKENDS))} "
             '(transformer.set_attention_backend("native")) for the capture'
         )
 

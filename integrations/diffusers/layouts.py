@@ -1,30 +1,22 @@
 """What the capture has to know about a family of transformers: where attention is, and what a forward is given.
 
-One `TransformerLayout` for each family lives beside its backbone; this file finds the one for a model.
+The layouts of the families in diffusers stand here, without anything else of a model, so that a capture of a pipeline
+loads no backbone. `backbones/table.py` has the models that can be read by themselves.
 """
 
 from __future__ import annotations
 
 import abc
 import functools
-import importlib
 import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Protocol, cast
 
 import torch
+from torch import nn
 
 from corrdit.grid import TokenGrid
-
-FAMILY_LAYOUTS = {
-    "CogVideoXTransformer3DModel": "corrdit.integrations.diffusers.backbones.cogvideox:CogVideoXLayout",
-    "HunyuanVideoTransformer3DModel": "corrdit.integrations.diffusers.backbones.hunyuanvideo:HunyuanVideoLayout",
-    "LTXVideoTransformer3DModel": "corrdit.integrations.diffusers.backbones.ltx:LTXLayout",
-    "MochiTransformer3DModel": "corrdit.integrations.diffusers.backbones.mochi:MochiLayout",
-    "WanTransformer3DModel": "corrdit.integrations.diffusers.backbones.wan:WanLayout",
-}
-"""Layout class by the transformer's class name."""
 
 REFUSED_TRANSFORMERS = {
     "LatteTransformer3DModel": "it attends within frames and across time in separate layers (factored attention)",
@@ -58,23 +50,27 @@ class TransformerLayout(abc.ABC):
     Attributes:
         guidance: "batched" if its pipelines put [unconditional, conditional] into one call, "separate" if they call
             the conditional first and then the unconditional.
+        family: name under which settings of its models are published.
+        text: where the text stands in the token axis of self-attention; None where it does not.
     """
 
     guidance: ClassVar[Literal["batched", "separate"]]
+    family: ClassVar[str] = ""
+    text: ClassVar[Literal["first", "last"] | None] = None
 
     @abc.abstractmethod
-    def attention_modules(self, transformer: torch.nn.Module) -> list[torch.nn.Module]:
+    def attention_modules(self, transformer: nn.Module) -> list[nn.Module]:
         """The self-attention modules in the order they run; layer n of a capture is the n-th of them."""
 
     @abc.abstractmethod
-    def read_call(self, transformer: torch.nn.Module, arguments: Mapping[str, Any]) -> ForwardCall:
+    def read_call(self, transformer: nn.Module, arguments: Mapping[str, Any]) -> ForwardCall:
         """Batch, token grid and timestep of a forward, from its arguments by name."""
 
-    def block_lists(self, transformer: torch.nn.Module) -> list[str]:
+    def block_lists(self, transformer: nn.Module) -> list[str]:
         """Names of the module lists that hold the blocks, in the order they run."""
         return ["transformer_blocks"]
 
-    def video_grid(self, transformer: torch.nn.Module, frames: int, height: int, width: int) -> TokenGrid:
+    def video_grid(self, transformer: nn.Module, frames: int, height: int, width: int) -> TokenGrid:
         """The video tokens of latents of `frames` x `height` x `width`, without text.
 
         Raises:
@@ -89,12 +85,135 @@ class TransformerLayout(abc.ABC):
                 )
         return TokenGrid(frames // patch_t, height // patch_h, width // patch_w)
 
+    def with_text(self, video: TokenGrid, tokens: int) -> TokenGrid:
+        """The grid with so many text tokens where this family puts them, if it does."""
+        return video if self.text is None else replace(video, text_tokens=tokens, text_first=self.text == "first")
+
     @abc.abstractmethod
-    def patch_size(self, transformer: torch.nn.Module) -> tuple[int, int, int]:
+    def patch_size(self, transformer: nn.Module) -> tuple[int, int, int]:
         """(frames, rows, columns) of latents that one token stands for."""
 
 
-def layout_of(transformer: torch.nn.Module) -> TransformerLayout:
+class Config(Protocol):
+    """Options a part of a pipeline was built with, by name; which there are is the family's own."""
+
+    def __getattr__(self, name: str) -> Any: ...
+
+
+def config_of(part: nn.Module) -> Config:
+    """The config that every model of diffusers carries."""
+    return cast(Config, part.config)
+
+
+class BlockLayout(TransformerLayout):
+    """A transformer as diffusers builds most: one attention module a block, latents `[B, C, F, h, w]`.
+
+    Attributes:
+        lists: names of the module lists that hold the blocks, in the order they run.
+        attention: name of the attention module in a block.
+    """
+
+    lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
+    attention: ClassVar[str] = "attn1"
+
+    def attention_modules(self, transformer: nn.Module) -> list[nn.Module]:
+        return [getattr(block, self.attention) for name in self.lists for block in getattr(transformer, name)]
+
+    def block_lists(self, transformer: nn.Module) -> list[str]:
+        return list(self.lists)
+
+    def patch_size(self, transformer: nn.Module) -> tuple[int, int, int]:
+        config = config_of(transformer)
+        return (config.patch_size_t or 1, config.patch_size, config.patch_size)
+
+    def read_call(self, transformer: nn.Module, arguments: Mapping[str, Any]) -> ForwardCall:
+        grid = self.video_grid(transformer, *self.latent_size(arguments))
+        if self.text is not None:
+            grid = self.with_text(grid, arguments["encoder_hidden_states"].shape[1])
+        return ForwardCall(batch=len(arguments["hidden_states"]), grid=grid, timestep=arguments["timestep"])
+
+    def latent_size(self, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
+        """(frames, height, width) of the latents of a call."""
+        _, _, frames, height, width = arguments["hidden_states"].shape
+        return frames, height, width
+
+
+class CogVideoXLayout(BlockLayout):
+    """Where CogVideoX keeps its attention, and its token axis: text, then frames."""
+
+    family = "cogvideox"
+    guidance = "batched"
+    text = "first"
+
+    def latent_size(self, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
+        _, frames, _, height, width = arguments["hidden_states"].shape
+        return frames, height, width
+
+
+class HunyuanVideoLayout(BlockLayout):
+    """Where HunyuanVideo keeps its attention, and its token axis: frames, then text."""
+
+    family = "hunyuanvideo"
+    guidance = "separate"
+    lists = ("transformer_blocks", "single_transformer_blocks")
+    attention = "attn"
+    text = "last"
+
+
+class LTXLayout(BlockLayout):
+    """Where LTX keeps its attention, and its token axis: frames alone. It is given tokens `[B, F * h * w, C]`."""
+
+    family = "ltx"
+    guidance = "batched"
+
+    def latent_size(self, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
+        frames, height, width = (arguments.get(name) for name in ("num_frames", "height", "width"))
+        if frames is None or height is None or width is None:
+            raise ValueError(
+                "this forward of LTX gives coordinates instead of num_frames, height and width (conditioning on images "
+                "or videos adds tokens), so its tokens are not a grid of frames; use the text-to-video pipeline"
+            )
+        return frames, height, width
+
+
+class MochiLayout(BlockLayout):
+    """Where Mochi keeps its attention, and its token axis: frames, then text."""
+
+    family = "mochi"
+    guidance = "batched"
+    text = "last"
+
+    def patch_size(self, transformer: nn.Module) -> tuple[int, int, int]:
+        size = config_of(transformer).patch_size
+        return (1, size, size)
+
+
+class WanLayout(BlockLayout):
+    """Where Wan keeps its attention, and its token axis: frames alone."""
+
+    family = "wan"
+    guidance = "separate"
+    lists = ("blocks",)
+
+    def patch_size(self, transformer: nn.Module) -> tuple[int, int, int]:
+        frames, rows, columns = config_of(transformer).patch_size
+        return (frames, rows, columns)
+
+
+FAMILY_LAYOUTS: dict[str, type[TransformerLayout]] = {
+    "CogVideoXTransformer3DModel": CogVideoXLayout,
+    "HunyuanVideoTransformer3DModel": HunyuanVideoLayout,
+    "LTXVideoTransformer3DModel": LTXLayout,
+    "MochiTransformer3DModel": MochiLayout,
+    "WanTransformer3DModel": WanLayout,
+}
+"""Layout by the transformer's class name."""
+
+_registered = dict(FAMILY_LAYOUTS)
+"""Those of other packages too."""
+
+
+def layout_of(transformer: nn.Module) -> TransformerLayout:
     """The layout of a transformer's class or of the nearest base class that has one.
 
     Raises:
@@ -111,9 +230,8 @@ def layout_of(transformer: torch.nn.Module) -> TransformerLayout:
                 f"{candidate.__name__} is not supported: {REFUSED_TRANSFORMERS[candidate.__name__]}, so there is no "
                 "softmax map from frame to frame to read"
             )
-        layout = _registered_layouts().get(candidate.__name__)
-        if layout is not None:
-            return layout()
+        if candidate.__name__ in _registered:
+            return _registered[candidate.__name__]()
     for name, child in transformer.named_modules():
         if name and has_layout(child):
             raise ValueError(
@@ -122,14 +240,14 @@ def layout_of(transformer: torch.nn.Module) -> TransformerLayout:
             )
     raise ValueError(
         f"{type(transformer).__name__} is not a known video transformer; known are "
-        f"{', '.join(sorted(_registered_layouts()))}; register a layout with "
+        f"{', '.join(sorted(_registered))}; register a layout with "
         "corrdit.integrations.diffusers.register_layout"
     )
 
 
-def has_layout(transformer: torch.nn.Module) -> bool:
+def has_layout(transformer: nn.Module) -> bool:
     """Whether `layout_of` knows the class of a transformer, or one of its base classes."""
-    return any(candidate.__name__ in _registered_layouts() for candidate in type(transformer).__mro__)
+    return any(candidate.__name__ in _registered for candidate in type(transformer).__mro__)
 
 
 def register_layout(transformer_class_name: str, layout: type[TransformerLayout]) -> None:
@@ -140,28 +258,14 @@ def register_layout(transformer_class_name: str, layout: type[TransformerLayout]
     """
     if not (isinstance(layout, type) and issubclass(layout, TransformerLayout)):
         raise ValueError(f"layout must be a subclass of TransformerLayout, got {layout!r}")
-    _THIRD_PARTY_LAYOUTS[transformer_class_name] = layout
+    _registered[transformer_class_name] = layout
 
 
-def forward_arguments(transformer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def forward_arguments(transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call by the names of the class's own `forward`, whatever hooks wrap it."""
-    signature = _forward_signature(type(transformer))  # type: ignore[arg-type]
-    return dict(signature.bind(transformer, *args, **kwargs).arguments)
+    arguments = dict(_signature(type(transformer).forward).bind(transformer, *args, **kwargs).arguments)
+    del arguments[next(iter(arguments))]  # self
+    return arguments
 
 
-@functools.cache
-def _forward_signature(transformer_class: type) -> inspect.Signature:
-    return inspect.signature(transformer_class.forward)  # type: ignore[attr-defined]
-
-
-_THIRD_PARTY_LAYOUTS: dict[str, type[TransformerLayout]] = {}
-
-
-def _registered_layouts() -> dict[str, Any]:
-    loaders = {name: functools.partial(_load, target) for name, target in FAMILY_LAYOUTS.items()}
-    return {**loaders, **_THIRD_PARTY_LAYOUTS}
-
-
-def _load(target: str) -> TransformerLayout:
-    module, _, name = target.partition(":")
-    return getattr(importlib.import_module(module), name)()
+_signature: Callable[[Callable[..., Any]], inspect.Signature] = functools.cache(inspect.signature)

@@ -1,38 +1,30 @@
 """The attention processor that reads queries and keys by delegating to the processor it replaces.
 
-The stock processor runs unchanged under a local `TorchFunctionMode` which sees its call of
-`torch.nn.functional.scaled_dot_product_attention`. The tensors of that call are the queries and keys after
-normalisation and rotary embedding, text included, in the order the model uses; they go to an operation and are freed.
-The call itself is passed on as it was, so the model's output does not change by a bit.
+The tensors of the processor's call of attention are the queries and keys after normalisation and rotary embedding, text
+included, in the order the model uses and before an attention backend quantises them; they go to an operation and are
+freed. `host.attention` says how the call is seen.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
 from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.attention_inputs import AttentionInputs, GatheredCalls
 from corrdit.integrations.diffusers.compatibility import check_attention_backend, check_processor
-from corrdit.integrations.diffusers.results import released, saved_tensors_kept_apart, unchanged
+from corrdit.integrations.diffusers.host.attention import Attention, AttentionCall, DelegatingProcessor, Interceptor
+from corrdit.integrations.diffusers.host.forwards import EarlyExit
+from corrdit.integrations.diffusers.result_guard import released, saved_tensors_kept_apart, unchanged
 
-Operation = Callable[[torch.Tensor, torch.Tensor, TokenGrid, torch.Tensor | None], Any]
+Operation = Callable[[Tensor, Tensor, TokenGrid, Tensor | None], Any]
 """`operation(q, k, grid, key_mask)`: q, k `[B, H, N, D]`, key_mask bool `[B, N]` or None; tensors out."""
-
-SCALED_DOT_PRODUCT_ATTENTION = F.scaled_dot_product_attention
-
-
-class EarlyExit(Exception):
-    """Raised out of the last layer a capture needs; caught where the transformer was called."""
 
 
 @dataclass
@@ -58,7 +50,7 @@ class ReadRequest:
     stop: bool = False
 
 
-class CorrespondenceProcessor:
+class CorrespondenceProcessor(DelegatingProcessor):
     """Drop-in attention processor: the inner processor's output, and an operation on its queries and keys.
 
     ```python
@@ -86,12 +78,9 @@ class CorrespondenceProcessor:
 
     Raises:
         ValueError: arguments that do not fit; at the forward, a token count other than the grid's, a module that is
-            not self-attention, an attention backend that does not call scaled_dot_product_attention, or an operation
-            that wrote to q or k or returned a part of them.
+            not self-attention, attention that cannot be seen (`capture` says which), or an operation that wrote to q
+            or k or returned a part of them.
     """
-
-    def __new__(cls, inner: Any, *args: Any, **kwargs: Any) -> CorrespondenceProcessor:
-        return object.__new__(_with_argument_names(cls, type(inner)))  # type: ignore[arg-type]
 
     def __init__(
         self,
@@ -111,11 +100,11 @@ class CorrespondenceProcessor:
                 f"CorrespondenceProcessor wraps a processor, and {type(inner).__name__} is the attention module; give "
                 "its .processor"
             )
-        self.inner = inner
+        super().__init__(inner)
         self._captured_by: Any = None
         self._request: ReadRequest | None = None
         self._compiled_reads: list[AttentionInputs] = []
-        self._compiled_text_mask: torch.Tensor | None = None
+        self._compiled_text_mask: Tensor | None = None
         self._result: Any = None
         self._fired = False
         # A capture makes processors without either and arms them before the forwards it wants.
@@ -131,49 +120,61 @@ class CorrespondenceProcessor:
                 deliver=self._keep,
             )
 
-    def read(self, attn: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The inner processor's output; queries and keys go to the operation. A call of the processor is this."""
+    def call(
+        self,
+        interceptors: tuple[Interceptor, ...],
+        attn: torch.nn.Module,
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+    ) -> object:
+        """The inner processor's output; queries and keys go to the operation."""
         request = self._request
         if request is None:
-            return self.inner(attn, *args, **kwargs)
+            return self.delegated(interceptors, attn, args, kwargs)
         if torch.compiler.is_compiling():
-            return self._call_while_compiling(attn, *args, **kwargs)
+            return self._call_while_compiling(interceptors, attn, args, kwargs)
         if _recomputing():
-            return self.inner(attn, *args, **kwargs)
+            return self.delegated(interceptors, attn, args, kwargs)
         hidden_states = args[0] if args else kwargs["hidden_states"]
-        gathered = GatheredCalls(
-            hidden_states.shape[0],
-            request.grid,
-            # A checkpointed block runs again in backward and has to make the same graph then.
-            skip_attention=request.stop and not torch.is_grad_enabled(),
-            text_mask=_text_mask(kwargs),
-        )
+        assert isinstance(hidden_states, Tensor)
+        gathered = GatheredCalls(hidden_states.shape[0], request.grid, text_mask=_text_mask(kwargs))
 
-        def observe(inputs: AttentionInputs) -> torch.Tensor | None:
-            if gathered.add(inputs):
+        def observe(call: AttentionCall, attention: Attention) -> Tensor:
+            if gathered.add(AttentionInputs.of_call(call)):
                 self._fire(request, gathered.joined())
-            return gathered.stand_in(inputs)
+            # Where the forward ends here the real output is never used; but a checkpointed block runs again in backward
+            # and has to make the same graph then.
+            return torch.empty_like(call.query) if request.stop and not torch.is_grad_enabled() else attention(call)
 
-        with _AttentionReader(observe):
-            try:
-                output = self.inner(attn, *args, **kwargs)
-            except (AttributeError, RuntimeError, TypeError) as error:
-                # Before the attention only the inner processor has run; inside a capture it is the module's own.
-                if gathered.samples or self._captured_by is not None or isinstance(error, torch.OutOfMemoryError):
-                    raise
-                raise ValueError(
-                    f"{type(self.inner).__name__} fails on this {type(attn).__name__} before its attention is reached "
-                    f"({type(error).__name__}: {error}); wrap the processor that the module itself holds: "
-                    "module.processor = CorrespondenceProcessor(module.processor, grid, operation)"
-                ) from error
+        try:
+            output = self.delegated((*interceptors, observe), attn, args, kwargs)
+        except (AttributeError, RuntimeError, TypeError) as error:
+            # Before the attention only the inner processor has run; inside a capture it is the module's own.
+            if gathered.samples or self._captured_by is not None or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ValueError(
+                f"{type(self.inner).__name__} fails on this {type(attn).__name__} before its attention is reached "
+                f"({type(error).__name__}: {error}); wrap the processor that the module itself holds: "
+                "module.processor = CorrespondenceProcessor(module.processor, grid, operation)"
+            ) from error
         self._check_complete(gathered)
         return output
 
-    def _call_while_compiling(self, attn: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def _call_while_compiling(
+        self,
+        interceptors: tuple[Interceptor, ...],
+        attn: torch.nn.Module,
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+    ) -> object:
         # Queries and keys become outputs of the compiled graph; the operation runs when they are collected.
         reads: list[AttentionInputs] = []
-        with _AttentionReader(reads.append):
-            output = self.inner(attn, *args, **kwargs)
+
+        def collect(call: AttentionCall, attention: Attention) -> Tensor:
+            reads.append(AttentionInputs.of_call(call))
+            return attention(call)
+
+        output = self.delegated((*interceptors, collect), attn, args, kwargs)
         self._compiled_reads = reads
         self._compiled_text_mask = _text_mask(kwargs)
         return output
@@ -223,25 +224,6 @@ class CorrespondenceProcessor:
             )
         return self._result
 
-    @property
-    def _attention_backend(self) -> Any:
-        return getattr(self.inner, "_attention_backend", None)
-
-    @_attention_backend.setter
-    def _attention_backend(self, backend: Any) -> None:
-        self.inner._attention_backend = backend
-
-    @property
-    def _parallel_config(self) -> Any:
-        return getattr(self.inner, "_parallel_config", None)
-
-    @_parallel_config.setter
-    def _parallel_config(self, config: Any) -> None:
-        self.inner._parallel_config = config
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (_itself, (self.inner,))
-
     def _keep(self, result: Any) -> None:
         self._result = result
         self._fired = True
@@ -273,45 +255,6 @@ class CorrespondenceProcessor:
             )
 
 
-class _AttentionReader(TorchFunctionMode):
-    """Shows the arguments of every scaled_dot_product_attention to `observe` and passes the call on as it was.
-
-    If `observe` returns a tensor, that stands in for the attention output.
-    """
-
-    def __init__(self, observe: Callable[[AttentionInputs], torch.Tensor | None]) -> None:
-        super().__init__()
-        self.observe = observe
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is SCALED_DOT_PRODUCT_ATTENTION:
-            stand_in = self.observe(AttentionInputs.of_call(*args, **kwargs))
-            if stand_in is not None:
-                return stand_in
-        if func is torch.Tensor.unflatten:
-            # The method asks for its base class's, which torch.compile cannot follow under a function mode.
-            func = torch.unflatten
-        return func(*args, **kwargs)
-
-
-@functools.cache
-def _with_argument_names(base: type[CorrespondenceProcessor], inner: type) -> type[CorrespondenceProcessor]:
-    """`base` with the argument names of `inner.__call__`.
-
-    Attention modules pass on only the keyword arguments they find in the signature of the processor's `__call__`; a
-    processor that takes `**kwargs` would silently lose the rotary embedding.
-    """
-
-    def __call__(self: CorrespondenceProcessor, attn: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return self.read(attn, *args, **kwargs)
-
-    __call__.__signature__ = inspect.signature(inner.__call__)  # type: ignore[attr-defined]
-    return type(base.__name__, (base,), {"__call__": __call__, "__module__": base.__module__, "__doc__": base.__doc__})
-
-
 def named_operations(operation: Operation | Mapping[str, Operation]) -> dict[str, Operation]:
     """An operation, or operations by name, as a checked dict.
 
@@ -330,7 +273,7 @@ def named_operations(operation: Operation | Mapping[str, Operation]) -> dict[str
 
 
 @contextlib.contextmanager
-def _operation_context(request: ReadRequest, query: torch.Tensor) -> Iterator[None]:
+def _operation_context(request: ReadRequest, query: Tensor) -> Iterator[None]:
     """Gradients only if asked for, the tensors' own precision, and nothing saved in a checkpointed block."""
     if request.keep_graph and not torch.is_grad_enabled():
         warnings.warn(
@@ -363,11 +306,7 @@ def _recomputing() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _text_mask(arguments: dict[str, Any]) -> torch.Tensor | None:
+def _text_mask(arguments: Mapping[str, object]) -> Tensor | None:
     """The `[B, T]` mask of a family that drops text padding before it calls attention (Mochi)."""
     mask = arguments.get("attention_mask")
-    return mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
-
-
-def _itself(inner: Any) -> Any:
-    return inner
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None

@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from corrdit.arguments import whole_number
 from corrdit.integrations.diffusers.indices import whole_indices
-from corrdit.integrations.lightning.discovery import find_video_model
+from corrdit.integrations.diffusers.processors import Operation
+from corrdit.integrations.lightning.discovery import VideoModel, find_video_model
 from corrdit.integrations.lightning.measurement import MatchMeasurement
-from corrdit.integrations.lightning.reading import BatchReading, layer_list
+from corrdit.integrations.lightning.reading import layer_indices, layer_list, timed_capture
 from corrdit.integrations.lightning.reports import (
     FOLDER,
-    check_names_differ,
-    draw_heatmap,
+    ReportingCallback,
+    draw_by_layer,
     draw_matches,
     log_figures,
     log_picture,
     log_table,
-    report_name,
 )
 
 STAGES = ("validate", "test", "predict")
 KEYS = ("batch", "sample", "step", "timestep", "layer")
+Row = dict[str, float]
 
 
-class CorrespondenceCallback(Callback):
+class CorrespondenceCallback(ReportingCallback):
     """Captures the attention of the video transformer a module holds, and logs what it says about correspondence.
 
     ```python
@@ -70,7 +70,7 @@ class CorrespondenceCallback(Callback):
         layers: int | Iterable[int] | str = "all",
         steps: int | Iterable[int] | None = None,
         *,
-        operation: Any = None,
+        operation: Operation | None = None,
         stages: Iterable[str] = STAGES,
         attribute: str | None = None,
         batches: int | None = None,
@@ -78,6 +78,7 @@ class CorrespondenceCallback(Callback):
         picture: str = "consistency",
         name: str = FOLDER,
     ) -> None:
+        super().__init__(name)
         self.layers = layer_list(layers)
         self.steps = None if steps is None else whole_indices("steps", steps)
         self.operation = operation if operation is not None else MatchMeasurement()
@@ -88,124 +89,101 @@ class CorrespondenceCallback(Callback):
         self.attribute = attribute
         self.batches = None if batches is None else whole_number("batches", batches, 1)
         self.pictures, self.picture = whole_number("pictures", pictures, 0), picture
-        self.name = report_name(name)
-        self._reading: BatchReading | None = None
-        self._rows: list[dict[str, Any]] = []
+        self._model: VideoModel | None = None
+        self._indices: list[int] = []
+        self._rows: list[Row] = []
         self._drawn: dict[tuple[int, int], dict[int, tuple[int, np.ndarray]]] = {}
         self._batch = 0
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._prepare(trainer, pl_module, "validate")
+        """Find the model, so that a module without one is refused before its first batch."""
+        self._model, self._rows, self._drawn, self._batch = None, [], {}, 0
+        if _stage(trainer) in self.stages:
+            self.refuse_shared_name(trainer)
+            model = find_video_model(pl_module, self.attribute)
+            self._indices = layer_indices(model, self.layers)
+            self._model = model
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._prepare(trainer, pl_module, "test")
+    def on_validation_batch_start(self, trainer: Trainer, *args: object, **kwargs: object) -> None:
+        if self._model is not None and (self.batches is None or self._batch < self.batches):
+            last_of_pipeline = None if isinstance(self._model, torch.nn.Module) else [-1]
+            reading = timed_capture(
+                self._model,
+                layers=self._indices,
+                steps=last_of_pipeline if self.steps is None else self.steps,
+                operation=self.operation,
+                deliver=self._receive,
+            )
+            self.open(reading)
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._prepare(trainer, pl_module, "predict")
-
-    def on_validation_batch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        self._open()
-
-    def on_test_batch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        self._open()
-
-    def on_predict_batch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        self._open()
-
-    def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        self._close()
-
-    def on_test_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        self._close()
-
-    def on_predict_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        self._close()
+    def on_validation_batch_end(self, trainer: Trainer, *args: object, **kwargs: object) -> None:
+        self.close()
+        self._batch += 1
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._report(trainer, "validate")
+        if self._model is not None:
+            self._model = None
+            self._report(trainer, _stage(trainer))
 
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._report(trainer, "test")
+    on_test_start = on_predict_start = on_validation_start
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_predict_epoch_end = on_validation_epoch_end
 
-    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._report(trainer, "predict")
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Restore the model whatever happened in the batch."""
-        if self._reading is not None:
-            self._reading.close(exception)
-
-    def _prepare(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        self._reading, self._rows, self._drawn, self._batch = None, [], {}, 0
-        if stage not in self.stages or trainer.sanity_checking:
-            return
-        check_names_differ(self, trainer)
-        model = find_video_model(module, self.attribute)
-        last_of_pipeline = None if isinstance(model, torch.nn.Module) else [-1]
-        self._reading = BatchReading(
-            model,
-            layers=self.layers,
-            steps=last_of_pipeline if self.steps is None else self.steps,
-            operation=self.operation,
-            deliver=self._receive,
-        )
-
-    def _open(self) -> None:
-        if self._reading is not None and (self.batches is None or self._batch < self.batches):
-            self._reading.open()
-
-    def _close(self) -> None:
-        if self._reading is not None:
-            self._reading.close()
-            self._batch += 1
-
-    def _receive(self, step: int, layer: int, timesteps: torch.Tensor, result: Any) -> None:
+    def _receive(self, step: int, layer: int, timesteps: torch.Tensor, result: dict[str, torch.Tensor]) -> None:
         samples = _samples_of(result, len(timesteps))
         columns = {name: value.float().tolist() for name, value in result.items() if value.ndim == 1}
         # Pipelines that put both branches of guidance into one batch have the conditional one last.
         times = timesteps[-samples:].tolist()
         for sample in range(samples):
-            key = (self._batch, sample, step, times[sample], layer)
-            self._rows.append(
-                dict(zip(KEYS, key, strict=True)) | {name: values[sample] for name, values in columns.items()}
-            )
+            key = dict(zip(KEYS, (self._batch, sample, step, times[sample], layer), strict=True))
+            self._rows.append(key | {name: values[sample] for name, values in columns.items()})
             place = (self._batch, sample)
             if "match_xy" in result and (place in self._drawn or len(self._drawn) < self.pictures):
                 match_xy = result["match_xy"][sample].float().cpu().numpy()
                 self._drawn.setdefault(place, {})[layer] = (step, match_xy)
 
     def _report(self, trainer: Trainer, stage: str) -> None:
-        reading, self._reading = self._reading, None
-        if reading is None:
-            return
-        together = stage != "predict" and trainer.world_size > 1
-        rows = _gathered(self._rows) if together else self._rows
-        apart = stage == "predict" and trainer.world_size > 1
+        # Prediction may give processes different numbers of batches, so they cannot wait for each other.
+        several, apart = trainer.world_size > 1, trainer.world_size > 1 and stage == "predict"
+        rows = _gathered(self._rows) if several and not apart else self._rows
         if not rows or not (trainer.is_global_zero or apart):
             return
         name = f"{self.name}/{stage}" + (f"_rank_{trainer.global_rank}" if apart else "")
-        log_table(trainer, name, rows, trainer.global_step)
-        means = _means(rows)
-        figures = {f"{self.name}/{stage}/{place}/{column}": value for place, column, value in means}
-        log_figures(trainer, figures, trainer.global_step)
+        log_table(trainer, name, rows)
+        figures = {
+            f"{self.name}/{stage}/step_{step}/layer_{layer}/{column}": mean
+            for column in rows[0]
+            if column not in KEYS
+            for (step, layer), mean in _means(rows, column).items()
+        }
+        log_figures(trainer, figures)
         for (batch, sample), matches in self._drawn.items():
             title = f"{stage}, batch {batch}, sample {sample}: where tokens of the source frame go"
             shown = {f"step {step}\nlayer {layer}": xy for layer, (step, xy) in sorted(matches.items())}
-            picture = draw_matches(shown, title)
-            log_picture(trainer, f"{name}/matches_{batch}_{sample}", picture, trainer.global_step)
+            log_picture(trainer, f"{name}/matches_{batch}_{sample}", draw_matches(shown, title))
         if self.picture in rows[0]:
-            log_picture(trainer, f"{name}/{self.picture}", _over_layers(rows, self.picture), trainer.global_step)
+            by_layer = {(layer, step): mean for (step, layer), mean in _means(rows, self.picture).items()}
+            log_picture(trainer, f"{name}/{self.picture}", draw_by_layer(by_layer, self.picture, "step"))
 
 
-def _samples_of(result: Any, most: int) -> int:
+def _stage(trainer: Trainer) -> str:
+    """What the Trainer does, in the words of `STAGES` or others ("sanity_check")."""
+    return "" if trainer.state.stage is None else trainer.state.stage.value
+
+
+def _samples_of(result: object, most: int) -> int:
     """Samples in a result of the operation.
 
     Raises:
         ValueError: not a dict of tensors with the same batch first, or one with a column of the table's own name.
     """
-    tensors = isinstance(result, dict) and all(isinstance(value, torch.Tensor) for value in result.values())
-    sizes = {value.shape[0] if value.ndim else 0 for value in result.values()} if tensors else set()
-    shown = {name: tuple(value.shape) for name, value in result.items()} if tensors else type(result).__name__
+    if not isinstance(result, dict) or not all(isinstance(value, torch.Tensor) for value in result.values()):
+        raise ValueError(
+            f"the operation must return a dict of tensors with the batch first, got {type(result).__name__}"
+        )
+    shown = {name: tuple(value.shape) for name, value in result.items()}
+    sizes = {shape[0] if shape else 0 for shape in shown.values()}
     if len(sizes) != 1 or not 0 < min(sizes) <= most:
         raise ValueError(f"the operation must return a dict of tensors with the batch first, got {shown}")
     if taken := set(KEYS) & set(result):
@@ -215,34 +193,18 @@ def _samples_of(result: Any, most: int) -> int:
     return sizes.pop()
 
 
-def _gathered(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _gathered(rows: list[Row]) -> list[Row]:
     """The rows of all processes; `batch` counts over all of them."""
     processes = torch.distributed.get_world_size()
-    parts: list[Any] = [None] * processes
+    parts: list[list[Row]] = [[] for _ in range(processes)]
     torch.distributed.all_gather_object(parts, rows)
     numbered = (row | {"batch": row["batch"] * processes + rank} for rank, part in enumerate(parts) for row in part)
     return sorted(numbered, key=lambda row: tuple(row[key] for key in KEYS))
 
 
-def _means(rows: list[dict[str, Any]]) -> list[tuple[str, str, float]]:
-    """(step and layer, column, mean over samples)."""
-    groups: dict[tuple[int, int], list[dict[str, Any]]] = {}
+def _means(rows: Sequence[Row], column: str) -> dict[tuple[int, int], float]:
+    """A column's mean over samples by (step, layer), in order."""
+    groups: dict[tuple[int, int], list[float]] = {}
     for row in rows:
-        groups.setdefault((row["step"], row["layer"]), []).append(row)
-    columns = [column for column in rows[0] if column not in KEYS]
-    return [
-        (f"step_{step}/layer_{layer}", column, float(np.mean([row[column] for row in group])))
-        for (step, layer), group in sorted(groups.items())
-        for column in columns
-    ]
-
-
-def _over_layers(rows: list[dict[str, Any]], column: str) -> np.ndarray:
-    """Picture of a column's mean over layers and steps."""
-    layers, steps = (sorted({row[key] for row in rows}) for key in ("layer", "step"))
-    table = np.full((len(layers), len(steps)), np.nan)
-    for i, layer in enumerate(layers):
-        for j, step in enumerate(steps):
-            values = [row[column] for row in rows if (row["layer"], row["step"]) == (layer, step)]
-            table[i, j] = np.mean(values) if values else np.nan
-    return draw_heatmap(table, [f"layer {layer}" for layer in layers], [f"step {step}" for step in steps], column)
+        groups.setdefault((int(row["step"]), int(row["layer"])), []).append(row[column])
+    return {key: float(np.mean(values)) for key, values in sorted(groups.items())}

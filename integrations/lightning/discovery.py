@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import TypeAlias, cast
 
 import torch
 
+from corrdit.integrations.diffusers.backbones.base import Pipeline
 from corrdit.integrations.diffusers.layouts import layout_of
 
+VideoModel: TypeAlias = Pipeline | torch.nn.Module
+"""A diffusers video pipeline, or a bare transformer."""
 USUAL_NAME = "transformer"
 
 
-def find_video_model(module: torch.nn.Module, attribute: str | None = None) -> Any:
+def find_video_model(module: torch.nn.Module, attribute: str | None = None) -> VideoModel:
     """The pipeline or transformer to read.
 
     A pipeline is preferred to a transformer. Of several transformers the one called `transformer` is taken.
@@ -31,16 +33,14 @@ def find_video_model(module: torch.nn.Module, attribute: str | None = None) -> A
     """
     if attribute is not None:
         return _named(module, attribute)
-    pipelines = _pipelines_in(module)
-    if len({id(pipe) for pipe in pipelines.values()}) == 1:
-        return next(iter(pipelines.values()))
-    children = module.named_modules(remove_duplicate=False)
-    transformers = {name: child for name, child in children if name and _is_known(child)}
-    if not pipelines and len({id(transformer) for transformer in transformers.values()}) == 1:
-        return next(iter(transformers.values()))
-    if not pipelines and USUAL_NAME in transformers:
-        return transformers[USUAL_NAME]
-    found = pipelines or transformers
+    found = _pipelines_in(module) or {
+        name: child for name, child in module.named_modules(remove_duplicate=False) if name and _is_known(child)
+    }
+    if len({id(model) for model in found.values()}) == 1:
+        return next(iter(found.values()))
+    usual = found.get(USUAL_NAME)
+    if isinstance(usual, torch.nn.Module):
+        return usual
     if found:
         kinds = ", ".join(f"{name} ({type(value).__name__})" for name, value in found.items())
         raise ValueError(
@@ -52,51 +52,32 @@ def find_video_model(module: torch.nn.Module, attribute: str | None = None) -> A
     )
 
 
-def transformers_of(model: Any) -> list[torch.nn.Module]:
-    """The transformers of a pipeline (Wan 2.2 has two), or the transformer itself."""
-    if isinstance(model, torch.nn.Module):
-        return [model]
-    found = (getattr(model, name, None) for name in ("transformer", "transformer_2"))
-    return [transformer for transformer in found if isinstance(transformer, torch.nn.Module)]
-
-
-def transformer_of(model: Any) -> torch.nn.Module:
-    """The first transformer of a pipeline, or the transformer itself."""
-    return transformers_of(model)[0]
-
-
-def layer_count(model: Any) -> int:
-    """Attention layers, over all blocks."""
-    transformer = transformer_of(model)
-    return len(layout_of(transformer).attention_modules(transformer))
-
-
-def _named(module: torch.nn.Module, attribute: str) -> Any:
+def _named(module: torch.nn.Module, attribute: str) -> VideoModel:
+    value: object = module
     try:
-        value = functools.reduce(_entry, attribute.split("."), module)
+        for name in attribute.split("."):
+            if isinstance(value, Mapping):
+                value = value[name]
+            elif isinstance(value, (list, tuple)) and name.isdigit():
+                value = value[int(name)]
+            else:
+                value = getattr(value, name)
     except (AttributeError, IndexError, KeyError):
         raise ValueError(
             f"{type(module).__name__} has no attribute {attribute!r}; it holds {_inventory(module)}"
         ) from None
     pipe = _pipeline_of(value)
-    if pipe is None:
-        if not isinstance(value, torch.nn.Module):
-            raise ValueError(f"{attribute} is a {type(value).__name__}, no diffusers video pipeline or transformer")
-        layout_of(value)
-    return value if pipe is None else pipe
+    if pipe is not None:
+        return pipe
+    if not isinstance(value, torch.nn.Module):
+        raise ValueError(f"{attribute} is a {type(value).__name__}, no diffusers video pipeline or transformer")
+    layout_of(value)
+    return value
 
 
-def _entry(value: Any, name: str) -> Any:
-    if isinstance(value, Mapping):
-        return value[name]
-    if isinstance(value, (list, tuple)) and name.isdigit():
-        return value[int(name)]
-    return getattr(value, name)
-
-
-def _pipelines_in(module: torch.nn.Module) -> dict[str, Any]:
+def _pipelines_in(module: torch.nn.Module) -> dict[str, VideoModel]:
     """Pipelines by dotted name."""
-    found = {}
+    found: dict[str, VideoModel] = {}
     for prefix, child in module.named_modules(remove_duplicate=False):
         for name, value in vars(child).items():
             entries = {name: value}
@@ -104,25 +85,19 @@ def _pipelines_in(module: torch.nn.Module) -> dict[str, Any]:
                 entries = {f"{name}.{index}": entry for index, entry in enumerate(value)}
             elif isinstance(value, dict):
                 entries = {f"{name}.{key}": entry for key, entry in value.items()}
-            for place, entry in entries.items():
-                pipe = _pipeline_of(entry)
-                if pipe is not None:
-                    found[f"{prefix}.{place}" if prefix else place] = pipe
+            pipelines = {place: _pipeline_of(entry) for place, entry in entries.items()}
+            found |= {f"{prefix}.{place}".lstrip("."): pipe for place, pipe in pipelines.items() if pipe is not None}
     return found
 
 
-def _plain_attributes(module: torch.nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in vars(module).items() if not name.startswith("_")}
-
-
-def _pipeline_of(value: Any) -> Any:
+def _pipeline_of(value: object) -> Pipeline | None:
     """The pipeline that `value` is or, being a backbone, holds; None otherwise."""
     if isinstance(value, torch.nn.Module):
         return None
     for candidate in (value, getattr(value, "pipe", None)):
         transformer = getattr(candidate, "transformer", None)
         if isinstance(transformer, torch.nn.Module) and hasattr(candidate, "scheduler") and _is_known(transformer):
-            return candidate
+            return cast(Pipeline, candidate)
     return None
 
 
@@ -137,6 +112,7 @@ def _is_known(module: torch.nn.Module) -> bool:
 def _inventory(module: torch.nn.Module) -> str:
     """Names and classes of what a module holds."""
     ordinary = (str, bytes, int, float, bool, type(None), list, tuple, dict, set, torch.Tensor)
-    held = {name: child for name, child in module.named_children()}
-    held |= {name: value for name, value in _plain_attributes(module).items() if not isinstance(value, ordinary)}
+    attributes = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    held = {name: value for name, value in attributes.items() if not isinstance(value, ordinary)}
+    held = dict(module.named_children()) | held
     return ", ".join(f"{name} ({type(value).__name__})" for name, value in held.items()) or "nothing"

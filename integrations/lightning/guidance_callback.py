@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from corrdit.integrations.diffusers.guidance.cross_attention import CrossAttentionGuidance
 from corrdit.integrations.diffusers.guidance.options import Heads
 from corrdit.integrations.lightning.discovery import find_video_model
+from corrdit.integrations.lightning.reading import BatchCallback
 
 
-class GuidanceCallback(Callback):
+class GuidanceCallback(BatchCallback):
     """Runs every prediction batch of a module inside `corrdit.CrossAttentionGuidance`.
 
     ```python
@@ -62,28 +63,15 @@ class GuidanceCallback(Callback):
             "backend": backend,
         }
         self.attribute = attribute
-        self._guidance: CrossAttentionGuidance | None = None
-        self._is_open = False
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._guidance = CrossAttentionGuidance(find_video_model(pl_module, self.attribute), **self.options)
 
-    def on_predict_batch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        if self._guidance is not None:
-            self._guidance.__enter__()
-            self._is_open = True
+    def on_predict_batch_start(self, trainer: Trainer, *args: object, **kwargs: object) -> None:
+        self.open(self._guidance)
 
-    def on_predict_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        self._close()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Restore the model whatever happened in the batch."""
-        self._close()
+    def on_predict_batch_end(self, trainer: Trainer, *args: object, **kwargs: object) -> None:
+        self.close()
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._guidance = None
-
-    def _close(self) -> None:
-        if self._is_open and self._guidance is not None:
-            self._is_open = False
-            self._guidance.__exit__(None, None, None)
+        del self._guidance

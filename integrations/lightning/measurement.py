@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from corrdit import ops
 from corrdit.grid import TokenGrid
+from corrdit.metrics.matching import MatchingHits, matching_hits
+
+Key = TypeVar("Key", bound=Hashable)
 
 ATTENTION_ROWS = 64
 """Query tokens, evenly spread over the source frame, whose attention is summed."""
@@ -49,36 +53,53 @@ class MatchMeasurement:
         if grid.frames < 2:
             raise ValueError("correspondence needs at least two latent frames, this forward has one")
         common: dict[str, Any] = {
-            "heads": self.heads,
             "key_mask": key_mask,
             "backend": self.backend,
             "memory_budget": self.memory_budget,
         }
-        match = ops.match(q, k, grid, source=self.source, **common)
-        targets = [frame for frame in range(grid.frames) if frame != self.source]
-        back = ops.hard_displacement(q, k, grid, frames=[(frame, self.source) for frame in targets], **common)
-        figures = _figures(match.xy.float(), match.score.float(), back, grid)
+        match = ops.match(q, k, grid, source=self.source, heads=self.heads, **common)
+        returning = [(frame, self.source) for frame in range(grid.frames) if frame != self.source]
+        back = ops.hard_displacement(q, k, grid, frames=returning, heads=self.heads, **common)
+        xy = match.xy.float()
+        own = grid.coordinates(device=xy.device).unflatten(0, (grid.height, grid.width))
+        landed = xy.round().long()
+        flat = (landed[..., 1] * grid.width + landed[..., 0]).flatten(2)
+        returned = back.flatten(2, 3).gather(2, flat[..., None].expand(*flat.shape, 2)).unflatten(2, own.shape[:2])
+        missed = (landed + returned - own).norm(dim=-1)
         rows = torch.linspace(0, grid.tokens_per_frame - 1, min(ATTENTION_ROWS, grid.tokens_per_frame)).round().long()
-        masses = {name: value for name, value in common.items() if name != "heads"}
-        mass = ops.attention_mass(q, k, grid, rows.to(q.device), source=self.source, **masses)
-        own = mass.frames[..., self.source].float()
-        figures |= {
+        mass = ops.attention_mass(q, k, grid, rows.to(q.device), source=self.source, **common)
+        own_frame = mass.frames[..., self.source].float()
+        figures = {
+            "match_xy": xy,
+            "score": match.score.float().mean((1, 2, 3)),
+            "consistency": (missed <= 1).float().mean((1, 2, 3)),
+            "motion": (xy - own).norm(dim=-1).mean((1, 2, 3)),
             "text": mass.text.float().mean(1),
-            "own_frame": own.mean(1),
-            "other_frames": (mass.frames.float().sum(-1) - own).mean(1),
+            "own_frame": own_frame.mean(1),
+            "other_frames": (mass.frames.float().sum(-1) - own_frame).mean(1),
         }
         return {name: value.cpu() for name, value in figures.items()}
 
 
-def _figures(xy: torch.Tensor, score: torch.Tensor, back: torch.Tensor, grid: TokenGrid) -> dict[str, torch.Tensor]:
-    own = grid.coordinates(device=xy.device).unflatten(0, (grid.height, grid.width))
-    landed = xy.round().long()
-    flat = (landed[..., 1] * grid.width + landed[..., 0]).flatten(2)
-    way_back = back.flatten(2, 3).gather(2, flat[..., None].expand(*flat.shape, 2)).unflatten(2, own.shape[:2])
-    missed = (landed + way_back - own).norm(dim=-1)
-    return {
-        "match_xy": xy,
-        "score": score.mean((1, 2, 3)),
-        "consistency": (missed <= 1).float().mean((1, 2, 3)),
-        "motion": (xy - own).norm(dim=-1).mean((1, 2, 3)),
-    }
+def first_frame_hits(
+    match_xy: torch.Tensor,
+    tracks: torch.Tensor,
+    visible: torch.Tensor,
+    *,
+    size: tuple[int, int],
+    threshold: float,
+    least_motion: float,
+) -> MatchingHits:
+    """Right matches from the first frame, by `matching_hits`; size is (height, width) of the video in pixels."""
+    stride = (size[0] / match_xy.shape[1], size[1] / match_xy.shape[2])
+    return matching_hits(
+        match_xy, tracks, visible, source=0, stride=stride, thresholds=(threshold,), least_motion=least_motion
+    )
+
+
+def summed_hits(found: Iterable[tuple[Key, MatchingHits]]) -> dict[Key, MatchingHits]:
+    """Sums of the counts of each key."""
+    sums: dict[Key, MatchingHits] = {}
+    for key, hits in found:
+        sums[key] = sums[key] + hits if key in sums else hits
+    return sums

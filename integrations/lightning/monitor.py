@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from corrdit.arguments import whole_number
-from corrdit.integrations.lightning.discovery import find_video_model, layer_count, transformer_of
-from corrdit.integrations.lightning.measurement import MatchMeasurement
+from corrdit.integrations.diffusers.backbones.base import Backbone
+from corrdit.integrations.diffusers.backbones.loading import backbone_of
+from corrdit.integrations.diffusers.host.forwards import transformers_of
+from corrdit.integrations.lightning.discovery import VideoModel, find_video_model
+from corrdit.integrations.lightning.measurement import MatchMeasurement, first_frame_hits, summed_hits
 from corrdit.integrations.lightning.probe import WorldProbe
-from corrdit.integrations.lightning.reading import BatchReading, layer_indices, layer_list
+from corrdit.integrations.lightning.reading import layer_indices, layer_list, timed_capture
 from corrdit.integrations.lightning.reports import (
     FOLDER,
-    check_names_differ,
-    draw_heatmap,
+    ReportingCallback,
+    draw_by_layer,
     log_figures,
     log_picture,
     log_table,
-    report_name,
 )
-from corrdit.metrics.matching import MatchingHits, matching_hits
+from corrdit.metrics.matching import MatchingHits
+
+Place = tuple[int, str]
+"""A layer and a noise level, such as "noise_0-250"."""
 
 TRAINING_TIMESTEPS = 1000
 
@@ -46,7 +52,7 @@ class BatchTruth:
     width: int
 
 
-def batch_truth(batch: Any) -> BatchTruth:
+def batch_truth(batch: object) -> BatchTruth:
     """The truth of a batch with the entries `tracks`, `visible` and `video`, whose last two axes are rows and columns.
 
     Raises:
@@ -63,7 +69,11 @@ def batch_truth(batch: Any) -> BatchTruth:
     return BatchTruth(batch["tracks"], batch["visible"], *batch["video"].shape[-2:])
 
 
-class CorrespondenceMonitor(Callback):
+class BatchSkipped(Exception):
+    """What a measurement is closed with where the training step passed its batch over."""
+
+
+class CorrespondenceMonitor(ReportingCallback):
     """Logs matching accuracy by layer and noise level while a module trains, with nothing to change in it.
 
     Without `probe` the forward of the training step itself is read, every `every` steps, and its matches are compared
@@ -104,7 +114,7 @@ class CorrespondenceMonitor(Callback):
         *,
         every: int = 100,
         probe: WorldProbe | None = None,
-        pipeline: Callable[[Any], Any] | None = None,
+        pipeline: Callable[[Any], VideoModel] | None = None,
         truth: Callable[[Any], BatchTruth] | bool | None = None,
         noise_levels: int = 4,
         training_timesteps: int = TRAINING_TIMESTEPS,
@@ -114,161 +124,140 @@ class CorrespondenceMonitor(Callback):
         history: int = 10,
         name: str = FOLDER,
     ) -> None:
+        super().__init__(name)
         self.layers = layer_list(layers)
         self.every = whole_number("every", every, 1)
         self.probe, self.pipeline = probe, pipeline
-        if not (truth is None or isinstance(truth, bool) or callable(truth)):
+        if truth is None or truth is True:
+            truth = batch_truth
+        if truth is not False and not callable(truth):
             raise ValueError(f"truth must be a function (batch) -> BatchTruth, True, False or None, got {truth!r}")
-        self.truth = None if truth is False else (batch_truth if truth in (None, True) else truth)
+        self.truth = truth or None
         self.noise_levels = whole_number("noise_levels", noise_levels, 1)
         self.training_timesteps = whole_number("training_timesteps", training_timesteps, 1)
         self.threshold, self.least_motion = threshold, least_motion
         self.attribute = attribute
         self.history = whole_number("history", history, 1)
-        self.name = report_name(name)
-        self._reading: BatchReading | None = None
-        self._backbone: Any = None
-        self._open = False
+        self._transformer: torch.nn.Module | None = None
+        self._backbone: Backbone | None = None
+        self._indices: list[int] = []
         self._results: list[tuple[int, torch.Tensor, dict[str, torch.Tensor]]] = []
-        self._kept: dict[tuple[int, str], list[MatchingHits]] = {}
+        self._kept: dict[Place, deque[MatchingHits]] = {}
         self._measured_at = -1
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the model, so that a module without one is refused before it trains."""
-        check_names_differ(self, trainer)
+        self.refuse_shared_name(trainer)
         self._kept, self._measured_at = {}, -1
         if self.probe is not None:
             self._backbone = self._probed(pl_module)
-            return
-        transformer = transformer_of(find_video_model(pl_module, self.attribute))
-        self._reading = BatchReading(
-            transformer, layers=self.layers, steps=None, operation=MatchMeasurement(), deliver=self._receive
-        )
+            self._indices = layer_indices(self._backbone.transformer, self.layers)
+        else:
+            self._transformer = transformers_of(find_video_model(pl_module, self.attribute))[0]
+            self._indices = layer_indices(self._transformer, self.layers)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._reading is None or not trainer.is_global_zero or not self._due(trainer.global_step):
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
+        if self._transformer is None or not trainer.is_global_zero or not self._due(trainer.global_step):
             return
         self._results = []
         self._measured_at = trainer.global_step
-        self._reading.open()
-        self._open = True
+        measurement = MatchMeasurement()
+        reading = timed_capture(
+            self._transformer, layers=self._indices, steps=None, operation=measurement, deliver=self._receive
+        )
+        self.open(reading)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
         """The forward is over: restore the model before checkpointed blocks run again."""
-        if self._open and self._reading is not None:
-            self._open = False
-            self._reading.close()
+        self.close()
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if self.probe is not None and self._due(step):
-            self._measured_at = step
-            found = self.probe.measure(self._backbone, layer_indices(self._backbone.transformer, self.layers))
-            self._log(trainer, {(layer, f"noise_{time:g}"): hits for (layer, time), hits in found.items()}, {})
-        elif self._open and self._reading is not None and not self._results and not outputs:
-            self._open, self._measured_at = False, -1
-            self._reading.abandon()
-        elif self._open or self._results:
-            self.on_before_backward(trainer, pl_module, torch.empty(0))
-            results, self._results = self._results, []
-            self._log(trainer, self._accuracy(results, batch), self._without_truth(results))
+        if self.probe is not None and self._backbone is not None:
+            if self._due(step):
+                self._measured_at = step
+                found = self.probe.measure(self._backbone, self._indices)
+                self._log(trainer, {(layer, f"noise_{time:g}"): hits for (layer, time), hits in found.items()}, {})
+        elif self.is_open and not self._results and not outputs:
+            self._measured_at = -1
+            self.close(BatchSkipped())
+        elif self.is_open or self._results:
+            self.close()
+            accuracy = {} if self.truth is None else summed_hits(self._hits(self.truth(batch)))
+            self._log(trainer, accuracy, self._without_truth())
+            self._results = []
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the table and the picture over layers and noise levels."""
         if not self._kept or not trainer.is_global_zero:
             return
-        latest = {key: _total(hits[-self.history :]) for key, hits in self._kept.items()}
-        rows: list[dict[str, Any]] = [
-            {"layer": layer, "noise": level, "accuracy": hits.accuracy[0], "points": hits.cases}
-            for (layer, level), hits in sorted(latest.items(), key=lambda item: (item[0][0], _order(item[0][1])))
+        latest = summed_hits((place, hits) for place, kept in self._kept.items() for hits in kept)
+        places = sorted(latest, key=lambda place: float(place[1][len("noise_") :].split("-")[0]))
+        rows = [
+            {"layer": place[0], "noise": place[1], "accuracy": latest[place].accuracy[0], "points": latest[place].cases}
+            for place in sorted(places, key=lambda place: place[0])
         ]
-        log_table(trainer, f"{self.name}/train", rows, trainer.global_step)
-        layers, levels = sorted({row["layer"] for row in rows}), sorted({row["noise"] for row in rows}, key=_order)
-        table = np.full((len(layers), len(levels)), np.nan)
-        for row in rows:
-            table[layers.index(row["layer"]), levels.index(row["noise"])] = row["accuracy"]
-        names = [f"layer {layer}" for layer in layers]
-        picture = draw_heatmap(table, names, [level.replace("_", " ") for level in levels], "matching accuracy")
-        log_picture(trainer, f"{self.name}/train/accuracy", picture, trainer.global_step)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Restore the model whatever happened in the step."""
-        if self._reading is not None:
-            self._open = False
-            self._reading.close(exception)
+        log_table(trainer, f"{self.name}/train", rows)
+        accuracy = {(layer, level.removeprefix("noise_")): latest[layer, level].accuracy[0] for layer, level in places}
+        picture = draw_by_layer(accuracy, "matching accuracy", "noise")
+        log_picture(trainer, f"{self.name}/train/accuracy", picture)
 
     def _due(self, step: int) -> bool:
         return step % self.every == 0 and step != self._measured_at
 
-    def _probed(self, module: LightningModule) -> Any:
-        from corrdit.integrations.diffusers.backbones.loading import backbone_of
-
+    def _probed(self, module: LightningModule) -> Backbone:
         pipe = self.pipeline(module) if self.pipeline is not None else find_video_model(module, self.attribute)
         if isinstance(pipe, torch.nn.Module):
             raise ValueError(
                 f"{type(module).__name__} holds a transformer but no pipeline, which a probe needs to encode its "
                 "videos; give pipeline=(function of the module that makes one)"
             )
-        layer_count(pipe)
         return backbone_of(pipe, name=type(module).__name__)
 
-    def _receive(self, step: int, layer: int, timesteps: torch.Tensor, result: Any) -> None:
+    def _receive(self, step: int, layer: int, timesteps: torch.Tensor, result: dict[str, torch.Tensor]) -> None:
         self._results.append((layer, timesteps, result))
 
-    def _level(self, timestep: float) -> str:
+    def _level(self, timestep: torch.Tensor) -> str:
         width = self.training_timesteps / self.noise_levels
-        index = min(int(timestep / width), self.noise_levels - 1)
+        index = min(int(float(timestep) / width), self.noise_levels - 1)
         return f"noise_{index * width:g}-{(index + 1) * width:g}"
 
-    def _accuracy(self, results: Sequence[Any], batch: Any) -> dict[tuple[int, str], MatchingHits]:
-        if self.truth is None:
-            return {}
-        truth = self.truth(batch)  # type: ignore[operator]
-        samples = len(results[0][2]["match_xy"])
+    def _hits(self, truth: BatchTruth) -> Iterator[tuple[Place, MatchingHits]]:
+        """Right matches of each sample in each layer."""
+        samples = len(self._results[0][2]["match_xy"])
         if not isinstance(truth, BatchTruth) or len(truth.tracks) != samples or len(truth.visible) != samples:
             given = f"tracks {tuple(truth.tracks.shape)}" if isinstance(truth, BatchTruth) else type(truth).__name__
             raise ValueError(f"truth must give a BatchTruth of the {samples} samples the transformer ran, got {given}")
-        found: dict[tuple[int, str], MatchingHits] = {}
-        for layer, timesteps, result in results:
-            matches = result["match_xy"]
-            frames = latent_frames(truth.tracks.shape[1], matches.shape[1] + 1)
-            stride = (truth.height / matches.shape[2], truth.width / matches.shape[3])
-            for sample, match_xy in enumerate(matches):
-                hits = matching_hits(
+        for layer, timesteps, result in self._results:
+            frames = latent_frames(truth.tracks.shape[1], result["match_xy"].shape[1] + 1)
+            for sample, match_xy in enumerate(result["match_xy"]):
+                hits = first_frame_hits(
                     match_xy,
                     truth.tracks[sample, frames].float().cpu(),
                     truth.visible[sample, frames].cpu(),
-                    source=0,
-                    stride=stride,
-                    thresholds=(self.threshold,),
+                    size=(truth.height, truth.width),
+                    threshold=self.threshold,
                     least_motion=self.least_motion,
                 )
-                key = (layer, self._level(float(timesteps[sample])))
-                found[key] = found[key] + hits if key in found else hits
-        return found
+                yield (layer, self._level(timesteps[sample])), hits
 
-    def _without_truth(self, results: Sequence[Any]) -> dict[str, float]:
+    def _without_truth(self) -> dict[str, float]:
         groups: dict[str, list[float]] = {}
-        for layer, timesteps, result in results:
+        for layer, timesteps, result in self._results:
             for name in ("score", "consistency"):
                 for timestep, value in zip(timesteps, result[name], strict=True):
-                    groups.setdefault(f"layer_{layer}/{self._level(float(timestep))}/{name}", []).append(float(value))
+                    groups.setdefault(f"layer_{layer}/{self._level(timestep)}/{name}", []).append(float(value))
         return {name: float(np.mean(values)) for name, values in groups.items()}
 
-    def _log(
-        self, trainer: Trainer, accuracy: Mapping[tuple[int, str], MatchingHits], others: Mapping[str, float]
-    ) -> None:
+    def _log(self, trainer: Trainer, accuracy: Mapping[Place, MatchingHits], others: Mapping[str, float]) -> None:
         figures = dict(others)
         for (layer, level), hits in accuracy.items():
-            kept = self._kept.setdefault((layer, level), [])
-            kept.append(hits)
-            del kept[: -self.history]
+            self._kept.setdefault((layer, level), deque(maxlen=self.history)).append(hits)
             figures[f"layer_{layer}/{level}/accuracy"] = hits.accuracy[0]
         if trainer.is_global_zero:
-            named = {f"{self.name}/train/{name}": value for name, value in figures.items()}
-            log_figures(trainer, named, trainer.global_step)
+            log_figures(trainer, {f"{self.name}/train/{name}": value for name, value in figures.items()})
 
 
 def latent_frames(video_frames: int, frames: int) -> list[int]:
@@ -284,14 +273,3 @@ def latent_frames(video_frames: int, frames: int) -> list[int]:
         )
     stride = (video_frames - 1) // (frames - 1)
     return [frame * stride for frame in range(frames)]
-
-
-def _total(hits: Sequence[MatchingHits]) -> MatchingHits:
-    total = hits[0]
-    for more in hits[1:]:
-        total = total + more
-    return total
-
-
-def _order(level: str) -> float:
-    return float(level.removeprefix("noise_").split("-")[0])

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
 from corrdit import ops
 from corrdit.grid import TokenGrid
-from corrdit.metrics.matching import MatchingHits, matching_hits
+from corrdit.integrations.diffusers.backbones.base import Backbone
+from corrdit.integrations.embedded.world import Clip, WorldConfig, generate
+from corrdit.integrations.lightning.measurement import first_frame_hits, summed_hits
+from corrdit.metrics.matching import MatchingHits
 
 PROBE_SEEDS = 1_900_000_000
 """First seed of the probe's videos, beyond those of any training."""
@@ -55,7 +57,7 @@ class WorldProbe:
             raise ValueError("timesteps is empty; give at least one noise level")
 
     @torch.no_grad()
-    def measure(self, backbone: Any, layers: Sequence[int]) -> dict[tuple[int, float], MatchingHits]:
+    def measure(self, backbone: Backbone, layers: Sequence[int]) -> dict[tuple[int, float], MatchingHits]:
         """Right matches among moving points by (layer, timestep).
 
         The model's mode (train or eval) and torch's random numbers are as before afterwards.
@@ -64,49 +66,42 @@ class WorldProbe:
             backbone: what `corrdit.load_backbone` gives.
             layers: non-negative indices.
         """
-        clips, starts = self._videos()
         transformer = backbone.transformer
         training = transformer.training
-        found: dict[tuple[int, float], MatchingHits] = {}
         with torch.random.fork_rng():
             transformer.eval()
             try:
-                for index, clip in enumerate(clips):
-                    latents = backbone.encode_frames(clip.video, height=self.height, width=self.width)
-                    generator = torch.Generator().manual_seed(self.seed + index)
-                    noise = torch.randn(latents.shape, generator=generator).to(latents)
-                    truth = clip.tracks(starts)
-                    for timestep in self.timesteps:
-                        noisy = backbone.add_noise(latents, noise, timestep)
-                        matches = backbone.forward(noisy, timestep, {layer: _matches for layer in layers})
-                        for layer in layers:
-                            hits = self._hits(matches[layer][0], truth)
-                            key = (layer, float(timestep))
-                            found[key] = found[key] + hits if key in found else hits
+                return summed_hits(self._hits(backbone, layers))
             finally:
                 transformer.train(training)
-        return found
 
-    def _videos(self) -> tuple[list[Any], np.ndarray]:
-        from corrdit.integrations.embedded.world import WorldConfig, generate
-
+    def _videos(self) -> tuple[list[Clip], np.ndarray]:
         config = WorldConfig(frames=self.frames, height=self.height, width=self.width)
         clips = generate([self.seed + index for index in range(self.clips)], config)
         share = (np.arange(self.points) + 0.5) / self.points
         y, x = np.meshgrid(share * self.height, share * self.width, indexing="ij")
         return clips, np.stack((np.zeros_like(x), x, y), -1).reshape(-1, 3)
 
-    def _hits(self, match_xy: torch.Tensor, truth: Any) -> MatchingHits:
-        rows, columns = match_xy.shape[1:3]
-        return matching_hits(
-            match_xy,
-            torch.as_tensor(truth.xy),
-            torch.as_tensor(truth.visible),
-            source=0,
-            stride=(self.height / rows, self.width / columns),
-            thresholds=(self.threshold,),
-            least_motion=self.least_motion,
-        )
+    def _hits(self, backbone: Backbone, layers: Sequence[int]) -> Iterator[tuple[tuple[int, float], MatchingHits]]:
+        clips, starts = self._videos()
+        for index, clip in enumerate(clips):
+            latents = backbone.encode_frames(clip.video, height=self.height, width=self.width)
+            generator = torch.Generator().manual_seed(self.seed + index)
+            noise = torch.randn(latents.shape, generator=generator).to(latents)
+            truth = clip.tracks(starts)
+            for timestep in self.timesteps:
+                noisy = backbone.add_noise(latents, noise, timestep)
+                matches = backbone.forward(noisy, timestep, {layer: _matches for layer in layers})
+                for layer in layers:
+                    hits = first_frame_hits(
+                        matches[layer][0],
+                        torch.as_tensor(truth.xy),
+                        torch.as_tensor(truth.visible),
+                        size=(self.height, self.width),
+                        threshold=self.threshold,
+                        least_motion=self.least_motion,
+                    )
+                    yield (layer, float(timestep)), hits
 
 
 def _matches(q: torch.Tensor, k: torch.Tensor, grid: TokenGrid, key_mask: torch.Tensor | None) -> torch.Tensor:

@@ -1,79 +1,81 @@
-"""Opening and closing a capture round the batches of a Trainer's loop."""
+"""Holding a capture, or another change of the model, open round single batches of a Trainer's loop."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 
-from corrdit.integrations.diffusers.captures import Capture, capture
+from corrdit.integrations.diffusers.captures import capture
+from corrdit.integrations.diffusers.host.forwards import RemovableHook, transformers_of
 from corrdit.integrations.diffusers.indices import resolved_index, whole_indices
 from corrdit.integrations.diffusers.layouts import ForwardCall, forward_arguments, layout_of
-from corrdit.integrations.lightning.discovery import layer_count, transformers_of
+from corrdit.integrations.diffusers.processors import Operation
+from corrdit.integrations.lightning.discovery import VideoModel
 
 Deliver = Callable[[int, int, torch.Tensor, Any], None]
+"""`deliver(step, layer, timesteps [B of the call], result)`"""
 
 
-class BatchReading:
-    """One capture at a time over a model, with the timesteps of the forward that each result comes from.
+class BatchCallback(Callback):
+    """A callback that has a context open while one batch runs, and closes it after an exception too."""
+
+    _open: AbstractContextManager[object] | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a context was entered and not left."""
+        return self._open is not None
+
+    def open(self, context: AbstractContextManager[object]) -> None:
+        """Enter a context until `close`."""
+        context.__enter__()
+        self._open = context
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Leave what is open, with the exception that ended the batch, if any."""
+        context, self._open = self._open, None
+        if context is not None:
+            context.__exit__(type(error) if error else None, error, error.__traceback__ if error else None)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Restore the model whatever happened in the batch."""
+        self.close(exception)
+
+
+@contextmanager
+def timed_capture(
+    model: VideoModel, *, layers: list[int], steps: list[int] | None, operation: Operation, deliver: Deliver
+) -> Iterator[None]:
+    """A capture that hands over each result with the timesteps of the forward that it comes from.
 
     Args:
         model: pipeline or transformer.
-        layers: whole numbers, or "all".
-        steps: as `corrdit.capture` takes them.
-        operation: as `corrdit.capture` takes it.
-        deliver: `deliver(step, layer, timesteps [B of the call], result)`, called as results come.
+        layers, steps, operation: as `corrdit.capture` takes them.
+        deliver: called as results come.
+
+    Raises:
+        ValueError: what `corrdit.capture` refuses; at the end of the block, where the model did not run in it.
     """
+    timesteps = torch.zeros(1)
 
-    def __init__(self, model: Any, *, layers: list[int] | str, steps: Any, operation: Any, deliver: Deliver) -> None:
-        self.model = model
-        self.options = {"layers": layer_indices(model, layers), "steps": steps, "operation": operation}
-        self.deliver = deliver
-        self._capture: Capture | None = None
-        self._hooks: list[Any] = []
-        self._timesteps = torch.zeros(1)
+    def note_timesteps(transformer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal timesteps
+        call = layout_of(transformer).read_call(transformer, forward_arguments(transformer, args, kwargs))
+        timesteps = sample_timesteps(call)
 
-    def open(self) -> None:
-        """Attach to the model."""
-        reader = capture(self.model, **self.options, callback=self._receive)
-        reader.__enter__()
-        self._capture = reader
-        self._hooks = [
-            transformer.register_forward_pre_hook(self._note_timesteps, with_kwargs=True)
-            for transformer in transformers_of(self.model)
-        ]
+    def receive(step: int, layer: int, result: object) -> None:
+        deliver(step, layer, timesteps, result)
 
-    def close(self, error: BaseException | None = None) -> None:
-        """Restore the model.
-
-        Raises:
-            ValueError: without `error`, where the model did not run since `open`.
-        """
-        reader = self._released()
-        if reader is not None:
-            reader.__exit__(type(error) if error is not None else None, error, None)
-
-    def abandon(self) -> None:
-        """Restore the model, whether it ran or not."""
-        reader = self._released()
-        if reader is not None:
-            reader.close()
-
-    def _released(self) -> Capture | None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-        reader, self._capture = self._capture, None
-        return reader
-
-    def _note_timesteps(self, transformer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        arguments: Mapping[str, Any] = forward_arguments(transformer, args, kwargs)
-        call = layout_of(transformer).read_call(transformer, arguments)
-        self._timesteps = sample_timesteps(call)
-
-    def _receive(self, step: int, layer: int, result: Any) -> None:
-        self.deliver(step, layer, self._timesteps, result)
+    with ExitStack() as stack:
+        stack.enter_context(capture(model, layers=layers, steps=steps, operation=operation, callback=receive))
+        for transformer in transformers_of(model):
+            hook = transformer.register_forward_pre_hook(RemovableHook(note_timesteps), with_kwargs=True)
+            stack.callback(hook.remove)
+        yield
 
 
 def sample_timesteps(call: ForwardCall) -> torch.Tensor:
@@ -97,17 +99,18 @@ def layer_list(layers: int | Iterable[int] | str) -> list[int] | str:
     return whole_indices("layers", layers)
 
 
-def layer_indices(model: Any, layers: list[int] | str) -> list[int]:
+def layer_indices(model: VideoModel, layers: list[int] | str) -> list[int]:
     """Non-negative indices of the layers asked for, in order.
 
     Raises:
         ValueError: an index out of range.
     """
-    count = layer_count(model)
-    if isinstance(layers, str):
-        return list(range(count))
-    found = {layer: resolved_index("layers", layer, count) for layer in layers}
-    for layer, index in found.items():
+    transformer = transformers_of(model)[0]
+    count = len(layout_of(transformer).attention_modules(transformer))
+    found = set()
+    for layer in range(count) if isinstance(layers, str) else layers:
+        index = resolved_index("layers", layer, count)
         if index is None:
             raise ValueError(f"layer {layer} is outside the model, which has layers 0 to {count - 1}")
-    return sorted({index for index in found.values() if index is not None})
+        found.add(index)
+    return sorted(found)

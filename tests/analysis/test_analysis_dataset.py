@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from corrdit.analysis.dataset import read_difftrack, write_difftrack_video, write_prompts
-from corrdit.analysis.pseudo_truth import cotracker, lucas_kanade, pseudo_tracker, starting_points
-from corrdit.analysis.sources import difftrack_items, folder_items, tapvid_items, world_items
+from corrdit.analysis.sources import difftrack_items, folder_items, tapvid_items
 from corrdit.data import TapVidVideo, write_tapvid
+from corrdit.integrations.embedded.world.analysis_items import world_items
 from corrdit.tracking import Tracks
 from corrdit.tracking.baselines import nearest_patches
+from corrdit.tracking.pseudo_truth import cotracker, lucas_kanade, pseudo_tracker, starting_points
 from corrdit.video import write_video
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from corrdit import ops
-from corrdit.benchmark import checking, contests, floors, report, runner
-from corrdit.benchmark.contests import CONTESTS, RIVALS, Rival
+from corrdit.benchmark import checking, comparisons, floors, report, runner
+from corrdit.benchmark.comparisons import BASELINES, COMPARISONS, Baseline
 from corrdit.benchmark.floors import H200, Ceilings, floor_of
 from corrdit.benchmark.measure import measure_ceilings
 from corrdit.benchmark.plots import write_plots
@@ -24,7 +24,9 @@ from corrdit.reference.scores import window_mask
 CEILINGS = Ceilings(0.1, 10.0, 2.0)
 SMALL = Shape("small", 2, 8, 3, 4, 5, 3)
 SETTINGS = Settings(torch.device("cpu"), torch.float32, rounds=1, checked_frames=2)
-WITH_RIVALS = dataclasses.replace(SETTINGS, rivals=tuple(name for name in RIVALS if name not in ("flex", "compiled")))
+WITH_BASELINES = dataclasses.replace(
+    SETTINGS, baselines=tuple(name for name in BASELINES if name not in ("flex", "compiled"))
+)
 
 
 def measured(piece, settings=SETTINGS):
@@ -32,14 +34,14 @@ def measured(piece, settings=SETTINGS):
 
 
 @pytest.fixture
-def rival_of_hard_displacement(monkeypatch):
-    """Puts another way into the contest of hard displacement and runs it."""
+def baseline_of_hard_displacement(monkeypatch):
+    """Puts another way into the comparison of hard displacement and runs it."""
 
-    def run(rival, **settings):
+    def run(baseline, **settings):
         name = "hard_displacement:logits"
-        contest = dataclasses.replace(CONTESTS[name], rivals={"windows": rival})
-        monkeypatch.setitem(contests.CONTESTS, name, contest)
-        given = dataclasses.replace(WITH_RIVALS, **settings)
+        comparison = dataclasses.replace(COMPARISONS[name], baselines={"windows": baseline})
+        monkeypatch.setitem(comparisons.COMPARISONS, name, comparison)
+        given = dataclasses.replace(WITH_BASELINES, **settings)
         return list(run_piece(Piece(name, SMALL, False), given, CEILINGS, surroundings(given)))
 
     return run
@@ -59,7 +61,7 @@ def test_every_operation_has_rows_with_times_memory_and_versions(tmp_path):
     assert [(piece.operation, piece.passes) for piece in todo] == [
         (names[0], FORWARD), (names[0], BOTH), (names[1], FORWARD), (names[2], FORWARD), (names[2], BOTH)
     ]  # fmt: skip
-    rows = [row for piece in todo for row in measured(piece, WITH_RIVALS).values()]
+    rows = [row for piece in todo for row in measured(piece, WITH_BASELINES).values()]
     assert {row["competitor"] for row in rows} == {"corrdit auto", "windows", "materialized", "sdpa"}
     for row in rows:
         assert row["shape"]["heads"] == 2
@@ -87,11 +89,11 @@ def test_every_operation_has_rows_with_times_memory_and_versions(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "piece", pieces(list(CONTESTS), [SMALL]), ids=lambda piece: f"{piece.operation} {piece.passes}"
+    "piece", pieces(list(COMPARISONS), [SMALL]), ids=lambda piece: f"{piece.operation} {piece.passes}"
 )
 def test_every_way_is_right_and_timed(piece):
-    rows = measured(piece, dataclasses.replace(SETTINGS, rivals=tuple(RIVALS)))
-    assert set(rows) == {"corrdit auto", *CONTESTS[piece.operation].rivals}
+    rows = measured(piece, dataclasses.replace(SETTINGS, baselines=tuple(BASELINES)))
+    assert set(rows) == {"corrdit auto", *COMPARISONS[piece.operation].baselines}
     for name, row in rows.items():
         if name == "flex" and piece.operation == "frame_local_attention:zeroed":
             assert row["left_out"] == "does not run on cpu"
@@ -103,9 +105,9 @@ def test_every_way_is_right_and_timed(piece):
 
 
 @pytest.mark.parametrize("add", [1, torch.tensor([0, 1])], ids=["everywhere", "downwards"])
-def test_a_wrong_result_gets_no_time(rival_of_hard_displacement, tmp_path, add):
-    wrong = Rival(lambda s: (ops.hard_displacement(s.q, s.k, s.grid) + add,))
-    own, other = rival_of_hard_displacement(wrong)
+def test_a_wrong_result_gets_no_time(baseline_of_hard_displacement, tmp_path, add):
+    wrong = Baseline(lambda s: (ops.hard_displacement(s.q, s.k, s.grid) + add,))
+    own, other = baseline_of_hard_displacement(wrong)
     assert own["milliseconds"]["median"] > 0
     assert "milliseconds" not in other
     assert (other["status"], other["mismatches"]) == ("wrong", 1.0)
@@ -119,41 +121,43 @@ def test_a_wrong_gradient_and_nan_get_no_time(monkeypatch):
         return lambda s: (ops.soft_displacement(factor(s.q), s.k, s.grid),)
 
     ways = {
-        "sdpa": Rival(scaled(lambda q: q.detach() * 0.5 + q * 0.5)),  # the value is right, its gradient is half
-        "windows": Rival(scaled(lambda q: q * torch.nan)),
+        "sdpa": Baseline(scaled(lambda q: q.detach() * 0.5 + q * 0.5)),  # the value is right, its gradient is half
+        "windows": Baseline(scaled(lambda q: q * torch.nan)),
     }
-    monkeypatch.setitem(contests.CONTESTS, name, dataclasses.replace(CONTESTS[name], rivals=ways))
-    rows = measured(Piece(name, SMALL, True), WITH_RIVALS)
+    monkeypatch.setitem(comparisons.COMPARISONS, name, dataclasses.replace(COMPARISONS[name], baselines=ways))
+    rows = measured(Piece(name, SMALL, True), WITH_BASELINES)
     assert "milliseconds" in rows["corrdit auto"]
     assert rows["sdpa"]["status"] == rows["windows"]["status"] == "wrong"
     assert json.loads(json.dumps(rows["windows"]))["error"] > 1
-    assert "milliseconds" in measured(Piece(name, SMALL, False), WITH_RIVALS)["sdpa"]
+    assert "milliseconds" in measured(Piece(name, SMALL, False), WITH_BASELINES)["sdpa"]
 
 
-def test_no_memory_and_failures_are_rows(rival_of_hard_displacement):
+def test_no_memory_and_failures_are_rows(baseline_of_hard_displacement):
     def no_memory(scene):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 677.00 GiB. GPU 0 has a total of")
 
     def broken(scene):
         raise KeyError("no such thing")
 
-    _, row = rival_of_hard_displacement(Rival(no_memory))
+    _, row = baseline_of_hard_displacement(Baseline(no_memory))
     assert (row["status"], row["left_out"]) == ("out of memory", "out of memory: wanted 677.00 GiB more")
-    own, row = rival_of_hard_displacement(Rival(broken))
+    own, row = baseline_of_hard_displacement(Baseline(broken))
     assert (row["status"], row["left_out"]) == ("failed", "KeyError: 'no such thing'")
     assert "milliseconds" in own
 
 
-def test_memory_of_the_machine_is_out_of_memory_too(rival_of_hard_displacement):
-    _, row = rival_of_hard_displacement(Rival(lambda s: (torch.empty(2**60, dtype=torch.int8),)))
+def test_memory_of_the_machine_is_out_of_memory_too(baseline_of_hard_displacement):
+    _, row = baseline_of_hard_displacement(Baseline(lambda s: (torch.empty(2**60, dtype=torch.int8),)))
     assert row["status"] == "out of memory"
 
 
-def test_a_rival_whose_maps_do_not_fit_is_not_tried(rival_of_hard_displacement):
+def test_a_baseline_whose_maps_do_not_fit_is_not_tried(baseline_of_hard_displacement):
     def never(scene):
         raise AssertionError("tried")
 
-    _, row = rival_of_hard_displacement(Rival(never, map_bytes=lambda shape, size: 3.0 * 2**30), rival_bytes=2.0**30)
+    _, row = baseline_of_hard_displacement(
+        Baseline(never, map_bytes=lambda shape, size: 3.0 * 2**30), baseline_bytes=2.0**30
+    )
     assert row["left_out"] == "needs 3.0 GiB for its score maps, more than 1.0 GiB"
 
 
@@ -162,9 +166,9 @@ def test_a_broken_device_ends_the_run_after_its_rows(monkeypatch):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     name = "hard_displacement:logits"
-    ways = {"sdpa": Rival(broken), "windows": Rival(lambda s: (ops.hard_displacement(s.q, s.k, s.grid),))}
-    monkeypatch.setitem(contests.CONTESTS, name, dataclasses.replace(CONTESTS[name], rivals=ways))
-    rows = run_piece(Piece(name, SMALL, False), WITH_RIVALS, CEILINGS, {})
+    ways = {"sdpa": Baseline(broken), "windows": Baseline(lambda s: (ops.hard_displacement(s.q, s.k, s.grid),))}
+    monkeypatch.setitem(comparisons.COMPARISONS, name, dataclasses.replace(COMPARISONS[name], baselines=ways))
+    rows = run_piece(Piece(name, SMALL, False), WITH_BASELINES, CEILINGS, {})
     assert [next(rows)["competitor"] for _ in range(3)] == ["corrdit auto", "sdpa", "windows"]
     with pytest.raises(RuntimeError, match="the device is unusable after hard_displacement:logits"):
         next(rows)

@@ -6,13 +6,13 @@ import json
 
 import pytest
 
-from corrdit.benchmark import measure, plots, results, runner
+from corrdit.benchmark import measure, plots, row_file, runner
 from corrdit.benchmark.floors import Ceilings
 from corrdit.benchmark.shapes import SHAPES, Shape
 from corrdit.cli import main
 
 SHORT = ["bench", "--shapes", "small", "--operations", "hard_displacement,attention_mass", "--rounds", "1"]
-FEW = [*SHORT, "--rivals", "folded-chunks"]
+FEW = [*SHORT, "--baselines", "folded-chunks"]
 
 
 @pytest.fixture(autouse=True)
@@ -56,15 +56,15 @@ def test_resume_measures_only_what_is_missing(tmp_path, monkeypatch, capsys):
     assert "2 of 2 measurements are in" in capsys.readouterr().out
 
 
-def test_resume_adds_a_rival_and_replaces_rows_of_another_commit(tmp_path, monkeypatch):
+def test_resume_adds_a_baseline_and_replaces_rows_of_another_commit(tmp_path, monkeypatch):
     command = [*SHORT, "--output", str(tmp_path), "--resume"]
-    assert main([*command, "--rivals", "none"]) == 0
+    assert main([*command, "--baselines", "none"]) == 0
     before = rows_in(tmp_path)
-    assert main([*command, "--rivals", "materialized"]) == 0
+    assert main([*command, "--baselines", "materialized"]) == 0
     after = rows_in(tmp_path)
     assert [row for row in after if row["competitor"] == "corrdit auto"] == before
     assert [row["competitor"] for row in after] == ["corrdit auto", "materialized"] * 2
-    assert main([*command, "--rivals", "none", "--commit", "later"]) == 0
+    assert main([*command, "--baselines", "none", "--commit", "later"]) == 0
     assert [row["commit"] for row in rows_in(tmp_path)] == ["later", SURROUNDINGS["commit"]] * 2
 
 
@@ -94,7 +94,7 @@ def test_our_own_failure_is_status_1(monkeypatch, capsys):
         raise ValueError("no such kernel")
 
     monkeypatch.setattr(runner, "peak_extra_bytes", fails)
-    assert main([*FEW, "--rivals", "none"]) == 1
+    assert main([*FEW, "--baselines", "none"]) == 1
     assert "attention_mass | forward | small | corrdit auto" in capsys.readouterr().err
 
 
@@ -112,7 +112,7 @@ def test_the_plan_of_a_device_that_is_not_here(monkeypatch, capsys):
         (["--operations", "dance"], "there is no operation 'dance'; there are soft_displacement:logits,"),
         (["--operations", ""], "there is no operation ''"),
         (["--shapes", "round"], "there is no shape 'round'; there are cogvideox-2b,"),
-        (["--rivals", "steam"], "there is no rival 'steam'; there are materialized,"),
+        (["--baselines", "steam"], "there is no baseline 'steam'; there are materialized,"),
         (["--backends", "steam"], "there is no backend 'steam'; there are auto,"),
         (["--dtype", "int8"], "--dtype must be one of float32, float16, bfloat16, got 'int8'"),
         (["--device", "teapot"], "--device must be cuda or cpu, got 'teapot'"),
@@ -122,7 +122,7 @@ def test_the_plan_of_a_device_that_is_not_here(monkeypatch, capsys):
         (["--minutes", "-1"], "--minutes must be above 0, got -1"),
         (["--seconds", "0"], "--seconds must be above 0, got 0"),
         (["--check-frames", "0"], "--check-frames must be above 0, got 0"),
-        (["--rival-gigabytes", "0"], "--rival-gigabytes must be above 0, got 0"),
+        (["--baseline-gigabytes", "0"], "--baseline-gigabytes must be above 0, got 0"),
         (["--resume"], "--resume goes on with the results of a folder; name it with --output DIR"),
         (["--redraw"], "--redraw needs --output DIR"),
     ],
@@ -138,19 +138,19 @@ def test_folders_that_will_not_do(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main([*FEW, "--output", str(tmp_path / "file")]) == 2
     assert "is a file; give a folder" in capsys.readouterr().err
-    (tmp_path / results.FILE).write_text("{}")
+    (tmp_path / row_file.FILE).write_text("{}")
     assert main([*FEW, "--output", str(tmp_path)]) == 2
     assert "is there already; add --resume" in capsys.readouterr().err
     assert main([*FEW, "--output", str(tmp_path), "--resume"]) == 2
     assert "holds no rows that corrdit bench wrote" in capsys.readouterr().err
-    assert (tmp_path / results.FILE).read_text() == "{}"
+    assert (tmp_path / row_file.FILE).read_text() == "{}"
 
 
 def test_shapes_that_do_not_fit_in_memory(monkeypatch, capsys):
-    monkeypatch.setattr("corrdit.cli.bench._free_bytes", lambda device: 2.0**30)
+    monkeypatch.setattr("corrdit.cli.bench_run._free_bytes", lambda device: 2.0**30)
     assert main([*FEW, "--shapes", "small,hunyuanvideo-720p"]) == 2
     assert "--shapes hunyuanvideo-720p needs 1" in capsys.readouterr().err
-    monkeypatch.setattr("corrdit.cli.bench._free_bytes", lambda device: 2.0**23)
+    monkeypatch.setattr("corrdit.cli.bench_run._free_bytes", lambda device: 2.0**23)
     assert main([*FEW, "--shapes", "default", "--plan"]) == 0
     assert "small-8-frames is left out: it needs" in capsys.readouterr().out
 

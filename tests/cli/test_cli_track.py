@@ -314,7 +314,7 @@ class TestBadDisk:
         def stopped(*arguments: Any, **options: Any) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("corrdit.visualization.pictures.contact_sheet", stopped)
+        monkeypatch.setattr("corrdit.visualization.tracks.contact_sheet", stopped)
         assert main(["track", str(clip), "--output", str(tmp_path / "out"), "--points", "grid:3"]) == 130
         assert snapshot(tmp_path) == before
         assert capsys.readouterr().err == "corrdit track: stopped by Ctrl-C; nothing unfinished was left behind\n"

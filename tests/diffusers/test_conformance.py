@@ -9,6 +9,7 @@ import torch
 
 from corrdit.integrations.diffusers import processors
 from corrdit.integrations.diffusers.backbones import cogvideox, hunyuanvideo, ltx, mochi, wan
+from corrdit.integrations.diffusers.host import attention
 from corrdit.integrations.diffusers.testing.conformance import CHECKS, GENERATION_CHECK
 from corrdit.testing import TINY_MODELS, check_backbone, tiny_backbone, tiny_generation
 
@@ -99,11 +100,11 @@ def test_wrong_branch(name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["cogvideox-rotary", "hunyuanvideo"])
 def test_rotary_lost_by_a_signature_without_names(name, monkeypatch):
-    monkeypatch.setattr(processors, "_with_argument_names", lambda base, inner: base)
+    monkeypatch.setattr(attention, "_with_argument_names", lambda base, inner: base)
     monkeypatch.setattr(
         processors.CorrespondenceProcessor,
         "__call__",
-        lambda self, attn, *args, **kwargs: self.read(attn, *args, **kwargs),
+        lambda self, attn, *args, **kwargs: self.call((), attn, args, kwargs),
         raising=False,
     )
     assert "output unchanged" in failures(name, only=("output unchanged", "attention reproduced"))
@@ -112,17 +113,18 @@ def test_rotary_lost_by_a_signature_without_names(name, monkeypatch):
 @pytest.mark.parametrize("name", ["cogvideox-rotary", *FAMILIES[1:]])
 def test_queries_before_rotary(name, monkeypatch):
     """The output is the model's own, but what is read comes from a call without the rotary tables."""
-    read = processors.CorrespondenceProcessor.read
+    read = processors.CorrespondenceProcessor.call
 
     def without_tables(value):
         return None if isinstance(value, tuple) else value
 
-    def unrotated(self, attn, *args, **kwargs):
+    def unrotated(self, interceptors, attn, args, kwargs):
         if self._request is not None:
-            read(self, attn, *map(without_tables, args), **{n: without_tables(v) for n, v in kwargs.items()})
+            shorn = {n: without_tables(v) for n, v in kwargs.items()}
+            read(self, interceptors, attn, tuple(map(without_tables, args)), shorn)
         return self.inner(attn, *args, **kwargs)
 
-    monkeypatch.setattr(processors.CorrespondenceProcessor, "read", unrotated)
+    monkeypatch.setattr(processors.CorrespondenceProcessor, "call", unrotated)
     assert failures(name, only=("output unchanged", "attention reproduced")) == {"attention reproduced"}
 
 
@@ -130,8 +132,8 @@ def test_queries_before_rotary(name, monkeypatch):
 def test_tokens_moved_by_one(name, monkeypatch):
     of_call = processors.AttentionInputs.of_call
 
-    def moved(query, key, *args, **kwargs):
-        inputs = of_call(query, key, *args, **kwargs)
+    def moved(call):
+        inputs = of_call(call)
         return replace(inputs, query=inputs.query.roll(1, dims=2), key=inputs.key.roll(1, dims=2))
 
     monkeypatch.setattr(processors.AttentionInputs, "of_call", moved)
@@ -175,9 +177,7 @@ def test_copies_that_keep_the_processor(monkeypatch):
 
 def test_second_firing_under_checkpointing(monkeypatch):
     monkeypatch.setattr(processors, "_recomputing", lambda: False)
-    from corrdit.integrations.diffusers.forward_watch import ForwardWatch
-
-    monkeypatch.setattr(ForwardWatch, "disarm", lambda self: None)
+    monkeypatch.setattr(processors.CorrespondenceProcessor, "disarm", lambda self: None)
     assert failures("cogvideox", only=("gradient checkpointing",)) == {"gradient checkpointing"}
 
 

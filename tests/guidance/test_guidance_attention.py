@@ -14,6 +14,11 @@ from torch.overrides import TorchFunctionMode
 from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.guidance import perturbations
 from corrdit.integrations.diffusers.guidance.perturbations import SubstituteAttention, frame_local, identity_attention
+from corrdit.integrations.diffusers.host.attention import intercepting
+
+
+def substituted(*arguments: Any) -> intercepting:
+    return intercepting([SubstituteAttention(*arguments)])
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -30,7 +35,7 @@ def test_both_variants_equal_the_released_code(
     )
     grid = TokenGrid(frames, 1, tokens, text_tokens=text, text_first=True)
     for name, renormalize in (("renormalized", True), ("zeroed", False)):
-        with SubstituteAttention(frame_local(renormalize=renormalize, span=0, backend=backend), grid, None):
+        with substituted(frame_local(renormalize=renormalize, span=0, backend=backend), grid, None):
             output = F.scaled_dot_product_attention(2 * q, 2 * k, v)
         expected = torch.from_numpy(numbers[f"{case}_{name}"])
         assert (output - expected).abs().max() / expected.abs().max() < 1e-5
@@ -70,7 +75,7 @@ def test_other_heads_and_grouped_keys_keep_full_attention() -> None:
         ],
         dim=2,
     )
-    with SubstituteAttention(frame_local(renormalize=True, span=0, backend="reference"), grid, (1, 3)):
+    with substituted(frame_local(renormalize=True, span=0, backend="reference"), grid, (1, 3)):
         output = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
     torch.testing.assert_close(output[:, [1, 3]], local[:, [1, 3]])
     torch.testing.assert_close(output[:, [0, 2]], full[:, [0, 2]])
@@ -93,14 +98,14 @@ def test_attention_that_is_replaced_is_not_computed(mask_heads: int) -> None:
     def values(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any, **further: Any) -> torch.Tensor:
         return v
 
-    with Count(), SubstituteAttention(values, grid, (1, 3)):
+    with Count(), substituted(values, grid, (1, 3)):
         output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     assert computed == [2]
     assert torch.equal(output[:, [1, 3]], v[:, [1, 3]])
     torch.testing.assert_close(
         output[:, [0, 2]], F.scaled_dot_product_attention(q, k, v, attn_mask=mask.expand(1, 4, 8, 8))[:, [0, 2]]
     )
-    with Count(), SubstituteAttention(values, grid, (0, 1, 2, 3)):
+    with Count(), substituted(values, grid, (0, 1, 2, 3)):
         assert torch.equal(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), v)
     assert computed == [2]
 
@@ -109,12 +114,12 @@ def test_attention_that_is_replaced_is_not_computed(mask_heads: int) -> None:
 def test_attention_that_is_not_full_is_refused(change: dict[str, object]) -> None:
     q = torch.randn(1, 2, 8, 4)
     with (
-        SubstituteAttention(identity_attention, TokenGrid(2, 2, 2), None),
+        substituted(identity_attention, TokenGrid(2, 2, 2), None),
         pytest.raises(ValueError, match="causal"),
     ):
         F.scaled_dot_product_attention(q, q, q, **change)  # type: ignore[arg-type]
     with (
-        SubstituteAttention(identity_attention, TokenGrid(2, 2, 1), None),
+        substituted(identity_attention, TokenGrid(2, 2, 1), None),
         pytest.raises(ValueError, match="8 queries and 8 keys"),
     ):
         F.scaled_dot_product_attention(q, q, q)

@@ -19,7 +19,7 @@ from corrdit.integrations.diffusers.testing.tiny_models import tiny_backbone, ti
 from corrdit.integrations.lightning import CorrespondenceCallback
 from corrdit.integrations.lightning.discovery import find_video_model
 from corrdit.integrations.lightning.measurement import MatchMeasurement
-from corrdit.integrations.lightning.reports import draw_heatmap, draw_matches
+from corrdit.integrations.lightning.reports import draw_by_layer, draw_matches
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
 FIGURES = ["score", "consistency", "motion", "text", "own_frame", "other_frames"]
@@ -406,7 +406,7 @@ def test_pictures_show_what_they_are_given():
     assert still.dtype == np.uint8
     assert still.shape == turned.shape
     assert (still != turned).any()
-    low = draw_heatmap(np.array([[0.0, 1.0]]), ["a"], ["b", "c"], "t")
-    high = draw_heatmap(np.array([[1.0, 0.0]]), ["a"], ["b", "c"], "t")
+    low = draw_by_layer({(0, "b"): 0.0, (0, "c"): 1.0}, "t", "a")
+    high = draw_by_layer({(0, "b"): 1.0, (0, "c"): 0.0}, "t", "a")
     assert (low != high).any()
-    assert draw_heatmap(np.array([[np.nan, 1.0]]), ["a"], ["b", "c"], "t").shape == low.shape
+    assert draw_by_layer({(0, "b"): float("nan"), (0, "c"): 1.0}, "t", "a").shape == low.shape

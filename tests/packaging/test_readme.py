@@ -1,40 +1,99 @@
-"""The README's Python runs as it stands, and its commands exist."""
+"""The pages: Python runs as it stands, commands exist, links lead somewhere, tables are those of their files."""
 
 from __future__ import annotations
 
 import importlib
 import pathlib
 import re
+import shlex
+
+import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md"])
+PYTHON = re.compile(r"(<!-- not run: [^>]+ -->\n)?```python\n(.*?)```", re.DOTALL)
+BLOCKS = [code for _, code in PYTHON.findall(README)]
+COMMANDS = re.compile(r"^(?:\.venv/bin/)?corrdit (.+)$", re.MULTILINE)
+
+
+def page_name(page: pathlib.Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def shell_lines(page: pathlib.Path) -> list[str]:
+    """Calls of `corrdit` in the page's blocks without a language."""
+    blocks = re.findall(r"^```\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    return [line for block in blocks for line in COMMANDS.findall(block)]
+
+
+def run_blocks(blocks: list[str], name: str) -> dict[str, object]:
+    """Runs Python from top to bottom in one namespace, beside a reader's own video; here a generated one."""
+    from corrdit.integrations.embedded.world import demo_clip
+    from corrdit.video import write_video
+
+    video, _ = demo_clip(0)
+    write_video("my_video.mp4", video[:6, :80, :120], 8)
+    namespace: dict[str, object] = {"__name__": "page"}
+    for block in blocks:
+        exec(compile(block, name, "exec"), namespace)
+    return namespace
 
 
 def test_readme_shows_python():
     assert len(BLOCKS) >= 2
 
 
-def test_python_runs_from_top_to_bottom(tmp_path, monkeypatch):
-    from corrdit.integrations.embedded.world import demo_clip
-    from corrdit.video import write_video
+def test_readme_is_for_use_and_short():
+    assert len(README.split()) <= 1500
 
+
+def test_python_runs_from_top_to_bottom(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    # The reader's own video; here a generated one.
-    video, _ = demo_clip(0)
-    write_video("my_video.mp4", video[:6, :80, :120], 8)
-    namespace: dict[str, object] = {"__name__": "readme"}
-    for block in BLOCKS:
-        exec(compile(block, "README.md", "exec"), namespace)
+    namespace = run_blocks(BLOCKS, "README.md")
     assert namespace["tracks"].xy.shape == (6, 2, 2)
     assert namespace["flow"].shape[-1] == 2
     assert namespace["q"].grad.abs().sum() > 0
 
 
-def test_relative_links_and_pictures_exist():
-    targets = re.findall(r"\]\(([^)#\s]+)\)", README)
-    missing = [target for target in targets if "://" not in target and not (ROOT / target).exists()]
-    assert not missing
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parent == ROOT / "docs"], ids=page_name)
+def test_python_of_a_page_runs(page, tmp_path, monkeypatch):
+    blocks = [code for skipped, code in PYTHON.findall(page.read_text(encoding="utf-8")) if not skipped]
+    monkeypatch.chdir(tmp_path)
+    if blocks:
+        run_blocks(blocks, page.name)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_relative_links_and_pictures_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)", text):
+        if "://" in target:
+            continue
+        file = page.parent / target if target else page
+        assert file.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\s-]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if shell_lines(page)], ids=page_name)
+def test_commands_of_a_page_are_accepted(page, tmp_path, monkeypatch):
+    """Each is parsed with its options and their values; nothing runs."""
+    from jsonargparse import ArgumentParser
+
+    from corrdit.cli import COMMANDS as known
+
+    monkeypatch.chdir(tmp_path)
+    for line in shell_lines(page):
+        command, *words = shlex.split(line, comments=True)
+        assert command in known, line
+        if command == "evaluate" and "--config" in words:  # names a file of the package, which the command looks up
+            place = words.index("--config")
+            del words[place : place + 2]
+        parser = ArgumentParser(exit_on_error=False)
+        importlib.import_module(f"corrdit.cli.{command}").add_arguments(parser)
+        parser.parse_args(words)
 
 
 def test_make_targets_named_in_the_readme_exist():
@@ -44,16 +103,30 @@ def test_make_targets_named_in_the_readme_exist():
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in named)
 
 
+def test_no_page_installs_from_an_index():
+    for page in PAGES:
+        assert not re.search(r"pip install [^\n]*\bcorrdit\b", page.read_text(encoding="utf-8")), page
+
+
+def test_changelog_lists_every_name_that_moved():
+    import corrdit
+
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert [name for name in corrdit.MOVED if f"`{name.replace(':', '.')}` -> `" not in text] == []
+
+
 def test_tables_are_those_of_the_result_files(tmp_path, monkeypatch):
     """Every marked table, and a figure changed by hand is found and put right."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    tables = importlib.import_module("readme_tables")
+    tables = importlib.import_module("result_tables")
     results = ROOT / "benchmarks" / "results"
-    assert {name for _, name, _ in tables.MARKED.findall(README)} == set(tables.TABLES)
-    assert tables.filled(README, results) == (README, [])
-    page = tmp_path / "README.md"
-    page.write_text(README.replace("| standing still | 21.4 |", "| standing still | 12.4 |"), encoding="utf-8")
-    words = ["--page", str(page), "--results", str(results)]
-    assert tables.main([*words, "--check"]) == 1
-    assert tables.main(words) == 0
-    assert page.read_text(encoding="utf-8") == README
+    texts = [page.read_text(encoding="utf-8") for page in tables.PAGES]
+    assert {name for text in texts for _, name, _ in tables.MARKED.findall(text)} == set(tables.TABLES)
+    for text in texts:
+        assert tables.filled(text, results) == (text, [])
+        page = tmp_path / "page.md"
+        page.write_text(text.replace("| standing still | 21.4 |", "| standing still | 12.4 |"), encoding="utf-8")
+        words = ["--page", str(page), "--results", str(results)]
+        assert tables.main([*words, "--check"]) == 1
+        assert tables.main(words) == 0
+        assert page.read_text(encoding="utf-8") == text

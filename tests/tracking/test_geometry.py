@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from corrdit.tracking import interpolate_tracks
-from corrdit.tracking.geometry import (
+from corrdit.geometry import (
     bilinear_tokens,
     nearest_tokens,
     pixels_to_tokens,
@@ -15,6 +14,7 @@ from corrdit.tracking.geometry import (
     sample_matches,
     tokens_to_pixels,
 )
+from corrdit.tracking import interpolate_tracks
 
 
 def own_positions(height: int, width: int) -> torch.Tensor:

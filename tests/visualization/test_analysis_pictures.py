@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from corrdit.analysis.pictures import principal_components
+from corrdit.analysis.token_maps import principal_components
 from corrdit.visualization.attention_maps import draw_attention_maps, draw_components
-from corrdit.visualization.curves import draw_curves
-from corrdit.visualization.heatmaps import draw_heatmaps
+from corrdit.visualization.charts import draw_curves, draw_heatmaps
 
 
 def share_of(picture: np.ndarray, colour: tuple[int, int, int], tolerance: int = 12) -> float:

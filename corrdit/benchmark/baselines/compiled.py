@@ -9,13 +9,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from corrdit import reference
+from corrdit.benchmark.baselines.sdpa import positions_as_values
 from corrdit.grid import TokenGrid
 from corrdit.problem import PairProblem, TokenAxis
 
@@ -23,11 +23,14 @@ from corrdit.problem import PairProblem, TokenAxis
 RECOMPILATIONS = 256
 
 
-def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _compile(function: Callable[P, R]) -> Callable[P, R]:
     """Compiled for each shape by itself; where that cannot be done it raises instead of running the plain function."""
     torch._dynamo.config.recompile_limit = max(RECOMPILATIONS, torch._dynamo.config.recompile_limit)
-    compiled: Callable[..., Any] = torch.compile(function, dynamic=False, fullgraph=True)
-    return compiled
+    return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 @functools.cache
@@ -124,18 +127,8 @@ def _compiled_flex_attention() -> Callable[..., Any]:
 
 def flex_soft_displacement(q: Tensor, k: Tensor, grid: TokenGrid, *, temperature: float = 1.0) -> Tensor:
     """heads="probabilities" by FlexAttention, values 16 wide: `[B, F, F, h, w, 2]`."""
-    tokens = grid.tokens_per_frame
-    position = grid.coordinates(q.device, torch.promote_types(q.dtype, torch.float32))
-    middle, extent = position.mean(0), float(max(grid.height, grid.width))
-    values = functional.pad(((position - middle) / extent).to(q.dtype), (0, 14))
-    values = values.expand(q.shape[0], q.shape[1], tokens, 16).contiguous()
-    expected = []
-    for frame in range(grid.frames):
-        keys = k[:, :, frame * tokens : (frame + 1) * tokens].contiguous()
-        attended: Tensor = _compiled_flex_attention()(q, keys, values, scale=temperature * q.shape[-1] ** -0.5)
-        expected.append(attended[..., :2].to(position.dtype).mean(1) * extent + middle)
-    result = torch.stack(expected, dim=1).unflatten(2, (grid.frames, tokens)).transpose(1, 2)
-    return (result - position).unflatten(-2, (grid.height, grid.width))
+    attend = functools.partial(_compiled_flex_attention(), scale=temperature * q.shape[-1] ** -0.5)
+    return positions_as_values(attend, q, k, grid, width=16, contiguous=True)
 
 
 @functools.lru_cache(maxsize=4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 import numpy as np
 import torch
@@ -17,11 +17,28 @@ from corrdit.integrations.diffusers.backbones.presets import Preset, preset_for
 from corrdit.integrations.diffusers.captures import Capture
 from corrdit.integrations.diffusers.indices import resolved_index
 from corrdit.integrations.diffusers.inversion import Path, denoised_latents, inverted_latents
-from corrdit.integrations.diffusers.layouts import TransformerLayout, has_layout, register_layout
+from corrdit.integrations.diffusers.layouts import Config, TransformerLayout, config_of, has_layout, register_layout
 from corrdit.integrations.diffusers.processors import Operation, named_operations
+
+if TYPE_CHECKING:
+    from corrdit.integrations.diffusers.feature_backbone import FeatureBackbone
 
 PIXELS_PER_ENCODER_CALL = 480 * 720
 """Frames are given to the codec in groups of about this many pixels, so that memory does not grow with the video."""
+
+
+class Pipeline(Protocol):
+    """What a backbone asks of a pipeline of diffusers; what else there is, is the family's own."""
+
+    transformer: torch.nn.Module
+    scheduler: Any
+
+    @property
+    def _execution_device(self) -> torch.device: ...
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def __getattr__(self, name: str) -> Any: ...
 
 
 class Backbone(abc.ABC):
@@ -46,7 +63,7 @@ class Backbone(abc.ABC):
     layout: ClassVar[type[TransformerLayout]]
     channel_axis: ClassVar[int] = 1
 
-    def __init__(self, pipe: Any, *, name: str, preset: Preset | None = None) -> None:
+    def __init__(self, pipe: Pipeline, *, name: str, preset: Preset | None = None) -> None:
         self.pipe = pipe
         self.name = name
         self.transformer: torch.nn.Module = pipe.transformer
@@ -54,13 +71,17 @@ class Backbone(abc.ABC):
         if not has_layout(self.transformer):
             register_layout(type(self.transformer).__name__, self.layout)
         self.layers = len(self._layout.attention_modules(self.transformer))
-        self.heads = int(self.transformer.config.num_attention_heads)
+        self.heads = int(self.config.num_attention_heads)
         self.preset = preset or preset_for(self.family, self.layers, self.heads)
-        if not -self.layers <= self.preset.layer < self.layers:
-            raise ValueError(
-                f"the preset of {name} reads layer {self.preset.layer}, but there are {self.layers} layers"
-            )
+        layer = self.preset.reading.layer
+        if not -self.layers <= layer < self.layers:
+            raise ValueError(f"the preset of {name} reads layer {layer}, but there are {self.layers} layers")
         self._empty_prompt: dict[str, torch.Tensor] | None = None
+
+    @property
+    def config(self) -> Config:
+        """Options the transformer was built with."""
+        return config_of(self.transformer)
 
     @property
     def device(self) -> torch.device:
@@ -70,7 +91,7 @@ class Backbone(abc.ABC):
     @property
     def dtype(self) -> torch.dtype:
         """Precision of the transformer's input."""
-        return self.transformer.dtype
+        return cast(torch.dtype, self.transformer.dtype)
 
     @property
     def token_stride(self) -> tuple[int, int]:
@@ -84,14 +105,14 @@ class Backbone(abc.ABC):
         return self._layout.patch_size(self.transformer)[0]
 
     @property
-    @abc.abstractmethod
     def spatial_compression(self) -> int:
         """Pixels a latent spans."""
+        return int(self.pipe.vae_scale_factor_spatial)
 
     @property
-    @abc.abstractmethod
     def temporal_compression(self) -> int:
         """Video frames a latent frame stands for, the first one excepted."""
+        return int(self.pipe.vae_scale_factor_temporal)
 
     @abc.abstractmethod
     def normalized(self, latents: torch.Tensor) -> torch.Tensor:
@@ -137,7 +158,7 @@ class Backbone(abc.ABC):
         Raises:
             ValueError: a step outside the schedule.
         """
-        given = self.preset.inference_steps if inference_steps is None else inference_steps
+        given = self.preset.reading.inference_steps if inference_steps is None else inference_steps
         steps = whole_number("inference_steps", given, 1)
         index = resolved_index("step", step, steps)
         if index is None:
@@ -223,9 +244,11 @@ class Backbone(abc.ABC):
         video = self._layout.video_grid(self.transformer, frames * self.frames_per_token, latent_height, latent_width)
         return self.with_text(video)
 
-    @abc.abstractmethod
     def with_text(self, video: TokenGrid) -> TokenGrid:
         """The grid with the text tokens of the empty prompt where this family puts them."""
+        if self.layout.text is None:
+            return video
+        return self._layout.with_text(video, self.empty_prompt()["encoder_hidden_states"].shape[1])
 
     @torch.no_grad()
     def empty_prompt(self) -> dict[str, torch.Tensor]:
@@ -302,6 +325,15 @@ class Backbone(abc.ABC):
         output = self.transformer_at(timestep)(**arguments, return_dict=False)[0]
         return self.output_latents(output, self._batched(latents)).reshape(latents.shape).float()
 
+    def with_features(self, feature: str = "attention output") -> FeatureBackbone:
+        """This model with the output of an attention layer in place of its queries and keys.
+
+        Args and errors: as `corrdit.integrations.diffusers.feature_backbone.FeatureBackbone`.
+        """
+        from corrdit.integrations.diffusers.feature_backbone import FeatureBackbone
+
+        return FeatureBackbone(self, feature)
+
     def inverted(self, latents: torch.Tensor, steps: Sequence[int], inference_steps: int, **options: Any) -> Path:
         """Clean latents at denoising steps: `corrdit.integrations.diffusers.inversion.inverted_latents`."""
         return inverted_latents(self, latents, steps, inference_steps, **options)
@@ -369,12 +401,12 @@ class Backbone(abc.ABC):
     @property
     def latent_channels(self) -> int:
         """Channels of a latent."""
-        return int(self.transformer.config.in_channels)
+        return int(self.config.in_channels)
 
     def _prepared(
         self, video: np.ndarray | torch.Tensor, height: int | None, width: int | None, **resizing: Any
     ) -> torch.Tensor:
-        size = (height or self.preset.height, width or self.preset.width)
+        size = (height or self.preset.reading.height, width or self.preset.reading.width)
         return prepared_frames(video, size, stride=self.token_stride, name=self.name, **resizing)
 
     @torch.no_grad()

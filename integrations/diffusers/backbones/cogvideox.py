@@ -7,33 +7,12 @@ Source: diffusers, `CogVideoXTransformer3DModel` and the `CogVideoXPipeline` fam
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 
-from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.backbones.base import Backbone
-from corrdit.integrations.diffusers.layouts import ForwardCall, TransformerLayout
-
-
-class CogVideoXLayout(TransformerLayout):
-    """Where CogVideoX keeps its attention, and its token axis: text, then frames."""
-
-    guidance = "batched"
-
-    def attention_modules(self, transformer: torch.nn.Module) -> list[torch.nn.Module]:
-        return [block.attn1 for block in transformer.transformer_blocks]
-
-    def patch_size(self, transformer: torch.nn.Module) -> tuple[int, int, int]:
-        config = transformer.config
-        return (config.patch_size_t or 1, config.patch_size, config.patch_size)
-
-    def read_call(self, transformer: torch.nn.Module, arguments: Mapping[str, Any]) -> ForwardCall:
-        latents, text = arguments["hidden_states"], arguments["encoder_hidden_states"]
-        batch, frames, _, height, width = latents.shape
-        grid = replace(self.video_grid(transformer, frames, height, width), text_tokens=text.shape[1], text_first=True)
-        return ForwardCall(batch=batch, grid=grid, timestep=arguments["timestep"])
+from corrdit.integrations.diffusers.layouts import CogVideoXLayout
 
 
 class CogVideoXBackbone(Backbone):
@@ -44,20 +23,12 @@ class CogVideoXBackbone(Backbone):
     channel_axis = 2
 
     @property
-    def spatial_compression(self) -> int:
-        return int(self.pipe.vae_scale_factor_spatial)
-
-    @property
-    def temporal_compression(self) -> int:
-        return int(self.pipe.vae_scale_factor_temporal)
-
-    @property
     def latent_channels(self) -> int:
-        return int(self.transformer.config.out_channels)
+        return int(self.config.out_channels)
 
     @property
     def takes_image(self) -> bool:
-        return self.transformer.config.in_channels == 2 * self.latent_channels
+        return self.config.in_channels == 2 * self.latent_channels
 
     def normalized(self, latents: torch.Tensor) -> torch.Tensor:
         return latents * self.pipe.vae_scaling_factor_image
@@ -69,12 +40,8 @@ class CogVideoXBackbone(Backbone):
         return {"encoder_hidden_states": embeds.to(self.dtype)}
 
     def blank_prompt(self) -> dict[str, torch.Tensor]:
-        shape = (1, self._text_tokens, self.transformer.config.text_embed_dim)
+        shape = (1, self._text_tokens, self.config.text_embed_dim)
         return {"encoder_hidden_states": torch.zeros(shape, device=self.device, dtype=self.dtype)}
-
-    def with_text(self, video: TokenGrid) -> TokenGrid:
-        tokens = self.empty_prompt()["encoder_hidden_states"].shape[1]
-        return replace(video, text_tokens=tokens, text_first=True)
 
     def call_arguments(
         self,
@@ -86,7 +53,7 @@ class CogVideoXBackbone(Backbone):
         batch, frames, _, height, width = latents.shape
         rotary = None
         self._check_size(height, width)
-        if self.transformer.config.use_rotary_positional_embeddings:
+        if self.config.use_rotary_positional_embeddings:
             stride = self.spatial_compression
             rotary = self.pipe._prepare_rotary_positional_embeddings(
                 height * stride, width * stride, frames, self.device
@@ -100,13 +67,13 @@ class CogVideoXBackbone(Backbone):
             "image_rotary_emb": rotary,
             **text,
         }
-        if self.transformer.config.ofs_embed_dim is not None:
+        if self.config.ofs_embed_dim is not None:
             arguments["ofs"] = latents.new_full((1,), 2.0)
         return arguments
 
     def _check_size(self, height: int, width: int) -> None:
         """1.5 cuts its rotary table out of one of fixed size."""
-        config = self.transformer.config
+        config = self.config
         if config.patch_size_t is not None and (height > config.sample_height or width > config.sample_width):
             stride = self.spatial_compression
             raise ValueError(
@@ -123,4 +90,4 @@ class CogVideoXBackbone(Backbone):
 
     @property
     def _text_tokens(self) -> int:
-        return int(self.transformer.config.max_text_seq_length)
+        return int(self.config.max_text_seq_length)

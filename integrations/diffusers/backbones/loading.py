@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.util
 import json
 import os
@@ -11,26 +10,20 @@ import pathlib
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import torch
 
-from corrdit.integrations.diffusers.backbones.base import Backbone
-from corrdit.integrations.diffusers.backbones.presets import PUBLISHED_MODELS, Preset
+from corrdit.integrations.diffusers.backbones.base import Backbone, Pipeline
+from corrdit.integrations.diffusers.backbones.presets import PUBLISHED_MODELS, Preset, checked_preset, published_preset
+from corrdit.integrations.diffusers.backbones.table import FAMILIES
 from corrdit.integrations.diffusers.layouts import layout_of
 
 ENTRY_POINT_GROUP = "corrdit.backbones"
 EMBEDDED = "embedded"
 INDEX_FILE = "model_index.json"
-FAMILY_BACKBONES = {
-    "CogVideoXTransformer3DModel": "corrdit.integrations.diffusers.backbones.cogvideox:CogVideoXBackbone",
-    "HunyuanVideoTransformer3DModel": "corrdit.integrations.diffusers.backbones.hunyuanvideo:HunyuanVideoBackbone",
-    "LTXVideoTransformer3DModel": "corrdit.integrations.diffusers.backbones.ltx:LTXBackbone",
-    "MochiTransformer3DModel": "corrdit.integrations.diffusers.backbones.mochi:MochiBackbone",
-    "WanTransformer3DModel": "corrdit.integrations.diffusers.backbones.wan:WanBackbone",
-}
-"""Backbone class by the transformer's class name."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -50,7 +43,9 @@ def load_backbone(
             `save_pretrained`, with an optional `preset.json`; or a hub id such as "THUDM/CogVideoX-2b".
         device: where to put it; None for the CPU.
         dtype: precision; None for float32 on the CPU and the published precision (or bfloat16) elsewhere.
-        preset: settings in place of the model's own, or a file that `corrdit calibrate` wrote.
+        preset: settings in place of the model's own ("default"): a `Preset`, a file that `corrdit calibrate` wrote, or
+            "published" for DiffTrack's and DiTFlow's released procedures, with the settings that are published for a
+            model of this shape, if any.
 
     Raises:
         FileNotFoundError: no such preset file.
@@ -58,7 +53,7 @@ def load_backbone(
             machine while offline or cannot be fetched, a model that is not supported, with the reason, a preset that
             is none or names a layer the model does not have, or a device or dtype that cannot be used.
     """
-    chosen = preset if preset is None or isinstance(preset, Preset) else Preset.from_file(preset)
+    chosen = checked_preset(preset)
     if not isinstance(name, (str, os.PathLike)):
         raise ValueError(
             f"name must be a string or a path, got a {type(name).__name__}; backbone_of takes a pipeline that is loaded"
@@ -66,7 +61,14 @@ def load_backbone(
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype must be a floating-point torch dtype such as torch.bfloat16, or None, got {dtype!r}")
     backbone = _loaded(os.fspath(name), _usable_device(device), dtype)
-    return backbone if chosen is None else backbone_of(backbone.pipe, name=backbone.name, preset=chosen)
+    if chosen is None:
+        return backbone
+    own = backbone.preset
+    if not isinstance(chosen, Preset):
+        chosen = (published_preset(backbone.family, backbone.layers, backbone.heads) or own).published()
+    elif chosen.transfer is None and own.transfer is not None:
+        chosen = replace(chosen, transfer=chosen.moved_to_layer(own.transfer))
+    return backbone_of(backbone.pipe, name=backbone.name, preset=chosen)
 
 
 def _loaded(text: str, device: torch.device, dtype: torch.dtype | None) -> Backbone:
@@ -109,7 +111,7 @@ def available_backbones() -> list[dict[str, Any]]:
     return rows
 
 
-def backbone_of(pipe: Any, *, name: str | None = None, preset: Preset | None = None) -> Backbone:
+def backbone_of(pipe: Pipeline, *, name: str | None = None, preset: Preset | None = None) -> Backbone:
     """The backbone round a pipeline that is already loaded.
 
     Raises:
@@ -120,12 +122,9 @@ def backbone_of(pipe: Any, *, name: str | None = None, preset: Preset | None = N
         raise ValueError(f"{type(pipe).__name__} has no transformer; give a video pipeline of {_families()}")
     layout_of(transformer)
     for candidate in type(transformer).__mro__:
-        target = FAMILY_BACKBONES.get(candidate.__name__)
-        if target is not None:
-            module, _, attribute = target.partition(":")
-            return getattr(importlib.import_module(module), attribute)(
-                pipe, name=name or type(pipe).__name__, preset=preset
-            )
+        family = FAMILIES.get(candidate.__name__)
+        if family is not None:
+            return family(pipe, name=name or type(pipe).__name__, preset=preset)
     raise ValueError(f"{type(transformer).__name__} can be captured but is no backbone; backbones are {_families()}")
 
 
@@ -137,7 +136,7 @@ def _embedded(device: torch.device, dtype: torch.dtype | None) -> Backbone:
 
 
 def _embedded_row() -> dict[str, Any]:
-    from corrdit.integrations.embedded.loading import WEIGHTS, read_preset
+    from corrdit.integrations.embedded.preset import WEIGHTS, read_preset
 
     row: dict[str, Any] = {"name": EMBEDDED, "family": "cogvideox", "layers": None, "heads": None, "preset": None}
     if not (WEIGHTS / "model_index.json").is_file():
@@ -275,7 +274,7 @@ def _third_party() -> dict[str, EntryPoint]:
 
 
 def _families() -> str:
-    return ", ".join(sorted(FAMILY_BACKBONES))
+    return ", ".join(sorted(FAMILIES))
 
 
 def _accepted() -> str:

@@ -11,34 +11,13 @@ from typing import Any
 
 import torch
 
-from corrdit.grid import TokenGrid
+from corrdit.integrations.diffusers.backbones.base import Pipeline
 from corrdit.integrations.diffusers.backbones.flow_matching import FlowMatchingBackbone, standardized
 from corrdit.integrations.diffusers.backbones.presets import Preset
-from corrdit.integrations.diffusers.layouts import ForwardCall, TransformerLayout
+from corrdit.integrations.diffusers.layouts import WanLayout
 
 TEXT_TOKENS = 512
 """Length to which `WanPipeline` pads prompts."""
-
-
-class WanLayout(TransformerLayout):
-    """Where Wan keeps its attention, and its token axis: frames alone."""
-
-    guidance = "separate"
-
-    def attention_modules(self, transformer: torch.nn.Module) -> list[torch.nn.Module]:
-        return [block.attn1 for block in transformer.blocks]
-
-    def block_lists(self, transformer: torch.nn.Module) -> list[str]:
-        return ["blocks"]
-
-    def patch_size(self, transformer: torch.nn.Module) -> tuple[int, int, int]:
-        frames, rows, columns = transformer.config.patch_size
-        return (frames, rows, columns)
-
-    def read_call(self, transformer: torch.nn.Module, arguments: Mapping[str, Any]) -> ForwardCall:
-        batch, _, frames, height, width = arguments["hidden_states"].shape
-        grid = self.video_grid(transformer, frames, height, width)
-        return ForwardCall(batch=batch, grid=grid, timestep=arguments["timestep"])
 
 
 class WanBackbone(FlowMatchingBackbone):
@@ -51,17 +30,9 @@ class WanBackbone(FlowMatchingBackbone):
     family = "wan"
     layout = WanLayout
 
-    def __init__(self, pipe: Any, *, name: str, preset: Preset | None = None) -> None:
+    def __init__(self, pipe: Pipeline, *, name: str, preset: Preset | None = None) -> None:
         super().__init__(pipe, name=name, preset=preset)
         self._grey_latents: torch.Tensor | None = None
-
-    @property
-    def spatial_compression(self) -> int:
-        return int(self.pipe.vae_scale_factor_spatial)
-
-    @property
-    def temporal_compression(self) -> int:
-        return int(self.pipe.vae_scale_factor_temporal)
 
     def transformer_at(self, timestep: float) -> torch.nn.Module:
         boundary = getattr(self.pipe.config, "boundary_ratio", None)
@@ -81,19 +52,16 @@ class WanBackbone(FlowMatchingBackbone):
         return {"encoder_hidden_states": embeds.to(self.dtype)}
 
     def blank_prompt(self) -> dict[str, torch.Tensor]:
-        shape = (1, TEXT_TOKENS, self.transformer.config.text_dim)
+        shape = (1, TEXT_TOKENS, self.config.text_dim)
         return {"encoder_hidden_states": torch.zeros(shape, device=self.device, dtype=self.dtype)}
-
-    def with_text(self, video: TokenGrid) -> TokenGrid:
-        return video
 
     @property
     def latent_channels(self) -> int:
-        return int(self.transformer.config.out_channels)
+        return int(self.config.out_channels)
 
     @property
     def takes_image(self) -> bool:
-        config = self.transformer.config
+        config = self.config
         return config.in_channels == 2 * config.out_channels + self.temporal_compression
 
     def call_arguments(
@@ -117,7 +85,7 @@ class WanBackbone(FlowMatchingBackbone):
         return {"hidden_states": latents.transpose(1, 2), "timestep": times, **text}
 
     def _check_inputs(self) -> None:
-        config = self.transformer.config
+        config = self.config
         if getattr(config, "image_dim", None) is not None:
             raise ValueError(
                 f"{self.name} is an image-to-video model which needs the features of an image encoder beside the "

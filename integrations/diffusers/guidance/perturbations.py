@@ -4,34 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
 from corrdit import ops
 from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.attention_inputs import key_mask_of
 from corrdit.integrations.diffusers.compatibility import check_attention_backend
-from corrdit.integrations.diffusers.processors import SCALED_DOT_PRODUCT_ATTENTION
+from corrdit.integrations.diffusers.host.attention import Attention, AttentionCall, DelegatingProcessor, Interceptor
 
 LOGITS_AT_ONCE = 2**23
 """Elements of the video-to-text logits that identity attention holds at a time (32 MiB in float32)."""
 
-AttentionFunction = Callable[..., torch.Tensor]
+AttentionFunction = Callable[..., Tensor]
 """`attention(q, k, v, grid, *, scale, key_mask) -> [B, H, N, D]`."""
 
 
 def identity_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     grid: TokenGrid,
     *,
     scale: float,
-    key_mask: torch.Tensor | None,
-) -> torch.Tensor:
+    key_mask: Tensor | None,
+) -> Tensor:
     """Attention in which a video token sees itself and the text only; text tokens see everything.
 
     Source: perturbed-attention guidance (arXiv 2403.17377), in its form for joint attention with text.
@@ -61,14 +60,14 @@ def identity_attention(
 
 
 def _self_and_text(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    text_k: torch.Tensor,
-    text_v: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    text_k: Tensor,
+    text_v: Tensor,
     scale: float,
-    text_allowed: torch.Tensor | None,
-) -> torch.Tensor:
+    text_allowed: Tensor | None,
+) -> Tensor:
     """Each query sees the key of its own row and the text; all `[B, H, n, D]`."""
     own = (q.float() * k.float()).sum(dim=-1, keepdim=True) if q.dtype != torch.float64 else (q * k).sum(-1, True)
     to_text = (q @ text_k.transpose(-1, -2)).to(own.dtype)
@@ -82,14 +81,14 @@ def frame_local(*, renormalize: bool, span: int, backend: str) -> AttentionFunct
     """`corrdit.ops.frame_local_attention` with these settings."""
 
     def attention(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
         grid: TokenGrid,
         *,
         scale: float,
-        key_mask: torch.Tensor | None,
-    ) -> torch.Tensor:
+        key_mask: Tensor | None,
+    ) -> Tensor:
         return ops.frame_local_attention(
             q,
             k,
@@ -105,10 +104,11 @@ def frame_local(*, renormalize: bool, span: int, backend: str) -> AttentionFunct
     return attention
 
 
-class SubstituteAttention(TorchFunctionMode):
-    """Answers every scaled_dot_product_attention inside with another attention; all else passes.
+class SubstituteAttention:
+    """An interceptor that answers attention calls with another attention.
 
-    The processor round the call is the model's own, so projections, norms and rotary positions are too.
+    The processor round the call is the model's own, so projections, norms and rotary positions are too; heads that keep
+    full attention have it from the model's own backend.
 
     Args:
         attention: what answers.
@@ -120,52 +120,32 @@ class SubstituteAttention(TorchFunctionMode):
     """
 
     def __init__(self, attention: AttentionFunction, grid: TokenGrid, heads: tuple[int, ...] | None) -> None:
-        super().__init__()
         self._attention = attention
         self._grid = grid
         self._heads = heads
         self.samples = 0
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is SCALED_DOT_PRODUCT_ATTENTION:
-            return self._answer(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-    def _answer(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> torch.Tensor:
-        batch, heads, tokens, head_dim = query.shape
-        grid = self._grid_of(tokens, key.shape[2], is_causal)
+    def __call__(self, call: AttentionCall, full_attention: Attention) -> Tensor:
+        """The answer, `[B, H, N, D]`."""
+        query, key, value = call.query, call.key, call.value
+        batch, heads, tokens, _ = query.shape
+        grid = self._grid_of(tokens, key.shape[2], call.causal)
         if key.shape[1] != heads:
             key, value = (tensor.repeat_interleave(heads // key.shape[1], dim=1) for tensor in (key, value))
         self.samples += batch
-        arguments = {
-            "scale": head_dim**-0.5 if scale is None else scale,
-            "key_mask": key_mask_of(attn_mask, batch, tokens),
-        }
+        key_mask = key_mask_of(call.mask, batch, tokens)
         if self._heads is None:
-            return self._attention(query, key, value, grid, **arguments)
+            return self._attention(query, key, value, grid, scale=call.scale, key_mask=key_mask)
         chosen = list(self._heads)
         others = [head for head in range(heads) if head not in self._heads]
+        own = (tensor[:, chosen] for tensor in (query, key, value))
         output = query.new_empty(*query.shape[:-1], value.shape[-1])
-        output[:, chosen] = self._attention(*(tensor[:, chosen] for tensor in (query, key, value)), grid, **arguments)
+        output[:, chosen] = self._attention(*own, grid, scale=call.scale, key_mask=key_mask)
         if others:
-            mask = attn_mask
-            if mask is not None and mask.ndim > 2 and mask.shape[-3] > 1:
-                mask = mask[..., others, :, :]
-            output[:, others] = F.scaled_dot_product_attention(
-                query[:, others], key[:, others], value[:, others], attn_mask=mask, scale=scale
-            )
+            rest = call.changed(query[:, others], key[:, others], value[:, others])
+            if call.mask is not None and call.mask.ndim > 2 and call.mask.shape[-3] > 1:
+                rest = rest.masked(call.mask[..., others, :, :])
+            output[:, others] = full_attention(rest)
         return output
 
     def _grid_of(self, tokens: int, keys: int, causal: bool) -> TokenGrid:
@@ -181,12 +161,46 @@ class SubstituteAttention(TorchFunctionMode):
         return replace(self._grid, text_tokens=text)
 
 
-def check_answered(substitute: SubstituteAttention, batch: int, processor: Any) -> None:
-    """Raises ValueError where a layer did not put every sample through scaled_dot_product_attention."""
-    if substitute.samples != batch:
-        check_attention_backend(processor)
-        raise ValueError(
-            f"{type(processor).__name__} called scaled_dot_product_attention for {substitute.samples} of {batch} "
-            "samples, so its attention cannot be perturbed; use a model whose self-attention is one softmax over all "
-            'tokens, with a native attention backend (transformer.set_attention_backend("native"))'
-        )
+class PerturbingProcessor(DelegatingProcessor):
+    """Drop-in attention processor whose attention is another.
+
+    Args:
+        inner: the processor it delegates to.
+        attention: what answers its calls.
+        grid: the layer's token axis, padded text included.
+        heads: the heads that are perturbed, or None for all.
+        batch: samples that go through it in a forward.
+
+    Raises:
+        ValueError: at a forward, a layer that did not put every sample through attention that can be seen.
+    """
+
+    def __init__(
+        self,
+        inner: object,
+        attention: AttentionFunction,
+        grid: TokenGrid,
+        heads: tuple[int, ...] | None,
+        batch: int,
+    ) -> None:
+        super().__init__(inner)
+        self._attention, self._grid, self._heads, self._batch = attention, grid, heads, batch
+
+    def call(
+        self,
+        interceptors: tuple[Interceptor, ...],
+        attn: torch.nn.Module,
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+    ) -> object:
+        """The inner processor's output, from the other attention."""
+        substitute = SubstituteAttention(self._attention, self._grid, self._heads)
+        output = self.delegated((*interceptors, substitute), attn, args, kwargs)
+        if substitute.samples != self._batch:
+            check_attention_backend(self.inner)
+            raise ValueError(
+                f"{type(self.inner).__name__} called scaled_dot_product_attention for {substitute.samples} of "
+                f"{self._batch} samples, so its attention cannot be perturbed; use a model whose self-attention is one "
+                'softmax over all tokens, with a native attention backend (transformer.set_attention_backend("native"))'
+            )
+        return output

@@ -8,54 +8,82 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from corrdit.grid import TokenGrid
-from corrdit.integrations.diffusers.early_exit import leaving_after
+from corrdit.integrations.diffusers.compatibility import check_processor
+from corrdit.integrations.diffusers.host.attention import (
+    Attention,
+    AttentionCall,
+    DelegatingProcessor,
+    Interceptor,
+    processors_wrapped,
+)
+from corrdit.integrations.diffusers.host.forwards import EarlyExit, leaving_after
 from corrdit.integrations.diffusers.layouts import TransformerLayout
 from corrdit.integrations.diffusers.motion_transfer.attention_editing import (
     Edit,
     EditingProcessor,
     joined_with_text,
-    processors_wrapped,
     video_part,
 )
-from corrdit.integrations.diffusers.processors import EarlyExit
 
 KeysValues = dict[int, tuple[Tensor, Tensor]]
 """Keys and values of the video tokens, `[1, H, F * S, D]` each, by layer."""
+
+
+class _KeysValuesReader(DelegatingProcessor):
+    """Keeps the keys and values of the video tokens.
+
+    In an attribute of its own, so that a block compiled with it serves every layer.
+    """
+
+    kept: tuple[Tensor, Tensor] | None = None
+
+    def __init__(self, inner: object, grid: TokenGrid, leave: bool) -> None:
+        check_processor(inner)
+        super().__init__(inner)
+        self._grid, self._leave = grid, leave
+
+    def call(
+        self,
+        interceptors: tuple[Interceptor, ...],
+        attn: torch.nn.Module,
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+    ) -> object:
+        return self.delegated((*interceptors, self._read), attn, args, kwargs)
+
+    def _read(self, call: AttentionCall, attention: Attention) -> Tensor:
+        self.kept = (video_part(call.key, self._grid).clone(), video_part(call.value, self._grid).clone())
+        if self._leave:
+            raise EarlyExit
+        return attention(call)
 
 
 @torch.no_grad()
 def keys_values_of(
     transformer: torch.nn.Module,
     layout: TransformerLayout,
-    arguments: Mapping[str, Any],
+    arguments: Mapping[str, object],
     grid: TokenGrid,
     layers: tuple[int, ...],
 ) -> KeysValues:
     """Keys and values of one forward, which ends after the last of the layers."""
-    kept: KeysValues = {}
     modules = layout.attention_modules(transformer)
+    readers: dict[int, _KeysValuesReader] = {}
     with contextlib.ExitStack() as stack:
         leave = stack.enter_context(leaving_after(transformer, layout, max(layers)))
 
-        def reader(layer: int) -> Edit:
-            def read(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-                kept[layer] = (video_part(k, grid).clone(), video_part(v, grid).clone())
-                if leave and layer == max(layers):
-                    raise EarlyExit
-                return q, k, v
+        def reader(layer: int, inner: object) -> _KeysValuesReader:
+            readers[layer] = _KeysValuesReader(inner, grid, leave and layer == max(layers))
+            return readers[layer]
 
-            return read
-
-        chosen = {layer: modules[layer] for layer in layers}
-        stack.enter_context(processors_wrapped(chosen, lambda layer, inner: EditingProcessor(inner, reader(layer))))
+        stack.enter_context(processors_wrapped({layer: modules[layer] for layer in layers}, reader))
         transformer(**arguments)
-    return kept
+    return {layer: reader.kept for layer, reader in readers.items() if reader.kept is not None}
 
 
 @contextlib.contextmanager

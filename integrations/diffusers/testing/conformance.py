@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from corrdit.integrations.diffusers.testing import guidance_checks, reading_checks, restoring_checks
+from corrdit.integrations.diffusers.backbones.base import Backbone
+from corrdit.integrations.diffusers.testing import reading_checks, restoring_checks
 from corrdit.integrations.diffusers.testing.subject import Check, Subject
-
-if TYPE_CHECKING:
-    from corrdit.integrations.diffusers.backbones.base import Backbone
 
 CHECKS: dict[str, Check] = {
     "grid": reading_checks.check_grid,
@@ -29,6 +27,8 @@ CHECKS: dict[str, Check] = {
     "memory": restoring_checks.check_memory,
 }
 """Checks of a backbone by name, in the order they run."""
+
+GENERATION_CHECK = "steps and branches"
 
 
 @dataclass(frozen=True)
@@ -75,24 +75,21 @@ def check_backbone(
         AssertionError: some checks failed; the message names each with what was found.
         ValueError: an unknown name in `only`.
     """
+    checks = dict(CHECKS)
+    if generation is not None:
+        checks[GENERATION_CHECK] = lambda subject: reading_checks.check_generation(subject.backbone, generation)
     unknown = set(only or ()) - set(CHECKS) - {GENERATION_CHECK}
     if unknown:
         raise ValueError(f"unknown checks {sorted(unknown)}; there are {', '.join([*CHECKS, GENERATION_CHECK])}")
     subject = Subject.random(backbone, frames=frames, batch=max(2, batch), seed=seed)
     results = [
-        CheckResult(name, _problem(check, subject)) for name, check in CHECKS.items() if only is None or name in only
+        CheckResult(name, _problem(check, subject)) for name, check in checks.items() if only is None or name in only
     ]
-    if generation is not None and (only is None or GENERATION_CHECK in only):
-        problem = _problem(lambda _: guidance_checks.check_generation(backbone, generation), subject)
-        results.append(CheckResult(GENERATION_CHECK, problem))
     failed = [result for result in results if not result.passed]
     if failed:
         listed = "\n".join(f"- {result.name}: {result.problem}" for result in failed)
         raise AssertionError(f"{backbone.name} fails {len(failed)} of {len(results)} checks:\n{listed}")
     return results
-
-
-GENERATION_CHECK = "steps and branches"
 
 
 def _problem(check: Check, subject: Subject) -> str:

@@ -1,18 +1,25 @@
-"""Whether what is read is what the model uses: output, attention, token order, text, masks, gradients."""
+"""Whether what is read is what the model uses: output, attention, token order, text, masks, gradients, and steps and
+branches of a whole guided generation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
+from corrdit.grid import TokenGrid
+from corrdit.integrations.diffusers.backbones.base import Backbone
+from corrdit.integrations.diffusers.captures import capture
+from corrdit.integrations.diffusers.host.forwards import transformers_of
 from corrdit.integrations.diffusers.testing.subject import (
-    AttentionRecord,
     AttentionRecorder,
     LayerRead,
     Subject,
+    copy_of_inputs,
     small_scalar,
 )
 
@@ -31,20 +38,13 @@ def check_grid(subject: Subject) -> None:
 
 def check_output_unchanged(subject: Subject) -> None:
     """The model's output is bit-identical with and without a capture of every layer."""
-    from corrdit.integrations.diffusers.captures import capture
-
     plain = subject.prediction()
-    with capture(subject.transformer, layers=subject.layers, operation=small_scalar):
+    with subject.captured():
         captured = subject.prediction()
     difference = (plain.float() - captured.float()).abs().max().item()
     assert torch.equal(plain, captured), f"capturing changes the model's output by up to {difference:.3g}"
     fired: list[int] = []
-    with capture(
-        subject.transformer,
-        layers=subject.layers,
-        operation=small_scalar,
-        callback=lambda s, layer, r: fired.append(layer),
-    ):
+    with subject.captured(callback=lambda step, layer, result: fired.append(layer)):
         subject.prediction()
     assert fired == list(subject.layers), f"layers {subject.layers} ran in the order {fired}"
 
@@ -54,11 +54,15 @@ def check_attention_reproduced(subject: Subject) -> None:
     with AttentionRecorder(subject.modules) as recorder:
         reads = subject.read()
     for layer, records in zip(subject.layers, recorder.records, strict=True):
-        read = reads[layer]
-        value, output = _joined(records, read.q.shape[2])
-        expected = _attention(read, value)
-        valid = _valid_queries(read)
-        error = (expected - output.float()).abs().amax(dim=(1, 3))[valid].max() / output.float().abs().max()
+        q, k, key_mask = reads[layer].q, reads[layer].k, reads[layer].key_mask
+        value, output = (
+            torch.cat([F.pad(part, (0, 0, 0, q.shape[2] - part.shape[2])) for part in parts]).float()
+            for parts in zip(*records, strict=True)
+        )
+        valid = torch.ones_like(q[:, 0, :, 0], dtype=torch.bool) if key_mask is None else key_mask
+        logits = q.float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5
+        expected = logits.masked_fill(~valid[:, None, None], -torch.inf).softmax(dim=-1) @ value
+        error = (expected - output).abs().amax(dim=(1, 3))[valid].max() / output.abs().max()
         assert error < ATTENTION_TOLERANCE, (
             f"layer {layer}: attention from the queries and keys read is off by {error:.2g} of the model's own"
         )
@@ -128,41 +132,65 @@ def check_early_exit(subject: Subject) -> None:
 
 def check_gradient_checkpointing(subject: Subject) -> None:
     """With gradient checkpointing the operation fires once and the gradients stay the same."""
-    transformer = subject.transformer
+    transformer: Any = subject.transformer
     if not getattr(transformer, "_supports_gradient_checkpointing", False):
         return
     layer = max(0, subject.backbone.layers - 2)
     plain, plain_gradient = _gradient(subject, layer, early_exit=False)
-    with _checkpointing(transformer):
+    before = transformer.gradient_checkpointing
+    transformer.enable_gradient_checkpointing()
+    try:
         for early_exit in (False, True):
             result, gradient = _gradient(subject, layer, early_exit=early_exit)
             _assert_same(plain, result, plain_gradient, gradient, f"checkpointing (early_exit={early_exit})")
+    finally:
+        if not before:
+            transformer.disable_gradient_checkpointing()
+
+
+def check_generation(backbone: Backbone, generation: Mapping[str, Any]) -> None:
+    """First and last step, both branches: the queries read are those of the sample with that branch's prompt.
+
+    The branch is recognised independently of the capture, by comparing the prompt each forward was given with
+    `prompt_embeds` and `negative_prompt_embeds`; the queries are compared with those of the same forward repeated.
+    """
+    plain, calls, last = _recorded_generation(backbone, generation)
+    layer = backbone.layers - 1
+    with capture(backbone.pipe, layers=[layer], steps=[0, -1], operation=copy_of_inputs, branch="both") as captured:
+        again = _generated(backbone, generation)
+    assert torch.equal(plain, again), "capturing changes the generated latents"
+    assert set(captured) == {(0, layer), (last, layer)}, (
+        f"steps [0, -1] of a run of {last + 1} steps are kept as {sorted(captured)}"
+    )
+    for step, _ in captured:
+        for branch, name in (("cond", "prompt_embeds"), ("uncond", "negative_prompt_embeds")):
+            expected = _queries_of_prompt(backbone, calls, step, layer, generation[name])
+            given = captured[step, layer].get(branch)
+            assert given is not None, f"step {step} has no {branch!r} result"
+            assert given.q.shape == expected.shape, (
+                f"step {step}: {branch!r} has queries {tuple(given.q.shape)}, the model {tuple(expected.shape)}"
+            )
+            assert torch.equal(given.q, expected), f"step {step}: {branch!r} is not the sample that was given {name}"
 
 
 def _gradient(subject: Subject, layer: int, early_exit: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    from corrdit.integrations.diffusers.captures import capture
-
     latents = subject.latents.clone().requires_grad_()
     calls: list[int] = []
 
-    def counted(q: Any, k: Any, grid: Any, key_mask: Any) -> torch.Tensor:
+    def counted(q: torch.Tensor, k: torch.Tensor, grid: TokenGrid, key_mask: torch.Tensor | None) -> torch.Tensor:
         calls.append(layer)
         return small_scalar(q, k, grid, key_mask)
 
-    def backward() -> torch.Tensor:
-        (gradient,) = torch.autograd.grad(captured[0, layer], latents)
-        return gradient
-
-    captured = capture(subject.transformer, layers=[layer], operation=counted, keep_graph=True, early_exit=early_exit)
+    captured = subject.captured(counted, layers=[layer], keep_graph=True, early_exit=early_exit)
     # Backward once with the processors still in place and once after they are gone: both have to work.
     with torch.enable_grad():
         with captured:
-            subject.transformer(**subject.arguments(latents=latents))
-            gradient = None if early_exit else backward()
-        gradient = backward() if gradient is None else gradient
-    result = captured[0, layer]
+            subject.run(latents)
+            gradient = None if early_exit else torch.autograd.grad(captured[0, layer], latents)[0]
+        if gradient is None:
+            (gradient,) = torch.autograd.grad(captured[0, layer], latents)
     assert len(calls) == 1, f"the operation ran {len(calls)} times for one forward and its backward"
-    return result.detach(), gradient
+    return captured[0, layer].detach(), gradient
 
 
 def _assert_same(
@@ -171,37 +199,6 @@ def _assert_same(
     assert torch.equal(result, other), f"{where} changes the result from {result.item():.8g} to {other.item():.8g}"
     error = (gradient - other_gradient).abs().max() / gradient.abs().max().clamp_min(1e-12)
     assert error < GRADIENT_TOLERANCE, f"{where} changes the gradient by {error:.2g} of its largest value"
-
-
-@contextmanager
-def _checkpointing(transformer: Any) -> Iterator[None]:
-    before = transformer.gradient_checkpointing
-    transformer.enable_gradient_checkpointing()
-    try:
-        yield
-    finally:
-        if not before:
-            transformer.disable_gradient_checkpointing()
-
-
-def _joined(records: list[AttentionRecord], tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    def padded(tensor: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.pad(tensor, (0, 0, 0, tokens - tensor.shape[2]))
-
-    return torch.cat([padded(r.value) for r in records]), torch.cat([padded(r.output) for r in records])
-
-
-def _attention(read: LayerRead, value: torch.Tensor) -> torch.Tensor:
-    logits = read.q.float() @ read.k.float().transpose(-1, -2) * read.q.shape[-1] ** -0.5
-    if read.key_mask is not None:
-        logits = logits.masked_fill(~read.key_mask[:, None, None, :], -torch.inf)
-    return logits.softmax(dim=-1) @ value.float()
-
-
-def _valid_queries(read: LayerRead) -> torch.Tensor:
-    if read.key_mask is None:
-        return torch.ones(read.q.shape[0], read.q.shape[2], dtype=torch.bool, device=read.q.device)
-    return read.key_mask
 
 
 def _changed_tokens(base: LayerRead, other: LayerRead) -> set[int]:
@@ -213,3 +210,63 @@ def _changed_tokens(base: LayerRead, other: LayerRead) -> set[int]:
 def _short(tokens: set[int]) -> str:
     listed = sorted(tokens)
     return f"{listed[:8]}" + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
+
+
+@dataclass(frozen=True)
+class RecordedCall:
+    """One forward of a generation, with its transformer, arguments and loop iteration."""
+
+    transformer: torch.nn.Module
+    arguments: dict[str, Any]
+    step: int
+
+
+def _recorded_generation(
+    backbone: Backbone, generation: Mapping[str, object]
+) -> tuple[torch.Tensor, list[RecordedCall], int]:
+    """The generated latents, all forwards, and the last step's number."""
+    calls: list[RecordedCall] = []
+    iteration = 0
+
+    def count(
+        pipe: object, step: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        nonlocal iteration
+        iteration = step + 1
+        return tensors
+
+    def record(transformer: torch.nn.Module, args: tuple[object, ...], arguments: dict[str, Any]) -> None:
+        kept = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in arguments.items()}
+        calls.append(RecordedCall(transformer, kept, iteration))
+
+    with ExitStack() as stack:
+        for transformer in transformers_of(backbone.pipe):
+            stack.callback(transformer.register_forward_pre_hook(record, with_kwargs=True).remove)
+        plain = _generated(backbone, generation, callback_on_step_end=count)
+    return plain, calls, iteration - 1
+
+
+def _generated(backbone: Backbone, generation: Mapping[str, object], **further: object) -> torch.Tensor:
+    """The latents of one generation; a generator among the arguments starts anew."""
+    arguments = dict(generation)
+    source = arguments.get("generator")
+    if isinstance(source, torch.Generator):
+        arguments["generator"] = torch.Generator(source.device).manual_seed(source.initial_seed())
+    return backbone.pipe(**arguments, **further).frames
+
+
+@torch.no_grad()
+def _queries_of_prompt(
+    backbone: Backbone, calls: list[RecordedCall], step: int, layer: int, prompt: torch.Tensor
+) -> torch.Tensor:
+    """Queries `[1, H, N, D]` of the sample of this step that was given this prompt."""
+    for call in calls:
+        if call.step != step:
+            continue
+        given = call.arguments["encoder_hidden_states"].float()
+        rows = [row for row in range(len(given)) if torch.equal(given[row], prompt[0].float())]
+        if rows:
+            with capture(call.transformer, layers=[layer], operation=copy_of_inputs) as captured:
+                call.transformer(**call.arguments)
+            return captured[0, layer].q[rows[:1]]
+    raise AssertionError(f"no forward of step {step} was given one of the two prompts; was the generation guided?")

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-if TYPE_CHECKING:
-    from corrdit.grid import TokenGrid
-    from corrdit.integrations.diffusers.backbones.base import Backbone
+from corrdit.grid import TokenGrid
+from corrdit.integrations.diffusers.backbones.base import Backbone
+from corrdit.integrations.diffusers.captures import Capture, capture
+from corrdit.integrations.diffusers.processors import Operation
 
 MASKED_TEXT_TOKENS = 3
 
@@ -28,50 +31,49 @@ class LayerRead:
     key_mask: torch.Tensor | None
 
 
-@dataclass(frozen=True)
-class AttentionRecord:
-    """One call of scaled_dot_product_attention as the model made it."""
-
-    value: torch.Tensor
-    output: torch.Tensor
-
-
 class AttentionRecorder(TorchFunctionMode):
     """Keeps values and outputs of the attention calls of some modules, as the model itself makes them.
 
     Args:
         modules: self-attention modules; calls made outside them are left alone.
+
+    Attributes:
+        records: for each module, copies of (value, output) of its calls of scaled_dot_product_attention.
     """
 
     def __init__(self, modules: list[torch.nn.Module]) -> None:
         super().__init__()
-        self.records: list[list[AttentionRecord]] = [[] for _ in modules]
+        self.records: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in modules]
         self._modules = modules
         self._running: int | None = None
-        self._hooks: list[Any] = []
+        self._hooks = ExitStack()
 
     def __enter__(self) -> AttentionRecorder:
         for index, module in enumerate(self._modules):
-            self._hooks.append(module.register_forward_pre_hook(lambda *_, index=index: self._set(index)))
-            self._hooks.append(module.register_forward_hook(lambda *_: self._set(None)))
+            entering = module.register_forward_pre_hook(lambda *_, index=index: setattr(self, "_running", index))
+            leaving = module.register_forward_hook(lambda *_: setattr(self, "_running", None))
+            self._hooks.callback(entering.remove)
+            self._hooks.callback(leaving.remove)
         return super().__enter__()
 
-    def __exit__(self, *exception: Any) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        super().__exit__(*exception)
-
-    def _set(self, running: int | None) -> None:
-        self._running = running
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._hooks.close()
+        super().__exit__(kind, error, trace)
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         if func is F.scaled_dot_product_attention and self._running is not None:
             value = kwargs["value"] if "value" in kwargs else args[2]
-            self.records[self._running].append(AttentionRecord(value.detach().clone(), output.detach().clone()))
+            self.records[self._running].append((value.detach().clone(), output.detach().clone()))
         return output
 
 
@@ -113,7 +115,7 @@ class Subject:
                 value = torch.randn(batch, *blank.shape[1:], generator=source).to(blank)
             text[name] = value
         latents = torch.randn(shape, generator=source).to(device=backbone.device, dtype=backbone.dtype)
-        return cls(backbone, latents, text, backbone.timestep(backbone.preset.inference_steps // 2))
+        return cls(backbone, latents, text, backbone.timestep(backbone.preset.reading.inference_steps // 2))
 
     @property
     def transformer(self) -> torch.nn.Module:
@@ -125,7 +127,9 @@ class Subject:
         """Its self-attention modules."""
         return self.backbone.layout().attention_modules(self.transformer)
 
-    def arguments(self, latents: torch.Tensor | None = None, text: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def arguments(
+        self, latents: torch.Tensor | None = None, text: Mapping[str, torch.Tensor] | None = None
+    ) -> dict[str, Any]:
         """The transformer's arguments for (other) latents and text."""
         chosen = self.latents if latents is None else latents
         batch, frames, _, height, width = chosen.shape
@@ -133,20 +137,31 @@ class Subject:
         split = chosen.reshape(batch, frames * joined, self.backbone.latent_channels, height, width)
         return self.backbone.call_arguments(split, self.timestep, text or self.text)
 
+    def run(self, latents: torch.Tensor | None = None, text: Mapping[str, torch.Tensor] | None = None) -> None:
+        """One forward with (other) latents and text."""
+        self.transformer(**self.arguments(latents, text))
+
     @torch.no_grad()
     def prediction(self) -> torch.Tensor:
         """The transformer's output."""
         return self.transformer(**self.arguments(), return_dict=False)[0]
 
-    @torch.no_grad()
-    def read(self, layers: tuple[int, ...] | None = None, **changes: Any) -> dict[int, LayerRead]:
-        """Copies of queries and keys of layers, from one captured forward with other latents or text."""
-        from corrdit.integrations.diffusers.captures import capture
+    def captured(self, operation: Operation | None = None, **options: Any) -> Capture:
+        """A capture of every layer by `small_scalar`, unless another operation or other layers are given."""
+        return capture(self.transformer, **{"layers": self.layers, "operation": operation or small_scalar, **options})
 
-        chosen = layers or self.layers
-        with capture(self.transformer, layers=chosen, operation=copy_of_inputs) as captured:
-            self.transformer(**self.arguments(**changes))
-        return {layer: captured[0, layer] for layer in chosen}
+    @torch.no_grad()
+    def read(
+        self,
+        layers: tuple[int, ...] | None = None,
+        *,
+        latents: torch.Tensor | None = None,
+        text: Mapping[str, torch.Tensor] | None = None,
+    ) -> dict[int, LayerRead]:
+        """Copies of queries and keys of layers, from one captured forward with other latents or text."""
+        with self.captured(copy_of_inputs, layers=layers or self.layers) as captured:
+            self.run(latents, text)
+        return {layer: captured[0, layer] for layer in layers or self.layers}
 
 
 def copy_of_inputs(q: torch.Tensor, k: torch.Tensor, grid: TokenGrid, key_mask: torch.Tensor | None) -> LayerRead:
@@ -161,14 +176,9 @@ def small_scalar(q: torch.Tensor, k: torch.Tensor, grid: TokenGrid, key_mask: to
 
 def fitting_tokens(backbone: Backbone, rows: int, columns: int) -> tuple[int, int]:
     """At most this many rows and columns of tokens, within what the model has positions for."""
-    config = backbone.transformer.config
-    sample = (config.get("sample_height"), config.get("sample_width"))
+    height, width = (backbone.config.get(name) for name in ("sample_height", "sample_width"))
     _, patch_h, patch_w = backbone.layout().patch_size(backbone.transformer)
-    limits = [
-        size // patch if size else most
-        for size, patch, most in zip(sample, (patch_h, patch_w), (rows, columns), strict=True)
-    ]
-    return min(rows, limits[0]), min(columns, limits[1])
+    return min(rows, height // patch_h if height else rows), min(columns, width // patch_w if width else columns)
 
 
 Check = Callable[[Subject], None]

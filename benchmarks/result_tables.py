@@ -1,0 +1,197 @@
+"""The tables of quality in README.md and docs/results.md, from the result files.
+
+    python benchmarks/result_tables.py            # writes them into the pages, between their marks
+    python benchmarks/result_tables.py --check    # exit status 1 and the names of tables that are not as the files say
+
+A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from experiment import RESULTS, Record, new_parser, read_json
+
+from corrdit.files import written_beside
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+MATCHING = {
+    "best layer": "best layer, query-key",
+    "best layer, refined": "the same between tokens",
+    "best head": "best head",
+    "best head, refined": "the same between tokens",
+    "best features": "best features",
+    "patches": "noisy patches",
+}
+TRACKERS = {
+    "default": "corrdit, default",
+    "mean of softmaxes over its heads": "mean of the softmaxes of all heads of the layer, not two",
+    "no crops": "without looking again at enlarged crops",
+    "no sub-token refinement": "without sub-token refinement",
+    "one direction": "without the backward softmax",
+    "every frame by itself": "every frame by itself",
+    "low-pass 0.4": "low-pass filtered queries and keys",
+    "inverted latents": "inverted latents",
+    "noisy latents": "noisy latents",
+    "features, attention output": "features instead of queries and keys",
+    "published procedure": "DiffTrack's published procedure, same model",
+    "nearest patch of 7 x 7": "nearest patch of 7 x 7 pixels",
+    "Lucas-Kanade": "Lucas-Kanade (OpenCV, pyramidal)",
+    "standing still": "standing still",
+}
+TRACKER_FIGURES = ("average_jaccard", "average_pts_within_thresh", "pts_within_1", "pts_within_2", "occlusion_accuracy")
+METHODS = {
+    "backbone": "no transfer",
+    "injection": "injection",
+    "smm": "SMM, the paper's formula",
+    "smm released": "SMM as released",
+    "moft": "MOFT",
+    "motionclone": "MotionClone",
+    "ditflow embeddings": "DiTFlow on positional embeddings",
+    "ditflow latents": "DiTFlow on latents",
+}
+PERTURBED = {
+    "centre": "layer {centre}, the one that matches, scale 1",
+    **{f"layer {layer}": f"layer {layer}" for layer in range(6)},
+    "all layers": "all layers",
+    "scale 0.5": "layer {centre}, scale 0.5",
+    "scale 2": "layer {centre}, scale 2",
+    "first half of the steps": "layer {centre}, first half of the steps",
+    "second half of the steps": "layer {centre}, second half of the steps",
+    "zeroed": "layer {centre}, zeroed after the softmax",
+    "span 1": "layer {centre}, attention to the next frames kept",
+    "identity": "layer {centre}, identity attention (PAG)",
+    "skip": "layer {centre} skipped (STG)",
+}
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Markdown, with a line end."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def interval(row: Mapping[str, float] | Sequence[float], sign: str = "", digits: int = 2) -> str:
+    """A mean with its 95 % interval, given by name or in this order."""
+    parts = [row["mean"], row["low"], row["high"]] if isinstance(row, Mapping) else list(row)
+    mean, low, high = (f"{part:{sign}.{digits}f}" for part in parts)
+    return f"{mean} ({low} to {high})"
+
+
+def matching(result: Record) -> str:
+    found = result["training_size"]["summary"]
+    kinds = [kind for kind in MATCHING if all(kind in row for row in found.values())]
+    rows = ([timestep, *(percent(row[kind]["share"]) for kind in kinds)] for timestep, row in found.items())
+    return table(["timestep", *(MATCHING[kind] for kind in kinds)], rows)
+
+
+def tracking(result: Record, variants: Iterable[str] = TRACKERS) -> str:
+    head = ["tracker", "average Jaccard", "points within thresholds", "within 1 px", "within 2 px", "visibility"]
+    measured = {row["variant"]: row for row in result["rows"]}
+    rows = (
+        [TRACKERS[variant], *(f"{100 * measured[variant][figure][0]:.1f}" for figure in TRACKER_FIGURES)]
+        for variant in variants
+    )
+    return table(head, rows)
+
+
+def summary(result: Record) -> str:
+    return tracking(result, ("default", "published procedure", "Lucas-Kanade", "standing still"))
+
+
+def transfer(result: Record) -> str:
+    measured = result["tables"]["main"]
+    rows = []
+    for key, name in METHODS.items():
+        row = measured[key]
+        above = interval(row["fidelity_above_backbone"], "+") if "fidelity_above_backbone" in row else ""
+        rows.append([name, interval(row["fidelity"]), above, f"{row['direction_error']['mean']:.0f}°"])
+    return table(["method", "motion fidelity", "above no transfer", "direction error"], rows)
+
+
+def guidance(result: Record) -> str:
+    measured, centre = result["settings"], result["centre_layer"]
+    plain = {name: measured["none"][name]["mean"][0] for name in ("residual", "survival", "motion", "adherence")}
+    head = [
+        "perturbed",
+        f"warped residual (unguided {plain['residual']:.3f})",
+        f"track survival ({plain['survival']:.3f})",
+        f"motion, px ({plain['motion']:.2f})",
+        f"adherence ({plain['adherence']:.3f})",
+    ]
+    rows = []
+    for key, name in PERTURBED.items():
+        if key not in measured:  # the centre's own layer has no second row
+            continue
+        change = {part: measured[key][part]["difference"] for part in plain}
+        rows.append(
+            [
+                name.format(centre=centre),
+                interval(change["residual"], "+", 3),
+                interval(change["survival"], "+", 3),
+                f"{change['motion'][0]:+.2f}",
+                f"{change['adherence'][0]:+.3f}",
+            ]
+        )
+    return table(head, rows)
+
+
+TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
+    "matching": ("embedded_matching.json", matching),
+    "tracking": ("tracking.json", tracking),
+    "summary": ("tracking.json", summary),
+    "transfer": ("transfer_quality.json", transfer),
+    "guidance": ("guidance_quality.json", guidance),
+}
+
+
+def made(name: str, results: pathlib.Path) -> str:
+    """The table of a name, from its file in a folder of results."""
+    if name not in TABLES:
+        raise ValueError(f"no table is called {name!r}; known are {', '.join(TABLES)}")
+    file, make = TABLES[name]
+    return make(read_json(results / file))
+
+
+def filled(text: str, results: pathlib.Path) -> tuple[str, list[str]]:
+    """A text with its marked tables made anew, and the names of those that were different."""
+    changed = []
+
+    def replacement(match: re.Match[str]) -> str:
+        whole = match[1] + made(match[2], results) + match[3]
+        if whole != match[0]:
+            changed.append(match[2])
+        return whole
+
+    return MARKED.sub(replacement, text), changed
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = new_parser(__doc__, output=False)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    parser.add_argument("--page", type=pathlib.Path, nargs="+", default=list(PAGES))
+    parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
+    arguments = parser.parse_args(words)
+    different = []
+    for page in arguments.page:
+        text, changed = filled(page.read_text(encoding="utf-8"), arguments.results)
+        if changed and not arguments.check:
+            with written_beside(page, "w") as file:
+                file.write(text)
+        different += changed
+    print("\n".join(different) or "every table is as its file says")
+    return int(bool(different) and arguments.check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,232 @@
+"""The report of an analysis: what matches best, every table as a picture, the files beside."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from corrdit.analysis.calibration import FEW_VIDEOS, Calibration
+from corrdit.analysis.exports import harmonic_table, table_rows, write_parquet
+from corrdit.analysis.protocols import FEATURE_READINGS
+from corrdit.analysis.results import AnalysisResults
+from corrdit.analysis.table import MEAN, STANDING_STILL, AnalysisTable
+from corrdit.files import write_csv
+from corrdit.visualization.charts import draw_curves, draw_heatmaps
+from corrdit.visualization.page import ReportPage
+
+REPORT_FILE = "report.html"
+CSV_FILE = "analysis.csv"
+VIDEOS_CSV_FILE = "videos.csv"
+PARQUET_FILE = "analysis.parquet"
+Picture = tuple[str, np.ndarray, str]
+"""Section, pixels and caption."""
+
+
+def write_report(
+    output: str | os.PathLike[str],
+    results: AnalysisResults,
+    *,
+    pictures: Sequence[Picture] = (),
+    parquet: bool = False,
+) -> list[str]:
+    """Write report.html, analysis.csv and videos.csv (and analysis.parquet) from the results of videos.
+
+    Args:
+        output: an existing folder.
+        results: as `corrdit.analysis.results.read_results` gives them.
+        pictures: further ones, by section.
+        parquet: also write Parquet.
+
+    Returns:
+        Names of the files.
+
+    Raises:
+        ValueError: no video has a result.
+        ImportError: Parquet without pyarrow.
+    """
+    folder, table = Path(output), results.total()
+    rows = table_rows(table)
+    files = [CSV_FILE, VIDEOS_CSV_FILE]
+    write_csv(folder / CSV_FILE, rows)
+    if parquet:
+        write_parquet(folder / PARQUET_FILE, rows)
+        files.append(PARQUET_FILE)
+    choice = results.calibration()
+    write_csv(folder / VIDEOS_CSV_FILE, _video_rows(results, choice))
+    page = ReportPage(f"Correspondence in {results.settings.get('model', 'a video transformer')}")
+    _findings(page, results, table, choice)
+    _matching(page, table, choice)
+    _heads(page, table, choice)
+    _attention(page, table)
+    section = ""
+    for title, pixels, caption in pictures:
+        if title != section:
+            page.section(title)
+            section = title
+        page.picture(pixels, caption)
+    _record(page, results, files)
+    page.write(folder / REPORT_FILE)
+    return [REPORT_FILE, *files]
+
+
+def _findings(page: ReportPage, results: AnalysisResults, table: AnalysisTable, choice: Calibration) -> None:
+    page.text(f"Best: {choice.described()}.", kind="lead")
+    kind = "visible points that moved" if choice.moving else "all visible points; none moved far"
+    page.text(
+        f"{table.videos} videos, {int(table.cases.max())} positions of visible points in later frames, "
+        f"{int(table.moving_cases.max())} of them of points that moved by more than "
+        f"{results.settings.get('options', {}).get('least_motion', 0):g} tokens. A token spans {table.stride[1]} x "
+        f"{table.stride[0]} pixels. Shares below are of {kind} unless said otherwise."
+    )
+    if results.failures:
+        page.text(f"{len(results.failures)} videos could not be analysed and are in no number here:", kind="problem")
+        page.table(["video", "reason"], [[name, error] for name, error in results.failures.items()])
+    if len(results.tables) < FEW_VIDEOS:
+        page.text(f"{len(results.tables)} videos are few; the order of near readings may be chance.", kind="problem")
+    columns = ["reading", "layer", "timestep", *(f"{limit:g} px" for limit in table.thresholds)]
+    all_points = [f"{limit:g} px, all points" for limit in table.thresholds]
+    heads = [] if choice.single is None else [f"query-key head {choice.single.head}"]
+    filtered = [f"query-key low-pass {spread:g}" for spread in table.low_pass]
+    compared = [MEAN, *heads, *filtered, *(FEATURE_READINGS if table.features else ()), STANDING_STILL]
+    rows = [_threshold_row(table, reading, choice) for reading in compared]
+    page.section("Points within each distance")
+    page.table([*columns, *all_points], rows)
+    page.text("Percent; pixels of the encoded frames. Each reading is shown where it is best at the main distance.")
+
+
+def _threshold_row(table: AnalysisTable, reading: str, choice: Calibration) -> list[object]:
+    r = table.readings.index(reading)
+    values = np.nan_to_num(table.accuracy(choice.threshold, moving=choice.moving)[..., r], nan=-1.0)
+    s, n = np.unravel_index(values.argmax(), values.shape)
+    shares = [
+        100 * float(table.accuracy(threshold, moving=moving)[s, n, r])
+        for moving in (choice.moving, False)
+        for threshold in table.thresholds
+    ]
+    cells = [round(share, 1) if np.isfinite(share) else None for share in shares]
+    still = reading == STANDING_STILL
+    return [reading, "any" if still else str(table.layers[n]), "any" if still else f"{table.timesteps[s]:g}", *cells]
+
+
+def _matching(page: ReportPage, table: AnalysisTable, choice: Calibration) -> None:
+    accuracy = table.accuracy(choice.threshold, moving=choice.moving)
+    readings = [MEAN, *(FEATURE_READINGS if table.features else ())]
+    page.section("Matching by layer and timestep")
+    page.picture(
+        _by_layer_and_step(table, {name: accuracy[..., table.readings.index(name)] for name in readings}),
+        f"Points within {choice.threshold:g} px by query-key matching (mean over heads) and by features: the attention "
+        "output with heads joined, before its projection, and after it. The best cell is framed.",
+    )
+    if len(table.steps) == 1:  # a curve of one point says nothing beyond the table
+        return
+    shown = list(dict.fromkeys([*choice.layers[:4], choice.best.layer]))
+    still = float(accuracy[0, 0, table.readings.index(STANDING_STILL)])
+    curves = {f"layer {layer}": accuracy[:, table.layers.index(layer), 0] for layer in shown}
+    for name in readings[1:]:
+        best = int(np.nanargmax(np.nan_to_num(accuracy[..., table.readings.index(name)], nan=-1.0).max(0)))
+        curves[f"{name}, layer {table.layers[best]}"] = accuracy[:, best, table.readings.index(name)]
+    page.picture(
+        _by_timestep(table, curves, f"Points within {choice.threshold:g} px", reference=(STANDING_STILL, still)),
+        "The best layers by query-key matching, and the best layer of each feature.",
+    )
+
+
+def _heads(page: ReportPage, table: AnalysisTable, choice: Calibration) -> None:
+    if not table.heads or choice.single is None:
+        return
+    accuracy = table.accuracy(choice.threshold, moving=choice.moving)
+    at = table.steps.index(choice.single.step)
+    page.section("Heads")
+    page.picture(
+        draw_heatmaps(
+            {f"timestep {choice.single.timestep:g}": accuracy[at, :, 1 : 1 + table.heads]},
+            rows=table.layers,
+            columns=range(table.heads),
+            row_title="layer",
+            column_title="head",
+        ),
+        f"Points within {choice.threshold:g} px by the queries and keys of each head alone.",
+    )
+    if len(table.steps) == 1:
+        return
+    n = table.layers.index(choice.single.layer)
+    order = np.argsort(-np.nan_to_num(accuracy[at, n, 1 : 1 + table.heads], nan=-1.0), kind="stable")[:5]
+    curves = {"mean over heads": accuracy[:, n, 0]}
+    curves |= {f"head {head}": accuracy[:, n, 1 + head] for head in order}
+    page.picture(
+        _by_timestep(table, curves, f"Layer {choice.single.layer}: points within {choice.threshold:g} px"),
+        "The heads of the layer that has the best single head, beside their mean.",
+    )
+
+
+def _attention(page: ReportPage, table: AnalysisTable) -> None:
+    page.section("Confidence, attention and their harmonic mean with the accuracy")
+    panels = {"confidence": table.confidence_score()[..., 0]}
+    panels |= {
+        f"attention on {words}": table.attention_score(part)[..., 0]
+        for part, words in (("text", "the text"), ("own", "the own frame"), ("cross", "other frames"))
+    }
+    page.picture(
+        _by_layer_and_step(table, panels),
+        "Confidence: the largest attention weight of a point in a later frame where it is visible, on average. "
+        "Attention: summed weight on the text, the point's own frame and all others. Mean over heads.",
+    )
+    harmonic = harmonic_table(table)
+    if harmonic is None:
+        page.text(
+            "The harmonic mean needs at least two layers or steps that differ in accuracy, confidence and attention."
+        )
+        return
+    page.picture(
+        _by_layer_and_step(table, {"harmonic mean": harmonic}, percent=False),
+        "Harmonic mean of accuracy, confidence and cross-frame attention, each scaled from its smallest to its largest "
+        "entry first (DiffTrack's criterion; relative, so it compares layers and timesteps of one model only).",
+    )
+
+
+def _record(page: ReportPage, results: AnalysisResults, files: Sequence[str]) -> None:
+    page.section("How it was made")
+    page.links("Tables beside this page:", files)
+    settings = {**results.settings, **results.settings.get("options", {})}
+    settings.pop("options", None)
+    page.table(["setting", "value"], [[name, str(value)] for name, value in settings.items()])
+
+
+def _by_layer_and_step(table: AnalysisTable, panels: Mapping[str, np.ndarray], *, percent: bool = True) -> np.ndarray:
+    """Heatmaps of values `[S, L]`."""
+    return draw_heatmaps(
+        {title: values.T for title, values in panels.items()},
+        rows=table.layers,
+        columns=[f"{timestep:.0f}" for timestep in table.timesteps],
+        row_title="layer",
+        column_title="timestep",
+        percent=percent,
+    )
+
+
+def _by_timestep(
+    table: AnalysisTable, curves: Mapping[str, np.ndarray], title: str, reference: tuple[str, float] | None = None
+) -> np.ndarray:
+    x_title = "timestep, from noise to the clean video"
+    return draw_curves(table.timesteps, curves, title=title, x_title=x_title, y_title="share", reference=reference)
+
+
+def _video_rows(results: AnalysisResults, choice: Calibration) -> list[dict[str, object]]:
+    """Figures of every video at the chosen reading, broken ones with their reason."""
+    rows = []
+    for name, table in results.tables.items():
+        place = (table.steps.index(choice.best.step), table.layers.index(choice.best.layer))
+        r = 0 if choice.best.head is None else 1 + choice.best.head
+        shares = {
+            f"{kind}pck_{threshold:g}px": float(table.accuracy(threshold, moving=bool(kind))[(*place, r)])
+            for kind in ("", "moving_")
+            for threshold in table.thresholds
+        }
+        cells = {column: value if np.isfinite(value) else None for column, value in shares.items()}
+        counted = {"cases": int(table.cases[(*place, r)]), "moving_cases": int(table.moving_cases[(*place, r)])}
+        rows.append({"video": name, "error": "", **counted, **cells})
+    empty = dict.fromkeys(rows[0], None) if rows else {}
+    return rows + [{**empty, "video": name, "error": error} for name, error in results.failures.items()]

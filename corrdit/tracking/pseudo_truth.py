@@ -1,0 +1,160 @@
+"""Tracks that stand in for the truth where there is none: another tracker's, as DiffTrack takes CoTracker's.
+
+A tracker is any callable `(video uint8 [T, H, W, 3], queries float [P, 3] (frame, x, y) in pixels) -> Tracks`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from corrdit.tracking.baselines import nearest_patches
+from corrdit.tracking.queries import check_queries, check_video
+from corrdit.tracking.tracks import Tracks
+
+Tracker = Callable[[np.ndarray, np.ndarray], Tracks]
+COTRACKER_REPOSITORY = "facebookresearch/co-tracker"
+COTRACKER_MODEL = "cotracker3_offline"
+LARGEST_RETURN = 1.0
+"""Pixels by which following a point there and back may miss its start for the point to count as seen."""
+
+
+def starting_points(mode: str, height: int, width: int) -> np.ndarray:
+    """DiffTrack's starting grid on the first frame.
+
+    Args:
+        mode: "object" (20 x 20) or "scene" (10 x 10), with a margin of width / 64.
+        height, width: of the frame in pixels.
+
+    Returns:
+        float32 `[P, 3]`, (0, x, y), row by row.
+
+    Raises:
+        ValueError: an unknown mode.
+    """
+    if mode not in STARTING_GRIDS:
+        raise ValueError(f"mode must be one of {', '.join(STARTING_GRIDS)}, got {mode!r}")
+    side, margin = STARTING_GRIDS[mode], width / 64
+    y, x = np.meshgrid(
+        np.linspace(margin, height - margin, side), np.linspace(margin, width - margin, side), indexing="ij"
+    )
+    return np.stack((np.zeros_like(x), x, y), axis=-1).reshape(-1, 3).astype(np.float32)
+
+
+STARTING_GRIDS = {"object": 20, "scene": 10}
+"""Points a side by the kind of video."""
+
+
+def pseudo_tracker(name: str) -> Tracker:
+    """A tracker by name.
+
+    Args:
+        name: "lucas-kanade" (OpenCV, pyramidal, forth and back), "cotracker" (through `torch.hub`) or "patches" (the
+            patch of pixels that looks most alike; needs nothing, and knows nothing of visibility).
+
+    Raises:
+        ValueError: an unknown name.
+        ImportError: OpenCV is not installed.
+    """
+    if name not in TRACKERS:
+        raise ValueError(f"tracker must be one of {', '.join(TRACKERS)}, or a function of one's own, got {name!r}")
+    if name == "lucas-kanade":
+        _require_opencv()
+    return TRACKERS[name]
+
+
+def lucas_kanade(video: np.ndarray, queries: np.ndarray) -> Tracks:
+    """Pyramidal Lucas-Kanade from frame to frame, away from each query's frame in both directions.
+
+    A point is visible as long as it is found, inside the frame, and following it back leads to where it came from
+    within a pixel; once lost it stays where it was last seen.
+
+    Args:
+        video: uint8 `[T, H, W, 3]`.
+        queries: `[P, 3]` (frame, x, y) in pixels.
+
+    Raises:
+        ImportError: OpenCV is not installed.
+        ValueError: as `corrdit.PointTracker.track`.
+    """
+    _require_opencv()
+    import cv2
+
+    check_video(video)
+    frames, height, width = (int(size) for size in video.shape[:3])
+    table = check_queries(queries, frames, height, width)
+    grey = [cv2.cvtColor(np.ascontiguousarray(frame), cv2.COLOR_RGB2GRAY) for frame in np.asarray(video)]
+    anchor, points = table[:, 0].long(), torch.arange(len(table))
+    xy = table[None, :, 1:].repeat(frames, 1, 1)
+    visible = torch.zeros(frames, len(table), dtype=torch.bool)
+    visible[anchor, points] = True
+    for way in (1, -1):
+        order = range(frames) if way > 0 else range(frames - 1, -1, -1)
+        for frame in order:
+            chosen = ((anchor - frame) * way <= 0).nonzero()[:, 0]
+            following = frame + way
+            if 0 <= following < frames and len(chosen):
+                place, seen = _followed(cv2, grey[frame], grey[following], xy[frame, chosen])
+                seen &= visible[frame, chosen]
+                xy[following, chosen] = torch.where(seen[:, None], place, xy[frame, chosen])
+                visible[following, chosen] = seen
+    return Tracks(xy=xy, visible=visible, score=visible.float())
+
+
+def cotracker(video: np.ndarray, queries: np.ndarray) -> Tracks:
+    """CoTracker 3, which `torch.hub` fetches on first use (a network is needed then).
+
+    Args:
+        video: uint8 `[T, H, W, 3]`.
+        queries: `[P, 3]` (frame, x, y) in pixels.
+
+    Raises:
+        ImportError: it is neither in torch's cache nor to be fetched.
+    """
+    check_video(video)
+    table = check_queries(queries, *(int(size) for size in video.shape[:3]))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        model = torch.hub.load(COTRACKER_REPOSITORY, COTRACKER_MODEL, trust_repo=True, verbose=False).to(device)
+    except (OSError, RuntimeError) as error:
+        raise ImportError(
+            f"CoTracker ({COTRACKER_REPOSITORY}) is not in torch's cache and cannot be fetched: {error}; run once with "
+            f"a network, or take another tracker ({', '.join(sorted(set(TRACKERS) - {'cotracker'}))})"
+        ) from error
+    clip = torch.as_tensor(np.asarray(video)).permute(0, 3, 1, 2)[None].float().to(device)
+    with torch.no_grad():
+        # CoTracker counts pixels by their centres.
+        given = table.clone()
+        given[:, 1:] -= 0.5
+        tracks, visible = model(clip, queries=given[None].to(device))[:2]
+    xy, seen = tracks[0].cpu().float() + 0.5, visible[0].cpu().bool()
+    return Tracks(xy=xy, visible=seen, score=seen.float())
+
+
+TRACKERS: dict[str, Tracker] = {"lucas-kanade": lucas_kanade, "cotracker": cotracker, "patches": nearest_patches}
+
+
+def _followed(cv2: Any, before: np.ndarray, after: np.ndarray, xy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places `[P, 2]` in the frame after, and whether each point was found there and leads back."""
+    options = {"winSize": (15, 15), "maxLevel": 3}
+    # OpenCV's coordinates have the centre of the first pixel at (0, 0).
+    start = np.ascontiguousarray(xy.numpy() - 0.5, dtype=np.float32).reshape(-1, 1, 2)
+    there, found, _ = cv2.calcOpticalFlowPyrLK(before, after, start, None, **options)
+    back, returned, _ = cv2.calcOpticalFlowPyrLK(after, before, there, None, **options)
+    near = np.linalg.norm(back - start, axis=-1)[:, 0] <= LARGEST_RETURN
+    place = torch.from_numpy(there[:, 0] + 0.5)
+    size = torch.tensor([before.shape[1], before.shape[0]])
+    inside = ((place >= 0) & (place <= size)).all(-1)
+    return place, torch.from_numpy((found[:, 0] == 1) & (returned[:, 0] == 1) & near) & inside
+
+
+def _require_opencv() -> None:
+    if importlib.util.find_spec("cv2") is None:
+        raise ImportError(
+            "the Lucas-Kanade tracker needs OpenCV, which is not installed; pip install opencv-python-headless, or "
+            f"take another tracker ({', '.join(sorted(set(TRACKERS) - {'lucas-kanade'}))})"
+        )
