@@ -7,10 +7,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.compatibility import check_processor
-from corrdit.integrations.diffusers.host.attention import Attention, AttentionCall, DelegatingProcessor, Interceptor
+from corrdit.integrations.diffusers.host.attention import Attention, AttentionCall, DelegatingProcessor, Interceptors
 
 Edit = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 """`edit(q, k, v)`, each `[B, H, N, D]` as the attention gets them; new tensors, nothing written in place."""
@@ -36,13 +37,7 @@ class EditingProcessor(DelegatingProcessor):
         self._rotary = rotary
         self._rotary_position = None if rotary is None else _rotary_position(type(inner))
 
-    def call(
-        self,
-        interceptors: tuple[Interceptor, ...],
-        attn: torch.nn.Module,
-        args: tuple[object, ...],
-        kwargs: dict[str, object],
-    ) -> object:
+    def call(self, interceptors: Interceptors, attn: Module, /, *args: object, **kwargs: object) -> object:
         """The inner processor's output, from edited queries, keys and values."""
         if self._rotary is not None and self._rotary_position is not None:
             name, position = self._rotary_position
@@ -56,7 +51,7 @@ class EditingProcessor(DelegatingProcessor):
         def edited(call: AttentionCall, attention: Attention) -> Tensor:
             return attention(call.changed(*self._edit(call.query, call.key, call.value)))
 
-        return self.delegated((edited, *interceptors), attn, args, kwargs)
+        return self.delegated((edited, *interceptors), attn, *args, **kwargs)
 
 
 def joined_with_text(video: Tensor, original: Tensor, grid: TokenGrid) -> Tensor:

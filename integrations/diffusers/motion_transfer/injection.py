@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.compatibility import check_processor
@@ -18,7 +19,7 @@ from corrdit.integrations.diffusers.host.attention import (
     Attention,
     AttentionCall,
     DelegatingProcessor,
-    Interceptor,
+    Interceptors,
     processors_wrapped,
 )
 from corrdit.integrations.diffusers.host.forwards import EarlyExit, leaving_after
@@ -47,14 +48,8 @@ class _KeysValuesReader(DelegatingProcessor):
         super().__init__(inner)
         self._grid, self._leave = grid, leave
 
-    def call(
-        self,
-        interceptors: tuple[Interceptor, ...],
-        attn: torch.nn.Module,
-        args: tuple[object, ...],
-        kwargs: dict[str, object],
-    ) -> object:
-        return self.delegated((*interceptors, self._read), attn, args, kwargs)
+    def call(self, interceptors: Interceptors, attn: Module, /, *args: object, **kwargs: object) -> object:
+        return self.delegated((*interceptors, self._read), attn, *args, **kwargs)
 
     def _read(self, call: AttentionCall, attention: Attention) -> Tensor:
         self.kept = (video_part(call.key, self._grid).clone(), video_part(call.value, self._grid).clone())
@@ -65,7 +60,7 @@ class _KeysValuesReader(DelegatingProcessor):
 
 @torch.no_grad()
 def keys_values_of(
-    transformer: torch.nn.Module,
+    transformer: Module,
     layout: TransformerLayout,
     arguments: Mapping[str, object],
     grid: TokenGrid,
@@ -87,9 +82,7 @@ def keys_values_of(
 
 
 @contextlib.contextmanager
-def injected(
-    transformer: torch.nn.Module, layout: TransformerLayout, grid: TokenGrid, stored: KeysValues
-) -> Iterator[None]:
+def injected(transformer: Module, layout: TransformerLayout, grid: TokenGrid, stored: KeysValues) -> Iterator[None]:
     """Inside the block, the layers attend to the stored keys and values in place of their own video tokens'."""
 
     def replacing(layer: int) -> Edit:
