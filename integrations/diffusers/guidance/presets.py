@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from corrdit.integrations.diffusers.layouts import layout_of
+from corrdit.integrations.diffusers.layouts import config_of, layout_of
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def guidance_preset(transformer: torch.nn.Module) -> GuidancePreset | None:
         ValueError: a transformer that is not known.
     """
     layers = len(layout_of(transformer).attention_modules(transformer))
-    heads = int(transformer.config.num_attention_heads)  # type: ignore[union-attr, arg-type]
+    heads = int(config_of(transformer).num_attention_heads)
     for candidate in type(transformer).__mro__:
         preset = PUBLISHED_GUIDANCE.get((candidate.__name__, layers, heads))
         if preset is not None:
