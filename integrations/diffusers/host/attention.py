@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -170,20 +170,23 @@ class DelegatingProcessor:
 
 @contextlib.contextmanager
 def processors_wrapped(
-    modules: Mapping[int, Module], wrap: Callable[[int, object], DelegatingProcessor]
+    modules: Sequence[Any], layers: Iterable[int], wrap: Callable[[int, object], DelegatingProcessor]
 ) -> Iterator[None]:
-    """Processors of attention modules, by layer, replaced by `wrap(layer, processor)` inside the block."""
-    wrapped: list[tuple[Module, DelegatingProcessor]] = []
-    try:
-        for layer, module in modules.items():
-            processor = wrap(layer, module.processor)
-            module.processor = processor  # type: ignore[assignment]
-            wrapped.append((module, processor))
+    """Processors of the attention modules of some layers replaced by `wrap(layer, processor)` inside the block.
+
+    What something else put in their place meanwhile stays.
+    """
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            wrapped = wrap(layer, modules[layer].processor)
+            modules[layer].processor = wrapped
+            stack.callback(_unwrap, modules[layer], wrapped)
         yield
-    finally:
-        for module, processor in reversed(wrapped):
-            if module.processor is processor:
-                module.processor = processor.inner
+
+
+def _unwrap(module: Any, wrapped: DelegatingProcessor) -> None:
+    if module.processor is wrapped:
+        module.processor = wrapped.inner
 
 
 class intercepting(TorchFunctionMode):
