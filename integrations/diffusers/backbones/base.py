@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 import numpy as np
 import torch
 
-from corrdit.arguments import whole_number
+from corrdit.arguments import resolved_index, whole_number
 from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.backbones.frames import conditioning_latents, prepared_frames
 from corrdit.integrations.diffusers.backbones.presets import Preset, preset_for
 from corrdit.integrations.diffusers.captures import Capture
-from corrdit.integrations.diffusers.indices import resolved_index
 from corrdit.integrations.diffusers.inversion import Path, denoised_latents, inverted_latents
 from corrdit.integrations.diffusers.layouts import Config, TransformerLayout, config_of, has_layout, register_layout
 from corrdit.integrations.diffusers.processors import Operation, named_operations
