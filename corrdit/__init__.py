@@ -26,10 +26,11 @@ _LAZY_ATTRIBUTES = {
 _LAZY_MODULES = ("data", "metrics", "motion", "ops", "testing", "tracking", "video", "visualization")
 
 MOVED = {
+    "corrdit.analysis.options": "corrdit.analysis.protocols",
     "corrdit.analysis.pseudo_truth": "corrdit.tracking.pseudo_truth",
     "corrdit.analysis:world_items": "corrdit.integrations.embedded.world.analysis_items:world_items",
-    "corrdit.data.prompts": "corrdit.integrations.embedded.world.prompts",
-    "corrdit.data.sampling": "corrdit.integrations.embedded.world.sampling",
+    "corrdit.data.prompts": "corrdit.integrations.embedded.world.scene",
+    "corrdit.data.sampling": "corrdit.integrations.embedded.world.clips",
     "corrdit.data.scene": "corrdit.integrations.embedded.world.scene",
     "corrdit.data.world": "corrdit.integrations.embedded.world.clips",
     **{

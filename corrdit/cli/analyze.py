@@ -162,7 +162,7 @@ def _check(arguments: Any) -> None:
 
 def _analyze_given(arguments: Any) -> tuple[Any, Any, Any]:
     """The backbone (None in further processes), the videos and the options."""
-    from corrdit.analysis.options import analysis_options
+    from corrdit.analysis.protocols import analysis_options
 
     given = given_options(arguments)
     preset = checked_preset(arguments.preset)

@@ -17,7 +17,7 @@ def analyze_prompts(arguments: Any, given: dict[str, Any]) -> tuple[Any, list[An
     Raises:
         ValueError: no tracker or prompts, or what the pipeline does not take.
     """
-    from corrdit.analysis.options import analysis_options
+    from corrdit.analysis.protocols import analysis_options
     from corrdit.analysis.results import begin, has_analysis
     from corrdit.analysis.sources import difftrack_items
     from corrdit.cli.analyze import chosen_steps, settings_of

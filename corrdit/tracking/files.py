@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+import torch
 
 from corrdit.tracking.queries import Frames
 from corrdit.tracking.tracks import Tracks
@@ -90,8 +91,8 @@ def track_at_size(
     shrunk = queries.copy()
     shrunk[:, 1:] = _kept_inside(queries[:, 1:], factor, size)
     tracks = tracker.track(video, shrunk, progress=progress)
-    xy = tracks.xy.numpy() / factor
-    xy[queries[:, 0].astype(int), np.arange(len(queries))] = queries[:, 1:]
+    xy = tracks.xy / torch.from_numpy(factor)
+    xy[queries[:, 0].astype(int), np.arange(len(queries))] = torch.from_numpy(queries[:, 1:])
     return Tracks(xy=xy, visible=tracks.visible, score=tracks.score)
 
 

@@ -113,6 +113,7 @@ class Pipeline(Protocol):
     """What a backbone asks of a pipeline of diffusers; what else there is, is the family's own."""
 
     transformer: nn.Module
+    scheduler: Any
 
     @property
     def _execution_device(self) -> torch.device: ...
@@ -280,7 +281,9 @@ def register_layout(transformer_class_name: str, layout: type[TransformerLayout]
 
 def forward_arguments(transformer: nn.Module, args: tuple[object, ...], kwargs: Arguments) -> Arguments:
     """The arguments of a call by the names of the class's own `forward`, whatever hooks wrap it."""
-    return dict(_signature(type(transformer).forward).bind(transformer, *args, **kwargs).arguments)
+    arguments = dict(_signature(type(transformer).forward).bind(transformer, *args, **kwargs).arguments)
+    del arguments[next(iter(arguments))]  # self
+    return arguments
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import lightning
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from corrdit.analysis.options import analysis_options
+from corrdit.analysis.protocols import analysis_options
 from corrdit.analysis.results import begin, check_settings, has_analysis
 from corrdit.analysis.sources import AnalysisItem
 from corrdit.integrations.lightning.data_modules import EachOnceSampler

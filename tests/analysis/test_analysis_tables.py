@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from corrdit.analysis.calibration import calibrate, interval, preset_values, write_preset
-from corrdit.analysis.exports import harmonic_table, table_rows, write_csv, write_parquet
+from corrdit.analysis.exports import harmonic_table, table_rows, write_parquet
 from corrdit.analysis.html_report import write_report
 from corrdit.analysis.results import begin, read_results, write_failure, write_result
 from corrdit.analysis.table import MEAN, AnalysisTable, total
+from corrdit.files import write_csv
 from corrdit.metrics import harmonic_mean
 
 

@@ -136,7 +136,7 @@ def _embedded(device: torch.device, dtype: torch.dtype | None) -> Backbone:
 
 
 def _embedded_row() -> dict[str, Any]:
-    from corrdit.integrations.embedded.loading import WEIGHTS, read_preset
+    from corrdit.integrations.embedded.preset import WEIGHTS, read_preset
 
     row: dict[str, Any] = {"name": EMBEDDED, "family": "cogvideox", "layers": None, "heads": None, "preset": None}
     if not (WEIGHTS / "model_index.json").is_file():
