@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -66,7 +65,7 @@ class Tracks:
         """The arrays by name: xy float32 `[T, P, 2]`, visible bool `[T, P]`, score float32 `[T, P]`."""
         return {"xy": self.xy.numpy(), "visible": self.visible.numpy(), "score": self.score.numpy()}
 
-    def save(self, path: str | os.PathLike[str], *, queries: Any = None) -> None:
+    def save(self, path: str | os.PathLike[str], *, queries: object = None) -> None:
         """Write `xy`, `visible`, `score` (and `queries`) as a compressed .npz file, beside and then renamed.
 
         Args:
@@ -99,7 +98,7 @@ class Tracks:
         return cls(xy, _visibility(arrays["visible"]), score)
 
 
-def _tensor(name: str, value: Any, dtype: torch.dtype) -> torch.Tensor:
+def _tensor(name: str, value: object, dtype: torch.dtype) -> torch.Tensor:
     try:
         tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -109,7 +108,7 @@ def _tensor(name: str, value: Any, dtype: torch.dtype) -> torch.Tensor:
     return tensor.detach().to(device="cpu", dtype=dtype)
 
 
-def _visibility(value: Any) -> torch.Tensor:
+def _visibility(value: object) -> torch.Tensor:
     tensor = torch.as_tensor(value)
     if tensor.dtype != torch.bool:
         raise ValueError(f"Tracks visible must be boolean, got {tensor.dtype}; compare with a threshold first")
