@@ -107,7 +107,7 @@ def _source_pairs(maps: float) -> MapBytes:
 
 
 def _soft(scene: Scene, backend: str, **options: object) -> Results:
-    return (ops.soft_displacement(scene.q, scene.k, scene.grid, backend=backend, **options),)  # type: ignore[arg-type]
+    return (ops.soft_displacement(scene.q, scene.k, scene.grid, backend=backend, **options),)  # type: ignore[call-overload]
 
 
 def _compiled_soft(**options: object) -> Baseline:

@@ -19,7 +19,7 @@ from corrdit.benchmark.floors import Ceilings, Floor, floor_of
 from corrdit.benchmark.measure import Call, peak_extra_bytes, time_interleaved
 from corrdit.benchmark.shapes import Shape
 from corrdit.memory import is_out_of_memory
-from corrdit.ops.backends import select_backend
+from corrdit.ops.backends import backend_name
 
 Row = dict[str, Any]
 FORWARD, BOTH = "forward", "forward and backward"
@@ -157,8 +157,7 @@ class _Measurement:
                 return {**row, **_left_out("wrong", "the result is wrong, so it has no time")}
             scene = self._scene_to_time()
             if baseline is None:
-                module = select_backend(backend, scene.q).__name__.rsplit(".", 1)[-1]
-                row["about"] = "triton" if module == "kernels" else module  # what "auto" stands for
+                row["about"] = backend_name(backend, scene.q)  # what "auto" stands for
             elif baseline.about is not None:
                 row["about"] = baseline.about(scene)
             work = checking.work(run, scene, self.piece.backward)

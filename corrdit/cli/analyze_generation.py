@@ -37,7 +37,7 @@ def analyze_prompts(arguments: Any, given: dict[str, Any]) -> tuple[Any, list[An
         call["image"] = _image(arguments.image)
     backbone = loaded_backbone(arguments, checked_preset(arguments.preset))
     inference_steps = int(
-        call.get("num_inference_steps") or given.get("inference_steps") or backbone.preset.inference_steps
+        call.get("num_inference_steps") or given.get("inference_steps") or backbone.preset.reading.inference_steps
     )
     given["steps"], given["inference_steps"] = chosen_steps(arguments.steps, inference_steps), inference_steps
     options = analysis_options(arguments.protocol, given)

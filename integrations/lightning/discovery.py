@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 
+from corrdit.integrations.diffusers.backbones.base import Pipeline
 from corrdit.integrations.diffusers.layouts import layout_of
 
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
-
-VideoModel: TypeAlias = "DiffusionPipeline | torch.nn.Module"
+VideoModel: TypeAlias = Pipeline | torch.nn.Module
 """A diffusers video pipeline, or a bare transformer."""
 USUAL_NAME = "transformer"
 
@@ -66,7 +64,12 @@ def _named(module: torch.nn.Module, attribute: str) -> VideoModel:
     value: object = module
     try:
         for name in attribute.split("."):
-            value = _entry(value, name)
+            if isinstance(value, Mapping):
+                value = value[name]
+            elif isinstance(value, (list, tuple)) and name.isdigit():
+                value = value[int(name)]
+            else:
+                value = getattr(value, name)
     except (AttributeError, IndexError, KeyError):
         raise ValueError(
             f"{type(module).__name__} has no attribute {attribute!r}; it holds {_inventory(module)}"
@@ -78,14 +81,6 @@ def _named(module: torch.nn.Module, attribute: str) -> VideoModel:
         raise ValueError(f"{attribute} is a {type(value).__name__}, no diffusers video pipeline or transformer")
     layout_of(value)
     return value
-
-
-def _entry(value: object, name: str) -> object:
-    if isinstance(value, Mapping):
-        return value[name]
-    if isinstance(value, (list, tuple)) and name.isdigit():
-        return value[int(name)]
-    return getattr(value, name)
 
 
 def _pipelines_in(module: torch.nn.Module) -> dict[str, VideoModel]:
@@ -103,14 +98,14 @@ def _pipelines_in(module: torch.nn.Module) -> dict[str, VideoModel]:
     return found
 
 
-def _pipeline_of(value: object) -> DiffusionPipeline | None:
+def _pipeline_of(value: object) -> Pipeline | None:
     """The pipeline that `value` is or, being a backbone, holds; None otherwise."""
     if isinstance(value, torch.nn.Module):
         return None
     for candidate in (value, getattr(value, "pipe", None)):
         transformer = getattr(candidate, "transformer", None)
         if isinstance(transformer, torch.nn.Module) and hasattr(candidate, "scheduler") and _is_known(transformer):
-            return candidate
+            return cast(Pipeline, candidate)
     return None
 
 

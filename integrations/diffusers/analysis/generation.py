@@ -117,7 +117,7 @@ def analyze_generation(
 def _arguments(backbone: Backbone, prompt: str, options: AnalysisOptions, call: Mapping[str, Any]) -> dict[str, Any]:
     """What the pipeline is called with, the generator aside."""
     check_call(backbone.pipe, call)
-    steps = int(call.get("num_inference_steps") or options.inference_steps or backbone.preset.inference_steps)
+    steps = int(call.get("num_inference_steps") or options.inference_steps or backbone.preset.reading.inference_steps)
     words = {"prompt": prompt} if prompt else {}
     return {**call, **words, "num_inference_steps": steps, "output_type": "np"}
 

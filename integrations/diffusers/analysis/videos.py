@@ -50,7 +50,7 @@ def analysis_axes(backbone: Backbone, options: AnalysisOptions) -> AnalysisTable
     Raises:
         ValueError: a layer or step the backbone does not have.
     """
-    inference_steps = options.inference_steps or backbone.preset.inference_steps
+    inference_steps = options.inference_steps or backbone.preset.reading.inference_steps
     steps = resolved("step", options.steps, inference_steps, f"the schedule of {inference_steps} steps")
     layers = resolved("layer", options.layers, backbone.layers, backbone.name)
     return empty_table(backbone, options, layers, {step: backbone.timestep(step, inference_steps) for step in steps})
@@ -225,7 +225,7 @@ def given_latents(
         options: how they are brought there.
     """
     if options.noise == "inverted":
-        inference_steps = options.inference_steps or backbone.preset.inference_steps
+        inference_steps = options.inference_steps or backbone.preset.reading.inference_steps
         yield from backbone.inverted(latents, list(timesteps), inference_steps, **image_given(backbone, latents))
         return
     for step, timestep in timesteps.items():
@@ -243,7 +243,7 @@ def noised(backbone: Backbone, latents: Tensor, step: int, timestep: float, opti
 
 def encoded_size(backbone: Backbone, height: int, width: int, options: AnalysisOptions) -> tuple[int, int]:
     """(height, width) in pixels at which frames are encoded: the preset's, or near the video's in whole tokens."""
-    preset = backbone.preset
+    preset = backbone.preset.reading
     if options.tokens_per_frame is None and preset.height is not None and preset.width is not None:
         return preset.height, preset.width
     tokens = options.tokens_per_frame or preset.tokens_per_frame or TOKENS_PER_FRAME
@@ -252,7 +252,7 @@ def encoded_size(backbone: Backbone, height: int, width: int, options: AnalysisO
 
 def _chosen_frames(backbone: Backbone, frames: int, options: AnalysisOptions) -> np.ndarray:
     if options.latents == "frames":
-        most = options.max_frames or backbone.preset.frames_per_chunk
+        most = options.max_frames or backbone.preset.reading.frames_per_chunk
     elif options.max_frames is None:
         most = frames
     else:

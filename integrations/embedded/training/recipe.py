@@ -18,9 +18,9 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 
 from corrdit.arguments import whole_number
 from corrdit.files import refuse_other_settings
-from corrdit.integrations.embedded.loading import PRESET_FILE
 from corrdit.integrations.embedded.pipeline import build_pipeline
-from corrdit.integrations.embedded.training.model_card import model_card
+from corrdit.integrations.embedded.preset import PRESET_FILE
+from corrdit.integrations.embedded.training.model_card import Json, model_card
 from corrdit.integrations.embedded.training.module import EmbeddedTraining, TrainingConfig, WorldDataModule
 from corrdit.memory import is_out_of_memory
 
@@ -88,11 +88,11 @@ class _PieceTimer(Timer):
     """Stops a piece of a run after a while. Lightning's own timer goes on counting where the checkpoint's was, so that
     every further piece would end at once."""
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """Nothing: each piece has all of its time."""
         return {}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
         """Leave the clock at zero."""
 
 
@@ -261,8 +261,8 @@ def export_checkpoint(
     checkpoint: pathlib.Path,
     folder: pathlib.Path,
     *,
-    preset: Mapping[str, Any] | None = None,
-    measured: Mapping[str, Any] | None = None,
+    preset: Json | None = None,
+    measured: Json | None = None,
     notes: str = "",
 ) -> pathlib.Path:
     """Write the averaged weights as a float16 diffusers pipeline folder that `load_embedded_pipeline` reads, with a
