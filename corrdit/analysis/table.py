@@ -11,8 +11,7 @@ import numpy as np
 
 from corrdit.analysis.counts import AttentionSums, MatchCounts
 from corrdit.analysis.protocols import FEATURE_READINGS
-from corrdit.array_files import read_arrays
-from corrdit.files import written_beside
+from corrdit.array_files import read_arrays, write_arrays
 
 MEAN = "query-key mean"
 STANDING_STILL = "standing still"
@@ -148,8 +147,7 @@ class AnalysisTable:
         """Write an .npz file, beside and then renamed."""
         facts = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in _ARRAYS}
         arrays = {name: getattr(self, name) for name in _ARRAYS}
-        with written_beside(path) as file:
-            np.savez_compressed(file, facts=np.array(json.dumps(facts)), **arrays)  # type: ignore[arg-type]
+        write_arrays(path, {"facts": np.array(json.dumps(facts)), **arrays})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> AnalysisTable:
