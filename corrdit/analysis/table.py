@@ -11,6 +11,7 @@ import numpy as np
 
 from corrdit.analysis.counts import AttentionSums, MatchCounts
 from corrdit.analysis.protocols import FEATURE_READINGS
+from corrdit.arguments import choice
 from corrdit.array_files import read_arrays, write_arrays
 
 MEAN = "query-key mean"
@@ -139,8 +140,7 @@ class AnalysisTable:
 
     def attention_score(self, part: str = "cross") -> np.ndarray:
         """Mean weight on the "text", the "own" (first) frame or the other frames ("cross"), `[S, L, M]`."""
-        if part not in ATTENTION_SCORES:
-            raise ValueError(f"part must be one of {', '.join(ATTENTION_SCORES)}, got {part!r}")
+        choice("part", part, ATTENTION_SCORES)
         return _share(getattr(self, part), self.attention_cases[..., None])
 
     def save(self, path: str | os.PathLike[str]) -> None:
