@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import os
-from typing import Any
 
 import numpy as np
 
 from corrdit.analysis.table import ATTENTION_SCORES, AnalysisTable
 from corrdit.files import written_beside
-from corrdit.metrics.summary import harmonic_mean
+from corrdit.metrics.harmonic import harmonic_mean
 
 
 def harmonic_table(table: AnalysisTable, *, moving: bool = False) -> np.ndarray | None:
@@ -27,7 +25,7 @@ def harmonic_table(table: AnalysisTable, *, moving: bool = False) -> np.ndarray 
     return harmonic_mean(*layered).T
 
 
-def table_rows(table: AnalysisTable) -> list[dict[str, Any]]:
+def table_rows(table: AnalysisTable) -> list[dict[str, object]]:
     """One row for each step, layer and reading, numbers that are not defined left out as None.
 
     Attention and confidence are those of the mean over heads or of the head; features have none.
@@ -57,17 +55,7 @@ def table_rows(table: AnalysisTable) -> list[dict[str, Any]]:
     return rows
 
 
-def write_csv(path: str | os.PathLike[str], rows: list[dict[str, Any]]) -> None:
-    """Write rows with the columns of the first one; None becomes an empty cell."""
-    if not rows:
-        raise ValueError("there are no rows to write")
-    with written_beside(path, "w") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def write_parquet(path: str | os.PathLike[str], rows: list[dict[str, Any]]) -> None:
+def write_parquet(path: str | os.PathLike[str], rows: list[dict[str, object]]) -> None:
     """Write rows as Parquet.
 
     Raises:
@@ -87,5 +75,5 @@ def require_pyarrow() -> None:
         raise ImportError("Parquet tables need pyarrow, which is not installed; pip install pyarrow, or take CSV alone")
 
 
-def _number(value: Any) -> float | None:
+def _number(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from corrdit.cli.devices import add_device_options, checked_device, checked_dtype
@@ -15,27 +16,27 @@ def add_model_options(parser: Any) -> None:
 
 
 def add_preset_option(parser: Any) -> None:
-    """--preset FILE, for commands without presets of another kind."""
     parser.add_argument(
         "--preset",
-        default=None,
-        metavar="FILE",
-        help="a preset.json that `corrdit calibrate` wrote, in place of the model's own",
+        default="default",
+        metavar="default|published|FILE",
+        help="settings of reading, tracking, guidance and motion transfer at once: the model's own, those of the"
+        " released code of DiffTrack and DiTFlow, or a preset.json that `corrdit calibrate` wrote",
     )
 
 
-def checked_preset(path: str | None) -> Any:
-    """The `Preset` of a file, or None for None.
+def checked_preset(given: str) -> Any:
+    """What `corrdit.load_backbone` takes as preset.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a preset.
+        ValueError: neither a preset's name nor a file that holds one.
     """
-    if path is None:
-        return None
-    from corrdit.integrations.diffusers import Preset
+    from corrdit.integrations.diffusers.backbones.presets import PRESET_NAMES, checked_preset
 
-    return Preset.from_file(path)
+    if given not in PRESET_NAMES and not Path(given).exists() and not Path(given).suffix:
+        raise ValueError(f"--preset {given} is not understood; accepted are {', '.join(PRESET_NAMES)} or a preset.json")
+    return checked_preset(given)
 
 
 def loaded_backbone(arguments: Any, preset: Any = None) -> Any:
@@ -52,9 +53,8 @@ def loaded_backbone(arguments: Any, preset: Any = None) -> Any:
     from corrdit.integrations.diffusers.backbones.loading import load_backbone
 
     device, dtype = checked_device(arguments.device), checked_dtype(arguments.dtype)
-    given = {} if preset is None else {"preset": preset}
     with _quiet_libraries():
-        return load_backbone(arguments.model, device=device, dtype=dtype, **given)
+        return load_backbone(arguments.model, device=device, dtype=dtype, preset=preset)
 
 
 @contextlib.contextmanager

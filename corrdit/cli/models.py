@@ -6,7 +6,6 @@ writes  a table to standard output, or with --json one JSON object a line
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from typing import Any
 
@@ -26,7 +25,7 @@ def run(arguments: Any) -> int:
     if arguments.json:
         for backbone in backbones:
             preset = backbone["preset"]
-            print(json.dumps({**backbone, "preset": None if preset is None else dataclasses.asdict(preset)}))
+            print(json.dumps({**backbone, "preset": None if preset is None else preset.described()}))
         return 0
     print_table(
         ("name", "family", "layers", "heads", "preset", "weights"),
@@ -53,6 +52,7 @@ def _known(value: Any) -> str:
 def _preset_text(preset: Any) -> str:
     if preset is None:
         return "known once loaded"
+    preset = preset.reading
     step = preset.step + preset.inference_steps if preset.step < 0 else preset.step
     size = "the video's own size"
     if preset.height:

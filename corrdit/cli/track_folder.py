@@ -25,12 +25,12 @@ def is_folder_of_videos(path: Path, output: str | None = None) -> bool:
     return bool(videos_below(path, without=output))
 
 
-def track_folder(arguments: Any, presets: tuple[str, Any]) -> int:
+def track_folder(arguments: Any, preset: Any) -> int:
     """Track the points in every video of the folder.
 
     Args:
         arguments: those of `corrdit track`.
-        presets: the tracker's by name and the model's, None for its own.
+        preset: of `checked_preset`.
 
     Returns:
         0, or 2 where a video could not be tracked; those are named on the error stream and the others are done.
@@ -47,8 +47,7 @@ def track_folder(arguments: Any, presets: tuple[str, Any]) -> int:
             output=arguments.output,
             queries=_points_of(arguments.points),
             queries_description=_points_description(arguments.points),
-            preset=presets[0],
-            model_preset=presets[1],
+            model_preset=preset,
             options=given_tracker_options(arguments),
             dtype=checked_dtype(arguments.dtype),
             start=arguments.start,

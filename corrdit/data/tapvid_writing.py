@@ -7,7 +7,6 @@ import os
 import pickle
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -38,12 +37,10 @@ def write_tapvid(
     entries = [(video.name, _entry(video, frames)) for video in videos]
     if not entries:
         raise ValueError("videos is empty; a TAP-Vid file holds at least one")
-    contents: Any = [entry for _, entry in entries]
-    if layout == "dict":
-        contents = dict(entries)
-        if len(contents) < len(entries):
-            raise ValueError("two videos have the same name; a dict file needs different names")
-    _dump(Path(path), contents)
+    by_name = dict(entries)
+    if layout == "dict" and len(by_name) < len(entries):
+        raise ValueError("two videos have the same name; a dict file needs different names")
+    _dump(Path(path), by_name if layout == "dict" else [entry for _, entry in entries])
 
 
 def write_tapvid_shards(
@@ -116,6 +113,6 @@ def _entry(video: TapVidVideo, frames: str) -> dict[str, np.ndarray]:
     return {"video": pictures, "points": video.points, "occluded": video.occluded}
 
 
-def _dump(path: Path, contents: Any) -> None:
+def _dump(path: Path, contents: object) -> None:
     with written_beside(path) as file:
         pickle.dump(contents, file, protocol=4)

@@ -6,17 +6,16 @@ scores with a variant of it.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+from numpy.typing import ArrayLike
 
 VARIANTS = ("two_sided", "released")
 STATIONARY = ("match", "zero", "exclude", "error")
 
 
 def motion_fidelity(
-    generated: Any,
-    reference: Any,
+    generated: ArrayLike,
+    reference: ArrayLike,
     *,
     variant: str = "two_sided",
     stationary: str = "match",
@@ -68,7 +67,7 @@ def motion_fidelity(
     return float((similarity.max(axis=1).mean() + similarity.max(axis=0).mean()) / 2)
 
 
-def _checked(name: str, tracks: Any) -> np.ndarray:
+def _checked(name: str, tracks: ArrayLike) -> np.ndarray:
     tracks = np.asarray(tracks)
     if tracks.ndim != 3 or tracks.shape[2] != 2 or len(tracks) == 0 or tracks.shape[1] < 2:
         raise ValueError(

@@ -5,9 +5,8 @@ Doersch et al., "TAP-Vid: A Benchmark for Tracking Any Point in a Video" (2022),
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+from numpy.typing import ArrayLike
 
 THRESHOLDS = (1, 2, 4, 8, 16)
 QUERY_MODES = ("first", "strided")
@@ -20,11 +19,11 @@ METRIC_NAMES = (
 
 
 def tapvid(
-    query_points: Any,
-    gt_occluded: Any,
-    gt_tracks: Any,
-    pred_occluded: Any,
-    pred_tracks: Any,
+    query_points: ArrayLike,
+    gt_occluded: ArrayLike,
+    gt_tracks: ArrayLike,
+    pred_occluded: ArrayLike,
+    pred_tracks: ArrayLike,
     query_mode: str,
 ) -> dict[str, np.ndarray]:
     """TAP-Vid's published metric, one value a video.
@@ -74,7 +73,12 @@ def tapvid(
 
 
 def _checked(
-    query_points: Any, gt_occluded: Any, gt_tracks: Any, pred_occluded: Any, pred_tracks: Any, query_mode: str
+    query_points: ArrayLike,
+    gt_occluded: ArrayLike,
+    gt_tracks: ArrayLike,
+    pred_occluded: ArrayLike,
+    pred_tracks: ArrayLike,
+    query_mode: str,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Query frames int64 `[b, n]` and the four arrays, after all checks."""
     if query_mode not in QUERY_MODES:

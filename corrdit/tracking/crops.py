@@ -34,7 +34,7 @@ class CropLevel:
         size: (height, width) in pixels of the frames the crops are cut from.
         tokens: of a crop's side; smaller frames are taken whole.
         refine: radius of the cost-weighted mean, see `corrdit.tracking.peaks`.
-        spread: preference for the place looked at, see `corrdit.tracking.paths`.
+        spread: preference for the place looked at, see `corrdit.tracking.peaks`.
         way_back: whether the match of each match is asked for.
         noise_seed: for readings with noise.
         antialias: of the resized frames.

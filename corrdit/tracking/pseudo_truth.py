@@ -67,7 +67,7 @@ def pseudo_tracker(name: str) -> Tracker:
     return TRACKERS[name]
 
 
-def lucas_kanade(video: Any, queries: Any) -> Tracks:
+def lucas_kanade(video: np.ndarray, queries: np.ndarray) -> Tracks:
     """Pyramidal Lucas-Kanade from frame to frame, away from each query's frame in both directions.
 
     A point is visible as long as it is found, inside the frame, and following it back leads to where it came from
@@ -105,7 +105,7 @@ def lucas_kanade(video: Any, queries: Any) -> Tracks:
     return Tracks(xy=xy, visible=visible, score=visible.float())
 
 
-def cotracker(video: Any, queries: Any) -> Tracks:
+def cotracker(video: np.ndarray, queries: np.ndarray) -> Tracks:
     """CoTracker 3, which `torch.hub` fetches on first use (a network is needed then).
 
     Args:

@@ -145,9 +145,9 @@ def read_tokens(
     first = parts[0][0]
     if any(part[0].shape[2:] != first.shape[2:] for part in parts):
         raise ValueError("the layers have heads of different sizes; they cannot be read together")
-    q, k = (
-        parts[0][which] if len(parts) == 1 else torch.cat([part[which] for part in parts], axis) for which in (0, 1)
-    )
+    q, k = first, parts[0][1]
+    if len(parts) > 1:
+        q, k = torch.cat([part[0] for part in parts], axis), torch.cat([part[1] for part in parts], axis)
     if reading.fusion == "channels":
         used = [weight for weight in weights[0] if weight > 0]
     frames = first.shape[2] // (grid_size[0] * grid_size[1])

@@ -11,7 +11,7 @@ from torch import Tensor
 from corrdit.tracking.chunks import chained_chunks, chunks_through, frame_blocks
 from corrdit.tracking.encoding import resized, working_size
 from corrdit.tracking.following import Blocks, Following, Settings
-from corrdit.tracking.options import tracker_options
+from corrdit.tracking.options import PRESETS, ReadingPreset, TrackerOptions, changed_options
 from corrdit.tracking.queries import check_queries, check_video
 from corrdit.tracking.readings import Reading
 from corrdit.tracking.tracks import Tracks
@@ -23,12 +23,24 @@ TOKENS_PER_FRAME = 30 * 45
 """Tokens of a frame of 480 x 720 pixels in CogVideoX; the limit where a backbone has no working size of its own."""
 
 
+class TrackingPreset(Protocol):
+    """The parts of a model's preset that the tracker reads."""
+
+    @property
+    def reading(self) -> ReadingPreset: ...
+
+    @property
+    def tracking(self) -> TrackerOptions: ...
+
+
 class TrackingBackbone(Protocol):
     """What the tracker asks of a video transformer; `corrdit.load_backbone` gives one."""
 
     layers: int
     heads: int
-    preset: Any
+
+    @property
+    def preset(self) -> TrackingPreset: ...
 
     @property
     def token_stride(self) -> tuple[int, int]: ...
@@ -58,8 +70,8 @@ class PointTracker:
 
     Args:
         backbone: what `corrdit.load_backbone` returns.
-        preset: "default" (token centres, sub-token refinement, visibility from consistency) or "published" (DiffTrack's
-            released evaluation).
+        preset: settings in place of the backbone's: a `corrdit.integrations.diffusers.Preset`; or "published" for
+            DiffTrack's released evaluation in place of its options of tracking, and "default" for these.
         options: in place of the preset's, see `corrdit.tracking.TrackerOptions`.
 
     Raises:
@@ -67,11 +79,12 @@ class PointTracker:
             step outside the schedule or weights for another number of heads.
     """
 
-    def __init__(self, backbone: TrackingBackbone, *, preset: str = "default", **options: Any) -> None:
+    def __init__(self, backbone: TrackingBackbone, *, preset: str | TrackingPreset = "default", **options: Any) -> None:
         self.backbone = backbone
-        self.options = tracker_options(preset, {**self._preset_options(preset, options), **options})
+        self.preset = backbone.preset if isinstance(preset, str) else preset
+        self.options = changed_options(self._own_options(preset, options), options)
         self._check_conditioning(options)
-        self.layers = self._layers()
+        self.layers = self.options.layers or (self._chosen("layer"),)
         for layer in self.layers:
             if not 0 <= layer < backbone.layers:
                 raise ValueError(f"layer must be from 0 to {backbone.layers - 1} for this backbone, got {layer}")
@@ -189,35 +202,29 @@ class PointTracker:
         if walks and not (hasattr(self.backbone, "inverted") and hasattr(self.backbone, "denoised")):
             raise ValueError(f"{name} has no way to invert or denoise latents; drop inversion and denoise_from")
 
-    def _preset_options(self, preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Options that the backbone's preset has for the tracker, which are for the layers and the weights it names."""
-        of_backbone = getattr(self.backbone.preset, "tracking", None)
-        if preset != "default" or of_backbone is None or given.keys() & {"layer", "layers"}:
-            return {}
-        return dict(of_backbone)
-
-    def _layers(self) -> tuple[int, ...]:
-        return self.options.layers or (self._chosen("layer"),)
+    def _own_options(self, preset: str | TrackingPreset, given: Mapping[str, Any]) -> TrackerOptions:
+        """The options of the preset; those for layers of its own do not count where others are asked for."""
+        if isinstance(preset, str) and preset != "default":
+            if preset not in PRESETS:
+                raise ValueError(f"preset must be one of {', '.join(PRESETS)} or a Preset, got {preset!r}")
+            return PRESETS[preset]
+        own = self.preset.tracking
+        return TrackerOptions() if own.layers and given.keys() & {"layer", "layers"} else own
 
     def _head_weights(self) -> tuple[float, ...] | None:
         """The weights asked for, those of the preset if its layer is read, or None for the plain mean."""
-        options, preset = self.options, self.backbone.preset
-        if options.head_weights is not None:
-            return options.head_weights or None
-        if options.layers or options.layer not in (None, preset.layer):
-            return None
-        if preset.head is not None:
-            return tuple(float(head == preset.head) for head in range(self.backbone.heads))
-        return preset.head_weights
+        if self.options.head_weights is not None:
+            return self.options.head_weights or None
+        return self.preset.reading.weights_of_heads(self.layers, self.backbone.heads)
 
     def _chosen(self, name: str) -> Any:
-        """The option, or what the backbone's preset says."""
+        """The option, or what the preset says."""
         given = getattr(self.options, name)
-        return getattr(self.backbone.preset, name) if given is None else given
+        return getattr(self.preset.reading, name) if given is None else given
 
     def _encoded_size(self, height: int, width: int) -> tuple[int, int]:
-        options, preset, stride = self.options, self.backbone.preset, self.backbone.token_stride
-        if options.height is None and options.tokens_per_frame is None and preset.height is not None:
+        options, preset, stride = self.options, self.preset.reading, self.backbone.token_stride
+        if options.height is None and options.tokens_per_frame is None and preset.height and preset.width:
             return preset.height, preset.width
         if options.height is None or options.width is None:
             tokens = self._chosen("tokens_per_frame") or TOKENS_PER_FRAME

@@ -95,7 +95,8 @@ class Tracks:
             ValueError: not an .npz file, or one without xy, visible and score.
         """
         arrays = read_arrays(path, ("xy", "visible", "score"), what="a tracks file (.npz with xy, visible, score)")
-        return cls(**arrays)
+        xy, score = (_tensor(name, arrays[name], torch.float32) for name in ("xy", "score"))
+        return cls(xy, _visibility(arrays["visible"]), score)
 
 
 def _tensor(name: str, value: Any, dtype: torch.dtype) -> torch.Tensor:

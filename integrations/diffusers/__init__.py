@@ -14,7 +14,9 @@ _LAZY_ATTRIBUTES = {
     "CorrespondenceProcessor": "corrdit.integrations.diffusers.processors",
     "CrossAttentionGuidance": "corrdit.integrations.diffusers.guidance",
     "MotionTransfer": "corrdit.integrations.diffusers.motion_transfer",
+    "GuidancePreset": "corrdit.integrations.diffusers.backbones.presets",
     "Preset": "corrdit.integrations.diffusers.backbones.presets",
+    "ReadingPreset": "corrdit.tracking.options",
     "TransformerLayout": "corrdit.integrations.diffusers.layouts",
     "available_backbones": "corrdit.integrations.diffusers.backbones.loading",
     "backbone_of": "corrdit.integrations.diffusers.backbones.loading",
@@ -27,8 +29,10 @@ __all__ = [
     "Capture",
     "CorrespondenceProcessor",
     "CrossAttentionGuidance",
+    "GuidancePreset",
     "MotionTransfer",
     "Preset",
+    "ReadingPreset",
     "TransformerLayout",
     "available_backbones",
     "backbone_of",
@@ -40,12 +44,13 @@ __all__ = [
 if TYPE_CHECKING:
     from corrdit.integrations.diffusers.backbones.base import Backbone
     from corrdit.integrations.diffusers.backbones.loading import available_backbones, backbone_of, load_backbone
-    from corrdit.integrations.diffusers.backbones.presets import Preset
+    from corrdit.integrations.diffusers.backbones.presets import GuidancePreset, Preset
     from corrdit.integrations.diffusers.captures import Capture, capture
     from corrdit.integrations.diffusers.guidance import CrossAttentionGuidance
     from corrdit.integrations.diffusers.layouts import TransformerLayout, register_layout
     from corrdit.integrations.diffusers.motion_transfer import MotionTransfer
     from corrdit.integrations.diffusers.processors import CorrespondenceProcessor
+    from corrdit.tracking.options import ReadingPreset
 
 
 def __getattr__(name: str) -> Any:

@@ -50,10 +50,12 @@ class TransformerLayout(abc.ABC):
     Attributes:
         guidance: "batched" if its pipelines put [unconditional, conditional] into one call, "separate" if they call
             the conditional first and then the unconditional.
+        family: name under which settings of its models are published.
         text: where the text stands in the token axis of self-attention; None where it does not.
     """
 
     guidance: ClassVar[Literal["batched", "separate"]]
+    family: ClassVar[str] = ""
     text: ClassVar[Literal["first", "last"] | None] = None
 
     @abc.abstractmethod
@@ -139,6 +141,7 @@ class BlockLayout(TransformerLayout):
 class CogVideoXLayout(BlockLayout):
     """Where CogVideoX keeps its attention, and its token axis: text, then frames."""
 
+    family = "cogvideox"
     guidance = "batched"
     text = "first"
 
@@ -150,6 +153,7 @@ class CogVideoXLayout(BlockLayout):
 class HunyuanVideoLayout(BlockLayout):
     """Where HunyuanVideo keeps its attention, and its token axis: frames, then text."""
 
+    family = "hunyuanvideo"
     guidance = "separate"
     lists = ("transformer_blocks", "single_transformer_blocks")
     attention = "attn"
@@ -159,6 +163,7 @@ class HunyuanVideoLayout(BlockLayout):
 class LTXLayout(BlockLayout):
     """Where LTX keeps its attention, and its token axis: frames alone. It is given tokens `[B, F * h * w, C]`."""
 
+    family = "ltx"
     guidance = "batched"
 
     def latent_size(self, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
@@ -174,6 +179,7 @@ class LTXLayout(BlockLayout):
 class MochiLayout(BlockLayout):
     """Where Mochi keeps its attention, and its token axis: frames, then text."""
 
+    family = "mochi"
     guidance = "batched"
     text = "last"
 
@@ -185,6 +191,7 @@ class MochiLayout(BlockLayout):
 class WanLayout(BlockLayout):
     """Where Wan keeps its attention, and its token axis: frames alone."""
 
+    family = "wan"
     guidance = "separate"
     lists = ("blocks",)
 

@@ -17,6 +17,7 @@ import torch
 from corrdit.cli import generate as command
 from corrdit.cli import main
 from corrdit.integrations.diffusers import backbone_of
+from corrdit.integrations.diffusers.backbones.presets import default_layers
 from corrdit.integrations.diffusers.guidance import CrossAttentionGuidance, comparison
 from corrdit.integrations.embedded.pipeline import build_pipeline, build_transformer
 from corrdit.integrations.lightning import GenerationModule, GuidanceCallback, PromptDataModule
@@ -76,7 +77,7 @@ def test_comparison_has_the_guided_and_the_plain_video_of_one_seed(pipe: Any) ->
 
 def test_default_layers(pipe: Any) -> None:
     backbone = backbone_of(pipe)
-    assert comparison.default_layers(backbone) == (backbone.preset.layer,)
+    assert default_layers(backbone) == (backbone.preset.reading.layer,)
 
 
 def test_modules_generate_every_prompt_once_and_resume(pipe: Any, tmp_path: Path) -> None:

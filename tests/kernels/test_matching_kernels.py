@@ -111,39 +111,38 @@ def test_attention_mass(check, case, pinned):
     check("attention_mass", case(**{**pinned, "options": options}))
 
 
-def hard(q: torch.Tensor, k: torch.Tensor, grid: TokenGrid, mode: str) -> torch.Tensor:
-    return kernels.hard_displacement(
-        q, k, grid, [(0, 0)], heads=mode, weights=None, scale=1.0, temperature=1.0, key_mask=None, window=None,
-        center=None,
-    )  # fmt: skip
+def hard(call: Any, q: torch.Tensor, k: torch.Tensor, grid: TokenGrid, mode: str) -> torch.Tensor:
+    return call(kernels, "hard_displacement", q, k, grid, [(0, 0)], heads=mode, scale=1.0)
 
 
 @pytest.mark.parametrize("mode", ["none", "logits", "probabilities"])
-def test_ties_go_to_the_lowest_index_and_nan_wins(mode):
+def test_ties_go_to_the_lowest_index_and_nan_wins(mode, call):
     grid = TokenGrid(1, 1, 40)
     q = torch.ones(1, 1, 40, 8)
     k = torch.zeros(1, 1, 40, 8)
     own = torch.arange(40)
-    assert torch.equal(hard(q, k, grid, mode)[..., 0].flatten(), -own)
+    assert torch.equal(hard(call, q, k, grid, mode)[..., 0].flatten(), -own)
     k[0, 0, 7] = k[0, 0, 21] = k[0, 0, 39] = 2.0
-    assert torch.equal(hard(q, k, grid, mode)[..., 0].flatten(), 7 - own)
+    assert torch.equal(hard(call, q, k, grid, mode)[..., 0].flatten(), 7 - own)
     if mode != "probabilities":
         k[0, 0, 25] = k[0, 0, 36] = float("nan")
-        assert torch.equal(hard(q, k, grid, mode)[..., 0].flatten(), 25 - own)
+        assert torch.equal(hard(call, q, k, grid, mode)[..., 0].flatten(), 25 - own)
     q[0, 0, 3] = float("nan")
-    found = hard(q, k, grid, mode)[..., 0].flatten()
+    found = hard(call, q, k, grid, mode)[..., 0].flatten()
     assert found[3] == -3
     assert found[4] == (25 if mode != "probabilities" else 7) - 4
 
 
-def test_nan_of_a_match_stays_in_its_row(case):
+def test_nan_of_a_match_stays_in_its_row(case, call):
     pinned = case(mode="probabilities")
     q, k = (pinned.tensor(seed) for seed in range(2))
-    clean = kernels.match(q, k, pinned.grid, 0, [1], heads="probabilities", weights=None, scale=0.3, key_mask=None,
-                          bidirectional=False, refine=0)  # fmt: skip
+    clean = call(
+        kernels, "match", q, k, pinned.grid, 0, [1], heads="probabilities", scale=0.3, bidirectional=False, refine=0
+    )
     q[0, 0, 4] = float("nan")
-    xy, score = kernels.match(q, k, pinned.grid, 0, [1], heads="probabilities", weights=None, scale=0.3, key_mask=None,
-                              bidirectional=False, refine=0)  # fmt: skip
+    xy, score = call(
+        kernels, "match", q, k, pinned.grid, 0, [1], heads="probabilities", scale=0.3, bidirectional=False, refine=0
+    )
     assert score.flatten()[4].isnan()
     others = torch.arange(18) != 4
     assert torch.equal(score.flatten()[others], clean[1].flatten()[others])

@@ -72,10 +72,9 @@ class Backbone(abc.ABC):
         self.layers = len(self._layout.attention_modules(self.transformer))
         self.heads = int(self.config.num_attention_heads)
         self.preset = preset or preset_for(self.family, self.layers, self.heads)
-        if not -self.layers <= self.preset.layer < self.layers:
-            raise ValueError(
-                f"the preset of {name} reads layer {self.preset.layer}, but there are {self.layers} layers"
-            )
+        layer = self.preset.reading.layer
+        if not -self.layers <= layer < self.layers:
+            raise ValueError(f"the preset of {name} reads layer {layer}, but there are {self.layers} layers")
         self._empty_prompt: dict[str, torch.Tensor] | None = None
 
     @property
@@ -158,7 +157,7 @@ class Backbone(abc.ABC):
         Raises:
             ValueError: a step outside the schedule.
         """
-        given = self.preset.inference_steps if inference_steps is None else inference_steps
+        given = self.preset.reading.inference_steps if inference_steps is None else inference_steps
         steps = whole_number("inference_steps", given, 1)
         index = resolved_index("step", step, steps)
         if index is None:
@@ -406,7 +405,7 @@ class Backbone(abc.ABC):
     def _prepared(
         self, video: np.ndarray | torch.Tensor, height: int | None, width: int | None, **resizing: Any
     ) -> torch.Tensor:
-        size = (height or self.preset.height, width or self.preset.width)
+        size = (height or self.preset.reading.height, width or self.preset.reading.width)
         return prepared_frames(video, size, stride=self.token_stride, name=self.name, **resizing)
 
     @torch.no_grad()

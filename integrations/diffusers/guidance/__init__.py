@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 _LAZY_ATTRIBUTES = {
     "CrossAttentionGuidance": "corrdit.integrations.diffusers.guidance.cross_attention",
     "CrossAttentionGuider": "corrdit.integrations.diffusers.guidance.guider",
-    "GuidancePreset": "corrdit.integrations.diffusers.guidance.presets",
-    "guidance_preset": "corrdit.integrations.diffusers.guidance.presets",
+    "GuidancePreset": "corrdit.integrations.diffusers.backbones.presets",
+    "guidance_preset": "corrdit.integrations.diffusers.backbones.presets",
 }
 __all__ = ["CrossAttentionGuidance", "CrossAttentionGuider", "GuidancePreset", "guidance_preset"]
 
 if TYPE_CHECKING:
+    from corrdit.integrations.diffusers.backbones.presets import GuidancePreset, guidance_preset
     from corrdit.integrations.diffusers.guidance.cross_attention import CrossAttentionGuidance
     from corrdit.integrations.diffusers.guidance.guider import CrossAttentionGuider
-    from corrdit.integrations.diffusers.guidance.presets import GuidancePreset, guidance_preset
 
 
 def __getattr__(name: str) -> Any:

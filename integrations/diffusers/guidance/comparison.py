@@ -17,7 +17,6 @@ import torch
 from corrdit.arguments import whole_number
 from corrdit.files import written_beside
 from corrdit.integrations.diffusers.guidance.cross_attention import CrossAttentionGuidance
-from corrdit.integrations.diffusers.guidance.presets import guidance_preset
 
 VIDEO_FILE = "video.mp4"
 PLAIN_FILE = "plain.mp4"
@@ -49,14 +48,6 @@ class GeneratedVideo:
     video: np.ndarray
     plain: np.ndarray | None = None
     sample: int = 0
-
-
-def default_layers(backbone: Any) -> tuple[int, ...]:
-    """The layers its preset names, the published ones of a model of this shape, or the one that matches best."""
-    if backbone.preset.guidance_layers is not None:
-        return backbone.preset.guidance_layers
-    published = guidance_preset(backbone.transformer)
-    return (backbone.preset.layer,) if published is None else published.layers
 
 
 def check_call(pipe: Any, arguments: Mapping[str, Any]) -> None:

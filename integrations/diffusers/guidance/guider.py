@@ -11,8 +11,9 @@ from diffusers import ClassifierFreeGuidance
 from diffusers.configuration_utils import register_to_config
 from diffusers.guiders.guider_utils import GuiderOutput
 
+from corrdit.integrations.diffusers.backbones.presets import DEFAULT_RENORMALIZE
 from corrdit.integrations.diffusers.compatibility import check_processor, check_transformer
-from corrdit.integrations.diffusers.guidance.cross_attention import DEFAULT_RENORMALIZE, guidance_shift
+from corrdit.integrations.diffusers.guidance.cross_attention import guidance_shift
 from corrdit.integrations.diffusers.guidance.options import GuidanceOptions, checked_heads, checked_layers, listed
 from corrdit.integrations.diffusers.guidance.perturbed_pass import PerturbedPass, prediction_of
 from corrdit.integrations.diffusers.layouts import forward_arguments, layout_of

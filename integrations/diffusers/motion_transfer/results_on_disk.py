@@ -12,7 +12,7 @@ import numpy as np
 from corrdit.files import written_beside
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.motion_transfer.result import TransferResult
-from corrdit.integrations.diffusers.motion_transfer.settings import TransferSettings
+from corrdit.integrations.diffusers.transfer_settings import TransferSettings
 
 FORMATS = ("mp4", "gif", "frames")
 TRACKED_GRID = 8

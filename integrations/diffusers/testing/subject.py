@@ -115,7 +115,7 @@ class Subject:
                 value = torch.randn(batch, *blank.shape[1:], generator=source).to(blank)
             text[name] = value
         latents = torch.randn(shape, generator=source).to(device=backbone.device, dtype=backbone.dtype)
-        return cls(backbone, latents, text, backbone.timestep(backbone.preset.inference_steps // 2))
+        return cls(backbone, latents, text, backbone.timestep(backbone.preset.reading.inference_steps // 2))
 
     @property
     def transformer(self) -> torch.nn.Module:

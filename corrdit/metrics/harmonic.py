@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+from numpy.typing import ArrayLike
 
 
-def harmonic_mean(accuracy: Any, confidence: Any, attention: Any) -> np.ndarray:
+def harmonic_mean(accuracy: ArrayLike, confidence: ArrayLike, attention: ArrayLike) -> np.ndarray:
     """Harmonic mean of matching accuracy, confidence score and attention score, each min-max normalised first.
 
     DiffTrack's criterion for the best layer and timestep (Nam et al., "Emergent Temporal Correspondences from Video
