@@ -87,8 +87,7 @@ def adherence(pipe: EmbeddedVideoPipeline, videos: torch.Tensor, group: int) -> 
     """
     prompts = [describe(WORLD.scene(HELD_OUT + number)) for number in numbers(group)]
     text, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
-    latents = pipe.vae.encode((2 * videos - 1).transpose(1, 2)).latent_dist.mode().transpose(1, 2)
-    latents = latents * pipe.vae.config.scaling_factor
+    latents = pipe.vae.encode_frames(videos)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(group))
     frames, height, width = WORLD.frames, WORLD.height, WORLD.width
     rotary = pipe._prepare_rotary_positional_embeddings(height, width, frames, latents.device)
