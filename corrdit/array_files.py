@@ -1,4 +1,5 @@
-"""Reading numpy's files, where they may be torn, damaged or something else: one error says so; telling values apart."""
+"""Numpy's files: written whole, and read where they may be torn, damaged or something else: one error says so. Telling
+values apart."""
 
 from __future__ import annotations
 
@@ -9,9 +10,13 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
+
+from corrdit.files import written_beside
 
 _DAMAGE = (
     *(ValueError, TypeError, KeyError, EOFError, RuntimeError, OverflowError),
@@ -64,6 +69,13 @@ def read_array(path: str | os.PathLike[str]) -> np.ndarray:
     if not isinstance(values, np.ndarray):
         raise ValueError(f"{os.fspath(path)} holds several arrays; one is expected")
     return values
+
+
+def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, ArrayLike]) -> None:
+    """Write a compressed .npz file, beside and then renamed."""
+    named: dict[str, Any] = dict(arrays)
+    with written_beside(path) as file:
+        np.savez_compressed(file, **named)
 
 
 def content_digest(*facts: object) -> str:

@@ -97,7 +97,10 @@ def checked_dtype(name: str | None) -> torch.dtype | None:
     """The `torch.dtype` of a name of `DTYPES`, or None for None."""
     import torch
 
-    return None if name is None else {text: getattr(torch, text) for text in DTYPES}[name]
+    if name is None:
+        return None
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def usable_devices(indexed: bool = False) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,8 +15,6 @@ from corrdit.cli.tracker_options import given_tracker_options
 from corrdit.files import file_digest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import numpy as np
     from jsonargparse import Namespace
 

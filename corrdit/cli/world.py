@@ -15,7 +15,7 @@ import contextlib
 import csv
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from corrdit.cli.progress import progress_bar
 from corrdit.files import OutputFolder
@@ -118,14 +118,13 @@ def _clips(first_seed: int, count: int, config: WorldConfig) -> Iterator[Clip]:
 
 
 def _write(folder: Path, name: str, clip: Clip, queries: np.ndarray) -> None:
-    import numpy as np
-
+    from corrdit.array_files import write_arrays
     from corrdit.video import write_video
 
     truth = clip.tracks(queries)
-    arrays: dict[str, Any] = {"video": clip.video, "xy": truth.xy, "visible": truth.visible, "queries": queries}
+    arrays: dict[str, np.ndarray] = {"video": clip.video, "xy": truth.xy, "visible": truth.visible, "queries": queries}
     if clip.config.frames > 1:
         flow = clip.flow()
         arrays |= {"flow": flow.displacement, "flow_visible": flow.visible}
-    np.savez_compressed(folder / f"{name}.npz", **arrays)
+    write_arrays(folder / f"{name}.npz", arrays)
     write_video(folder / f"{name}.mp4", clip.video, _FPS)
