@@ -17,19 +17,10 @@ from collections.abc import Iterator
 
 import numpy as np
 from embedded_drawings import draw_bars, draw_emergence, draw_heads, draw_layers, draw_loss, draw_samples
-from experiment import (
-    RESULTS,
-    Record,
-    facts_apart,
-    new_parser,
-    read_json,
-    sampled,
-    weights_digest,
-    write_json,
-    written_beside,
-)
+from experiment import RESULTS, Record, facts_apart, new_parser, read_json, sampled, weights_digest, write_json
 from matplotlib.figure import Figure
 
+from corrdit.files import written_beside
 from corrdit.integrations.embedded import load_embedded_pipeline
 from corrdit.integrations.embedded.pipeline import EmbeddedVideoPipeline
 from corrdit.integrations.embedded.training.evaluation import matching_table, summary
