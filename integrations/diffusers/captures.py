@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from corrdit.integrations.diffusers.compatibility import check_processor, check_transformer
-from corrdit.integrations.diffusers.early_exit import leaving_after
-from corrdit.integrations.diffusers.forward_watch import ForwardWatch, RemovableHook
+from corrdit.integrations.diffusers.host.forwards import leaving_after, transformers_of, watched_forwards
+from corrdit.integrations.diffusers.host.steps import PipelineSteps, TransformerSteps, branches_of
 from corrdit.integrations.diffusers.indices import resolved_index, whole_indices
 from corrdit.integrations.diffusers.layouts import ForwardCall, TransformerLayout, layout_of
 from corrdit.integrations.diffusers.processors import (
@@ -22,7 +22,6 @@ from corrdit.integrations.diffusers.processors import (
     named_operations,
     without_leftover,
 )
-from corrdit.integrations.diffusers.steps import PipelineSteps, TransformerSteps
 
 BRANCHES = ("cond", "uncond", "both")
 CaptureCallback = Callable[[int, int, Any], None]
@@ -121,7 +120,13 @@ class Capture(Mapping[tuple[int, int], Any]):
             raise ValueError(f'branch must be "cond", "uncond" or "both", got {branch!r}')
         if callback is not None and not callable(callback):
             raise ValueError(f"callback must be a function callback(step, layer, result), got {callback!r}")
-        self._transformers, self._pipe = _transformers_of(model)
+        self._transformers = transformers_of(model)
+        self._pipe = None if isinstance(model, torch.nn.Module) else model
+        if not self._transformers or not (self._pipe is None or hasattr(model, "scheduler")):
+            raise ValueError(
+                "capture needs a diffusers video pipeline (with .transformer and .scheduler) or its transformer, got "
+                f"{type(model).__name__}"
+            )
         self._branch = branch or ("cond" if self._pipe is not None else None)
         self._layouts = [layout_of(transformer) for transformer in self._transformers]
         self._steps = steps
@@ -240,34 +245,29 @@ class Capture(Mapping[tuple[int, int], Any]):
         stop = False
         if self._early_exit:
             stop = stack.enter_context(leaving_after(transformer, layout, max(self._operations)))
-        watch = ForwardWatch(self, layout, processors, stop)
-        stack.callback(watch.disarm)
-        stack.callback(transformer.register_forward_pre_hook(RemovableHook(watch.before), with_kwargs=True).remove)
-        stack.callback(transformer.register_forward_hook(RemovableHook(watch.after), always_call=True).remove)
+
+        def before(call: ForwardCall, arguments: dict[str, Any]) -> None:
+            for layer, request in self.requests(layout, call, stop).items():
+                processors[layer].arm(request)
+
+        def after(output: object) -> None:
+            try:
+                for processor in processors.values():
+                    processor.collect_compiled()
+            finally:
+                for processor in processors.values():
+                    processor.disarm()
+
+        stack.enter_context(watched_forwards(transformer, layout, before, after))
 
     def _rows(self, layout: TransformerLayout, call: ForwardCall) -> tuple[tuple[str | None, slice], ...]:
         """The branches of this call that are wanted and where they are in the batch."""
         if self._branch is None:
             return ((None, slice(0, call.batch)),)
-        available = self._branches_of(layout, call)
+        available = branches_of(layout, call, self._counter)
         if self._branch == "both":
             return tuple(available.items())
         return ((None, available[self._branch]),) if self._branch in available else ()
-
-    def _branches_of(self, layout: TransformerLayout, call: ForwardCall) -> dict[str, slice]:
-        whole = slice(0, call.batch)
-        if layout.guidance == "separate":
-            names = ("cond", "uncond")
-            return {names[self._counter.call]: whole} if self._counter.call < len(names) else {}
-        if isinstance(self._counter, PipelineSteps) and not self._counter.guided:
-            return {"cond": whole}
-        if call.batch % 2:
-            raise ValueError(
-                f"branch {self._branch!r} asks for one half of a batch [unconditional, conditional], but the batch has "
-                f"{call.batch} samples; leave branch out to read the whole batch"
-            )
-        half = call.batch // 2
-        return {"cond": slice(half, call.batch), "uncond": slice(0, half)}
 
     def _wanted(self, step: int) -> bool:
         if self._steps is None:
@@ -354,20 +354,6 @@ def _restore(module: torch.nn.Module, processor: CorrespondenceProcessor) -> Non
         module.processor = processor.inner
     processor._captured_by = None
     processor.disarm()
-
-
-def _transformers_of(model: Any) -> tuple[list[torch.nn.Module], Any]:
-    """The transformers of a pipeline and the pipeline itself, or a bare transformer and None."""
-    if isinstance(model, torch.nn.Module):
-        return [model], None
-    found = [getattr(model, name, None) for name in ("transformer", "transformer_2")]
-    transformers = [module for module in found if isinstance(module, torch.nn.Module)]
-    if not transformers or not hasattr(model, "scheduler"):
-        raise ValueError(
-            "capture needs a diffusers video pipeline (with .transformer and .scheduler) or its transformer, got "
-            f"{type(model).__name__}"
-        )
-    return transformers, model
 
 
 def _keys(missing: list[tuple[int | None, int]]) -> str:

@@ -263,7 +263,9 @@ def register_layout(transformer_class_name: str, layout: type[TransformerLayout]
 
 def forward_arguments(transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call by the names of the class's own `forward`, whatever hooks wrap it."""
-    return dict(_signature(type(transformer).forward).bind(transformer, *args, **kwargs).arguments)
+    arguments = dict(_signature(type(transformer).forward).bind(transformer, *args, **kwargs).arguments)
+    del arguments[next(iter(arguments))]  # self
+    return arguments
 
 
 _signature: Callable[[Callable[..., Any]], inspect.Signature] = functools.cache(inspect.signature)

@@ -20,14 +20,11 @@ from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.attention_inputs import AttentionInputs, GatheredCalls
 from corrdit.integrations.diffusers.compatibility import check_attention_backend, check_processor
 from corrdit.integrations.diffusers.host.attention import Attention, AttentionCall, DelegatingProcessor, Interceptor
-from corrdit.integrations.diffusers.results import released, saved_tensors_kept_apart, unchanged
+from corrdit.integrations.diffusers.host.forwards import EarlyExit
+from corrdit.integrations.diffusers.result_guard import released, saved_tensors_kept_apart, unchanged
 
 Operation = Callable[[Tensor, Tensor, TokenGrid, Tensor | None], Any]
 """`operation(q, k, grid, key_mask)`: q, k `[B, H, N, D]`, key_mask bool `[B, N]` or None; tensors out."""
-
-
-class EarlyExit(Exception):
-    """Raised out of the last layer a capture needs; caught where the transformer was called."""
 
 
 @dataclass

@@ -58,14 +58,6 @@ def find_held_model(module: torch.nn.Module, attribute: str | None = None) -> Vi
     )
 
 
-def transformers_of(model: VideoModel) -> list[torch.nn.Module]:
-    """The transformers of a pipeline (Wan 2.2 has two), or the transformer itself."""
-    if isinstance(model, torch.nn.Module):
-        return [model]
-    found = (getattr(model, name, None) for name in ("transformer", "transformer_2"))
-    return [transformer for transformer in found if isinstance(transformer, torch.nn.Module)]
-
-
 def _named(module: torch.nn.Module, attribute: str) -> VideoModel | Backbone:
     value: object = module
     try:

@@ -14,7 +14,8 @@ from lightning.pytorch import LightningModule, Trainer
 from corrdit.arguments import whole_number
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.backbones.loading import backbone_of
-from corrdit.integrations.lightning.discovery import VideoModel, find_held_model, find_video_model, transformers_of
+from corrdit.integrations.diffusers.host.forwards import transformers_of
+from corrdit.integrations.lightning.discovery import VideoModel, find_held_model, find_video_model
 from corrdit.integrations.lightning.measurement import MatchMeasurement, first_frame_hits, summed_hits
 from corrdit.integrations.lightning.probe import WorldProbe
 from corrdit.integrations.lightning.reading import layer_indices, layer_list, timed_capture

@@ -177,9 +177,7 @@ def test_copies_that_keep_the_processor(monkeypatch):
 
 def test_second_firing_under_checkpointing(monkeypatch):
     monkeypatch.setattr(processors, "_recomputing", lambda: False)
-    from corrdit.integrations.diffusers.forward_watch import ForwardWatch
-
-    monkeypatch.setattr(ForwardWatch, "disarm", lambda self: None)
+    monkeypatch.setattr(processors.CorrespondenceProcessor, "disarm", lambda self: None)
     assert failures("cogvideox", only=("gradient checkpointing",)) == {"gradient checkpointing"}
 
 

@@ -22,6 +22,7 @@ from diffusers import (
 )
 
 from corrdit.integrations.diffusers.guidance import CrossAttentionGuidance
+from corrdit.integrations.diffusers.guidance.perturbed_pass import PerturbedPass
 from corrdit.testing import tiny_generation, tiny_pipeline
 
 SCALE = 1.7
@@ -213,3 +214,22 @@ def test_classifier_free_guidance_that_a_callback_ends_half_way(three_branches: 
         three_branches, tiny_pipeline(name), generation, (lambda index: index in (1, 3)) if name == "wan" else None
     )
     assert count == (6 if name == "wan" else 4)
+
+
+@pytest.mark.parametrize("name", ["cogvideox", "wan"])
+@pytest.mark.parametrize(("start", "stop", "guided"), [(0.0, 0.5, [0, 1]), (0.25, 0.75, [1, 2]), (0.5, 1.0, [2, 3])])
+def test_the_share_of_the_steps_ends_before_its_last(
+    name: str, start: float, stop: float, guided: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, steps = tiny_pipeline(name), []
+    own = PerturbedPass.run
+
+    def counted(self: PerturbedPass, *arguments: Any) -> torch.Tensor:
+        steps.append(guidance._steps.step)
+        return own(self, *arguments)
+
+    monkeypatch.setattr(PerturbedPass, "run", counted)
+    with CrossAttentionGuidance(pipe, 1, start=start, stop=stop) as guidance:
+        pipe(**tiny_generation(name, steps=4))
+    assert steps == guided
+    assert [step for step in range(4) if guidance.options.includes(step, 4)] == guided

@@ -90,7 +90,6 @@ class Recorder:
 
     def _forward(self, transformer: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         arguments = forward_arguments(transformer, args, kwargs)
-        arguments.pop("self")
         self.calls[-1].append((transformer, arguments, output[0].clone()))
 
     def _step(self, step: Callable[..., Any]) -> Callable[..., Any]:
@@ -141,7 +140,6 @@ def check_outputs(
 
     def before(transformer: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         arguments = forward_arguments(transformer, args, kwargs)
-        arguments.pop("self")
         batched = layout_of(transformer).guidance == "batched" and pipe.do_classifier_free_guidance
         plain.append((transformer, arguments, output[0].clone(), batched))
 

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from corrdit.integrations.diffusers.layouts import forward_arguments, layout_of
-from corrdit.integrations.diffusers.motion_transfer import MotionTransfer
+from corrdit.integrations.diffusers.motion_transfer import MotionTransfer, guided_run
 from corrdit.integrations.diffusers.motion_transfer.embeddings import positional_tables
+from corrdit.integrations.diffusers.motion_transfer.reference import codec_latents
 from corrdit.integrations.diffusers.testing.subject import Subject
 
 FAMILIES = ("cogvideox", "cogvideox-rotary", "cogvideox-1.5", "hunyuanvideo", "wan", "ltx", "mochi")
@@ -119,3 +120,40 @@ def test_injection_into_compiled_blocks(case, name):
     np.testing.assert_array_equal(compiled.video, expected.video)
     plain = MotionTransfer(case(name)[0], method="backbone", steps=12)(video, **arguments)
     assert (compiled.video != plain.video).any()
+
+
+@pytest.mark.parametrize("name", ["cogvideox-rotary", "wan", "hunyuanvideo"])
+def test_the_injected_reference_has_the_runs_own_noise(case, name, monkeypatch):
+    backbone, video, arguments = case(name)
+    given, timesteps = [], []
+    own, add_noise = guided_run.keys_values_of, backbone.add_noise
+
+    def spied(transformer, layout, call, grid, layers):
+        given.append(call["hidden_states"].clone())
+        return own(transformer, layout, call, grid, layers)
+
+    def timed(latents, noise, timestep):
+        timesteps.append(timestep)
+        return add_noise(latents, noise, timestep)
+
+    monkeypatch.setattr(guided_run, "keys_values_of", spied)
+    monkeypatch.setattr(backbone, "add_noise", timed)
+    transfer = MotionTransfer(backbone, method="injection", injection_blocks=(0,), **SETTINGS)
+    transfer(video, seed=5, **arguments)
+    clean = backbone.call_arguments(codec_latents(backbone, transfer.reference_motion(video).latents), 0.0, {})
+    noise = torch.randn(given[0].shape, generator=torch.Generator().manual_seed(5))
+    assert len(given) == len(timesteps) == 2
+    for hidden, timestep in zip(given, timesteps, strict=True):
+        torch.testing.assert_close(hidden, add_noise(clean["hidden_states"], noise, timestep))
+
+
+@pytest.mark.parametrize("method", ["ditflow", "injection"])
+def test_no_step_is_guided_behind_the_share(case, method):
+    backbone, video, arguments = case("cogvideox", guided=False)
+    forwards, after = [], []
+    backbone.transformer.register_forward_pre_hook(lambda module, args: forwards.append(1))
+    options = {"block": 1, "injection_blocks": (0,), "optimisation_steps": 1}
+    transfer = MotionTransfer(backbone, method=method, steps=4, guided_share=0.5, **options)
+    transfer(video, report=lambda done, steps, losses: after.append(len(forwards)), **arguments)
+    _, *by_step = np.diff([0, *after]).tolist()
+    assert by_step == [3 if method == "ditflow" else 2, 1, 1]

@@ -52,8 +52,6 @@ UPWARD_TODAY: set[tuple[str, str]] = set()
 STRINGS_TODAY: set[str] = {
     "corrdit.cli",
     "corrdit.cli.evaluate",
-    "corrdit.integrations.diffusers",
-    "corrdit.integrations.diffusers.guidance",
     "corrdit.integrations.lightning",
 }
 """Files that still name modules in strings; to become empty."""

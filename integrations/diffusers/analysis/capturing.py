@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.captures import Capture
 from corrdit.integrations.diffusers.compatibility import has_compiled_blocks
-from corrdit.integrations.diffusers.forward_watch import RemovableHook
+from corrdit.integrations.diffusers.host.forwards import RemovableHook
 from corrdit.integrations.diffusers.layouts import ForwardCall, TransformerLayout
 from corrdit.integrations.diffusers.processors import Operation, ReadRequest
 

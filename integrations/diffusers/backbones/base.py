@@ -31,6 +31,7 @@ class Pipeline(Protocol):
     """What a backbone asks of a pipeline of diffusers; what else there is, is the family's own."""
 
     transformer: torch.nn.Module
+    scheduler: Any
 
     @property
     def _execution_device(self) -> torch.device: ...

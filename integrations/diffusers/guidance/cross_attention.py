@@ -17,7 +17,7 @@ import dataclasses
 import weakref
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -25,11 +25,18 @@ import torch
 
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.backbones.presets import GuidancePreset, Preset, default_layers, guidance_preset
-from corrdit.integrations.diffusers.compatibility import check_processor, check_transformer
-from corrdit.integrations.diffusers.guidance.options import GuidanceOptions, Heads, checked_heads, checked_layers
-from corrdit.integrations.diffusers.guidance.perturbed_pass import PerturbedPass, prediction_of
-from corrdit.integrations.diffusers.layouts import ForwardCall, TransformerLayout, forward_arguments, layout_of
-from corrdit.integrations.diffusers.steps import PipelineSteps
+from corrdit.integrations.diffusers.guidance.guided_forwards import GuidedForwards, GuidedSamples
+from corrdit.integrations.diffusers.guidance.options import (
+    GuidanceOptions,
+    Heads,
+    checked_heads,
+    checked_layers,
+    model_heads,
+)
+from corrdit.integrations.diffusers.guidance.perturbed_pass import prediction_of
+from corrdit.integrations.diffusers.host.forwards import transformers_of
+from corrdit.integrations.diffusers.host.steps import PipelineSteps, branches_of
+from corrdit.integrations.diffusers.layouts import ForwardCall, TransformerLayout, layout_of
 
 _guided_transformers: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
@@ -99,21 +106,18 @@ class CrossAttentionGuidance:
             adaptive_scale=adaptive_scale,
             backend=backend,
         )
-        transformers = [
-            module
-            for name in ("transformer", "transformer_2")
-            if isinstance(module := getattr(self.pipe, name, None), torch.nn.Module)
-        ]
-        layouts = [layout_of(transformer) for transformer in transformers]
-        transformer = transformers[0]
-        count = min(len(layout.attention_modules(each)) for each, layout in zip(transformers, layouts, strict=True))
+        self._transformers = transformers_of(self.pipe)
+        transformer = self._transformers[0]
+        count = min(len(layout_of(each).attention_modules(each)) for each in self._transformers)
         name = type(transformer).__name__
         self.preset = _guidance_of(pipe, transformer, preset)
         given = _layers_of(self.preset, preset, name) if layers is None else layers
         self.layers = checked_layers(given, count, name)
-        model_heads = int(transformer.config.num_attention_heads)  # type: ignore[union-attr, arg-type]
-        self.heads = checked_heads(heads, self.layers, model_heads, perturbation)
-        self._watches = [_ForwardWatch(self, each, layout) for each, layout in zip(transformers, layouts, strict=True)]
+        self.heads = checked_heads(heads, self.layers, model_heads(transformer), perturbation)
+        self._forwards = [
+            GuidedForwards(each, self.layers, self.heads, self.options, self._wanted, self._finished)
+            for each in self._transformers
+        ]
         self._steps = PipelineSteps(self.pipe)
         self._shift: torch.Tensor | None = None
         self._open: ExitStack | None = None
@@ -123,11 +127,18 @@ class CrossAttentionGuidance:
             raise ValueError("this guidance is already open; leave its block first, or make another")
         self._steps = PipelineSteps(self.pipe)
         self._shift = None
-        for watch in self._watches:
-            watch.check()
+        for transformer, forwards in zip(self._transformers, self._forwards, strict=True):
+            if transformer in _guided_transformers:
+                raise ValueError(
+                    f"this {type(transformer).__name__} is already under a guidance; leave its block first, or give "
+                    "all layers to one"
+                )
+            forwards.check()
         with ExitStack() as stack:
-            for watch in self._watches:
-                watch.attach(stack)
+            for transformer, forwards in zip(self._transformers, self._forwards, strict=True):
+                _guided_transformers.add(transformer)
+                stack.callback(_guided_transformers.discard, transformer)
+                stack.enter_context(forwards.attach())
             self._open = stack.pop_all()
         return self
 
@@ -156,130 +167,32 @@ class CrossAttentionGuidance:
         timestep = float(torch.as_tensor(call.timestep if current is None else current).max())
         return options.scale_at(timestep, int(self.pipe.scheduler.config.num_train_timesteps))
 
-    def _rows(self, layout: TransformerLayout, call: ForwardCall) -> slice | None:
-        """Where the conditional samples of this call are; None in a call of unconditional ones."""
-        if layout.guidance == "separate":
-            if self._steps.call > 1:
-                raise ValueError(
-                    f"the pipeline calls its transformer {self._steps.call + 1} times in step {self._steps.step}; "
-                    "guidance knows a conditional and an unconditional call"
-                )
-            return slice(0, call.batch) if self._steps.call == 0 else None
-        if not self._steps.guided:
-            return slice(0, call.batch)
-        if call.batch % 2:
+    def _wanted(self, layout: TransformerLayout, call: ForwardCall) -> GuidedSamples | None:
+        """The conditional samples of a guided call."""
+        steps = self._steps
+        steps.advance(call)
+        if steps.call == 0:
+            self._shift = None
+        branches = branches_of(layout, call, steps)
+        if not branches:
             raise ValueError(
-                f"classifier-free guidance is on, but the batch of {call.batch} samples does not hold as many "
-                "unconditional as conditional ones"
+                f"the pipeline calls its transformer {steps.call + 1} times in step {steps.step}; guidance knows a "
+                "conditional and an unconditional call"
             )
-        return slice(call.batch // 2, call.batch)
-
-
-def guidance_shift(conditional: torch.Tensor, perturbed: torch.Tensor, scale: float) -> torch.Tensor:
-    """s (c - p), in float32 at least."""
-    precise = torch.promote_types(conditional.dtype, torch.float32)
-    return scale * (conditional.to(precise) - perturbed.to(precise))
-
-
-@dataclass(frozen=True)
-class _GuidedCall:
-    """A conditional forward in progress that will be followed by a perturbed one."""
-
-    arguments: dict[str, Any]
-    call: ForwardCall
-    rows: slice
-    scale: float
-
-
-class _ForwardWatch:
-    """Sees the forwards of one transformer and adds the guidance to what they return."""
-
-    def __init__(self, owner: CrossAttentionGuidance, transformer: torch.nn.Module, layout: TransformerLayout) -> None:
-        self._owner = owner
-        self._transformer = transformer
-        self._layout = layout
-        self._pass = PerturbedPass(transformer, layout, owner.layers, owner.heads)
-        self._guided: _GuidedCall | None = None
-
-    def check(self) -> None:
-        """Refuses, with the reason, a transformer that cannot be guided now."""
-        if self._transformer in _guided_transformers:
+        scale = self._scale_now(call) if "cond" in branches else 0.0
+        if not scale:
+            return None
+        if torch.is_grad_enabled():
             raise ValueError(
-                f"this {type(self._transformer).__name__} is already under a guidance; leave its block first, or give "
-                "all layers to one"
+                "a forward with gradients ran under guidance; guidance is for sampling, which pipelines do without, "
+                "and does not go together with optimising through the model (MotionTransfer): leave its block first"
             )
-        modules = self._layout.attention_modules(self._transformer)
-        try:
-            check_transformer(self._transformer)
-            for layer in self._owner.layers:
-                check_processor(modules[layer].processor)
-        except ValueError as error:
-            raise ValueError(f"this model cannot be guided: {error}") from error
-        if self._owner.options.perturbation == "skip":
-            self._pass.check_left_out()
+        return GuidedSamples(branches["cond"], scale, self._renormalizes())
 
-    def attach(self, stack: ExitStack) -> None:
-        """Listen until the stack closes."""
-        _guided_transformers.add(self._transformer)
-        stack.callback(_guided_transformers.discard, self._transformer)
-        stack.enter_context(self._pass.watch())
-        stack.callback(self._forget)
-        before, after = _Hook(self._before), _Hook(self._after)
-        stack.callback(self._transformer.register_forward_pre_hook(before, with_kwargs=True).remove)
-        stack.callback(self._transformer.register_forward_hook(after, with_kwargs=True).remove)
-
-    def _forget(self) -> None:
-        self._guided = None
-        self._pass.forget()
-
-    def _before(self, transformer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        owner = self._owner
-        self._forget()
-        arguments = forward_arguments(transformer, args, kwargs)
-        arguments.pop("self")
-        call = self._layout.read_call(transformer, arguments)
-        owner._steps.advance(call)
-        if owner._steps.call == 0:
-            owner._shift = None
-        rows = owner._rows(self._layout, call)
-        if rows is None:
-            return
-        scale = owner._scale_now(call)
-        if scale:
-            _check_sampling()
-            self._guided = _GuidedCall(arguments, call, rows, scale)
-            self._pass.keep_prefix(rows)
-
-    def _after(self, transformer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        owner, guided = self._owner, self._guided
-        if guided is not None and output is not None:
-            prediction = prediction_of(output)
-            attention = owner.options.attention(owner._renormalizes())
-            perturbed = self._pass.run(guided.arguments, guided.call, guided.rows, attention)
-            owner._shift = guidance_shift(prediction[guided.rows], perturbed, guided.scale)
-        self._forget()
-        return output if owner._shift is None or output is None else _shifted(output, owner._shift)
-
-
-class _Hook:
-    """A forward hook that a pickled or copied model does not take along."""
-
-    def __init__(self, function: Any) -> None:
-        self._function = function
-
-    def __call__(self, *args: Any) -> Any:
-        return self._function(*args)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (_no_hook, ())
-
-
-def _no_hook() -> Any:
-    return _ignore
-
-
-def _ignore(*args: Any) -> None:
-    """What a hook becomes in a copy of the model."""
+    def _finished(self, output: Any, shift: torch.Tensor | None) -> Any:
+        if shift is not None:
+            self._shift = shift
+        return None if self._shift is None else _shifted(output, self._shift)
 
 
 def _shifted(output: Any, shift: torch.Tensor) -> Any:
@@ -292,14 +205,6 @@ def _shifted(output: Any, shift: torch.Tensor) -> Any:
     if dataclasses.is_dataclass(output) and not isinstance(output, type):
         return dataclasses.replace(output, **{dataclasses.fields(output)[0].name: moved})
     raise ValueError(f"the transformer returned a {type(output).__name__}; guidance needs a tuple or a model output")
-
-
-def _check_sampling() -> None:
-    if torch.is_grad_enabled():
-        raise ValueError(
-            "a forward with gradients ran under guidance; guidance is for sampling, which pipelines do without, and "
-            "does not go together with optimising through the model (MotionTransfer): leave its block first"
-        )
 
 
 def _guidance_of(pipe: object, transformer: torch.nn.Module, preset: Preset | str | None) -> GuidancePreset:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
 
 import torch
 from diffusers import ClassifierFreeGuidance
@@ -12,11 +11,15 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.guiders.guider_utils import GuiderOutput
 
 from corrdit.integrations.diffusers.backbones.presets import DEFAULT_RENORMALIZE
-from corrdit.integrations.diffusers.compatibility import check_processor, check_transformer
-from corrdit.integrations.diffusers.guidance.cross_attention import guidance_shift
-from corrdit.integrations.diffusers.guidance.options import GuidanceOptions, checked_heads, checked_layers, listed
-from corrdit.integrations.diffusers.guidance.perturbed_pass import PerturbedPass, prediction_of
-from corrdit.integrations.diffusers.layouts import forward_arguments, layout_of
+from corrdit.integrations.diffusers.guidance.guided_forwards import GuidedForwards, GuidedSamples
+from corrdit.integrations.diffusers.guidance.options import (
+    GuidanceOptions,
+    checked_heads,
+    checked_layers,
+    listed,
+    model_heads,
+)
+from corrdit.integrations.diffusers.layouts import ForwardCall, TransformerLayout, layout_of
 
 TRAIN_TIMESTEPS = 1000
 """Length of the noise schedule that guiders are not told; 1000 in all supported families."""
@@ -104,8 +107,23 @@ class CrossAttentionGuider(ClassifierFreeGuidance):
         super().prepare_models(denoiser)
         self._open.close()
         scale = self._scale_now()
-        if self.is_conditional and self._enabled and scale:
-            self._open.enter_context(_GuidedForward(self, denoiser, scale).attached())
+        if not (self.is_conditional and self._enabled and scale):
+            return
+        options = self._options
+        count = len(layout_of(denoiser).attention_modules(denoiser))
+        layers = checked_layers(self._layers, count, type(denoiser).__name__)
+        heads = checked_heads(self._heads, layers, model_heads(denoiser), options.perturbation)
+        renormalize = DEFAULT_RENORMALIZE if options.renormalize is None else options.renormalize
+
+        def all_samples(layout: TransformerLayout, call: ForwardCall) -> GuidedSamples:
+            return GuidedSamples(slice(0, call.batch), scale, renormalize)
+
+        def keep(output: object, shift: torch.Tensor | None) -> None:
+            self._shift = shift
+
+        forwards = GuidedForwards(denoiser, layers, heads, options, all_samples, keep)
+        forwards.check()
+        self._open.enter_context(forwards.attach(once=True))
 
     def cleanup_models(self, denoiser: torch.nn.Module) -> None:
         """After a forward."""
@@ -125,50 +143,3 @@ class CrossAttentionGuider(ClassifierFreeGuidance):
         if not self._options.adaptive_scale:
             return self._options.scale
         return self._options.scale_at(float(self._timestep), TRAIN_TIMESTEPS)
-
-
-class _GuidedForward:
-    """One conditional forward of a denoiser and the perturbed one after it."""
-
-    def __init__(self, owner: CrossAttentionGuider, denoiser: torch.nn.Module, scale: float) -> None:
-        self._owner, self._denoiser, self._scale = owner, denoiser, scale
-        self._layout = layout_of(denoiser)
-        modules = self._layout.attention_modules(denoiser)
-        options = owner._options
-        layers = checked_layers(owner._layers, len(modules), type(denoiser).__name__)
-        model_heads = int(denoiser.config.num_attention_heads)  # type: ignore[union-attr, arg-type]
-        heads = checked_heads(owner._heads, layers, model_heads, options.perturbation)
-        check_transformer(denoiser)
-        for layer in layers:
-            check_processor(modules[layer].processor)
-        self._pass = PerturbedPass(denoiser, self._layout, layers, heads)
-        if options.perturbation == "skip":
-            self._pass.check_left_out()
-        self._attached = ExitStack()
-        self._call: Any = None
-
-    def attached(self) -> ExitStack:
-        """Listen to the next forward; it stops by itself at the forward's end, also by an exception."""
-        self._attached.enter_context(self._pass.watch())
-        before = self._denoiser.register_forward_pre_hook(self._before, with_kwargs=True)
-        after = self._denoiser.register_forward_hook(self._after, with_kwargs=True, always_call=True)
-        self._attached.callback(before.remove)
-        self._attached.callback(after.remove)
-        return self._attached
-
-    def _before(self, denoiser: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._arguments = forward_arguments(denoiser, args, kwargs)
-        self._arguments.pop("self")
-        self._call = self._layout.read_call(denoiser, self._arguments)
-        self._pass.keep_prefix(slice(0, self._call.batch))
-
-    def _after(self, denoiser: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        try:
-            if output is None or self._call is None:
-                return
-            options, rows = self._owner._options, slice(0, self._call.batch)
-            renormalize = DEFAULT_RENORMALIZE if options.renormalize is None else options.renormalize
-            perturbed = self._pass.run(self._arguments, self._call, rows, options.attention(renormalize))
-            self._owner._shift = guidance_shift(prediction_of(output), perturbed, self._scale)
-        finally:
-            self._attached.close()

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from corrdit.arguments import whole_number
 from corrdit.integrations.diffusers.guidance.perturbations import AttentionFunction, frame_local, identity_attention
 from corrdit.ops.backends import BACKENDS
@@ -136,6 +138,11 @@ def checked_heads(heads: Heads, layers: tuple[int, ...], count: int, perturbatio
             raise ValueError(f"heads of layer {layer} must be different numbers from 0 to {count - 1}, got {indices}")
         checked[layer] = tuple(sorted(indices))
     return checked
+
+
+def model_heads(transformer: torch.nn.Module) -> int:
+    """Attention heads of a transformer."""
+    return int(transformer.config.num_attention_heads)  # type: ignore[union-attr, arg-type]
 
 
 def listed(numbers: Any) -> list[Any]:

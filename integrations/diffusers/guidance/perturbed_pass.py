@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
-from corrdit.integrations.diffusers.guidance.forwards import replaced_forward, uncompiled
 from corrdit.integrations.diffusers.guidance.perturbations import AttentionFunction, PerturbingProcessor
 from corrdit.integrations.diffusers.host.attention import processors_wrapped
+from corrdit.integrations.diffusers.host.forwards import (
+    Forward,
+    Replacement,
+    replaced_forward,
+    uncompiled,
+    watched_output,
+)
+from corrdit.integrations.diffusers.host.steps import map_tensors, rows_of
 from corrdit.integrations.diffusers.layouts import ForwardCall, TransformerLayout
 from corrdit.integrations.diffusers.processors import CorrespondenceProcessor
-
-SHARED_ARGUMENTS = frozenset({"image_rotary_emb", "ofs", "rope_interpolation_scale", "attention_kwargs", "return_dict"})
-"""Arguments of transformers that all samples of a batch share."""
 
 
 class PerturbedPass:
@@ -53,17 +57,14 @@ class PerturbedPass:
         self._rows: slice | None = None
         self._kept: dict[int, Any] = {}
 
-    def watch(self) -> contextlib.ExitStack:
-        """Begin to listen to the ends of the prefix; close the result to stop."""
-        stack = contextlib.ExitStack()
-        stack.callback(self.forget)
-        for index in self._prefix_ends():
-            block = self._blocks[index]
-            if block._compiled_call_impl is None:
-                stack.callback(block.register_forward_hook(_PrefixHook(self, index)).remove)
-            else:
-                stack.enter_context(_kept_outside_graph(block, functools.partial(self._keep, index)))
-        return stack
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Inside, listen to the ends of the prefix."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.forget)
+            for index in self._prefix_ends():
+                stack.enter_context(watched_output(self._blocks[index], functools.partial(self._keep, index)))
+            yield
 
     def keep_prefix(self, rows: slice) -> None:
         """Keep these samples of the next forward."""
@@ -94,7 +95,7 @@ class PerturbedPass:
             ValueError: attention that cannot be perturbed.
         """
         count = len(range(*rows.indices(call.batch)))
-        chosen = {name: _rows_of(name, value, rows, call.batch) for name, value in arguments.items()}
+        chosen = rows_of(arguments, rows, call.batch)
         with contextlib.ExitStack() as stack:
             stack.callback(self.forget)
             stack.enter_context(_reading_suspended(self._modules))
@@ -130,9 +131,9 @@ class PerturbedPass:
             return
         # Of an earlier list only the shape matters: everything computed from it is replaced by the last end.
         copy = torch.clone if index == self._layers[0] - 1 else _placeholder
-        self._kept[index] = _map_tensors(output, lambda tensor: copy(tensor[self._rows]))
+        self._kept[index] = map_tensors(output, lambda tensor: copy(tensor[self._rows]))
 
-    def _kept_output(self, index: int) -> Callable[..., Any]:
+    def _kept_output(self, index: int) -> Replacement:
         """What block `index` of the prefix returns: the output of the first end at or after it."""
         end = next(end for end in self._prefix_ends() if end >= index)
 
@@ -145,44 +146,6 @@ class PerturbedPass:
         self, attention: AttentionFunction, call: ForwardCall, count: int, layer: int, inner: object
     ) -> PerturbingProcessor:
         return PerturbingProcessor(inner, attention, call.grid, self._heads.get(layer), count)
-
-
-class _PrefixHook:
-    """Keeps a block's output; a pickled or copied block does not take it along."""
-
-    def __init__(self, owner: PerturbedPass, index: int) -> None:
-        self._owner, self._index = owner, index
-
-    def __call__(self, block: torch.nn.Module, args: Any, output: Any) -> None:
-        self._owner._keep(self._index, output)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (_no_hook, ())
-
-
-def _no_hook() -> Callable[..., None]:
-    return _ignore
-
-
-def _ignore(*args: Any) -> None:
-    """What a hook becomes in a copy of the model."""
-
-
-@contextlib.contextmanager
-def _kept_outside_graph(block: torch.nn.Module, keep: Callable[[Any], None]) -> Iterator[None]:
-    """Hands on the output of a block that was compiled in place without becoming part of its graph."""
-    compiled: Any = block._compiled_call_impl
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        output = compiled(*args, **kwargs)
-        keep(output)
-        return output
-
-    block.__dict__["_compiled_call_impl"] = call
-    try:
-        yield
-    finally:
-        block.__dict__["_compiled_call_impl"] = compiled
 
 
 @contextlib.contextmanager
@@ -217,9 +180,7 @@ def _check_can_be_left_out(block: torch.nn.Module) -> None:
         ) from None
 
 
-def _leave_out(
-    block: torch.nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _leave_out(block: torch.nn.Module, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The block's inputs in the form of its outputs, by diffusers' own table of blocks."""
     from diffusers.hooks._helpers import TransformerBlockRegistry
 
@@ -242,22 +203,6 @@ def _check_correspondence(
             "not belong to each other one by one, so a second forward cannot start at a layer; correct block_lists "
             "and attention_modules of its layout"
         )
-
-
-def _rows_of(name: str, value: Any, rows: slice, batch: int) -> Any:
-    if name in SHARED_ARGUMENTS:
-        return value
-    return _map_tensors(value, lambda tensor: tensor[rows] if tensor.ndim and tensor.shape[0] == batch else tensor)
-
-
-def _map_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    if isinstance(value, torch.Tensor):
-        return function(value)
-    if isinstance(value, Mapping):
-        return {name: _map_tensors(part, function) for name, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_map_tensors(part, function) for part in value)
-    return value
 
 
 def _placeholder(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,16 +12,14 @@ from torch import Tensor
 
 from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.backbones.base import Backbone
-from corrdit.integrations.diffusers.early_exit import leaving_after
-from corrdit.integrations.diffusers.forward_watch import RemovableHook
 from corrdit.integrations.diffusers.host.attention import processors_wrapped
+from corrdit.integrations.diffusers.host.forwards import EarlyExit, RemovableHook, leaving_after
 from corrdit.integrations.diffusers.layouts import TransformerLayout
 from corrdit.integrations.diffusers.motion_transfer.attention_editing import (
     EditingProcessor,
     joined_with_text,
     video_part,
 )
-from corrdit.integrations.diffusers.processors import EarlyExit
 
 
 class PositionalTables(abc.ABC):
@@ -68,7 +66,7 @@ class AbsoluteTable(PositionalTables):
             text, video = output.tensor_split([self._text_tokens], dim=1)
             return torch.cat([text, video + moved], dim=1)
 
-        handle = transformer.patch_embed.register_forward_hook(RemovableReturningHook(add))
+        handle = transformer.patch_embed.register_forward_hook(RemovableHook(add))
         try:
             yield
         finally:
@@ -129,13 +127,6 @@ def positional_tables(
     if absolute and not getattr(transformer.config, "use_rotary_positional_embeddings", False):
         return AbsoluteTable(transformer, arguments, grid)
     return RotaryTables(transformer, backbone.layout(), arguments, grid)
-
-
-class RemovableReturningHook(RemovableHook):
-    """A forward hook that changes the output and that a pickled or copied module does not take along."""
-
-    def __call__(self, *args: Any) -> Any:
-        return self._function(*args)
 
 
 def _given_tables(

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from corrdit.integrations.diffusers.backbones.base import Backbone
+from corrdit.integrations.diffusers.host.forwards import frozen, replaced_forward, transformers_of
+from corrdit.integrations.diffusers.host.steps import PipelineSteps, branches_of, rows_of
 from corrdit.integrations.diffusers.layouts import ForwardCall, forward_arguments
 from corrdit.integrations.diffusers.motion_transfer.embeddings import PositionalTables, positional_tables
 from corrdit.integrations.diffusers.motion_transfer.injection import KeysValues, injected, keys_values_of
@@ -34,9 +36,7 @@ from corrdit.integrations.diffusers.motion_transfer.run_state import (
     restore_scheduler,
     scheduler_variables,
 )
-from corrdit.integrations.diffusers.motion_transfer.steering import forward_through, frozen, replaced
 from corrdit.integrations.diffusers.motion_transfer.stored import StoredMotion
-from corrdit.integrations.diffusers.steps import PipelineSteps
 from corrdit.integrations.diffusers.transfer_settings import TransferSettings
 
 StepReport = Callable[[int, int, list[float]], None]
@@ -88,13 +88,14 @@ class GuidedRun:
     def attached(self) -> Iterator[None]:
         """Steer the pipeline inside the block; it is as it was afterwards."""
         pipe = self._backbone.pipe
-        transformers = [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]
+        scheduler, own = self._scheduler(), pipe.scheduler
         with contextlib.ExitStack() as stack:
-            stack.enter_context(replaced(pipe, "scheduler", self._scheduler()))
-            for transformer in transformers:
-                if isinstance(transformer, torch.nn.Module):
-                    stack.enter_context(frozen(transformer))
-                    stack.enter_context(forward_through(transformer, self._forward))
+            stack.callback(setattr, pipe, "scheduler", own)
+            pipe.scheduler = scheduler
+            for transformer in transformers_of(pipe):
+                stack.enter_context(frozen(transformer))
+                through = functools.partial(self._forward, transformer)
+                stack.enter_context(replaced_forward(transformer, through))
             yield
 
     def _scheduler(self) -> Any:
@@ -141,10 +142,7 @@ class GuidedRun:
         self, transformer: torch.nn.Module, arguments: dict[str, Any], call: ForwardCall, step: int
     ) -> None:
         self._shift, self._keys_values = None, {}
-        rows = self._conditional_rows(call)
-        conditional = {
-            name: _rows_of(value, rows, call.batch) for name, value in arguments.items() if value is not transformer
-        }
+        conditional = rows_of(arguments, self._conditional_rows(call), call.batch)
         latents, condition = self._split(conditional["hidden_states"])
         if step == 0:
             self.state.noise = latents.detach().clone()
@@ -318,13 +316,13 @@ class GuidedRun:
 
     def _conditional_rows(self, call: ForwardCall) -> slice:
         """The sample with the conditional prompt."""
-        guided = self._layout.guidance == "batched" and self._counter.guided
-        if call.batch != (2 if guided else 1):
+        rows = branches_of(self._layout, call, self._counter)["cond"]
+        videos = len(range(*rows.indices(call.batch)))
+        if videos != 1:
             raise ValueError(
-                "motion is transferred to one video at a time, but the pipeline denoises "
-                f"{call.batch // (1 + guided)}; give one prompt"
+                f"motion is transferred to one video at a time, but the pipeline denoises {videos}; give one prompt"
             )
-        return slice(call.batch - 1, call.batch)
+        return rows
 
     def _split(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """Noisy latents, and the image condition of a model that has one beside them."""
@@ -352,13 +350,6 @@ def _with_hidden(
     if "hidden_states" in kwargs:
         return args, {**kwargs, "hidden_states": hidden}
     return (hidden, *args[1:]), kwargs
-
-
-def _rows_of(value: Any, rows: slice, batch: int) -> Any:
-    """The rows of an argument that has one for each sample."""
-    if isinstance(value, Tensor) and value.ndim and batch > 1 and value.shape[0] == batch:
-        return value[rows]
-    return value
 
 
 def _shapes(shapes: Mapping[str, torch.Size]) -> str:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.compatibility import check_processor
-from corrdit.integrations.diffusers.early_exit import leaving_after
 from corrdit.integrations.diffusers.host.attention import (
     Attention,
     AttentionCall,
@@ -22,6 +21,7 @@ from corrdit.integrations.diffusers.host.attention import (
     Interceptor,
     processors_wrapped,
 )
+from corrdit.integrations.diffusers.host.forwards import EarlyExit, leaving_after
 from corrdit.integrations.diffusers.layouts import TransformerLayout
 from corrdit.integrations.diffusers.motion_transfer.attention_editing import (
     Edit,
@@ -29,7 +29,6 @@ from corrdit.integrations.diffusers.motion_transfer.attention_editing import (
     joined_with_text,
     video_part,
 )
-from corrdit.integrations.diffusers.processors import EarlyExit
 
 KeysValues = dict[int, tuple[Tensor, Tensor]]
 """Keys and values of the video tokens, `[1, H, F * S, D]` each, by layer."""

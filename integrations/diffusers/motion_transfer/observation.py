@@ -11,10 +11,9 @@ from torch import Tensor
 
 from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.captures import Capture
-from corrdit.integrations.diffusers.early_exit import leaving_after
-from corrdit.integrations.diffusers.forward_watch import RemovableHook
+from corrdit.integrations.diffusers.host.forwards import EarlyExit, leaving_after, watched_output
 from corrdit.integrations.diffusers.layouts import TransformerLayout
-from corrdit.integrations.diffusers.processors import EarlyExit, Operation
+from corrdit.integrations.diffusers.processors import Operation
 
 
 def attention_observed(
@@ -50,13 +49,13 @@ def features_observed(
     Raises:
         ValueError: blocks whose output is not one vector for each video token.
     """
-    blocks = _blocks(transformer, layout)
+    blocks = [block for name in layout.block_lists(transformer) for block in transformer.get_submodule(name).children()]
     results: dict[int, Any] = {}
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(leaving_after(transformer, layout, max(layers)))
         for layer in layers:
             keep = _keeper(results, layer, grid, read, stop and layer == max(layers))
-            stack.callback(blocks[layer].register_forward_hook(RemovableHook(keep)).remove)
+            stack.enter_context(watched_output(blocks[layer], keep))
         transformer(**arguments)
     return results
 
@@ -82,21 +81,17 @@ def gradient_checkpointing(transformer: torch.nn.Module, wanted: bool) -> Iterat
         transformer.disable_gradient_checkpointing()  # type: ignore[operator]
 
 
-def _blocks(transformer: torch.nn.Module, layout: TransformerLayout) -> list[torch.nn.Module]:
-    return [block for name in layout.block_lists(transformer) for block in transformer.get_submodule(name).children()]
-
-
 def _keeper(
     results: dict[int, Any], layer: int, grid: TokenGrid, read: Callable[[Tensor], Any], stop: bool
-) -> Callable[[torch.nn.Module, Any, Any], None]:
-    def keep(block: torch.nn.Module, inputs: Any, output: Any) -> None:
+) -> Callable[[Any], None]:
+    def keep(output: Any) -> None:
         # Gradient checkpointing runs the block again in the backward pass.
         if layer in results:
             return
         hidden = output[0] if isinstance(output, tuple) else output
         if hidden.ndim != 3 or hidden.shape[1] != grid.video_tokens:
             raise ValueError(
-                f"the output of {type(block).__name__} has shape {list(hidden.shape)}, which is not one vector for "
+                f"the output of block {layer} has shape {list(hidden.shape)}, which is not one vector for "
                 f"each of the {grid.video_tokens} video tokens; this method cannot read it"
             )
         maps = hidden[-1].unflatten(0, (grid.frames, grid.height, grid.width))

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.captures import capture
+from corrdit.integrations.diffusers.host.forwards import transformers_of
 from corrdit.integrations.diffusers.testing.subject import (
     AttentionRecorder,
     LayerRead,
@@ -239,9 +240,8 @@ def _recorded_generation(
         calls.append(RecordedCall(transformer, kept, iteration))
 
     with ExitStack() as stack:
-        for name in ("transformer", "transformer_2"):
-            if (transformer := getattr(backbone.pipe, name, None)) is not None:
-                stack.callback(transformer.register_forward_pre_hook(record, with_kwargs=True).remove)
+        for transformer in transformers_of(backbone.pipe):
+            stack.callback(transformer.register_forward_pre_hook(record, with_kwargs=True).remove)
         plain = _generated(backbone, generation, callback_on_step_end=count)
     return plain, calls, iteration - 1
 

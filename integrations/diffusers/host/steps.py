@@ -1,12 +1,13 @@
-"""Counting denoising steps and the calls within one, from outside the denoising loop."""
+"""Counting denoising steps and the calls within one from outside the loop; which samples of a call are conditional."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from corrdit.integrations.diffusers.layouts import ForwardCall
+from corrdit.integrations.diffusers.layouts import ForwardCall, TransformerLayout
 
 GUIDANCE_PROPERTY = "do_classifier_free_guidance"
 """Of pipelines that say whether the step in progress has an unconditional branch."""
@@ -71,6 +72,7 @@ class TransformerSteps:
 
     count: int | None = None
     runs = 1
+    guided = True
 
     def __init__(self) -> None:
         self._calls: dict[float, int] = {}
@@ -83,6 +85,61 @@ class TransformerSteps:
         self.call = self._calls.get(timestep, -1) + 1
         self._calls[timestep] = self.call
         self.step = list(self._calls).index(timestep)
+
+
+def branches_of(
+    layout: TransformerLayout, call: ForwardCall, steps: PipelineSteps | TransformerSteps
+) -> dict[str, slice]:
+    """Where in the batch of a call the samples of each branch of classifier-free guidance are.
+
+    Args:
+        layout: of the transformer's family.
+        call: in progress.
+        steps: which have counted it.
+
+    Returns:
+        "cond" and "uncond", one of them, or none in a third call within a step.
+
+    Raises:
+        ValueError: an odd batch which should hold both.
+    """
+    whole = slice(0, call.batch)
+    if layout.guidance == "separate":
+        return {0: {"cond": whole}, 1: {"uncond": whole}}.get(steps.call, {})
+    if not steps.guided:
+        return {"cond": whole}
+    if call.batch % 2:
+        raise ValueError(
+            "classifier-free guidance is on, so a batch is [unconditional, conditional], but the batch has "
+            f"{call.batch} samples; to capture it whole, give the transformer and leave branch out"
+        )
+    return {"cond": slice(call.batch // 2, call.batch), "uncond": slice(0, call.batch // 2)}
+
+
+SHARED_ARGUMENTS = frozenset({"image_rotary_emb", "ofs", "rope_interpolation_scale", "attention_kwargs", "return_dict"})
+"""Arguments of transformers that all samples of a batch share."""
+
+
+def rows_of(arguments: Mapping[str, Any], rows: slice, batch: int) -> dict[str, Any]:
+    """The arguments of a transformer's forward of `batch` samples for some of them."""
+
+    def chosen(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor[rows] if tensor.ndim and tensor.shape[0] == batch else tensor
+
+    return {
+        name: value if name in SHARED_ARGUMENTS else map_tensors(value, chosen) for name, value in arguments.items()
+    }
+
+
+def map_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """`function` of every tensor in dicts, lists and tuples."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {name: map_tensors(part, function) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map_tensors(part, function) for part in value)
+    return value
 
 
 def _uses_guidance(pipe: Any) -> bool:

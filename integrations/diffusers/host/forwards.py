@@ -1,0 +1,188 @@
+"""Watching, wrapping and replacing forwards for as long as a block lasts, and leaving one early."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from corrdit.integrations.diffusers.compatibility import has_compiled_blocks, is_offloaded
+from corrdit.integrations.diffusers.layouts import ForwardCall, TransformerLayout, forward_arguments
+
+_ABSENT = object()
+Forward = Callable[..., Any]
+Replacement = Callable[[Forward, tuple[Any, ...], dict[str, Any]], Any]
+"""`replacement(original, args, kwargs)` gives the output of the module."""
+
+
+class EarlyExit(Exception):
+    """Raised out of the last layer that is needed; caught where the transformer was called."""
+
+
+class RemovableHook:
+    """A forward hook that a pickled or copied module does not take along."""
+
+    def __init__(self, function: Callable[..., object]) -> None:
+        self._function = function
+
+    def __call__(self, *args: object) -> object:
+        return self._function(*args)
+
+    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        return (_hook_of_a_copy, ())
+
+
+def _hook_of_a_copy() -> Callable[..., None]:
+    return _do_nothing
+
+
+def _do_nothing(*args: object) -> None:
+    """What a hook becomes in a copy of the model."""
+
+
+def transformers_of(model: object) -> list[torch.nn.Module]:
+    """The transformers of a pipeline (Wan 2.2 has two), or the transformer itself."""
+    if isinstance(model, torch.nn.Module):
+        return [model]
+    found = (getattr(model, name, None) for name in ("transformer", "transformer_2"))
+    return [transformer for transformer in found if isinstance(transformer, torch.nn.Module)]
+
+
+@contextlib.contextmanager
+def watched_forwards(
+    transformer: torch.nn.Module,
+    layout: TransformerLayout,
+    before: Callable[[ForwardCall, dict[str, Any]], None],
+    after: Callable[[Any], Any],
+) -> Iterator[None]:
+    """Inside the block, hear of every forward of a transformer.
+
+    Args:
+        transformer: to be watched.
+        layout: of its family.
+        before: `before(call, arguments by name)`.
+        after: `after(output)`, with None after an exception; what it returns, unless None, is the output.
+    """
+
+    def begin(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        arguments = forward_arguments(transformer, args, kwargs)
+        before(layout.read_call(transformer, arguments), arguments)
+
+    def end(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return after(output)
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(transformer.register_forward_pre_hook(RemovableHook(begin), with_kwargs=True).remove)
+        stack.callback(transformer.register_forward_hook(RemovableHook(end), always_call=True).remove)
+        yield
+
+
+@contextlib.contextmanager
+def watched_output(block: torch.nn.Module, keep: Callable[[Any], None]) -> Iterator[None]:
+    """Inside, `keep(output)` follows every forward of a block, outside the graph of one that was compiled in place."""
+    compiled = block._compiled_call_impl
+    if compiled is None:
+        handle = block.register_forward_hook(RemovableHook(lambda module, args, output: keep(output)))
+        try:
+            yield
+        finally:
+            handle.remove()
+        return
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        output = compiled(*args, **kwargs)
+        keep(output)
+        return output
+
+    with _attribute(block, "_compiled_call_impl", call):
+        yield
+
+
+@contextlib.contextmanager
+def replaced_forward(module: torch.nn.Module, replacement: Replacement) -> Iterator[None]:
+    """Inside, the module computes `replacement(original, args, kwargs)`, uncompiled; the hooks round it still run.
+
+    Where diffusers' hooks (group offloading) wrap the forward, what they wrap is replaced, so that they run, too.
+    """
+    registry = getattr(module, "_diffusers_hook", None)
+    holder: Any = registry._fn_refs[0] if registry is not None and registry._fn_refs else module
+    original = holder.forward
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return replacement(original, args, kwargs)
+
+    with _attribute(holder, "forward", forward), uncompiled(module):
+        yield
+
+
+@contextlib.contextmanager
+def uncompiled(module: torch.nn.Module) -> Iterator[None]:
+    """Inside, a module that was compiled in place runs as written."""
+    if module._compiled_call_impl is None:
+        yield
+        return
+    with _attribute(module, "_compiled_call_impl", None):
+        yield
+
+
+@contextlib.contextmanager
+def leaving_after(transformer: torch.nn.Module, layout: TransformerLayout, layer: int) -> Iterator[bool]:
+    """Inside the block, forwards of the transformer end after attention layer `layer`.
+
+    Normally the processor raises `EarlyExit` there, which is caught round the transformer's own forward; the call then
+    returns None. Offload hooks would miss the end of their module's forward, and compiled code cannot raise: there
+    the blocks behind the layer are left out instead, and the call returns a prediction of no use.
+
+    Yields:
+        Whether the processor of the layer is to raise `EarlyExit`.
+    """
+    if is_offloaded(transformer) or has_compiled_blocks(transformer):
+        with contextlib.ExitStack() as stack:
+            remaining = layer + 1
+            for name in layout.block_lists(transformer):
+                original = transformer.get_submodule(name)
+                kept = list(original.children())[:remaining]
+                remaining -= len(kept)
+                stack.callback(setattr, transformer, name, original)
+                setattr(transformer, name, torch.nn.ModuleList(kept))
+            yield False
+        return
+    with replaced_forward(transformer, _until_read):
+        yield True
+
+
+def _until_read(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    try:
+        return forward(*args, **kwargs)
+    except EarlyExit:
+        return None
+
+
+@contextlib.contextmanager
+def frozen(transformer: torch.nn.Module) -> Iterator[None]:
+    """Weights without gradients inside the block."""
+    trained = [weight for weight in transformer.parameters() if weight.requires_grad]
+    for weight in trained:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in trained:
+            weight.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def _attribute(holder: torch.nn.Module, name: str, value: object) -> Iterator[None]:
+    own = holder.__dict__.get(name, _ABSENT)
+    holder.__dict__[name] = value
+    try:
+        yield
+    finally:
+        if own is _ABSENT:
+            del holder.__dict__[name]
+        else:
+            holder.__dict__[name] = own
