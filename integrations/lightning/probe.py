@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from corrdit import ops
+from corrdit.analysis.sources import point_grid
 from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.embedded.world import Clip, WorldConfig, generate
@@ -78,9 +79,7 @@ class WorldProbe:
     def _videos(self) -> tuple[list[Clip], np.ndarray]:
         config = WorldConfig(frames=self.frames, height=self.height, width=self.width)
         clips = generate([self.seed + index for index in range(self.clips)], config)
-        share = (np.arange(self.points) + 0.5) / self.points
-        y, x = np.meshgrid(share * self.height, share * self.width, indexing="ij")
-        return clips, np.stack((np.zeros_like(x), x, y), -1).reshape(-1, 3)
+        return clips, point_grid(self.points, self.height, self.width)
 
     def _hits(self, backbone: Backbone, layers: Sequence[int]) -> Iterator[tuple[tuple[int, float], MatchingHits]]:
         clips, starts = self._videos()
