@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from corrdit.cli.devices import add_device_options, checked_device, checked_dtype
 
+if TYPE_CHECKING:
+    from corrdit.integrations.diffusers import Backbone, Preset
 
-def add_model_options(parser: Any) -> None:
+
+def add_model_options(parser: ArgumentParser) -> None:
     parser.add_argument("--model", default="embedded", help="embedded, a local diffusers folder, or a hub id")
     add_device_options(parser)
 
 
-def add_preset_option(parser: Any) -> None:
+def add_preset_option(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--preset",
         default="default",
@@ -25,7 +29,7 @@ def add_preset_option(parser: Any) -> None:
     )
 
 
-def checked_preset(given: str) -> Any:
+def checked_preset(given: str) -> Preset | str | None:
     """What `corrdit.load_backbone` takes as preset.
 
     Raises:
@@ -39,7 +43,7 @@ def checked_preset(given: str) -> Any:
     return checked_preset(given)
 
 
-def loaded_backbone(arguments: Any, preset: Any = None) -> Any:
+def loaded_backbone(arguments: Namespace, preset: Preset | str | None = None) -> Backbone:
     """The backbone of these options, loaded without the progress bars of the libraries underneath.
 
     Args:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -28,11 +28,18 @@ from corrdit.cli.progress import progress_bar
 from corrdit.cli.track_folder import is_folder_of_videos, track_folder
 from corrdit.cli.tracker_options import add_tracker_options, given_tracker_options
 
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+    from corrdit.integrations.diffusers import Preset
+    from corrdit.tracking import Tracks
+    from corrdit.video import StreamedVideo
+
 HELP = "follow points through a video"
 USAGE = "VIDEO --output DIR [--points grid:16 | FILE.csv] [--model embedded] [options]"
 
 
-def add_arguments(parser: Any) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("video", metavar="VIDEO", help="video file, folder of frames, or folder of videos")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results, made if need be")
     add_model_options(parser)
@@ -55,7 +62,7 @@ def add_arguments(parser: Any) -> None:
     add_tracker_options(parser)
 
 
-def run(arguments: Any) -> int:
+def run(arguments: Namespace) -> int:
     from corrdit.video import StreamedVideo
 
     began = time.perf_counter()
@@ -89,7 +96,7 @@ def run(arguments: Any) -> int:
     return 0
 
 
-def _track(arguments: Any, preset: Any, video: Any, queries: np.ndarray) -> Any:
+def _track(arguments: Namespace, preset: Preset | str | None, video: StreamedVideo, queries: np.ndarray) -> Tracks:
     """Tracks in the file's own pixels; the tracker sees the frames at the size they are read."""
     from corrdit.tracking import PointTracker
     from corrdit.tracking.files import track_at_size
@@ -99,7 +106,7 @@ def _track(arguments: Any, preset: Any, video: Any, queries: np.ndarray) -> Any:
         return track_at_size(tracker, video, queries, (video.info.height, video.info.width), progress=report)
 
 
-def _draw(arguments: Any, folder: Path, tracks: Any, queries: np.ndarray, video: Any) -> None:
+def _draw(arguments: Namespace, folder: Path, tracks: Tracks, queries: np.ndarray, video: StreamedVideo) -> None:
     from corrdit.video import iterate_frames
     from corrdit.visualization import TrackStyle, write_track_pictures
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from corrdit.tracking.crops import CropLevel
 from corrdit.tracking.encoding import FrameStore, resized
 from corrdit.tracking.options import TrackerOptions
 from corrdit.tracking.peaks import Located, locate, refined_peaks
-from corrdit.tracking.readings import Reading, cost_rows, matches_back, read_tokens
+from corrdit.tracking.queries import Frames
+from corrdit.tracking.readings import ReadBackbone, Reading, cost_rows, matches_back, read_tokens
 
 Found = tuple[Tensor, Tensor, Tensor]
 Blocks = list[list[Chunk]]
@@ -106,7 +107,7 @@ class Following:
         report: called after each forward pass.
     """
 
-    def __init__(self, backbone: Any, settings: Settings, video: Any, report: Callable[[], None]) -> None:
+    def __init__(self, backbone: ReadBackbone, settings: Settings, video: Frames, report: Callable[[], None]) -> None:
         self.backbone, self.settings, self.report = backbone, settings, report
         self.options, self.reading = settings.options, settings.reading
         self.stride = backbone.token_stride

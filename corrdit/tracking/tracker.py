@@ -6,14 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from corrdit.tracking.chunks import chained_chunks, chunks_through, frame_blocks
 from corrdit.tracking.encoding import resized, working_size
 from corrdit.tracking.following import Blocks, Following, Settings
 from corrdit.tracking.options import PRESETS, ReadingPreset, TrackerOptions, changed_options
-from corrdit.tracking.queries import check_queries, check_video
-from corrdit.tracking.readings import Reading
+from corrdit.tracking.queries import Frames, check_queries, check_video
+from corrdit.tracking.readings import ReadBackbone, Reading, stepping
 from corrdit.tracking.tracks import Tracks
 
 __all__ = ["PointTracker", "TrackingBackbone", "resized", "working_size"]
@@ -33,27 +32,13 @@ class TrackingPreset(Protocol):
     def tracking(self) -> TrackerOptions: ...
 
 
-class TrackingBackbone(Protocol):
+class TrackingBackbone(ReadBackbone, Protocol):
     """What the tracker asks of a video transformer; `corrdit.load_backbone` gives one."""
 
     layers: int
-    heads: int
 
     @property
     def preset(self) -> TrackingPreset: ...
-
-    @property
-    def token_stride(self) -> tuple[int, int]: ...
-
-    def timestep(self, step: int, inference_steps: int) -> float: ...
-
-    def encode_frames(self, video: Tensor, *, height: int, width: int) -> Tensor: ...
-
-    def add_noise(self, latents: Tensor, noise: Tensor, timestep: float) -> Tensor: ...
-
-    def forward(
-        self, latents: Tensor, timestep: float, operations: Mapping[int, Callable[..., Any]]
-    ) -> dict[int, Any]: ...
 
 
 class PointTracker:
@@ -91,7 +76,7 @@ class PointTracker:
         self._check_served()
 
     @torch.no_grad()
-    def track(self, video: Any, queries: Any, *, progress: Progress | None = None) -> Tracks:
+    def track(self, video: Frames, queries: object, *, progress: Progress | None = None) -> Tracks:
         """Where the query points are in every frame of the video.
 
         Args:
@@ -198,9 +183,8 @@ class PointTracker:
         options, name = self.options, getattr(self.backbone, "name", "this model")
         if "image" in given and not getattr(self.backbone, "takes_image", False):
             raise ValueError(f"image={options.image!r} is for image-to-video models, and {name} is none; drop it")
-        walks = options.inversion is not None or options.denoise_from is not None
-        if walks and not (hasattr(self.backbone, "inverted") and hasattr(self.backbone, "denoised")):
-            raise ValueError(f"{name} has no way to invert or denoise latents; drop inversion and denoise_from")
+        if options.inversion is not None or options.denoise_from is not None:
+            stepping(self.backbone)
 
     def _own_options(self, preset: str | TrackingPreset, given: Mapping[str, Any]) -> TrackerOptions:
         """The options of the preset; those for layers of its own do not count where others are asked for."""

@@ -7,8 +7,8 @@ from typing import TypeAlias, cast
 
 import torch
 
-from corrdit.integrations.diffusers.backbones.base import Backbone, Pipeline
-from corrdit.integrations.diffusers.layouts import layout_of
+from corrdit.integrations.diffusers.backbones.base import Backbone
+from corrdit.integrations.diffusers.layouts import Pipeline, layout_of
 
 VideoModel: TypeAlias = Pipeline | torch.nn.Module
 """A diffusers video pipeline, or a bare transformer."""

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from corrdit.integrations.diffusers.backbones.base import Backbone, Pipeline
+from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.backbones.presets import PUBLISHED_MODELS, Preset, checked_preset, published_preset
 from corrdit.integrations.diffusers.backbones.table import FAMILIES
-from corrdit.integrations.diffusers.layouts import layout_of
+from corrdit.integrations.diffusers.layouts import Pipeline, layout_of
 
 ENTRY_POINT_GROUP = "corrdit.backbones"
 EMBEDDED = "embedded"
