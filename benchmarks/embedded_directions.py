@@ -21,7 +21,7 @@ import pathlib
 
 import numpy as np
 import torch
-from experiment import Record, facts_apart, new_parser, read_json, share_of, weights_digest, write_json
+from experiment import Record, facts_apart, kept, new_parser, sampled, share_of, weights_digest, write_json
 from sprite_direction import angle_to, sprite_motion
 
 from corrdit.integrations.embedded import load_embedded_pipeline
@@ -68,22 +68,14 @@ def prompt_of(scene: Scene, words: str) -> str:
     return describe(scene) if words == "caption" else f"{describe(scene, 'subject')} over {scene.background}"
 
 
-@torch.no_grad()
 def videos_of(pipe: EmbeddedVideoPipeline, scenes: tuple[Scene, ...], setting: Record) -> np.ndarray:
     """uint8 [B, T, H, W, 3], rendered or generated; a sample's noise follows from its scene's seed."""
+    seeds = [scene.seed for scene in scenes]
     if setting["words"] == RENDERED:
-        return np.stack([clip.video for clip in generate([scene.seed for scene in scenes], WORLD)])
-    frames = pipe(
-        [prompt_of(scene, setting["words"]) for scene in scenes],
-        generator=[torch.Generator().manual_seed(scene.seed) for scene in scenes],
-        num_inference_steps=setting["steps"],
-        guidance_scale=setting["guidance"],
-        num_frames=WORLD.frames,
-        height=WORLD.height,
-        width=WORLD.width,
-        output_type="np",
-    ).frames
-    return np.asarray(frames * 255).round().astype(np.uint8)
+        return np.stack([clip.video for clip in generate(seeds, WORLD)])
+    size = {"num_frames": WORLD.frames, "height": WORLD.height, "width": WORLD.width}
+    call = {"num_inference_steps": setting["steps"], "guidance_scale": setting["guidance"]}
+    return sampled(pipe, [prompt_of(scene, setting["words"]) for scene in scenes], seeds, **call, **size)
 
 
 def settings_of(arguments: argparse.Namespace) -> list[Record]:
@@ -130,23 +122,6 @@ def measured(rows: list[Record]) -> Record:
     }
 
 
-def collected(arguments: argparse.Namespace, weights: str, groups: int) -> Record | None:
-    """The result of all shards; None while some are missing."""
-    results = []
-    for setting in settings_of(arguments):
-        paths = [shard_path(arguments, setting, group, weights) for group in range(groups)]
-        if not all(path.is_file() for path in paths):
-            return None
-        rows = [row for path in paths for row in read_json(path)]
-        results.append({**setting, **measured(rows)})
-    return {
-        **facts_apart(),
-        "weights": weights,
-        "scenes": "tuning" if arguments.tuning else "test",
-        "results": results,
-    }
-
-
 def main(words: list[str] | None = None) -> None:
     arguments = parsed_arguments(words)
     torch.set_num_threads(1)
@@ -156,15 +131,26 @@ def main(words: list[str] | None = None) -> None:
     weights = weights_digest(pipe.transformer)
     groups = -(-arguments.samples // GROUP)
     scenes = prompted_scenes(groups * GROUP, TUNING_SEED if arguments.tuning else FIRST_SEED)
-    work = list(itertools.product(settings_of(arguments), range(groups)))
-    for setting, group in work[part::parts]:
-        path = shard_path(arguments, setting, group, weights)
-        if not path.is_file():
-            write_json(path, made_shard(pipe, scenes[GROUP * group : GROUP * (group + 1)], setting), indent=None)
-    result = collected(arguments, weights, groups)
-    if result is None:
+    turns = itertools.cycle(range(parts))
+    results, missing = [], 0
+    for setting in settings_of(arguments):
+        rows: list[Record] = []
+        for group in range(groups):
+            path = shard_path(arguments, setting, group, weights)
+            make = functools.partial(made_shard, pipe, scenes[GROUP * group : GROUP * (group + 1)], setting)
+            found = kept(path, make, begin=next(turns) == part)
+            missing += found is None
+            rows += found or []
+        results.append((setting, rows))
+    if missing:
         print("shards of other processes are missing; the last one to end writes the output")
         return
+    result = {
+        **facts_apart(),
+        "weights": weights,
+        "scenes": "tuning" if arguments.tuning else "test",
+        "results": [{**setting, **measured(rows)} for setting, rows in results],
+    }
     write_json(arguments.output, result)
     for row in result["results"]:
         share = row["within_45_degrees"]

@@ -16,11 +16,11 @@ import pathlib
 from collections.abc import Iterator
 
 import numpy as np
-import torch
 from embedded_drawings import draw_bars, draw_emergence, draw_heads, draw_layers, draw_loss, draw_samples
-from experiment import RESULTS, Record, facts_apart, new_parser, read_json, weights_digest, write_json, written_beside
+from experiment import RESULTS, Record, facts_apart, new_parser, read_json, sampled, weights_digest, write_json
 from matplotlib.figure import Figure
 
+from corrdit.files import written_beside
 from corrdit.integrations.embedded import load_embedded_pipeline
 from corrdit.integrations.embedded.pipeline import EmbeddedVideoPipeline
 from corrdit.integrations.embedded.training.evaluation import matching_table, summary
@@ -46,27 +46,14 @@ def measure_layers(pipe: EmbeddedVideoPipeline, path: pathlib.Path, videos: int)
         timestep: {name: {key: round(value, 5) for key, value in row.items()} for name, row in found.items()}
         for timestep, found in table["readings"].items()
     }
-    result = {
-        **facts_apart(),
-        "weights": weights,
-        "first_seed": HELD_OUT_SEEDS,
-        **table,
-    }
-    write_json(path, result)
+    write_json(path, {**facts_apart(), "weights": weights, "first_seed": HELD_OUT_SEEDS, **table})
 
 
-@torch.no_grad()
 def samples(pipe: EmbeddedVideoPipeline, steps: int, guidance: float) -> list[tuple[str, np.ndarray, np.ndarray]]:
     """Captions of held-out scenes with their rendered and their generated videos, uint8 [T, H, W, 3]."""
     clips = generate(SAMPLE_SEEDS, WorldConfig(sprites=(1, 2)))
-    frames = pipe(
-        [clip.prompt for clip in clips],
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        generator=[torch.Generator().manual_seed(seed) for seed in SAMPLE_SEEDS],
-        output_type="np",
-    ).frames
-    generated = (np.asarray(frames) * 255).round().astype(np.uint8)
+    prompts = [clip.prompt for clip in clips]
+    generated = sampled(pipe, prompts, SAMPLE_SEEDS, num_inference_steps=steps, guidance_scale=guidance)
     return [(clip.prompt, clip.video, video) for clip, video in zip(clips, generated, strict=True)]
 
 

@@ -16,7 +16,6 @@ import diffusers
 from experiment import Record, facts, new_parser, write_json
 
 from corrdit.integrations.embedded import load_embedded_pipeline
-from corrdit.integrations.embedded.pipeline import EmbeddedVideoPipeline
 from corrdit.integrations.embedded.training.evaluation import matching_table, summary
 from corrdit.integrations.embedded.world import HELD_OUT_SEEDS, WorldConfig
 
@@ -26,21 +25,15 @@ LARGE = WorldConfig(frames=24, height=480, width=720)
 LARGE_WORKING = (80, 120)
 
 
-def print_summary(title: str, table: Record) -> None:
+def finished(title: str, table: Record, began: float) -> Record:
+    """A table with its summary, which is printed, and the seconds since it was begun."""
+    table["summary"] = summary(table["readings"])
+    table["seconds"] = round(time.perf_counter() - began, 1)
     print(f"{title}: {table['videos']} videos, {table['points']} moved points")
     for timestep, rows in table["summary"].items():
         for kind, row in rows.items():
             text = f"{row['share']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
             print(f"  t = {timestep:>4}  {kind:<19} {text}  ({row['reading']})")
-
-
-def measured(
-    pipe: EmbeddedVideoPipeline, config: WorldConfig, seeds: range, timesteps: tuple[int, ...], **options: object
-) -> Record:
-    began = time.perf_counter()
-    table = matching_table(pipe, config, seeds, timesteps, **options)
-    table["summary"] = summary(table["readings"])
-    table["seconds"] = round(time.perf_counter() - began, 1)
     return table
 
 
@@ -53,12 +46,14 @@ def main() -> None:
     seeds = range(HELD_OUT_SEEDS, HELD_OUT_SEEDS + arguments.videos)
     versions = {**facts(), "diffusers": diffusers.__version__}
     result: Record = {"environment": versions, "first_seed": HELD_OUT_SEEDS}
-    result["training_size"] = measured(pipe, WorldConfig(), seeds, TIMESTEPS, refined=True)
-    print_summary("8 frames of 32 x 32", result["training_size"])
+    began = time.perf_counter()
+    table = matching_table(pipe, WorldConfig(), seeds, TIMESTEPS, refined=True)
+    result["training_size"] = finished("8 frames of 32 x 32", table, began)
     if arguments.large_videos:
         large_seeds = range(HELD_OUT_SEEDS, HELD_OUT_SEEDS + arguments.large_videos)
-        result["large"] = measured(pipe, LARGE, large_seeds, LARGE_TIMESTEPS, working=LARGE_WORKING, batch=1)
-        print_summary("24 frames of 480 x 720 at 20 x 30 tokens", result["large"])
+        began = time.perf_counter()
+        table = matching_table(pipe, LARGE, large_seeds, LARGE_TIMESTEPS, working=LARGE_WORKING, batch=1)
+        result["large"] = finished("24 frames of 480 x 720 at 20 x 30 tokens", table, began)
     write_json(arguments.output, result)
 
 

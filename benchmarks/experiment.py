@@ -21,6 +21,8 @@ from corrdit.files import written_beside
 if TYPE_CHECKING:
     from diffusers import CogVideoXPipeline
 
+    from corrdit.integrations.embedded.pipeline import EmbeddedVideoPipeline
+
 RESULTS = pathlib.Path(__file__).parent / "results"
 CPU = torch.device("cpu")
 DRAWS = 2000
@@ -63,6 +65,15 @@ def write_json(path: pathlib.Path, result: object, indent: int | None = 1) -> No
         file.write(json.dumps(result, indent=indent) + "\n")
 
 
+def kept(path: pathlib.Path, make: Callable[[], Any], *, begin: bool = True) -> Any:
+    """The part of a result that a file holds, made first where it is not there yet; None if it may not be begun."""
+    if not path.is_file():
+        if not begin:
+            return None
+        write_json(path, make(), indent=None)
+    return read_json(path)
+
+
 def share_of(text: str) -> tuple[int, int]:
     """The words I/N of a process that does the I-th of N shares of the work."""
     share, shares = (int(number) for number in text.split("/"))
@@ -84,6 +95,14 @@ def weights_digest(transformer: torch.nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.to(torch.float16).cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+@torch.no_grad()
+def sampled(pipe: EmbeddedVideoPipeline, prompts: Sequence[str], seeds: Sequence[int], **call: object) -> np.ndarray:
+    """Generated videos, uint8 [B, T, H, W, 3]; each has noise of its own seed."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    frames = pipe(list(prompts), generator=generators, output_type="np", **call).frames
+    return (np.asarray(frames) * 255).round().astype(np.uint8)
 
 
 def clock_of(device: torch.device, *, processor: bool = False) -> Callable[[], float]:

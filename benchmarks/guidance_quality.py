@@ -14,6 +14,7 @@ at any time, and the summary holds what is there.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import pathlib
 import sys
@@ -21,7 +22,7 @@ import time
 
 import numpy as np
 import torch
-from experiment import Record, facts, interval, new_parser, read_json, weights_digest, write_json
+from experiment import Record, facts, interval, kept, new_parser, weights_digest, write_json
 from video_measures import measures
 
 from corrdit import CrossAttentionGuidance, load_backbone
@@ -86,8 +87,7 @@ def adherence(pipe: EmbeddedVideoPipeline, videos: torch.Tensor, group: int) -> 
     """
     prompts = [describe(WORLD.scene(HELD_OUT + number)) for number in numbers(group)]
     text, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
-    latents = pipe.vae.encode((2 * videos - 1).transpose(1, 2)).latent_dist.mode().transpose(1, 2)
-    latents = latents * pipe.vae.config.scaling_factor
+    latents = pipe.vae.encode_frames(videos)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(group))
     frames, height, width = WORLD.frames, WORLD.height, WORLD.width
     rotary = pipe._prepare_rotary_positional_embeddings(height, width, frames, latents.device)
@@ -115,6 +115,7 @@ def made_shard(
     videos = videos_of(pipe, name, guidance, group, call)
     seconds = time.process_time() - began
     values = {**measures(videos), **adherence(pipe, videos, group)}
+    print(f"{name}, group {group}: done", file=sys.stderr, flush=True)
     return {
         "setting": name,
         "guidance": guidance,
@@ -173,15 +174,14 @@ def main() -> None:
     for group in range(arguments.videos // GROUP):
         for name, guidance in chosen.items():
             path = arguments.shards / f"{name.replace(' ', '_').replace(',', '')}-{group}.json"
-            if not path.is_file() and time.monotonic() < deadline:
-                write_json(path, made_shard(backbone.pipe, name, guidance, group, call, weights), indent=None)
-                print(f"{name}, group {group}: done", file=sys.stderr, flush=True)
-            if path.is_file():
-                shard = read_json(path)
-                expected = json.loads(json.dumps([call, weights, guidance]))
-                if [shard["call"], shard["weights"], shard["guidance"]] != expected:
-                    raise SystemExit(f"{path} was made with other settings; give another folder for shards")
-                shards[name, group] = shard
+            make = functools.partial(made_shard, backbone.pipe, name, guidance, group, call, weights)
+            shard = kept(path, make, begin=time.monotonic() < deadline)
+            if shard is None:
+                continue
+            expected = json.loads(json.dumps([call, weights, guidance]))
+            if [shard["call"], shard["weights"], shard["guidance"]] != expected:
+                raise SystemExit(f"{path} was made with other settings; give another folder for shards")
+            shards[name, group] = shard
     result = {
         **facts(),
         "model": backbone.name,

@@ -44,9 +44,9 @@ def inputs(shape: dict[str, int], frames: int) -> tuple[TokenGrid, Tensor, Tenso
 def check(shape: dict[str, int]) -> dict[str, list[float]]:
     """Largest error over largest value of result, dq and dk on two frames, against the float64 reference."""
     grid, q, k, incoming = inputs(shape, 2)
-    exact_inputs = [tensor.detach().double().requires_grad_() for tensor in (q, k)]
-    exact = ops.soft_displacement(*exact_inputs, grid, backend="reference")
-    expected = (exact, *torch.autograd.grad(exact, exact_inputs, incoming.double()))
+    exact_q, exact_k = (tensor.detach().double().requires_grad_() for tensor in (q, k))
+    exact = ops.soft_displacement(exact_q, exact_k, grid, backend="reference")
+    expected = (exact, *torch.autograd.grad(exact, (exact_q, exact_k), incoming.double()))
     errors = {}
     for name, way in WAYS.items():
         moved = way(q, k, grid)

@@ -11,14 +11,15 @@ that a run that was killed goes on where it stopped, and several processes can s
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
-from experiment import Record, facts_apart, interval, new_parser, read_json, share_of, weights_digest, write_json
+from experiment import Record, facts_apart, interval, kept, new_parser, share_of, weights_digest, write_json
 from tracking_trackers import TRACKERS, Variant, variants
 
 from corrdit import load_backbone
@@ -64,17 +65,13 @@ def main() -> None:
     records: dict[str, list[Record]] = {variant.name: [] for variant in rows}
     missing = 0
     for clip in range(arguments.clips):
-        sample = None
+        sample = functools.cache(functools.partial(clip_sample, clip, arguments))
         for variant in rows:
             file = parts / f"{key(variant, clip, digest, arguments)}.json"
-            if not file.exists() and clip % shards == shard - 1:
-                sample = sample or clip_sample(clip, arguments)
-                write_json(file, measured(variant, backbone, sample), indent=None)
-                print(clip, json.dumps(read_json(file)), flush=True)
-            if file.exists():
-                records[variant.name].append(read_json(file))
-            else:
-                missing += 1
+            make = functools.partial(measured, variant, backbone, clip, sample)
+            record = kept(file, make, begin=clip % shards == shard - 1)
+            missing += record is None
+            records[variant.name].append(record)
     if missing:
         print(f"{missing} results of other shards are missing")
     else:
@@ -118,11 +115,14 @@ def clip_sample(clip: int, arguments: argparse.Namespace) -> TapVidSample:
     )
 
 
-def measured(variant: Variant, backbone: Backbone, sample: TapVidSample) -> Record:
+def measured(variant: Variant, backbone: Backbone, clip: int, sample: Callable[[], TapVidSample]) -> Record:
+    video = sample()
     began = time.process_time()
-    record = evaluate_video(TRACKERS[variant.kind](backbone, variant.options), sample).record
+    record = evaluate_video(TRACKERS[variant.kind](backbone, variant.options), video).record
     figures = {name: record["figures"][name] for name in FIGURES}
-    return {"variant": variant.name, **figures, "processor_seconds": round(time.process_time() - began, 2)}
+    row = {"variant": variant.name, **figures, "processor_seconds": round(time.process_time() - began, 2)}
+    print(clip, json.dumps(row), flush=True)
+    return row
 
 
 def write_table(

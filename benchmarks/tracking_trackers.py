@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,21 +24,21 @@ class Variant:
 
     name: str
     kind: str
-    options: Mapping[str, object]
+    options: Record
 
 
-def _features(backbone: Backbone, options: Mapping[str, object]) -> Track:
+def _features(backbone: Backbone, options: Record) -> Track:
     given = dict(options)
     read = FeatureBackbone(backbone, given.pop("feature"))
     layer = given.pop("layer", backbone.preset.reading.layer)
     return PointTracker(read, layer=layer, head_weights=(), heads="logits", **given).track
 
 
-def _still(backbone: Backbone, options: Mapping[str, object]) -> Track:
+def _still(backbone: Backbone, options: Record) -> Track:
     return lambda video, queries: standing_still(queries, len(video))
 
 
-TRACKERS: dict[str, Callable[[Backbone, Mapping[str, object]], Track]] = {
+TRACKERS: dict[str, Callable[[Backbone, Record], Track]] = {
     "tracker": lambda backbone, options: PointTracker(backbone, **options).track,
     "features": _features,
     "patches": lambda backbone, options: nearest_patches,

@@ -16,7 +16,7 @@ import pathlib
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -72,6 +72,10 @@ def parsed_arguments() -> argparse.Namespace:
     parser.add_argument("--summary", type=pathlib.Path, default=RESULTS / "transfer_quality.json")
     parser.add_argument("--only", nargs="+", default=None, help="names of some configurations")
     return parser.parse_args()
+
+
+Measured = dict[tuple[int, str], Record]
+"""Rows of one configuration by reference and kind of prompt."""
 
 
 class Rows:
@@ -193,7 +197,7 @@ def mean_of(values: Sequence[float]) -> dict[str, float]:
     return {"mean": mean, "low": low, "high": high, "count": len(values)}
 
 
-def paired(found: Mapping[object, Record], base: Mapping[object, Record], label: str) -> Record:
+def paired(found: Measured, base: Measured, label: str) -> Record:
     """Differences over the references that both have."""
     common = sorted(set(found) & set(base))
     return {
@@ -206,13 +210,13 @@ def paired(found: Mapping[object, Record], base: Mapping[object, Record], label:
 def table_of(rows: Sequence[Record]) -> Record:
     """Means with intervals by name, and paired differences: to the backbone, to the ablations' default, and of a
     zero-shot run to one that optimises for its prompt."""
-    by_name: dict[str, dict[object, Record]] = defaultdict(dict)
+    by_name: dict[str, Measured] = defaultdict(dict)
     for row in rows:
         by_name[row["name"]][row["index"], row["kind"]] = row
     table = {}
     for name, found in by_name.items():
         # A row may lack what others have: without a finite value in all of them there is no mean.
-        columns = {key: [row.get(key) for row in found.values()] for key in next(iter(found.values()))}
+        columns: Record = {key: [row.get(key) for row in found.values()] for key in next(iter(found.values()))}
         entry = {
             key: mean_of(values)
             for key, values in columns.items()

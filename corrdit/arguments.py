@@ -6,7 +6,9 @@ import math
 import numbers
 import operator
 from collections.abc import Iterable
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
+
+import numpy as np
 
 
 def whole_number(name: str, value: object, minimum: int) -> int:
@@ -56,6 +58,16 @@ def choice(name: str, value: str, accepted: Iterable[str]) -> str:
     return value
 
 
+def real_array(name: str, array: np.ndarray) -> np.ndarray:
+    """Real, finite numbers as float64."""
+    if array.dtype.kind not in "fiu":
+        raise ValueError(f"{name} must be real numbers, got {array.dtype}")
+    array = array.astype(np.float64)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} holds {int((~np.isfinite(array)).sum())} numbers that are NaN or infinite")
+    return array
+
+
 def entries(name: str, values: object) -> list[object]:
     """The entries of a list or of anything else that can be walked through."""
     try:
@@ -64,3 +76,32 @@ def entries(name: str, values: object) -> list[object]:
     except TypeError:  # a tensor without axes has `__iter__`, but cannot be iterated
         pass
     raise ValueError(f"{name} must be a list, got {values!r}")
+
+
+def whole_indices(name: str, value: object) -> list[int]:
+    """One whole number or several (lists, ranges, generators, arrays, tensors) as a list of ints.
+
+    Raises:
+        ValueError: anything else, True and False among it, or none at all.
+    """
+    # An array or tensor without axes has `__iter__`, but cannot be iterated.
+    given: list[Any] = list(value) if isinstance(value, Iterable) and getattr(value, "ndim", None) != 0 else [value]
+    if not given:
+        raise ValueError(f"{name} is empty; give at least one")
+    try:
+        indices = [operator.index(entry) for entry in given]
+    except TypeError:
+        raise ValueError(f"{name} must be whole numbers, got {value!r}") from None
+    if any(isinstance(entry, bool) or str(getattr(entry, "dtype", "")).endswith("bool") for entry in given):
+        raise ValueError(f"{name} must be whole numbers, got {value!r}; True and False are no numbers here")
+    return indices
+
+
+def resolved_index(name: str, value: object, count: int) -> int | None:
+    """`value` as a non-negative index below `count`, negative ones counted from the last; None if it is outside.
+
+    Raises:
+        ValueError: not one whole number.
+    """
+    (index,) = whole_indices(name, [value])
+    return index % count if -count <= index < count else None

@@ -1,4 +1,4 @@
-"""Analysis tables as CSV and Parquet: one row for each step, layer and reading."""
+"""Analysis tables as rows, one for each step, layer and reading or one for each video, and as Parquet."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 
 import numpy as np
 
+from corrdit.analysis.calibration import Calibration
+from corrdit.analysis.results import AnalysisResults
 from corrdit.analysis.table import ATTENTION_SCORES, AnalysisTable
 from corrdit.files import written_beside
 from corrdit.metrics.harmonic import harmonic_mean
@@ -30,11 +32,7 @@ def table_rows(table: AnalysisTable) -> list[dict[str, object]]:
 
     Attention and confidence are those of the mean over heads or of the head; features have none.
     """
-    shares = {
-        f"{kind}pck_{threshold:g}px": table.accuracy(threshold, moving=bool(kind))
-        for kind in ("", "moving_")
-        for threshold in table.thresholds
-    }
+    shares = _shares(table)
     attention = {
         "confidence": table.confidence_score(),
         **{f"attention_{part}": table.attention_score(part) for part in ATTENTION_SCORES},
@@ -53,6 +51,28 @@ def table_rows(table: AnalysisTable) -> list[dict[str, object]]:
                 row["harmonic_mean"] = None if harmonic is None or r else _number(harmonic[s, n])
                 rows.append(row)
     return rows
+
+
+def video_rows(results: AnalysisResults, choice: Calibration) -> list[dict[str, object]]:
+    """Figures of every video at the chosen reading, broken ones with their reason."""
+    rows: list[dict[str, object]] = []
+    r = 0 if choice.best.head is None else 1 + choice.best.head
+    for name, table in results.tables.items():
+        place = (table.steps.index(choice.best.step), table.layers.index(choice.best.layer), r)
+        counted = {"cases": int(table.cases[place]), "moving_cases": int(table.moving_cases[place])}
+        shares = {column: _number(values[place]) for column, values in _shares(table).items()}
+        rows.append({"video": name, "error": "", **counted, **shares})
+    empty = dict.fromkeys(rows[0]) if rows else {}
+    return rows + [{**empty, "video": name, "error": error} for name, error in results.failures.items()]
+
+
+def _shares(table: AnalysisTable) -> dict[str, np.ndarray]:
+    """Accuracies `[S, L, R]` by column."""
+    return {
+        f"{kind}pck_{threshold:g}px": table.accuracy(threshold, moving=bool(kind))
+        for kind in ("", "moving_")
+        for threshold in table.thresholds
+    }
 
 
 def write_parquet(path: str | os.PathLike[str], rows: list[dict[str, object]]) -> None:

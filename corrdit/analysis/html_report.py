@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from corrdit.analysis.calibration import FEW_VIDEOS, Calibration
-from corrdit.analysis.exports import harmonic_table, table_rows, write_parquet
+from corrdit.analysis.exports import harmonic_table, table_rows, video_rows, write_parquet
 from corrdit.analysis.protocols import FEATURE_READINGS
 from corrdit.analysis.results import AnalysisResults
 from corrdit.analysis.table import MEAN, STANDING_STILL, AnalysisTable
@@ -55,7 +55,7 @@ def write_report(
         write_parquet(folder / PARQUET_FILE, rows)
         files.append(PARQUET_FILE)
     choice = results.calibration()
-    write_csv(folder / VIDEOS_CSV_FILE, _video_rows(results, choice))
+    write_csv(folder / VIDEOS_CSV_FILE, video_rows(results, choice))
     page = ReportPage(f"Correspondence in {results.settings.get('model', 'a video transformer')}")
     _findings(page, results, table, choice)
     _matching(page, table, choice)
@@ -212,21 +212,3 @@ def _by_timestep(
 ) -> np.ndarray:
     x_title = "timestep, from noise to the clean video"
     return draw_curves(table.timesteps, curves, title=title, x_title=x_title, y_title="share", reference=reference)
-
-
-def _video_rows(results: AnalysisResults, choice: Calibration) -> list[dict[str, object]]:
-    """Figures of every video at the chosen reading, broken ones with their reason."""
-    rows = []
-    for name, table in results.tables.items():
-        place = (table.steps.index(choice.best.step), table.layers.index(choice.best.layer))
-        r = 0 if choice.best.head is None else 1 + choice.best.head
-        shares = {
-            f"{kind}pck_{threshold:g}px": float(table.accuracy(threshold, moving=bool(kind))[(*place, r)])
-            for kind in ("", "moving_")
-            for threshold in table.thresholds
-        }
-        cells = {column: value if np.isfinite(value) else None for column, value in shares.items()}
-        counted = {"cases": int(table.cases[(*place, r)]), "moving_cases": int(table.moving_cases[(*place, r)])}
-        rows.append({"video": name, "error": "", **counted, **cells})
-    empty = dict.fromkeys(rows[0], None) if rows else {}
-    return rows + [{**empty, "video": name, "error": error} for name, error in results.failures.items()]

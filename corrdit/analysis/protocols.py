@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from corrdit.arguments import whole_number
+from corrdit.arguments import choice, whole_number
 from corrdit.geometry import GEOMETRIES
 
 FEATURE_READINGS = ("attention output", "projected output")
@@ -89,8 +89,7 @@ class AnalysisOptions:
 
     def __post_init__(self) -> None:
         for name, accepted in _CHOICES.items():
-            if getattr(self, name) not in accepted:
-                raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {getattr(self, name)!r}")
+            choice(name, getattr(self, name), accepted)
         for name in ("layers", "steps"):
             value = getattr(self, name)
             if value is not None:
@@ -140,8 +139,7 @@ def analysis_options(protocol: str, given: Mapping[str, Any]) -> AnalysisOptions
     Raises:
         ValueError: an unknown protocol or option, or a value that is not accepted.
     """
-    if protocol not in PROTOCOLS:
-        raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}")
+    choice("protocol", protocol, PROTOCOLS)
     known = [field.name for field in fields(AnalysisOptions)]
     unknown = sorted(set(given) - set(known))
     if unknown:

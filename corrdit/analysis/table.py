@@ -11,8 +11,8 @@ import numpy as np
 
 from corrdit.analysis.counts import AttentionSums, MatchCounts
 from corrdit.analysis.protocols import FEATURE_READINGS
-from corrdit.array_files import read_arrays
-from corrdit.files import written_beside
+from corrdit.arguments import choice
+from corrdit.array_files import read_arrays, write_arrays
 
 MEAN = "query-key mean"
 STANDING_STILL = "standing still"
@@ -140,16 +140,14 @@ class AnalysisTable:
 
     def attention_score(self, part: str = "cross") -> np.ndarray:
         """Mean weight on the "text", the "own" (first) frame or the other frames ("cross"), `[S, L, M]`."""
-        if part not in ATTENTION_SCORES:
-            raise ValueError(f"part must be one of {', '.join(ATTENTION_SCORES)}, got {part!r}")
+        choice("part", part, ATTENTION_SCORES)
         return _share(getattr(self, part), self.attention_cases[..., None])
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an .npz file, beside and then renamed."""
         facts = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in _ARRAYS}
         arrays = {name: getattr(self, name) for name in _ARRAYS}
-        with written_beside(path) as file:
-            np.savez_compressed(file, facts=np.array(json.dumps(facts)), **arrays)  # type: ignore[arg-type]
+        write_arrays(path, {"facts": np.array(json.dumps(facts)), **arrays})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> AnalysisTable:

@@ -163,15 +163,15 @@ def _frame_local(renormalize: bool, baselines: Mapping[str, Baseline]) -> Compar
         lambda s, backend: (
             ops.frame_local_attention(s.q, s.k, s.v, s.grid, renormalize=renormalize, backend=backend),
         ),
-        floors.frame_local if renormalize else floors.frame_local_zeroed,
-        floors.frame_local_backward if renormalize else floors.frame_local_zeroed_backward,
+        floors.frame_local(zeroed=not renormalize),
+        floors.frame_local(zeroed=not renormalize, backward=True),
         baselines={**everywhere, **baselines},
         pair_maps=False,
     )
 
 
 def _displacement_work(maps: Callable[[Shape], int], pairs: Callable[[Shape], float]) -> tuple[WorkOf, WorkOf]:
-    return floors.displacement(maps, pairs), floors.displacement_backward(maps, pairs)
+    return floors.displacement(maps, pairs), floors.displacement(maps, pairs, backward=True)
 
 
 COMPARISONS = {

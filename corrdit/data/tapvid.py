@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from corrdit.arguments import whole_number
+from corrdit.arguments import choice, whole_number
 from corrdit.data.restricted_pickle import load_arrays
 from corrdit.tracking.tracks import Tracks
 
@@ -97,8 +97,7 @@ class TapVidVideo:
         Raises:
             ValueError: an unknown mode or a stride below 1.
         """
-        if mode not in QUERY_MODES:
-            raise ValueError(f"mode must be one of {', '.join(map(repr, QUERY_MODES))}, got {mode!r}")
+        choice("mode", mode, QUERY_MODES)
         stride = whole_number("stride", stride, 1)
         visible = ~self.occluded
         if mode == "strided":

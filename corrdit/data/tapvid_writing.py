@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from corrdit.arguments import whole_number
+from corrdit.arguments import choice, whole_number
 from corrdit.data.tapvid import TapVidVideo
 from corrdit.files import written_beside
 
@@ -33,7 +33,8 @@ def write_tapvid(
     Raises:
         ValueError: no video, two of one name, an unknown option.
     """
-    _check_options(layout, frames)
+    choice("layout", layout, LAYOUTS)
+    choice("frames", frames, FRAME_FORMATS)
     entries = [(video.name, _entry(video, frames)) for video in videos]
     if not entries:
         raise ValueError("videos is empty; a TAP-Vid file holds at least one")
@@ -58,7 +59,7 @@ def write_tapvid_shards(
     Raises:
         ValueError: another number of videos than `count`, more shards than videos, a folder that holds shards.
     """
-    _check_options("list", frames)
+    choice("frames", frames, FRAME_FORMATS)
     count, shards = whole_number("count", count, 1), whole_number("shards", shards, 1)
     if shards > count:
         raise ValueError(f"{count} videos cannot fill {shards} shards; give at most {count}")
@@ -91,13 +92,6 @@ def _write_shards(
         written.append(file)
     if next(source, None) is not None:
         raise ValueError(f"there are more videos than count={count}; nothing was written")
-
-
-def _check_options(layout: str, frames: str) -> None:
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}")
-    if frames not in FRAME_FORMATS:
-        raise ValueError(f"frames must be one of {', '.join(map(repr, FRAME_FORMATS))}, got {frames!r}")
 
 
 def _entry(video: TapVidVideo, frames: str) -> dict[str, np.ndarray]:

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import ArrayLike
 from torchmetrics import Metric
 
+from corrdit.arguments import choice
 from corrdit.metrics.tapvid import METRIC_NAMES, QUERY_MODES, tapvid
 
 UNNAMED = -1.0
@@ -44,8 +45,7 @@ class TapVidMetric(Metric):
 
     def __init__(self, query_mode: str = "first", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if query_mode not in QUERY_MODES:
-            raise ValueError(f"query_mode must be one of {', '.join(map(repr, QUERY_MODES))}, got {query_mode!r}")
+        choice("query_mode", query_mode, QUERY_MODES)
         self.query_mode = query_mode
         self.add_state("records", default=[], dist_reduce_fx="cat")
 

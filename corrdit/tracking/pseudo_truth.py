@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from corrdit.arguments import choice
 from corrdit.tracking.baselines import nearest_patches
 from corrdit.tracking.queries import check_queries, check_video
 from corrdit.tracking.tracks import Tracks
@@ -36,8 +37,7 @@ def starting_points(mode: str, height: int, width: int) -> np.ndarray:
     Raises:
         ValueError: an unknown mode.
     """
-    if mode not in STARTING_GRIDS:
-        raise ValueError(f"mode must be one of {', '.join(STARTING_GRIDS)}, got {mode!r}")
+    choice("mode", mode, STARTING_GRIDS)
     side, margin = STARTING_GRIDS[mode], width / 64
     y, x = np.meshgrid(
         np.linspace(margin, height - margin, side), np.linspace(margin, width - margin, side), indexing="ij"

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from corrdit.array_files import read_arrays
-from corrdit.files import written_beside
+from corrdit.array_files import read_arrays, write_arrays
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,8 +81,7 @@ class Tracks:
             if table.shape != (self.points, 3):
                 raise ValueError(f"queries must have shape [points, 3] = [{self.points}, 3], got {_shape(table)}")
             arrays["queries"] = table.numpy()
-        with written_beside(path) as file:
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+        write_arrays(path, arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Tracks:

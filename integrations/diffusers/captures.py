@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from corrdit.arguments import resolved_index, whole_indices
 from corrdit.integrations.diffusers.compatibility import check_processor, check_transformer
 from corrdit.integrations.diffusers.host.forwards import leaving_after, transformers_of, watched_forwards
 from corrdit.integrations.diffusers.host.steps import PipelineSteps, TransformerSteps, branches_of
-from corrdit.integrations.diffusers.indices import resolved_index, whole_indices
 from corrdit.integrations.diffusers.layouts import ForwardCall, TransformerLayout, layout_of
 from corrdit.integrations.diffusers.processors import (
     CorrespondenceProcessor,

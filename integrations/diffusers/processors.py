@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.attention_inputs import AttentionInputs, GatheredCalls
 from corrdit.integrations.diffusers.compatibility import check_attention_backend, check_processor
-from corrdit.integrations.diffusers.host.attention import Attention, AttentionCall, DelegatingProcessor, Interceptor
+from corrdit.integrations.diffusers.host.attention import Attention, AttentionCall, DelegatingProcessor, Interceptors
 from corrdit.integrations.diffusers.host.forwards import EarlyExit
 from corrdit.integrations.diffusers.result_guard import released, saved_tensors_kept_apart, unchanged
 
@@ -95,7 +96,7 @@ class CorrespondenceProcessor(DelegatingProcessor):
                 "CorrespondenceProcessor needs the attention processor it delegates to, as module.processor holds it, "
                 f"got {inner!r}"
             )
-        if isinstance(inner, torch.nn.Module) and hasattr(inner, "processor"):
+        if isinstance(inner, Module) and hasattr(inner, "processor"):
             raise ValueError(
                 f"CorrespondenceProcessor wraps a processor, and {type(inner).__name__} is the attention module; give "
                 "its .processor"
@@ -120,21 +121,15 @@ class CorrespondenceProcessor(DelegatingProcessor):
                 deliver=self._keep,
             )
 
-    def call(
-        self,
-        interceptors: tuple[Interceptor, ...],
-        attn: torch.nn.Module,
-        args: tuple[object, ...],
-        kwargs: dict[str, object],
-    ) -> object:
+    def call(self, interceptors: Interceptors, attn: Module, /, *args: object, **kwargs: object) -> object:
         """The inner processor's output; queries and keys go to the operation."""
         request = self._request
         if request is None:
-            return self.delegated(interceptors, attn, args, kwargs)
+            return self.delegated(interceptors, attn, *args, **kwargs)
         if torch.compiler.is_compiling():
-            return self._call_while_compiling(interceptors, attn, args, kwargs)
+            return self._call_while_compiling(interceptors, attn, *args, **kwargs)
         if _recomputing():
-            return self.delegated(interceptors, attn, args, kwargs)
+            return self.delegated(interceptors, attn, *args, **kwargs)
         hidden_states = args[0] if args else kwargs["hidden_states"]
         assert isinstance(hidden_states, Tensor)
         gathered = GatheredCalls(hidden_states.shape[0], request.grid, text_mask=_text_mask(kwargs))
@@ -147,7 +142,7 @@ class CorrespondenceProcessor(DelegatingProcessor):
             return torch.empty_like(call.query) if request.stop and not torch.is_grad_enabled() else attention(call)
 
         try:
-            output = self.delegated((*interceptors, observe), attn, args, kwargs)
+            output = self.delegated((*interceptors, observe), attn, *args, **kwargs)
         except (AttributeError, RuntimeError, TypeError) as error:
             # Before the attention only the inner processor has run; inside a capture it is the module's own.
             if gathered.samples or self._captured_by is not None or isinstance(error, torch.OutOfMemoryError):
@@ -161,11 +156,7 @@ class CorrespondenceProcessor(DelegatingProcessor):
         return output
 
     def _call_while_compiling(
-        self,
-        interceptors: tuple[Interceptor, ...],
-        attn: torch.nn.Module,
-        args: tuple[object, ...],
-        kwargs: dict[str, object],
+        self, interceptors: Interceptors, attn: Module, /, *args: object, **kwargs: object
     ) -> object:
         # Queries and keys become outputs of the compiled graph; the operation runs when they are collected.
         reads: list[AttentionInputs] = []
@@ -174,7 +165,7 @@ class CorrespondenceProcessor(DelegatingProcessor):
             reads.append(AttentionInputs.of_call(call))
             return attention(call)
 
-        output = self.delegated((*interceptors, collect), attn, args, kwargs)
+        output = self.delegated((*interceptors, collect), attn, *args, **kwargs)
         self._compiled_reads = reads
         self._compiled_text_mask = _text_mask(kwargs)
         return output

@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from corrdit.arguments import whole_number
-from corrdit.integrations.diffusers.indices import whole_indices
+from corrdit.arguments import whole_indices, whole_number
 from corrdit.integrations.diffusers.processors import Operation
 from corrdit.integrations.lightning.discovery import VideoModel, find_video_model
 from corrdit.integrations.lightning.measurement import MatchMeasurement

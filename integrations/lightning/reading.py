@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from corrdit.arguments import resolved_index, whole_indices
 from corrdit.integrations.diffusers.captures import capture
 from corrdit.integrations.diffusers.host.forwards import RemovableHook, transformers_of
-from corrdit.integrations.diffusers.indices import resolved_index, whole_indices
 from corrdit.integrations.diffusers.layouts import ForwardCall, forward_arguments, layout_of
 from corrdit.integrations.diffusers.processors import Operation
 from corrdit.integrations.lightning.discovery import VideoModel

@@ -168,11 +168,11 @@ def test_attention_assigned_by_the_user_is_seen(transformer_call, scores, monkey
 class Doubling(DelegatingProcessor):
     """Gives attention queries twice as large."""
 
-    def call(self, interceptors, attn, args, kwargs):
+    def call(self, interceptors, attn, *args, **kwargs):
         def double(call, attention):
             return attention(call.changed(2 * call.query, call.key, call.value))
 
-        return self.delegated((double, *interceptors), attn, args, kwargs)
+        return self.delegated((double, *interceptors), attn, *args, **kwargs)
 
 
 @pytest.mark.parametrize("name", ["cogvideox", "wan"])
@@ -214,12 +214,12 @@ def test_arguments_are_passed_on_as_they_were_given():
     masks = []
 
     class Looking(DelegatingProcessor):
-        def call(self, interceptors, attn, args, kwargs):
+        def call(self, interceptors, attn, *args, **kwargs):
             def look(call, attention):
                 masks.append((call.mask, call.scale, call.causal, call.query.shape))
                 return attention(call)
 
-            return self.delegated((look,), attn, args, kwargs)
+            return self.delegated((look,), attn, *args, **kwargs)
 
     q, mask = torch.randn(2, 5, 3, 4), torch.ones(2, 5, dtype=torch.bool)
     assert torch.equal(Looking(scope["Own"]())(None, q, mask), q)

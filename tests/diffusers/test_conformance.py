@@ -104,7 +104,7 @@ def test_rotary_lost_by_a_signature_without_names(name, monkeypatch):
     monkeypatch.setattr(
         processors.CorrespondenceProcessor,
         "__call__",
-        lambda self, attn, *args, **kwargs: self.call((), attn, args, kwargs),
+        lambda self, attn, *args, **kwargs: self.call((), attn, *args, **kwargs),
         raising=False,
     )
     assert "output unchanged" in failures(name, only=("output unchanged", "attention reproduced"))
@@ -118,10 +118,10 @@ def test_queries_before_rotary(name, monkeypatch):
     def without_tables(value):
         return None if isinstance(value, tuple) else value
 
-    def unrotated(self, interceptors, attn, args, kwargs):
+    def unrotated(self, interceptors, attn, *args, **kwargs):
         if self._request is not None:
             shorn = {n: without_tables(v) for n, v in kwargs.items()}
-            read(self, interceptors, attn, tuple(map(without_tables, args)), shorn)
+            read(self, interceptors, attn, *map(without_tables, args), **shorn)
         return self.inner(attn, *args, **kwargs)
 
     monkeypatch.setattr(processors.CorrespondenceProcessor, "call", unrotated)

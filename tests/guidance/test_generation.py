@@ -214,6 +214,20 @@ def test_callback_guides_each_batch_and_leaves_the_model_as_it_was() -> None:
     assert all(torch.equal(*pair) for pair in zip(again, plain, strict=True))
 
 
+def test_callback_guides_the_layers_of_the_backbone_that_a_module_holds() -> None:
+    module = SeededModule()
+    pipe = module.pipe
+    module.pipe = None
+    module.backbone = backbone_of(pipe, name="held")
+    module.predict_step = lambda batch, batch_idx: pipe(**tiny_generation("wan", steps=2, seed=int(batch))).frames
+    seeds = torch.utils.data.DataLoader([4], batch_size=None)
+    (guided,) = trainer(callbacks=[GuidanceCallback(scale=2.0)]).predict(module, seeds)
+    with CrossAttentionGuidance(module.backbone, scale=2.0):
+        expected = pipe(**tiny_generation("wan", steps=2, seed=4)).frames
+    assert torch.equal(guided, expected)
+    assert not torch.equal(guided, module.predict_step(torch.tensor(4), 0))
+
+
 def test_callback_restores_after_an_exception_and_refuses_modules_without_a_pipeline() -> None:
     module = SeededModule(fail=True)
     seeds = torch.utils.data.DataLoader([3], batch_size=None)

@@ -23,6 +23,7 @@ PER_HEAD: list[dict[str, Any]] = [
     {"dtype": HALF, "head_dim": 128, "pairs": ONE_PAIR},
     {"dtype": BRAIN, "head_dim": 64, "pairs": ((0, 0), (0, 1)), "kept": 0.6},
     {"dtype": HALF, "head_dim": 16, "pairs": ONE_PAIR, "kept": 0.0},
+    {"dtype": SINGLE, "head_dim": 16, "pairs": ONE_PAIR, "kept": 0.6, "batch": 2, "heads": 1},
     {"dtype": SINGLE, "head_dim": 16, "grid": RAGGED, "window": 1, "pairs": ONE_PAIR},
     {"dtype": BRAIN, "head_dim": 16, "window": 2, "moved": True, "batch": 2, "heads": 1, "pairs": ONE_PAIR},
     {"dtype": HALF, "head_dim": 12, "window": 0, "pairs": ONE_PAIR},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -144,51 +145,42 @@ class _Painter:
 
     def attention(self) -> list[Picture]:
         """A sheet for each chosen point: queries and keys, then each feature."""
-        pictures: list[Picture] = []
+        maps = {"query-key": (self.found.attention.rows, 0.5)}
+        maps |= {feature: (drawn.rows, 3.0) for feature, drawn in self.found.features.items()}
+        pictures = []
         for number, point in enumerate(self.found.points.tolist()):
-            rows, labels = [], []
-            maps = {"query-key": (self.found.attention.rows, 0.5)}
-            maps |= {feature: (drawn.rows, 3.0) for feature, drawn in self.found.features.items()}
-            for kind, (values, gain) in maps.items():
-                rows += self._over_frames(values[number].numpy(), point, gain)
-                labels += [f"{kind}, {label}" for label in self.labels]
+            query, truth = self.truth[0, point], self.truth[:, point]
+            rows = [
+                (kind, self._over_frames(values[number].numpy(), gain=gain, query=query, truth=truth))
+                for kind, (values, gain) in maps.items()
+            ]
             caption = (
-                f"{self.place}. Where point {number + 1} (ring in the first frame) is matched; its true place is a "
-                "cross where it is visible. Each frame is scaled by itself."
+                f"Where point {number + 1} (ring in the first frame) is matched; its true place is a cross where it is "
+                "visible. Each frame is scaled by itself."
             )
-            pictures.append((ATTENTION, contact_sheet(rows, labels, columns=len(self.labels)), caption))
+            pictures.append(self._sheet(ATTENTION, rows, caption))
         return pictures
 
     def text(self) -> list[Picture]:
         """One sheet, a row a word; nothing without words."""
-        words = self.found.words
-        if not words:
-            return []
-        rows, labels = [], []
-        for word, maps in zip(words, self.found.attention.text.numpy(), strict=True):
-            rows += draw_attention_maps(self.frames, maps[self.latents], size=self.size, gain=0.7)
-            labels += [f"{word}, {label}" for label in self.labels]
-        caption = (
-            f"{self.place}. What the longest words of the prompt attend to in the video (softmax over all tokens)."
-        )
-        return [(TEXT, contact_sheet(rows, labels, columns=len(self.labels)), caption)]
+        maps = zip(self.found.words, self.found.attention.text.numpy(), strict=True)
+        rows = [(word, self._over_frames(values, gain=0.7)) for word, values in maps]
+        caption = "What the longest words of the prompt attend to in the video (softmax over all tokens)."
+        return [self._sheet(TEXT, rows, caption)] if rows else []
 
     def components(self) -> list[Picture]:
         """One sheet: frames, queries, keys, features."""
-        rows = [resize_frame(frame, *self.size) for frame in self.frames]
-        labels = [f"video, {label}" for label in self.labels]
         values = {"queries": self.found.attention.queries, "keys": self.found.attention.keys}
         values |= {
             name: self.found.features[name].components for name in FEATURE_READINGS if name in self.found.features
         }
-        for kind, components in values.items():
-            rows += draw_components(components.numpy()[self.latents], self.size)
-            labels += [f"{kind}, {label}" for label in self.labels]
+        rows = [("video", [resize_frame(frame, *self.size) for frame in self.frames])]
+        rows += [(kind, draw_components(maps.numpy()[self.latents], self.size)) for kind, maps in values.items()]
         caption = (
-            f"{self.place}. First three principal components over all tokens of the video as red, green and blue; the "
-            "same colour in two frames means similar tokens."
+            "First three principal components over all tokens of the video as red, green and blue; the same colour in "
+            "two frames means similar tokens."
         )
-        return [(COMPONENTS, contact_sheet(rows, labels, columns=len(self.labels)), caption)]
+        return [self._sheet(COMPONENTS, rows, caption)]
 
     def tracks(self, head: int | None) -> list[Picture]:
         """Two sheets: matches of the reading, and the truth."""
@@ -206,11 +198,14 @@ class _Painter:
             pictures.append((TRACKS, contact_sheet(drawn, self.labels, columns=min(3, len(self.labels))), caption))
         return pictures
 
-    def _over_frames(self, maps: np.ndarray, point: int, gain: float) -> list[np.ndarray]:
-        return draw_attention_maps(
-            self.frames, maps[self.latents], size=self.size, query=self.truth[0, point], truth=self.truth[:, point],
-            gain=gain,
-        )  # fmt: skip
+    def _over_frames(self, maps: np.ndarray, **drawing: Any) -> list[np.ndarray]:
+        return draw_attention_maps(self.frames, maps[self.latents], size=self.size, **drawing)
+
+    def _sheet(self, section: str, rows: Sequence[tuple[str, list[np.ndarray]]], caption: str) -> Picture:
+        """One row of frames for each kind."""
+        pictures = [picture for _, row in rows for picture in row]
+        labels = [f"{kind}, {label}" for kind, _ in rows for label in self.labels]
+        return (section, contact_sheet(pictures, labels, columns=len(self.labels)), f"{self.place}. {caption}")
 
 
 def telling_points(xy: Tensor, visible: Tensor, count: int = SHOWN_POINTS) -> Tensor:

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from corrdit.arguments import whole_number
+from corrdit.arguments import resolved_index, whole_number
 from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.backbones.frames import FrameEncoder, conditioning_latents
 from corrdit.integrations.diffusers.backbones.presets import Preset, preset_for
 from corrdit.integrations.diffusers.captures import Capture
-from corrdit.integrations.diffusers.indices import resolved_index
 from corrdit.integrations.diffusers.inversion import Path, Scheduler, denoised_latents, inverted_latents
 from corrdit.integrations.diffusers.layouts import (
     Arguments,

@@ -10,13 +10,13 @@ from diffusers import ClassifierFreeGuidance
 from diffusers.configuration_utils import register_to_config
 from diffusers.guiders.guider_utils import GuiderOutput
 
+from corrdit.arguments import whole_indices
 from corrdit.integrations.diffusers.backbones.presets import DEFAULT_RENORMALIZE
 from corrdit.integrations.diffusers.guidance.guided_forwards import GuidedForwards, GuidedSamples
 from corrdit.integrations.diffusers.guidance.options import (
     GuidanceOptions,
     checked_heads,
     checked_layers,
-    listed,
     model_heads,
 )
 from corrdit.integrations.diffusers.layouts import ForwardCall, TransformerLayout, layout_of
@@ -81,9 +81,8 @@ class CrossAttentionGuider(ClassifierFreeGuidance):
             enabled=enabled,
         )
         # Kept as lists, which can be read for every forward, and are what a configuration file holds.
-        self._layers, self._heads = [] if layers is None else listed(layers), None if heads is None else listed(heads)
-        if not self._layers:
-            raise ValueError("layers is empty; give at least one attention layer to perturb")
+        self._layers = whole_indices("layers", () if layers is None else layers)
+        self._heads = None if heads is None else whole_indices("heads", heads)
         self._options = GuidanceOptions(
             scale=perturbation_scale,
             start=perturbation_start,

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from corrdit.arguments import whole_number
+from corrdit.arguments import choice, whole_indices, whole_number
 from corrdit.integrations.diffusers.guidance.perturbations import AttentionFunction, frame_local, identity_attention
+from corrdit.integrations.diffusers.layouts import config_of
 from corrdit.ops.backends import BACKENDS
 
 PERTURBATIONS = ("cross_frame", "identity", "skip")
@@ -46,12 +45,10 @@ class GuidanceOptions:
                 raise ValueError(f"{name} is a share of the denoising steps, from 0 to 1, got {value!r}")
         if self.start >= self.stop:
             raise ValueError(f"start must be below stop, got start={self.start!r} and stop={self.stop!r}")
-        if self.perturbation not in PERTURBATIONS:
-            raise ValueError(f"perturbation must be one of {', '.join(PERTURBATIONS)}, got {self.perturbation!r}")
+        choice("perturbation", self.perturbation, PERTURBATIONS)
         if self.renormalize is not None and not isinstance(self.renormalize, bool):
             raise ValueError(f"renormalize must be True, False or None, got {self.renormalize!r}")
-        if self.backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}")
+        choice("backend", self.backend, BACKENDS)
         whole_number("span", self.span, 0)
         if self.perturbation != "cross_frame" and (self.span or self.renormalize is not None):
             raise ValueError(
@@ -91,21 +88,17 @@ def checked_layers(layers: int | Iterable[int], count: int, model: str) -> tuple
     Raises:
         ValueError: none, a repeated one, not a whole number, or outside the model.
     """
-    given = listed(layers)
-    if not given:
-        raise ValueError("layers is empty; give at least one attention layer to perturb")
-    resolved = []
+    given = whole_indices("layers", layers)
     for layer in given:
-        index = _whole("layers", layer)
-        if not -count <= index < count:
+        if not -count <= layer < count:
             raise ValueError(
-                f"layer {index} is outside {model}, which has {count} attention layers (0 to {count - 1}, or -{count} "
+                f"layer {layer} is outside {model}, which has {count} attention layers (0 to {count - 1}, or -{count} "
                 "to -1 from the last)"
             )
-        resolved.append(index % count)
-    if len(set(resolved)) != len(resolved):
+    resolved = sorted({layer % count for layer in given})
+    if len(resolved) != len(given):
         raise ValueError(f"layers {given} names a layer of {model} twice")
-    return tuple(sorted(resolved))
+    return tuple(resolved)
 
 
 def checked_heads(heads: Heads, layers: tuple[int, ...], count: int, perturbation: str) -> dict[int, tuple[int, ...]]:
@@ -125,38 +118,20 @@ def checked_heads(heads: Heads, layers: tuple[int, ...], count: int, perturbatio
     if perturbation == "skip":
         raise ValueError('perturbation="skip" leaves whole blocks out and has no heads to choose; leave heads out')
     if isinstance(heads, Mapping):
-        by_layer = {layer: listed(chosen) for layer, chosen in heads.items()}
+        by_layer = {layer: whole_indices("heads", chosen) for layer, chosen in heads.items()}
     else:
-        same = listed(heads)
-        by_layer = {layer: same for layer in layers}
-    checked = {}
+        by_layer = dict.fromkeys(layers, whole_indices("heads", heads))
     for layer, chosen in by_layer.items():
         if layer not in layers:
             raise ValueError(f"heads names layer {layer!r}, which is not perturbed; perturbed are {list(layers)}")
-        indices = [_whole("heads", head) for head in chosen]
-        if not indices or len(set(indices)) != len(indices) or any(not 0 <= head < count for head in indices):
-            raise ValueError(f"heads of layer {layer} must be different numbers from 0 to {count - 1}, got {indices}")
-        checked[layer] = tuple(sorted(indices))
-    return checked
+        if len(set(chosen)) != len(chosen) or any(not 0 <= head < count for head in chosen):
+            raise ValueError(f"heads of layer {layer} must be different numbers from 0 to {count - 1}, got {chosen}")
+    return {layer: tuple(sorted(chosen)) for layer, chosen in by_layer.items()}
 
 
 def model_heads(transformer: torch.nn.Module) -> int:
     """Attention heads of a transformer."""
-    return int(transformer.config.num_attention_heads)  # type: ignore[union-attr, arg-type]
-
-
-def listed(numbers: Any) -> list[Any]:
-    """One number, or several of them, as a list."""
-    return list(numbers) if isinstance(numbers, Iterable) else [numbers]
-
-
-def _whole(name: str, value: object) -> int:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise ValueError(f"{name} must be whole numbers, got {value!r}") from None
+    return int(config_of(transformer).num_attention_heads)
 
 
 def _is_number(value: object) -> bool:

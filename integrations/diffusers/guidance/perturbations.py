@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Module
 
 from corrdit import ops
 from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.attention_inputs import key_mask_of
 from corrdit.integrations.diffusers.compatibility import check_attention_backend
-from corrdit.integrations.diffusers.host.attention import Attention, AttentionCall, DelegatingProcessor, Interceptor
+from corrdit.integrations.diffusers.host.attention import Attention, AttentionCall, DelegatingProcessor, Interceptors
 
 LOGITS_AT_ONCE = 2**23
 """Elements of the video-to-text logits that identity attention holds at a time (32 MiB in float32)."""
@@ -79,29 +81,7 @@ def _self_and_text(
 
 def frame_local(*, renormalize: bool, span: int, backend: str) -> AttentionFunction:
     """`corrdit.ops.frame_local_attention` with these settings."""
-
-    def attention(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        grid: TokenGrid,
-        *,
-        scale: float,
-        key_mask: Tensor | None,
-    ) -> Tensor:
-        return ops.frame_local_attention(
-            q,
-            k,
-            v,
-            grid,
-            renormalize=renormalize,
-            span=span,
-            scale=scale,
-            key_mask=key_mask,
-            backend=backend,
-        )
-
-    return attention
+    return functools.partial(ops.frame_local_attention, renormalize=renormalize, span=span, backend=backend)
 
 
 class SubstituteAttention:
@@ -186,16 +166,10 @@ class PerturbingProcessor(DelegatingProcessor):
         super().__init__(inner)
         self._attention, self._grid, self._heads, self._batch = attention, grid, heads, batch
 
-    def call(
-        self,
-        interceptors: tuple[Interceptor, ...],
-        attn: torch.nn.Module,
-        args: tuple[object, ...],
-        kwargs: dict[str, object],
-    ) -> object:
+    def call(self, interceptors: Interceptors, attn: Module, /, *args: object, **kwargs: object) -> object:
         """The inner processor's output, from the other attention."""
         substitute = SubstituteAttention(self._attention, self._grid, self._heads)
-        output = self.delegated((*interceptors, substitute), attn, args, kwargs)
+        output = self.delegated((*interceptors, substitute), attn, *args, **kwargs)
         if substitute.samples != self._batch:
             check_attention_backend(self.inner)
             raise ValueError(

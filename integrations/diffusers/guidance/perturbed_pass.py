@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.guidance.perturbations import AttentionFunction, PerturbingProcessor
 from corrdit.integrations.diffusers.host.attention import processors_wrapped
 from corrdit.integrations.diffusers.host.forwards import (
@@ -102,16 +103,14 @@ class PerturbedPass:
             for index, block in enumerate(self._blocks[: self._layers[0]]):
                 stack.enter_context(replaced_forward(block, self._kept_output(index)))
             for layer in self._layers:
+                block = self._blocks[layer]
                 if attention is None:
-                    left_out = functools.partial(_leave_out, self._blocks[layer])
-                    stack.enter_context(replaced_forward(self._blocks[layer], left_out))
+                    stack.enter_context(replaced_forward(block, functools.partial(_leave_out, block)))
                 else:
-                    stack.enter_context(uncompiled(self._blocks[layer]))
+                    stack.enter_context(uncompiled(block))
             if attention is not None:
-                perturbed = {layer: self._modules[layer] for layer in self._layers}
-                stack.enter_context(
-                    processors_wrapped(perturbed, functools.partial(self._perturbing, attention, call, count))
-                )
+                perturbing = functools.partial(self._perturbing, attention, call.grid, count)
+                stack.enter_context(processors_wrapped(self._modules, self._layers, perturbing))
             return prediction_of(self._transformer.forward(**chosen))
 
     def check_left_out(self) -> None:
@@ -143,9 +142,9 @@ class PerturbedPass:
         return kept
 
     def _perturbing(
-        self, attention: AttentionFunction, call: ForwardCall, count: int, layer: int, inner: object
+        self, attention: AttentionFunction, grid: TokenGrid, batch: int, layer: int, inner: object
     ) -> PerturbingProcessor:
-        return PerturbingProcessor(inner, attention, call.grid, self._heads.get(layer), count)
+        return PerturbingProcessor(inner, attention, grid, self._heads.get(layer), batch)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Module
 from torch.overrides import TorchFunctionMode
 
 SCALED_DOT_PRODUCT_ATTENTION = torch._C._nn.scaled_dot_product_attention
@@ -93,6 +94,8 @@ Attention = Callable[[AttentionCall], Tensor]
 """Computes a call: `[B, H, N, D]`."""
 Interceptor = Callable[[AttentionCall, Attention], Tensor]
 """`interceptor(call, attention)` answers a call, as a rule by `attention(call)`, what would answer it otherwise."""
+Interceptors = tuple[Interceptor, ...]
+"""The first sees a call first."""
 
 
 class DelegatingProcessor:
@@ -115,33 +118,21 @@ class DelegatingProcessor:
         function = _call_of(type(inner))
         self._traced = None if function is None else _traced_view(function)
 
-    def call(
-        self,
-        interceptors: tuple[Interceptor, ...],
-        attn: torch.nn.Module,
-        args: tuple[object, ...],
-        kwargs: dict[str, object],
-    ) -> object:
+    def call(self, interceptors: Interceptors, attn: Module, /, *args: object, **kwargs: object) -> object:
         """The output of the processor for its arguments.
 
         Args:
-            interceptors: of processors round this one, in the order they see a call; this one's come before or behind.
+            interceptors: of processors round this one; this one's come before or behind them.
             attn: the attention module.
-            args, kwargs: further arguments.
+            args, kwargs: further arguments of the processor.
         """
-        return self.delegated(interceptors, attn, args, kwargs)
+        return self.delegated(interceptors, attn, *args, **kwargs)
 
-    def delegated(
-        self,
-        interceptors: tuple[Interceptor, ...],
-        attn: torch.nn.Module,
-        args: tuple[object, ...],
-        kwargs: dict[str, object],
-    ) -> object:
+    def delegated(self, interceptors: Interceptors, attn: Module, /, *args: object, **kwargs: object) -> object:
         """The inner processor's output, whose attention calls the interceptors see."""
         inner = self.inner
         if isinstance(inner, DelegatingProcessor):
-            return inner.call(interceptors, attn, args, kwargs)
+            return inner.call(interceptors, attn, *args, **kwargs)
         if not interceptors:
             return inner(attn, *args, **kwargs)
         if torch.compiler.is_compiling() and self._traced is not None:
@@ -179,20 +170,23 @@ class DelegatingProcessor:
 
 @contextlib.contextmanager
 def processors_wrapped(
-    modules: Mapping[int, torch.nn.Module], wrap: Callable[[int, object], DelegatingProcessor]
+    modules: Sequence[Any], layers: Iterable[int], wrap: Callable[[int, object], DelegatingProcessor]
 ) -> Iterator[None]:
-    """Processors of attention modules, by layer, replaced by `wrap(layer, processor)` inside the block."""
-    wrapped: list[tuple[torch.nn.Module, DelegatingProcessor]] = []
-    try:
-        for layer, module in modules.items():
-            processor = wrap(layer, module.processor)
-            module.processor = processor  # type: ignore[assignment]
-            wrapped.append((module, processor))
+    """Processors of the attention modules of some layers replaced by `wrap(layer, processor)` inside the block.
+
+    What something else put in their place meanwhile stays.
+    """
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            wrapped = wrap(layer, modules[layer].processor)
+            modules[layer].processor = wrapped
+            stack.callback(_unwrap, modules[layer], wrapped)
         yield
-    finally:
-        for module, processor in reversed(wrapped):
-            if module.processor is processor:
-                module.processor = processor.inner
+
+
+def _unwrap(module: Any, wrapped: DelegatingProcessor) -> None:
+    if module.processor is wrapped:
+        module.processor = wrapped.inner
 
 
 class intercepting(TorchFunctionMode):
@@ -249,7 +243,7 @@ def _computed(function: Callable[..., Tensor], call: AttentionCall) -> Tensor:
 
 
 _TENSORS = ("query", "key", "value")
-_traced_interceptors: list[tuple[Interceptor, ...]] = []
+_traced_interceptors: list[Interceptors] = []
 """Of the processors the compiler is inside of; a compiled graph is shared by processors, so none can hold its own."""
 
 
@@ -268,7 +262,7 @@ def _dispatcher_of(function: FunctionType) -> str | None:
     return next((name for name in DISPATCHERS if name in used), None)
 
 
-def _view_of(processor_class: type, interceptors: tuple[Interceptor, ...]) -> Callable[..., object] | None:
+def _view_of(processor_class: type, interceptors: Interceptors) -> Callable[..., object] | None:
     """A processor's `__call__` whose attention calls the interceptors see; None where a function mode has to."""
     function = _call_of(processor_class)
     if function is None:
@@ -323,8 +317,8 @@ def _with_argument_names(base: type, inner: type) -> type:
     """
     if (base, inner) not in _classes:
 
-        def __call__(self: DelegatingProcessor, attn: torch.nn.Module, *args: object, **kwargs: object) -> object:
-            return self.call((), attn, args, kwargs)
+        def __call__(self: DelegatingProcessor, attn: Module, *args: object, **kwargs: object) -> object:
+            return self.call((), attn, *args, **kwargs)
 
         __call__.__signature__ = inspect.signature(inner.__call__)  # type: ignore[attr-defined, operator]
         body = {"__call__": __call__, "__module__": base.__module__, "__doc__": base.__doc__}

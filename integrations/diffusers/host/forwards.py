@@ -81,11 +81,14 @@ def watched_forwards(
 
 
 @contextlib.contextmanager
-def watched_output(block: torch.nn.Module, keep: Callable[[Any], None]) -> Iterator[None]:
-    """Inside, `keep(output)` follows every forward of a block, outside the graph of one that was compiled in place."""
+def watched_output(block: torch.nn.Module, see: Callable[[Any], Any]) -> Iterator[None]:
+    """Inside, `see(output)` follows every forward of a block; what it returns, unless None, is the output.
+
+    It is no part of the graph of a block that was compiled in place.
+    """
     compiled = block._compiled_call_impl
     if compiled is None:
-        handle = block.register_forward_hook(RemovableHook(lambda module, args, output: keep(output)))
+        handle = block.register_forward_hook(RemovableHook(lambda module, args, output: see(output)))
         try:
             yield
         finally:
@@ -94,8 +97,8 @@ def watched_output(block: torch.nn.Module, keep: Callable[[Any], None]) -> Itera
 
     def call(*args: Any, **kwargs: Any) -> Any:
         output = compiled(*args, **kwargs)
-        keep(output)
-        return output
+        seen = see(output)
+        return output if seen is None else seen
 
     with _attribute(block, "_compiled_call_impl", call):
         yield

@@ -7,42 +7,34 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.compatibility import check_processor
-from corrdit.integrations.diffusers.host.attention import Attention, AttentionCall, DelegatingProcessor, Interceptor
-
-Edit = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-"""`edit(q, k, v)`, each `[B, H, N, D]` as the attention gets them; new tensors, nothing written in place."""
+from corrdit.integrations.diffusers.host.attention import DelegatingProcessor, Interceptor, Interceptors
 
 ROTARY_ARGUMENTS = ("image_rotary_emb", "rotary_emb")
 """What processors call the rotary tables they are given."""
 
 
 class EditingProcessor(DelegatingProcessor):
-    """Drop-in attention processor that lets `edit` change what the attention is computed from.
+    """Drop-in attention processor that changes what the attention is computed from.
 
     Args:
         inner: the processor it delegates to.
-        edit: changes queries, keys and values.
+        edit: sees the calls of attention before any reader does.
         rotary: `rotary(tables)` is shown the rotary tables the inner processor is given, which it then does not
             get: `edit` has to apply them. None leaves them to the inner processor.
     """
 
-    def __init__(self, inner: object, edit: Edit, *, rotary: Callable[[object], None] | None = None) -> None:
+    def __init__(self, inner: object, edit: Interceptor, *, rotary: Callable[[object], None] | None = None) -> None:
         check_processor(inner)
         super().__init__(inner)
         self._edit = edit
         self._rotary = rotary
         self._rotary_position = None if rotary is None else _rotary_position(type(inner))
 
-    def call(
-        self,
-        interceptors: tuple[Interceptor, ...],
-        attn: torch.nn.Module,
-        args: tuple[object, ...],
-        kwargs: dict[str, object],
-    ) -> object:
+    def call(self, interceptors: Interceptors, attn: Module, /, *args: object, **kwargs: object) -> object:
         """The inner processor's output, from edited queries, keys and values."""
         if self._rotary is not None and self._rotary_position is not None:
             name, position = self._rotary_position
@@ -52,11 +44,7 @@ class EditingProcessor(DelegatingProcessor):
             elif len(args) > position and args[position] is not None:
                 self._rotary(args[position])
                 args = (*args[:position], None, *args[position + 1 :])
-
-        def edited(call: AttentionCall, attention: Attention) -> Tensor:
-            return attention(call.changed(*self._edit(call.query, call.key, call.value)))
-
-        return self.delegated((edited, *interceptors), attn, args, kwargs)
+        return self.delegated((self._edit, *interceptors), attn, *args, **kwargs)
 
 
 def joined_with_text(video: Tensor, original: Tensor, grid: TokenGrid) -> Tensor:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import abc
-import contextlib
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.backbones.base import Backbone
-from corrdit.integrations.diffusers.host.attention import processors_wrapped
-from corrdit.integrations.diffusers.host.forwards import EarlyExit, RemovableHook, leaving_after
-from corrdit.integrations.diffusers.layouts import TransformerLayout
+from corrdit.integrations.diffusers.host.attention import Attention, AttentionCall, processors_wrapped
+from corrdit.integrations.diffusers.host.forwards import EarlyExit, leaving_after, watched_output
+from corrdit.integrations.diffusers.layouts import TransformerLayout, config_of
 from corrdit.integrations.diffusers.motion_transfer.attention_editing import (
     EditingProcessor,
     joined_with_text,
@@ -32,7 +33,7 @@ class PositionalTables(abc.ABC):
     original: dict[str, Tensor]
 
     @abc.abstractmethod
-    def applied(self, transformer: torch.nn.Module, tables: Mapping[str, Tensor]) -> contextlib.AbstractContextManager:
+    def applied(self, transformer: Module, tables: Mapping[str, Tensor]) -> AbstractContextManager[None]:
         """The transformer with other tables, which gradients reach, inside the block."""
 
 
@@ -45,8 +46,9 @@ class AbsoluteTable(PositionalTables):
         grid: of that forward.
     """
 
-    def __init__(self, transformer: torch.nn.Module, arguments: Mapping[str, Any], grid: TokenGrid) -> None:
-        embed, config = transformer.patch_embed, transformer.config
+    def __init__(self, transformer: Module, arguments: Mapping[str, Tensor], grid: TokenGrid) -> None:
+        embed: Any = transformer.patch_embed
+        config = config_of(transformer)
         frames, _, height, width = arguments["hidden_states"].shape[1:]
         length = (frames - 1) * config.temporal_compression_ratio + 1
         with torch.no_grad():
@@ -59,18 +61,15 @@ class AbsoluteTable(PositionalTables):
         self._text_tokens = grid.text_tokens
         self.original = {"table": self._table.clone()}
 
-    @contextlib.contextmanager
-    def applied(self, transformer: torch.nn.Module, tables: Mapping[str, Tensor]) -> Iterator[None]:
-        def add(module: torch.nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    @contextmanager
+    def applied(self, transformer: Module, tables: Mapping[str, Tensor]) -> Iterator[None]:
+        def add(output: Tensor) -> Tensor:
             moved = (tables["table"].to(output.device) - self._table.to(output.device)).to(output.dtype)
             text, video = output.tensor_split([self._text_tokens], dim=1)
             return torch.cat([text, video + moved], dim=1)
 
-        handle = transformer.patch_embed.register_forward_hook(RemovableHook(add))
-        try:
+        with watched_output(transformer.get_submodule("patch_embed"), add):
             yield
-        finally:
-            handle.remove()
 
 
 class RotaryTables(PositionalTables):
@@ -86,31 +85,29 @@ class RotaryTables(PositionalTables):
     """
 
     def __init__(
-        self,
-        transformer: torch.nn.Module,
-        layout: TransformerLayout,
-        arguments: Mapping[str, Any],
-        grid: TokenGrid,
+        self, transformer: Module, layout: TransformerLayout, arguments: Mapping[str, Tensor], grid: TokenGrid
     ) -> None:
         self._layout, self._grid = layout, grid
         cos, sin = _given_tables(transformer, layout, arguments, grid)
         both = {"cos": cos, "sin": sin}
         self.original = {f"{role}_{part}": table.clone() for role in ("query", "key") for part, table in both.items()}
 
-    def applied(self, transformer: torch.nn.Module, tables: Mapping[str, Tensor]) -> contextlib.AbstractContextManager:
-        def edit(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def applied(self, transformer: Module, tables: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        def rotate(call: AttentionCall, attention: Attention) -> Tensor:
             q, k = (
                 _rotated(tensor, tables[f"{role}_cos"], tables[f"{role}_sin"], self._grid)
-                for tensor, role in ((q, "query"), (k, "key"))
+                for tensor, role in ((call.query, "query"), (call.key, "key"))
             )
-            return q, k, v
+            return attention(call.changed(q, k, call.value))
 
-        modules = dict(enumerate(self._layout.attention_modules(transformer)))
-        return processors_wrapped(modules, lambda layer, inner: EditingProcessor(inner, edit, rotary=_ignore))
+        modules = self._layout.attention_modules(transformer)
+        return processors_wrapped(
+            modules, range(len(modules)), lambda layer, inner: EditingProcessor(inner, rotate, rotary=_ignore)
+        )
 
 
 def positional_tables(
-    backbone: Backbone, transformer: torch.nn.Module, arguments: Mapping[str, Any], grid: TokenGrid
+    backbone: Backbone, transformer: Module, arguments: Mapping[str, Tensor], grid: TokenGrid
 ) -> PositionalTables:
     """The positional embedding of a model, whichever kind it has.
 
@@ -124,34 +121,33 @@ def positional_tables(
         ValueError: a model without a positional embedding that can be given to its attention.
     """
     absolute = hasattr(getattr(transformer, "patch_embed", None), "_get_positional_embeddings")
-    if absolute and not getattr(transformer.config, "use_rotary_positional_embeddings", False):
+    if absolute and not getattr(config_of(transformer), "use_rotary_positional_embeddings", False):
         return AbsoluteTable(transformer, arguments, grid)
     return RotaryTables(transformer, backbone.layout(), arguments, grid)
 
 
 def _given_tables(
-    transformer: torch.nn.Module, layout: TransformerLayout, arguments: Mapping[str, Any], grid: TokenGrid
+    transformer: Module, layout: TransformerLayout, arguments: Mapping[str, Tensor], grid: TokenGrid
 ) -> tuple[Tensor, Tensor]:
     """The (cos, sin) tables the first attention layer is given, seen in a forward that ends there.
 
     Returns:
         float32 `[tokens, heads or 1, D]` each.
     """
-    seen: list[Any] = []
+    seen: list[object] = []
     queries: list[torch.Size] = []
 
-    def look(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        queries.append(q.shape)
+    def look(call: AttentionCall, attention: Attention) -> Tensor:
+        queries.append(call.query.shape)
         if leave:
             raise EarlyExit
-        return q, k, v
+        return attention(call)
 
-    first = {0: layout.attention_modules(transformer)[0]}
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        leave = stack.enter_context(leaving_after(transformer, layout, 0))
-        wrap = processors_wrapped(first, lambda layer, inner: EditingProcessor(inner, look, rotary=seen.append))
-        stack.enter_context(wrap)
+    def looking(layer: int, inner: object) -> EditingProcessor:
+        return EditingProcessor(inner, look, rotary=seen.append)
+
+    modules = layout.attention_modules(transformer)
+    with torch.no_grad(), leaving_after(transformer, layout, 0) as leave, processors_wrapped(modules, (0,), looking):
         transformer(**arguments)
     if not seen or not isinstance(seen[0], (tuple, list)) or len(seen[0]) != 2:
         raise ValueError(
@@ -187,5 +183,5 @@ def _rotated(tensor: Tensor, cos: Tensor, sin: Tensor, grid: TokenGrid) -> Tenso
     return joined_with_text((wide * cos + turned * sin).to(tensor.dtype), tensor, grid)
 
 
-def _ignore(tables: Any) -> None:
+def _ignore(tables: object) -> None:
     """The model's own tables are not used."""

@@ -127,16 +127,18 @@ class GuidedRun:
         step = self._counter.step
         if step < self.state.finished:
             return (torch.zeros_like(arguments["hidden_states"]),)
-        with self._own_calls():
+        self._inside = True
+        try:
             if self._counter.call == 0:
                 self._begin_step(transformer, arguments, call, step)
             if self._shift is not None:
                 hidden = arguments["hidden_states"]
                 latents, condition = self._split(hidden)
-                shifted = (latents.float() + self._shift).to(hidden.dtype)
-                args, kwargs = _with_hidden(args, kwargs, self._joined(shifted, condition))
+                arguments["hidden_states"] = self._joined((latents.float() + self._shift).to(hidden.dtype), condition)
             with self._guided_model(transformer, call):
-                return own(*args, **kwargs)
+                return own(**arguments)
+        finally:
+            self._inside = False
 
     def _begin_step(
         self, transformer: torch.nn.Module, arguments: dict[str, Any], call: ForwardCall, step: int
@@ -334,22 +336,6 @@ class GuidedRun:
 
     def _joined(self, latents: Tensor, condition: Tensor | None) -> Tensor:
         return latents if condition is None else torch.cat([latents, condition], dim=self._backbone.channel_axis)
-
-    @contextlib.contextmanager
-    def _own_calls(self) -> Iterator[None]:
-        self._inside = True
-        try:
-            yield
-        finally:
-            self._inside = False
-
-
-def _with_hidden(
-    args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if "hidden_states" in kwargs:
-        return args, {**kwargs, "hidden_states": hidden}
-    return (hidden, *args[1:]), kwargs
 
 
 def _shapes(shapes: Mapping[str, torch.Size]) -> str:

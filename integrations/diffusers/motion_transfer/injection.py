@@ -8,23 +8,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from corrdit.grid import TokenGrid
-from corrdit.integrations.diffusers.compatibility import check_processor
-from corrdit.integrations.diffusers.host.attention import (
-    Attention,
-    AttentionCall,
-    DelegatingProcessor,
-    Interceptor,
-    processors_wrapped,
-)
+from corrdit.integrations.diffusers.host.attention import Attention, AttentionCall, processors_wrapped
 from corrdit.integrations.diffusers.host.forwards import EarlyExit, leaving_after
 from corrdit.integrations.diffusers.layouts import TransformerLayout
 from corrdit.integrations.diffusers.motion_transfer.attention_editing import (
-    Edit,
     EditingProcessor,
     joined_with_text,
     video_part,
@@ -34,38 +28,24 @@ KeysValues = dict[int, tuple[Tensor, Tensor]]
 """Keys and values of the video tokens, `[1, H, F * S, D]` each, by layer."""
 
 
-class _KeysValuesReader(DelegatingProcessor):
-    """Keeps the keys and values of the video tokens.
+@dataclass
+class _Reading:
+    """Keeps the keys and values of the video tokens; one for each layer, so that a compiled block serves them all."""
 
-    In an attribute of its own, so that a block compiled with it serves every layer.
-    """
+    grid: TokenGrid
+    leave: bool
+    found: tuple[Tensor, Tensor] | None = None
 
-    kept: tuple[Tensor, Tensor] | None = None
-
-    def __init__(self, inner: object, grid: TokenGrid, leave: bool) -> None:
-        check_processor(inner)
-        super().__init__(inner)
-        self._grid, self._leave = grid, leave
-
-    def call(
-        self,
-        interceptors: tuple[Interceptor, ...],
-        attn: torch.nn.Module,
-        args: tuple[object, ...],
-        kwargs: dict[str, object],
-    ) -> object:
-        return self.delegated((*interceptors, self._read), attn, args, kwargs)
-
-    def _read(self, call: AttentionCall, attention: Attention) -> Tensor:
-        self.kept = (video_part(call.key, self._grid).clone(), video_part(call.value, self._grid).clone())
-        if self._leave:
+    def __call__(self, call: AttentionCall, attention: Attention) -> Tensor:
+        self.found = (video_part(call.key, self.grid).clone(), video_part(call.value, self.grid).clone())
+        if self.leave:
             raise EarlyExit
         return attention(call)
 
 
 @torch.no_grad()
 def keys_values_of(
-    transformer: torch.nn.Module,
+    transformer: Module,
     layout: TransformerLayout,
     arguments: Mapping[str, object],
     grid: TokenGrid,
@@ -73,39 +53,27 @@ def keys_values_of(
 ) -> KeysValues:
     """Keys and values of one forward, which ends after the last of the layers."""
     modules = layout.attention_modules(transformer)
-    readers: dict[int, _KeysValuesReader] = {}
-    with contextlib.ExitStack() as stack:
-        leave = stack.enter_context(leaving_after(transformer, layout, max(layers)))
-
-        def reader(layer: int, inner: object) -> _KeysValuesReader:
-            readers[layer] = _KeysValuesReader(inner, grid, leave and layer == max(layers))
-            return readers[layer]
-
-        stack.enter_context(processors_wrapped({layer: modules[layer] for layer in layers}, reader))
-        transformer(**arguments)
-    return {layer: reader.kept for layer, reader in readers.items() if reader.kept is not None}
+    with leaving_after(transformer, layout, max(layers)) as leave:
+        readings = {layer: _Reading(grid, leave and layer == max(layers)) for layer in layers}
+        with processors_wrapped(modules, layers, lambda layer, inner: EditingProcessor(inner, readings[layer])):
+            transformer(**arguments)
+    return {layer: reading.found for layer, reading in readings.items() if reading.found is not None}
 
 
 @contextlib.contextmanager
-def injected(
-    transformer: torch.nn.Module, layout: TransformerLayout, grid: TokenGrid, stored: KeysValues
-) -> Iterator[None]:
+def injected(transformer: Module, layout: TransformerLayout, grid: TokenGrid, stored: KeysValues) -> Iterator[None]:
     """Inside the block, the layers attend to the stored keys and values in place of their own video tokens'."""
 
-    def replacing(layer: int) -> Edit:
+    def replacing(layer: int, inner: object) -> EditingProcessor:
         keys, values = stored[layer]
 
-        def replace(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            own = (k.shape[0], -1, -1, -1)
-            return (
-                q,
-                joined_with_text(keys.expand(own).to(k), k, grid),
-                joined_with_text(values.expand(own).to(v), v, grid),
-            )
+        def replace(call: AttentionCall, attention: Attention) -> Tensor:
+            own = (call.key.shape[0], -1, -1, -1)
+            k = joined_with_text(keys.expand(own).to(call.key), call.key, grid)
+            v = joined_with_text(values.expand(own).to(call.value), call.value, grid)
+            return attention(call.changed(call.query, k, v))
 
-        return replace
+        return EditingProcessor(inner, replace)
 
-    modules = layout.attention_modules(transformer)
-    chosen = {layer: modules[layer] for layer in stored}
-    with processors_wrapped(chosen, lambda layer, inner: EditingProcessor(inner, replacing(layer))):
+    with processors_wrapped(layout.attention_modules(transformer), stored, replacing):
         yield

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.captures import Capture
@@ -15,9 +17,11 @@ from corrdit.integrations.diffusers.host.forwards import EarlyExit, leaving_afte
 from corrdit.integrations.diffusers.layouts import TransformerLayout
 from corrdit.integrations.diffusers.processors import Operation
 
+Features = TypeVar("Features")
+
 
 def attention_observed(
-    transformer: torch.nn.Module, arguments: Mapping[str, Any], operations: Mapping[int, Mapping[str, Operation]]
+    transformer: Module, arguments: Mapping[str, object], operations: Mapping[int, Mapping[str, Operation]]
 ) -> dict[int, dict[str, Any]]:
     """Results of operations on queries and keys, by layer and name; the forward ends after the last layer.
 
@@ -35,13 +39,13 @@ def attention_observed(
 
 
 def features_observed(
-    transformer: torch.nn.Module,
+    transformer: Module,
     layout: TransformerLayout,
-    arguments: Mapping[str, Any],
+    arguments: Mapping[str, object],
     grid: TokenGrid,
-    read: Callable[[Tensor], Any],
+    read: Callable[[Tensor], Features],
     layers: tuple[int, ...],
-) -> dict[int, Any]:
+) -> dict[int, Features]:
     """`read(features)` of the blocks' outputs for the video tokens, `[F, C, h, w]`, by layer.
 
     Arguments as for `attention_observed`; the forward ends after the last block.
@@ -50,18 +54,33 @@ def features_observed(
         ValueError: blocks whose output is not one vector for each video token.
     """
     blocks = [block for name in layout.block_lists(transformer) for block in transformer.get_submodule(name).children()]
-    results: dict[int, Any] = {}
+    results: dict[int, Features] = {}
+
+    def keep(layer: int, output: Tensor | tuple[Tensor, ...]) -> None:
+        # Gradient checkpointing runs the block again in the backward pass.
+        if layer in results:
+            return
+        hidden = output[0] if isinstance(output, tuple) else output
+        if hidden.ndim != 3 or hidden.shape[1] != grid.video_tokens:
+            raise ValueError(
+                f"the output of block {layer} has shape {list(hidden.shape)}, which is not one vector for each of the "
+                f"{grid.video_tokens} video tokens; this method cannot read it"
+            )
+        maps = hidden[-1].unflatten(0, (grid.frames, grid.height, grid.width))
+        results[layer] = read(maps.movedim(-1, 1))
+        if stop and layer == max(layers):
+            raise EarlyExit
+
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(leaving_after(transformer, layout, max(layers)))
         for layer in layers:
-            keep = _keeper(results, layer, grid, read, stop and layer == max(layers))
-            stack.enter_context(watched_output(blocks[layer], keep))
+            stack.enter_context(watched_output(blocks[layer], functools.partial(keep, layer)))
         transformer(**arguments)
     return results
 
 
 @contextlib.contextmanager
-def gradient_checkpointing(transformer: torch.nn.Module, wanted: bool) -> Iterator[None]:
+def gradient_checkpointing(transformer: Any, wanted: bool) -> Iterator[None]:
     """Gradient checkpointing on inside the block, if wanted, and as it was after it.
 
     Raises:
@@ -74,29 +93,8 @@ def gradient_checkpointing(transformer: torch.nn.Module, wanted: bool) -> Iterat
         raise ValueError(
             f"{type(transformer).__name__} has no gradient checkpointing; leave gradient_checkpointing out"
         )
-    transformer.enable_gradient_checkpointing()  # type: ignore[operator]
+    transformer.enable_gradient_checkpointing()
     try:
         yield
     finally:
-        transformer.disable_gradient_checkpointing()  # type: ignore[operator]
-
-
-def _keeper(
-    results: dict[int, Any], layer: int, grid: TokenGrid, read: Callable[[Tensor], Any], stop: bool
-) -> Callable[[Any], None]:
-    def keep(output: Any) -> None:
-        # Gradient checkpointing runs the block again in the backward pass.
-        if layer in results:
-            return
-        hidden = output[0] if isinstance(output, tuple) else output
-        if hidden.ndim != 3 or hidden.shape[1] != grid.video_tokens:
-            raise ValueError(
-                f"the output of block {layer} has shape {list(hidden.shape)}, which is not one vector for "
-                f"each of the {grid.video_tokens} video tokens; this method cannot read it"
-            )
-        maps = hidden[-1].unflatten(0, (grid.frames, grid.height, grid.width))
-        results[layer] = read(maps.movedim(-1, 1))
-        if stop:
-            raise EarlyExit
-
-    return keep
+        transformer.disable_gradient_checkpointing()

@@ -93,11 +93,9 @@ def _table(title: str, table: Json) -> str:
         "| --- " * (len(kinds) + 1) + "|",
     ]
     for timestep, rows in table["summary"].items():
-        cells = [_cell(rows[kind]) for kind in kinds]
-        lines.append(f"| {timestep} | " + " | ".join(cells) + " |")
+        cells = [str(timestep)]
+        for row in (rows[kind] for kind in kinds):
+            where = "" if row["reading"] == "patches" else f"<br>{row['reading'].split('query-key ')[-1]}"
+            cells.append(f"{row['share']:.3f} ({row['low']:.3f} to {row['high']:.3f}){where}")
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def _cell(row: Json) -> str:
-    where = "" if row["reading"] == "patches" else f"<br>{row['reading'].split('query-key ')[-1]}"
-    return f"{row['share']:.3f} ({row['low']:.3f} to {row['high']:.3f}){where}"

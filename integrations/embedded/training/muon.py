@@ -73,16 +73,13 @@ class MuonWithAdamW(torch.optim.Optimizer):
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
             if group["orthogonal"]:
                 for weight in weights:
-                    self._step_matrix(weight, weight.grad, group["lr"], group["momentum"])
+                    average = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
+                    average.lerp_(weight.grad, 1 - group["momentum"])
+                    update = orthogonalised(weight.grad.lerp(average, group["momentum"]))
+                    weight.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(weight.shape)))
             elif weights:
                 self._step_others(weights, [weight.grad for weight in weights], group["lr"], group["betas"])
         return loss
-
-    def _step_matrix(self, weight: Tensor, gradient: Tensor, rate: float, momentum: float) -> None:
-        average = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
-        average.lerp_(gradient, 1 - momentum)
-        update = orthogonalised(gradient.lerp(average, momentum))
-        weight.add_(update, alpha=-rate * 0.2 * math.sqrt(max(weight.shape)))
 
     def _step_others(
         self, weights: list[Tensor], gradients: list[Tensor], rate: float, betas: tuple[float, float]

@@ -16,11 +16,6 @@ def _box(x: Tensor, y: Tensor, half_width: float, half_height: float) -> Tensor:
     return torch.hypot(dx.clamp(min=0), dy.clamp(min=0)) + torch.maximum(dx, dy).clamp(max=0)
 
 
-def _triangle(x: Tensor, y: Tensor) -> Tensor:
-    slanted = (math.sqrt(3.0) * x.abs() - (y + 1.0)) / 2
-    return torch.maximum(slanted, y - 0.7)
-
-
 def _star(x: Tensor, y: Tensor) -> Tensor:
     """Five points: the plane is folded into one half point, whose edge runs from the tip to the inner corner."""
     radius, sector = torch.hypot(x, y), 2 * math.pi / 5
@@ -44,7 +39,7 @@ def _heart(x: Tensor, y: Tensor) -> Tensor:
 _DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "disc": lambda x, y: torch.hypot(x, y) - 0.92,
     "square": lambda x, y: _box(x, y, 0.8, 0.8),
-    "triangle": _triangle,
+    "triangle": lambda x, y: torch.maximum((math.sqrt(3.0) * x.abs() - (y + 1.0)) / 2, y - 0.7),
     "star": _star,
     "ring": lambda x, y: (torch.hypot(x, y) - 0.7).abs() - 0.3,
     "diamond": lambda x, y: (x.abs() + 0.8 * y.abs() - 0.85) / math.hypot(1.0, 0.8),
