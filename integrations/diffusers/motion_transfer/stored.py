@@ -38,6 +38,11 @@ class StoredMotion:
     width: int
     tensors: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
+    @property
+    def size(self) -> dict[str, int | None]:
+        """Frames, height and width by name."""
+        return {"num_frames": self.num_frames, "height": self.height, "width": self.width}
+
     def check_fits(
         self,
         model: str,
@@ -71,8 +76,7 @@ class StoredMotion:
         from safetensors.torch import save
 
         flat = flattened(self.tensors)
-        facts = {"kind": self.kind, "model": self.model, "steps": self.steps}
-        facts |= {"num_frames": self.num_frames, "height": self.height, "width": self.width}
+        facts = {"kind": self.kind, "model": self.model, "steps": self.steps, **self.size}
         with written_beside(path) as file:
             file.write(save(flat, metadata={"format": FORMAT, "facts": json.dumps(facts)}))
 
