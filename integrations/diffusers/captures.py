@@ -13,7 +13,7 @@ import torch
 from corrdit.arguments import resolved_index, whole_indices
 from corrdit.integrations.diffusers.compatibility import check_processor, check_transformer
 from corrdit.integrations.diffusers.host.attention import processors_wrapped
-from corrdit.integrations.diffusers.host.forwards import leaving_after, transformers_of, watched_forwards
+from corrdit.integrations.diffusers.host.forwards import Arguments, leaving_after, transformers_of, watched_forwards
 from corrdit.integrations.diffusers.host.steps import PipelineSteps, TransformerSteps, branches_of
 from corrdit.integrations.diffusers.layouts import ForwardCall, TransformerLayout, layout_of
 from corrdit.integrations.diffusers.processors import (
@@ -195,7 +195,7 @@ class Capture(Mapping[tuple[int, int], Any]):
         model = type(self._models[0][0] if self._pipe is None else self._pipe).__name__
         return f"<Capture of {model}: {', '.join(map(str, self._results)) or 'no results'}>"
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[type[dict[tuple[int, int], object]], tuple[object]]:
         return (dict, (self._results,))
 
     def clear(self) -> None:
@@ -243,7 +243,7 @@ class Capture(Mapping[tuple[int, int], Any]):
         if self._early_exit:
             stop = stack.enter_context(leaving_after(transformer, layout, max(self._operations)))
 
-        def before(call: ForwardCall, arguments: dict[str, Any]) -> None:
+        def before(call: ForwardCall, arguments: Arguments) -> None:
             for layer, request in self.requests(layout, call, stop).items():
                 processors[layer].arm(request)
 

@@ -47,7 +47,7 @@ class ReadRequest:
     named: bool
     rows: tuple[tuple[str | None, slice], ...]
     keep_graph: bool
-    deliver: Callable[[Any], None]
+    deliver: Callable[[object], None]
     stop: bool = False
 
 
@@ -86,7 +86,7 @@ class CorrespondenceProcessor(DelegatingProcessor):
 
     def __init__(
         self,
-        inner: Any,
+        inner: object,
         grid: TokenGrid | None,
         operation: Operation | Mapping[str, Operation] | None,
         *,
@@ -107,7 +107,7 @@ class CorrespondenceProcessor(DelegatingProcessor):
         self._request: ReadRequest | None = None
         self._compiled_reads: list[AttentionInputs] = []
         self._compiled_text_mask: Tensor | None = None
-        self._result: Any = None
+        self._result: object = None
         self._fired = False
         # A capture makes processors without either and arms them before the forwards it wants.
         if grid is not None or operation is not None:
@@ -221,12 +221,12 @@ class CorrespondenceProcessor(DelegatingProcessor):
             )
         return self._result
 
-    def _keep(self, result: Any) -> None:
+    def _keep(self, result: object) -> None:
         self._result = result
         self._fired = True
 
     def _fire(self, request: ReadRequest, inputs: AttentionInputs) -> None:
-        results: dict[str | None, Any] = {}
+        results: dict[str | None, object] = {}
         with _operation_context(request, inputs.query):
             for branch, rows in request.rows:
                 q, k = inputs.query[rows], inputs.key[rows]
@@ -287,7 +287,7 @@ def _operation_context(request: ReadRequest, query: Tensor) -> Iterator[None]:
         yield
 
 
-def without_leftover(processor: Any) -> Any:
+def without_leftover(processor: object) -> object:
     """The processor itself, or what a closed capture's processor passes everything to.
 
     A model can be given such a processor back: `saved = transformer.attn_processors` inside the capture, or the copy

@@ -7,7 +7,6 @@ import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor
 
@@ -119,7 +118,7 @@ def flattened(tensors: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 def nested(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
     """The reverse of `flattened`."""
-    result: dict[int, dict[str, Any]] = {}
+    result: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         step, _, name = key.partition(".")
         result.setdefault(int(step), {})[name] = tensor

@@ -11,6 +11,7 @@ import torch
 
 from corrdit.arguments import whole_number
 from corrdit.integrations.diffusers.backbones.base import Backbone
+from corrdit.integrations.diffusers.host.forwards import Arguments
 from corrdit.integrations.diffusers.motion_transfer.guided_run import GuidedRun, StepReport
 from corrdit.integrations.diffusers.motion_transfer.presets import settings_for
 from corrdit.integrations.diffusers.motion_transfer.reference import (
@@ -169,7 +170,7 @@ class MotionTransfer:
         if motion is None and num_frames is None:
             raise ValueError("without a reference or stored motion, num_frames has to be given")
 
-    def _check_prompts(self, prompt: str, further: dict[str, Any]) -> None:
+    def _check_prompts(self, prompt: str, further: Arguments) -> None:
         """Pipelines cut prompts that are too long without an error."""
         if not isinstance(prompt, str):
             raise ValueError(f"the prompt must be one string, got {type(prompt).__name__}")
@@ -200,9 +201,9 @@ class MotionTransfer:
         assert num_frames is not None
         return (num_frames, rows, columns)
 
-    def _pipeline_arguments(self, prompt: str, size: tuple[int, int, int], further: dict[str, Any]) -> dict[str, Any]:
+    def _pipeline_arguments(self, prompt: str, size: tuple[int, int, int], further: Arguments) -> Arguments:
         settings = self.settings
-        chosen: dict[str, Any] = {"prompt": prompt, "num_inference_steps": settings.steps, "output_type": "np"}
+        chosen: Arguments = {"prompt": prompt, "num_inference_steps": settings.steps, "output_type": "np"}
         chosen |= dict(zip(("num_frames", "height", "width"), size, strict=True))
         if settings.guidance_scale is not None:
             chosen["guidance_scale"] = settings.guidance_scale
@@ -224,7 +225,7 @@ class MotionTransfer:
         seed: int,
         size: tuple[int, int, int],
         motion: StoredMotion | None,
-        further: dict[str, Any],
+        further: Arguments,
     ) -> RunState:
         """The state a run begins at: that of the file, or a new one."""
         model = (self.backbone.name, str(self.backbone.dtype))
