@@ -18,7 +18,7 @@ from corrdit.files import file_digest
 from corrdit.runs import Inputs
 from corrdit.tracking.files import find_videos
 from corrdit.tracking.pseudo_truth import Tracker
-from corrdit.tracking.queries import point_grid
+from corrdit.tracking.queries import grid_points
 from corrdit.video import read_video
 
 
@@ -150,5 +150,5 @@ def _tracked(video: Path, tracker: Tracker | None, points: int) -> AnalysisVideo
     if tracker is None:
         raise ValueError(f"{video} has no tracks beside it and no tracker was given; give one of the two")
     frames = read_video(video).frames
-    tracks = tracker(frames, point_grid(points, *frames.shape[1:3]))
+    tracks = tracker(frames, grid_points(points, *frames.shape[1:3]))
     return AnalysisVideo(frames, tracks.xy.numpy(), tracks.visible.numpy())

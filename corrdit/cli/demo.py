@@ -47,13 +47,13 @@ def run(arguments: Namespace) -> int:
     from corrdit.integrations.embedded.world import demo_clip
     from corrdit.tracking import PointTracker
     from corrdit.tracking.baselines import nearest_patches, standing_still
-    from corrdit.tracking.queries import point_grid
+    from corrdit.tracking.queries import grid_points
 
     if arguments.points < 1:
         raise ValueError(f"--points {arguments.points} was given; accepted is a number of points a side of 1 or more")
     video, clip = demo_clip(arguments.seed)
     frames, height, width = video.shape[:3]
-    queries = point_grid(arguments.points, height, width)
+    queries = grid_points(arguments.points, height, width)
     truth = clip.tracks(queries)
     with OutputFolder(arguments.output) as folder:
         backbone = loaded_backbone(arguments)

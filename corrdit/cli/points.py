@@ -37,10 +37,10 @@ def read_points(spec: str, *, frames: int, height: int, width: int) -> np.ndarra
     """
     import numpy as np
 
-    from corrdit.tracking.queries import point_grid
+    from corrdit.tracking.queries import grid_points
 
     if spec.startswith("grid:"):
-        return point_grid(_grid_side(spec), height, width)
+        return grid_points(_grid_side(spec), height, width)
     points = []
     for line, (frame, x, y) in _csv_rows(Path(spec)):
         if frame != math.floor(frame):

@@ -21,7 +21,7 @@ from corrdit.metrics import TapVidMetric
 from corrdit.runs import Keywords
 from corrdit.tracking import PointTracker
 from corrdit.tracking.files import RESULT_FILE, track_at_size, write_track_results
-from corrdit.tracking.queries import point_grid
+from corrdit.tracking.queries import grid_points
 
 Queries = int | np.ndarray | Callable[[int, int, int], np.ndarray]
 
@@ -180,7 +180,7 @@ class TrackingModule(ResumableModule[Mapping[str, str]]):
 
     def _queries(self, frames: int, height: int, width: int) -> np.ndarray:
         if isinstance(self.queries, int):
-            return point_grid(self.queries, height, width)
+            return grid_points(self.queries, height, width)
         return np.asarray(self.queries(frames, height, width) if callable(self.queries) else self.queries)
 
 

@@ -16,6 +16,7 @@ import torch
 from corrdit.arguments import whole_number
 from corrdit.files import written_beside
 from corrdit.integrations.diffusers.guidance.cross_attention import CrossAttentionGuidance
+from corrdit.integrations.diffusers.layouts import Pipeline
 
 VIDEO_FILE = "video.mp4"
 PLAIN_FILE = "plain.mp4"
@@ -49,7 +50,7 @@ class GeneratedVideo:
     sample: int = 0
 
 
-def check_call(pipe: Any, arguments: Mapping[str, Any]) -> None:
+def check_call(pipe: object, arguments: Mapping[str, object]) -> None:
     """Raises ValueError for an argument that the pipeline's call does not take, or a size or number of none."""
     accepted = set(inspect.signature(type(pipe).__call__).parameters) - {"self"}
     for name in arguments:
@@ -62,7 +63,7 @@ def check_call(pipe: Any, arguments: Mapping[str, Any]) -> None:
             whole_number(name, arguments[name], 1)
 
 
-def check_generation(pipe: Any, call: Mapping[str, Any]) -> None:
+def check_generation(pipe: object, call: Mapping[str, object]) -> None:
     """Raises ValueError for arguments that `generate` does not take: what `check_call` refuses, and what it sets."""
     check_call(pipe, call)
     for name in SET_FOR_EVERY_VIDEO:
@@ -81,10 +82,10 @@ def checked_rate(fps: float) -> float:
 
 
 def generate(
-    pipe: Any,
+    pipe: Pipeline,
     prompt: str,
     seed: int,
-    call: Mapping[str, Any] | None = None,
+    call: Mapping[str, object] | None = None,
     guidance: Mapping[str, Any] | None = None,
     sample: int = 0,
 ) -> GeneratedVideo:
@@ -189,7 +190,7 @@ def export_for_vbench(
     return copied
 
 
-def _frames(pipe: Any, arguments: Mapping[str, Any], seed: int) -> np.ndarray:
+def _frames(pipe: Pipeline, arguments: Mapping[str, object], seed: int) -> np.ndarray:
     generator = torch.Generator("cpu").manual_seed(seed)
     frames = np.asarray(pipe(**arguments, generator=generator).frames[0])
     return np.round(frames * 255).clip(0, 255).astype(np.uint8)
