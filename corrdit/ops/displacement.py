@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from corrdit.arguments import whole_number
-from corrdit.grid import FramePairs, TokenGrid
+from corrdit.grid import FramePairs, TokenGrid, lists_pairs
 from corrdit.ops import checks
 from corrdit.ops.backends import beyond_kernels, full_precision, select_backend
 from corrdit.problem import PairProblem
@@ -250,7 +250,7 @@ def displacement_problem(
 def _held_pairs(problem: PairProblem, frames: int | Iterable[tuple[int, int]] | None) -> FramePairs:
     """The pairs whose queries q holds: as given for whole frames, else in the order of its frames."""
     pairs, held = problem.grid.frame_pairs(frames), problem.queries
-    listed = isinstance(frames, Iterable) and getattr(frames, "ndim", 1) > 0
+    listed = lists_pairs(frames)
     for query_frame, _ in pairs if listed else []:
         if query_frame not in held.frames:
             raise ValueError(
