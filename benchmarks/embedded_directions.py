@@ -17,23 +17,18 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import json
 import pathlib
-import sys
-from typing import Any
 
 import numpy as np
 import torch
-from guidance_quality import weights_digest
+from experiment import Record, facts_apart, kept, new_parser, sampled, share_of, weights_digest, write_json
 from sprite_direction import angle_to, sprite_motion
 
-from corrdit.benchmark.environment import environment
-from corrdit.files import written_beside
 from corrdit.integrations.embedded import load_embedded_pipeline
+from corrdit.integrations.embedded.pipeline import EmbeddedVideoPipeline
 from corrdit.integrations.embedded.training.evaluation import bootstrap
 from corrdit.integrations.embedded.world import WorldConfig, describe, generate
-from corrdit.integrations.embedded.world.prompts import subject_words
-from corrdit.integrations.embedded.world.scene import DIRECTIONS, Scene
+from corrdit.integrations.embedded.world.scene import DIRECTIONS, Scene, subject_words
 
 WORLD = WorldConfig(sprites=(1, 1))
 FIRST_SEED, TUNING_SEED = 1_000_500_000, 1_000_600_000
@@ -44,10 +39,8 @@ WORDS = ("caption", "short")
 
 
 def parsed_arguments(words: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=pathlib.Path, required=True, help="JSON file to write")
+    parser = new_parser(__doc__, pipeline=True)
     parser.add_argument("--shards", type=pathlib.Path, required=True, help="folder for parts of the result")
-    parser.add_argument("--pipeline", default=None, help="folder of a trained pipeline; the shipped one otherwise")
     parser.add_argument("--samples", type=int, default=200, help=f"videos, rounded up to a multiple of {GROUP}")
     parser.add_argument("--guidance", type=float, nargs="+", default=[6.0], help="guidance scales")
     parser.add_argument("--steps", type=int, nargs="+", default=[50], help="numbers of inference steps")
@@ -75,50 +68,41 @@ def prompt_of(scene: Scene, words: str) -> str:
     return describe(scene) if words == "caption" else f"{describe(scene, 'subject')} over {scene.background}"
 
 
-@torch.no_grad()
-def videos_of(pipe: Any, scenes: tuple[Scene, ...], setting: dict[str, Any]) -> np.ndarray:
+def videos_of(pipe: EmbeddedVideoPipeline, scenes: tuple[Scene, ...], setting: Record) -> np.ndarray:
     """uint8 [B, T, H, W, 3], rendered or generated; a sample's noise follows from its scene's seed."""
+    seeds = [scene.seed for scene in scenes]
     if setting["words"] == RENDERED:
-        return np.stack([clip.video for clip in generate([scene.seed for scene in scenes], WORLD)])
-    frames = pipe(
-        [prompt_of(scene, setting["words"]) for scene in scenes],
-        generator=[torch.Generator().manual_seed(scene.seed) for scene in scenes],
-        num_inference_steps=setting["steps"],
-        guidance_scale=setting["guidance"],
-        num_frames=WORLD.frames,
-        height=WORLD.height,
-        width=WORLD.width,
-        output_type="np",
-    ).frames
-    return np.asarray(frames * 255).round().astype(np.uint8)
+        return np.stack([clip.video for clip in generate(seeds, WORLD)])
+    size = {"num_frames": WORLD.frames, "height": WORLD.height, "width": WORLD.width}
+    call = {"num_inference_steps": setting["steps"], "guidance_scale": setting["guidance"]}
+    return sampled(pipe, [prompt_of(scene, setting["words"]) for scene in scenes], seeds, **call, **size)
 
 
-def settings_of(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def settings_of(arguments: argparse.Namespace) -> list[Record]:
     """The rendered videos, and every combination of words, guidance and steps."""
     combinations = itertools.product(arguments.words, arguments.guidance, arguments.steps)
     generated = [{"words": words, "guidance": scale, "steps": steps} for words, scale, steps in combinations]
     return [{"words": RENDERED}, *generated]
 
 
-def shard_path(arguments: argparse.Namespace, setting: dict[str, Any], group: int, weights: str) -> pathlib.Path:
+def shard_path(arguments: argparse.Namespace, setting: Record, group: int, weights: str) -> pathlib.Path:
     """A name that says the weights, the setting, the set of scenes and the group."""
     source = RENDERED if setting["words"] == RENDERED else weights
     words = "-".join(f"{value:g}" if isinstance(value, float) else str(value) for value in setting.values())
     return arguments.shards / f"{source}-{'tuning' if arguments.tuning else 'test'}-{words}-{group:03d}.json"
 
 
-def make_shard(pipe: Any, path: pathlib.Path, scenes: tuple[Scene, ...], setting: dict[str, Any]) -> None:
+def made_shard(pipe: EmbeddedVideoPipeline, scenes: tuple[Scene, ...], setting: Record) -> list[Record]:
     rows = []
     for scene, video in zip(scenes, videos_of(pipe, scenes, setting), strict=True):
         motion = sprite_motion(video)
         velocity = [round(float(part), 3) for part in motion.velocity] if np.isfinite(motion.velocity).all() else None
         direction = scene.sprites[0].direction
         rows.append({"seed": scene.seed, "direction": direction, "velocity": velocity, "points": motion.points})
-    with written_beside(path, "w") as file:
-        file.write(json.dumps(rows))
+    return rows
 
 
-def measured(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def measured(rows: list[Record]) -> Record:
     """Shares, angles and chance of all samples of one setting."""
     velocities = [np.array(row["velocity"] or [np.nan, np.nan]) for row in rows]
     names = [row["direction"] for row in rows]
@@ -138,45 +122,36 @@ def measured(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def collected(arguments: argparse.Namespace, weights: str, groups: int) -> dict[str, Any] | None:
-    """The result of all shards; None while some are missing."""
-    results = []
-    for setting in settings_of(arguments):
-        paths = [shard_path(arguments, setting, group, weights) for group in range(groups)]
-        if not all(path.is_file() for path in paths):
-            return None
-        rows = [row for path in paths for row in json.loads(path.read_text(encoding="utf-8"))]
-        results.append({**setting, **measured(rows)})
-    command = " ".join(["python", f"benchmarks/{pathlib.Path(__file__).name}", *sys.argv[1:]])
-    return {
-        "command": command,
-        "environment": environment(torch.device("cpu")),
-        "weights": weights,
-        "scenes": "tuning" if arguments.tuning else "test",
-        "results": results,
-    }
-
-
 def main(words: list[str] | None = None) -> None:
     arguments = parsed_arguments(words)
     torch.set_num_threads(1)
-    part, parts = (int(number) for number in arguments.part.split("/"))
+    part, parts = share_of(arguments.part)
     arguments.shards.mkdir(parents=True, exist_ok=True)
     pipe = load_embedded_pipeline(arguments.pipeline)
     weights = weights_digest(pipe.transformer)
     groups = -(-arguments.samples // GROUP)
     scenes = prompted_scenes(groups * GROUP, TUNING_SEED if arguments.tuning else FIRST_SEED)
-    work = list(itertools.product(settings_of(arguments), range(groups)))
-    for setting, group in work[part::parts]:
-        path = shard_path(arguments, setting, group, weights)
-        if not path.is_file():
-            make_shard(pipe, path, scenes[GROUP * group : GROUP * (group + 1)], setting)
-    result = collected(arguments, weights, groups)
-    if result is None:
+    turns = itertools.cycle(range(parts))
+    results, missing = [], 0
+    for setting in settings_of(arguments):
+        rows: list[Record] = []
+        for group in range(groups):
+            path = shard_path(arguments, setting, group, weights)
+            make = functools.partial(made_shard, pipe, scenes[GROUP * group : GROUP * (group + 1)], setting)
+            found = kept(path, make, begin=next(turns) == part)
+            missing += found is None
+            rows += found or []
+        results.append((setting, rows))
+    if missing:
         print("shards of other processes are missing; the last one to end writes the output")
         return
-    with written_beside(arguments.output, "w") as file:
-        file.write(json.dumps(result, indent=1) + "\n")
+    result = {
+        **facts_apart(),
+        "weights": weights,
+        "scenes": "tuning" if arguments.tuning else "test",
+        "results": [{**setting, **measured(rows)} for setting, rows in results],
+    }
+    write_json(arguments.output, result)
     for row in result["results"]:
         share = row["within_45_degrees"]
         print({name: row[name] for name in ("words", "guidance", "steps", "samples", "median_angle") if name in row})

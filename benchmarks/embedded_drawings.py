@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.axes import Axes
+from experiment import Record
+from matplotlib import colormaps, rc_context
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
 Readings = Mapping[str, Mapping[str, Mapping[str, float]]]
 """The `readings` of `matching_table`: by timestep and name of the reading."""
 
-STYLE: dict[str, Any] = {
+STYLE: Record = {
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.spines.top": False,
@@ -60,72 +60,67 @@ def layer_table(readings: Readings, pattern: str) -> np.ndarray:
     return np.array([[found[pattern.format(layer)]["share"] for found in readings.values()] for layer in layers])
 
 
-def _heat(axes: Axes, table: np.ndarray, highest: float, rows: Sequence[Any], columns: Sequence[Any]) -> Any:
-    image = axes.imshow(table, cmap=COLOURS, vmin=0, vmax=highest, aspect="auto")
-    axes.set_xticks(range(len(columns)), columns)
-    axes.set_yticks(range(len(rows)), rows)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    for row, column in np.ndindex(table.shape):
-        value = table[row, column]
-        colour = "#23272d" if value > 0.62 * highest else "white"
-        axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", color=colour, fontsize=8.5)
-    return image
+def _percent(axis: Axis) -> None:
+    axis.set_major_formatter(lambda value, position: f"{100 * value:.0f} %")
 
 
-def _percent(axes: Axes) -> None:
-    axes.yaxis.set_major_formatter(lambda value, position: f"{100 * value:.0f} %")
+def _heat_panels(
+    figure: Figure,
+    tables: Mapping[str, np.ndarray],
+    columns: Sequence[object],
+    label: str,
+    title: str,
+    pad: float,
+) -> Figure:
+    """Tables [layers, columns] by their titles side by side, in one scale."""
+    highest = max(table.max() for table in tables.values())
+    grid = np.atleast_1d(figure.subplots(1, len(tables), sharey=True))
+    for axes, (name, table) in zip(grid, tables.items(), strict=True):
+        image = axes.imshow(table, cmap=COLOURS, vmin=0, vmax=highest, aspect="auto")
+        axes.set_xticks(range(len(columns)), columns)
+        axes.set_yticks(range(len(table)), range(len(table)))
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        for row, column in np.ndindex(table.shape):
+            value = table[row, column]
+            colour = "#23272d" if value > 0.62 * highest else "white"
+            axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", color=colour, fontsize=8.5)
+        axes.set_title(name)
+        axes.set_xlabel(label)
+    grid[0].set_ylabel("layer")
+    bar = figure.colorbar(image, ax=list(grid), shrink=0.95, pad=pad)
+    _percent(bar.ax.yaxis)
+    bar.outline.set_visible(False)
+    figure.suptitle(title)
+    return figure
 
 
 def draw_layers(readings: Readings, videos: int) -> Figure:
     """Layer x timestep: query-key and features side by side, in one scale."""
-    panels = {
+    tables = {
         "query-key, mean over heads": layer_table(readings, "query-key {} mean"),
         "features: attention output": layer_table(readings, "attention output {}"),
         "features: block output": layer_table(readings, "block output {}"),
     }
-    highest = max(table.max() for table in panels.values())
+    title = f"Points that moved by more than 1.5 tokens: {SHARE} (%), {videos} held-out videos"
     with rc_context(STYLE):
-        figure = new_figure(13, 3.6)
-        grid = figure.subplots(1, len(panels), sharey=True)
-        for axes, (title, table) in zip(grid, panels.items(), strict=True):
-            image = _heat(axes, table, highest, range(len(table)), list(readings))
-            axes.set_title(title)
-            axes.set_xlabel("timestep (0 is clean, 1000 is noise)")
-        grid[0].set_ylabel("layer")
-        bar = figure.colorbar(image, ax=grid, shrink=0.95, pad=0.01)
-        bar.ax.yaxis.set_major_formatter(lambda value, position: f"{100 * value:.0f} %")
-        bar.outline.set_visible(False)
-        figure.suptitle(f"Points that moved by more than 1.5 tokens: {SHARE} (%), {videos} held-out videos")
-    return figure
+        label = "timestep (0 is clean, 1000 is noise)"
+        return _heat_panels(new_figure(13, 3.6), tables, list(readings), label, title, pad=0.01)
 
 
 def draw_heads(readings: Readings, timesteps: Sequence[int]) -> Figure:
     """Layer x head at some timesteps, in one scale."""
-    layers, heads = layers_of(readings), heads_of(readings)
+    heads = range(heads_of(readings))
     tables = {
-        timestep: np.array(
-            [
-                [readings[str(timestep)][f"query-key {layer} head {head}"]["share"] for head in range(heads)]
-                for layer in range(layers)
-            ]
+        f"t = {timestep}": np.concatenate(
+            [layer_table({"": readings[str(timestep)]}, f"query-key {{}} head {head}") for head in heads],
+            axis=1,
         )
         for timestep in timesteps
     }
-    highest = max(table.max() for table in tables.values())
     with rc_context(STYLE):
         figure = new_figure(2.6 * len(tables) + 1.2, 3.6)
-        grid = np.atleast_1d(figure.subplots(1, len(tables), sharey=True))
-        for axes, (timestep, table) in zip(grid, tables.items(), strict=True):
-            image = _heat(axes, table, highest, range(layers), range(heads))
-            axes.set_title(f"t = {timestep}")
-            axes.set_xlabel("head")
-        grid[0].set_ylabel("layer")
-        bar = figure.colorbar(image, ax=list(grid), shrink=0.95, pad=0.02)
-        bar.ax.yaxis.set_major_formatter(lambda value, position: f"{100 * value:.0f} %")
-        bar.outline.set_visible(False)
-        figure.suptitle(f"Single heads: {SHARE} (%)")
-    return figure
+        return _heat_panels(figure, tables, heads, "head", f"Single heads: {SHARE} (%)", pad=0.02)
 
 
 def draw_bars(panels: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]) -> Figure:
@@ -149,21 +144,19 @@ def draw_bars(panels: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]
             axes.set_xticks(range(len(summary)), [f"t = {timestep}" for timestep in summary])
             axes.tick_params(axis="x", length=0)
             axes.set_title(title)
-            _percent(axes)
+            _percent(axes.yaxis)
         grid[0].set_ylabel(SHARE)
         grid[-1].legend(loc="upper right", fontsize=9)
         grid[0].set_ylim(0, grid[0].get_ylim()[1] * 1.05)
     return figure
 
 
-def draw_emergence(checkpoints: Sequence[Mapping[str, Any]]) -> Figure:
+def draw_emergence(checkpoints: Sequence[Record]) -> Figure:
     """Matching accuracy of every layer, mean over heads, against training steps; dashed the noisy patches, dotted the
     best single head.
 
     checkpoints: rows with `step` and `shares`, {timestep: {reading: share}}.
     """
-    from matplotlib import colormaps
-
     steps = [row["step"] for row in checkpoints]
     timesteps = list(checkpoints[0]["shares"])
     names = list(checkpoints[0]["shares"][timesteps[0]])
@@ -183,7 +176,7 @@ def draw_emergence(checkpoints: Sequence[Mapping[str, Any]]) -> Figure:
             axes.set_title(f"t = {timestep}")
             axes.set_xlabel("training steps")
             axes.set_xlim(0, 1.02 * max(steps))
-            _percent(axes)
+            _percent(axes.yaxis)
         grid[0].set_ylabel(SHARE)
         grid[0].set_ylim(bottom=0)
         figure.legend(*grid[0].get_legend_handles_labels(), loc="outside right center", fontsize=9)

@@ -9,35 +9,20 @@ Checkpoints that the output already holds are not measured again, so it can be r
 
 from __future__ import annotations
 
-import argparse
 import csv
-import json
 import pathlib
-import sys
-from typing import Any
 
 import numpy as np
 import torch
+from experiment import Record, facts_apart, new_parser, read_json, write_json
 
-from corrdit.benchmark.environment import environment
-from corrdit.files import written_beside
 from corrdit.integrations.embedded.pipeline import build_pipeline
-from corrdit.integrations.embedded.training.evaluation import HELD_OUT_SEEDS, matching_table
+from corrdit.integrations.embedded.training.evaluation import matching_table
 from corrdit.integrations.embedded.training.recipe import load_checkpoint
-from corrdit.integrations.embedded.world import WorldConfig
+from corrdit.integrations.embedded.world import HELD_OUT_SEEDS, WorldConfig
 
 VALIDATION_SEEDS = HELD_OUT_SEEDS + 1_000_000
 TIMESTEPS = (50, 300, 600)
-
-
-def parsed_arguments(words: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=pathlib.Path, required=True, help="folder of a training run")
-    parser.add_argument("--output", type=pathlib.Path, required=True, help="JSON file to write, or to add to")
-    parser.add_argument("--videos", type=int, default=48)
-    parser.add_argument("--every", type=int, default=400, help="steps between measured checkpoints")
-    parser.add_argument("--stretch", type=int, default=50, help="steps the loss is averaged over")
-    return parser.parse_args(words)
 
 
 def checkpoints(run: pathlib.Path, every: int) -> dict[int, pathlib.Path]:
@@ -49,7 +34,7 @@ def checkpoints(run: pathlib.Path, every: int) -> dict[int, pathlib.Path]:
     return {step: path for step, path in sorted(found.items()) if step % every == 0 or step in ends}
 
 
-def measured(checkpoint: pathlib.Path, step: int, videos: int) -> dict[str, Any]:
+def measured(checkpoint: pathlib.Path, step: int, videos: int) -> Record:
     """Share matched of every reading of the averaged weights, by timestep."""
     pipe = build_pipeline(load_checkpoint(checkpoint).average.eval())
     seeds = range(VALIDATION_SEEDS, VALIDATION_SEEDS + videos)
@@ -78,9 +63,14 @@ def losses(run: pathlib.Path, stretch: int) -> dict[str, list[float]]:
 
 
 def main(words: list[str] | None = None) -> None:
-    arguments = parsed_arguments(words)
+    parser = new_parser(__doc__)
+    parser.add_argument("--run", type=pathlib.Path, required=True, help="folder of a training run")
+    parser.add_argument("--videos", type=int, default=48)
+    parser.add_argument("--every", type=int, default=400, help="steps between measured checkpoints")
+    parser.add_argument("--stretch", type=int, default=50, help="steps the loss is averaged over")
+    arguments = parser.parse_args(words)
     torch.set_num_threads(1)
-    before = json.loads(arguments.output.read_text(encoding="utf-8")) if arguments.output.is_file() else {}
+    before = read_json(arguments.output) if arguments.output.is_file() else {}
     known = before["checkpoints"] if before.get("timesteps") == list(TIMESTEPS) else []
     rows = {row["step"]: row for row in known}
     wanted = checkpoints(arguments.run, arguments.every)
@@ -92,15 +82,13 @@ def main(words: list[str] | None = None) -> None:
             best = {time: max(share for name, share in row.items() if name.endswith("mean")) for time, row in shares}
             print(f"step {step}: best layer {best}", flush=True)
         result = {
-            "command": " ".join(["python", f"benchmarks/{pathlib.Path(__file__).name}", *sys.argv[1:]]),
-            "environment": environment(torch.device("cpu")),
+            **facts_apart(),
             "first_seed": VALIDATION_SEEDS,
             "timesteps": list(TIMESTEPS),
             "loss": losses(arguments.run, arguments.stretch),
             "checkpoints": [rows[step] for step in sorted(rows)],
         }
-        with written_beside(arguments.output, "w") as file:
-            file.write(json.dumps(result, indent=1) + "\n")
+        write_json(arguments.output, result)
 
 
 if __name__ == "__main__":

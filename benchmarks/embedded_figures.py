@@ -11,27 +11,22 @@ the run's checkpoints. --draw-only draws again from the tables alone.
 
 from __future__ import annotations
 
-import argparse
 import io
-import json
 import pathlib
-import sys
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
-import torch
 from embedded_drawings import draw_bars, draw_emergence, draw_heads, draw_layers, draw_loss, draw_samples
-from guidance_quality import weights_digest
+from experiment import RESULTS, Record, facts_apart, new_parser, read_json, sampled, weights_digest, write_json
 from matplotlib.figure import Figure
 
-from corrdit.benchmark.environment import environment
 from corrdit.files import written_beside
 from corrdit.integrations.embedded import load_embedded_pipeline
-from corrdit.integrations.embedded.training.evaluation import HELD_OUT_SEEDS, matching_table, summary
-from corrdit.integrations.embedded.world import WorldConfig, generate
+from corrdit.integrations.embedded.pipeline import EmbeddedVideoPipeline
+from corrdit.integrations.embedded.training.evaluation import matching_table, summary
+from corrdit.integrations.embedded.world import HELD_OUT_SEEDS, WorldConfig, generate
 
-ROOT = pathlib.Path(__file__).parent.parent
+PICTURES = pathlib.Path(__file__).parent.parent / "docs" / "figures"
 TIMESTEPS = (10, 50, 100, 200, 300, 400, 500, 600, 700, 800, 900)
 SHOWN = (50, 300, 600)
 SAMPLE_SEEDS = (1_000_700_003, 1_000_700_007, 1_000_700_013, 1_000_700_022, 1_000_700_034, 1_000_700_035)
@@ -39,23 +34,7 @@ SAMPLE_SEEDS = (1_000_700_003, 1_000_700_007, 1_000_700_013, 1_000_700_022, 1_00
 DOTS = 150
 
 
-def parsed_arguments(words: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--output", type=pathlib.Path, default=ROOT / "docs" / "figures", help="folder for the pictures"
-    )
-    parser.add_argument(
-        "--tables", type=pathlib.Path, default=ROOT / "benchmarks" / "results", help="folder of the JSON tables"
-    )
-    parser.add_argument("--pipeline", default=None, help="folder of a trained pipeline; the shipped one otherwise")
-    parser.add_argument("--videos", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=50, help="inference steps of the samples")
-    parser.add_argument("--guidance", type=float, default=6.0, help="guidance scale of the samples")
-    parser.add_argument("--draw-only", action="store_true", help="measure and generate nothing")
-    return parser.parse_args(words)
-
-
-def measure_layers(pipe: Any, path: pathlib.Path, videos: int) -> None:
+def measure_layers(pipe: EmbeddedVideoPipeline, path: pathlib.Path, videos: int) -> None:
     """Write every reading at every timestep, unless the file holds them for these weights and this many videos."""
     weights = weights_digest(pipe.transformer)
     if path.is_file():
@@ -67,36 +46,21 @@ def measure_layers(pipe: Any, path: pathlib.Path, videos: int) -> None:
         timestep: {name: {key: round(value, 5) for key, value in row.items()} for name, row in found.items()}
         for timestep, found in table["readings"].items()
     }
-    result = {
-        "command": " ".join(["python", f"benchmarks/{pathlib.Path(__file__).name}", *sys.argv[1:]]),
-        "environment": environment(torch.device("cpu")),
-        "weights": weights,
-        "first_seed": HELD_OUT_SEEDS,
-        **table,
-    }
-    with written_beside(path, "w") as file:
-        file.write(json.dumps(result, indent=1) + "\n")
+    write_json(path, {**facts_apart(), "weights": weights, "first_seed": HELD_OUT_SEEDS, **table})
 
 
-@torch.no_grad()
-def samples(pipe: Any, steps: int, guidance: float) -> list[tuple[str, np.ndarray, np.ndarray]]:
+def samples(pipe: EmbeddedVideoPipeline, steps: int, guidance: float) -> list[tuple[str, np.ndarray, np.ndarray]]:
     """Captions of held-out scenes with their rendered and their generated videos, uint8 [T, H, W, 3]."""
     clips = generate(SAMPLE_SEEDS, WorldConfig(sprites=(1, 2)))
-    frames = pipe(
-        [clip.prompt for clip in clips],
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        generator=[torch.Generator().manual_seed(seed) for seed in SAMPLE_SEEDS],
-        output_type="np",
-    ).frames
-    generated = (np.asarray(frames) * 255).round().astype(np.uint8)
+    prompts = [clip.prompt for clip in clips]
+    generated = sampled(pipe, prompts, SAMPLE_SEEDS, num_inference_steps=steps, guidance_scale=guidance)
     return [(clip.prompt, clip.video, video) for clip, video in zip(clips, generated, strict=True)]
 
 
-def read_table(path: pathlib.Path) -> dict[str, Any]:
+def read_table(path: pathlib.Path) -> Record:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; leave out --draw-only, or give the right --tables")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)
 
 
 def drawn(tables: pathlib.Path) -> Iterator[tuple[str, Figure]]:
@@ -127,7 +91,14 @@ def write_picture(figure: Figure, path: pathlib.Path) -> None:
 
 
 def main(words: list[str] | None = None) -> None:
-    arguments = parsed_arguments(words)
+    parser = new_parser(__doc__, output=False, pipeline=True)
+    parser.add_argument("--output", type=pathlib.Path, default=PICTURES, help="folder for the pictures")
+    parser.add_argument("--tables", type=pathlib.Path, default=RESULTS, help="folder of the JSON tables")
+    parser.add_argument("--videos", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=50, help="inference steps of the samples")
+    parser.add_argument("--guidance", type=float, default=6.0, help="guidance scale of the samples")
+    parser.add_argument("--draw-only", action="store_true", help="measure and generate nothing")
+    arguments = parser.parse_args(words)
     arguments.output.mkdir(parents=True, exist_ok=True)
     if not arguments.draw_only:
         pipe = load_embedded_pipeline(arguments.pipeline)

@@ -9,17 +9,15 @@ latents.
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import pathlib
-from collections.abc import Mapping
-from typing import Any
+
+from experiment import Record, new_parser, read_json, write_json
 
 from corrdit.integrations.embedded import load_embedded_pipeline
-from corrdit.integrations.embedded.loading import PRESET_FILE, WEIGHTS
-from corrdit.integrations.embedded.training.evaluation import HELD_OUT_SEEDS, matching_table
-from corrdit.integrations.embedded.world import WorldConfig
+from corrdit.integrations.embedded.pipeline import EmbeddedVideoPipeline
+from corrdit.integrations.embedded.preset import PRESET_FILE, WEIGHTS
+from corrdit.integrations.embedded.training.evaluation import matching_table
+from corrdit.integrations.embedded.world import HELD_OUT_SEEDS, WorldConfig
 
 VALIDATION_SEEDS = HELD_OUT_SEEDS + 1_000_000
 INFERENCE_STEPS = 50
@@ -30,15 +28,7 @@ WORKING = (80, 120)
 TOKEN_AREA = 16
 
 
-def parsed_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True, help="JSON file to write")
-    parser.add_argument("--pipeline", default=None, help="folder of a trained pipeline; the shipped one otherwise")
-    parser.add_argument("--videos", type=int, default=8)
-    return parser.parse_args()
-
-
-def candidates(pipe: Any, videos: int) -> list[dict[str, Any]]:
+def candidates(pipe: EmbeddedVideoPipeline, videos: int) -> list[Record]:
     """Share matched of every reading at every step, the best first."""
     pipe.scheduler.set_timesteps(INFERENCE_STEPS)
     timesteps = {step: int(pipe.scheduler.timesteps[step]) for step in STEPS}
@@ -52,15 +42,16 @@ def candidates(pipe: Any, videos: int) -> list[dict[str, Any]]:
     return sorted(found, key=lambda row: -row["share"])
 
 
-def preset_of(row: dict[str, Any], videos: int, before: Mapping[str, Any]) -> dict[str, Any]:
+def preset_of(row: Record, videos: int, before: Record) -> Record:
     """The entries `load_backbone` reads, and what they were chosen by.
 
-    before: the pipeline's preset so far; its tracker's options were chosen with benchmarks/tracking.py for its layer,
+    before: the pipeline's preset so far; its options of tracking and of motion transfer were chosen for its layer,
     and are kept if the layer is the same.
     """
     _, layer, kind, *head = row["reading"].split()
     size = f"{WORKING[0]} x {WORKING[1]}"
-    tracking = {"tracking": before["tracking"]} if before.get("layer") == int(layer) and "tracking" in before else {}
+    names = ("tracking", "transfer") if before.get("layer") == int(layer) else ()
+    kept = {name: before[name] for name in names if name in before}
     return {
         "layer": int(layer),
         "head": int(head[0]) if kind == "head" else None,
@@ -73,12 +64,14 @@ def preset_of(row: dict[str, Any], videos: int, before: Mapping[str, Any]) -> di
         "source": f"best of all layers and heads on {videos} generated validation videos at {size}",
         "timestep": row["timestep"],
         "validation_share_within_one_token": round(row["share"], 4),
-        **tracking,
+        **kept,
     }
 
 
 def main() -> None:
-    arguments = parsed_arguments()
+    parser = new_parser(__doc__, pipeline=True)
+    parser.add_argument("--videos", type=int, default=8)
+    arguments = parser.parse_args()
     pipe = load_embedded_pipeline(arguments.pipeline)
     rows = candidates(pipe, arguments.videos)
     for row in rows[:12]:
@@ -86,12 +79,9 @@ def main() -> None:
     best = next(row for row in rows if row["reading"].startswith("query-key"))
     for kind in ("mean", "block", "attention", "patches"):
         print(next(row for row in rows if kind in row["reading"]))
-    output = pathlib.Path(arguments.output)
-    fresh = output.with_suffix(".part")
     there = (WEIGHTS if arguments.pipeline is None else pathlib.Path(arguments.pipeline)) / PRESET_FILE
-    before = json.loads(there.read_text(encoding="utf-8")) if there.is_file() else {}
-    fresh.write_text(json.dumps(preset_of(best, arguments.videos, before), indent=2) + "\n", encoding="utf-8")
-    os.replace(fresh, output)
+    before = read_json(there) if there.is_file() else {}
+    write_json(arguments.output, preset_of(best, arguments.videos, before), indent=2)
 
 
 if __name__ == "__main__":

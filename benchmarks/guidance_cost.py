@@ -12,55 +12,35 @@ which other programs on the machine do not lengthen, and of the clock on a GPU, 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import statistics
-import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers import CogVideoXPipeline
+from experiment import RandomModel, Record, clock_of, new_parser
+from torch import Tensor
 
 from corrdit import CrossAttentionGuidance, TokenGrid, load_backbone
 from corrdit.benchmark.environment import environment
 from corrdit.integrations.diffusers.guidance.perturbations import SubstituteAttention
 from corrdit.integrations.diffusers.host.attention import intercepting
 
-LAYERS, PERTURBED = 30, (13, 17, 21)
-TEXT_TOKENS, TEXT_CHANNELS = 226, 64
+PERTURBED = (13, 17, 21)
 SCALE, CLASSIFIER_FREE_SCALE = 1.0, 6.0
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-
-
-def random_pipeline(arguments: argparse.Namespace) -> Any:
-    from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
-
-    torch.manual_seed(0)
-    transformer = CogVideoXTransformer3DModel(
-        num_attention_heads=arguments.heads,
-        attention_head_dim=64,
-        num_layers=LAYERS,
-        text_embed_dim=TEXT_CHANNELS,
-        sample_height=2 * arguments.rows,
-        sample_width=2 * arguments.columns,
-        sample_frames=4 * (arguments.frames - 1) + 1,
-        max_text_seq_length=TEXT_TOKENS,
-    )
-    scheduler = CogVideoXDDIMScheduler(timestep_spacing="trailing")
-    pipe = CogVideoXPipeline(None, None, None, transformer.eval(), scheduler).to(arguments.device)
-    return pipe.to(getattr(torch, arguments.dtype))
 
 
 class Step:
     """One denoising step of a pipeline in three ways; `prediction` is what the scheduler was given."""
 
-    def __init__(self, pipe: Any, layers: tuple[int, ...], call: dict[str, Any]) -> None:
+    def __init__(self, pipe: CogVideoXPipeline, layers: tuple[int, ...], call: Record) -> None:
         self.pipe, self.layers, self.call = pipe, layers, call
         self.third_branch = False
         self.prediction = torch.empty(0)
-        self._third: torch.Tensor | None = None
+        self._third: Tensor | None = None
         pipe.set_progress_bar_config(disable=True)
         pipe.transformer.register_forward_hook(self._after_forward, with_kwargs=True)
         self._scheduler_step = pipe.scheduler.step
@@ -68,21 +48,22 @@ class Step:
 
     def run(self, guided: bool, third_branch: bool) -> None:
         self.third_branch = third_branch
-        guidance: Any = contextlib.nullcontext()
-        if guided:
-            guidance = CrossAttentionGuidance(self.pipe, self.layers, SCALE)
+        guidance = CrossAttentionGuidance(self.pipe, self.layers, SCALE) if guided else contextlib.nullcontext()
         with guidance:
             self.pipe(**self.call, generator=torch.Generator().manual_seed(0))
 
-    def _recorded_step(self, prediction: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _recorded_step(self, prediction: Tensor, *args: object, **kwargs: object) -> object:
         self.prediction = prediction if self._third is None else prediction + SCALE * self._third.float()
         self._third = None
         return self._scheduler_step(prediction, *args, **kwargs)
 
-    def _after_forward(self, transformer: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    def _after_forward(
+        self, transformer: torch.nn.Module, args: tuple[object, ...], kwargs: Record, output: tuple[Tensor]
+    ) -> None:
         if not self.third_branch:
             return
-        half = {name: self._conditional(value) for name, value in kwargs.items()}
+        tensors = {name for name, value in kwargs.items() if isinstance(value, Tensor) and value.shape[0] == 2}
+        half = {name: value[1:] if name in tensors else value for name, value in kwargs.items()}
         frames, height, width = (kwargs["hidden_states"].shape[index] for index in (1, 3, 4))
         text = kwargs["encoder_hidden_states"].shape[1]
         grid = TokenGrid(frames, height // 2, width // 2, text_tokens=text)
@@ -92,22 +73,18 @@ class Step:
             third = transformer.forward(**half)[0]
         self._third = output[0].chunk(2)[1] - third
 
-    @staticmethod
-    def _conditional(value: Any) -> Any:
-        return value[1:] if isinstance(value, torch.Tensor) and value.shape[0] == 2 else value
 
-
-def _masked(module: torch.nn.Module, grid: TokenGrid) -> Callable[[], None]:
+def _masked(module: torch.nn.Module, grid: TokenGrid) -> Callable[[], object]:
     """Give a module full attention with a mask of all tokens by all tokens; returns what undoes it."""
     original = module.forward
 
-    def attention(q: Any, k: Any, v: Any, grid: TokenGrid, *, scale: float, key_mask: Any) -> torch.Tensor:
+    def attention(q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, *, scale: float, key_mask: Tensor | None) -> Tensor:
         frame = torch.full((grid.tokens,), -1, device=q.device)
         frame[grid.video_slice] = torch.arange(grid.frames, device=q.device).repeat_interleave(grid.tokens_per_frame)
         seen = (frame[:, None] == frame) | (frame[:, None] < 0) | (frame < 0)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def forward(*args: object, **kwargs: object) -> object:
         with intercepting([SubstituteAttention(attention, grid, None)]):
             return original(*args, **kwargs)
 
@@ -115,7 +92,7 @@ def _masked(module: torch.nn.Module, grid: TokenGrid) -> Callable[[], None]:
     return lambda: module.__dict__.pop("forward")
 
 
-def measure(step: Step, rounds: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def measure(step: Step, rounds: int, device: torch.device, dtype: torch.dtype) -> Record:
     ways = {"two branches": (False, False), "guided": (True, False), "three branches": (False, True)}
     predictions = {}
     for name, way in ways.items():
@@ -126,19 +103,18 @@ def measure(step: Step, rounds: int, device: torch.device, dtype: torch.dtype) -
     changed = float((predictions["guided"] - predictions["two branches"]).abs().max())
     if not error < TOLERANCE[dtype] or changed == 0:
         raise SystemExit(f"the guided prediction differs from the plain third branch by {error:.1e}; no times")
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    on_gpu = device.type == "cuda"
+    clock = clock_of(device, processor=not on_gpu)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    peaks: dict[str, int | None] = dict.fromkeys(ways)
+    peaks = {}
     for _ in range(rounds):
         for name, way in ways.items():
-            if device.type == "cuda":
+            if on_gpu:
                 torch.cuda.reset_peak_memory_stats()
-            _synchronise(device)
             began = clock()
             step.run(*way)
-            _synchronise(device)
             seconds[name].append(clock() - began)
-            if device.type == "cuda":
+            if on_gpu:
                 peaks[name] = torch.cuda.max_memory_allocated()
     rows = {name: statistics.quantiles(values, n=4) for name, values in seconds.items()}
     plain, guided, third = (rows[name][1] for name in ways)
@@ -147,17 +123,12 @@ def measure(step: Step, rounds: int, device: torch.device, dtype: torch.dtype) -
         "seconds_quartiles": rows,
         "extra_of_a_third_branch": (guided - plain) / (third - plain),
         "guided_over_plain": guided / plain,
-        "peak_bytes": peaks if device.type == "cuda" else None,
+        "peak_bytes": peaks or None,
     }
 
 
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__, output=False)
     parser.add_argument("--rounds", type=int, default=5, help="at least 2, for quartiles")
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--frames", type=int, default=9, help="latent frames")
@@ -169,31 +140,23 @@ def main() -> None:
     if arguments.rounds < 2:
         parser.error(f"--rounds must be at least 2, got {arguments.rounds}")
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
-    embeds = torch.randn(2, 1, TEXT_TOKENS, TEXT_CHANNELS, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    sizes = {name: getattr(arguments, name) for name in ("heads", "frames", "rows", "columns")}
+    model = RandomModel(**sizes)
+    generator = torch.Generator().manual_seed(0)
+    embeds = torch.randn(2, 1, model.text_tokens, model.text_channels, generator=generator).to(device, dtype)
     call = {"num_inference_steps": 1, "guidance_scale": CLASSIFIER_FREE_SCALE, "output_type": "latent"}
     prompts = {"prompt_embeds": embeds[0], "negative_prompt_embeds": embeds[1]}
     with torch.inference_mode():
-        pipe = random_pipeline(arguments)
-        row = measure(Step(pipe, PERTURBED, {**call, **prompts}), arguments.rounds, device, dtype)
-        tokens = TEXT_TOKENS + arguments.frames * arguments.rows * arguments.columns
-        _report("30 layers, random", PERTURBED, tokens, arguments, row, device)
         backbone = load_backbone("embedded", device=device, dtype=dtype)
-        layers = (backbone.preset.layer,)
-        step = Step(backbone.pipe, layers, {**call, "prompt": "a red disc moves left over stripes"})
-        row = measure(step, arguments.rounds, device, dtype)
-        _report("embedded", layers, 24 + 8 * 64, arguments, row, device)
-
-
-def _report(
-    model: str,
-    layers: tuple[int, ...],
-    tokens: int,
-    arguments: argparse.Namespace,
-    row: dict[str, Any],
-    device: torch.device,
-) -> None:
-    facts = {"model": model, "layers": layers, "tokens": tokens, "heads": arguments.heads, "dtype": arguments.dtype}
-    print(json.dumps({**facts, **row, **environment(device)}), flush=True)
+        embedded_call = {**call, "prompt": "a red disc moves left over stripes"}
+        for name, pipe, layers, tokens, words in (
+            ("30 layers, random", model.pipeline(device, dtype), PERTURBED, model.tokens, {**call, **prompts}),
+            ("embedded", backbone.pipe, (backbone.preset.reading.layer,), 24 + 8 * 64, embedded_call),
+        ):
+            row = measure(Step(pipe, layers, words), arguments.rounds, device, dtype)
+            about = {"model": name, "layers": layers, "tokens": tokens}
+            about |= {"heads": arguments.heads, "dtype": arguments.dtype}
+            print(json.dumps({**about, **row, **environment(device)}), flush=True)
 
 
 if __name__ == "__main__":

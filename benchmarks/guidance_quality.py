@@ -13,22 +13,20 @@ at any time, and the summary holds what is there.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import hashlib
+import functools
 import json
 import pathlib
 import sys
 import time
-from typing import Any
 
 import numpy as np
 import torch
+from experiment import Record, facts, interval, kept, new_parser, weights_digest, write_json
 from video_measures import measures
 
 from corrdit import CrossAttentionGuidance, load_backbone
-from corrdit.benchmark.environment import environment
-from corrdit.files import written_beside
+from corrdit.integrations.embedded.pipeline import EmbeddedVideoPipeline
 from corrdit.integrations.embedded.world import WorldConfig, describe, render
 
 HELD_OUT = 10**9 + 40_000
@@ -36,14 +34,13 @@ GROUP = 16
 WORLD = WorldConfig()
 CLASSIFIER_TIMESTEPS = (300, 700)
 OTHER_PROMPTS = 2
-RESAMPLES = 2000
 BASELINE, RENDERED = "none", "rendered"
 
 
-def settings(layers: int, matching: int) -> dict[str, dict[str, Any] | None]:
+def settings(layers: int, matching: int) -> dict[str, Record | None]:
     """Arguments of the guidance by name of the setting; the matching layer at scale 1, masked, is the centre."""
     centre = {"layers": (matching,), "scale": 1.0, "renormalize": True}
-    found: dict[str, dict[str, Any] | None] = {RENDERED: None, BASELINE: None, "centre": centre}
+    found: dict[str, Record | None] = {RENDERED: None, BASELINE: None, "centre": centre}
     for layer in range(layers):
         if layer != matching:
             found[f"layer {layer}"] = {**centre, "layers": (layer,)}
@@ -62,7 +59,9 @@ def settings(layers: int, matching: int) -> dict[str, dict[str, Any] | None]:
 
 
 @torch.no_grad()
-def videos_of(pipe: Any, name: str, guidance: dict[str, Any] | None, group: int, call: dict[str, Any]) -> torch.Tensor:
+def videos_of(
+    pipe: EmbeddedVideoPipeline, name: str, guidance: Record | None, group: int, call: Record
+) -> torch.Tensor:
     """Float videos `[GROUP, T, 3, H, W]` in 0..1 of one group of prompts."""
     scenes = [WORLD.scene(HELD_OUT + number) for number in numbers(group)]
     if name == RENDERED:
@@ -75,21 +74,12 @@ def videos_of(pipe: Any, name: str, guidance: dict[str, Any] | None, group: int,
         return pipe(prompts, generator=generators, output_type="pt", **size, **call).frames.float()
 
 
-def weights_digest(transformer: torch.nn.Module) -> str:
-    """Which weights the figures belong to: the start of the SHA-256 of all of them in float16."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(transformer.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.to(torch.float16).contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def numbers(group: int) -> range:
     return range(GROUP * group, GROUP * (group + 1))
 
 
 @torch.no_grad()
-def adherence(pipe: Any, videos: torch.Tensor, group: int) -> dict[str, torch.Tensor]:
+def adherence(pipe: EmbeddedVideoPipeline, videos: torch.Tensor, group: int) -> dict[str, torch.Tensor]:
     """By the model itself: whether a video's own prompt explains it better than others do, and by how much.
 
     - adherence: share of other prompts with a larger denoising error.
@@ -97,8 +87,7 @@ def adherence(pipe: Any, videos: torch.Tensor, group: int) -> dict[str, torch.Te
     """
     prompts = [describe(WORLD.scene(HELD_OUT + number)) for number in numbers(group)]
     text, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
-    latents = pipe.vae.encode((2 * videos - 1).transpose(1, 2)).latent_dist.mode().transpose(1, 2)
-    latents = latents * pipe.vae.config.scaling_factor
+    latents = pipe.vae.encode_frames(videos)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(group))
     frames, height, width = WORLD.frames, WORLD.height, WORLD.width
     rotary = pipe._prepare_rotary_positional_embeddings(height, width, frames, latents.device)
@@ -119,14 +108,15 @@ def adherence(pipe: Any, videos: torch.Tensor, group: int) -> dict[str, torch.Te
     }
 
 
-def make_shard(
-    pipe: Any, path: pathlib.Path, name: str, guidance: Any, group: int, call: dict[str, Any], weights: str
-) -> None:
+def made_shard(
+    pipe: EmbeddedVideoPipeline, name: str, guidance: Record | None, group: int, call: Record, weights: str
+) -> Record:
     began = time.process_time()
     videos = videos_of(pipe, name, guidance, group, call)
     seconds = time.process_time() - began
     values = {**measures(videos), **adherence(pipe, videos, group)}
-    shard = {
+    print(f"{name}, group {group}: done", file=sys.stderr, flush=True)
+    return {
         "setting": name,
         "guidance": guidance,
         "group": group,
@@ -135,44 +125,34 @@ def make_shard(
         "processor_seconds": seconds,
         "values": {key: value.tolist() for key, value in values.items()},
     }
-    with written_beside(path, "w") as file:
-        json.dump(shard, file)
 
 
-def interval(values: np.ndarray) -> list[float]:
-    """Mean and bootstrap interval of 95 %."""
-    source = np.random.default_rng(0)
-    means = values[source.integers(0, len(values), (RESAMPLES, len(values)))].mean(axis=1)
-    return [float(values.mean()), *(float(value) for value in np.quantile(means, (0.025, 0.975)))]
-
-
-def summarised(shards: dict[tuple[str, int], dict[str, Any]], names: list[str]) -> dict[str, Any]:
+def summarised(shards: dict[tuple[str, int], Record], names: list[str]) -> Record:
     """By setting and measure: mean with interval, and the paired difference to no guidance with interval."""
-    summary: dict[str, Any] = {}
+
+    def joined(name: str, groups: list[int], measure: str) -> np.ndarray:
+        return np.concatenate([shards[name, group]["values"][measure] for group in groups])
+
+    summary: Record = {}
     for name in names:
         groups = sorted(group for setting, group in shards if setting == name)
-        paired = [group for group in groups if (BASELINE, group) in shards]
         if not groups:
             continue
-        row: dict[str, Any] = {"videos": GROUP * len(groups), "guidance": shards[name, groups[0]]["guidance"]}
-        for measure in shards[name, groups[0]]["values"]:
-            values = joined(shards, name, groups, measure)
-            row[measure] = {"mean": interval(values)}
+        paired = [group for group in groups if (BASELINE, group) in shards]
+        first = shards[name, groups[0]]
+        row: Record = {"videos": GROUP * len(groups), "guidance": first["guidance"]}
+        for measure in first["values"]:
+            row[measure] = {"mean": interval(joined(name, groups, measure))}
             if paired and name != BASELINE:
-                difference = joined(shards, name, paired, measure) - joined(shards, BASELINE, paired, measure)
+                difference = joined(name, paired, measure) - joined(BASELINE, paired, measure)
                 row[measure]["difference"] = interval(difference)
         summary[name] = row
     return summary
 
 
-def joined(shards: dict[tuple[str, int], dict[str, Any]], name: str, groups: list[int], measure: str) -> np.ndarray:
-    return np.concatenate([shards[name, group]["values"][measure] for group in groups])
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True, help="JSON file to write")
-    parser.add_argument("--shards", required=True, help="folder for shards, made if need be")
+    parser = new_parser(__doc__)
+    parser.add_argument("--shards", type=pathlib.Path, required=True, help="folder for shards, made if need be")
     parser.add_argument("--model", default="embedded", help="for load_backbone")
     parser.add_argument("--videos", type=int, default=64, help=f"prompts, a multiple of {GROUP}")
     parser.add_argument("--layer", type=int, default=None, help="centre; the matching layer if left out")
@@ -185,37 +165,33 @@ def main() -> None:
     backbone = load_backbone(arguments.model)
     call = {"num_inference_steps": arguments.steps, "guidance_scale": arguments.guidance_scale}
     weights = weights_digest(backbone.transformer)
-    centre = backbone.preset.layer if arguments.layer is None else arguments.layer
+    centre = backbone.preset.reading.layer if arguments.layer is None else arguments.layer
     chosen = settings(backbone.layers, centre)
     if arguments.settings is not None:
         chosen = {name: chosen[name] for name in arguments.settings}
-    folder = pathlib.Path(arguments.shards)
-    folder.mkdir(parents=True, exist_ok=True)
+    arguments.shards.mkdir(parents=True, exist_ok=True)
     shards = {}
     for group in range(arguments.videos // GROUP):
         for name, guidance in chosen.items():
-            path = folder / f"{name.replace(' ', '_').replace(',', '')}-{group}.json"
-            if not path.is_file() and time.monotonic() < deadline:
-                make_shard(backbone.pipe, path, name, guidance, group, call, weights)
-                print(f"{name}, group {group}: done", file=sys.stderr, flush=True)
-            if path.is_file():
-                shard = json.loads(path.read_text())
-                expected = json.loads(json.dumps([call, weights, guidance]))
-                if [shard["call"], shard["weights"], shard["guidance"]] != expected:
-                    raise SystemExit(f"{path} was made with other settings; give another folder for shards")
-                shards[name, group] = shard
+            path = arguments.shards / f"{name.replace(' ', '_').replace(',', '')}-{group}.json"
+            make = functools.partial(made_shard, backbone.pipe, name, guidance, group, call, weights)
+            shard = kept(path, make, begin=time.monotonic() < deadline)
+            if shard is None:
+                continue
+            expected = json.loads(json.dumps([call, weights, guidance]))
+            if [shard["call"], shard["weights"], shard["guidance"]] != expected:
+                raise SystemExit(f"{path} was made with other settings; give another folder for shards")
+            shards[name, group] = shard
     result = {
-        "command": " ".join(["python", *sys.argv]),
-        **environment(torch.device("cpu")),
+        **facts(),
         "model": backbone.name,
         "weights": weights,
-        "matching_layer": backbone.preset.layer,
+        "matching_layer": backbone.preset.reading.layer,
         "centre_layer": centre,
         "call": call,
         "settings": summarised(shards, list(chosen)),
     }
-    with written_beside(arguments.output, "w") as file:
-        json.dump(result, file, indent=1)
+    write_json(arguments.output, result)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,12 @@ A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`.
 
 from __future__ import annotations
 
-import argparse
-import json
 import pathlib
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+
+from experiment import RESULTS, Record, new_parser, read_json
 
 from corrdit.files import written_beside
 
@@ -89,14 +88,14 @@ def interval(row: Mapping[str, float] | Sequence[float], sign: str = "", digits:
     return f"{mean} ({low} to {high})"
 
 
-def matching(result: Mapping[str, Any]) -> str:
+def matching(result: Record) -> str:
     found = result["training_size"]["summary"]
     kinds = [kind for kind in MATCHING if all(kind in row for row in found.values())]
     rows = ([timestep, *(percent(row[kind]["share"]) for kind in kinds)] for timestep, row in found.items())
     return table(["timestep", *(MATCHING[kind] for kind in kinds)], rows)
 
 
-def tracking(result: Mapping[str, Any], variants: Iterable[str] = TRACKERS) -> str:
+def tracking(result: Record, variants: Iterable[str] = TRACKERS) -> str:
     head = ["tracker", "average Jaccard", "points within thresholds", "within 1 px", "within 2 px", "visibility"]
     measured = {row["variant"]: row for row in result["rows"]}
     rows = (
@@ -106,11 +105,11 @@ def tracking(result: Mapping[str, Any], variants: Iterable[str] = TRACKERS) -> s
     return table(head, rows)
 
 
-def summary(result: Mapping[str, Any]) -> str:
+def summary(result: Record) -> str:
     return tracking(result, ("default", "published procedure", "Lucas-Kanade", "standing still"))
 
 
-def transfer(result: Mapping[str, Any]) -> str:
+def transfer(result: Record) -> str:
     measured = result["tables"]["main"]
     rows = []
     for key, name in METHODS.items():
@@ -120,7 +119,7 @@ def transfer(result: Mapping[str, Any]) -> str:
     return table(["method", "motion fidelity", "above no transfer", "direction error"], rows)
 
 
-def guidance(result: Mapping[str, Any]) -> str:
+def guidance(result: Record) -> str:
     measured, centre = result["settings"], result["centre_layer"]
     plain = {name: measured["none"][name]["mean"][0] for name in ("residual", "survival", "motion", "adherence")}
     head = [
@@ -147,7 +146,7 @@ def guidance(result: Mapping[str, Any]) -> str:
     return table(head, rows)
 
 
-TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
+TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "matching": ("embedded_matching.json", matching),
     "tracking": ("tracking.json", tracking),
     "summary": ("tracking.json", summary),
@@ -161,7 +160,7 @@ def made(name: str, results: pathlib.Path) -> str:
     if name not in TABLES:
         raise ValueError(f"no table is called {name!r}; known are {', '.join(TABLES)}")
     file, make = TABLES[name]
-    return make(json.loads((results / file).read_text(encoding="utf-8")))
+    return make(read_json(results / file))
 
 
 def filled(text: str, results: pathlib.Path) -> tuple[str, list[str]]:
@@ -178,10 +177,10 @@ def filled(text: str, results: pathlib.Path) -> tuple[str, list[str]]:
 
 
 def main(words: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__, output=False)
     parser.add_argument("--check", action="store_true", help="write nothing")
     parser.add_argument("--page", type=pathlib.Path, nargs="+", default=list(PAGES))
-    parser.add_argument("--results", type=pathlib.Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
     arguments = parser.parse_args(words)
     different = []
     for page in arguments.page:

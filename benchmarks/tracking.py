@@ -11,22 +11,21 @@ that a run that was killed goes on where it stopped, and several processes can s
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import pathlib
-import sys
 import time
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
+from experiment import Record, facts_apart, interval, kept, new_parser, share_of, weights_digest, write_json
 from tracking_trackers import TRACKERS, Variant, variants
 
 from corrdit import load_backbone
-from corrdit.benchmark.environment import environment
 from corrdit.data.tapvid import TapVidSample
 from corrdit.evaluation.scoring import evaluate_video
-from corrdit.files import written_beside
+from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.embedded.world import WorldConfig, generate
 
 SEEDS = {"report": 2_000_000_000, "tune": 2_050_000_000}
@@ -37,11 +36,10 @@ FIGURES = (
     *(f"pts_within_{threshold}" for threshold in (1, 2, 4, 8, 16)),
 )
 COMPARED = ("average_pts_within_thresh", "average_jaccard")
-DRAWS = 2000
 
 
 def parsed_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--pipeline", default="embedded", help="name of a backbone or folder of a pipeline")
     parser.add_argument("--clips", type=int, default=6)
     parser.add_argument("--seeds", choices=list(SEEDS), default="report", help="tune: clips for choosing options")
@@ -53,9 +51,6 @@ def parsed_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--shard", default="1/1", metavar="I/N", help="do every N-th clip only, from the I-th")
     parser.add_argument("--parts", type=pathlib.Path, help="folder of the single results; beside --output by default")
-    parser.add_argument(
-        "--output", type=pathlib.Path, required=True, help="JSON file, written once all clips are there"
-    )
     return parser.parse_args()
 
 
@@ -66,28 +61,24 @@ def main() -> None:
     parts = arguments.parts or arguments.output.with_suffix(".parts")
     parts.mkdir(parents=True, exist_ok=True)
     digest = model_digest(backbone)
-    files = {
-        (variant.name, clip): parts / f"{key(variant, clip, digest, arguments)}.json"
-        for variant in rows
-        for clip in range(arguments.clips)
-    }
-    shard, shards = (int(number) for number in arguments.shard.split("/"))
-    for clip in range(shard - 1, arguments.clips, shards):
-        missing = [variant for variant in rows if not files[variant.name, clip].exists()]
-        if missing:
-            sample = clip_sample(clip, arguments)
-            for variant in missing:
-                record = measured(variant, backbone, sample)
-                with written_beside(files[variant.name, clip], "w") as file:
-                    json.dump(record, file)
-                print(clip, json.dumps(record), flush=True)
-    if all(file.exists() for file in files.values()):
-        write_table(arguments, backbone, rows, files, digest)
+    shard, shards = share_of(arguments.shard)
+    records: dict[str, list[Record]] = {variant.name: [] for variant in rows}
+    missing = 0
+    for clip in range(arguments.clips):
+        sample = functools.cache(functools.partial(clip_sample, clip, arguments))
+        for variant in rows:
+            file = parts / f"{key(variant, clip, digest, arguments)}.json"
+            make = functools.partial(measured, variant, backbone, clip, sample)
+            record = kept(file, make, begin=clip % shards == shard - 1)
+            missing += record is None
+            records[variant.name].append(record)
+    if missing:
+        print(f"{missing} results of other shards are missing")
     else:
-        print(f"{sum(not file.exists() for file in files.values())} results of other shards are missing")
+        write_table(arguments, backbone.name, rows, records, digest)
 
 
-def chosen_variants(backbone: Any, arguments: argparse.Namespace) -> list[Variant]:
+def chosen_variants(backbone: Backbone, arguments: argparse.Namespace) -> list[Variant]:
     known = {variant.name: variant for variant in variants(backbone)}
     unknown = sorted(set(arguments.variants or ()) - set(known))
     if unknown:
@@ -103,12 +94,10 @@ def key(variant: Variant, clip: int, digest: str, arguments: argparse.Namespace)
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def model_digest(backbone: Any) -> str:
+def model_digest(backbone: Backbone) -> str:
     """Of the transformer's weights and of the settings it is read with."""
-    total = hashlib.sha256(repr(backbone.preset).encode())
-    for name, weight in sorted(backbone.transformer.state_dict().items()):
-        total.update(name.encode() + weight.detach().float().cpu().numpy().tobytes())
-    return total.hexdigest()[:16]
+    text = repr(backbone.preset) + weights_digest(backbone.transformer)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def clip_sample(clip: int, arguments: argparse.Namespace) -> TapVidSample:
@@ -126,64 +115,57 @@ def clip_sample(clip: int, arguments: argparse.Namespace) -> TapVidSample:
     )
 
 
-def measured(variant: Variant, backbone: Any, sample: TapVidSample) -> dict[str, Any]:
+def measured(variant: Variant, backbone: Backbone, clip: int, sample: Callable[[], TapVidSample]) -> Record:
+    video = sample()
     began = time.process_time()
-    record = evaluate_video(TRACKERS[variant.kind](backbone, variant.options), sample).record
+    record = evaluate_video(TRACKERS[variant.kind](backbone, variant.options), video).record
     figures = {name: record["figures"][name] for name in FIGURES}
-    return {"variant": variant.name, **figures, "processor_seconds": round(time.process_time() - began, 2)}
+    row = {"variant": variant.name, **figures, "processor_seconds": round(time.process_time() - began, 2)}
+    print(clip, json.dumps(row), flush=True)
+    return row
 
 
 def write_table(
-    arguments: argparse.Namespace, backbone: Any, rows: list[Variant], files: dict[Any, pathlib.Path], digest: str
+    arguments: argparse.Namespace, model: str, rows: list[Variant], records: dict[str, list[Record]], digest: str
 ) -> None:
-    values = {
-        variant.name: [json.loads(files[variant.name, clip].read_text()) for clip in range(arguments.clips)]
-        for variant in rows
+    clips = {
+        "count": arguments.clips,
+        "first_seed": SEEDS[arguments.seeds],
+        "size": list(arguments.size),
+        "points": arguments.points**2,
     }
     table = [
-        {"variant": row.name, "kind": row.kind, "options": row.options, **summary(row.name, values)} for row in rows
+        {"variant": row.name, "kind": row.kind, "options": row.options, **summary(row.name, records)} for row in rows
     ]
-    record = {
-        "command": " ".join(["benchmarks/tracking.py", *sys.argv[1:]]),
-        "environment": environment(torch.device("cpu")),
-        "model": {"name": backbone.name, "digest": digest},
-        "clips": {
-            "count": arguments.clips,
-            "first_seed": SEEDS[arguments.seeds],
-            "size": list(arguments.size),
-            "points": arguments.points**2,
-        },
+    result = {
+        **facts_apart(),
+        "model": {"name": model, "digest": digest},
+        "clips": clips,
         "rows": table,
     }
-    with written_beside(arguments.output, "w") as file:
-        json.dump(record, file, indent=1)
+    write_json(arguments.output, result)
     print_table(table)
 
 
-def summary(name: str, values: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+def summary(name: str, records: dict[str, list[Record]]) -> Record:
     """Means over clips with intervals, and paired differences to the default and the published procedure."""
-    result: dict[str, Any] = {
-        figure: interval(np.array([record[figure] for record in values[name]], float)) for figure in FIGURES
-    }
+    mine = records[name]
+    result: Record = {figure: rounded_interval([one[figure] for one in mine]) for figure in FIGURES}
     for other in ("default", "published procedure"):
-        if other in values and other != name:
+        if other in records and other != name:
             for figure in COMPARED:
-                pairs = zip(values[name], values[other], strict=True)
-                difference = np.array([one[figure] - two[figure] for one, two in pairs])
-                result[f"{figure}_minus_{other.split()[0]}"] = interval(difference)
-    result["processor_seconds_a_clip"] = round(float(np.mean([one["processor_seconds"] for one in values[name]])), 2)
+                difference = [one[figure] - two[figure] for one, two in zip(mine, records[other], strict=True)]
+                result[f"{figure}_minus_{other.split()[0]}"] = rounded_interval(difference)
+    result["processor_seconds_a_clip"] = round(float(np.mean([one["processor_seconds"] for one in mine])), 2)
     return result
 
 
-def interval(values: np.ndarray) -> list[float]:
-    """Mean over clips and its 95 % bootstrap interval; clips without a case for a ratio are left out."""
-    values = values[~np.isnan(values)]
-    drawn = np.random.default_rng(0).integers(len(values), size=(DRAWS, len(values)))
-    low, high = np.quantile(values[drawn].mean(1), (0.025, 0.975))
-    return [round(float(value), 4) for value in (values.mean(), low, high)]
+def rounded_interval(values: Sequence[float]) -> list[float]:
+    """Clips without a case for a ratio are left out."""
+    return [round(value, 4) for value in interval([value for value in values if not np.isnan(value)])]
 
 
-def print_table(table: list[dict[str, Any]]) -> None:
+def print_table(table: list[Record]) -> None:
     print(f"{'':34}  <d avg                AJ    OA    <1    <2    <4    <8   <16   <d avg less default   s/clip")
     for row in table:
         mean, low, high = (100 * value for value in row["average_pts_within_thresh"])

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+
+import numpy as np
+from experiment import Record
 
 from corrdit import PointTracker, Tracks
+from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.feature_backbone import FeatureBackbone
 from corrdit.tracking.baselines import nearest_patches, standing_still
 from corrdit.tracking.pseudo_truth import lucas_kanade
 
-Track = Callable[[Any, Any], Tracks]
+Track = Callable[[np.ndarray, np.ndarray], Tracks]
 
 
 @dataclass(frozen=True)
@@ -21,21 +24,21 @@ class Variant:
 
     name: str
     kind: str
-    options: Mapping[str, Any]
+    options: Record
 
 
-def _features(backbone: Any, options: Mapping[str, Any]) -> Track:
+def _features(backbone: Backbone, options: Record) -> Track:
     given = dict(options)
     read = FeatureBackbone(backbone, given.pop("feature"))
-    layer = given.pop("layer", backbone.preset.layer)
+    layer = given.pop("layer", backbone.preset.reading.layer)
     return PointTracker(read, layer=layer, head_weights=(), heads="logits", **given).track
 
 
-def _still(backbone: Any, options: Mapping[str, Any]) -> Track:
+def _still(backbone: Backbone, options: Record) -> Track:
     return lambda video, queries: standing_still(queries, len(video))
 
 
-TRACKERS: dict[str, Callable[[Any, Mapping[str, Any]], Track]] = {
+TRACKERS: dict[str, Callable[[Backbone, Record], Track]] = {
     "tracker": lambda backbone, options: PointTracker(backbone, **options).track,
     "features": _features,
     "patches": lambda backbone, options: nearest_patches,
@@ -44,20 +47,20 @@ TRACKERS: dict[str, Callable[[Any, Mapping[str, Any]], Track]] = {
 }
 
 
-def released_temperature(backbone: Any) -> float:
+def released_temperature(backbone: Backbone) -> float:
     """The released tracking code scales products by the number of heads to the -1/2 in place of their size."""
     config = backbone.transformer.config
     return float((config.attention_head_dim / config.num_attention_heads) ** 0.5)
 
 
-def variants(backbone: Any) -> list[Variant]:
+def variants(backbone: Backbone) -> list[Variant]:
     """All rows for a backbone; its preset's own options for the tracker are the default that rows change."""
-    own = dict(getattr(backbone.preset, "tracking", None) or {})
-    mean = {**own, "layers": (), "layer": backbone.preset.layer, "head_weights": ()}
+    own = dict(backbone.preset.described()["tracking"])
+    mean = {**own, "layers": (), "layer": backbone.preset.reading.layer, "head_weights": ()}
     mean.pop("layers")
     published = {"preset": "published", "temperature": released_temperature(backbone)}
     filtered = [(f"low-pass {spread:g}", {"low_pass": spread}) for spread in (0.4, 0.8)]
-    changed: list[tuple[str, dict[str, Any]]] = [
+    changed: list[tuple[str, Record]] = [
         ("default", {}),
         ("mean over all heads of one layer", {**mean, "heads": "logits"}),
         ("mean of softmaxes over its heads", {**mean, "heads": "probabilities"}),

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional
 
 from corrdit import metrics, motion
+from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.embedded.world import WorldConfig, generate
-from corrdit.integrations.embedded.world.prompts import subject_words
-from corrdit.integrations.embedded.world.scene import Scene
+from corrdit.integrations.embedded.world.scene import Scene, subject_words
 
 SIZE = WorldConfig(frames=8, height=32, width=32)
 FIRST_SEED = 1_000_300_000
@@ -119,7 +118,7 @@ def measures(case: Case, video: np.ndarray) -> dict[str, float]:
 
 
 @torch.no_grad()
-def adherence(backbone: Any, video: np.ndarray, prompt: str, others: list[str], *, noises: int = 4) -> float:
+def adherence(backbone: Backbone, video: np.ndarray, prompt: str, others: list[str], *, noises: int = 4) -> float:
     """Share of other prompts that explain a video worse than its own, by the model's error at fixed noise."""
     latents = backbone.encode_video(video, height=video.shape[1], width=video.shape[2])[None]
     source = torch.Generator().manual_seed(0)
@@ -153,12 +152,3 @@ def moved_frame(index: int, first_seed: int = FIRST_SEED) -> tuple[np.ndarray, n
         left, top = ((side - SIZE.height) / 2 - step * (frame - (SIZE.frames - 1) / 2)).round().astype(int)
         frames.append(clip.video[0, top : top + SIZE.height, left : left + SIZE.width])
     return np.stack(frames), step
-
-
-def interval(values: Any, *, draws: int = 2000) -> dict[str, float]:
-    """Mean with its 95 % bootstrap interval over references."""
-    values = np.asarray(values, dtype=np.float64)
-    rng = np.random.default_rng(0)
-    means = values[rng.integers(0, len(values), (draws, len(values)))].mean(1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return {"mean": float(values.mean()), "low": float(low), "high": float(high), "count": len(values)}

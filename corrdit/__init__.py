@@ -26,10 +26,11 @@ _LAZY_ATTRIBUTES = {
 _LAZY_MODULES = ("data", "metrics", "motion", "ops", "testing", "tracking", "video", "visualization")
 
 MOVED = {
+    "corrdit.analysis.options": "corrdit.analysis.protocols",
     "corrdit.analysis.pseudo_truth": "corrdit.tracking.pseudo_truth",
     "corrdit.analysis:world_items": "corrdit.integrations.embedded.world.analysis_items:world_items",
-    "corrdit.data.prompts": "corrdit.integrations.embedded.world.prompts",
-    "corrdit.data.sampling": "corrdit.integrations.embedded.world.sampling",
+    "corrdit.data.prompts": "corrdit.integrations.embedded.world.scene",
+    "corrdit.data.sampling": "corrdit.integrations.embedded.world.clips",
     "corrdit.data.scene": "corrdit.integrations.embedded.world.scene",
     "corrdit.data.world": "corrdit.integrations.embedded.world.clips",
     **{
@@ -41,6 +42,9 @@ MOVED = {
     },
     "corrdit.integrations.diffusers.embedded.evaluation": "corrdit.integrations.embedded.training.evaluation",
     "corrdit.integrations.diffusers.embedded": "corrdit.integrations.embedded",
+    "corrdit.integrations.diffusers.guidance.presets": "corrdit.integrations.diffusers.backbones.presets",
+    "corrdit.integrations.diffusers.motion_transfer.presets": "corrdit.integrations.diffusers.motion_transfer.transfer",
+    "corrdit.integrations.diffusers.motion_transfer.settings": "corrdit.integrations.diffusers.transfer_settings",
     "corrdit.integrations.lightning.muon": "corrdit.integrations.embedded.training.muon",
     "corrdit.integrations.lightning.recipes": "corrdit.integrations.embedded.training.recipe",
     "corrdit.integrations.lightning.training": "corrdit.integrations.embedded.training.module",

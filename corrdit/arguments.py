@@ -8,6 +8,8 @@ import operator
 from collections.abc import Iterable
 from typing import Any, SupportsIndex
 
+import numpy as np
+
 
 def whole_number(name: str, value: object, minimum: int) -> int:
     """`value` as an int of at least `minimum`."""
@@ -54,6 +56,16 @@ def choice(name: str, value: str, accepted: Iterable[str]) -> str:
     if value not in accepted:
         raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {value!r}")
     return value
+
+
+def real_array(name: str, array: np.ndarray) -> np.ndarray:
+    """Real, finite numbers as float64."""
+    if array.dtype.kind not in "fiu":
+        raise ValueError(f"{name} must be real numbers, got {array.dtype}")
+    array = array.astype(np.float64)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} holds {int((~np.isfinite(array)).sum())} numbers that are NaN or infinite")
+    return array
 
 
 def entries(name: str, values: object) -> list[object]:

@@ -1,4 +1,4 @@
-"""Reading numpy's files, where they may be torn, damaged or something else: one error says so."""
+"""Numpy's files: written whole, and read where they may be torn, damaged or something else: one error says so."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
+
+from corrdit.files import written_beside
 
 _DAMAGE = (
     *(ValueError, TypeError, KeyError, EOFError, RuntimeError, OverflowError),
@@ -61,3 +65,10 @@ def read_array(path: str | os.PathLike[str]) -> np.ndarray:
     if not isinstance(values, np.ndarray):
         raise ValueError(f"{os.fspath(path)} holds several arrays; one is expected")
     return values
+
+
+def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, ArrayLike]) -> None:
+    """Write a compressed .npz file, beside and then renamed."""
+    named: dict[str, Any] = dict(arrays)
+    with written_beside(path) as file:
+        np.savez_compressed(file, **named)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -53,3 +54,11 @@ def written_beside(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[I
         with contextlib.suppress(FileNotFoundError):
             beside.unlink()
         raise
+
+
+def write_csv(path: str | os.PathLike[str], rows: Sequence[Mapping[str, object]]) -> None:
+    """Write rows with the columns of the first one, beside and then renamed; None becomes an empty cell."""
+    with written_beside(path, "w") as file:
+        writer = csv.DictWriter(file, list(rows[0]) if rows else [], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)

@@ -1,4 +1,4 @@
-"""Telling that there is not enough memory from other errors."""
+"""Telling that there is not enough memory from other errors, and saying it in a line."""
 
 from __future__ import annotations
 
@@ -12,3 +12,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
     )
+
+
+def first_line(error: BaseException) -> str:
+    """The beginning of what an error says, for a message of one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]

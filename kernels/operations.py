@@ -6,7 +6,7 @@ from corrdit.kernels.matching.costs import cost_rows
 from corrdit.kernels.matching.hard import hard_displacement
 from corrdit.kernels.matching.mass import attention_mass
 from corrdit.kernels.matching.match import match
-from corrdit.kernels.shared.launch import float32_precision
+from corrdit.problem import float32_precision
 
 __all__ = [
     "attention_mass",

@@ -126,7 +126,7 @@ def calibrate(
 
 
 def preset_values(calibration: Calibration, settings: dict[str, Any]) -> dict[str, Any]:
-    """The contents of a preset.json: what `corrdit.Preset` reads, and figures for people.
+    """The contents of a preset.json: what `corrdit.integrations.diffusers.Preset` reads, and figures for people.
 
     Args:
         calibration: the choice.
@@ -141,8 +141,11 @@ def preset_values(calibration: Calibration, settings: dict[str, Any]) -> dict[st
     if not inference_steps:
         raise ValueError("the settings of the analysis do not say how many inference steps it counts in")
     # The tracker's options and the weights of heads belong to the layers they were chosen for, not to these.
-    of_before = settings.get("preset", {}).items()
-    kept = {name: value for name, value in of_before if value is not None and name not in ("tracking", "head_weights")}
+    replaced = ("tracking", "guidance", "guidance_layers", "head_weights")
+    before = {name: value for name, value in settings.get("preset", {}).items() if value is not None}
+    kept = {name: value for name, value in before.items() if name not in replaced}
+    if "transfer" in kept:
+        kept["transfer"] = {**kept["transfer"], "blocks": [best.layer]}
     chosen = {
         "layer": best.layer,
         "step": -1 if best.step == inference_steps - 1 else best.step,
@@ -153,7 +156,7 @@ def preset_values(calibration: Calibration, settings: dict[str, Any]) -> dict[st
         "noise": options.get("noise") == "noised",
         "source": f"calibrated: {calibration.described()}",
         "timestep": best.timestep,
-        "guidance_layers": list(calibration.layers[:GUIDANCE_LAYERS]),
+        "guidance": {**before.get("guidance", {}), "layers": list(calibration.layers[:GUIDANCE_LAYERS])},
         "layers_by_accuracy": list(calibration.layers),
     }
     tracking: dict[str, Any] = {"low_pass": calibration.low_pass} if calibration.low_pass else {}

@@ -1,17 +1,17 @@
-"""Analysis tables as CSV and Parquet: one row for each step, layer and reading."""
+"""Analysis tables as rows, one for each step, layer and reading or one for each video, and as Parquet."""
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import os
-from typing import Any
 
 import numpy as np
 
+from corrdit.analysis.calibration import Calibration
+from corrdit.analysis.results import AnalysisResults
 from corrdit.analysis.table import ATTENTION_SCORES, AnalysisTable
 from corrdit.files import written_beside
-from corrdit.metrics.summary import harmonic_mean
+from corrdit.metrics.harmonic import harmonic_mean
 
 
 def harmonic_table(table: AnalysisTable, *, moving: bool = False) -> np.ndarray | None:
@@ -27,16 +27,12 @@ def harmonic_table(table: AnalysisTable, *, moving: bool = False) -> np.ndarray 
     return harmonic_mean(*layered).T
 
 
-def table_rows(table: AnalysisTable) -> list[dict[str, Any]]:
+def table_rows(table: AnalysisTable) -> list[dict[str, object]]:
     """One row for each step, layer and reading, numbers that are not defined left out as None.
 
     Attention and confidence are those of the mean over heads or of the head; features have none.
     """
-    shares = {
-        f"{kind}pck_{threshold:g}px": table.accuracy(threshold, moving=bool(kind))
-        for kind in ("", "moving_")
-        for threshold in table.thresholds
-    }
+    shares = _shares(table)
     attention = {
         "confidence": table.confidence_score(),
         **{f"attention_{part}": table.attention_score(part) for part in ATTENTION_SCORES},
@@ -57,17 +53,29 @@ def table_rows(table: AnalysisTable) -> list[dict[str, Any]]:
     return rows
 
 
-def write_csv(path: str | os.PathLike[str], rows: list[dict[str, Any]]) -> None:
-    """Write rows with the columns of the first one; None becomes an empty cell."""
-    if not rows:
-        raise ValueError("there are no rows to write")
-    with written_beside(path, "w") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+def video_rows(results: AnalysisResults, choice: Calibration) -> list[dict[str, object]]:
+    """Figures of every video at the chosen reading, broken ones with their reason."""
+    rows: list[dict[str, object]] = []
+    r = 0 if choice.best.head is None else 1 + choice.best.head
+    for name, table in results.tables.items():
+        place = (table.steps.index(choice.best.step), table.layers.index(choice.best.layer), r)
+        counted = {"cases": int(table.cases[place]), "moving_cases": int(table.moving_cases[place])}
+        shares = {column: _number(values[place]) for column, values in _shares(table).items()}
+        rows.append({"video": name, "error": "", **counted, **shares})
+    empty = dict.fromkeys(rows[0]) if rows else {}
+    return rows + [{**empty, "video": name, "error": error} for name, error in results.failures.items()]
 
 
-def write_parquet(path: str | os.PathLike[str], rows: list[dict[str, Any]]) -> None:
+def _shares(table: AnalysisTable) -> dict[str, np.ndarray]:
+    """Accuracies `[S, L, R]` by column."""
+    return {
+        f"{kind}pck_{threshold:g}px": table.accuracy(threshold, moving=bool(kind))
+        for kind in ("", "moving_")
+        for threshold in table.thresholds
+    }
+
+
+def write_parquet(path: str | os.PathLike[str], rows: list[dict[str, object]]) -> None:
     """Write rows as Parquet.
 
     Raises:
@@ -87,5 +95,5 @@ def require_pyarrow() -> None:
         raise ImportError("Parquet tables need pyarrow, which is not installed; pip install pyarrow, or take CSV alone")
 
 
-def _number(value: Any) -> float | None:
+def _number(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None

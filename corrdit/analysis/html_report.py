@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from corrdit.analysis.calibration import FEW_VIDEOS, Calibration
-from corrdit.analysis.exports import harmonic_table, table_rows, write_csv, write_parquet
-from corrdit.analysis.options import FEATURE_READINGS
+from corrdit.analysis.exports import harmonic_table, table_rows, video_rows, write_parquet
+from corrdit.analysis.protocols import FEATURE_READINGS
 from corrdit.analysis.results import AnalysisResults
 from corrdit.analysis.table import MEAN, STANDING_STILL, AnalysisTable
+from corrdit.files import write_csv
 from corrdit.visualization.charts import draw_curves, draw_heatmaps
 from corrdit.visualization.page import ReportPage
 
@@ -55,7 +55,7 @@ def write_report(
         write_parquet(folder / PARQUET_FILE, rows)
         files.append(PARQUET_FILE)
     choice = results.calibration()
-    write_csv(folder / VIDEOS_CSV_FILE, _video_rows(results, choice))
+    write_csv(folder / VIDEOS_CSV_FILE, video_rows(results, choice))
     page = ReportPage(f"Correspondence in {results.settings.get('model', 'a video transformer')}")
     _findings(page, results, table, choice)
     _matching(page, table, choice)
@@ -88,19 +88,16 @@ def _findings(page: ReportPage, results: AnalysisResults, table: AnalysisTable, 
         page.text(f"{len(results.tables)} videos are few; the order of near readings may be chance.", kind="problem")
     columns = ["reading", "layer", "timestep", *(f"{limit:g} px" for limit in table.thresholds)]
     all_points = [f"{limit:g} px, all points" for limit in table.thresholds]
-    rows = [_threshold_row(table, reading, choice) for reading in _compared(table, choice)]
+    heads = [] if choice.single is None else [f"query-key head {choice.single.head}"]
+    filtered = [f"query-key low-pass {spread:g}" for spread in table.low_pass]
+    compared = [MEAN, *heads, *filtered, *(FEATURE_READINGS if table.features else ()), STANDING_STILL]
+    rows = [_threshold_row(table, reading, choice) for reading in compared]
     page.section("Points within each distance")
     page.table([*columns, *all_points], rows)
     page.text("Percent; pixels of the encoded frames. Each reading is shown where it is best at the main distance.")
 
 
-def _compared(table: AnalysisTable, choice: Calibration) -> list[str]:
-    heads = [] if choice.single is None else [f"query-key head {choice.single.head}"]
-    filtered = [f"query-key low-pass {spread:g}" for spread in table.low_pass]
-    return [MEAN, *heads, *filtered, *(FEATURE_READINGS if table.features else ()), STANDING_STILL]
-
-
-def _threshold_row(table: AnalysisTable, reading: str, choice: Calibration) -> list[Any]:
+def _threshold_row(table: AnalysisTable, reading: str, choice: Calibration) -> list[object]:
     r = table.readings.index(reading)
     values = np.nan_to_num(table.accuracy(choice.threshold, moving=choice.moving)[..., r], nan=-1.0)
     s, n = np.unravel_index(values.argmax(), values.shape)
@@ -119,7 +116,7 @@ def _matching(page: ReportPage, table: AnalysisTable, choice: Calibration) -> No
     readings = [MEAN, *(FEATURE_READINGS if table.features else ())]
     page.section("Matching by layer and timestep")
     page.picture(
-        draw_heatmaps({name: accuracy[..., table.readings.index(name)].T for name in readings}, **_layer_step(table)),
+        _by_layer_and_step(table, {name: accuracy[..., table.readings.index(name)] for name in readings}),
         f"Points within {choice.threshold:g} px by query-key matching (mean over heads) and by features: the attention "
         "output with heads joined, before its projection, and after it. The best cell is framed.",
     )
@@ -132,14 +129,7 @@ def _matching(page: ReportPage, table: AnalysisTable, choice: Calibration) -> No
         best = int(np.nanargmax(np.nan_to_num(accuracy[..., table.readings.index(name)], nan=-1.0).max(0)))
         curves[f"{name}, layer {table.layers[best]}"] = accuracy[:, best, table.readings.index(name)]
     page.picture(
-        draw_curves(
-            table.timesteps,
-            curves,
-            title=f"Points within {choice.threshold:g} px",
-            x_title="timestep, from noise to the clean video",
-            y_title="share",
-            reference=(STANDING_STILL, still),
-        ),
+        _by_timestep(table, curves, f"Points within {choice.threshold:g} px", reference=(STANDING_STILL, still)),
         "The best layers by query-key matching, and the best layer of each feature.",
     )
 
@@ -167,26 +157,20 @@ def _heads(page: ReportPage, table: AnalysisTable, choice: Calibration) -> None:
     curves = {"mean over heads": accuracy[:, n, 0]}
     curves |= {f"head {head}": accuracy[:, n, 1 + head] for head in order}
     page.picture(
-        draw_curves(
-            table.timesteps,
-            curves,
-            title=f"Layer {choice.single.layer}: points within {choice.threshold:g} px",
-            x_title="timestep, from noise to the clean video",
-            y_title="share",
-        ),
+        _by_timestep(table, curves, f"Layer {choice.single.layer}: points within {choice.threshold:g} px"),
         "The heads of the layer that has the best single head, beside their mean.",
     )
 
 
 def _attention(page: ReportPage, table: AnalysisTable) -> None:
     page.section("Confidence, attention and their harmonic mean with the accuracy")
-    panels = {"confidence": table.confidence_score()[..., 0].T}
+    panels = {"confidence": table.confidence_score()[..., 0]}
     panels |= {
-        f"attention on {words}": table.attention_score(part)[..., 0].T
+        f"attention on {words}": table.attention_score(part)[..., 0]
         for part, words in (("text", "the text"), ("own", "the own frame"), ("cross", "other frames"))
     }
     page.picture(
-        draw_heatmaps(panels, **_layer_step(table)),
+        _by_layer_and_step(table, panels),
         "Confidence: the largest attention weight of a point in a later frame where it is visible, on average. "
         "Attention: summed weight on the text, the point's own frame and all others. Mean over heads.",
     )
@@ -197,7 +181,7 @@ def _attention(page: ReportPage, table: AnalysisTable) -> None:
         )
         return
     page.picture(
-        draw_heatmaps({"harmonic mean": harmonic.T}, **_layer_step(table), percent=False),
+        _by_layer_and_step(table, {"harmonic mean": harmonic}, percent=False),
         "Harmonic mean of accuracy, confidence and cross-frame attention, each scaled from its smallest to its largest "
         "entry first (DiffTrack's criterion; relative, so it compares layers and timesteps of one model only).",
     )
@@ -211,28 +195,20 @@ def _record(page: ReportPage, results: AnalysisResults, files: Sequence[str]) ->
     page.table(["setting", "value"], [[name, str(value)] for name, value in settings.items()])
 
 
-def _layer_step(table: AnalysisTable) -> dict[str, Any]:
-    return {
-        "rows": table.layers,
-        "columns": [f"{timestep:.0f}" for timestep in table.timesteps],
-        "row_title": "layer",
-        "column_title": "timestep",
-    }
+def _by_layer_and_step(table: AnalysisTable, panels: Mapping[str, np.ndarray], *, percent: bool = True) -> np.ndarray:
+    """Heatmaps of values `[S, L]`."""
+    return draw_heatmaps(
+        {title: values.T for title, values in panels.items()},
+        rows=table.layers,
+        columns=[f"{timestep:.0f}" for timestep in table.timesteps],
+        row_title="layer",
+        column_title="timestep",
+        percent=percent,
+    )
 
 
-def _video_rows(results: AnalysisResults, choice: Calibration) -> list[dict[str, Any]]:
-    """Figures of every video at the chosen reading, broken ones with their reason."""
-    rows = []
-    for name, table in results.tables.items():
-        place = (table.steps.index(choice.best.step), table.layers.index(choice.best.layer))
-        r = 0 if choice.best.head is None else 1 + choice.best.head
-        shares = {
-            f"{kind}pck_{threshold:g}px": float(table.accuracy(threshold, moving=bool(kind))[(*place, r)])
-            for kind in ("", "moving_")
-            for threshold in table.thresholds
-        }
-        cells = {column: value if np.isfinite(value) else None for column, value in shares.items()}
-        counted = {"cases": int(table.cases[(*place, r)]), "moving_cases": int(table.moving_cases[(*place, r)])}
-        rows.append({"video": name, "error": "", **counted, **cells})
-    empty = dict.fromkeys(rows[0], None) if rows else {}
-    return rows + [{**empty, "video": name, "error": error} for name, error in results.failures.items()]
+def _by_timestep(
+    table: AnalysisTable, curves: Mapping[str, np.ndarray], title: str, reference: tuple[str, float] | None = None
+) -> np.ndarray:
+    x_title = "timestep, from noise to the clean video"
+    return draw_curves(table.timesteps, curves, title=title, x_title=x_title, y_title="share", reference=reference)

@@ -6,14 +6,13 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import numpy as np
 
-from corrdit.analysis.options import FEATURE_READINGS
-from corrdit.analysis.scoring import AttentionSums, MatchCounts
-from corrdit.array_files import read_arrays
-from corrdit.files import written_beside
+from corrdit.analysis.counts import AttentionSums, MatchCounts
+from corrdit.analysis.protocols import FEATURE_READINGS
+from corrdit.arguments import choice
+from corrdit.array_files import read_arrays, write_arrays
 
 MEAN = "query-key mean"
 STANDING_STILL = "standing still"
@@ -30,6 +29,8 @@ _ARRAYS = {
     "attention_cases": (),
 }
 ATTENTION_SCORES = ("text", "own", "cross")
+_LATER: np.ndarray = None  # type: ignore[assignment]
+"""Stands for zeros, whose shape follows from the other fields."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,23 +62,23 @@ class AnalysisTable:
     stride: tuple[int, int]
     low_pass: tuple[float, ...] = ()
     videos: int = 1
-    hits: np.ndarray = None  # type: ignore[assignment]
-    moving_hits: np.ndarray = None  # type: ignore[assignment]
-    cases: np.ndarray = None  # type: ignore[assignment]
-    moving_cases: np.ndarray = None  # type: ignore[assignment]
-    confidence: np.ndarray = None  # type: ignore[assignment]
-    confidence_cases: np.ndarray = None  # type: ignore[assignment]
-    text: np.ndarray = None  # type: ignore[assignment]
-    own: np.ndarray = None  # type: ignore[assignment]
-    cross: np.ndarray = None  # type: ignore[assignment]
-    attention_cases: np.ndarray = None  # type: ignore[assignment]
+    hits: np.ndarray = _LATER
+    moving_hits: np.ndarray = _LATER
+    cases: np.ndarray = _LATER
+    moving_cases: np.ndarray = _LATER
+    confidence: np.ndarray = _LATER
+    confidence_cases: np.ndarray = _LATER
+    text: np.ndarray = _LATER
+    own: np.ndarray = _LATER
+    cross: np.ndarray = _LATER
+    attention_cases: np.ndarray = _LATER
 
     def __post_init__(self) -> None:
         sizes = {"reading": len(self.readings), "threshold": len(self.thresholds), "head": 1 + self.heads}
         for name, axes in _ARRAYS.items():
             shape = (len(self.steps), len(self.layers), *(sizes[axis] for axis in axes))
             value = getattr(self, name)
-            if value is None:
+            if value is _LATER:
                 whole = "head" not in axes
                 object.__setattr__(self, name, np.zeros(shape, np.int64 if whole else np.float64))
             elif value.shape != shape:
@@ -91,7 +92,7 @@ class AnalysisTable:
         return (MEAN, *single, *filtered, *(FEATURE_READINGS if self.features else ()), STANDING_STILL)
 
     @property
-    def key(self) -> tuple[Any, ...]:
+    def key(self) -> tuple[object, ...]:
         """What two tables must share to be added up."""
         names = ("steps", "layers", "timesteps", "heads", "features", "thresholds", "stride", "low_pass")
         return tuple(getattr(self, name) for name in names)
@@ -119,7 +120,7 @@ class AnalysisTable:
                 "analyses of different steps, layers, heads, thresholds or token sizes do not add up: "
                 f"{self.key} and {other.key}"
             )
-        summed: dict[str, Any] = {name: getattr(self, name) + getattr(other, name) for name in _ARRAYS}
+        summed = {name: getattr(self, name) + getattr(other, name) for name in _ARRAYS}
         return replace(self, videos=self.videos + other.videos, **summed)
 
     def accuracy(self, threshold: float | None = None, *, moving: bool = False) -> np.ndarray:
@@ -139,16 +140,14 @@ class AnalysisTable:
 
     def attention_score(self, part: str = "cross") -> np.ndarray:
         """Mean weight on the "text", the "own" (first) frame or the other frames ("cross"), `[S, L, M]`."""
-        if part not in ATTENTION_SCORES:
-            raise ValueError(f"part must be one of {', '.join(ATTENTION_SCORES)}, got {part!r}")
+        choice("part", part, ATTENTION_SCORES)
         return _share(getattr(self, part), self.attention_cases[..., None])
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an .npz file, beside and then renamed."""
         facts = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in _ARRAYS}
         arrays = {name: getattr(self, name) for name in _ARRAYS}
-        with written_beside(path) as file:
-            np.savez_compressed(file, facts=np.array(json.dumps(facts)), **arrays)  # type: ignore[arg-type]
+        write_arrays(path, {"facts": np.array(json.dumps(facts)), **arrays})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> AnalysisTable:

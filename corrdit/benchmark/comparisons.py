@@ -106,16 +106,8 @@ def _source_pairs(maps: float) -> MapBytes:
     )
 
 
-def _window_keys(shape: Shape, element_bytes: int) -> float:
-    return float(window_gather.ROWS * (2 * WINDOW + 1) ** 2 * shape.channels * element_bytes)
-
-
-def _chosen_rows(shape: Shape, element_bytes: int) -> float:
-    return 2.0 * shape.heads * QUERY_TOKENS * shape.grid.tokens * element_bytes
-
-
 def _soft(scene: Scene, backend: str, **options: object) -> Results:
-    return (ops.soft_displacement(scene.q, scene.k, scene.grid, backend=backend, **options),)  # type: ignore[arg-type]
+    return (ops.soft_displacement(scene.q, scene.k, scene.grid, backend=backend, **options),)  # type: ignore[call-overload]
 
 
 def _compiled_soft(**options: object) -> Baseline:
@@ -171,29 +163,21 @@ def _frame_local(renormalize: bool, baselines: Mapping[str, Baseline]) -> Compar
         lambda s, backend: (
             ops.frame_local_attention(s.q, s.k, s.v, s.grid, renormalize=renormalize, backend=backend),
         ),
-        floors.frame_local if renormalize else floors.frame_local_zeroed,
-        floors.frame_local_backward if renormalize else floors.frame_local_zeroed_backward,
+        floors.frame_local(zeroed=not renormalize),
+        floors.frame_local(zeroed=not renormalize, backward=True),
         baselines={**everywhere, **baselines},
         pair_maps=False,
     )
 
 
 def _displacement_work(maps: Callable[[Shape], int], pairs: Callable[[Shape], float]) -> tuple[WorkOf, WorkOf]:
-    return floors.displacement(maps, pairs), floors.displacement_backward(maps, pairs)
-
-
-def _one(shape: Shape) -> int:
-    return 1
-
-
-def _every_head(shape: Shape) -> int:
-    return shape.heads
+    return floors.displacement(maps, pairs), floors.displacement(maps, pairs, backward=True)
 
 
 COMPARISONS = {
     "soft_displacement:logits": Comparison(
         _soft,
-        *_displacement_work(_one, floors.all_pairs),
+        *_displacement_work(lambda shape: 1, floors.all_pairs),
         baselines={
             "materialized": Baseline(lambda s: (materialized.soft_displacement(*s.video),), map_bytes=_all_pairs(2.0)),
             "folded-chunks": Baseline(lambda s: (folded_chunks.soft_displacement(*s.video),)),
@@ -203,7 +187,7 @@ COMPARISONS = {
     ),
     "soft_displacement:probabilities": Comparison(
         functools.partial(_soft, heads="probabilities"),
-        *_displacement_work(_every_head, floors.all_pairs),
+        *_displacement_work(lambda shape: shape.heads, floors.all_pairs),
         baselines={
             "sdpa": _sdpa_soft("probabilities"),
             "flex": Baseline(
@@ -214,10 +198,11 @@ COMPARISONS = {
     ),
     "soft_displacement:window": Comparison(
         functools.partial(_soft, window=WINDOW),
-        *_displacement_work(_one, floors.window_pairs),
+        *_displacement_work(lambda shape: 1, floors.window_pairs),
         baselines={
             "windows": Baseline(
-                lambda s: (window_gather.soft_displacement(*s.video, window=WINDOW),), map_bytes=_window_keys
+                lambda s: (window_gather.soft_displacement(*s.video, window=WINDOW),),
+                map_bytes=lambda shape, size: window_gather.ROWS * (2 * WINDOW + 1) ** 2 * shape.channels * float(size),
             ),
             "compiled": _compiled_soft(heads="logits", window=WINDOW),
         },
@@ -248,7 +233,8 @@ COMPARISONS = {
         floors.attention_mass,
         baselines={
             "materialized": Baseline(
-                lambda s: materialized.attention_mass(s.q, s.k, s.grid, s.chosen_tokens), map_bytes=_chosen_rows
+                lambda s: materialized.attention_mass(s.q, s.k, s.grid, s.chosen_tokens),
+                map_bytes=lambda shape, size: 2.0 * shape.heads * QUERY_TOKENS * shape.grid.tokens * size,
             ),
             "compiled": Baseline(lambda s: compiled.attention_mass(s.q, s.k, s.grid, s.chosen_tokens), compiles=True),
         },

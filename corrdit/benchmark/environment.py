@@ -15,11 +15,12 @@ from corrdit import version as version_file
 
 def environment(device: torch.device) -> dict[str, str | int | None]:
     """Commit, device, driver and versions, as they stand in every row of results."""
+    driver = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
         "corrdit": version_file.__version__,
         "commit": commit(),
         "device": device_name(device),
-        "driver": _driver(device.index or 0) if device.type == "cuda" else None,
+        "driver": _command_output(*driver, f"--id={device.index or 0}") if device.type == "cuda" else None,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -53,10 +54,6 @@ def processor_name() -> str:
     lines = information.read_text(encoding="utf-8").splitlines() if information.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def _driver(index: int) -> str | None:
-    return _command_output("nvidia-smi", f"--id={index}", "--query-gpu=driver_version", "--format=csv,noheader")
 
 
 def _version(package: str) -> str | None:

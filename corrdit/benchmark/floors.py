@@ -91,28 +91,21 @@ def floor_of(work: Work, ceilings: Ceilings, element_bytes: int) -> Floor:
 WorkOf = Callable[[Shape], Work]
 
 
-def displacement(maps: Callable[[Shape], int], pairs: Callable[[Shape], float]) -> WorkOf:
-    """Forward work of a displacement with `maps` softmax maps over `pairs` token pairs."""
+def displacement(maps: Callable[[Shape], int], pairs: Callable[[Shape], float], *, backward: bool = False) -> WorkOf:
+    """Work of a displacement with `maps` softmax maps over `pairs` token pairs.
+
+    The backward pass has the scores again, and the products for dq and dk.
+    """
 
     def work(shape: Shape) -> Work:
         tokens = shape.grid.video_tokens
+        products, elements = (6, 4) if backward else (2, 2)
         return Work(
-            2 * shape.channels * pairs(shape),
+            products * shape.channels * pairs(shape),
             maps(shape) * pairs(shape),
-            2 * shape.channels * tokens,
+            elements * shape.channels * tokens,
             2 * shape.frames * tokens,
         )
-
-    return work
-
-
-def displacement_backward(maps: Callable[[Shape], int], pairs: Callable[[Shape], float]) -> WorkOf:
-    """Scores again, and the products for dq and dk."""
-    forward = displacement(maps, pairs)
-
-    def work(shape: Shape) -> Work:
-        once = forward(shape)
-        return Work(3 * once.products, once.exponentials, 2 * once.elements, once.results)
 
     return work
 
@@ -157,32 +150,19 @@ def attention_mass(shape: Shape) -> Work:
     return Work(2 * shape.channels * pairs, shape.heads * pairs, read, chosen * 2 * (1 + shape.frames))
 
 
-def _near_pairs(shape: Shape) -> float:
-    video, text = shape.grid.video_tokens, shape.text_tokens
-    return float(video * (shape.grid.tokens_per_frame + text) + text * shape.grid.tokens)
+def frame_local(*, zeroed: bool, backward: bool = False) -> WorkOf:
+    """Work of attention within frames: scores and weighted values.
 
+    The backward pass has the scores again, and the products for dv, dP, dq and dk. Masked before the softmax, all run
+    over near pairs only; zeroed after it, what the softmax couples (its sums, the scores, dq and dk) runs over all.
+    """
 
-def frame_local(shape: Shape) -> Work:
-    """Masked before the softmax: scores and weighted values of near pairs only."""
-    pairs = _near_pairs(shape)
-    return Work(4 * shape.channels * pairs, shape.heads * pairs, 4 * shape.channels * shape.grid.tokens, 0)
+    def work(shape: Shape) -> Work:
+        video, text, tokens = shape.grid.video_tokens, shape.text_tokens, shape.grid.tokens
+        near = float(video * (shape.grid.tokens_per_frame + text) + text * tokens)
+        coupled = float(tokens) ** 2 if zeroed else near
+        products = 6 * coupled + 4 * near if backward else 2 * coupled + 2 * near
+        elements = 8 if backward else 4
+        return Work(shape.channels * products, shape.heads * coupled, elements * shape.channels * tokens, 0)
 
-
-def frame_local_backward(shape: Shape) -> Work:
-    """Scores again, and the products for dv, dP, dq and dk."""
-    pairs = _near_pairs(shape)
-    return Work(10 * shape.channels * pairs, shape.heads * pairs, 8 * shape.channels * shape.grid.tokens, 0)
-
-
-def frame_local_zeroed(shape: Shape) -> Work:
-    """Zeroed after the softmax: its sums run over all pairs, the weighted values over near ones."""
-    pairs = float(shape.grid.tokens) ** 2
-    products = 2 * shape.channels * (pairs + _near_pairs(shape))
-    return Work(products, shape.heads * pairs, 4 * shape.channels * shape.grid.tokens, 0)
-
-
-def frame_local_zeroed_backward(shape: Shape) -> Work:
-    """Scores, dq and dk over all pairs, for the softmax couples them; dv and dP over near ones."""
-    pairs = float(shape.grid.tokens) ** 2
-    products = shape.channels * (6 * pairs + 4 * _near_pairs(shape))
-    return Work(products, shape.heads * pairs, 8 * shape.channels * shape.grid.tokens, 0)
+    return work

@@ -19,7 +19,7 @@ from corrdit.benchmark.floors import Ceilings, Floor, floor_of
 from corrdit.benchmark.measure import Call, peak_extra_bytes, time_interleaved
 from corrdit.benchmark.shapes import Shape
 from corrdit.memory import is_out_of_memory
-from corrdit.ops.backends import select_backend
+from corrdit.ops.backends import backend_name
 
 Row = dict[str, Any]
 FORWARD, BOTH = "forward", "forward and backward"
@@ -157,8 +157,7 @@ class _Measurement:
                 return {**row, **_left_out("wrong", "the result is wrong, so it has no time")}
             scene = self._scene_to_time()
             if baseline is None:
-                module = select_backend(backend, scene.q).__name__.rsplit(".", 1)[-1]
-                row["about"] = "triton" if module == "kernels" else module  # what "auto" stands for
+                row["about"] = backend_name(backend, scene.q)  # what "auto" stands for
             elif baseline.about is not None:
                 row["about"] = baseline.about(scene)
             work = checking.work(run, scene, self.piece.backward)
@@ -166,7 +165,8 @@ class _Measurement:
                 work()
             start = time.perf_counter()
             row["extra_bytes"] = peak_extra_bytes(work, self.settings.device)
-            self._rounds[name] = self._affordable_rounds(time.perf_counter() - start)
+            seconds, most = max(time.perf_counter() - start, 1e-6), self.settings.rounds
+            self._rounds[name] = max(min(LEAST_ROUNDS, most), min(most, int(self.settings.seconds / seconds)))
             self._works[name] = work
         except Exception as error:  # whatever a competitor dies of is a result, and the others go on
             return {**row, **self._failure(error)}
@@ -180,11 +180,6 @@ class _Measurement:
                 row.update(self._failure(failures[name]))
             else:
                 row["milliseconds"] = dataclasses.asdict(times[name])
-
-    def _affordable_rounds(self, seconds: float) -> int:
-        """Timed calls of a competitor that takes so many seconds."""
-        most = self.settings.rounds
-        return max(min(LEAST_ROUNDS, most), min(most, int(self.settings.seconds / max(seconds, 1e-6))))
 
     def _refusal(self, baseline: Baseline) -> tuple[str, str] | None:
         """Why a baseline is not even tried."""

@@ -22,7 +22,6 @@ from __future__ import annotations
 import functools
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +144,7 @@ def settings_of(arguments: Any, options: Any, backbone: Any) -> dict[str, Any]:
         "protocol": arguments.protocol,
         "options": options.described(),
         "dtype": str(checked_dtype(arguments.dtype)),
-        "preset": asdict(backbone.preset),
+        "preset": backbone.preset.described(),
     }
 
 
@@ -163,13 +162,13 @@ def _check(arguments: Any) -> None:
 
 def _analyze_given(arguments: Any) -> tuple[Any, Any, Any]:
     """The backbone (None in further processes), the videos and the options."""
-    from corrdit.analysis.options import analysis_options
+    from corrdit.analysis.protocols import analysis_options
 
     given = given_options(arguments)
     preset = checked_preset(arguments.preset)
     items = _items(arguments, given.get("seed", 0))  # wrong folders are refused before the model is loaded
     backbone = loaded_backbone(arguments, preset)
-    inference_steps = given.get("inference_steps", backbone.preset.inference_steps)
+    inference_steps = given.get("inference_steps", backbone.preset.reading.inference_steps)
     given["steps"], given["inference_steps"] = chosen_steps(arguments.steps, inference_steps), inference_steps
     options = analysis_options(arguments.protocol, given)
     settings = settings_of(arguments, options, backbone)

@@ -17,7 +17,7 @@ def analyze_prompts(arguments: Any, given: dict[str, Any]) -> tuple[Any, list[An
     Raises:
         ValueError: no tracker or prompts, or what the pipeline does not take.
     """
-    from corrdit.analysis.options import analysis_options
+    from corrdit.analysis.protocols import analysis_options
     from corrdit.analysis.results import begin, has_analysis
     from corrdit.analysis.sources import difftrack_items
     from corrdit.cli.analyze import chosen_steps, settings_of
@@ -37,7 +37,7 @@ def analyze_prompts(arguments: Any, given: dict[str, Any]) -> tuple[Any, list[An
         call["image"] = _image(arguments.image)
     backbone = loaded_backbone(arguments, checked_preset(arguments.preset))
     inference_steps = int(
-        call.get("num_inference_steps") or given.get("inference_steps") or backbone.preset.inference_steps
+        call.get("num_inference_steps") or given.get("inference_steps") or backbone.preset.reading.inference_steps
     )
     given["steps"], given["inference_steps"] = chosen_steps(arguments.steps, inference_steps), inference_steps
     options = analysis_options(arguments.protocol, given)

@@ -10,16 +10,18 @@ writes  --output, a preset.json: put into the folder of a local model, `corrdit.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
     from corrdit.analysis.results import AnalysisResults
 
 HELP = "choose layer, step and head of a model from an analysis, as a preset"
 USAGE = "--analysis DIR --output FILE [--threshold PIXELS]"
 
 
-def add_arguments(parser: Any) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--analysis", required=True, metavar="DIR", help="folder that `corrdit analyze` wrote")
     parser.add_argument("--output", required=True, metavar="FILE", help="preset.json to write")
     parser.add_argument(
@@ -27,7 +29,7 @@ def add_arguments(parser: Any) -> None:
     )
 
 
-def run(arguments: Any) -> int:
+def run(arguments: Namespace) -> int:
     from corrdit.analysis.results import read_results
 
     results = read_results(arguments.analysis)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from argparse import ArgumentParser
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def add_device_options(parser: Any) -> None:
+def add_device_options(parser: ArgumentParser) -> None:
     """--device and --dtype."""
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, mps ...; the model decides if left out")
     parser.add_argument("--dtype", choices=DTYPES, default=None, help="precision of the model; its own if left out")
 
 
-def checked_device(name: str | None) -> Any:
+def checked_device(name: str | None) -> torch.device | None:
     """A `torch.device` that exists here, or None for None.
 
     Raises:
@@ -32,11 +36,14 @@ def checked_device(name: str | None) -> Any:
     raise ValueError(f"--device {name} is not usable here; accepted are {', '.join(usable_devices())}")
 
 
-def checked_dtype(name: str | None) -> Any:
+def checked_dtype(name: str | None) -> torch.dtype | None:
     """The `torch.dtype` of a name of `DTYPES`, or None for None."""
     import torch
 
-    return None if name is None else getattr(torch, name)
+    if name is None:
+        return None
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def usable_devices(indexed: bool = False) -> list[str]:

@@ -127,7 +127,7 @@ def files() -> dict[str, str]:
     if importlib.util.find_spec("diffusers") is None:
         found["embedded model"] = "needs diffusers, which is not installed"
     else:
-        from corrdit.integrations.embedded.loading import WEIGHTS
+        from corrdit.integrations.embedded.preset import WEIGHTS
 
         weights = sorted(WEIGHTS.rglob("*.safetensors"))
         size = sum(file.stat().st_size for file in weights) / 1e6

@@ -116,6 +116,7 @@ def run(arguments: Any) -> int:
 
 
 def _one(arguments: Any) -> int:
+    from corrdit.integrations.diffusers.backbones.presets import default_layers
     from corrdit.integrations.diffusers.guidance import comparison
 
     if not arguments.prompt.strip():
@@ -130,7 +131,7 @@ def _one(arguments: Any) -> int:
     with OutputFolder(arguments.output) as folder:
         backbone = loaded_backbone(arguments, preset)
         if guidance is not None and guidance["layers"] is None:
-            guidance["layers"] = comparison.default_layers(backbone)
+            guidance["layers"] = default_layers(backbone)
         generated = comparison.generate(backbone.pipe, arguments.prompt, arguments.seed, call, guidance)
         details = {"model": backbone.name, "call": call, "guidance": guidance}
         files = comparison.write_generated(folder, generated, fps=fps, details=details)

@@ -43,8 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
     # Compiling is what is asked for: interpreted kernels cannot be compiled.
     os.environ.pop("TRITON_INTERPRET", None)
     from corrdit.kernels.inspection.catalogue import compile_entry, requests, sources
-    from corrdit.kernels.shared.configs import ARCHITECTURES, HEAD_DIMS
-    from corrdit.kernels.shared.launch import DTYPES
+    from corrdit.kernels.requirements import DTYPES, HEAD_DIMS
+    from corrdit.kernels.shared.configs import ARCHITECTURES
 
     # Everything is looked at before the first kernel is compiled.
     _check("--arch", arguments.arch, [int(name.replace(".", "")) for name in ARCHITECTURES])

@@ -3,42 +3,47 @@
 from __future__ import annotations
 
 import contextlib
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from corrdit.cli.devices import add_device_options, checked_device, checked_dtype
 
+if TYPE_CHECKING:
+    from corrdit.integrations.diffusers import Backbone, Preset
 
-def add_model_options(parser: Any) -> None:
+
+def add_model_options(parser: ArgumentParser) -> None:
     parser.add_argument("--model", default="embedded", help="embedded, a local diffusers folder, or a hub id")
     add_device_options(parser)
 
 
-def add_preset_option(parser: Any) -> None:
-    """--preset FILE, for commands without presets of another kind."""
+def add_preset_option(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--preset",
-        default=None,
-        metavar="FILE",
-        help="a preset.json that `corrdit calibrate` wrote, in place of the model's own",
+        default="default",
+        metavar="default|published|FILE",
+        help="settings of reading, tracking, guidance and motion transfer at once: the model's own, those of the"
+        " released code of DiffTrack and DiTFlow, or a preset.json that `corrdit calibrate` wrote",
     )
 
 
-def checked_preset(path: str | None) -> Any:
-    """The `Preset` of a file, or None for None.
+def checked_preset(given: str) -> Preset | str | None:
+    """What `corrdit.load_backbone` takes as preset.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a preset.
+        ValueError: neither a preset's name nor a file that holds one.
     """
-    if path is None:
-        return None
-    from corrdit.integrations.diffusers import Preset
+    from corrdit.integrations.diffusers.backbones.presets import PRESET_NAMES, checked_preset
 
-    return Preset.from_file(path)
+    if given not in PRESET_NAMES and not Path(given).exists() and not Path(given).suffix:
+        raise ValueError(f"--preset {given} is not understood; accepted are {', '.join(PRESET_NAMES)} or a preset.json")
+    return checked_preset(given)
 
 
-def loaded_backbone(arguments: Any, preset: Any = None) -> Any:
+def loaded_backbone(arguments: Namespace, preset: Preset | str | None = None) -> Backbone:
     """The backbone of these options, loaded without the progress bars of the libraries underneath.
 
     Args:
@@ -52,9 +57,8 @@ def loaded_backbone(arguments: Any, preset: Any = None) -> Any:
     from corrdit.integrations.diffusers.backbones.loading import load_backbone
 
     device, dtype = checked_device(arguments.device), checked_dtype(arguments.dtype)
-    given = {} if preset is None else {"preset": preset}
     with _quiet_libraries():
-        return load_backbone(arguments.model, device=device, dtype=dtype, **given)
+        return load_backbone(arguments.model, device=device, dtype=dtype, preset=preset)
 
 
 @contextlib.contextmanager

@@ -6,27 +6,30 @@ writes  a table to standard output, or with --json one JSON object a line
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from typing import Any
+from argparse import ArgumentParser, Namespace
+from typing import TYPE_CHECKING
 
 from corrdit.cli.tables import print_table
+
+if TYPE_CHECKING:
+    from corrdit.integrations.diffusers import Preset
 
 HELP = "list the backbones with their layers and presets"
 
 
-def add_arguments(parser: Any) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
 
 
-def run(arguments: Any) -> int:
+def run(arguments: Namespace) -> int:
     from corrdit.integrations.diffusers import available_backbones
 
     backbones = available_backbones()
     if arguments.json:
         for backbone in backbones:
             preset = backbone["preset"]
-            print(json.dumps({**backbone, "preset": None if preset is None else dataclasses.asdict(preset)}))
+            print(json.dumps({**backbone, "preset": None if preset is None else preset.described()}))
         return 0
     print_table(
         ("name", "family", "layers", "heads", "preset", "weights"),
@@ -46,18 +49,18 @@ def run(arguments: Any) -> int:
     return 0
 
 
-def _known(value: Any) -> str:
+def _known(value: object) -> str:
     return "?" if value is None else str(value)
 
 
-def _preset_text(preset: Any) -> str:
+def _preset_text(preset: Preset | None) -> str:
     if preset is None:
         return "known once loaded"
-    step = preset.step + preset.inference_steps if preset.step < 0 else preset.step
+    read = preset.reading
+    step = read.step + read.inference_steps if read.step < 0 else read.step
     size = "the video's own size"
-    if preset.height:
-        size = f"{preset.height} x {preset.width}"
-    elif preset.tokens_per_frame:
-        size = f"at most {preset.tokens_per_frame} tokens a frame"
-    chunk = f"{preset.frames_per_chunk} frames a chunk"
-    return f"layer {preset.layer}, step {step} of {preset.inference_steps}, {chunk}, {size}"
+    if read.height:
+        size = f"{read.height} x {read.width}"
+    elif read.tokens_per_frame:
+        size = f"at most {read.tokens_per_frame} tokens a frame"
+    return f"layer {read.layer}, step {step} of {read.inference_steps}, {read.frames_per_chunk} frames a chunk, {size}"

@@ -17,33 +17,34 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from corrdit.cli.model_options import add_model_options, checked_preset, loaded_backbone
+from corrdit.cli.model_options import add_model_options, add_preset_option, checked_preset, loaded_backbone
 from corrdit.cli.output import OutputFolder
 from corrdit.cli.points import check_points_spec, read_points
 from corrdit.cli.progress import progress_bar
 from corrdit.cli.track_folder import is_folder_of_videos, track_folder
 from corrdit.cli.tracker_options import add_tracker_options, given_tracker_options
 
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+    from corrdit.integrations.diffusers import Preset
+    from corrdit.tracking import Tracks
+    from corrdit.video import StreamedVideo
+
 HELP = "follow points through a video"
 USAGE = "VIDEO --output DIR [--points grid:16 | FILE.csv] [--model embedded] [options]"
 
 
-def add_arguments(parser: Any) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("video", metavar="VIDEO", help="video file, folder of frames, or folder of videos")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results, made if need be")
     add_model_options(parser)
     parser.add_argument("--points", default="grid:16", metavar="grid:N|FILE.csv", help="the points to follow")
-    parser.add_argument(
-        "--preset",
-        default="default",
-        metavar="default|published|FILE",
-        help="tracker options at once: corrdit's, those of DiffTrack's released evaluation, or corrdit's with what a"
-        " preset.json that `corrdit calibrate` wrote says of layer, step and heads",
-    )
+    add_preset_option(parser)
     parser.add_argument("--start", type=int, default=0, metavar="N", help="skip the first N frames")
     parser.add_argument("--max-frames", type=int | None, default=None, metavar="N", help="read at most N frames")
     parser.add_argument(
@@ -61,18 +62,18 @@ def add_arguments(parser: Any) -> None:
     add_tracker_options(parser)
 
 
-def run(arguments: Any) -> int:
+def run(arguments: Namespace) -> int:
     from corrdit.video import StreamedVideo
 
     began = time.perf_counter()
     if is_folder_of_videos(Path(arguments.video), arguments.output):
-        return track_folder(arguments, chosen_presets(arguments.preset))
+        return track_folder(arguments, checked_preset(arguments.preset))
     if arguments.processes != 1:
         raise ValueError(
             f"--processes {arguments.processes} shares out the videos of a folder; {arguments.video} is one"
         )
     check_points_spec(arguments.points)
-    presets = chosen_presets(arguments.preset)
+    preset = checked_preset(arguments.preset)
     video = StreamedVideo(
         arguments.video,
         start=arguments.start,
@@ -82,7 +83,7 @@ def run(arguments: Any) -> int:
     height, width = video.info.height, video.info.width
     queries = read_points(arguments.points, frames=len(video), height=height, width=width)
     with OutputFolder(arguments.output) as folder:
-        tracks = _track(arguments, presets, video, queries)
+        tracks = _track(arguments, preset, video, queries)
         tracks.save(folder / "tracks.npz", queries=queries)
         _draw(arguments, folder, tracks, queries, video)
     visible = 100 * float(np.asarray(tracks.visible).mean())
@@ -95,34 +96,17 @@ def run(arguments: Any) -> int:
     return 0
 
 
-def chosen_presets(given: str) -> tuple[str, Any]:
-    """The preset of the tracker by its name, and the model's preset, None for its own.
-
-    Raises:
-        FileNotFoundError, ValueError: neither a preset's name nor a file that holds one.
-    """
-    from corrdit.tracking.options import PRESETS
-
-    if given in PRESETS:
-        return given, None
-    if not Path(given).exists() and not Path(given).suffix:
-        raise ValueError(f"--preset {given} is not understood; accepted are {', '.join(PRESETS)} or a preset.json")
-    return "default", checked_preset(given)
-
-
-def _track(arguments: Any, presets: tuple[str, Any], video: Any, queries: np.ndarray) -> Any:
+def _track(arguments: Namespace, preset: Preset | str | None, video: StreamedVideo, queries: np.ndarray) -> Tracks:
     """Tracks in the file's own pixels; the tracker sees the frames at the size they are read."""
     from corrdit.tracking import PointTracker
     from corrdit.tracking.files import track_at_size
 
-    preset, of_model = presets
-    backbone = loaded_backbone(arguments, of_model)
-    tracker = PointTracker(backbone, preset=preset, **given_tracker_options(arguments))
+    tracker = PointTracker(loaded_backbone(arguments, preset), **given_tracker_options(arguments))
     with progress_bar("tracking") as report:
         return track_at_size(tracker, video, queries, (video.info.height, video.info.width), progress=report)
 
 
-def _draw(arguments: Any, folder: Path, tracks: Any, queries: np.ndarray, video: Any) -> None:
+def _draw(arguments: Namespace, folder: Path, tracks: Tracks, queries: np.ndarray, video: StreamedVideo) -> None:
     from corrdit.video import iterate_frames
     from corrdit.visualization import TrackStyle, write_track_pictures
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,6 +15,11 @@ from corrdit.cli.devices import checked_device, checked_dtype
 from corrdit.cli.lightning_runs import command_trainer, predict, quiet_lightning
 from corrdit.cli.points import check_points_spec, read_points
 from corrdit.cli.tracker_options import given_tracker_options
+
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
+
+    from corrdit.integrations.diffusers import Preset
 
 
 def is_folder_of_videos(path: Path, output: str | None = None) -> bool:
@@ -25,12 +31,12 @@ def is_folder_of_videos(path: Path, output: str | None = None) -> bool:
     return bool(videos_below(path, without=output))
 
 
-def track_folder(arguments: Any, presets: tuple[str, Any]) -> int:
+def track_folder(arguments: Namespace, preset: Preset | str | None) -> int:
     """Track the points in every video of the folder.
 
     Args:
         arguments: those of `corrdit track`.
-        presets: the tracker's by name and the model's, None for its own.
+        preset: of `checked_preset`.
 
     Returns:
         0, or 2 where a video could not be tracked; those are named on the error stream and the others are done.
@@ -47,8 +53,7 @@ def track_folder(arguments: Any, presets: tuple[str, Any]) -> int:
             output=arguments.output,
             queries=_points_of(arguments.points),
             queries_description=_points_description(arguments.points),
-            preset=presets[0],
-            model_preset=presets[1],
+            model_preset=preset,
             options=given_tracker_options(arguments),
             dtype=checked_dtype(arguments.dtype),
             start=arguments.start,
@@ -74,7 +79,7 @@ def track_folder(arguments: Any, presets: tuple[str, Any]) -> int:
     return 2 if report["failed"] or report["left"] else 0
 
 
-def _points_of(spec: str) -> Any:
+def _points_of(spec: str) -> Callable[[int, int, int], np.ndarray]:
     def points(frames: int, height: int, width: int) -> np.ndarray:
         return read_points(spec, frames=frames, height=height, width=width)
 
@@ -88,7 +93,7 @@ def _points_description(spec: str) -> str:
     return f"points of sha256 {hashlib.sha256(Path(spec).read_bytes()).hexdigest()}"
 
 
-def _device_options(arguments: Any) -> dict[str, Any]:
+def _device_options(arguments: Namespace) -> dict[str, Any]:
     """The Trainer's accelerator and devices."""
     device, processes = checked_device(arguments.device), arguments.processes
     if processes < 1:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
 
 _OPTIONS: dict[str, tuple[Any, str]] = {
     "layer": (int, "attention block whose queries and keys are matched, counted from 0 (see `corrdit models`)"),
@@ -49,13 +52,13 @@ _OPTIONS: dict[str, tuple[Any, str]] = {
 }
 
 
-def add_tracker_options(parser: Any) -> None:
+def add_tracker_options(parser: ArgumentParser) -> None:
     """One option for each field of `TrackerOptions`, all of them unset."""
     group = parser.add_argument_group("tracker options (default: what --preset and the model say)")
     for name, (kind, text) in _OPTIONS.items():
         group.add_argument(f"--{name.replace('_', '-')}", type=kind | None, default=None, help=text)
 
 
-def given_tracker_options(arguments: Any) -> dict[str, Any]:
+def given_tracker_options(arguments: Namespace) -> dict[str, Any]:
     """The options that were given, by their names in `TrackerOptions`."""
     return {name: arguments[name] for name in _OPTIONS if arguments[name] is not None}

@@ -43,7 +43,7 @@ def add_arguments(parser: Any) -> None:
 def run(arguments: Any) -> int:
     from corrdit.data.tapvid_writing import write_tapvid
     from corrdit.integrations.embedded.world import PROMPT_KINDS, WorldConfig, describe
-    from corrdit.integrations.embedded.world.sampling import as_tapvid, sample_queries
+    from corrdit.integrations.embedded.world.clips import as_tapvid, sample_queries
 
     for name in ("videos", "points"):
         if getattr(arguments, name) < 1:

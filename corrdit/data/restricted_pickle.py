@@ -20,7 +20,7 @@ _RECONSTRUCTION_MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")
 _BUFFER_MODULES = ("numpy.core.numeric", "numpy._core.numeric")
 
 
-def load_arrays(path: str | os.PathLike[str]) -> Any:
+def load_arrays(path: str | os.PathLike[str]) -> object:
     """The contents of a pickle of dicts, lists, tuples, sets, strings, bytes, numbers and numpy arrays.
 
     Args:
@@ -91,7 +91,7 @@ class _Array(_StandIn):
     __slots__ = ("data", "dtype", "order", "shape")
     shape: tuple[int, ...]
 
-    def __init__(self, subtype: Any, shape: tuple[int, ...], code: bytes) -> None:
+    def __init__(self, subtype: object, shape: tuple[int, ...], code: bytes) -> None:
         self.shape, self.dtype, self.order, self.data = (0,), np.dtype("u1"), "C", b""
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
@@ -99,7 +99,7 @@ class _Array(_StandIn):
         self.shape = tuple(int(size) for size in shape)
         self.dtype, self.order, self.data = dtype.value, "F" if fortran else "C", data
 
-    def build(self, seen: dict[int, Any]) -> np.ndarray:
+    def build(self, seen: dict[int, object]) -> np.ndarray:
         if self.dtype.kind != "O":
             return np.frombuffer(self.data, self.dtype).reshape(self.shape, order=self.order)  # type: ignore
         if not isinstance(self.data, list) or len(self.data) != math.prod(self.shape):
@@ -115,7 +115,7 @@ class _BufferArray(_Array):
 
     __slots__ = ()
 
-    def __init__(self, buffer: bytes, dtype: _Dtype, shape: tuple[int, ...], order: str, axes: Any = None) -> None:
+    def __init__(self, buffer: bytes, dtype: _Dtype, shape: tuple[int, ...], order: str, axes: object = None) -> None:
         if dtype.value.kind == "O" or axes is not None or order not in ("C", "F"):
             raise ValueError("an array in a layout that is not read")
         self.data, self.dtype, self.shape, self.order = buffer, dtype.value, tuple(int(size) for size in shape), order
@@ -131,7 +131,7 @@ class _Scalar(_StandIn):
             raise ValueError("a scalar of type object")
         self.dtype, self.data = dtype.value, data
 
-    def build(self) -> Any:
+    def build(self) -> object:
         return np.frombuffer(self.data, self.dtype)[0]
 
 
@@ -155,7 +155,7 @@ class _NoBytes(_StandIn):
         return b""
 
 
-_ALLOWED_NAMES: dict[tuple[str, str], Any] = {
+_ALLOWED_NAMES: dict[tuple[str, str], object] = {
     ("numpy", "ndarray"): _ClassMark(),
     ("numpy", "dtype"): _Dtype,
     ("_codecs", "encode"): _LatinBytes,
@@ -168,7 +168,7 @@ _ALLOWED_NAMES: dict[tuple[str, str], Any] = {
 
 
 class _RestrictedUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         try:
             return _ALLOWED_NAMES[module, name]
         except KeyError:
@@ -178,7 +178,7 @@ class _RestrictedUnpickler(pickle.Unpickler):
             ) from None
 
 
-def _built(value: Any, seen: dict[int, Any] | None = None) -> Any:
+def _built(value: object, seen: dict[int, object] | None = None) -> object:
     """The same containers with arrays and numbers in place of their descriptions; shared parts stay shared."""
     seen = {} if seen is None else seen
     if isinstance(value, _Scalar):

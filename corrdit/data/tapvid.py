@@ -16,15 +16,13 @@ import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from corrdit.arguments import whole_number
+from corrdit.arguments import choice, whole_number
 from corrdit.data.restricted_pickle import load_arrays
-
-if TYPE_CHECKING:
-    from corrdit.tracking import Tracks
+from corrdit.tracking.tracks import Tracks
 
 QUERY_MODES = ("first", "strided", "frame_0")
 PUBLISHED_STRIDE = 5
@@ -99,8 +97,7 @@ class TapVidVideo:
         Raises:
             ValueError: an unknown mode or a stride below 1.
         """
-        if mode not in QUERY_MODES:
-            raise ValueError(f"mode must be one of {', '.join(map(repr, QUERY_MODES))}, got {mode!r}")
+        choice("mode", mode, QUERY_MODES)
         stride = whole_number("stride", stride, 1)
         visible = ~self.occluded
         if mode == "strided":
@@ -191,7 +188,8 @@ def read_tapvid(
             `on_broken` is not given.
     """
     path = Path(path)
-    for file, prefix in _files(path):
+    files = [(shard, f"{shard.stem}/") for shard in shard_files(path)] if path.is_dir() else [(path, "")]
+    for file, prefix in files:
         try:
             entries = named_entries(file, load_arrays(file))
         except ValueError as error:
@@ -211,13 +209,6 @@ def read_tapvid(
             yield video
 
 
-def _files(path: Path) -> list[tuple[Path, str]]:
-    """Files to read and what their videos' names begin with."""
-    if not path.is_dir():
-        return [(path, "")]
-    return [(shard, f"{shard.stem}/") for shard in shard_files(path)]
-
-
 def shard_files(path: Path) -> list[Path]:
     """All shards of a folder in order; ValueError where there are none or some are missing."""
     shards = sorted(path.glob(SHARD_PATTERN))
@@ -234,7 +225,7 @@ def shard_files(path: Path) -> list[Path]:
     return shards
 
 
-def named_entries(file: Path, contents: Any) -> list[tuple[str, Any]]:
+def named_entries(file: Path, contents: object) -> list[tuple[str, object]]:
     """Names and raw contents of the videos in what a file holds; ValueError where it is no TAP-Vid file."""
     if isinstance(contents, dict) and contents and all(isinstance(entry, dict) for entry in contents.values()):
         return [(str(name), contents[name]) for name in sorted(contents, key=str)]
@@ -246,7 +237,7 @@ def named_entries(file: Path, contents: Any) -> list[tuple[str, Any]]:
     )
 
 
-def annotated_video(name: str, entry: Any) -> TapVidVideo:
+def annotated_video(name: str, entry: object) -> TapVidVideo:
     """The video of raw contents, jpeg frames decoded; ValueError where something is missing or broken."""
     keys = ("video", "points", "occluded")
     if not isinstance(entry, dict) or not all(key in entry for key in keys):
@@ -256,7 +247,7 @@ def annotated_video(name: str, entry: Any) -> TapVidVideo:
     return TapVidVideo(name, _frames(name, entry["video"]), points, occluded)
 
 
-def _frames(name: str, video: Any) -> np.ndarray:
+def _frames(name: str, video: object) -> np.ndarray:
     """uint8 frames as they are, jpeg files decoded."""
     if not isinstance(video, (list, tuple, np.ndarray)) or (isinstance(video, np.ndarray) and video.ndim == 0):
         raise ValueError(f"video {name!r}: frames must be an array or a list of jpeg files, got {type(video).__name__}")
@@ -279,7 +270,7 @@ def _frames(name: str, video: Any) -> np.ndarray:
     return _array(name, "video", video)
 
 
-def _array(name: str, key: str, value: Any) -> np.ndarray:
+def _array(name: str, key: str, value: object) -> np.ndarray:
     try:
         return np.array(value)
     except ValueError as error:

@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -52,7 +51,7 @@ class TapVidSet:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._loaded: tuple[str, Sequence[Any]] | None = None
+        self._loaded: tuple[str, Sequence[tuple[str, object]]] | None = None
         if not self.path.is_dir():
             if not self.path.exists():
                 raise FileNotFoundError(f"{path} does not exist; give a TAP-Vid file or a folder of its shards")
@@ -108,7 +107,7 @@ class TapVidSet:
         names = [name for name, _ in self._contents(file)]
         return (TapVidEntry(prefix + name, file, position) for position, name in enumerate(names))
 
-    def _contents(self, file: str) -> Sequence[tuple[str, Any]]:
+    def _contents(self, file: str) -> Sequence[tuple[str, object]]:
         if self._loaded is None or self._loaded[0] != file:
             self._loaded = None  # the old file goes before the new one comes
             path = self.path / file if self._in_folder else self.path

@@ -7,11 +7,10 @@ import os
 import pickle
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from corrdit.arguments import whole_number
+from corrdit.arguments import choice, whole_number
 from corrdit.data.tapvid import TapVidVideo
 from corrdit.files import written_beside
 
@@ -34,16 +33,15 @@ def write_tapvid(
     Raises:
         ValueError: no video, two of one name, an unknown option.
     """
-    _check_options(layout, frames)
+    choice("layout", layout, LAYOUTS)
+    choice("frames", frames, FRAME_FORMATS)
     entries = [(video.name, _entry(video, frames)) for video in videos]
     if not entries:
         raise ValueError("videos is empty; a TAP-Vid file holds at least one")
-    contents: Any = [entry for _, entry in entries]
-    if layout == "dict":
-        contents = dict(entries)
-        if len(contents) < len(entries):
-            raise ValueError("two videos have the same name; a dict file needs different names")
-    _dump(Path(path), contents)
+    by_name = dict(entries)
+    if layout == "dict" and len(by_name) < len(entries):
+        raise ValueError("two videos have the same name; a dict file needs different names")
+    _dump(Path(path), by_name if layout == "dict" else [entry for _, entry in entries])
 
 
 def write_tapvid_shards(
@@ -61,7 +59,7 @@ def write_tapvid_shards(
     Raises:
         ValueError: another number of videos than `count`, more shards than videos, a folder that holds shards.
     """
-    _check_options("list", frames)
+    choice("frames", frames, FRAME_FORMATS)
     count, shards = whole_number("count", count, 1), whole_number("shards", shards, 1)
     if shards > count:
         raise ValueError(f"{count} videos cannot fill {shards} shards; give at most {count}")
@@ -96,13 +94,6 @@ def _write_shards(
         raise ValueError(f"there are more videos than count={count}; nothing was written")
 
 
-def _check_options(layout: str, frames: str) -> None:
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}")
-    if frames not in FRAME_FORMATS:
-        raise ValueError(f"frames must be one of {', '.join(map(repr, FRAME_FORMATS))}, got {frames!r}")
-
-
 def _entry(video: TapVidVideo, frames: str) -> dict[str, np.ndarray]:
     pictures = video.video
     if frames == "jpeg":
@@ -116,6 +107,6 @@ def _entry(video: TapVidVideo, frames: str) -> dict[str, np.ndarray]:
     return {"video": pictures, "points": video.points, "occluded": video.occluded}
 
 
-def _dump(path: Path, contents: Any) -> None:
+def _dump(path: Path, contents: object) -> None:
     with written_beside(path) as file:
         pickle.dump(contents, file, protocol=4)

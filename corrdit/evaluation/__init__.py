@@ -2,8 +2,7 @@
 
 from corrdit.evaluation.results import EvaluationResults
 from corrdit.evaluation.scoring import Outcome, evaluate_video, track_in_parts
-from corrdit.evaluation.summary import TrackerSummary, summarise
-from corrdit.evaluation.tables import write_tables
+from corrdit.evaluation.tracker_tables import TrackerSummary, summarise, write_tables
 from corrdit.evaluation.trackers import TRACKER_KINDS, TrackerChoice, chosen_trackers
 
 __all__ = [

@@ -1,10 +1,13 @@
-"""One video through one tracker: figures, or the reason why there are none."""
+"""One video through one tracker: figures, or the reason why there are none, and its tracks drawn."""
 
 from __future__ import annotations
 
 import math
+import os
+import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,12 +15,16 @@ import torch
 
 from corrdit.arguments import whole_number
 from corrdit.data.tapvid import TapVidSample
+from corrdit.evaluation.results import file_name
 from corrdit.evaluation.trackers import Track
-from corrdit.memory import is_out_of_memory
+from corrdit.memory import first_line, is_out_of_memory
 from corrdit.metrics import tapvid
 from corrdit.tracking import Tracks
+from corrdit.visualization import TrackStyle, write_track_pictures
 
 QUERIES_AT_ONCE = 4096
+FRAMES_A_SECOND = 10.0
+TRAIL = 15
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ def evaluate_video(track: Track, sample: TapVidSample, *, queries_at_once: int |
             raise
         raise ValueError(
             f"there is not enough memory for {len(sample.queries)} queries, {queries_at_once or 'all'} at once, in "
-            f"{frames} frames of {height} x {width} ({_first_line(error)}); give fewer at once, fewer frames or a "
+            f"{frames} frames of {height} x {width} ({first_line(error)}); give fewer at once, fewer frames or a "
             "smaller working size"
         ) from error
     figures = tapvid(**sample.metric_arguments(tracks))
@@ -77,7 +84,7 @@ def queries_inside(sample: TapVidSample) -> np.ndarray:
     return np.concatenate([sample.queries[:, :1], sample.queries[:, 1:].clip(0, extent)], axis=1)
 
 
-def track_in_parts(track: Track, video: Any, queries: np.ndarray, queries_at_once: int | None) -> Tracks:
+def track_in_parts(track: Track, video: np.ndarray, queries: np.ndarray, queries_at_once: int | None) -> Tracks:
     """Tracks of any number of queries, so many at a time; those of one frame stay together where they can.
 
     Args:
@@ -99,5 +106,28 @@ def track_in_parts(track: Track, video: Any, queries: np.ndarray, queries_at_onc
     return Tracks(*joined)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]
+def draw_tracks(folder: str | os.PathLike[str], sample: TapVidSample, tracks: Tracks) -> None:
+    """Write `VIDEO.mp4` and the contact sheet `VIDEO.png` into a folder, which is made if need be."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as hidden:
+        write_track_pictures(
+            sample.video,
+            tracks,
+            (sample.video.shape[1], sample.video.shape[2]),
+            queries=sample.queries,
+            fps=FRAMES_A_SECOND,
+            video_path=Path(hidden) / "tracks.mp4",
+            sheet_path=Path(hidden) / "tracks.png",
+            style=TrackStyle(trail=TRAIL),
+        )
+        for file in Path(hidden).iterdir():
+            os.replace(file, folder / f"{file_name(sample.name)}{file.suffix}")
+
+
+def true_tracks(sample: TapVidSample) -> Tracks:
+    """The annotation as tracks; where a point is hidden its place is that of the query, if the set gives none."""
+    known = np.isfinite(sample.tracks).all(axis=2, keepdims=True)
+    xy = np.where(known, sample.tracks, sample.queries[:, None, 1:]).transpose(1, 0, 2)
+    visible = ~sample.occluded.T & known[..., 0].T
+    return Tracks(*map(torch.from_numpy, (xy, visible, np.ones(visible.shape, np.float32))))

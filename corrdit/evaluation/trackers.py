@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from corrdit.tracking import PointTracker
 from corrdit.tracking.baselines import nearest_patches, standing_still
-from corrdit.tracking.options import tracker_options
+from corrdit.tracking.options import PRESETS, changed_options
 from corrdit.tracking.pseudo_truth import Tracker, lucas_kanade
 from corrdit.tracking.tracker import TrackingBackbone
 
@@ -62,7 +62,7 @@ def _feature_tracker(backbone: ModelBackbone | None, options: Options) -> Track:
     read = backbone.with_features(given.pop("feature")) if "feature" in given else backbone.with_features()
     given |= {"heads": "logits", "head_weights": ()}
     if not given.get("layers"):
-        given.setdefault("layer", backbone.preset.layer)
+        given.setdefault("layer", backbone.preset.reading.layer)
     return PointTracker(read, **given).track
 
 
@@ -73,7 +73,7 @@ def _given(backbone: ModelBackbone | None) -> ModelBackbone:
 
 
 def _check_model_options(preset: str, options: Options, *, besides: str = "") -> None:
-    tracker_options(preset, {name: value for name, value in options.items() if name != besides})
+    changed_options(PRESETS[preset], {name: value for name, value in options.items() if name != besides})
 
 
 def _check_keywords(function: Callable[..., object], options: Options) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from corrdit.metrics.harmonic import harmonic_mean
 from corrdit.metrics.matching import MatchingHits, matching_hits
 from corrdit.metrics.motion_fidelity import motion_fidelity
-from corrdit.metrics.summary import harmonic_mean
 from corrdit.metrics.tapvid import tapvid
 
 if TYPE_CHECKING:

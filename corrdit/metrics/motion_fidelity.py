@@ -6,17 +6,18 @@ scores with a variant of it.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+from numpy.typing import ArrayLike
+
+from corrdit.arguments import choice, real_array
 
 VARIANTS = ("two_sided", "released")
 STATIONARY = ("match", "zero", "exclude", "error")
 
 
 def motion_fidelity(
-    generated: Any,
-    reference: Any,
+    generated: ArrayLike,
+    reference: ArrayLike,
     *,
     variant: str = "two_sided",
     stationary: str = "match",
@@ -46,10 +47,8 @@ def motion_fidelity(
         ValueError: shapes that do not fit, fewer than two frames, NaN, an unknown option, or, with
             `stationary="error"`, a track that stands still.
     """
-    if variant not in VARIANTS:
-        raise ValueError(f"variant must be one of {', '.join(map(repr, VARIANTS))}, got {variant!r}")
-    if stationary not in STATIONARY:
-        raise ValueError(f"stationary must be one of {', '.join(map(repr, STATIONARY))}, got {stationary!r}")
+    choice("variant", variant, VARIANTS)
+    choice("stationary", stationary, STATIONARY)
     if not still_below >= 0:
         raise ValueError(f"still_below is a length in pixels and must not be negative, got {still_below!r}")
     generated, reference = _checked("generated", generated), _checked("reference", reference)
@@ -68,18 +67,13 @@ def motion_fidelity(
     return float((similarity.max(axis=1).mean() + similarity.max(axis=0).mean()) / 2)
 
 
-def _checked(name: str, tracks: Any) -> np.ndarray:
+def _checked(name: str, tracks: ArrayLike) -> np.ndarray:
     tracks = np.asarray(tracks)
     if tracks.ndim != 3 or tracks.shape[2] != 2 or len(tracks) == 0 or tracks.shape[1] < 2:
         raise ValueError(
             f"{name} must have shape [points, frames, 2] with at least one point and two frames, got {tracks.shape}"
         )
-    if tracks.dtype.kind not in "fiu":
-        raise ValueError(f"{name} must be real numbers, got {tracks.dtype}")
-    tracks = tracks.astype(np.float64)
-    if not np.isfinite(tracks).all():
-        raise ValueError(f"{name} holds {int((~np.isfinite(tracks)).sum())} numbers that are NaN or infinite")
-    return tracks
+    return real_array(name, tracks)
 
 
 def _similarity(generated: np.ndarray, reference: np.ndarray, stationary: str, still_below: float) -> np.ndarray:

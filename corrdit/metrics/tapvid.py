@@ -5,9 +5,10 @@ Doersch et al., "TAP-Vid: A Benchmark for Tracking Any Point in a Video" (2022),
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+from numpy.typing import ArrayLike
+
+from corrdit.arguments import choice, real_array
 
 THRESHOLDS = (1, 2, 4, 8, 16)
 QUERY_MODES = ("first", "strided")
@@ -20,11 +21,11 @@ METRIC_NAMES = (
 
 
 def tapvid(
-    query_points: Any,
-    gt_occluded: Any,
-    gt_tracks: Any,
-    pred_occluded: Any,
-    pred_tracks: Any,
+    query_points: ArrayLike,
+    gt_occluded: ArrayLike,
+    gt_tracks: ArrayLike,
+    pred_occluded: ArrayLike,
+    pred_tracks: ArrayLike,
     query_mode: str,
 ) -> dict[str, np.ndarray]:
     """TAP-Vid's published metric, one value a video.
@@ -74,11 +75,15 @@ def tapvid(
 
 
 def _checked(
-    query_points: Any, gt_occluded: Any, gt_tracks: Any, pred_occluded: Any, pred_tracks: Any, query_mode: str
+    query_points: ArrayLike,
+    gt_occluded: ArrayLike,
+    gt_tracks: ArrayLike,
+    pred_occluded: ArrayLike,
+    pred_tracks: ArrayLike,
+    query_mode: str,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Query frames int64 `[b, n]` and the four arrays, after all checks."""
-    if query_mode not in QUERY_MODES:
-        raise ValueError(f"query_mode must be one of {', '.join(map(repr, QUERY_MODES))}, got {query_mode!r}")
+    choice("query_mode", query_mode, QUERY_MODES)
     occluded = np.asarray(gt_occluded)
     if occluded.ndim != 3 or 0 in occluded.shape[::2]:
         raise ValueError(
@@ -96,12 +101,10 @@ def _checked(
     for name, array in (("gt_occluded", occluded), ("pred_occluded", given["pred_occluded"][0])):
         if array.dtype != np.bool_:
             raise ValueError(f"{name} must be boolean, got {array.dtype}; compare with a threshold first")
-    for name in ("query_points", "gt_tracks", "pred_tracks"):
+    for name in ("query_points", "gt_tracks"):
         if given[name][0].dtype.kind not in "fiu":
             raise ValueError(f"{name} must be real numbers, got {given[name][0].dtype}")
-    tracks, guessed = (given[name][0].astype(np.float64) for name in ("gt_tracks", "pred_tracks"))
-    if not np.isfinite(guessed).all():
-        raise ValueError(f"pred_tracks holds {int((~np.isfinite(guessed)).sum())} numbers that are NaN or infinite")
+    tracks, guessed = given["gt_tracks"][0].astype(np.float64), real_array("pred_tracks", given["pred_tracks"][0])
     if not np.isfinite(tracks[~occluded]).all():
         raise ValueError("gt_tracks holds NaN or infinite positions where gt_occluded says the point is visible")
     return (

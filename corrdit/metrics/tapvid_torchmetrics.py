@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torchmetrics import Metric
 
+from corrdit.arguments import choice
 from corrdit.metrics.tapvid import METRIC_NAMES, QUERY_MODES, tapvid
 
 UNNAMED = -1.0
+Arrays: TypeAlias = "np.ndarray | torch.Tensor | Sequence[ArrayLike]"
 
 
 class TapVidMetric(Metric):
@@ -42,18 +45,17 @@ class TapVidMetric(Metric):
 
     def __init__(self, query_mode: str = "first", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if query_mode not in QUERY_MODES:
-            raise ValueError(f"query_mode must be one of {', '.join(map(repr, QUERY_MODES))}, got {query_mode!r}")
+        choice("query_mode", query_mode, QUERY_MODES)
         self.query_mode = query_mode
         self.add_state("records", default=[], dist_reduce_fx="cat")
 
     def update(
         self,
-        query_points: Any,
-        gt_occluded: Any,
-        gt_tracks: Any,
-        pred_occluded: Any,
-        pred_tracks: Any,
+        query_points: Arrays,
+        gt_occluded: Arrays,
+        gt_tracks: Arrays,
+        pred_occluded: Arrays,
+        pred_tracks: Arrays,
         videos: Sequence[str] | None = None,
     ) -> None:
         """Add videos.
@@ -78,7 +80,8 @@ class TapVidMetric(Metric):
 
     def compute(self) -> dict[str, torch.Tensor]:
         """Means over the videos of all processes."""
-        rows = torch.cat([_no_record(self.device), *self._record_list()]).cpu().numpy()
+        records = [self.records] if isinstance(self.records, torch.Tensor) else self.records
+        rows = torch.cat([_no_record(self.device), *records]).cpu().numpy()
         rows = _without_repetitions(rows[np.lexsort(rows.T[::-1])])
         counted = rows[~np.isnan(rows[:, 1 + METRIC_NAMES.index("average_pts_within_thresh")]), 1:]
         means = counted.mean(axis=0) if len(counted) else np.full(len(METRIC_NAMES), np.nan)
@@ -92,15 +95,12 @@ class TapVidMetric(Metric):
             self.records.append(_no_record(self.device))
         super().sync(*args, **kwargs)
 
-    def _record_list(self) -> list[torch.Tensor]:
-        return [self.records] if isinstance(self.records, torch.Tensor) else self.records
-
 
 def _no_record(device: torch.device) -> torch.Tensor:
     return torch.zeros(0, 1 + len(METRIC_NAMES), dtype=torch.float64, device=device)
 
 
-def _by_video(*arrays: Any) -> list[list[np.ndarray]]:
+def _by_video(*arrays: Arrays) -> list[list[np.ndarray]]:
     """The arrays of each video, with a leading axis of one."""
     listed = [[_array(entry)[None] for entry in given] for given in arrays]
     sizes = {len(entries) for entries in listed}
@@ -111,7 +111,7 @@ def _by_video(*arrays: Any) -> list[list[np.ndarray]]:
     return [list(entries) for entries in zip(*listed, strict=True)]
 
 
-def _array(value: Any) -> np.ndarray:
+def _array(value: object) -> np.ndarray:
     return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
 
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from corrdit import ops
+from corrdit import ops, streaming
 from corrdit.arguments import whole_number
 from corrdit.grid import TokenGrid
-from corrdit.ops.displacement import displacement_request
+from corrdit.ops.backends import backend_name, beyond_kernels, full_precision, select_backend
+from corrdit.ops.displacement import by_heads, displacement_problem
 
 FLOW_LOSSES = ("released", "paper")
 
@@ -90,26 +91,24 @@ def attention_flow_loss(
         RuntimeError: the backend asked for cannot run here.
     """
     _check_variant(variant)
-    request = displacement_request(
+    problem, axes = displacement_problem(
         q, k, grid, heads=heads, head_weights=head_weights, temperature=temperature, frames=frames, window=window,
-        center=center, scale=scale, key_mask=key_mask, backend=backend, memory_budget=memory_budget,
+        center=center, scale=scale, key_mask=key_mask, memory_budget=memory_budget,
     )  # fmt: skip
-    if not isinstance(reference, Tensor) or tuple(reference.shape) != request.shape:
+    shape = [q.shape[0], *([q.shape[1]] if heads == "none" else []), *axes.lengths, 2]
+    if not isinstance(reference, Tensor) or list(reference.shape) != shape:
         given = list(reference.shape) if isinstance(reference, Tensor) else type(reference).__name__
-        raise ValueError(f"reference must be a tensor of displacements {list(request.shape)}, got {given}")
+        raise ValueError(f"reference must be a tensor of displacements {shape}, got {given}")
     reference = reference.to(q.device)
     components = 2 * _checked_count((reference != 0).any(-1)) if variant == "released" else 1
-    error_with_gradients = getattr(request.backend, "soft_displacement_error", None)
+    name = backend_name(backend, q, beyond_kernels(problem, q, k))
     differentiated = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
-    if error_with_gradients is None or heads == "probabilities" or reference.requires_grad or not differentiated:
-        return flow_loss(request.result("soft_displacement"), reference, variant=variant)
-    error: Tensor = error_with_gradients(
-        *request.arguments,
-        reference.flatten(-5, -4) if frames is None else reference,
-        moving_only=variant == "released",
-        **request.options,
-    )
-    return error / components
+    if name != "streaming" or heads == "probabilities" or reference.requires_grad or not differentiated:
+        with full_precision(q):
+            rows, _ = select_backend(name, q).soft_displacement(q, k, problem)
+        return flow_loss(by_heads(rows, problem, axes), reference, variant=variant)
+    rows = reference.reshape(q.shape[0], -1, problem.rows, 2)
+    return streaming.soft_displacement_error(q, k, problem, rows, moving_only=variant == "released") / components
 
 
 def _check_variant(variant: str) -> None:
@@ -168,8 +167,8 @@ def coarse_centers(
     if tile > max(grid.height, grid.width):
         raise ValueError(f"a tile of {tile} tokens is larger than a frame of {grid.height} x {grid.width} tokens")
     coarse = TokenGrid(grid.frames, -(-grid.height // tile), -(-grid.width // tile))
-    pooled = [_tile_means(tensor.detach(), grid, tile) for tensor in (q, k)]
-    moved = ops.hard_displacement(*pooled, coarse, heads=heads, frames=frames, scale=scale, backend=backend)
+    queries, keys = (_tile_means(tensor.detach(), grid, tile) for tensor in (q, k))
+    moved = ops.hard_displacement(queries, keys, coarse, heads=heads, frames=frames, scale=scale, backend=backend)
     rows = torch.arange(grid.height, device=q.device) // tile
     columns = torch.arange(grid.width, device=q.device) // tile
     spread = moved.index_select(-3, rows).index_select(-2, columns)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
 class MotionError(NamedTuple):
@@ -18,7 +19,9 @@ class MotionError(NamedTuple):
     speed: float
 
 
-def motion_error(tracks: Any, truth: Any, *, visible: Any = None, still_below: float = 0.0) -> MotionError:
+def motion_error(
+    tracks: ArrayLike, truth: ArrayLike, *, visible: ArrayLike | None = None, still_below: float = 0.0
+) -> MotionError:
     """Direction and speed error of tracks against the true tracks of the same points.
 
     Args:
@@ -59,7 +62,7 @@ def motion_error(tracks: Any, truth: Any, *, visible: Any = None, still_below: f
     )
 
 
-def direction_agreement(flow: Any, direction: Any) -> float:
+def direction_agreement(flow: ArrayLike, direction: ArrayLike) -> float:
     """(1 + cosine) / 2 between displacements and a known direction, averaged: 0.5 for random ones, 1 for exact ones.
 
     The scale of DiTFlow's appendix D, which moves the first frame of a clip in a known direction.

@@ -28,13 +28,15 @@ class PromptSimilarity:
         ImportError: transformers is missing.
     """
 
-    def __init__(self, model: str | os.PathLike[str] = PUBLISHED_MODEL, device: Any = None) -> None:
+    def __init__(
+        self, model: str | os.PathLike[str] = PUBLISHED_MODEL, device: str | torch.device | None = None
+    ) -> None:
         from transformers import CLIPModel, CLIPProcessor
 
         name = os.fspath(model)
         try:
-            self._model: Any = CLIPModel.from_pretrained(name).to(device or "cpu").eval()
-            self._processor: Any = CLIPProcessor.from_pretrained(name)
+            self._model = CLIPModel.from_pretrained(name).to(device or "cpu").eval()
+            self._processor = CLIPProcessor.from_pretrained(name)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"cannot load the CLIP model {name}: {' '.join(str(error).split())[:200]}; give a folder that holds "

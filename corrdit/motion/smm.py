@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from corrdit.arguments import choice
+
 SMM_LOSSES = ("paper", "released")
 
 
@@ -28,8 +30,7 @@ def smm_loss(target: Tensor, reference: Tensor, *, variant: str = "paper") -> Te
     Raises:
         ValueError: shapes that differ or are not `[F, C, h, w]` with at least two frames, or an unknown variant.
     """
-    if variant not in SMM_LOSSES:
-        raise ValueError(f"variant must be one of {', '.join(map(repr, SMM_LOSSES))}, got {variant!r}")
+    choice("variant", variant, SMM_LOSSES)
     if target.shape != reference.shape or target.ndim != 4 or target.shape[0] < 2:
         raise ValueError(
             "target and reference must be features [frames, channels, height, width] of one shape with at least two "

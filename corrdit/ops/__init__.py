@@ -12,6 +12,14 @@ where it is too small. A caller compiled by `torch.compile(fullgraph=True)` stay
 ("streaming" breaks graphs); values that a tensor holds (`head_weights`, `center`, `tokens`) are not checked in one.
 Autocast changes no result.
 
+Every operation also takes a part of the tokens: `queries=(start, stop)`, a flat range of the F * h * w video tokens, or
+`query_frames`, frames in the order in which q holds them; `keys=(start, stop)`, a range that k (and v) hold, a shard.
+The tensors then hold those video tokens alone, or those with the text at its end of the axis as in the whole. Queries
+are rows of the whole result, keys outside a shard are as if removed by `key_mask`, which covers the tokens of k, or the
+whole axis. k and v may have fewer heads than q: query head i reads key head `i // (H // Hk)`. Results of shards are
+merged by `merge` from the log-sum-exp that `return_lse=True` gives. The kernels take none of this yet: "auto" takes
+"streaming" for it.
+
 The kernels multiply float32 exactly; within `corrdit.kernels.float32_precision("tf32")` they take tensor cores and ten
 bits. The last two products of the gradient of averaged logits are PyTorch's and follow PyTorch's own setting.
 """
@@ -21,6 +29,7 @@ from corrdit.ops.cost_rows import cost_rows
 from corrdit.ops.displacement import hard_displacement, soft_displacement
 from corrdit.ops.frame_local_attention import frame_local_attention
 from corrdit.ops.match import Match, match
+from corrdit.ops.merge import merge
 
 __all__ = [
     "AttentionMass",
@@ -30,5 +39,6 @@ __all__ = [
     "frame_local_attention",
     "hard_displacement",
     "match",
+    "merge",
     "soft_displacement",
 ]

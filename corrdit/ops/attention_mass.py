@@ -10,7 +10,7 @@ from torch import Tensor
 
 from corrdit.grid import TokenGrid
 from corrdit.ops import checks
-from corrdit.ops.backends import BackendInput, backend_input, full_precision, select_backend
+from corrdit.ops.backends import beyond_kernels, full_precision, select_backend
 
 
 class AttentionMass(NamedTuple):
@@ -41,6 +41,9 @@ def attention_mass(
     head_weights: Tensor | Iterable[float] | None = None,
     scale: float | None = None,
     key_mask: Tensor | None = None,
+    queries: tuple[int, int] | None = None,
+    query_frames: Iterable[int] | None = None,
+    keys: tuple[int, int] | None = None,
     backend: str = "auto",
     memory_budget: int | None = None,
 ) -> AttentionMass:
@@ -58,6 +61,8 @@ def attention_mass(
         head_weights: `[H]` non-negative weights of the heads in that average, normalised to sum 1.
         scale: factor of q.k, `D ** -0.5` by default.
         key_mask: bool `[B, N]`, True = may be attended. A token without any key has weight 0 everywhere.
+        queries, query_frames, keys: what q and k hold if not the whole axis, and fewer key heads; see `corrdit.ops`.
+            q must hold the tokens; the softmax goes over the keys that k holds, others have weight 0.
         backend: "auto", "triton", "streaming" or "reference".
         memory_budget: bytes beyond inputs and outputs (streaming).
 
@@ -69,24 +74,13 @@ def attention_mass(
         ValueError: an argument is out of range or does not fit the grid.
         RuntimeError: the backend asked for cannot run here.
     """
-    checks.check_tokens(grid, q=q, k=k)
-    weights = checks.check_heads(heads, head_weights, q)
+    problem = checks.checked_problem(
+        q, k, None, grid, heads=heads, head_weights=head_weights, scale=scale, key_mask=key_mask, queries=queries,
+        query_frames=query_frames, keys=keys, memory_budget=memory_budget,
+    )  # fmt: skip
     source = checks.check_frame("source", source, grid)
-    key_mask = checks.check_key_mask(key_mask, q)
-    module = select_backend(backend, q)
-    given = backend_input(module, BackendInput(q, k, grid, key_mask, heads, weights), video_only=False)
+    chosen = checks.check_frame_tokens(tokens, problem, source, q.device)
     with full_precision(q):
-        return AttentionMass(
-            *module.attention_mass(
-                given.q,
-                given.k,
-                given.grid,
-                checks.check_frame_tokens(tokens, grid, q.device),
-                source=source,
-                heads=given.heads,
-                weights=given.weights,
-                scale=checks.check_scale(scale, q.shape[-1]),
-                key_mask=given.key_mask,
-                memory_budget=checks.check_budget(memory_budget),
-            )
-        )
+        implementation = select_backend(backend, q, beyond_kernels(problem, q, k))
+        mass = AttentionMass(*implementation.attention_mass(q, k, problem, chosen, source=source))
+    return mass if heads == "none" else AttentionMass(*(part.squeeze(1) for part in mass))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from corrdit.arguments import flag
 from corrdit.grid import TokenGrid
 from corrdit.ops import checks
-from corrdit.ops.backends import BackendInput, backend_input, full_precision, select_backend
+from corrdit.ops.backends import beyond_kernels, full_precision, select_backend
 
 
 @torch.no_grad()
@@ -26,6 +27,9 @@ def cost_rows(
     bidirectional: bool = True,
     scale: float | None = None,
     key_mask: Tensor | None = None,
+    queries: tuple[int, int] | None = None,
+    query_frames: Iterable[int] | None = None,
+    keys: tuple[int, int] | None = None,
     backend: str = "auto",
     memory_budget: int | None = None,
 ) -> Tensor:
@@ -43,6 +47,8 @@ def cost_rows(
         tokens: P flat indices `row * width + column` within the source frame.
         source: the frame the tokens lie in.
         heads, head_weights, bidirectional, scale, key_mask, backend, memory_budget: as in `corrdit.ops.match`.
+        queries, query_frames, keys: what q and k hold if not the whole axis, and fewer key heads; see `corrdit.ops`.
+            q must hold the tokens, and all of every frame with `bidirectional`.
 
     Returns:
         `[B, P, F, h, w]`, the source frame included, float32 (float64 for float64 input); with heads="none" a head axis
@@ -52,24 +58,17 @@ def cost_rows(
         ValueError: an argument is out of range or does not fit the grid.
         RuntimeError: the backend asked for cannot run here.
     """
-    checks.check_tokens(grid, q=q, k=k)
-    weights = checks.check_heads(heads, head_weights, q)
+    problem = checks.checked_problem(
+        q, k, None, grid, heads=heads, head_weights=head_weights, scale=scale, key_mask=key_mask, queries=queries,
+        query_frames=query_frames, keys=keys, memory_budget=memory_budget,
+    )  # fmt: skip
     source = checks.check_frame("source", source, grid)
-    key_mask = checks.check_key_mask(key_mask, q)
-    module = select_backend(backend, q)
-    given = backend_input(module, BackendInput(q, k, grid, key_mask, heads, weights))
+    problem = replace(problem, pairs=[(source, frame) for frame in range(grid.frames)])
+    chosen = checks.check_frame_tokens(tokens, problem, source, q.device)
+    if flag("bidirectional", bidirectional):
+        checks.check_both_directions(problem)
     with full_precision(q):
-        rows: Tensor = module.cost_rows(
-            given.q,
-            given.k,
-            given.grid,
-            checks.check_frame_tokens(tokens, grid, q.device),
-            source=source,
-            heads=given.heads,
-            weights=given.weights,
-            scale=checks.check_scale(scale, q.shape[-1]),
-            key_mask=given.key_mask,
-            bidirectional=flag("bidirectional", bidirectional),
-            memory_budget=checks.check_budget(memory_budget),
-        )
-    return rows
+        implementation = select_backend(backend, q, beyond_kernels(problem, q, k))
+        rows = implementation.cost_rows(q, k, problem, chosen, bidirectional=bool(bidirectional))
+    rows = rows.unflatten(-1, (grid.height, grid.width))
+    return rows if heads == "none" else rows.squeeze(1)

@@ -2,12 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Literal, overload
+
 from torch import Tensor
 
 from corrdit.arguments import flag, whole_number
 from corrdit.grid import TokenGrid
 from corrdit.ops import checks
-from corrdit.ops.backends import full_precision, select_backend
+from corrdit.ops.backends import beyond_kernels, full_precision, select_backend
+
+
+@overload
+def frame_local_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: TokenGrid,
+    *,
+    renormalize: bool = True,
+    span: int = 0,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    queries: tuple[int, int] | None = None,
+    query_frames: Iterable[int] | None = None,
+    keys: tuple[int, int] | None = None,
+    return_lse: Literal[False] = False,
+    backend: str = "auto",
+    memory_budget: int | None = None,
+) -> Tensor: ...
+
+
+@overload
+def frame_local_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: TokenGrid,
+    *,
+    renormalize: bool = True,
+    span: int = 0,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    queries: tuple[int, int] | None = None,
+    query_frames: Iterable[int] | None = None,
+    keys: tuple[int, int] | None = None,
+    return_lse: Literal[True],
+    backend: str = "auto",
+    memory_budget: int | None = None,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def frame_local_attention(
@@ -20,9 +63,13 @@ def frame_local_attention(
     span: int = 0,
     scale: float | None = None,
     key_mask: Tensor | None = None,
+    queries: tuple[int, int] | None = None,
+    query_frames: Iterable[int] | None = None,
+    keys: tuple[int, int] | None = None,
+    return_lse: bool = False,
     backend: str = "auto",
     memory_budget: int | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attention in which a video token sees the text and its own frame only; text tokens see everything.
 
     Source: DiffTrack (arXiv 2506.17220), cross-attention guidance, perturbed branch.
@@ -35,27 +82,31 @@ def frame_local_attention(
         span: frames `|i - j| <= span` count as a token's own.
         scale: factor of q.k, `D ** -0.5` by default.
         key_mask: bool `[B, N]`, True = may be attended. A token without any key gets 0.
+        queries, query_frames, keys: what q, k and v hold if not the whole axis, and fewer heads of k and v; see
+            `corrdit.ops`. The text takes part where they hold it.
+        return_lse: whether to return the logarithm of what each softmax divides by too; -inf for a token without keys.
         backend: "auto", "triton", "streaming" or "reference".
         memory_budget: bytes beyond inputs and outputs (streaming).
 
     Returns:
-        `[B, H, N, D]` in the dtype of the input. Differentiable in q, k and v, once.
+        `[B, H, N, D]` in the shape and dtype of q; with `return_lse` a pair of it and the log-sum-exp `[B, H, N]`,
+        float32 (float64 for float64 input). Differentiable in q, k and v, once.
 
     Raises:
         ValueError: an argument is out of range or does not fit the grid.
         RuntimeError: the backend asked for cannot run here.
     """
-    checks.check_tokens(grid, q=q, k=k, v=v)
+    problem = checks.checked_problem(
+        q, k, v, grid, scale=scale, key_mask=key_mask, queries=queries, query_frames=query_frames, keys=keys,
+        return_lse=return_lse, memory_budget=memory_budget,
+    )  # fmt: skip
     with full_precision(q):
-        attended: Tensor = select_backend(backend, q).frame_local_attention(
+        attended, lse = select_backend(backend, q, beyond_kernels(problem, q, k)).frame_local_attention(
             q,
             k,
             v,
-            grid,
-            scale=checks.check_scale(scale, q.shape[-1]),
-            key_mask=checks.check_key_mask(key_mask, q),
+            problem,
             renormalize=flag("renormalize", renormalize),
             span=min(whole_number("span", span, 0), grid.frames),
-            memory_budget=checks.check_budget(memory_budget),
         )
-    return attended
+    return attended if lse is None else (attended, lse)

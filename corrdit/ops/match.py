@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from corrdit.arguments import entries, flag, whole_number
 from corrdit.grid import TokenGrid
 from corrdit.ops import checks
-from corrdit.ops.backends import BackendInput, backend_input, full_precision, select_backend
+from corrdit.ops.backends import beyond_kernels, full_precision, select_backend
 
 
 class Match(NamedTuple):
@@ -40,6 +41,9 @@ def match(
     refine: int = 0,
     scale: float | None = None,
     key_mask: Tensor | None = None,
+    queries: tuple[int, int] | None = None,
+    query_frames: Iterable[int] | None = None,
+    keys: tuple[int, int] | None = None,
     backend: str = "auto",
     memory_budget: int | None = None,
 ) -> Match:
@@ -61,40 +65,41 @@ def match(
         refine: radius in tokens round the argmax within which the C-weighted mean of positions is taken; 0 for none.
         scale: factor of q.k, `D ** -0.5` by default.
         key_mask: bool `[B, N]`, True = may be attended; each softmax leaves out its removed keys.
+        queries, query_frames, keys: what q and k hold if not the whole axis, and fewer key heads; see `corrdit.ops`.
+            Tokens of the source frame that q holds are matched; with `bidirectional` it must hold all of the targets.
         backend: "auto", "triton", "streaming" or "reference".
         memory_budget: bytes beyond inputs and outputs (streaming).
 
     Returns:
         `Match(xy [B, Ft, h, w, 2], score [B, Ft, h, w])`, float32 (float64 for float64 input); with heads="none" a head
-        axis after the batch. Not differentiable.
+        axis after the batch. A range of `queries` has one axis `[n]` of those in the source frame in place of (row,
+        column). Not differentiable.
 
     Raises:
         ValueError: an argument is out of range or does not fit the grid.
         RuntimeError: the backend asked for cannot run here.
     """
-    checks.check_tokens(grid, q=q, k=k)
-    weights = checks.check_heads(heads, head_weights, q)
+    problem = checks.checked_problem(
+        q, k, None, grid, heads=heads, head_weights=head_weights, scale=scale, key_mask=key_mask, queries=queries,
+        query_frames=query_frames, keys=keys, memory_budget=memory_budget,
+    )  # fmt: skip
     source = checks.check_frame("source", source, grid)
-    wanted = _target_frames(targets, source, grid)
-    key_mask = checks.check_key_mask(key_mask, q)
-    module = select_backend(backend, q)
-    given = backend_input(module, BackendInput(q, k, grid, key_mask, heads, weights))
+    problem = replace(problem, pairs=[(source, target) for target in _target_frames(targets, source, grid)])
+    held = checks.held_source(problem, source)
+    if flag("bidirectional", bidirectional):
+        checks.check_both_directions(problem)
     with full_precision(q):
-        xy, score = module.match(
-            given.q,
-            given.k,
-            given.grid,
-            source,
-            wanted,
-            heads=given.heads,
-            weights=given.weights,
-            scale=checks.check_scale(scale, q.shape[-1]),
-            key_mask=given.key_mask,
-            bidirectional=flag("bidirectional", bidirectional),
+        xy, score = select_backend(backend, q, beyond_kernels(problem, q, k)).match(
+            q,
+            k,
+            problem,
+            bidirectional=bool(bidirectional),
             refine=min(whole_number("refine", refine, 0), max(grid.height, grid.width)),
-            memory_budget=checks.check_budget(memory_budget),
         )
-    return Match(xy, score)
+    places = (held.tokens,) if problem.queries.selection == "range" else (grid.height, grid.width)
+    if heads != "none":
+        xy, score = xy.squeeze(1), score.squeeze(1)
+    return Match(xy.unflatten(-2, (-1, *places)), score.unflatten(-1, (-1, *places)))
 
 
 def _target_frames(targets: Iterable[int] | None, source: int, grid: TokenGrid) -> list[int]:

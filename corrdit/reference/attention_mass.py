@@ -4,28 +4,26 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from corrdit.grid import TokenGrid
-from corrdit.reference.scores import frame, logits_between, masked_softmax, reduce_heads
+from corrdit.problem import PairProblem
+from corrdit.reference.scores import (
+    frame,
+    logits_between,
+    masked_softmax,
+    reduce_heads,
+    whole_keys,
+    whole_mask,
+    whole_queries,
+)
 
 
 def attention_mass(
-    q: Tensor,
-    k: Tensor,
-    grid: TokenGrid,
-    tokens: Tensor,
-    *,
-    source: int,
-    heads: str,
-    weights: Tensor | None,
-    scale: float,
-    key_mask: Tensor | None,
-    memory_budget: int | None = None,
+    q: Tensor, k: Tensor, problem: PairProblem, tokens: Tensor, *, source: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(text, frames, text_peak, frame_peak); see `corrdit.ops.attention_mass`."""
-    queries = frame(q, grid, source)[:, :, tokens]
-    logits = logits_between(queries, k, heads=heads, weights=weights, scale=scale)
-    allowed = None if key_mask is None else key_mask[:, None, None, :]
-    weight = reduce_heads(masked_softmax(logits, allowed), heads, weights)
+    """(text, frames, text peak, frame peak), `[B, H or 1, P]` and `[B, H or 1, P, F]`."""
+    grid, mask = problem.grid, whole_mask(k, problem)
+    q, k = whole_queries(q, problem), whole_keys(k, q, problem)
+    logits = logits_between(frame(q, grid, source)[:, :, tokens], k, problem)
+    weight = reduce_heads(masked_softmax(logits, None if mask is None else mask[:, None, None, :]), problem)
     text = weight[..., grid.text_slice]
     frames = weight[..., grid.video_slice].unflatten(-1, (grid.frames, grid.tokens_per_frame))
     text_peak = text.amax(-1) if grid.text_tokens else text.sum(-1)

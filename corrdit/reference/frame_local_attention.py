@@ -6,31 +6,35 @@ import torch
 from torch import Tensor
 
 from corrdit.grid import TokenGrid
-from corrdit.reference.scores import masked_softmax, working_dtype
+from corrdit.problem import PairProblem
+from corrdit.reference.scores import (
+    log_sum_exp,
+    logits_between,
+    masked_softmax,
+    place_in_grid,
+    whole_keys,
+    whole_mask,
+    whole_queries,
+)
 
 
 def frame_local_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    grid: TokenGrid,
-    *,
-    scale: float,
-    key_mask: Tensor | None,
-    renormalize: bool,
-    span: int,
-    memory_budget: int | None = None,
-) -> Tensor:
-    """`[B, H, N, D]`; see `corrdit.ops.frame_local_attention`."""
-    dtype = working_dtype(q)
-    logits = scale * torch.einsum("bhqd,bhkd->bhqk", q.to(dtype), k.to(dtype))
-    allowed = None if key_mask is None else key_mask[:, None, None, :]
-    local = local_pairs(grid, span, q.device)[None, None]
+    q: Tensor, k: Tensor, v: Tensor, problem: PairProblem, *, renormalize: bool, span: int
+) -> tuple[Tensor, Tensor | None]:
+    """(attention in the shape and dtype of q, log-sum-exp `[B, H, tokens of q]` if asked for)."""
+    mask = whole_mask(k, problem)
+    logits = logits_between(whole_queries(q, problem), whole_keys(k, q, problem), problem)
+    allowed = None if mask is None else mask[:, None, None, :]
+    local = local_pairs(problem.grid, span, q.device)[None, None]
     if renormalize:
-        weight = masked_softmax(logits, local if allowed is None else local & allowed)
-    else:
-        weight = masked_softmax(logits, allowed).masked_fill(~local, 0.0)
-    return torch.einsum("bhqk,bhkd->bhqd", weight, v.to(dtype)).to(q.dtype)
+        allowed = local if allowed is None else local & allowed
+    weight = masked_softmax(logits, allowed).masked_fill(~local, 0.0)
+    attended = torch.einsum("bhqk,bhkd->bhqd", weight, whole_keys(v, q, problem).to(weight.dtype)).to(q.dtype)
+    lse = log_sum_exp(logits, allowed) if problem.with_lse else None
+    if problem.queries.selection == "all":
+        return attended, lse
+    held = place_in_grid(problem.queries, problem.grid).to(q.device)
+    return attended[:, :, held], None if lse is None else lse[:, :, held]
 
 
 def local_pairs(grid: TokenGrid, span: int, device: torch.device) -> Tensor:

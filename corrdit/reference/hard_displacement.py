@@ -5,43 +5,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from corrdit.grid import FramePairs, TokenGrid
-from corrdit.reference.scores import allowed_keys, frame, logits_between, masked_softmax, reduce_heads
+from corrdit.problem import PairProblem
+from corrdit.reference.scores import (
+    allowed_keys,
+    frame,
+    held_rows,
+    logits_between,
+    masked_softmax,
+    reduce_heads,
+    whole_keys,
+    whole_mask,
+    whole_queries,
+)
 
 
-def hard_displacement(
-    q: Tensor,
-    k: Tensor,
-    grid: TokenGrid,
-    pairs: FramePairs,
-    *,
-    heads: str,
-    weights: Tensor | None,
-    scale: float,
-    temperature: float,
-    key_mask: Tensor | None,
-    window: int | None,
-    center: Tensor | None,
-    memory_budget: int | None = None,
-) -> Tensor:
-    """int64 `[B, P, h, w, 2]`, or `[B, H, P, h, w, 2]` for heads="none"; see `corrdit.ops.hard_displacement`."""
+def hard_displacement(q: Tensor, k: Tensor, problem: PairProblem) -> Tensor:
+    """int64 `[B, H or 1, R, 2]`."""
+    grid, mask = problem.grid, whole_mask(k, problem)
+    q, k = whole_queries(q, problem), whole_keys(k, q, problem)
     position = grid.coordinates(q.device).long()
     displacements = []
-    for index, (i, j) in enumerate(pairs):
-        logits = temperature * logits_between(
-            frame(q, grid, i), frame(k, grid, j), heads=heads, weights=weights, scale=scale
-        )
-        mask = None if key_mask is None else frame(key_mask, grid, j)
-        allowed = allowed_keys(grid, mask, window, None if center is None else center[:, index], q.device)
-        if heads == "probabilities":
-            score = reduce_heads(masked_softmax(logits, allowed), heads, weights)
-            allowed = None if allowed is None else allowed.squeeze(1)
-        else:
-            score = reduce_heads(logits, heads, weights)
-            allowed = allowed.squeeze(1) if allowed is not None and heads == "logits" else allowed
+    for index, (i, j) in enumerate(problem.pairs):
+        score = logits_between(frame(q, grid, i), frame(k, grid, j), problem)
+        allowed = allowed_keys(problem, index, mask, q.device)
+        if problem.heads == "probabilities":
+            score = reduce_heads(masked_softmax(score, allowed), problem)
         displacements.append(displacement_to_best(score, allowed, position))
-    stacked = torch.stack(displacements, dim=2 if heads == "none" else 1)
-    return stacked.unflatten(-2, (grid.height, grid.width))
+    return held_rows(displacements, problem)
 
 
 def displacement_to_best(score: Tensor, allowed: Tensor | None, position: Tensor) -> Tensor:

@@ -1,81 +1,56 @@
-"""Matching by materialised cost maps."""
+"""Matching and cost rows by materialised cost maps."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from corrdit.grid import TokenGrid
-from corrdit.reference.scores import frame, logits_between, masked_softmax, reduce_heads, window_mask
+from corrdit.problem import PairProblem
+from corrdit.reference.scores import (
+    frame,
+    held_rows,
+    logits_between,
+    masked_softmax,
+    reduce_heads,
+    whole_keys,
+    whole_mask,
+    whole_queries,
+    window_mask,
+)
 
 
-def match(
-    q: Tensor,
-    k: Tensor,
-    grid: TokenGrid,
-    source: int,
-    targets: list[int],
-    *,
-    heads: str,
-    weights: Tensor | None,
-    scale: float,
-    key_mask: Tensor | None,
-    bidirectional: bool,
-    refine: int,
-    memory_budget: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(xy `[B, (H,) Ft, h, w, 2]`, score `[B, (H,) Ft, h, w]`); see `corrdit.ops.match`."""
+def match(q: Tensor, k: Tensor, problem: PairProblem, *, bidirectional: bool, refine: int) -> tuple[Tensor, Tensor]:
+    """(xy `[B, H or 1, R, 2]`, score `[B, H or 1, R]`)."""
     positions, scores = [], []
-    for target in targets:
-        cost = cost_map(
-            q, k, grid, source, target,
-            heads=heads, weights=weights, scale=scale, key_mask=key_mask, bidirectional=bidirectional,
-        )  # fmt: skip
+    for cost in _cost_maps(q, k, problem, bidirectional):
         score, best = cost.max(-1)
-        positions.append(refined_position(cost, best, grid, refine))
+        positions.append(refined_position(cost, best, problem.grid, refine))
         scores.append(score)
-    frame_axis = 2 if heads == "none" else 1
-    xy = torch.stack(positions, frame_axis).unflatten(-2, (grid.height, grid.width))
-    return xy, torch.stack(scores, frame_axis).unflatten(-1, (grid.height, grid.width))
+    return held_rows(positions, problem), held_rows(scores, problem)
 
 
-def cost_map(
-    q: Tensor,
-    k: Tensor,
-    grid: TokenGrid,
-    source: int,
-    target: int,
-    *,
-    heads: str,
-    weights: Tensor | None,
-    scale: float,
-    key_mask: Tensor | None,
-    bidirectional: bool,
-) -> Tensor:
-    """C `[B, (H,) S source, S target]`: the forward softmax, or its mean with the transposed backward softmax."""
-    forward = _frame_probability(q, k, grid, source, target, heads, weights, scale, key_mask)
-    if not bidirectional:
-        return forward
-    backward = _frame_probability(q, k, grid, target, source, heads, weights, scale, key_mask)
-    return (forward + backward.transpose(-1, -2)) / 2
+def cost_rows(q: Tensor, k: Tensor, problem: PairProblem, tokens: Tensor, *, bidirectional: bool) -> Tensor:
+    """`[B, H or 1, P, F, S]` of chosen tokens of the source frame, with every frame of the pairs."""
+    return torch.stack([cost[..., tokens, :] for cost in _cost_maps(q, k, problem, bidirectional)], dim=-2)
 
 
-def _frame_probability(
-    q: Tensor,
-    k: Tensor,
-    grid: TokenGrid,
-    query_frame: int,
-    key_frame: int,
-    heads: str,
-    weights: Tensor | None,
-    scale: float,
-    key_mask: Tensor | None,
-) -> Tensor:
-    logits = logits_between(
-        frame(q, grid, query_frame), frame(k, grid, key_frame), heads=heads, weights=weights, scale=scale
-    )
-    allowed = None if key_mask is None else frame(key_mask, grid, key_frame)[:, None, None, :]
-    return reduce_heads(masked_softmax(logits, allowed), heads, weights)
+def _cost_maps(q: Tensor, k: Tensor, problem: PairProblem, bidirectional: bool) -> Iterator[Tensor]:
+    """C `[B, H or 1, S source, S target]` of each pair: the forward softmax, or its mean with the transposed backward
+    softmax."""
+    mask = whole_mask(k, problem)
+    q, k = whole_queries(q, problem), whole_keys(k, q, problem)
+
+    def probability(query_frame: int, key_frame: int) -> Tensor:
+        logits = logits_between(frame(q, problem.grid, query_frame), frame(k, problem.grid, key_frame), problem)
+        allowed = None if mask is None else frame(mask, problem.grid, key_frame)[:, None, None, :]
+        return reduce_heads(masked_softmax(logits, allowed), problem)
+
+    for source, target in problem.pairs:
+        forward = probability(source, target)
+        yield (forward + probability(target, source).transpose(-1, -2)) / 2 if bidirectional else forward
 
 
 def refined_position(cost: Tensor, best: Tensor, grid: TokenGrid, refine: int) -> Tensor:

@@ -6,23 +6,61 @@ import torch
 from torch import Tensor
 
 from corrdit.grid import TokenGrid
+from corrdit.problem import PairProblem, TokenAxis, working_dtype
 
 
-def working_dtype(tensor: Tensor) -> torch.dtype:
-    """float64 for float64 input, float32 for everything else."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+def whole_queries(q: Tensor, problem: PairProblem) -> Tensor:
+    """`[B, H, N, D]` of the whole grid, 0 where q holds nothing: what is asked about fewer queries is a slice of it."""
+    return _on_grid(q, problem.queries, problem.grid, 2)
 
 
-def logits_between(queries: Tensor, keys: Tensor, *, heads: str, weights: Tensor | None, scale: float) -> Tensor:
-    """`scale * q.k` between `[B, H, P, D]` and `[B, H, K, D]`.
+def whole_keys(keys: Tensor, q: Tensor, problem: PairProblem) -> Tensor:
+    """`[B, H, N, D]` keys (or values) of the whole grid, one head for each of the queries'."""
+    by_query_head = keys.repeat_interleave(q.shape[1] // keys.shape[1], 1) if keys.shape[1] != q.shape[1] else keys
+    return _on_grid(by_query_head, problem.keys, problem.grid, 2)
+
+
+def whole_mask(k: Tensor, problem: PairProblem) -> Tensor | None:
+    """bool `[B, N]`, True = may be attended and is held; None where that is every token."""
+    if problem.keys.selection == "all":
+        return problem.key_mask
+    mask = problem.key_mask
+    if mask is None:
+        mask = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
+    return _on_grid(mask, problem.keys, problem.grid, 1)
+
+
+def place_in_grid(axis: TokenAxis, grid: TokenGrid) -> Tensor:
+    """int64 `[tokens]`: where the tokens of an axis stand in the grid's."""
+    places = torch.empty(axis.tokens, dtype=torch.int64)
+    places[axis.text] = torch.arange(grid.tokens)[grid.text_slice][: axis.text.stop - axis.text.start]
+    for frame_number, held in axis.frames.items():
+        places[held.place] = grid.frame_slice(frame_number).start + torch.arange(held.first, held.stop)
+    return places
+
+
+def _on_grid(tensor: Tensor, axis: TokenAxis, grid: TokenGrid, dim: int) -> Tensor:
+    if axis.selection == "all":
+        return tensor
+    shape = list(tensor.shape)
+    shape[dim] = grid.tokens
+    return tensor.new_zeros(shape).index_copy(dim, place_in_grid(axis, grid).to(tensor.device), tensor)
+
+
+def logits_between(queries: Tensor, keys: Tensor, problem: PairProblem) -> Tensor:
+    """`factor * q.k` between `[B, H, P, D]` and `[B, H, K, D]`.
 
     Returns:
-        `[B, 1, P, K]`, the weighted mean over heads, for heads="logits"; `[B, H, P, K]` otherwise.
+        `[B, 1, P, K]` for heads="logits", the weighted mean over heads, and for "features", between the weighted means
+        of queries and of keys; `[B, H, P, K]` otherwise.
     """
-    dtype = working_dtype(queries)
-    scores = scale * torch.einsum("bhpd,bhkd->bhpk", queries.to(dtype), keys.to(dtype))
-    if heads == "logits":
-        scores = torch.einsum("bhpk,h->bpk", scores, weights).unsqueeze(1)
+    dtype = working_dtype(queries.dtype)
+    queries, keys = queries.to(dtype), keys.to(dtype)
+    if problem.heads == "features":
+        queries, keys = (torch.einsum("bhnd,h->bnd", t, problem.weights).unsqueeze(1) for t in (queries, keys))
+    scores = problem.factor * torch.einsum("bhpd,bhkd->bhpk", queries, keys)
+    if problem.heads == "logits":
+        scores = torch.einsum("bhpk,h->bpk", scores, problem.weights).unsqueeze(1)
     return scores
 
 
@@ -37,41 +75,67 @@ def masked_softmax(logits: Tensor, allowed: Tensor | None) -> Tensor:
     return logits.softmax(-1).masked_fill(~some_key, 0.0)
 
 
-def reduce_heads(maps: Tensor, heads: str, weights: Tensor | None) -> Tensor:
-    """`[B, H, ...]` to `[B, ...]`: the mean for "probabilities", the only entry for "logits", as is for "none"."""
-    if heads == "none":
+def log_sum_exp(logits: Tensor, allowed: Tensor | None) -> Tensor:
+    """The logarithm of what `masked_softmax` divides by; -inf for a row without keys."""
+    if allowed is None:
+        return logits.logsumexp(-1)
+    allowed = allowed.expand_as(logits)
+    some_key = allowed.any(-1, keepdim=True)
+    logits = logits.masked_fill(~allowed, float("-inf")).masked_fill(~some_key, 0.0)
+    return logits.logsumexp(-1).masked_fill(~some_key.squeeze(-1), float("-inf"))
+
+
+def reduce_heads(maps: Tensor, problem: PairProblem) -> Tensor:
+    """`[B, H, ...]` to `[B, 1, ...]`: the mean for "probabilities", as is for the others."""
+    if problem.heads != "probabilities":
         return maps
-    if heads == "logits":
-        return maps.squeeze(1)
-    return torch.einsum("bh...,h->b...", maps, weights)
+    return torch.einsum("bh...,h->b...", maps, problem.weights).unsqueeze(1)
 
 
 def window_mask(grid: TokenGrid, window: int, center: Tensor | None, device: torch.device) -> Tensor:
     """`[B or 1, 1, S, S]`: which keys lie within `window` rows and columns of the window's centre.
 
     Args:
-        center: `[B, h, w, 2]` centre (x, y) in tokens of the key frame, rounded to a token and moved into the frame;
-            None for each query's own position.
+        center: `[B, S, 2]` centre (x, y) in tokens of the key frame, rounded to a token and moved into the frame; None
+            for each query's own position.
     """
     position = grid.coordinates(device)
     if center is None:
         middle = position.unsqueeze(0)
     else:
         last = torch.tensor([grid.width - 1, grid.height - 1], device=device, dtype=center.dtype)
-        middle = center.round().clamp(min=torch.zeros_like(last), max=last).flatten(1, 2).to(position.dtype)
+        middle = center.round().clamp(min=torch.zeros_like(last), max=last).to(position.dtype)
     offset = (position[None, None] - middle.unsqueeze(2)).abs()
     return (offset <= window).all(-1).unsqueeze(1)
 
 
-def allowed_keys(
-    grid: TokenGrid, key_mask: Tensor | None, window: int | None, center: Tensor | None, device: torch.device
-) -> Tensor | None:
-    """`[B or 1, 1, S or 1, S]` keys of one frame that a query may use, None where every key is allowed."""
-    allowed = None if key_mask is None else key_mask[:, None, None, :]
-    if window is not None:
-        inside = window_mask(grid, window, center, device)
-        allowed = inside if allowed is None else inside & allowed
-    return allowed
+def allowed_keys(problem: PairProblem, index: int, mask: Tensor | None, device: torch.device) -> Tensor | None:
+    """`[B or 1, 1, S or 1, S]` keys that the queries of a pair may use, None where every key is allowed.
+
+    Args:
+        mask: bool `[B, N]` of the whole grid.
+    """
+    grid, (query_frame, key_frame) = problem.grid, problem.pairs[index]
+    allowed = None if mask is None else frame(mask, grid, key_frame)[:, None, None, :]
+    if problem.window is None:
+        return allowed
+    center = problem.center
+    if center is not None:
+        rows, held = problem.pair_rows()[index], problem.queries.frames[query_frame]
+        of_frame = center.new_zeros(center.shape[0], grid.tokens_per_frame, 2)
+        of_frame[:, held.first : held.stop] = center[:, rows]
+        center = of_frame
+    inside = window_mask(grid, problem.window, center, device)
+    return inside if allowed is None else inside & allowed
+
+
+def held_rows(of_pairs: list[Tensor], problem: PairProblem) -> Tensor:
+    """`[B, H or 1, R, ...]` from `[B, H or 1, S, ...]` for each pair: the rows of those queries that q holds."""
+    kept = []
+    for (query_frame, _), rows in zip(problem.pairs, of_pairs, strict=True):
+        held = problem.queries.frames[query_frame]
+        kept.append(rows[:, :, held.first : held.stop])
+    return torch.cat(kept, 2)
 
 
 def frame(tensor: Tensor, grid: TokenGrid, index: int) -> Tensor:

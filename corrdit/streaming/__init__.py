@@ -1,10 +1,9 @@
 """Every operation in plain PyTorch on any device, in pieces that stay under a memory budget."""
 
 from corrdit.streaming.attention_mass import attention_mass
-from corrdit.streaming.cost_rows import cost_rows
 from corrdit.streaming.frame_local_attention import frame_local_attention
 from corrdit.streaming.hard_displacement import hard_displacement
-from corrdit.streaming.match import match
+from corrdit.streaming.match import cost_rows, match
 from corrdit.streaming.soft_displacement import soft_displacement
 from corrdit.streaming.soft_displacement_error import soft_displacement_error
 

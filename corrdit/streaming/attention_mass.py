@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from corrdit.grid import TokenGrid
+from corrdit.problem import PairProblem
 from corrdit.streaming.budget import keys_in_a_segment, rows_in_a_chunk
 from corrdit.streaming.frame_pairs import LOG2_E
 from corrdit.streaming.products import HeadProducts
@@ -13,65 +13,54 @@ from corrdit.streaming.products import HeadProducts
 
 @torch.no_grad()
 def attention_mass(
-    q: Tensor,
-    k: Tensor,
-    grid: TokenGrid,
-    tokens: Tensor,
-    *,
-    source: int,
-    heads: str,
-    weights: Tensor | None,
-    scale: float,
-    key_mask: Tensor | None,
-    memory_budget: int | None = None,
+    q: Tensor, k: Tensor, problem: PairProblem, tokens: Tensor, *, source: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(text, frames, text_peak, frame_peak); see `corrdit.ops.attention_mass`."""
-    products = HeadProducts(q, heads, weights)
+    """(text, frames, text peak, frame peak), `[B, H or 1, P]` and `[B, H or 1, P, F]`."""
+    products, keys = HeadProducts(q, k, problem), problem.keys
     together = products.maps if products.averaged else 1
-    size = products.element_bytes
+    size, frame_count = products.element_bytes, problem.grid.frames
     key_bytes = 2 * products.copied_width * size
-    segment = keys_in_a_segment(memory_budget, key_bytes, grid.tokens)
+    segment = keys_in_a_segment(problem.memory_budget, key_bytes, keys.tokens)
     rows = rows_in_a_chunk(
-        memory_budget,
-        fixed_bytes=segment * key_bytes + grid.tokens,
-        row_bytes=(grid.tokens * (1 + products.averaged) + 4 * q.shape[1] * q.shape[3] + 4 * grid.frames + 16) * size,
-        tile_row_bytes=grid.tokens * size,
+        problem.memory_budget,
+        fixed_bytes=segment * key_bytes + keys.tokens,
+        row_bytes=(keys.tokens * (1 + products.averaged) + 4 * q.shape[1] * q.shape[3] + 4 * frame_count + 16) * size,
+        tile_row_bytes=keys.tokens * size,
         rows=tokens.numel(),
         device=q.device,
         purpose="attention mass",
     )
     shape = (q.shape[0], products.maps // together, tokens.numel())
     text, text_peak = (torch.zeros(shape, dtype=products.dtype, device=q.device) for _ in range(2))
-    frames, frame_peak = (torch.zeros((*shape, grid.frames), dtype=products.dtype, device=q.device) for _ in range(2))
-    rows_of_maps = _AttentionRows(products, grid, rows, segment, scale, q.device)
+    frames, frame_peak = (torch.zeros((*shape, frame_count), dtype=products.dtype, device=q.device) for _ in range(2))
+    rows_of_maps = _AttentionRows(products, problem, rows, segment, q.device)
     with torch.autocast(q.device.type, enabled=False):
         for batch in range(q.shape[0]):
-            removed = None if key_mask is None else ~key_mask[batch]
+            removed = None if problem.key_mask is None else ~problem.key_mask[batch]
             for number in range(shape[1]):
                 maps = range(number * together, (number + 1) * together)
                 for start in range(0, tokens.numel(), rows):
                     part = slice(start, start + rows)
-                    chosen = tokens[part] + grid.frame_slice(source).start
+                    chosen = tokens[part] + problem.queries.frames[source].origin
                     attention = rows_of_maps.average(q[batch][:, chosen], k[batch], maps, removed)
                     place = (batch, number, part)
-                    by_frame = attention[:, grid.video_slice].unflatten(-1, (grid.frames, grid.tokens_per_frame))
-                    frames[place], frame_peak[place] = by_frame.sum(-1), by_frame.amax(-1)
-                    if grid.text_tokens:
-                        of_text = attention[:, grid.text_slice]
+                    for frame, held in keys.frames.items():
+                        of_frame = attention[:, held.place]
+                        frames[(*place, frame)], frame_peak[(*place, frame)] = of_frame.sum(-1), of_frame.amax(-1)
+                    if keys.text.stop > keys.text.start:
+                        of_text = attention[:, keys.text]
                         text[place], text_peak[place] = of_text.sum(-1), of_text.amax(-1)
-    if heads == "none":
-        return text, frames, text_peak, frame_peak
-    return text.squeeze(1), frames.squeeze(1), text_peak.squeeze(1), frame_peak.squeeze(1)
+    return text, frames, text_peak, frame_peak
 
 
 class _AttentionRows:
     """Rows of the softmax over all tokens; keys are read `segment` at a time."""
 
     def __init__(
-        self, products: HeadProducts, grid: TokenGrid, rows: int, segment: int, scale: float, device: torch.device
+        self, products: HeadProducts, problem: PairProblem, rows: int, segment: int, device: torch.device
     ) -> None:
-        self.products, self.segment, self.scale = products, segment, scale
-        shape = (1 + products.averaged, rows, grid.tokens)
+        self.products, self.segment, self.factor = products, segment, problem.factor
+        shape = (1 + products.averaged, rows, problem.keys.tokens)
         self._buffers = torch.empty(shape, dtype=products.dtype, device=device)
 
     def average(self, queries: Tensor, k: Tensor, maps: range, removed: Tensor | None) -> Tensor:
@@ -91,12 +80,12 @@ class _AttentionRows:
     ) -> tuple[Tensor, Tensor]:
         """Exponentials `[n, N]` of one map, made in `scores`, and what to multiply their rows by `[n, 1]`."""
         products = self.products
-        matrix = products.queries(products.heads_of(queries, index))
+        matrix = products.queries(products.query_heads(queries, index))
         for start in range(0, k.shape[1], self.segment):
             part = slice(start, start + self.segment)
-            keys = products.keys(products.heads_of(k, index)[:, part])
+            keys = products.keys(products.key_heads(k, index)[:, part])
             place = scores[:, part]
-            torch.addmm(place, matrix, keys.t(), beta=0, alpha=self.scale * LOG2_E, out=place)
+            torch.addmm(place, matrix, keys.t(), beta=0, alpha=self.factor * LOG2_E, out=place)
         if removed is not None:
             scores.masked_fill_(removed, float("-inf"))
         largest = scores.amax(-1, keepdim=True)

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from corrdit.grid import FramePairs, TokenGrid
+from corrdit.grid import TokenGrid
+from corrdit.problem import PairProblem
 
 # Queries of a window are taken in tiles of about this many rows and columns: larger tiles reach over more keys that
 # no window of theirs contains, smaller ones make the matrix products too small.
@@ -91,10 +92,12 @@ class Block:
     table: PositionTable
 
 
-def key_groups(pairs: FramePairs, frames_per_group: int) -> list[KeyGroup]:
-    """The pairs sorted by key frame, in groups of `frames_per_group` key frames."""
+def key_groups(problem: PairProblem, frames_per_group: int) -> list[KeyGroup]:
+    """The pairs whose keys are there, sorted by key frame, in groups of `frames_per_group` key frames."""
     groups: dict[int, list[Run]] = {}
-    for index, (i, j) in enumerate(pairs):
+    for index, (i, j) in enumerate(problem.pairs):
+        if j not in problem.keys.frames:
+            continue
         runs = groups.setdefault(j // frames_per_group, [])
         last = runs[-1] if runs else None
         if last and last[0] == i and last.key_frame + last.key_frames == j and last.pair + last.key_frames == index:
@@ -110,18 +113,18 @@ def _spanning(runs: list[Run]) -> KeyGroup:
     return KeyGroup(first, end - first, runs)
 
 
-def take(tokens: Tensor, part: Part, grid: TokenGrid) -> Tensor:
-    """View of part of the tokens `[..., S, D]` of a frame: `[..., n, D]`, or `[..., rows, columns, D]` for a region."""
+def take(tokens: Tensor, part: Part, origin: int, grid: TokenGrid) -> Tensor:
+    """View of part of a frame's tokens, whose token 0 stands (or would) at `origin` in `[..., tokens, D]`.
+
+    Returns:
+        `[..., n, D]`, or `[..., rows, columns, D]` for a region.
+    """
     if isinstance(part, slice):
-        return tokens[..., part, :]
-    by_place = tokens.unflatten(-2, (grid.height, grid.width))
-    return by_place[..., part.top : part.bottom, part.left : part.right, :]
-
-
-def of_rows(vectors: Tensor, block: Block, grid: TokenGrid) -> Tensor:
-    """The rows of a block `[n, frames, 2]` in a field `[P, S, 2]` of vectors."""
-    part = take(vectors[block.run.pairs], block.queries, grid)
-    return part.reshape(block.run.key_frames, -1, 2).transpose(0, 1)
+        return tokens[..., origin + part.start : origin + part.stop, :]
+    start = origin + part.top * grid.width + part.left
+    columns = part.right - part.left
+    stop = start + (part.bottom - part.top - 1) * grid.width + columns
+    return tokens[..., start:stop, :].unfold(-2, columns, grid.width).movedim(-1, -2)
 
 
 class BlockPlan:
@@ -132,25 +135,17 @@ class BlockPlan:
     rectangle but not in a query's own window are masked.
     """
 
-    def __init__(
-        self,
-        grid: TokenGrid,
-        *,
-        rows: int,
-        key_mask: Tensor | None,
-        window: int | None,
-        center: Tensor | None,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        self.grid = grid
+    def __init__(self, problem: PairProblem, rows: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.problem = problem
+        self.grid = problem.grid
         self.rows = rows
-        self.window = window
-        self._removed = None if key_mask is None else ~key_mask
-        self._positions = grid.coordinates(device, dtype)
+        mask = problem.video_mask()
+        self._removed = None if mask is None else ~mask.to(device)
+        self._positions = self.grid.coordinates(device, dtype)
+        self._pair_rows = problem.pair_rows()
         self._centers = None
-        if window is not None and center is not None:
-            self._centers = nearest_tokens(center, grid).to(dtype)
+        if problem.window is not None and problem.center is not None:
+            self._centers = nearest_tokens(problem.center, self.grid).to(dtype)
         self._table = lru_cache(CACHED_WINDOWS)(self._new_table)
         self._outside = lru_cache(CACHED_WINDOWS)(self._new_outside)
 
@@ -161,43 +156,56 @@ class BlockPlan:
 
     def blocks(self, batch: int, runs: list[Run]) -> Iterator[Block]:
         """The blocks of some runs."""
+        window = self.problem.window
         for run in runs:
-            yield from self._chunks(batch, run) if self.window is None else self._tiles(batch, run, self.window)
+            yield from self._chunks(batch, run) if window is None else self._tiles(batch, run, window)
+
+    def of_block(self, field: Tensor, block: Block) -> Tensor:
+        """View of the rows of a block in `[R, D]` of all pairs: `[frames, n, D]`, a region's as rows and columns."""
+        held = self.problem.queries.frames[block.run.query_frame]
+        start = self._pair_rows[block.run.pair].start
+        of_run = field[start : start + block.run.key_frames * held.tokens]
+        return take(of_run.unflatten(0, (-1, held.tokens)), block.queries, -held.first, self.grid)
+
+    def _removed_keys(self, batch: int, run: Run) -> Tensor | None:
+        """bool `[key frames, S]`."""
+        if self._removed is None:
+            return None
+        of_frames = self._removed[batch % len(self._removed)].unflatten(0, (-1, self.grid.tokens_per_frame))
+        return of_frames[run.key_frame : run.key_frame + run.key_frames]
 
     def _chunks(self, batch: int, run: Run) -> Iterator[Block]:
-        grid = self.grid
-        removed = None
-        if self._removed is not None:
-            start = grid.frame_slice(run.key_frame).start
-            keys = self._removed[batch, start : start + run.key_frames * grid.tokens_per_frame]
-            removed = keys.reshape(1, run.key_frames, grid.tokens_per_frame)
+        grid, held = self.grid, self.problem.queries.frames[run.query_frame]
+        removed = self._removed_keys(batch, run)
         table = self._table(grid.height, grid.width)
-        for start in range(0, grid.tokens_per_frame, self.rows):
-            queries = slice(start, min(start + self.rows, grid.tokens_per_frame))
-            yield Block(
-                run, queries, Region(0, grid.height, 0, grid.width), removed, self._positions[queries, None], table
-            )
+        for start in range(held.first, held.stop, self.rows):
+            queries = slice(start, min(start + self.rows, held.stop))
+            keys = Region(0, grid.height, 0, grid.width)
+            of_rows = None if removed is None else removed.unsqueeze(0)
+            yield Block(run, queries, keys, of_rows, self._positions[queries, None], table)
 
     def _tiles(self, batch: int, run: Run, window: int) -> Iterator[Block]:
-        for tile in query_tiles(self.grid, self.rows):
+        held = self.problem.queries.frames[run.query_frame]
+        of_frame = self._removed_keys(batch, run)
+        for tile in query_tiles(self.grid, self.rows, held.first, held.stop):
             if self._centers is None:
                 keys = self._reach(tile, window)
                 own, removed = self._outside(
                     tile.bottom - tile.top, tile.right - tile.left, tile.top - keys.top, tile.left - keys.left,
                     keys.bottom - keys.top, keys.right - keys.left, window,
                 )  # fmt: skip
+                table = self._table(keys.bottom - keys.top, keys.right - keys.left)
             else:
-                middle = take(self._centers[batch, run.pair].flatten(0, 1), tile, self.grid).reshape(-1, 2)
+                centers = self._centers[batch, self._pair_rows[run.pair]]
+                middle = take(centers, tile, -held.first, self.grid).reshape(-1, 2)
                 (left, top), (right, bottom) = middle.amin(0).long().tolist(), middle.amax(0).long().tolist()
                 keys = self._reach(Region(top, bottom + 1, left, right + 1), window)
                 corner = middle.new_tensor([keys.left, keys.top])
-                own = take(self._positions, tile, self.grid).reshape(-1, 1, 2) - corner
+                own = take(self._positions, tile, 0, self.grid).reshape(-1, 1, 2) - corner
                 table = self._table(keys.bottom - keys.top, keys.right - keys.left)
                 removed = outside_window(middle - corner, table, window)
-            if self._removed is not None:
-                of_frame = self._removed[batch, self.grid.frame_slice(run.key_frame), None]
-                removed = removed | take(of_frame, keys, self.grid).reshape(1, 1, -1)
-            table = self._table(keys.bottom - keys.top, keys.right - keys.left)
+            if of_frame is not None:
+                removed = removed | take(of_frame.unsqueeze(-1), keys, 0, self.grid).reshape(1, 1, -1)
             yield Block(run, tile, keys, removed, own, table)
 
     def _reach(self, places: Region, window: int) -> Region:
@@ -236,13 +244,28 @@ def outside_window(middle: Tensor, table: PositionTable, window: int) -> Tensor:
     return (row_outside.unsqueeze(2) | column_outside.unsqueeze(1)).flatten(1).unsqueeze(1)
 
 
-def query_tiles(grid: TokenGrid, most: int) -> Iterator[Region]:
-    """Rectangles of at most `most` tokens that cover a frame."""
-    height = min(TILE_SIDE, grid.height, most)
-    width = min(TILE_SIDE, grid.width, most // height)
-    for top in range(0, grid.height, height):
-        for left in range(0, grid.width, width):
-            yield Region(top, min(top + height, grid.height), left, min(left + width, grid.width))
+def query_tiles(grid: TokenGrid, most: int, first: int, stop: int) -> Iterator[Region]:
+    """Rectangles of at most `most` tokens that cover tokens `first` to `stop` of a frame."""
+    for part in _rectangles(first, stop, grid.width):
+        height = min(TILE_SIDE, part.bottom - part.top, most)
+        width = min(TILE_SIDE, part.right - part.left, most // height)
+        for top in range(part.top, part.bottom, height):
+            for left in range(part.left, part.right, width):
+                yield Region(top, min(top + height, part.bottom), left, min(left + width, part.right))
+
+
+def _rectangles(first: int, stop: int, width: int) -> Iterator[Region]:
+    """The rest of a started row, the rows that are whole, the start of the last one."""
+    while first < stop:
+        row, column = divmod(first, width)
+        rows = (stop - first) // width if column == 0 else 0
+        if rows:
+            yield Region(row, row + rows, 0, width)
+            first += rows * width
+        else:
+            end = min(stop, (row + 1) * width)
+            yield Region(row, row + 1, column, end - row * width)
+            first = end
 
 
 def nearest_tokens(center: Tensor, grid: TokenGrid) -> Tensor:

@@ -15,11 +15,6 @@ LEAST_ROWS = 64
 KEYS_IN_A_GROUP = 1536
 
 
-def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for everything else: the type of scores, statistics and sums."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def frames_in_a_group(memory_budget: int | None, frame_bytes: int, frames: int, tokens_per_frame: int) -> int:
     """Key frames that share one matrix product; their `frame_bytes` each take a quarter of the budget at most."""
     return max(1, min(frames, KEYS_IN_A_GROUP // tokens_per_frame, _bytes(memory_budget) // (4 * frame_bytes)))

@@ -2,44 +2,45 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from corrdit.grid import TokenGrid
+from corrdit.problem import PairProblem
 from corrdit.streaming.budget import rows_in_a_chunk
 from corrdit.streaming.frame_pairs import LOG2_E
 from corrdit.streaming.products import HeadProducts
 
 
-@dataclass(frozen=True)
-class CostProblem:
-    """What a cost map is made of; see `corrdit.ops.match`."""
-
-    grid: TokenGrid
-    heads: str
-    weights: Tensor | None
-    scale: float
-    key_mask: Tensor | None
-    bidirectional: bool
-    memory_budget: int | None
-
-
 class _FrameMatrices:
-    """The query matrix of one frame, times the factor of the scores, and its key matrix."""
+    """The query matrix of what q holds of one frame, times the factor of the scores, and the frame's key matrix."""
 
     def __init__(self, cost: CostRows, batch: int, index: int, frame: int) -> None:
-        heads = cost.products.heads_of
-        tokens = cost.problem.grid.frame_slice(frame)
-        # The factor goes into the queries: in the product, BLAS may round equal scores differently and break ties.
-        queries = cost.products.queries(heads(cost.q[batch], index)[:, tokens])
-        self.queries = queries * (cost.problem.scale * LOG2_E)
-        self.keys = cost.products.keys(heads(cost.k[batch], index)[:, tokens])
-        self.removed: Tensor | None = None
-        if cost.problem.key_mask is not None:
-            self.removed = ~cost.problem.key_mask[batch, tokens]
+        problem, products = cost.problem, cost.products
+        self.queries: Tensor | None = None
+        if frame in problem.queries.frames:
+            held = problem.queries.frames[frame]
+            queries = products.queries(products.query_heads(cost.q[batch], index)[:, held.place])
+            # The factor goes into the queries: in the product, BLAS may round equal scores differently and break ties.
+            self.queries, self.first = queries * (problem.factor * LOG2_E), held.first
+        size = problem.grid.tokens_per_frame
+        self.removed = cost.removed(batch, frame)
+        if frame not in problem.keys.frames:
+            self.keys = torch.zeros(size, products.width, dtype=products.dtype, device=cost.q.device)
+            return
+        held = problem.keys.frames[frame]
+        self.keys = products.keys(products.key_heads(cost.k[batch], index)[:, held.place])
+        if held.tokens < size:
+            self.keys = functional.pad(self.keys, (0, 0, held.first, size - held.stop))
+        if self.removed is not None:
             self.keys = self.keys.masked_fill(self.removed.unsqueeze(-1), 0.0)
+
+    def chosen_queries(self, tokens: slice | Tensor) -> Tensor:
+        """`[n, width]` of tokens of the frame."""
+        assert self.queries is not None
+        if isinstance(tokens, slice):
+            return self.queries[tokens.start - self.first : tokens.stop - self.first]
+        return self.queries[tokens - self.first]
 
 
 class CostRows:
@@ -49,9 +50,13 @@ class CostRows:
     their sums, O(H*S) numbers, and the rows of C follow from products of their own in chunks of any size.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, problem: CostProblem, rows: int, purpose: str) -> None:
-        self.q, self.k, self.problem = q, k, problem
-        self.products = products = HeadProducts(q, problem.heads, problem.weights)
+    def __init__(
+        self, q: Tensor, k: Tensor, problem: PairProblem, *, bidirectional: bool, rows: int, purpose: str
+    ) -> None:
+        self.q, self.k, self.problem, self.bidirectional = q, k, problem, bidirectional
+        self.products = products = HeadProducts(q, k, problem)
+        mask = problem.video_mask()
+        self._removed = None if mask is None else ~mask.to(q.device)
         # Maps whose mean is one cost map; those of heads="none" are cost maps of their own.
         self.maps_together = products.maps if products.averaged else 1
         tokens, size = problem.grid.tokens_per_frame, products.element_bytes
@@ -61,12 +66,21 @@ class CostRows:
             fixed_bytes=matrices + (3 * self.maps_together + 24) * tokens * size,
             row_bytes=tokens * (3 * size + 2) + products.width * size + 8 * size,
             tile_row_bytes=tokens * size,
-            rows=max(rows, tokens) if problem.bidirectional else rows,
+            rows=max(rows, tokens) if bidirectional else rows,
             device=q.device,
             purpose=purpose,
         )
         self._cost = torch.empty(self.rows * tokens, dtype=products.dtype, device=q.device)
         self._scores = torch.empty_like(self._cost)
+
+    def removed(self, batch: int, frame: int) -> Tensor | None:
+        """bool `[S]`, True where a key must not be attended or is not there; None without such keys."""
+        size = self.problem.grid.tokens_per_frame
+        if self._removed is not None:
+            return self._removed[batch % len(self._removed), frame * size : (frame + 1) * size]
+        if frame in self.problem.keys.frames:
+            return None
+        return torch.ones(size, dtype=torch.bool, device=self.q.device)
 
     def of_frames(self, batch: int, maps: range, source: int, target: int) -> FramePairCost:
         """The cost map of a pair of frames, from the mean over some of the head maps."""
@@ -95,12 +109,13 @@ class FramePairCost:
         self.sources = {index: _FrameMatrices(cost, batch, index, source) for index in maps}
         self.targets = {index: _FrameMatrices(cost, batch, index, target) for index in maps}
         self.backward_log_sums = {}
-        if cost.problem.bidirectional:
+        if cost.bidirectional:
             self.backward_log_sums = {index: self._backward_log_sum(index) for index in maps}
 
     def _backward_log_sum(self, index: int) -> Tensor:
         """`[S]` for each target token: log2 of the sum over source keys of 2 ** logit; inf without any key."""
         queries, source = self.targets[index].queries, self.sources[index]
+        assert queries is not None
         log_sums = []
         for part in queries.split(self.cost.rows):
             scores = _remove_keys(self.cost.scores(part, source.keys), source.removed)
@@ -112,10 +127,10 @@ class FramePairCost:
     def rows(self, tokens: slice | Tensor) -> Tensor:
         """`[n, S target]` rows of C for tokens of the source frame, in a buffer that the next call overwrites."""
         result = None
-        share = 0.5 if self.cost.problem.bidirectional else 1.0
+        share = 0.5 if self.cost.bidirectional else 1.0
         for index in self.maps:
             source, target = self.sources[index], self.targets[index]
-            scores = _remove_keys(self.cost.scores(source.queries[tokens], target.keys), target.removed)
+            scores = _remove_keys(self.cost.scores(source.chosen_queries(tokens), target.keys), target.removed)
             if result is None:
                 result = self.cost.zeros(scores.shape[0])
             weight = share * self.cost.products.map_weights[index]
@@ -123,7 +138,7 @@ class FramePairCost:
             sums = exponentials.sum(-1, keepdim=True)
             factor = torch.where(sums == 0, 0.0, weight / sums) if target.removed is not None else weight / sums
             result.addcmul_(exponentials, factor)
-            if self.cost.problem.bidirectional:
+            if target.queries is not None and self.cost.bidirectional:
                 scores = self.cost.scores(source.keys[tokens], target.queries)
                 if source.removed is not None:
                     scores.masked_fill_(source.removed[tokens].unsqueeze(-1), float("-inf"))

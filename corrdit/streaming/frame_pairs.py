@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from corrdit.grid import FramePairs, TokenGrid
+from corrdit.problem import PairProblem
 from corrdit.streaming.blocks import Block, BlockPlan, KeyGroup, key_groups, take
 from corrdit.streaming.budget import frames_in_a_group, rows_in_a_chunk
 from corrdit.streaming.products import HeadProducts
 
 # exp2 is several times faster than exp on a CPU; the change of base is free inside the factor of a matrix product.
 LOG2_E = math.log2(math.e)
-
-
-@dataclass(frozen=True)
-class PairProblem:
-    """What is asked about q and k; `factor` is what q.k is multiplied by before the softmax."""
-
-    grid: TokenGrid
-    pairs: FramePairs
-    heads: str
-    weights: Tensor | None
-    factor: float
-    key_mask: Tensor | None
-    window: int | None
-    center: Tensor | None
-    memory_budget: int | None
 
 
 class PairPass:
@@ -55,9 +40,9 @@ class PairPass:
     ) -> None:
         self.q, self.k, self.problem = q, k, problem
         self.grid = grid = problem.grid
-        self.products = products = HeadProducts(q, problem.heads, problem.weights)
+        self.products = products = HeadProducts(q, k, problem)
         tokens, size = grid.tokens_per_frame, products.element_bytes
-        masked = problem.key_mask is not None or problem.window is not None
+        masked = problem.key_mask is not None or problem.keys.selection != "all" or problem.window is not None
         copied = products.copied_width * size
         frames, frame_bytes = 1, tokens * (products.width * size * key_matrices + copied)
         if problem.window is None:
@@ -73,16 +58,8 @@ class PairPass:
             device=q.device,
             purpose=purpose,
         )
-        self.groups = key_groups(problem.pairs, frames)
-        self.plan = BlockPlan(
-            grid,
-            rows=rows,
-            key_mask=problem.key_mask,
-            window=problem.window,
-            center=problem.center,
-            device=q.device,
-            dtype=products.dtype,
-        )
+        self.groups = key_groups(problem, frames)
+        self.plan = BlockPlan(problem, rows, q.device, products.dtype)
         self._tiles = torch.empty((score_tiles, rows * frames * tokens), dtype=products.dtype, device=q.device)
 
     def tile(self, number: int, queries: int, keys: int) -> Tensor:
@@ -91,21 +68,23 @@ class PairPass:
 
     def key_matrix(self, batch: int, index: int, group: KeyGroup) -> Tensor:
         """`[frames * S, width]` keys of a group; removed keys are 0, so that not even a NaN of theirs spreads."""
-        tokens = self.group_tokens(group)
-        keys = self.products.keys(self.products.heads_of(self.k[batch], index)[:, tokens])
+        place, rows = self.keys_of_group(group)
+        keys = self.products.keys(self.products.key_heads(self.k[batch], index)[:, place])
         if self.problem.key_mask is not None:
-            keys = keys.masked_fill(~self.problem.key_mask[batch, tokens].unsqueeze(-1), 0.0)
-        return keys
+            keys = keys.masked_fill(~self.problem.key_mask[batch, place].unsqueeze(-1), 0.0)
+        whole = group.frames * self.grid.tokens_per_frame
+        return keys if len(keys) == whole else functional.pad(keys, (0, 0, rows.start, whole - rows.stop))
 
-    def group_tokens(self, group: KeyGroup) -> slice:
-        """Where the keys of a group stand in the token axis."""
-        start = self.grid.frame_slice(group.frame).start
-        return slice(start, start + group.frames * self.grid.tokens_per_frame)
+    def keys_of_group(self, group: KeyGroup) -> tuple[slice, slice]:
+        """Where the keys of a group that are there stand: in the token axis of k, and in the group's matrix."""
+        place = self.problem.keys.between(group.frame, group.frame + group.frames - 1)
+        first = self.problem.keys.frames[group.frame].first
+        return place, slice(first, first + place.stop - place.start)
 
     def part_of_group(self, matrix: Tensor, group: KeyGroup, block: Block) -> Tensor:
         """The rows of a group's matrix `[frames * S, width]` that a block is about, `[..., width]`; a view."""
         if self.problem.window is not None:
-            return take(matrix, block.keys, self.grid)
+            return take(matrix, block.keys, 0, self.grid)
         tokens = self.grid.tokens_per_frame
         first = (block.run.key_frame - group.frame) * tokens
         return matrix[first : first + block.run.key_frames * tokens]
@@ -116,12 +95,16 @@ class PairPass:
 
     def query_part(self, tensor: Tensor, batch: int, index: int, block: Block) -> Tensor:
         """The queries of a block in a tensor like q: a view `[H or 1, ..., D]`."""
-        frame = self.grid.frame_slice(block.run.query_frame)
-        return take(self.products.heads_of(tensor[batch], index)[:, frame], block.queries, self.grid)
+        held = self.problem.queries.frames[block.run.query_frame]
+        return take(self.products.query_heads(tensor[batch], index), block.queries, held.origin, self.grid)
 
     def query_matrix(self, batch: int, index: int, block: Block) -> Tensor:
         """`[n, width]` queries of a block."""
         return self.products.queries(self.query_part(self.q, batch, index, block))
+
+    def rows_of(self, field: Tensor, block: Block) -> Tensor:
+        """The rows of a block `[n, frames, D]` in `[R, D]` of all pairs."""
+        return self.plan.of_block(field, block).reshape(block.run.key_frames, -1, field.shape[-1]).transpose(0, 1)
 
     def scores(self, queries: Tensor, keys: Tensor, block: Block, factor: float) -> Tensor:
         """`[n, frames, keys]` products of a block times a factor, -inf where a key is not allowed; in tile 0."""
@@ -132,9 +115,13 @@ class PairPass:
             scores.masked_fill_(block.removed, float("-inf"))
         return scores
 
-    def exponentials(self, scores: Tensor) -> Tensor:
-        """Scores in base 2 to exponentials relative to the largest of a row, in place; all 0 in a row without keys."""
+    def exponentials(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores in base 2 to exponentials relative to the largest of a row, in place; all 0 in a row without keys.
+
+        Returns:
+            The exponentials, and the largest score of each row `[..., 1]`, 0 for a row without keys.
+        """
         largest = scores.amax(-1, keepdim=True)
         if self.plan.may_leave_rows_empty:
             largest.masked_fill_(largest == float("-inf"), 0.0)
-        return scores.sub_(largest).exp2_()
+        return scores.sub_(largest).exp2_(), largest

@@ -7,42 +7,19 @@ import math
 import torch
 from torch import Tensor
 
-from corrdit.grid import FramePairs, TokenGrid
-from corrdit.streaming.blocks import Block, KeyGroup, take
-from corrdit.streaming.frame_pairs import LOG2_E, PairPass, PairProblem
-from corrdit.streaming.products import HeadProducts
+from corrdit.problem import PairProblem
+from corrdit.streaming.blocks import Block, KeyGroup
+from corrdit.streaming.frame_pairs import LOG2_E, PairPass
 
 
 @torch.no_grad()
-def hard_displacement(
-    q: Tensor,
-    k: Tensor,
-    grid: TokenGrid,
-    pairs: FramePairs,
-    *,
-    heads: str,
-    weights: Tensor | None,
-    scale: float,
-    temperature: float,
-    key_mask: Tensor | None,
-    window: int | None,
-    center: Tensor | None,
-    memory_budget: int | None = None,
-) -> Tensor:
-    """int64 `[B, P, h, w, 2]`, or `[B, H, P, h, w, 2]` for heads="none"; see `corrdit.ops.hard_displacement`."""
-    problem = PairProblem(grid, pairs, heads, weights, scale * temperature, key_mask, window, center, memory_budget)
-    with torch.autocast(q.device.type, enabled=False):
-        return _displacement(q, k, problem)
-
-
-def _displacement(q: Tensor, k: Tensor, problem: PairProblem) -> Tensor:
-    products, grid = HeadProducts(q, problem.heads, problem.weights), problem.grid
+def hard_displacement(q: Tensor, k: Tensor, problem: PairProblem) -> Tensor:
+    """int64 `[B, H or 1, R, 2]`."""
+    averaged = problem.heads == "probabilities"
     # The average of probabilities needs the maps of all heads at once, everything else one after the other.
-    together = products.maps if products.averaged else 1
-    work = PairPass(
-        q, k, problem, score_tiles=1 + products.averaged, key_matrices=together, purpose="hard displacement"
-    )
-    shape = (q.shape[0], products.maps // together, len(problem.pairs), grid.tokens_per_frame, 2)
+    together = q.shape[1] if averaged else 1
+    work = PairPass(q, k, problem, score_tiles=1 + averaged, key_matrices=together, purpose="hard displacement")
+    shape = (q.shape[0], work.products.maps // together, problem.rows, 2)
     result = torch.zeros(shape, dtype=torch.int64, device=q.device)
     for batch in range(q.shape[0]):
         for row in range(shape[1]):
@@ -51,11 +28,9 @@ def _displacement(q: Tensor, k: Tensor, problem: PairProblem) -> Tensor:
                 keys = {index: work.key_matrix(batch, index, group) for index in maps}
                 for block in work.plan.blocks(batch, group.runs):
                     moved = _to_best(_rating(work, batch, keys, group, block), block)
-                    pairs = slice(block.run.pair, block.run.pair + block.run.key_frames)
-                    place = take(result[batch, row, pairs], block.queries, grid)
+                    place = work.plan.of_block(result[batch, row], block)
                     place.copy_(moved.transpose(0, 1).reshape(place.shape))
-    result = result.unflatten(-2, (grid.height, grid.width))
-    return result if problem.heads == "none" else result.squeeze(1)
+    return result
 
 
 def _rating(work: PairPass, batch: int, keys: dict[int, Tensor], group: KeyGroup, block: Block) -> Tensor:
@@ -73,7 +48,7 @@ def _rating(work: PairPass, batch: int, keys: dict[int, Tensor], group: KeyGroup
         scores = work.scores(queries * (factor * LOG2_E), block_keys, block, 1.0)
         if average is None:
             average = work.tile(1, queries.shape[0], block_keys.shape[0]).view(scores.shape).zero_()
-        exponentials = work.exponentials(scores)
+        exponentials, _ = work.exponentials(scores)
         share = work.products.map_weights[index] / exponentials.sum(-1, keepdim=True)
         average.addcmul_(exponentials, share)
     assert average is not None

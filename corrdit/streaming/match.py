@@ -1,50 +1,53 @@
-"""Matching of one source frame with target frames, in chunks of cost rows."""
+"""Matching of one source frame with others, and cost rows of chosen tokens of it, in chunks of rows of C."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from corrdit.grid import TokenGrid
+from corrdit.problem import PairProblem
 from corrdit.streaming.blocks import PositionTable, outside_window, position_table
-from corrdit.streaming.cost import CostProblem, CostRows
+from corrdit.streaming.cost import CostRows
 
 
 @torch.no_grad()
-def match(
-    q: Tensor,
-    k: Tensor,
-    grid: TokenGrid,
-    source: int,
-    targets: list[int],
-    *,
-    heads: str,
-    weights: Tensor | None,
-    scale: float,
-    key_mask: Tensor | None,
-    bidirectional: bool,
-    refine: int,
-    memory_budget: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(xy `[B, (H,) Ft, h, w, 2]`, score `[B, (H,) Ft, h, w]`); see `corrdit.ops.match`."""
-    problem = CostProblem(grid, heads, weights, scale, key_mask, bidirectional, memory_budget)
-    tokens = grid.tokens_per_frame
-    cost = CostRows(q, k, problem, rows=tokens, purpose="matching")
+def match(q: Tensor, k: Tensor, problem: PairProblem, *, bidirectional: bool, refine: int) -> tuple[Tensor, Tensor]:
+    """(xy `[B, H or 1, R, 2]`, score `[B, H or 1, R]`)."""
+    grid, held = problem.grid, problem.queries.frames[problem.pairs[0][0]]
+    cost = CostRows(q, k, problem, bidirectional=bidirectional, rows=held.tokens, purpose="matching")
     groups = cost.map_groups()
     table = position_table(grid.height, grid.width, torch.empty(0, dtype=cost.products.dtype, device=q.device))
-    xy = torch.empty((q.shape[0], len(groups), len(targets), tokens, 2), dtype=table.sums.dtype, device=q.device)
+    xy = torch.empty((q.shape[0], len(groups), problem.rows, 2), dtype=table.sums.dtype, device=q.device)
     score = torch.empty(xy.shape[:-1], dtype=table.sums.dtype, device=q.device)
     with torch.autocast(q.device.type, enabled=False):
         for batch in range(q.shape[0]):
             for number, maps in enumerate(groups):
-                for order, target in enumerate(targets):
+                for (source, target), rows in zip(problem.pairs, problem.pair_rows(), strict=True):
                     pair = cost.of_frames(batch, maps, source, target)
-                    for start in range(0, tokens, cost.rows):
-                        part = slice(start, min(start + cost.rows, tokens))
-                        place = (batch, number, order, part)
+                    for start in range(held.first, held.stop, cost.rows):
+                        part = slice(start, min(start + cost.rows, held.stop))
+                        begin = rows.start - held.first
+                        place = (batch, number, slice(begin + part.start, begin + part.stop))
                         score[place], xy[place] = _best(pair.rows(part), table, refine)
-    xy, score = xy.unflatten(-2, (grid.height, grid.width)), score.unflatten(-1, (grid.height, grid.width))
-    return (xy, score) if heads == "none" else (xy.squeeze(1), score.squeeze(1))
+    return xy, score
+
+
+@torch.no_grad()
+def cost_rows(q: Tensor, k: Tensor, problem: PairProblem, tokens: Tensor, *, bidirectional: bool) -> Tensor:
+    """`[B, H or 1, P, F, S]` of chosen tokens of the source frame, with every frame of the pairs."""
+    cost = CostRows(q, k, problem, bidirectional=bidirectional, rows=tokens.numel(), purpose="cost rows")
+    groups = cost.map_groups()
+    shape = (q.shape[0], len(groups), tokens.numel(), len(problem.pairs), problem.grid.tokens_per_frame)
+    result = torch.empty(shape, dtype=cost.products.dtype, device=q.device)
+    with torch.autocast(q.device.type, enabled=False):
+        for batch in range(q.shape[0]):
+            for number, maps in enumerate(groups):
+                for order, (source, target) in enumerate(problem.pairs):
+                    pair = cost.of_frames(batch, maps, source, target)
+                    for start in range(0, tokens.numel(), cost.rows):
+                        part = slice(start, start + cost.rows)
+                        result[batch, number, part, order] = pair.rows(tokens[part])
+    return result
 
 
 def _best(cost: Tensor, table: PositionTable, refine: int) -> tuple[Tensor, Tensor]:

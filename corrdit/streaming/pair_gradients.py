@@ -24,37 +24,43 @@ def add_gradients(work: PairPass, slopes: Slopes, dq: Tensor | None, dk: Tensor 
     In the working precision every block is visited once; gradients of queries in half precision cost another visit.
     """
     for batch in range(work.q.shape[0]):
-        for index in range(work.products.maps):
+        for maps in work.products.map_groups:
             if dq is None or dq.dtype == work.products.dtype:
-                _add_key_and_query_gradients(work, slopes, batch, index, dq, dk)
+                _add_key_and_query_gradients(work, slopes, batch, maps, dq, dk)
                 continue
             # Gradients in half precision are summed in float32 and rounded once. Those of the keys are complete when
             # their group is; those of the queries would be at the very end only, so they get a pass of their own.
             if dk is not None:
-                _add_key_and_query_gradients(work, slopes, batch, index, None, dk)
-            for frame in sorted({i for i, _ in work.problem.pairs}):
-                _store_frame_gradient(work, slopes, batch, index, dq, frame)
+                _add_key_and_query_gradients(work, slopes, batch, maps, None, dk)
+            for index in maps:
+                for frame in sorted({i for i, _ in work.problem.pairs}):
+                    _store_frame_gradient(work, slopes, batch, index, dq, frame)
 
 
 def _add_key_and_query_gradients(
-    work: PairPass, slopes: Slopes, batch: int, index: int, dq: Tensor | None, dk: Tensor | None
+    work: PairPass, slopes: Slopes, batch: int, maps: range, dq: Tensor | None, dk: Tensor | None
 ) -> None:
-    """Adds to `dq`, which has the working dtype, and writes `dk`, which may have any; one pass over the blocks."""
+    """Adds to `dq`, which has the working dtype, and writes `dk`, which may have any; one pass over the blocks.
+
+    Args:
+        maps: those that read the same keys, whose gradient is complete with the last of them.
+    """
     products = work.products
     for group in work.groups:
-        keys = work.key_matrix(batch, index, group)
+        keys = work.key_matrix(batch, maps[0], group)
         total = None if dk is None else torch.zeros(keys.shape, dtype=keys.dtype, device=keys.device)
-        for block in work.plan.blocks(batch, group.runs):
-            queries = work.query_matrix(batch, index, block)
-            block_keys = work.block_keys(keys, group, block)
-            slope = slopes.of_block(batch, index, queries, block_keys, block)
-            if total is not None:
-                _add_key_gradient(work, total, group, block, slope, queries)
-            if dq is not None:
-                products.add_query_gradient(work.query_part(dq, batch, index, block), torch.mm(slope, block_keys))
-        if dk is not None:
-            place = products.heads_of(dk[batch], index)[:, work.group_tokens(group)]
-            products.store_key_gradient(place, total)
+        for index in maps:
+            for block in work.plan.blocks(batch, group.runs):
+                queries = work.query_matrix(batch, index, block)
+                block_keys = work.block_keys(keys, group, block)
+                slope = slopes.of_block(batch, index, queries, block_keys, block)
+                if total is not None:
+                    _add_key_gradient(work, total, group, block, slope, queries)
+                if dq is not None:
+                    products.add_query_gradient(work.query_part(dq, batch, index, block), torch.mm(slope, block_keys))
+        if dk is not None and total is not None:
+            place, rows = work.keys_of_group(group)
+            products.store_key_gradient(products.key_heads(dk[batch], maps[0])[:, place], total[rows])
 
 
 def _add_key_gradient(
@@ -69,14 +75,17 @@ def _add_key_gradient(
 
 def _store_frame_gradient(work: PairPass, slopes: Slopes, batch: int, index: int, dq: Tensor, frame: int) -> None:
     """Sums the gradient of one query frame over all its pairs in the working dtype, then writes it to `dq`."""
-    grid, products = work.grid, work.products
-    target = products.heads_of(dq[batch], index)[:, grid.frame_slice(frame)]
+    products, held = work.products, work.problem.queries.frames[frame]
+    target = products.query_heads(dq[batch], index)[:, held.place]
     total = torch.zeros(target.shape, dtype=products.dtype, device=dq.device)
     for group in work.groups:
         runs = [run for run in group.runs if run.query_frame == frame]
-        keys = work.key_matrix(batch, index, group) if runs else None
+        if not runs:
+            continue
+        keys = work.key_matrix(batch, index, group)
         for block in work.plan.blocks(batch, runs):
             block_keys = work.block_keys(keys, group, block)
             slope = slopes.of_block(batch, index, work.query_matrix(batch, index, block), block_keys, block)
-            products.add_query_gradient(take(total, block.queries, grid), torch.mm(slope, block_keys))
+            part = take(total, block.queries, -held.first, work.grid)
+            products.add_query_gradient(part, torch.mm(slope, block_keys))
     target.copy_(total)

@@ -4,37 +4,19 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
-from corrdit.grid import FramePairs, TokenGrid
-from corrdit.streaming.blocks import Block, of_rows
-from corrdit.streaming.frame_pairs import PairPass, PairProblem
-from corrdit.streaming.once import first_gradient
+from corrdit.problem import PairProblem
+from corrdit.streaming.blocks import Block
+from corrdit.streaming.frame_pairs import PairPass
+from corrdit.streaming.once import Context, first_gradient
 from corrdit.streaming.pair_gradients import add_gradients
 from corrdit.streaming.softmax_rows import displacement_of, score_gradient, softmax_rows
 
-ERROR_HEAD_MODES = ("logits", "features", "none")
-"""Where a displacement comes from one map, so that its error is known with the map's row."""
-
 
 def soft_displacement_error(
-    q: Tensor,
-    k: Tensor,
-    grid: TokenGrid,
-    pairs: FramePairs,
-    reference: Tensor,
-    *,
-    moving_only: bool,
-    heads: str,
-    weights: Tensor | None,
-    scale: float,
-    temperature: float,
-    key_mask: Tensor | None,
-    window: int | None,
-    center: Tensor | None,
-    memory_budget: int | None = None,
+    q: Tensor, k: Tensor, problem: PairProblem, reference: Tensor, *, moving_only: bool
 ) -> Tensor:
-    """`(soft_displacement(q, k, ...) - reference).square().sum()`, a scalar, with the gradients made along with it.
+    """`(soft_displacement(q, k, problem) - reference).square().sum()`, a scalar, with the gradients made along with it.
 
     The squared error is a sum over rows of the softmax, so the gradient of a row is known as soon as its displacement
     is: three matrix products a block, where a displacement and a gradient that comes back later take four. That of a
@@ -45,21 +27,19 @@ def soft_displacement_error(
     while only where a gradient is wanted.
 
     Args:
-        reference: of any dtype, `[B, P, h, w, 2]`, or `[B, H, P, h, w, 2]` for heads="none".
+        problem: of any `heads` but "probabilities": a displacement comes from one map, so that its error is known with
+            the map's row. Its memory budget is that beyond inputs and gradients.
+        reference: of any dtype, `[B, H or 1, R, 2]`.
         moving_only: vectors whose reference is zero count nothing.
-        heads: one of `ERROR_HEAD_MODES`; see `corrdit.ops.soft_displacement` for it and the others.
-        memory_budget: bytes beyond inputs and gradients.
     """
-    problem = PairProblem(grid, pairs, heads, weights, scale * temperature, key_mask, window, center, memory_budget)
-    field = reference.detach().flatten(-3, -2)
-    error: Tensor = _Error.apply(q, k, problem, field if heads == "none" else field.unsqueeze(1), moving_only)
+    error: Tensor = _Error.apply(q, k, problem, reference.detach(), moving_only)
     return error
 
 
 class _Error(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, q: Tensor, k: Tensor, problem: PairProblem, reference: Tensor, moving_only: bool
+        ctx: Context, q: Tensor, k: Tensor, problem: PairProblem, reference: Tensor, moving_only: bool
     ) -> Tensor:
         needs_dq, needs_dk, *_ = ctx.needs_input_grad
         with torch.autocast(q.device.type, enabled=False):
@@ -69,15 +49,17 @@ class _Error(torch.autograd.Function):
             dk = torch.zeros_like(k, dtype=dtype) if needs_dk else None
             slopes = _ErrorSlopes(work, reference, moving_only)
             add_gradients(work, slopes, dq, dk)
-        ctx.save_for_backward(q, k, dq, dk)
+        ctx.save_for_backward(q, k, *(whole for whole in (dq, dk) if whole is not None))
         return slopes.errors.sum()
 
     @staticmethod
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Context, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         q, k, *kept = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:2]
 
         def scaled(q: Tensor, k: Tensor, gradient: Tensor) -> tuple[Tensor | None, ...]:
-            return tuple(None if whole is None else (whole * gradient).to(q.dtype) for whole in kept)
+            wanted = iter(kept)
+            return tuple((next(wanted) * gradient).to(q.dtype) if needed else None for needed in needs)
 
         dq, dk = first_gradient("the loss of soft_displacement", scaled, q, k, gradient)
         return dq, dk, None, None, None
@@ -98,7 +80,7 @@ class _ErrorSlopes:
     def of_block(self, batch: int, index: int, queries: Tensor, keys: Tensor, block: Block) -> Tensor:
         work = self.work
         rows = softmax_rows(work, queries, keys, block)
-        wanted = of_rows(self.reference[batch, index], block, work.grid)
+        wanted = work.rows_of(self.reference[batch, index], block)
         error = displacement_of(work, rows, block).sub_(wanted.to(work.products.dtype))
         if self.moving_only:
             error.mul_((wanted != 0).any(-1, keepdim=True))

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from corrdit.tracking.queries import check_queries, check_video
+from corrdit.tracking.queries import Frames, check_queries, check_video
 from corrdit.tracking.tracks import Tracks
 
 
-def standing_still(queries: Any, frames: int) -> Tracks:
+def standing_still(queries: object, frames: int) -> Tracks:
     """Every point stays where it was given, visible, with score 1.
 
     Args:
@@ -27,7 +25,7 @@ def standing_still(queries: Any, frames: int) -> Tracks:
     return Tracks(xy=xy, visible=torch.ones(xy.shape[:2], dtype=torch.bool), score=torch.ones(xy.shape[:2]))
 
 
-def nearest_patches(video: Any, queries: Any, *, radius: int = 3) -> Tracks:
+def nearest_patches(video: Frames, queries: object, *, radius: int = 3) -> Tracks:
     """Every point goes to the pixel of each frame whose surroundings differ least from those of the query.
 
     The surroundings are the (2 radius + 1)^2 pixels around the query's pixel, compared with those around every pixel
@@ -74,7 +72,7 @@ def nearest_patches(video: Any, queries: Any, *, radius: int = 3) -> Tracks:
     return Tracks(xy=xy, visible=torch.ones(frames, len(table), dtype=torch.bool), score=score)
 
 
-def _padded(video: Any, frame: int, radius: int) -> Tensor:
+def _padded(video: Frames, frame: int, radius: int) -> Tensor:
     """Frame as float `[1, 3, H + 2 radius, W + 2 radius]` round zero."""
     pixels = torch.as_tensor(video[frame : frame + 1]).permute(0, 3, 1, 2).float() / 255 - 0.5
     return F.pad(pixels, (radius,) * 4, mode="replicate")

@@ -8,7 +8,6 @@ point is located again in each. The cost grows with the number of points.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,8 @@ from corrdit.grid import TokenGrid
 from corrdit.tracking.chunks import Chunk
 from corrdit.tracking.encoding import FrameStore, resized
 from corrdit.tracking.peaks import Located, locate
-from corrdit.tracking.readings import Reading, cost_rows, read_tokens
+from corrdit.tracking.queries import Frames
+from corrdit.tracking.readings import ReadBackbone, Reading, cost_rows, read_tokens
 
 TOKENS_TOGETHER = 2**14
 """Tokens of the crops that go through the transformer in one batch."""
@@ -34,7 +34,7 @@ class CropLevel:
         size: (height, width) in pixels of the frames the crops are cut from.
         tokens: of a crop's side; smaller frames are taken whole.
         refine: radius of the cost-weighted mean, see `corrdit.tracking.peaks`.
-        spread: preference for the place looked at, see `corrdit.tracking.paths`.
+        spread: preference for the place looked at, see `corrdit.tracking.peaks`.
         way_back: whether the match of each match is asked for.
         noise_seed: for readings with noise.
         antialias: of the resized frames.
@@ -43,9 +43,9 @@ class CropLevel:
 
     def __init__(
         self,
-        backbone: Any,
+        backbone: ReadBackbone,
         reading: Reading,
-        video: Any,
+        video: Frames,
         size: tuple[int, int],
         *,
         tokens: int,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from corrdit.tracking.queries import Frames
 
 PREPARED_TOGETHER = 16
 
@@ -25,7 +26,7 @@ class FrameStore:
         most: frames that are kept.
     """
 
-    def __init__(self, video: Any, make: Callable[[Tensor], Tensor], most: int) -> None:
+    def __init__(self, video: Frames, make: Callable[[Tensor], Tensor], most: int) -> None:
         self._video = video
         self._make = make
         self._most = most

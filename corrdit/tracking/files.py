@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+import torch
 
+from corrdit.tracking.queries import Frames
 from corrdit.tracking.tracks import Tracks
 
 if TYPE_CHECKING:
@@ -18,6 +20,12 @@ RESULT_FILE = "tracks.npz"
 VIDEO_SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".gif")
 FRAME_SUFFIXES = (".png", ".jpg", ".jpeg")
 Progress = Callable[[int, int], None]
+
+
+class Tracker(Protocol):
+    """A `corrdit.PointTracker`, or what tracks as it does."""
+
+    def track(self, video: Frames, queries: np.ndarray, *, progress: Progress | None = ...) -> Tracks: ...
 
 
 def find_videos(folder: str | os.PathLike[str], *, without: str | os.PathLike[str] | None = None) -> list[str]:
@@ -58,7 +66,7 @@ def videos_below(root: Path, *, without: str | os.PathLike[str] | None = None) -
 
 
 def track_at_size(
-    tracker: Any, video: Any, queries: np.ndarray, size: tuple[int, int], *, progress: Progress | None = None
+    tracker: Tracker, video: Frames, queries: np.ndarray, size: tuple[int, int], *, progress: Progress | None = None
 ) -> Tracks:
     """Track points given in pixels of one size through frames that were shrunk to another while they were read.
 
@@ -83,8 +91,8 @@ def track_at_size(
     shrunk = queries.copy()
     shrunk[:, 1:] = _kept_inside(queries[:, 1:], factor, size)
     tracks = tracker.track(video, shrunk, progress=progress)
-    xy = tracks.xy.numpy() / factor
-    xy[queries[:, 0].astype(int), np.arange(len(queries))] = queries[:, 1:]
+    xy = tracks.xy / torch.from_numpy(factor)
+    xy[queries[:, 0].astype(int), np.arange(len(queries))] = torch.from_numpy(queries[:, 1:])
     return Tracks(xy=xy, visible=tracks.visible, score=tracks.score)
 
 

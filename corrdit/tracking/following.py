@@ -2,24 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from corrdit.geometry import bilinear_tokens, pixels_to_tokens, sample_map, sample_matches, tokens_to_pixels
-from corrdit.tracking.accumulation import ChunkCost, CostAccumulator, FrameCost
 from corrdit.tracking.chunks import Chunk, last_visits
 from corrdit.tracking.crops import CropLevel
 from corrdit.tracking.encoding import FrameStore, resized
 from corrdit.tracking.options import TrackerOptions
 from corrdit.tracking.peaks import Located, locate, refined_peaks
-from corrdit.tracking.readings import Reading, cost_rows, matches_back, read_tokens
+from corrdit.tracking.queries import Frames
+from corrdit.tracking.readings import ReadBackbone, Reading, cost_rows, matches_back, read_tokens
 
 Found = tuple[Tensor, Tensor, Tensor]
 Blocks = list[list[Chunk]]
+
+
+class ChunkCost(NamedTuple):
+    """What one forward pass says about the tokens of its source frame.
+
+    Attributes:
+        tokens: int64 `[R]` flat tokens of the source frame, ascending.
+        rows: float `[V, R, F, h, w]` V cost maps of each in every frame of the chunk, in their order.
+        back: float `[F, h, w, 2]` for each token of every frame its best token (x, y) in the source frame; None where
+            it was not asked for.
+    """
+
+    tokens: Tensor
+    rows: Tensor
+    back: Tensor | None
+
+
+class FrameCost(NamedTuple):
+    """Cost maps `[V, R, h, w]` of the source tokens in one target frame, and the way back `[h, w, 2]`."""
+
+    rows: Tensor
+    back: Tensor | None
+
+
+class CostAccumulator:
+    """Gives out each target frame once, when the last chunk that holds it has been seen.
+
+    Only frames that a later chunk holds again are kept, so memory does not grow with the video where chunks do not
+    overlap.
+
+    Args:
+        last_visits: for each frame the index of the last chunk with it.
+        average: whether the maps of several chunks are averaged; otherwise the first stands.
+    """
+
+    def __init__(self, last_visits: dict[int, int], *, average: bool) -> None:
+        self._last_visits = last_visits
+        self._average = average
+        self._pending: dict[int, tuple[FrameCost, int]] = {}
+
+    def add(self, index: int, chunk: Chunk, cost: ChunkCost) -> Iterator[tuple[int, FrameCost]]:
+        """Takes in chunk number `index`; yields (frame, cost) for the frames that are complete with it."""
+        for place, frame in enumerate(chunk.frames):
+            if frame == chunk.source:
+                continue
+            rows = cost.rows[:, :, place]
+            back = None if cost.back is None else cost.back[place]
+            if frame in self._pending:
+                held, count = self._pending.pop(frame)
+                rows = held.rows + rows if self._average else held.rows
+                back, count = held.back, count + 1
+            else:
+                count = 1
+            if self._last_visits[frame] == index:
+                yield frame, FrameCost(rows / count if self._average and count > 1 else rows, back)
+            else:
+                # A copy, so that the rows of the chunk's other frames are freed.
+                self._pending[frame] = (FrameCost(rows.clone(), back), count)
 
 
 @dataclass(frozen=True)
@@ -49,7 +107,7 @@ class Following:
         report: called after each forward pass.
     """
 
-    def __init__(self, backbone: Any, settings: Settings, video: Any, report: Callable[[], None]) -> None:
+    def __init__(self, backbone: ReadBackbone, settings: Settings, video: Frames, report: Callable[[], None]) -> None:
         self.backbone, self.settings, self.report = backbone, settings, report
         self.options, self.reading = settings.options, settings.reading
         self.stride = backbone.token_stride

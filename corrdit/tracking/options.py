@@ -1,8 +1,8 @@
-"""Options of the tracker, checked once, and the presets that set them together."""
+"""Options of the tracker, checked once, and what a model's preset says of reading it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -18,11 +18,81 @@ VISIBILITIES = ("consistency", "all")
 COMBINATIONS = ("costs", "median")
 
 
+HEADS = ("probabilities", "logits", "features")
+
+
+def _choice(name: str, value: str, accepted: tuple[str, ...]) -> None:
+    if value not in accepted:
+        raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class ReadingPreset:
+    """Where correspondence is read from a model.
+
+    Args:
+        layer: attention layer, counted over all blocks.
+        step: denoising step; -1 is the last of `inference_steps`.
+        inference_steps: length of the schedule `step` counts in.
+        heads: how heads are combined: "logits", "features", "probabilities" or "none".
+        head_weights: weight of each head, or None for equal weights.
+        head: a single head to use, or None.
+        noise: whether latents are noised to the step's timestep before they are read.
+        frames_per_chunk: latent frames the model is given at once.
+        height: working height in pixels, or None for the video's own.
+        width: working width in pixels, or None for the video's own.
+        tokens_per_frame: limit of tokens a frame is encoded to where height and width are None.
+
+    Raises:
+        ValueError: an entry of another type or out of range.
+    """
+
+    layer: int
+    step: int = -1
+    inference_steps: int = 50
+    heads: str = "probabilities"
+    head_weights: tuple[float, ...] | None = None
+    head: int | None = None
+    noise: bool = False
+    frames_per_chunk: int = 13
+    height: int | None = None
+    width: int | None = None
+    tokens_per_frame: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, accepted in (("layer", None), ("step", None), ("head", 0), *_LEAST.items()):
+            value = getattr(self, name)
+            required = name in ("layer", "step", "inference_steps", "frames_per_chunk")
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if (value is None and required) or not (value is None or (whole and value >= (accepted or value))):
+                least = "" if accepted is None else f" of at least {accepted}"
+                raise ValueError(f"{name} must be a whole number{least}, got {value!r}")
+        if self.heads not in (*HEADS, "none"):
+            raise ValueError(f"heads must be one of {', '.join((*HEADS, 'none'))}, got {self.heads!r}")
+        if not isinstance(self.noise, bool):
+            raise ValueError(f"noise must be true or false, got {self.noise!r}")
+        weights = self.head_weights
+        if weights is not None:
+            numbers = isinstance(weights, (list, tuple)) and all(type(weight) in (int, float) for weight in weights)
+            if not numbers or not weights:
+                raise ValueError(f"head_weights must be a list of numbers, got {weights!r}")
+            object.__setattr__(self, "head_weights", tuple(weights))
+
+    def weights_of_heads(self, layers: tuple[int, ...], heads: int) -> tuple[float, ...] | None:
+        """Weights of the heads of the layers that are read: those chosen for `layer` do not count for others."""
+        if layers != (self.layer,):
+            return None
+        return self.head_weights if self.head is None else tuple(float(head == self.head) for head in range(heads))
+
+
+_LEAST = {"inference_steps": 1, "frames_per_chunk": 2, "height": 1, "width": 1, "tokens_per_frame": 1}
+
+
 @dataclass(frozen=True)
 class TrackerOptions:
     """How a video is cut into forward passes and how their cost maps become tracks.
 
-    A backbone's preset may have options of its own in place of these defaults (`Preset.tracking`).
+    A backbone's preset has them (`Preset.tracking`), those of its `reading` apart, which count where None is given.
 
     Args:
         layer: attention block whose queries and keys are matched; the backbone's preset by default.
@@ -68,7 +138,7 @@ class TrackerOptions:
             grows with the points. () for none.
         crop_tokens: of a crop's side.
         path_spread: distance in tokens (standard deviation) from the path so far within which a match is preferred, see
-            `corrdit.tracking.paths`; 0 matches every frame by itself. Keeps the cost maps of all frames, two bytes
+            `corrdit.tracking.peaks`; 0 matches every frame by itself. Keeps the cost maps of all frames, two bytes
             a point, frame and token. "chained" has no use for it.
         frames_per_block: frames followed together, so that memory does not grow with the video; None for all.
         geometry: "centers" (token centres) or "released" (DiffTrack's reading of match maps).
@@ -131,7 +201,7 @@ class TrackerOptions:
         if self.inversion is not None and self.noise:
             raise ValueError("inversion and noise both bring latents to the noisy steps; drop one of them")
         if self.heads is not None:
-            _choice("heads", self.heads, ("probabilities", "logits", "features"))
+            _choice("heads", self.heads, HEADS)
         whole_number("refine", self.refine, 0)
         for name, minimum in (
             ("inference_steps", 1),
@@ -173,6 +243,7 @@ class TrackerOptions:
                 raise ValueError(f"resize_first must be (height, width), got {size}")
             for name, value in zip(("height", "width"), size, strict=True):
                 whole_number(f"{name} of resize_first", value, 1)
+            object.__setattr__(self, "resize_first", size)
         for scale in self.crops:
             if not 0 < scale <= 1:
                 raise ValueError(f"crops must be scales above 0 and at most 1, such as 0.5, got {scale}")
@@ -184,42 +255,34 @@ class TrackerOptions:
             raise ValueError('geometry="released" takes the costs of whole frames; give crops=() and combine="costs"')
 
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
-    # DiffTrack's released evaluation procedure; layer and step are the backbone's published ones.
-    "published": {
-        "noise": False,
-        "heads": "probabilities",
-        "head_weights": (),
-        "frames_per_block": None,
-        "schedule": "interleaved",
-        "frames_per_chunk": 13,
-        "resize_first": (256, 256),
-        "antialias": False,
-        "image": "all",
-        "refine": 0,
-        "path_spread": 0.0,
-        "geometry": "released",
-        "visibility": "all",
-    },
-}
+PUBLISHED_TRACKING = TrackerOptions(
+    noise=False,
+    heads="probabilities",
+    head_weights=(),
+    frames_per_block=None,
+    schedule="interleaved",
+    frames_per_chunk=13,
+    resize_first=(256, 256),
+    antialias=False,
+    image="all",
+    refine=0,
+    path_spread=0.0,
+    geometry="released",
+    visibility="all",
+)
+"""DiffTrack's released evaluation procedure; layer and step are the backbone's."""
+
+PRESETS = {"default": TrackerOptions(), "published": PUBLISHED_TRACKING}
 
 
-def tracker_options(preset: str, given: dict[str, Any]) -> TrackerOptions:
-    """The options of a preset with those given by name in place of its own.
+def changed_options(options: TrackerOptions, given: Mapping[str, Any]) -> TrackerOptions:
+    """Options with those given by name in place of their own.
 
     Raises:
-        ValueError: an unknown preset or option, or a value out of range.
+        ValueError: an unknown option, or a value out of range.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     known = [field.name for field in fields(TrackerOptions)]
     unknown = sorted(set(given) - set(known))
     if unknown:
         raise ValueError(f"unknown tracker option {unknown[0]!r}; the options are {', '.join(known)}")
-    return replace(TrackerOptions(), **{**PRESETS[preset], **given})
-
-
-def _choice(name: str, value: str, accepted: tuple[str, ...]) -> None:
-    if value not in accepted:
-        raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {value!r}")
+    return replace(options, **given)

@@ -1,4 +1,7 @@
-"""From cost maps to positions: the best token, refined below the token, and whether the match back agrees."""
+"""From cost maps to positions: the best token, refined below the token, and whether the match back agrees.
+
+With positions expected from the path so far, matches near them are preferred.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,9 @@ from torch import Tensor
 
 from corrdit.geometry import sample_map
 from corrdit.grid import TokenGrid
+
+FAR_SHARE = 0.02
+"""Preference of a place far from the path, relative to one on it: a match fifty times better elsewhere is a jump."""
 
 
 class Located(NamedTuple):
@@ -41,11 +47,9 @@ def locate(
         place: `[P, 2]` (x, y) of the points in the source frame, in tokens. A point between the outermost token
             centres and the border keeps its distance from the centre it is read at.
         refine: see `refined_peaks`.
-        expected: `[P, 2]` in tokens, near which a match is preferred by `spread`, see `corrdit.tracking.paths`.
+        expected: `[P, 2]` in tokens, near which a match is preferred by `spread`, see `preferred_peaks`.
         back: `[h, w, 2]`, or `[P, h, w, 2]` for each point, the best source token (x, y) of each target token.
     """
-    from corrdit.tracking.paths import preferred_peaks
-
     votes, points, height, width = rows.shape
     maps = rows.flatten(0, 1).float()
     if expected is None or spread == 0:
@@ -92,3 +96,27 @@ def refined_peaks(cost: Tensor, radius: int, *, best: Tensor | None = None) -> t
     mean = torch.stack((x, y), -1)
     # A map without any weight has no mean; its first token stands.
     return torch.where((score > 0)[:, None], mean, torch.stack((column, row), -1).to(cost.dtype)), score
+
+
+def preferred_peaks(cost: Tensor, expected: Tensor, *, spread: float, refine: int) -> tuple[Tensor, Tensor]:
+    """The best place of each cost map, where places near an expected one count more.
+
+    The cost is multiplied by `FAR_SHARE + (1 - FAR_SHARE) exp(-d^2 / (2 spread^2))` at distance d from the expected
+    place before the maximum is taken; the refinement and the score are those of the plain cost.
+
+    Args:
+        cost: float `[P, h, w]`, not negative.
+        expected: `[P, 2]` (x, y) in tokens.
+        spread: standard deviation in tokens.
+        refine: radius of the cost-weighted mean, see `refined_peaks`.
+
+    Returns:
+        xy `[P, 2]` (x, y) in tokens, and score `[P]`, the plain cost at the best token.
+    """
+    _, height, width = cost.shape
+    column = torch.arange(width, dtype=cost.dtype) - expected[:, :1]
+    row = torch.arange(height, dtype=cost.dtype) - expected[:, 1:]
+    distance = row.square().unsqueeze(2) + column.square().unsqueeze(1)
+    preference = FAR_SHARE + (1 - FAR_SHARE) * torch.exp(distance / (-2 * spread**2))
+    best = (cost * preference).flatten(1).argmax(1)
+    return refined_peaks(cost, refine, best=best)

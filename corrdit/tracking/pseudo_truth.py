@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from corrdit.arguments import choice
 from corrdit.tracking.baselines import nearest_patches
 from corrdit.tracking.queries import check_queries, check_video
 from corrdit.tracking.tracks import Tracks
@@ -36,8 +37,7 @@ def starting_points(mode: str, height: int, width: int) -> np.ndarray:
     Raises:
         ValueError: an unknown mode.
     """
-    if mode not in STARTING_GRIDS:
-        raise ValueError(f"mode must be one of {', '.join(STARTING_GRIDS)}, got {mode!r}")
+    choice("mode", mode, STARTING_GRIDS)
     side, margin = STARTING_GRIDS[mode], width / 64
     y, x = np.meshgrid(
         np.linspace(margin, height - margin, side), np.linspace(margin, width - margin, side), indexing="ij"
@@ -67,7 +67,7 @@ def pseudo_tracker(name: str) -> Tracker:
     return TRACKERS[name]
 
 
-def lucas_kanade(video: Any, queries: Any) -> Tracks:
+def lucas_kanade(video: np.ndarray, queries: np.ndarray) -> Tracks:
     """Pyramidal Lucas-Kanade from frame to frame, away from each query's frame in both directions.
 
     A point is visible as long as it is found, inside the frame, and following it back leads to where it came from
@@ -105,7 +105,7 @@ def lucas_kanade(video: Any, queries: Any) -> Tracks:
     return Tracks(xy=xy, visible=visible, score=visible.float())
 
 
-def cotracker(video: Any, queries: Any) -> Tracks:
+def cotracker(video: np.ndarray, queries: np.ndarray) -> Tracks:
     """CoTracker 3, which `torch.hub` fetches on first use (a network is needed then).
 
     Args:

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 
-def check_video(video: Any) -> Any:
+class Frames(Protocol):
+    """A video uint8 `[T, H, W, 3]`: a tensor, an array, or an object with such a shape that gives frames by slices."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, part: slice, /) -> object: ...
+
+    def __len__(self) -> int: ...
+
+
+Video = TypeVar("Video", bound=Frames)
+
+
+def check_video(video: Video) -> Video:
     """uint8 `[T, H, W, 3]` with at least two frames, as a tensor or as an object that gives frames by slices."""
     shape = tuple(getattr(video, "shape", ()))
     if len(shape) != 4 or shape[3] != 3 or 0 in shape:
@@ -22,7 +36,7 @@ def check_video(video: Any) -> Any:
     return video
 
 
-def check_queries(queries: Any, frames: int, height: int, width: int) -> Tensor:
+def check_queries(queries: object, frames: int, height: int, width: int) -> Tensor:
     """float32 `[P, 3]` (frame, x, y) in pixels of the video, inside it."""
     try:
         table = torch.as_tensor(queries).detach().to("cpu", torch.float32)
@@ -51,7 +65,7 @@ def check_queries(queries: Any, frames: int, height: int, width: int) -> Tensor:
     return table
 
 
-def _describe(value: Any) -> str:
+def _describe(value: object) -> str:
     shape = getattr(value, "shape", None)
     kind = type(value).__name__
     return kind if shape is None else f"{kind} {list(shape)} {getattr(value, 'dtype', '')}".rstrip()

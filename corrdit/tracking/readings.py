@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ SMALL_FRAME = 256
 """Tokens of a frame up to which whole cost maps on a CPU cost less than streaming over their rows."""
 
 Captured = tuple[Tensor, Tensor, Tensor | None]
+Capturing = Callable[[Tensor, Tensor, TokenGrid, Tensor | None], Captured]
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,43 @@ class Reading:
         return parts
 
 
+class ReadBackbone(Protocol):
+    """A video transformer whose queries and keys are read."""
+
+    heads: int
+
+    @property
+    def token_stride(self) -> tuple[int, int]: ...
+
+    def timestep(self, step: int, inference_steps: int) -> float: ...
+
+    def encode_frames(self, video: Tensor, *, height: int, width: int) -> Tensor: ...
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timestep: float) -> Tensor: ...
+
+    def forward(
+        self, latents: Tensor, timestep: float, operations: Mapping[int, Capturing]
+    ) -> Mapping[int, Captured]: ...
+
+
+class SteppingBackbone(Protocol):
+    """One that brings latents to other steps along the model's own path."""
+
+    def inverted(
+        self,
+        latents: Tensor,
+        steps: Sequence[int],
+        inference_steps: int,
+        *,
+        rule: str = ...,
+        image: Tensor | None = ...,
+    ) -> Iterable[tuple[int, Tensor]]: ...
+
+    def denoised(
+        self, latents: Tensor, start: int, steps: Sequence[int], inference_steps: int, *, image: Tensor | None = ...
+    ) -> Iterable[tuple[int, Tensor]]: ...
+
+
 class TokenPair(NamedTuple):
     """Queries and keys `[B, H, F * S, D]` of the video tokens and how they are combined.
 
@@ -114,7 +152,7 @@ class TokenPair(NamedTuple):
 
 
 def read_tokens(
-    backbone: Any, latents: Tensor, reading: Reading, grid_size: tuple[int, int], noise: Tensor | None = None
+    backbone: ReadBackbone, latents: Tensor, reading: Reading, grid_size: tuple[int, int], noise: Tensor | None = None
 ) -> TokenPair:
     """Queries and keys of all layers and timesteps of a reading, made one pair.
 
@@ -138,16 +176,16 @@ def read_tokens(
             layer: _capture(part, grid_size, reading.low_pass)
             for layer, part in zip(reading.layers, weights, strict=True)
         }
-        captured: Mapping[int, Captured] = backbone.forward(given, timestep, operations, **image)
+        captured = backbone.forward(given, timestep, operations, **image)
         parts += [captured[layer] for layer in reading.layers]
         used += [weight for part in weights for weight in part if weight > 0]
     axis = 1 if reading.fusion == "heads" else 3
     first = parts[0][0]
     if any(part[0].shape[2:] != first.shape[2:] for part in parts):
         raise ValueError("the layers have heads of different sizes; they cannot be read together")
-    q, k = (
-        parts[0][which] if len(parts) == 1 else torch.cat([part[which] for part in parts], axis) for which in (0, 1)
-    )
+    q, k = first, parts[0][1]
+    if len(parts) > 1:
+        q, k = torch.cat([part[0] for part in parts], axis), torch.cat([part[1] for part in parts], axis)
     if reading.fusion == "channels":
         used = [weight for weight in weights[0] if weight > 0]
     frames = first.shape[2] // (grid_size[0] * grid_size[1])
@@ -156,7 +194,7 @@ def read_tokens(
     return TokenPair(q, k, TokenGrid(frames, *grid_size), parts[0][2], None if equal else used, scale)
 
 
-def image_given(backbone: Any, latents: Tensor, frames: str = "first") -> dict[str, Tensor]:
+def image_given(backbone: ReadBackbone, latents: Tensor, frames: str = "first") -> dict[str, Tensor]:
     """The argument `image` for a model that takes one: clean latents of the "first" of the frames, or of "all"."""
     if not getattr(backbone, "takes_image", False):
         return {}
@@ -164,29 +202,40 @@ def image_given(backbone: Any, latents: Tensor, frames: str = "first") -> dict[s
 
 
 def latents_at_steps(
-    backbone: Any, latents: Tensor, reading: Reading, noise: Tensor | None, image: Mapping[str, Tensor]
+    backbone: ReadBackbone, latents: Tensor, reading: Reading, noise: Tensor | None, image: Mapping[str, Tensor]
 ) -> list[Tensor]:
     """The clean latents as they are read at each step: as they are, noised, inverted or denoised."""
     start, steps, count = reading.denoise_from, reading.steps, reading.inference_steps
-    if start is None:
-        if reading.inversion is not None:
-            found = dict(backbone.inverted(latents, steps, count, rule=reading.inversion, **image))
-            return [found[step] for step in steps]
+    if start is None and reading.inversion is None:
         return [
             latents if noise is None else backbone.add_noise(latents, noise, timestep) for timestep in reading.timesteps
         ]
+    path = stepping(backbone)
+    if start is None:
+        found = dict(path.inverted(latents, steps, count, rule=str(reading.inversion), **image))
+        return [found[step] for step in steps]
     begun = latents
     if reading.inversion is not None:
-        begun = dict(backbone.inverted(latents, [start], count, rule=reading.inversion, **image))[start]
+        begun = dict(path.inverted(latents, [start], count, rule=reading.inversion, **image))[start]
     elif noise is not None:
         begun = backbone.add_noise(latents, noise, backbone.timestep(start, count))
-    found = dict(backbone.denoised(begun, start, steps, count, **image))
+    found = dict(path.denoised(begun, start, steps, count, **image))
     return [found[step] for step in steps]
 
 
-def _capture(
-    weights: Sequence[float], grid_size: tuple[int, int], spread: float
-) -> Callable[[Tensor, Tensor, TokenGrid, Tensor | None], Captured]:
+def stepping(backbone: object) -> SteppingBackbone:
+    """A backbone of which it is known that it inverts and denoises.
+
+    Raises:
+        ValueError: one that does not.
+    """
+    if not (hasattr(backbone, "inverted") and hasattr(backbone, "denoised")):
+        name = getattr(backbone, "name", "this model")
+        raise ValueError(f"{name} has no way to invert or denoise latents; drop inversion and denoise_from")
+    return cast(SteppingBackbone, backbone)
+
+
+def _capture(weights: Sequence[float], grid_size: tuple[int, int], spread: float) -> Capturing:
     """An operation for `corrdit.capture`: filtered queries and keys of the video tokens and of the heads that count."""
     used = [head for head, weight in enumerate(weights) if weight > 0]
 

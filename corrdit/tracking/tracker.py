@@ -6,14 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from corrdit.tracking.chunks import chained_chunks, chunks_through, frame_blocks
 from corrdit.tracking.encoding import resized, working_size
 from corrdit.tracking.following import Blocks, Following, Settings
-from corrdit.tracking.options import tracker_options
-from corrdit.tracking.queries import check_queries, check_video
-from corrdit.tracking.readings import Reading
+from corrdit.tracking.options import PRESETS, ReadingPreset, TrackerOptions, changed_options
+from corrdit.tracking.queries import Frames, check_queries, check_video
+from corrdit.tracking.readings import ReadBackbone, Reading, stepping
 from corrdit.tracking.tracks import Tracks
 
 __all__ = ["PointTracker", "TrackingBackbone", "resized", "working_size"]
@@ -23,25 +22,23 @@ TOKENS_PER_FRAME = 30 * 45
 """Tokens of a frame of 480 x 720 pixels in CogVideoX; the limit where a backbone has no working size of its own."""
 
 
-class TrackingBackbone(Protocol):
+class TrackingPreset(Protocol):
+    """The parts of a model's preset that the tracker reads."""
+
+    @property
+    def reading(self) -> ReadingPreset: ...
+
+    @property
+    def tracking(self) -> TrackerOptions: ...
+
+
+class TrackingBackbone(ReadBackbone, Protocol):
     """What the tracker asks of a video transformer; `corrdit.load_backbone` gives one."""
 
     layers: int
-    heads: int
-    preset: Any
 
     @property
-    def token_stride(self) -> tuple[int, int]: ...
-
-    def timestep(self, step: int, inference_steps: int) -> float: ...
-
-    def encode_frames(self, video: Tensor, *, height: int, width: int) -> Tensor: ...
-
-    def add_noise(self, latents: Tensor, noise: Tensor, timestep: float) -> Tensor: ...
-
-    def forward(
-        self, latents: Tensor, timestep: float, operations: Mapping[int, Callable[..., Any]]
-    ) -> dict[int, Any]: ...
+    def preset(self) -> TrackingPreset: ...
 
 
 class PointTracker:
@@ -58,8 +55,8 @@ class PointTracker:
 
     Args:
         backbone: what `corrdit.load_backbone` returns.
-        preset: "default" (token centres, sub-token refinement, visibility from consistency) or "published" (DiffTrack's
-            released evaluation).
+        preset: settings in place of the backbone's: a `corrdit.integrations.diffusers.Preset`; or "published" for
+            DiffTrack's released evaluation in place of its options of tracking, and "default" for these.
         options: in place of the preset's, see `corrdit.tracking.TrackerOptions`.
 
     Raises:
@@ -67,18 +64,19 @@ class PointTracker:
             step outside the schedule or weights for another number of heads.
     """
 
-    def __init__(self, backbone: TrackingBackbone, *, preset: str = "default", **options: Any) -> None:
+    def __init__(self, backbone: TrackingBackbone, *, preset: str | TrackingPreset = "default", **options: Any) -> None:
         self.backbone = backbone
-        self.options = tracker_options(preset, {**self._preset_options(preset, options), **options})
+        self.preset = backbone.preset if isinstance(preset, str) else preset
+        self.options = changed_options(self._own_options(preset, options), options)
         self._check_conditioning(options)
-        self.layers = self._layers()
+        self.layers = self.options.layers or (self._chosen("layer"),)
         for layer in self.layers:
             if not 0 <= layer < backbone.layers:
                 raise ValueError(f"layer must be from 0 to {backbone.layers - 1} for this backbone, got {layer}")
         self._check_served()
 
     @torch.no_grad()
-    def track(self, video: Any, queries: Any, *, progress: Progress | None = None) -> Tracks:
+    def track(self, video: Frames, queries: object, *, progress: Progress | None = None) -> Tracks:
         """Where the query points are in every frame of the video.
 
         Args:
@@ -185,39 +183,32 @@ class PointTracker:
         options, name = self.options, getattr(self.backbone, "name", "this model")
         if "image" in given and not getattr(self.backbone, "takes_image", False):
             raise ValueError(f"image={options.image!r} is for image-to-video models, and {name} is none; drop it")
-        walks = options.inversion is not None or options.denoise_from is not None
-        if walks and not (hasattr(self.backbone, "inverted") and hasattr(self.backbone, "denoised")):
-            raise ValueError(f"{name} has no way to invert or denoise latents; drop inversion and denoise_from")
+        if options.inversion is not None or options.denoise_from is not None:
+            stepping(self.backbone)
 
-    def _preset_options(self, preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Options that the backbone's preset has for the tracker, which are for the layers and the weights it names."""
-        of_backbone = getattr(self.backbone.preset, "tracking", None)
-        if preset != "default" or of_backbone is None or given.keys() & {"layer", "layers"}:
-            return {}
-        return dict(of_backbone)
-
-    def _layers(self) -> tuple[int, ...]:
-        return self.options.layers or (self._chosen("layer"),)
+    def _own_options(self, preset: str | TrackingPreset, given: Mapping[str, Any]) -> TrackerOptions:
+        """The options of the preset; those for layers of its own do not count where others are asked for."""
+        if isinstance(preset, str) and preset != "default":
+            if preset not in PRESETS:
+                raise ValueError(f"preset must be one of {', '.join(PRESETS)} or a Preset, got {preset!r}")
+            return PRESETS[preset]
+        own = self.preset.tracking
+        return TrackerOptions() if own.layers and given.keys() & {"layer", "layers"} else own
 
     def _head_weights(self) -> tuple[float, ...] | None:
         """The weights asked for, those of the preset if its layer is read, or None for the plain mean."""
-        options, preset = self.options, self.backbone.preset
-        if options.head_weights is not None:
-            return options.head_weights or None
-        if options.layers or options.layer not in (None, preset.layer):
-            return None
-        if preset.head is not None:
-            return tuple(float(head == preset.head) for head in range(self.backbone.heads))
-        return preset.head_weights
+        if self.options.head_weights is not None:
+            return self.options.head_weights or None
+        return self.preset.reading.weights_of_heads(self.layers, self.backbone.heads)
 
     def _chosen(self, name: str) -> Any:
-        """The option, or what the backbone's preset says."""
+        """The option, or what the preset says."""
         given = getattr(self.options, name)
-        return getattr(self.backbone.preset, name) if given is None else given
+        return getattr(self.preset.reading, name) if given is None else given
 
     def _encoded_size(self, height: int, width: int) -> tuple[int, int]:
-        options, preset, stride = self.options, self.backbone.preset, self.backbone.token_stride
-        if options.height is None and options.tokens_per_frame is None and preset.height is not None:
+        options, preset, stride = self.options, self.preset.reading, self.backbone.token_stride
+        if options.height is None and options.tokens_per_frame is None and preset.height and preset.width:
             return preset.height, preset.width
         if options.height is None or options.width is None:
             tokens = self._chosen("tokens_per_frame") or TOKENS_PER_FRAME

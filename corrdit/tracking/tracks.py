@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
-from corrdit.array_files import read_arrays
-from corrdit.files import written_beside
+from corrdit.array_files import read_arrays, write_arrays
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +64,7 @@ class Tracks:
         """The arrays by name: xy float32 `[T, P, 2]`, visible bool `[T, P]`, score float32 `[T, P]`."""
         return {"xy": self.xy.numpy(), "visible": self.visible.numpy(), "score": self.score.numpy()}
 
-    def save(self, path: str | os.PathLike[str], *, queries: Any = None) -> None:
+    def save(self, path: str | os.PathLike[str], *, queries: object = None) -> None:
         """Write `xy`, `visible`, `score` (and `queries`) as a compressed .npz file, beside and then renamed.
 
         Args:
@@ -83,8 +81,7 @@ class Tracks:
             if table.shape != (self.points, 3):
                 raise ValueError(f"queries must have shape [points, 3] = [{self.points}, 3], got {_shape(table)}")
             arrays["queries"] = table.numpy()
-        with written_beside(path) as file:
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+        write_arrays(path, arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Tracks:
@@ -95,10 +92,11 @@ class Tracks:
             ValueError: not an .npz file, or one without xy, visible and score.
         """
         arrays = read_arrays(path, ("xy", "visible", "score"), what="a tracks file (.npz with xy, visible, score)")
-        return cls(**arrays)
+        xy, score = (_tensor(name, arrays[name], torch.float32) for name in ("xy", "score"))
+        return cls(xy, _visibility(arrays["visible"]), score)
 
 
-def _tensor(name: str, value: Any, dtype: torch.dtype) -> torch.Tensor:
+def _tensor(name: str, value: object, dtype: torch.dtype) -> torch.Tensor:
     try:
         tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -108,7 +106,7 @@ def _tensor(name: str, value: Any, dtype: torch.dtype) -> torch.Tensor:
     return tensor.detach().to(device="cpu", dtype=dtype)
 
 
-def _visibility(value: Any) -> torch.Tensor:
+def _visibility(value: object) -> torch.Tensor:
     tensor = torch.as_tensor(value)
     if tensor.dtype != torch.bool:
         raise ValueError(f"Tracks visible must be boolean, got {tensor.dtype}; compare with a threshold first")

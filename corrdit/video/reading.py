@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -275,7 +275,7 @@ def _count_packets(path: Path) -> int:
 def _decode(container: av.container.InputContainer, path: Path) -> Iterator[av.VideoFrame]:
     import av
 
-    stream: Any = container.streams.video[0]
+    stream = container.streams.video[0]
     stream.thread_type = "AUTO"
     count = 0
     try:

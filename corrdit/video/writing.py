@@ -9,11 +9,15 @@ import tempfile
 from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from corrdit.video.reading import DEFAULT_FPS
+
+if TYPE_CHECKING:
+    from av.filter import Graph
 
 
 class VideoWriter:
@@ -76,7 +80,9 @@ class VideoWriter:
         self._shape = frame.shape
         self.frames += 1
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         partial, self._partial = self._partial, None
         encoder, self._encoder = self._encoder, None
         assert partial is not None
@@ -112,7 +118,7 @@ class _StreamEncoder:
         options = {} if self._gif else {"movflags": "+faststart"}
         self._container = av.open(str(path), "w", format=container_format, options=options)
         height, width = shape[:2]
-        stream: Any = self._container.add_stream("gif" if self._gif else "libx264", rate=rate)
+        stream = self._container.add_stream("gif" if self._gif else "libx264", rate=rate)
         if self._gif:
             stream.pix_fmt = "pal8"
             self._graph = _palette_graph(height, width, rate)
@@ -159,11 +165,11 @@ class _StreamEncoder:
                 self._container.close()
 
 
-def _palette_graph(height: int, width: int, rate: Fraction) -> Any:
+def _palette_graph(height: int, width: int, rate: Fraction) -> Graph:
     """Filter graph that gives each frame a palette of its own, so that gifs keep their colours without two passes."""
     import av.filter
 
-    graph: Any = av.filter.Graph()
+    graph = av.filter.Graph()
     source = graph.add_buffer(width=width, height=height, format="rgb24", time_base=1 / rate)
     split = graph.add("split")
     palette = graph.add("palettegen", "stats_mode=single:reserve_transparent=0")

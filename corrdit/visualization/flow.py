@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from corrdit.files import written_beside
 from corrdit.video import resize_frame
@@ -20,7 +20,7 @@ _MOST_ARROWS = 24
 _ARROW_ROOM = 40  # pixels of a token where frames are small
 
 
-def flow_colours(flow: Any, *, largest: float | None = None) -> np.ndarray:
+def flow_colours(flow: ArrayLike, *, largest: float | None = None) -> np.ndarray:
     """A displacement field as colours: hue is the direction, saturation the length; no motion is white.
 
     Args:
@@ -61,7 +61,7 @@ def colour_wheel(size: int = 64) -> np.ndarray:
     return wheel
 
 
-def draw_flow_arrows(frame: np.ndarray, flow: Any, *, scale: tuple[float, float] | None = None) -> np.ndarray:
+def draw_flow_arrows(frame: np.ndarray, flow: ArrayLike, *, scale: tuple[float, float] | None = None) -> np.ndarray:
     """Arrows over a frame, one for every token, or for some of them where there are many.
 
     Args:
@@ -113,7 +113,7 @@ def draw_flow_arrows(frame: np.ndarray, flow: Any, *, scale: tuple[float, float]
 def write_flow_pictures(
     folder: str | os.PathLike[str],
     name: str,
-    flow: Any,
+    flow: ArrayLike,
     frames: Sequence[np.ndarray] | np.ndarray,
     *,
     source: int = 0,
@@ -146,7 +146,10 @@ def write_flow_pictures(
         flow_colours(flow[source, target], largest=largest).repeat(enlarge, axis=0).repeat(enlarge, axis=1)
         for target in targets
     ]
-    shown = _roomy(np.asarray(frames[source]), flow.shape[2:4])
+    shown = np.asarray(frames[source])
+    height, width = shown.shape[:2]
+    factor = max(1.0, _ARROW_ROOM * flow.shape[2] / height, _ARROW_ROOM * flow.shape[3] / width)
+    shown = resize_frame(shown, round(height * factor), round(width * factor))
     arrows = [draw_flow_arrows(shown, flow[source, target]) for target in targets]
     labels = [f"to frame {target}" for target in targets]
     caption = f"displacement from frame {source}; full colour is {largest:.1f} tokens"
@@ -159,13 +162,7 @@ def write_flow_pictures(
     return files
 
 
-def _roomy(frame: np.ndarray, tokens: tuple[int, ...]) -> np.ndarray:
-    """A frame large enough for an arrow in every token."""
-    factor = max(1.0, *(_ARROW_ROOM * count / size for count, size in zip(tokens, frame.shape[:2], strict=True)))
-    return resize_frame(frame, round(frame.shape[0] * factor), round(frame.shape[1] * factor))
-
-
-def write_loss_curve(path: str | os.PathLike[str], losses: Any) -> None:
+def write_loss_curve(path: str | os.PathLike[str], losses: ArrayLike) -> None:
     """The losses of a motion transfer as a PNG picture.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -13,6 +13,10 @@ from torch import Tensor
 from corrdit.video import VideoWriter, resize_frame
 from corrdit.visualization.colours import position_colours
 from corrdit.visualization.sheet import cell_size, contact_sheet, sheet_frames
+
+if TYPE_CHECKING:
+    from matplotlib.collections import Collection
+    from matplotlib.transforms import Transform
 
 _SMALLEST_SIDE = 240
 _ENLARGED_SIDE = 320
@@ -304,7 +308,7 @@ class _Canvas:
         circles = CircleCollection(area, offsets=centres, offset_transform=self._downwards, snap=False, **properties)
         self._add(circles, len(centres))
 
-    def _add(self, collection: Any, count: int, transform: Any = None) -> None:
+    def _add(self, collection: Collection, count: int, transform: Transform | None = None) -> None:
         if count:
             if transform is not None:
                 collection.set_transform(transform)

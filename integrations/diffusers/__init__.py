@@ -2,20 +2,23 @@
 
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.backbones.loading import available_backbones, backbone_of, load_backbone
-from corrdit.integrations.diffusers.backbones.presets import Preset
+from corrdit.integrations.diffusers.backbones.presets import GuidancePreset, Preset
 from corrdit.integrations.diffusers.captures import Capture, capture
 from corrdit.integrations.diffusers.guidance.cross_attention import CrossAttentionGuidance
 from corrdit.integrations.diffusers.layouts import TransformerLayout, register_layout
 from corrdit.integrations.diffusers.motion_transfer.transfer import MotionTransfer
 from corrdit.integrations.diffusers.processors import CorrespondenceProcessor
+from corrdit.tracking.options import ReadingPreset
 
 __all__ = [
     "Backbone",
     "Capture",
     "CorrespondenceProcessor",
     "CrossAttentionGuidance",
+    "GuidancePreset",
     "MotionTransfer",
     "Preset",
+    "ReadingPreset",
     "TransformerLayout",
     "available_backbones",
     "backbone_of",

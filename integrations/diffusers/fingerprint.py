@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
 
-from corrdit.integrations.diffusers.backbones.presets import Preset
+from corrdit.tracking.options import ReadingPreset
 
-_READ = [field.name for field in fields(Preset) if field.name != "source"]
+_READ = (*(field.name for field in fields(ReadingPreset)), "tracking", "guidance", "transfer")
 MODEL_FACTS = ("weights", *(f"preset.{name}" for name in _READ))
 """The names `model_facts` gives."""
 
@@ -24,8 +23,8 @@ def model_facts(backbone: Any) -> dict[str, Any]:
     Args:
         backbone: what `corrdit.load_backbone` returns.
     """
-    preset = json.loads(json.dumps(asdict(backbone.preset)))
-    return {"weights": weights_fingerprint(backbone.pipe), **{f"preset.{name}": preset[name] for name in _READ}}
+    preset = backbone.preset.described()
+    return {"weights": weights_fingerprint(backbone.pipe), **{f"preset.{name}": preset.get(name) for name in _READ}}
 
 
 def weights_fingerprint(pipe: Any) -> str:

@@ -25,6 +25,24 @@ Path = Iterator[tuple[int, Tensor]]
 _PREDICTIONS = ("epsilon", "v_prediction")
 
 
+class Scheduler(Protocol):
+    """Of diffusers, its timesteps set."""
+
+    timesteps: Tensor
+
+    def __getattr__(self, name: str) -> Any: ...
+
+
+class SteppedModel(Protocol):
+    """What is asked of a backbone."""
+
+    name: str
+
+    def stepping_scheduler(self, inference_steps: int) -> Scheduler: ...
+
+    def predict(self, latents: Tensor, timestep: float, *, image: Tensor | None = ...) -> Tensor: ...
+
+
 class NoisePath(Protocol):
     """The levels of noise of a schedule: number i at step i, and one more for clean latents."""
 
@@ -39,7 +57,7 @@ class DDIMPath:
         scheduler: of diffusers, its timesteps set.
     """
 
-    def __init__(self, scheduler: Any) -> None:
+    def __init__(self, scheduler: Scheduler) -> None:
         self.prediction = scheduler.config.prediction_type
         clean = torch.as_tensor(getattr(scheduler, "final_alpha_cumprod", 1.0), dtype=torch.float64).reshape(1)
         alphas = scheduler.alphas_cumprod[scheduler.timesteps.long().cpu()].double()
@@ -61,14 +79,14 @@ class EulerPath:
         scheduler: of diffusers, its timesteps set.
     """
 
-    def __init__(self, scheduler: Any) -> None:
+    def __init__(self, scheduler: Scheduler) -> None:
         self.sigmas = scheduler.sigmas.double().tolist()
 
     def moved(self, latents: Tensor, output: Tensor, start: int, end: int) -> Tensor:
         return latents + (self.sigmas[end] - self.sigmas[start]) * output
 
 
-def noise_path(scheduler: Any, *, name: str) -> NoisePath:
+def noise_path(scheduler: Scheduler, *, name: str) -> NoisePath:
     """The path of a scheduler whose timesteps are set.
 
     Args:
@@ -90,7 +108,7 @@ def noise_path(scheduler: Any, *, name: str) -> NoisePath:
 
 
 def inverted_latents(
-    backbone: Any,
+    backbone: SteppedModel,
     latents: Tensor,
     steps: Sequence[int],
     inference_steps: int,
@@ -134,7 +152,7 @@ def inverted_latents(
 
 
 def denoised_latents(
-    backbone: Any,
+    backbone: SteppedModel,
     latents: Tensor,
     start: int,
     steps: Sequence[int],
@@ -170,7 +188,7 @@ def denoised_latents(
             _check_finite(moving, f"denoised to step {step + 1}", backbone.name)
 
 
-def _path(backbone: Any, inference_steps: int) -> tuple[NoisePath, list[float]]:
+def _path(backbone: SteppedModel, inference_steps: int) -> tuple[NoisePath, list[float]]:
     scheduler = backbone.stepping_scheduler(inference_steps)
     return noise_path(scheduler, name=backbone.name), [float(timestep) for timestep in scheduler.timesteps]
 

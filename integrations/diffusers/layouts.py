@@ -9,9 +9,9 @@ from __future__ import annotations
 import abc
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Protocol, cast
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, cast
 
 import torch
 from torch import nn
@@ -27,6 +27,10 @@ REFUSED_TRANSFORMERS = {
     "SkyReelsV2Transformer3DModel": "its attention is block-causal, so a frame does not attend to later ones",
 }
 """Reason by class name for video transformers without a plain softmax map from frame to frame."""
+
+
+Arguments: TypeAlias = dict[str, Any]
+"""What a transformer is given, by name."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +54,12 @@ class TransformerLayout(abc.ABC):
     Attributes:
         guidance: "batched" if its pipelines put [unconditional, conditional] into one call, "separate" if they call
             the conditional first and then the unconditional.
+        family: name under which settings of its models are published.
         text: where the text stands in the token axis of self-attention; None where it does not.
     """
 
     guidance: ClassVar[Literal["batched", "separate"]]
+    family: ClassVar[str] = ""
     text: ClassVar[Literal["first", "last"] | None] = None
 
     @abc.abstractmethod
@@ -61,7 +67,7 @@ class TransformerLayout(abc.ABC):
         """The self-attention modules in the order they run; layer n of a capture is the n-th of them."""
 
     @abc.abstractmethod
-    def read_call(self, transformer: nn.Module, arguments: Mapping[str, Any]) -> ForwardCall:
+    def read_call(self, transformer: nn.Module, arguments: Arguments) -> ForwardCall:
         """Batch, token grid and timestep of a forward, from its arguments by name."""
 
     def block_lists(self, transformer: nn.Module) -> list[str]:
@@ -103,6 +109,20 @@ def config_of(part: nn.Module) -> Config:
     return cast(Config, part.config)
 
 
+class Pipeline(Protocol):
+    """What a backbone asks of a pipeline of diffusers; what else there is, is the family's own."""
+
+    transformer: nn.Module
+    scheduler: Any
+
+    @property
+    def _execution_device(self) -> torch.device: ...
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def __getattr__(self, name: str) -> Any: ...
+
+
 class BlockLayout(TransformerLayout):
     """A transformer as diffusers builds most: one attention module a block, latents `[B, C, F, h, w]`.
 
@@ -124,13 +144,13 @@ class BlockLayout(TransformerLayout):
         config = config_of(transformer)
         return (config.patch_size_t or 1, config.patch_size, config.patch_size)
 
-    def read_call(self, transformer: nn.Module, arguments: Mapping[str, Any]) -> ForwardCall:
+    def read_call(self, transformer: nn.Module, arguments: Arguments) -> ForwardCall:
         grid = self.video_grid(transformer, *self.latent_size(arguments))
         if self.text is not None:
             grid = self.with_text(grid, arguments["encoder_hidden_states"].shape[1])
         return ForwardCall(batch=len(arguments["hidden_states"]), grid=grid, timestep=arguments["timestep"])
 
-    def latent_size(self, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
+    def latent_size(self, arguments: Arguments) -> tuple[int, int, int]:
         """(frames, height, width) of the latents of a call."""
         _, _, frames, height, width = arguments["hidden_states"].shape
         return frames, height, width
@@ -139,10 +159,11 @@ class BlockLayout(TransformerLayout):
 class CogVideoXLayout(BlockLayout):
     """Where CogVideoX keeps its attention, and its token axis: text, then frames."""
 
+    family = "cogvideox"
     guidance = "batched"
     text = "first"
 
-    def latent_size(self, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
+    def latent_size(self, arguments: Arguments) -> tuple[int, int, int]:
         _, frames, _, height, width = arguments["hidden_states"].shape
         return frames, height, width
 
@@ -150,6 +171,7 @@ class CogVideoXLayout(BlockLayout):
 class HunyuanVideoLayout(BlockLayout):
     """Where HunyuanVideo keeps its attention, and its token axis: frames, then text."""
 
+    family = "hunyuanvideo"
     guidance = "separate"
     lists = ("transformer_blocks", "single_transformer_blocks")
     attention = "attn"
@@ -159,9 +181,10 @@ class HunyuanVideoLayout(BlockLayout):
 class LTXLayout(BlockLayout):
     """Where LTX keeps its attention, and its token axis: frames alone. It is given tokens `[B, F * h * w, C]`."""
 
+    family = "ltx"
     guidance = "batched"
 
-    def latent_size(self, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
+    def latent_size(self, arguments: Arguments) -> tuple[int, int, int]:
         frames, height, width = (arguments.get(name) for name in ("num_frames", "height", "width"))
         if frames is None or height is None or width is None:
             raise ValueError(
@@ -174,6 +197,7 @@ class LTXLayout(BlockLayout):
 class MochiLayout(BlockLayout):
     """Where Mochi keeps its attention, and its token axis: frames, then text."""
 
+    family = "mochi"
     guidance = "batched"
     text = "last"
 
@@ -185,6 +209,7 @@ class MochiLayout(BlockLayout):
 class WanLayout(BlockLayout):
     """Where Wan keeps its attention, and its token axis: frames alone."""
 
+    family = "wan"
     guidance = "separate"
     lists = ("blocks",)
 
@@ -254,11 +279,13 @@ def register_layout(transformer_class_name: str, layout: type[TransformerLayout]
     _registered[transformer_class_name] = layout
 
 
-def forward_arguments(transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def forward_arguments(transformer: nn.Module, args: tuple[object, ...], kwargs: Arguments) -> Arguments:
     """The arguments of a call by the names of the class's own `forward`, whatever hooks wrap it."""
     arguments = dict(_signature(type(transformer).forward).bind(transformer, *args, **kwargs).arguments)
     del arguments[next(iter(arguments))]  # self
     return arguments
 
 
-_signature: Callable[[Callable[..., Any]], inspect.Signature] = functools.cache(inspect.signature)
+@functools.cache
+def _signature(forward: Callable[..., object]) -> inspect.Signature:
+    return inspect.signature(forward)

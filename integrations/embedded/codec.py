@@ -31,16 +31,10 @@ class PointDistribution:
         return self.latent
 
 
-def _colour_axes() -> Tensor:
-    """Orthonormal brightness, red-blue and green-magenta axes, [3, 3]."""
-    axes = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]])
-    return axes / axes.norm(dim=1, keepdim=True)
-
-
-def _haar_axes() -> Tensor:
-    """Orthonormal mean, column, row and diagonal differences of 2x2 pixels in row-major order, [4, 4]."""
-    signs = [[1.0, 1.0, 1.0, 1.0], [1.0, -1.0, 1.0, -1.0], [1.0, 1.0, -1.0, -1.0], [1.0, -1.0, -1.0, 1.0]]
-    return torch.tensor(signs) / 2
+_COLOUR_AXES = ((1.0, 1.0, 1.0), (1.0, 0.0, -1.0), (1.0, -2.0, 1.0))
+"""Brightness, red-blue and green-magenta, orthogonal."""
+_HAAR_AXES = ((1.0, 1.0, 1.0, 1.0), (1.0, -1.0, 1.0, -1.0), (1.0, 1.0, -1.0, -1.0), (1.0, -1.0, -1.0, 1.0))
+"""Mean, column, row and diagonal differences of 2x2 pixels in row-major order, orthogonal."""
 
 
 class HaarVideoCodec(ModelMixin, ConfigMixin):
@@ -64,21 +58,29 @@ class HaarVideoCodec(ModelMixin, ConfigMixin):
         super().__init__()
         if in_channels != 3 or latent_channels != 12:
             raise ValueError(f"the codec maps 3 colours to 12 channels, got {in_channels} and {latent_channels}")
-        matrix = torch.einsum("ci,dp->cdip", _colour_axes(), _haar_axes()).reshape(12, 12)
+        colours, details = torch.tensor(_COLOUR_AXES), torch.tensor(_HAAR_AXES) / 2
+        colours = colours / colours.norm(dim=1, keepdim=True)
+        matrix = torch.einsum("ci,dp->cdip", colours, details).reshape(12, 12)
         gains = torch.outer(torch.tensor(colour_gains), torch.tensor(detail_gains)).reshape(12)
         self.register_buffer("analysis", matrix * gains[:, None])
         self.register_buffer("synthesis", (matrix / gains[:, None]).T.contiguous())
 
     def encode(self, sample: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[PointDistribution]:
         """sample: [B, 3, T, H, W] in -1..1, H and W even. `.latent_dist` holds [B, 12, T, H/2, W/2]."""
+        distribution = PointDistribution(self._encoded(sample))
+        return AutoencoderKLOutput(latent_dist=distribution) if return_dict else (distribution,)
+
+    def encode_frames(self, video: Tensor) -> Tensor:
+        """Latents [B, T, 12, H/2, W/2] of videos [B, T, 3, H, W] in 0..1."""
+        return self._encoded((2 * video - 1).transpose(1, 2)).transpose(1, 2)
+
+    def _encoded(self, sample: Tensor) -> Tensor:
         if sample.ndim != 5 or sample.shape[1] != 3 or sample.shape[3] % 2 or sample.shape[4] % 2:
             raise ValueError(f"the codec encodes [B, 3, T, even H, even W], got {tuple(sample.shape)}")
         batch, _, frames, height, width = sample.shape
         cells = sample.reshape(batch, 3, frames, height // 2, 2, width // 2, 2)
         cells = cells.permute(0, 2, 3, 5, 1, 4, 6).flatten(4)
-        latent = (cells @ self.analysis.T).permute(0, 4, 1, 2, 3)
-        distribution = PointDistribution(latent.contiguous())
-        return AutoencoderKLOutput(latent_dist=distribution) if return_dict else (distribution,)
+        return (cells @ self.analysis.T).permute(0, 4, 1, 2, 3).contiguous()
 
     def decode(self, latent: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """latent: [B, 12, T, h, w]. `.sample` holds [B, 3, T, 2h, 2w]."""

@@ -1,18 +1,14 @@
-"""Reading the shipped checkpoint and its preset from package data, offline."""
+"""Reading the shipped checkpoint from package data, offline."""
 
-import json
 import pathlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from corrdit.integrations.embedded.preset import WEIGHTS
+
 if TYPE_CHECKING:
     from corrdit.integrations.embedded.pipeline import EmbeddedVideoPipeline
-
-WEIGHTS = pathlib.Path(__file__).parent / "weights"
-PRESET_FILE = "preset.json"
 
 
 def load_embedded_pipeline(
@@ -22,6 +18,8 @@ def load_embedded_pipeline(
 
     Raises FileNotFoundError if the folder holds no pipeline or not all of one, weights as safetensors included.
     """
+    from diffusers.utils import logging
+
     from corrdit.integrations.embedded.pipeline import EmbeddedVideoPipeline
     from corrdit.integrations.embedded.text import VOCABULARY_FILE
 
@@ -35,33 +33,17 @@ def load_embedded_pipeline(
     if not words.is_file():
         raise FileNotFoundError(f"{words} does not exist; give a folder as save_pretrained wrote it")
     # The keyword for a precision changed its name between releases of diffusers; converting afterwards needs none.
-    with _quiet_loading():
+    # Five small files need no progress bar.
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
         pipe = EmbeddedVideoPipeline.from_pretrained(
             str(source), local_files_only=True, low_cpu_mem_usage=False, use_safetensors=True
         )
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     if dtype != torch.float32:
         pipe.to(dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """No progress bar for reading five small files."""
-    from diffusers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-def read_preset(folder: str | pathlib.Path | None = None) -> dict[str, Any]:
-    """Where the embedded model's correspondence is best: layer, head, step and the sizes it was trained on."""
-    path = (WEIGHTS if folder is None else pathlib.Path(folder)) / PRESET_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; `corrdit analyze --calibrate` makes a preset")
-    return json.loads(path.read_text(encoding="utf-8"))

@@ -14,7 +14,7 @@ from torch import Tensor
 from corrdit.arguments import whole_number
 from corrdit.files import written_beside
 from corrdit.integrations.embedded.codec import HaarVideoCodec
-from corrdit.integrations.embedded.loading import PRESET_FILE
+from corrdit.integrations.embedded.preset import PRESET_FILE
 from corrdit.integrations.embedded.text import WordEncoder, WordTokenizer
 
 TEXT_TOKENS = 24
@@ -23,7 +23,9 @@ LONGEST_SIDE = 13
 """Tokens of the longest side seen in training."""
 
 
-def rotary_positions(head_dim: int, frames: int, height: int, width: int, device: Any = None) -> tuple[Tensor, Tensor]:
+def rotary_positions(
+    head_dim: int, frames: int, height: int, width: int, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines [frames * height * width, head_dim] of CogVideoX's three-axis rotary embedding.
 
     A token's position is its (frame, row, column) index. Frames longer than LONGEST_SIDE tokens are shrunk to that
@@ -33,21 +35,18 @@ def rotary_positions(head_dim: int, frames: int, height: int, width: int, device
     scale = min(1.0, LONGEST_SIDE / max(height, width))
     # An axis of the head's dimensions for each of frame, row and column, in the shares of `get_3d_rotary_pos_embed`.
     time_dim, side_dim = head_dim // 4, head_dim // 8 * 3
-    tables = [
+    axes = (
         get_1d_rotary_pos_embed(time_dim, torch.arange(frames, device=device), use_real=True),
         get_1d_rotary_pos_embed(side_dim, torch.arange(height, device=device) * scale, use_real=True),
         get_1d_rotary_pos_embed(side_dim, torch.arange(width, device=device) * scale, use_real=True),
-    ]
-    joined = []
-    for part in (0, 1):
-        over_time, down, across = (table[part] for table in tables)
-        axes = (
-            over_time[:, None, None].expand(-1, height, width, -1),
-            down[None, :, None].expand(frames, -1, width, -1),
-            across[None, None].expand(frames, height, -1, -1),
-        )
-        joined.append(torch.cat(axes, dim=-1).flatten(0, 2).float())
-    return joined[0], joined[1]
+    )
+
+    def joined(over_time: Tensor, down: Tensor, across: Tensor) -> Tensor:
+        parts = (over_time[:, None, None], down[None, :, None], across[None, None])
+        return torch.cat([part.expand(frames, height, width, -1) for part in parts], dim=-1).flatten(0, 2).float()
+
+    cosines, sines = zip(*axes, strict=True)
+    return joined(*cosines), joined(*sines)
 
 
 class EmbeddedVideoPipeline(CogVideoXPipeline):
@@ -71,7 +70,7 @@ class EmbeddedVideoPipeline(CogVideoXPipeline):
             tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
         )
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *arguments: Any, **keywords: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *arguments: object, **keywords: object) -> None:
         """As the parent, and with the preset of the folder that this pipeline was read from, if that has one: without
         it `load_backbone` would not know where in these weights correspondence is."""
         super().save_pretrained(save_directory, *arguments, **keywords)
@@ -82,7 +81,7 @@ class EmbeddedVideoPipeline(CogVideoXPipeline):
                 file.write(contents)
 
     @functools.wraps(CogVideoXPipeline.__call__)
-    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+    def __call__(self, *arguments: object, **keywords: object) -> Any:
         given = inspect.signature(CogVideoXPipeline.__call__).bind(self, *arguments, **keywords).arguments
         for name in ("height", "width", "num_frames", "num_inference_steps", "max_sequence_length"):
             if given.get(name) is not None:
@@ -97,16 +96,13 @@ class EmbeddedVideoPipeline(CogVideoXPipeline):
             if isinstance(texts, list) and not (texts and all(isinstance(text, str) for text in texts)):
                 raise ValueError(f"{name} must be a text or a list of at least one text, got {texts!r}")
         config = self.transformer.config
-        if given.get("max_sequence_length", TEXT_TOKENS) < config.max_text_seq_length and not self._rotary:
+        rotary = config.use_rotary_positional_embeddings
+        if given.get("max_sequence_length", TEXT_TOKENS) < config.max_text_seq_length and not rotary:
             raise ValueError(
                 f"max_sequence_length must be at least {config.max_text_seq_length} for absolute positions, got "
                 f"{given['max_sequence_length']}"
             )
         return super().__call__(*arguments, **keywords)
-
-    @property
-    def _rotary(self) -> bool:
-        return bool(self.transformer.config.use_rotary_positional_embeddings)
 
     def _get_t5_prompt_embeds(
         self,

@@ -4,7 +4,7 @@ import json
 import os
 import re
 import zlib
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -17,10 +17,9 @@ from corrdit.integrations.embedded.world.scene import BACKGROUNDS, COLOURS, DIRE
 from corrdit.integrations.embedded.world.shapes import SHAPES
 
 PADDING, END = "<pad>", "<end>"
-_SPRITE_WORDS = ("moves", "accelerates", "circles", "bounces", "turns", "grows", "shrinks", "stands", "still")
 _FUNCTION_WORDS = (
     *("a", "an", "the", "and", "over", "camera", "is"),
-    *_SPRITE_WORDS,
+    *("moves", "accelerates", "circles", "bounces", "turns", "grows", "shrinks", "stands", "still"),
     *("clockwise", "anticlockwise", "pans", "zooms", "in", "out"),
 )
 VOCABULARY_FILE = "vocabulary.json"
@@ -50,10 +49,9 @@ class WordTokenizer(PreTrainedTokenizer):
     vocab_files_names: ClassVar[dict[str, str]] = {"vocab_file": VOCABULARY_FILE}
     model_input_names: ClassVar[list[str]] = ["input_ids", "attention_mask"]
 
-    def __init__(self, vocab_file: str | None = None, hash_buckets: int = 256, **kwargs: Any) -> None:
-        words = world_vocabulary() if vocab_file is None else _read_words(vocab_file)
-        self.words: list[str] = words
-        self.word_ids = {word: index for index, word in enumerate(words)}
+    def __init__(self, vocab_file: str | None = None, hash_buckets: int = 256, **kwargs: object) -> None:
+        self.words = world_vocabulary() if vocab_file is None else _read_words(vocab_file)
+        self.word_ids = {word: index for index, word in enumerate(self.words)}
         self.hash_buckets = hash_buckets
         kwargs.setdefault("pad_token", PADDING)
         kwargs.setdefault("eos_token", END)
@@ -68,7 +66,7 @@ class WordTokenizer(PreTrainedTokenizer):
         """Known words to ids."""
         return dict(self.word_ids)
 
-    def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
+    def _tokenize(self, text: str, **kwargs: object) -> list[str]:
         return re.findall(r"[^\W_]+", text.lower())
 
     def _convert_token_to_id(self, token: str) -> int:

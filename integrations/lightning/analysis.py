@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import lightning
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from corrdit.analysis.options import analysis_options
+from corrdit.analysis.protocols import analysis_options
 from corrdit.analysis.results import begin, check_settings, has_analysis
 from corrdit.analysis.sources import AnalysisItem
 from corrdit.integrations.lightning.data_modules import EachOnceSampler
@@ -135,8 +135,10 @@ class AnalysisModule(lightning.LightningModule):
 
         self.backbone = self._loaded()
         preset = self.backbone.preset
-        self.options = replace(self.options, inference_steps=self.options.inference_steps or preset.inference_steps)
-        self.settings |= {"options": self.options.described(), "preset": asdict(preset)}
+        self.options = replace(
+            self.options, inference_steps=self.options.inference_steps or preset.reading.inference_steps
+        )
+        self.settings |= {"options": self.options.described(), "preset": preset.described()}
         check_settings(self.output, self.settings)
         analysis_axes(self.backbone, self.options)
         self.trainer.strategy.barrier("settings read")

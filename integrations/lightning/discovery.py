@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 
-from corrdit.integrations.diffusers.layouts import layout_of
+from corrdit.integrations.diffusers.backbones.base import Backbone
+from corrdit.integrations.diffusers.layouts import Pipeline, layout_of
 
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
-
-VideoModel: TypeAlias = "DiffusionPipeline | torch.nn.Module"
+VideoModel: TypeAlias = Pipeline | torch.nn.Module
 """A diffusers video pipeline, or a bare transformer."""
 USUAL_NAME = "transformer"
 
 
 def find_video_model(module: torch.nn.Module, attribute: str | None = None) -> VideoModel:
-    """The pipeline or transformer to read.
+    """The pipeline or transformer to read: as `find_held_model`, and of a backbone its pipeline."""
+    held = find_held_model(module, attribute)
+    return held.pipe if isinstance(held, Backbone) else held
+
+
+def find_held_model(module: torch.nn.Module, attribute: str | None = None) -> VideoModel | Backbone:
+    """The video model that a module holds.
 
     A pipeline is preferred to a transformer. Of several transformers the one called `transformer` is taken.
 
@@ -28,7 +32,7 @@ def find_video_model(module: torch.nn.Module, attribute: str | None = None) -> V
         attribute: dotted name to take instead of searching, such as "pipe", "model.transformer" or "pipes.0".
 
     Returns:
-        A diffusers pipeline or a bare transformer.
+        A diffusers pipeline, the backbone that holds it, or a bare transformer.
 
     Raises:
         ValueError: nothing known, with what was found; several that cannot be told apart; a wrong `attribute`.
@@ -38,8 +42,8 @@ def find_video_model(module: torch.nn.Module, attribute: str | None = None) -> V
     found = _pipelines_in(module) or {
         name: child for name, child in module.named_modules(remove_duplicate=False) if name and _is_known(child)
     }
-    if len({id(model) for model in found.values()}) == 1:
-        return next(iter(found.values()))
+    if len({id(model.pipe if isinstance(model, Backbone) else model) for model in found.values()}) == 1:
+        return next((model for model in found.values() if isinstance(model, Backbone)), next(iter(found.values())))
     usual = found.get(USUAL_NAME)
     if isinstance(usual, torch.nn.Module):
         return usual
@@ -54,11 +58,16 @@ def find_video_model(module: torch.nn.Module, attribute: str | None = None) -> V
     )
 
 
-def _named(module: torch.nn.Module, attribute: str) -> VideoModel:
+def _named(module: torch.nn.Module, attribute: str) -> VideoModel | Backbone:
     value: object = module
     try:
         for name in attribute.split("."):
-            value = _entry(value, name)
+            if isinstance(value, Mapping):
+                value = value[name]
+            elif isinstance(value, (list, tuple)) and name.isdigit():
+                value = value[int(name)]
+            else:
+                value = getattr(value, name)
     except (AttributeError, IndexError, KeyError):
         raise ValueError(
             f"{type(module).__name__} has no attribute {attribute!r}; it holds {_inventory(module)}"
@@ -72,17 +81,9 @@ def _named(module: torch.nn.Module, attribute: str) -> VideoModel:
     return value
 
 
-def _entry(value: object, name: str) -> object:
-    if isinstance(value, Mapping):
-        return value[name]
-    if isinstance(value, (list, tuple)) and name.isdigit():
-        return value[int(name)]
-    return getattr(value, name)
-
-
-def _pipelines_in(module: torch.nn.Module) -> dict[str, VideoModel]:
-    """Pipelines by dotted name."""
-    found: dict[str, VideoModel] = {}
+def _pipelines_in(module: torch.nn.Module) -> dict[str, VideoModel | Backbone]:
+    """Pipelines, and backbones that hold one, by dotted name."""
+    found: dict[str, VideoModel | Backbone] = {}
     for prefix, child in module.named_modules(remove_duplicate=False):
         for name, value in vars(child).items():
             entries = {name: value}
@@ -95,14 +96,16 @@ def _pipelines_in(module: torch.nn.Module) -> dict[str, VideoModel]:
     return found
 
 
-def _pipeline_of(value: object) -> DiffusionPipeline | None:
-    """The pipeline that `value` is or, being a backbone, holds; None otherwise."""
+def _pipeline_of(value: object) -> Pipeline | Backbone | None:
+    """`value` if it is a pipeline or a backbone, or the pipeline that it holds as `pipe`; None otherwise."""
+    if isinstance(value, Backbone):
+        return value
     if isinstance(value, torch.nn.Module):
         return None
     for candidate in (value, getattr(value, "pipe", None)):
         transformer = getattr(candidate, "transformer", None)
         if isinstance(transformer, torch.nn.Module) and hasattr(candidate, "scheduler") and _is_known(transformer):
-            return candidate
+            return cast(Pipeline, candidate)
     return None
 
 

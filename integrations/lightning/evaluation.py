@@ -13,8 +13,7 @@ import torch
 from corrdit.arguments import whole_number
 from corrdit.data.tapvid import TapVidSample
 from corrdit.evaluation import EvaluationResults, TrackerSummary, chosen_trackers, evaluate_video, write_tables
-from corrdit.evaluation.pictures import draw_tracks, true_tracks
-from corrdit.evaluation.scoring import QUERIES_AT_ONCE
+from corrdit.evaluation.scoring import QUERIES_AT_ONCE, draw_tracks, true_tracks
 from corrdit.evaluation.trackers import Track, TrackerChoice
 from corrdit.integrations.diffusers.fingerprint import MODEL_FACTS, model_facts
 from corrdit.integrations.lightning.model_placement import PLACEMENTS, placed_backbone, preset_for_loading

@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from corrdit.arguments import whole_number
 from corrdit.files import written_beside
+from corrdit.integrations.diffusers.backbones.presets import default_layers
 from corrdit.integrations.diffusers.guidance.comparison import (
     DETAILS_FILE,
     check_generation,
     checked_rate,
-    default_layers,
     export_for_vbench,
     generate,
     vbench_name,

@@ -7,9 +7,10 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
+from corrdit.integrations.diffusers.backbones.presets import Preset
 from corrdit.integrations.diffusers.guidance.cross_attention import CrossAttentionGuidance
 from corrdit.integrations.diffusers.guidance.options import Heads
-from corrdit.integrations.lightning.discovery import find_video_model
+from corrdit.integrations.lightning.discovery import find_held_model
 from corrdit.integrations.lightning.reading import BatchCallback
 
 
@@ -44,7 +45,7 @@ class GuidanceCallback(BatchCallback):
         perturbation: str = "cross_frame",
         heads: Heads = None,
         adaptive_scale: float = 0.0,
-        preset: str | None = None,
+        preset: Preset | str | None = None,
         backend: str = "auto",
         attribute: str | None = None,
     ) -> None:
@@ -65,7 +66,7 @@ class GuidanceCallback(BatchCallback):
         self.attribute = attribute
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._guidance = CrossAttentionGuidance(find_video_model(pl_module, self.attribute), **self.options)
+        self._guidance = CrossAttentionGuidance(find_held_model(pl_module, self.attribute), **self.options)
 
     def on_predict_batch_start(self, trainer: Trainer, *args: object, **kwargs: object) -> None:
         self.open(self._guidance)

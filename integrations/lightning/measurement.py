@@ -60,30 +60,25 @@ class MatchMeasurement:
         match = ops.match(q, k, grid, source=self.source, heads=self.heads, **common)
         returning = [(frame, self.source) for frame in range(grid.frames) if frame != self.source]
         back = ops.hard_displacement(q, k, grid, frames=returning, heads=self.heads, **common)
-        figures = _figures(match.xy.float(), match.score.float(), back, grid)
+        xy = match.xy.float()
+        own = grid.coordinates(device=xy.device).unflatten(0, (grid.height, grid.width))
+        landed = xy.round().long()
+        flat = (landed[..., 1] * grid.width + landed[..., 0]).flatten(2)
+        returned = back.flatten(2, 3).gather(2, flat[..., None].expand(*flat.shape, 2)).unflatten(2, own.shape[:2])
+        missed = (landed + returned - own).norm(dim=-1)
         rows = torch.linspace(0, grid.tokens_per_frame - 1, min(ATTENTION_ROWS, grid.tokens_per_frame)).round().long()
         mass = ops.attention_mass(q, k, grid, rows.to(q.device), source=self.source, **common)
-        own = mass.frames[..., self.source].float()
-        figures |= {
+        own_frame = mass.frames[..., self.source].float()
+        figures = {
+            "match_xy": xy,
+            "score": match.score.float().mean((1, 2, 3)),
+            "consistency": (missed <= 1).float().mean((1, 2, 3)),
+            "motion": (xy - own).norm(dim=-1).mean((1, 2, 3)),
             "text": mass.text.float().mean(1),
-            "own_frame": own.mean(1),
-            "other_frames": (mass.frames.float().sum(-1) - own).mean(1),
+            "own_frame": own_frame.mean(1),
+            "other_frames": (mass.frames.float().sum(-1) - own_frame).mean(1),
         }
         return {name: value.cpu() for name, value in figures.items()}
-
-
-def _figures(xy: torch.Tensor, score: torch.Tensor, back: torch.Tensor, grid: TokenGrid) -> dict[str, torch.Tensor]:
-    own = grid.coordinates(device=xy.device).unflatten(0, (grid.height, grid.width))
-    landed = xy.round().long()
-    flat = (landed[..., 1] * grid.width + landed[..., 0]).flatten(2)
-    returned = back.flatten(2, 3).gather(2, flat[..., None].expand(*flat.shape, 2)).unflatten(2, own.shape[:2])
-    missed = (landed + returned - own).norm(dim=-1)
-    return {
-        "match_xy": xy,
-        "score": score.mean((1, 2, 3)),
-        "consistency": (missed <= 1).float().mean((1, 2, 3)),
-        "motion": (xy - own).norm(dim=-1).mean((1, 2, 3)),
-    }
 
 
 def first_frame_hits(

@@ -64,12 +64,12 @@ def placed_backbone(
 
 
 def preset_for_loading(model: Any, preset: Any) -> Any:
-    """The `Preset` with which a model will be loaded, None for its own.
+    """What `load_backbone` is given to load a model with: a `Preset`, "published", or None for the model's own.
 
     Raises:
         FileNotFoundError, ValueError: a file that is not there or holds no preset, or a model that is loaded already.
     """
-    from corrdit.integrations.diffusers import Preset
+    from corrdit.integrations.diffusers.backbones.presets import checked_preset
 
     if preset is None:
         return None
@@ -77,7 +77,7 @@ def preset_for_loading(model: Any, preset: Any) -> Any:
         raise ValueError(
             "model_preset is for a model that is loaded by name; give corrdit.load_backbone the preset of this one"
         )
-    return preset if isinstance(preset, Preset) else Preset.from_file(preset)
+    return checked_preset(preset)
 
 
 def place(pipe: Any, placement: str, device: torch.device) -> None:

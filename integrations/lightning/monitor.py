@@ -15,7 +15,7 @@ from corrdit.arguments import whole_number
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.backbones.loading import backbone_of
 from corrdit.integrations.diffusers.host.forwards import transformers_of
-from corrdit.integrations.lightning.discovery import VideoModel, find_video_model
+from corrdit.integrations.lightning.discovery import VideoModel, find_held_model, find_video_model
 from corrdit.integrations.lightning.measurement import MatchMeasurement, first_frame_hits, summed_hits
 from corrdit.integrations.lightning.probe import WorldProbe
 from corrdit.integrations.lightning.reading import layer_indices, layer_list, timed_capture
@@ -208,13 +208,13 @@ class CorrespondenceMonitor(ReportingCallback):
         return step % self.every == 0 and step != self._measured_at
 
     def _probed(self, module: LightningModule) -> Backbone:
-        pipe = self.pipeline(module) if self.pipeline is not None else find_video_model(module, self.attribute)
-        if isinstance(pipe, torch.nn.Module):
+        held = self.pipeline(module) if self.pipeline is not None else find_held_model(module, self.attribute)
+        if isinstance(held, torch.nn.Module):
             raise ValueError(
                 f"{type(module).__name__} holds a transformer but no pipeline, which a probe needs to encode its "
                 "videos; give pipeline=(function of the module that makes one)"
             )
-        return backbone_of(pipe, name=type(module).__name__)
+        return held if isinstance(held, Backbone) else backbone_of(held, name=type(module).__name__)
 
     def _receive(self, step: int, layer: int, timesteps: torch.Tensor, result: dict[str, torch.Tensor]) -> None:
         self._results.append((layer, timesteps, result))

@@ -14,8 +14,9 @@ from lightning.pytorch import Trainer
 
 from corrdit.files import written_beside
 from corrdit.integrations.lightning.reading import BatchCallback
+from corrdit.visualization.charts import draw_heatmaps
 from corrdit.visualization.colours import position_colours
-from corrdit.visualization.heatmaps import draw_heatmaps
+from corrdit.visualization.figures import figure_pixels, png_bytes
 
 Column = TypeVar("Column", int, str)
 FOLDER = "correspondence"
@@ -78,15 +79,13 @@ def log_table(trainer: Trainer, name: str, rows: Sequence[Mapping[str, object]])
 
 def log_picture(trainer: Trainer, name: str, picture: np.ndarray) -> None:
     """A picture uint8 `[H, W, 3]` to every logger that takes pictures, and as PNG; the rest as `log_table`."""
-    import imageio.v3 as imageio
-
     for logger in trainer.loggers:
         if hasattr(logger, "log_image"):
             logger.log_image(key=name, images=[picture], step=trainer.global_step)
         elif hasattr(logger.experiment, "add_image"):
             logger.experiment.add_image(name, picture, trainer.global_step, dataformats="HWC")
     with written_beside(_report_file(trainer, name, "png")) as file:
-        file.write(imageio.imwrite("<bytes>", picture, extension=".png"))
+        file.write(png_bytes(picture))
 
 
 def _report_file(trainer: Trainer, name: str, kind: str) -> Path:
@@ -122,7 +121,6 @@ def draw_matches(
     Returns:
         uint8 `[H, W, 3]`; one row for each entry, the first column with the colours of the source frame itself.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     frames, height, width = next(iter(match_xy.values())).shape[:3]
@@ -132,7 +130,6 @@ def draw_matches(
     colours = position_colours(own.reshape(-1, 2), height, width).reshape(height, width, 3)
     size = (1.2 * (len(shown) + 1) + 1.0, (1.2 * height / width + 0.25) * len(match_xy) + 0.8)
     figure = Figure(figsize=size, dpi=110, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     grid = figure.subplots(len(match_xy), len(shown) + 1, squeeze=False)
     for row, (name, xy) in zip(grid, match_xy.items(), strict=True):
         for axes, places in zip(row, [own, *xy[shown]], strict=True):
@@ -144,8 +141,7 @@ def draw_matches(
     for axes, label in zip(grid[0], ["source", *(f"target {index + 1}" for index in shown)], strict=True):
         axes.set_title(label, fontsize=7)
     figure.suptitle(title, fontsize=9)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    return figure_pixels(figure)
 
 
 def _evenly(count: int, most: int) -> np.ndarray:

@@ -23,9 +23,10 @@ from corrdit.kernels.displacement.soft_forward import (
     store_displacement,
     window_kind,
 )
-from corrdit.kernels.shared.launch import LOG2_E, choose_tiles, launch, product_precision, tile_count
+from corrdit.kernels.shared.launch import LOG2_E, choose_tiles, launch, tile_count
 from corrdit.kernels.shared.primitives import accumulate_moments, coordinate_tile, head_scores, wide
 from corrdit.kernels.shared.tables import FramePairTable, coordinate_table
+from corrdit.problem import product_precision
 
 WORKSPACE_BYTES = 64 * 1024 * 1024
 

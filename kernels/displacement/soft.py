@@ -12,21 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corrdit.grid import FramePairs, TokenGrid
 from corrdit.kernels.displacement.folded import folded_backward, folded_forward
 from corrdit.kernels.displacement.soft_backward import soft_backward
 from corrdit.kernels.displacement.soft_forward import soft_forward
-from corrdit.kernels.shared.launch import (
-    LOG2_E,
-    autocast_off,
-    canonical,
-    check_device,
-    check_tensors,
-    float32_precision,
-    product_precision,
-    unequal_weights,
-)
-from corrdit.kernels.shared.tables import frame_pairs, window_centers
+from corrdit.kernels.shared.inputs import kernel_input
+from corrdit.kernels.shared.launch import LOG2_E, autocast_off, canonical, unequal_weights
+from corrdit.kernels.shared.tables import frame_pairs, window_centers, window_radius
+from corrdit.problem import PairProblem, float32_precision
 
 
 def compute_soft_displacement(
@@ -124,57 +116,42 @@ _soft_displacement.register_autograd(_differentiate, setup_context=_save)
 _soft_displacement_backward.register_autograd(_refuse_second_derivative)
 
 
-def soft_displacement(
-    q: Tensor,
-    k: Tensor,
-    grid: TokenGrid,
-    pairs: FramePairs,
-    *,
-    heads: str,
-    weights: Tensor | None,
-    scale: float,
-    temperature: float,
-    key_mask: Tensor | None,
-    window: int | None,
-    center: Tensor | None,
-    memory_budget: int | None = None,
-) -> Tensor:
-    """float32 `[B, P, h, w, 2]`, or `[B, H, P, h, w, 2]` for heads="none"; see `corrdit.ops.soft_displacement`.
+def soft_displacement(q: Tensor, k: Tensor, problem: PairProblem) -> tuple[Tensor, None]:
+    """(displacement float32 `[B, H or 1, R, 2]`, None: no log-sum-exp yet); see `corrdit.ops.soft_displacement`.
+
+    The memory budget is not used. Beyond outputs and a few numbers for each row the kernels take nothing; the gradient
+    of averaged logits takes 64 MiB, float32 sums of one sample's dq and dk, and a sample's keys once more (twice with
+    `key_mask`).
 
     Args:
-        q, k: `[B, H, F*S, D]` float16, bfloat16 or float32 with any strides, D from 8 to 256.
-        weights: `[H]` summing to 1; None for equal weights.
-        memory_budget: not used. Beyond outputs and a few numbers for each row the kernels take nothing; the gradient of
-            averaged logits takes 64 MiB, float32 sums of one sample's dq and dk, and a sample's keys once more (twice
-            with `key_mask`).
+        q, k: `[B, H, N, D]` float16, bfloat16 or float32 with any strides, D from 8 to 256.
+        problem: about every token; weights None for equal weights.
 
     Raises:
         ValueError: a dtype or head_dim the kernels do not take.
         RuntimeError: a device the kernels cannot run on, or a second derivative.
     """
-    check_tensors(q, k)
-    check_device(q)
-    q, logit_scale = canonical(q, scale * temperature)
-    folded = heads == "logits" and q.shape[1] > 1
+    q, k, problem = kernel_input(q, k, problem)
+    grid, weights = problem.grid, problem.weights
+    q, logit_scale = canonical(q, problem.factor)
+    folded = problem.heads == "logits" and q.shape[1] > 1
     displacement, _ = _soft_displacement(
         q,
         k,
         unequal_weights(weights) if folded else None,
-        key_mask,
-        None if center is None else window_centers(center, grid.height, grid.width),
-        [frame for pair in pairs for frame in pair],
+        problem.key_mask,
+        window_centers(problem),
+        [frame for pair in problem.pairs for frame in pair],
         grid.height,
         grid.width,
         folded,
         logit_scale * LOG2_E,
-        -1 if window is None else min(window, max(grid.height, grid.width)),
-        product_precision(),
+        window_radius(problem),
+        problem.precision,
     )
-    displacement = displacement.unflatten(-2, (grid.height, grid.width))
-    if heads == "none":
-        return displacement
-    if heads == "logits":
-        return displacement.squeeze(1)
+    displacement = displacement.flatten(2, 3)
+    if problem.heads != "probabilities":
+        return displacement, None
     if weights is None:
-        return displacement.mean(1)
-    return torch.einsum("bhpyxc,h->bpyxc", displacement, weights.to(torch.float32))
+        return displacement.mean(1, keepdim=True), None
+    return torch.einsum("bhrc,h->brc", displacement, weights.to(torch.float32)).unsqueeze(1), None

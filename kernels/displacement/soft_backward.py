@@ -15,7 +15,7 @@ from torch import Tensor
 
 from corrdit.kernels.displacement.soft_forward import key_range, load_centers, masked_scores, window_kind
 from corrdit.kernels.shared.configs import Tiles, padded_head_dim
-from corrdit.kernels.shared.launch import LOG2_E, choose_tiles, launch, product_precision, tile_count
+from corrdit.kernels.shared.launch import LOG2_E, choose_tiles, launch, tile_count
 from corrdit.kernels.shared.primitives import (
     COORDINATE_LANES,
     GRADIENT_LANES,
@@ -33,6 +33,7 @@ from corrdit.kernels.shared.primitives import (
     window_rows,
 )
 from corrdit.kernels.shared.tables import FramePairTable, coordinate_table
+from corrdit.problem import product_precision
 
 # Element by element: one size does for every device.
 _GRADIENT_ROWS = Tiles(256, 16, 16, 4, 1)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from corrdit.kernels.shared.configs import padded_head_dim
-from corrdit.kernels.shared.launch import choose_tiles, launch, product_precision, tile_count
+from corrdit.kernels.shared.launch import choose_tiles, launch, tile_count
 from corrdit.kernels.shared.primitives import (
     accumulate_moments,
     coordinate_tile,
@@ -22,6 +22,7 @@ from corrdit.kernels.shared.primitives import (
     window_rows,
 )
 from corrdit.kernels.shared.tables import FramePairTable, coordinate_table
+from corrdit.problem import product_precision
 
 OWN_PLACE = 1
 GIVEN_CENTER = 2

@@ -8,18 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corrdit.grid import TokenGrid
 from corrdit.kernels.frame_local.backward import local_backward
 from corrdit.kernels.frame_local.forward import LocalLayout, local_forward
-from corrdit.kernels.shared.launch import (
-    LOG2_E,
-    autocast_off,
-    canonical,
-    check_device,
-    check_tensors,
-    float32_precision,
-    product_precision,
-)
+from corrdit.kernels.shared.inputs import kernel_input
+from corrdit.kernels.shared.launch import LOG2_E, autocast_off, canonical
+from corrdit.problem import PairProblem, float32_precision
 
 
 def compute_frame_local_attention(
@@ -100,23 +93,16 @@ _frame_local_attention_backward.register_autograd(_refuse_second_derivative)
 
 
 def frame_local_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    grid: TokenGrid,
-    *,
-    scale: float,
-    key_mask: Tensor | None,
-    renormalize: bool,
-    span: int,
-    memory_budget: int | None = None,
-) -> Tensor:
-    """`[B, H, N, D]` in the dtype of q, differentiable once; see `corrdit.ops.frame_local_attention`.
+    q: Tensor, k: Tensor, v: Tensor, problem: PairProblem, *, renormalize: bool, span: int
+) -> tuple[Tensor, None]:
+    """(attention `[B, H, N, D]` in the dtype of q, differentiable once; None: no log-sum-exp yet).
 
-    Arguments and errors as in `corrdit.kernels.soft_displacement`.
+    See `corrdit.ops.frame_local_attention`; arguments and errors as in `corrdit.kernels.soft_displacement`.
     """
-    check_tensors(q, k, v)
-    check_device(q)
-    q, positive = canonical(q, scale)
-    layout = list(LocalLayout.of(grid, span))
-    return _frame_local_attention(q, k, v, key_mask, layout, positive * LOG2_E, renormalize, product_precision())[0]
+    q, k, problem = kernel_input(q, k, problem, video_only=False)
+    q, positive = canonical(q, problem.factor)
+    layout = list(LocalLayout.of(problem.grid, span))
+    attended, _ = _frame_local_attention(
+        q, k, v, problem.key_mask, layout, positive * LOG2_E, renormalize, problem.precision
+    )
+    return attended, None

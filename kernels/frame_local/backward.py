@@ -13,8 +13,9 @@ from torch import Tensor
 
 from corrdit.kernels.frame_local.forward import LocalLayout, tile_stretch, visible_stretch
 from corrdit.kernels.shared.configs import padded_head_dim
-from corrdit.kernels.shared.launch import LOG2_E, choose_tiles, launch, product_precision
+from corrdit.kernels.shared.launch import LOG2_E, choose_tiles, launch
 from corrdit.kernels.shared.primitives import exponentials, load_allowed, load_tile, multiply, product, store_tile, wide
+from corrdit.problem import product_precision
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from corrdit.grid import TokenGrid
 from corrdit.kernels.shared.configs import padded_head_dim
-from corrdit.kernels.shared.launch import choose_tiles, launch, product_precision, tile_count
+from corrdit.kernels.shared.launch import choose_tiles, launch, tile_count
 from corrdit.kernels.shared.primitives import (
     exponentials,
     load_allowed,
@@ -27,6 +27,7 @@ from corrdit.kernels.shared.primitives import (
     store_tile,
     wide,
 )
+from corrdit.problem import product_precision
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from torch import Tensor
 from corrdit.grid import TokenGrid
 from corrdit.kernels.inspection.ahead_of_time import ARCHITECTURES, Compiled, meta_heads, recording
 from corrdit.kernels.inspection.floors import soft_floor
-from corrdit.kernels.shared.launch import float32_precision, product_precision
+from corrdit.problem import float32_precision, product_precision
 
 # CogVideoX-5B's heads and frame; two frames stand for all, no kernel depends on their number.
 HEADS = 48

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from corrdit.kernels.displacement.soft_forward import key_range, load_centers, window_kind
 from corrdit.kernels.matching.correspondence import Heads, cost_tile
-from corrdit.kernels.shared.launch import choose_tiles, launch, product_precision, tile_count
+from corrdit.kernels.shared.launch import choose_tiles, launch, tile_count
 from corrdit.kernels.shared.primitives import better_match, head_scores, load_allowed, no_token, wide
 from corrdit.kernels.shared.tables import frame_pairs
+from corrdit.problem import product_precision
 
 
 @triton.jit

@@ -7,17 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corrdit.grid import TokenGrid
 from corrdit.kernels.matching.correspondence import arrange_heads, exponent, pair_statistics
 from corrdit.kernels.matching.token_rows import cost_of_rows, row_statistics
-from corrdit.kernels.shared.launch import (
-    canonical,
-    check_device,
-    check_tensors,
-    float32_precision,
-    product_precision,
-    unequal_weights,
-)
+from corrdit.kernels.shared.inputs import kernel_input
+from corrdit.kernels.shared.launch import canonical, unequal_weights
+from corrdit.problem import PairProblem, float32_precision
 
 
 def compute_cost_rows(
@@ -67,28 +61,13 @@ def _(
     return q.new_empty(q.shape[0], outer, tokens.shape[0], q.shape[2] // size, size, dtype=torch.float32)
 
 
-def cost_rows(
-    q: Tensor,
-    k: Tensor,
-    grid: TokenGrid,
-    tokens: Tensor,
-    *,
-    source: int,
-    heads: str,
-    weights: Tensor | None,
-    scale: float,
-    key_mask: Tensor | None,
-    bidirectional: bool,
-    memory_budget: int | None = None,
-) -> Tensor:
-    """float32 `[B, (H,) P, F, h, w]`; see `corrdit.ops.cost_rows`.
+def cost_rows(q: Tensor, k: Tensor, problem: PairProblem, tokens: Tensor, *, bidirectional: bool) -> Tensor:
+    """float32 `[B, H or 1, P, F, S]`; see `corrdit.ops.cost_rows`.
 
     Arguments and errors as in `corrdit.kernels.soft_displacement`.
     """
-    check_tensors(q, k)
-    check_device(q)
-    costs = _cost_rows(
-        q.detach(), k.detach(), tokens, unequal_weights(weights), key_mask, source, grid.height, grid.width, heads,
-        scale, bidirectional, product_precision(),
-    ).unflatten(-1, (grid.height, grid.width))  # fmt: skip
-    return costs if heads == "none" else costs.squeeze(1)
+    q, k, problem = kernel_input(q, k, problem)
+    return _cost_rows(
+        q.detach(), k.detach(), tokens, unequal_weights(problem.weights), problem.key_mask, problem.pairs[0][0],
+        problem.grid.height, problem.grid.width, problem.heads, problem.factor, bidirectional, problem.precision,
+    )  # fmt: skip

@@ -8,18 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corrdit.grid import FramePairs, TokenGrid
 from corrdit.kernels.matching.best_match import best_match, token_positions
 from corrdit.kernels.matching.correspondence import arrange_heads, exponent, pair_statistics
-from corrdit.kernels.shared.launch import (
-    canonical,
-    check_device,
-    check_tensors,
-    float32_precision,
-    product_precision,
-    unequal_weights,
-)
-from corrdit.kernels.shared.tables import window_centers
+from corrdit.kernels.shared.inputs import kernel_input
+from corrdit.kernels.shared.launch import canonical, unequal_weights
+from corrdit.kernels.shared.tables import window_centers, window_radius
+from corrdit.problem import PairProblem, float32_precision
 
 
 def compute_hard_displacement(
@@ -67,39 +61,20 @@ def _(
     return q.new_empty(q.shape[0], outer, len(pairs) // 2, height * width, 2, dtype=torch.int64)
 
 
-def hard_displacement(
-    q: Tensor,
-    k: Tensor,
-    grid: TokenGrid,
-    pairs: FramePairs,
-    *,
-    heads: str,
-    weights: Tensor | None,
-    scale: float,
-    temperature: float,
-    key_mask: Tensor | None,
-    window: int | None,
-    center: Tensor | None,
-    memory_budget: int | None = None,
-) -> Tensor:
-    """int64 `[B, P, h, w, 2]`, or `[B, H, P, h, w, 2]` for heads="none"; see `corrdit.ops.hard_displacement`.
-
-    Arguments and errors as in `corrdit.kernels.soft_displacement`.
-    """
-    check_tensors(q, k)
-    check_device(q)
-    displacement = _hard_displacement(
+def hard_displacement(q: Tensor, k: Tensor, problem: PairProblem) -> Tensor:
+    """int64 `[B, H or 1, R, 2]`; arguments and errors as in `corrdit.kernels.soft_displacement`."""
+    q, k, problem = kernel_input(q, k, problem)
+    return _hard_displacement(
         q.detach(),
         k.detach(),
-        unequal_weights(weights),
-        key_mask,
-        None if center is None else window_centers(center, grid.height, grid.width),
-        [frame for pair in pairs for frame in pair],
-        grid.height,
-        grid.width,
-        heads,
-        scale * temperature,
-        -1 if window is None else min(window, max(grid.height, grid.width)),
-        product_precision(),
-    ).unflatten(-2, (grid.height, grid.width))
-    return displacement if heads == "none" else displacement.squeeze(1)
+        unequal_weights(problem.weights),
+        problem.key_mask,
+        window_centers(problem),
+        [frame for pair in problem.pairs for frame in pair],
+        problem.grid.height,
+        problem.grid.width,
+        problem.heads,
+        problem.factor,
+        window_radius(problem),
+        problem.precision,
+    ).flatten(2, 3)

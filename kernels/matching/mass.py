@@ -7,16 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corrdit.grid import TokenGrid
 from corrdit.kernels.matching.correspondence import arrange_heads, exponent
 from corrdit.kernels.matching.token_rows import mass_of_rows, row_statistics
-from corrdit.kernels.shared.launch import (
-    check_device,
-    check_tensors,
-    float32_precision,
-    product_precision,
-    unequal_weights,
-)
+from corrdit.kernels.shared.inputs import kernel_input
+from corrdit.kernels.shared.launch import unequal_weights
+from corrdit.problem import PairProblem, float32_precision
 
 
 def compute_attention_mass(
@@ -59,29 +54,17 @@ def _(
 
 
 def attention_mass(
-    q: Tensor,
-    k: Tensor,
-    grid: TokenGrid,
-    tokens: Tensor,
-    *,
-    source: int,
-    heads: str,
-    weights: Tensor | None,
-    scale: float,
-    key_mask: Tensor | None,
-    memory_budget: int | None = None,
+    q: Tensor, k: Tensor, problem: PairProblem, tokens: Tensor, *, source: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(text `[B, (H,) P]`, frames `[B, (H,) P, F]`, text peak, frame peak); see `corrdit.ops.attention_mass`.
+    """(text `[B, H or 1, P]`, frames `[B, H or 1, P, F]`, text peak, frame peak); see `corrdit.ops.attention_mass`.
 
     Arguments and errors as in `corrdit.kernels.soft_displacement`.
     """
-    check_tensors(q, k)
-    check_device(q)
+    q, k, problem = kernel_input(q, k, problem, video_only=False)
+    grid = problem.grid
     sums, peaks = _attention_mass(
-        q.detach(), k.detach(), tokens, unequal_weights(weights), key_mask, grid.text_slice.start, grid.text_tokens,
-        grid.video_start, grid.frames, source, heads, scale, product_precision(),
+        q.detach(), k.detach(), tokens, unequal_weights(problem.weights), problem.key_mask, grid.text_slice.start,
+        grid.text_tokens, grid.video_start, grid.frames, source, problem.heads, problem.factor, problem.precision,
     )  # fmt: skip
-    if heads != "none":
-        sums, peaks = sums.squeeze(1), peaks.squeeze(1)
     text, frames = sums[..., 0, :], sums[..., 1:, :].transpose(-1, -2)
     return text, frames, peaks[..., 0, :], peaks[..., 1:, :].transpose(-1, -2)

@@ -12,18 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corrdit.grid import TokenGrid
 from corrdit.kernels.matching.best_match import best_match, token_positions
 from corrdit.kernels.matching.correspondence import arrange_heads, exponent, pair_statistics
 from corrdit.kernels.matching.refinement import refine
-from corrdit.kernels.shared.launch import (
-    canonical,
-    check_device,
-    check_tensors,
-    float32_precision,
-    product_precision,
-    unequal_weights,
-)
+from corrdit.kernels.shared.inputs import kernel_input
+from corrdit.kernels.shared.launch import canonical, unequal_weights
+from corrdit.problem import PairProblem, float32_precision
 
 
 def compute_match(
@@ -74,31 +68,15 @@ def _(
     return q.new_empty(*shape, 2, dtype=torch.float32), q.new_empty(shape, dtype=torch.float32)
 
 
-def match(
-    q: Tensor,
-    k: Tensor,
-    grid: TokenGrid,
-    source: int,
-    targets: list[int],
-    *,
-    heads: str,
-    weights: Tensor | None,
-    scale: float,
-    key_mask: Tensor | None,
-    bidirectional: bool,
-    refine: int,
-    memory_budget: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(xy `[B, (H,) Ft, h, w, 2]`, score `[B, (H,) Ft, h, w]`), float32; see `corrdit.ops.match`.
+def match(q: Tensor, k: Tensor, problem: PairProblem, *, bidirectional: bool, refine: int) -> tuple[Tensor, Tensor]:
+    """(xy `[B, H or 1, R, 2]`, score `[B, H or 1, R]`), float32; see `corrdit.ops.match`.
 
     Arguments and errors as in `corrdit.kernels.soft_displacement`.
     """
-    check_tensors(q, k)
-    check_device(q)
-    pairs = [frame for target in targets for frame in (source, target)]
+    q, k, problem = kernel_input(q, k, problem)
     xy, score = _match(
-        q.detach(), k.detach(), unequal_weights(weights), key_mask, pairs,
-        grid.height, grid.width, heads, scale, bidirectional, refine, product_precision(),
+        q.detach(), k.detach(), unequal_weights(problem.weights), problem.key_mask,
+        [frame for pair in problem.pairs for frame in pair], problem.grid.height, problem.grid.width, problem.heads,
+        problem.factor, bidirectional, refine, problem.precision,
     )  # fmt: skip
-    xy, score = xy.unflatten(-2, (grid.height, grid.width)), score.unflatten(-1, (grid.height, grid.width))
-    return (xy, score) if heads == "none" else (xy.squeeze(1), score.squeeze(1))
+    return xy.flatten(2, 3), score.flatten(2, 3)

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from corrdit.kernels.matching.correspondence import Heads, cost_tile
-from corrdit.kernels.shared.launch import choose_tiles, launch, product_precision, tile_count
+from corrdit.kernels.shared.launch import choose_tiles, launch, tile_count
 from corrdit.kernels.shared.primitives import (
     exponentials,
     head_scores,
@@ -21,6 +21,7 @@ from corrdit.kernels.shared.primitives import (
     wide,
 )
 from corrdit.kernels.shared.tables import token_segments
+from corrdit.problem import product_precision
 
 
 @triton.jit

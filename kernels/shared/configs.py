@@ -3,7 +3,7 @@
 The tables are read when a kernel is launched and are keyed by kernel, element size and padded head_dim, never by the
 number of tokens. Other devices take the table of the nearest one that has no more shared memory than they: 8.6 and 12.x
 (100 KiB) that of 8.9, every later data-centre part that of 10.0. AMD devices are refused where kernels are launched
-(`corrdit.kernels.shared.launch.check_device`): no table of theirs has been tried.
+(`corrdit.kernels.requirements`): no table of theirs has been tried.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from typing import NamedTuple
 
 INTERPRETER = "interpreter"
 ARCHITECTURES = ("8.0", "8.9", "9.0", "10.0")
-# Smaller ones would be mostly padding, larger ones leave no room for accumulators.
-HEAD_DIMS = (8, 256)
 SHARED_BYTES = {"8.0": 163 * 1024, "8.9": 99 * 1024, "9.0": 227 * 1024, "10.0": 227 * 1024}
 
 

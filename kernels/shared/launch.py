@@ -9,39 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from corrdit.kernels.requirements import unfit_machine, unfit_tensor
 from corrdit.kernels.shared import configs
 from corrdit.kernels.shared.primitives import INTERPRETED
 
 LOG2_E = 1.4426950408889634
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-PRECISIONS = ("ieee", "tf32")
 
 # What `ahead_of_time` puts here is called in place of every launch, and names the architecture to compile for.
 Compiler = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
 _compiler: tuple[str, Compiler] | None = None
-_float32_precision = "ieee"
-
-
-@contextlib.contextmanager
-def float32_precision(precision: str) -> Iterator[None]:
-    """Within it, products of float32 input use "tf32" (tensor cores, ten-bit mantissa) in place of "ieee".
-
-    Raises:
-        ValueError: neither "ieee" nor "tf32".
-    """
-    global _float32_precision  # noqa: PLW0603
-    if precision not in PRECISIONS:
-        raise ValueError(f"float32 precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    before, _float32_precision = _float32_precision, precision
-    try:
-        yield
-    finally:
-        _float32_precision = before
-
-
-def product_precision() -> str:
-    """The precision of float32 products in force; 16-bit products do not look at it."""
-    return _float32_precision
 
 
 def autocast_off(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -65,35 +41,15 @@ def compile_only(architecture: str, compiler: Compiler) -> Iterator[None]:
 def check_device(tensor: Tensor) -> None:
     """Raises a RuntimeError that names the reason where the kernels cannot run on a tensor's device."""
     kind = tensor.device.type
-    if _compiler is not None:
-        return
-    if kind == "cpu" and INTERPRETED.value:
-        return
-    if kind == "cpu":
-        raise RuntimeError(
-            "the Triton kernels need a CUDA device, the tensors are on the CPU; move them, or set TRITON_INTERPRET=1 "
-            'before triton is imported, or use backend="streaming"'
-        )
-    if kind != "cuda":
-        raise RuntimeError(f'the Triton kernels need a CUDA device, got {kind} tensors; use backend="streaming"')
-    if torch.version.hip is not None:
-        raise RuntimeError(
-            'the Triton kernels have no tiles tried on AMD devices and refuse them; use backend="streaming"'
-        )
+    if _compiler is None and (reason := unfit_machine(kind, bool(INTERPRETED.value))):
+        raise RuntimeError(f'the Triton kernels got {kind} tensors: {reason}; use backend="streaming"')
 
 
 def check_tensors(*tensors: Tensor) -> None:
     """Raises a ValueError for a dtype or a head_dim the kernels do not take."""
     for tensor in tensors:
-        if tensor.dtype not in DTYPES:
-            raise ValueError(
-                f"the Triton kernels take float16, bfloat16 and float32, got {tensor.dtype}; "
-                'use backend="streaming" or backend="reference"'
-            )
-    head_dim = tensors[0].shape[-1]
-    least, most = configs.HEAD_DIMS
-    if not least <= head_dim <= most:
-        raise ValueError(f'the Triton kernels take head_dim {least} to {most}, got {head_dim}; use backend="streaming"')
+        if reason := unfit_tensor(tensor.dtype, tensor.shape[-1]):
+            raise ValueError(f'{reason}; use backend="streaming" or backend="reference"')
 
 
 def choose_tiles(kernel: str, tensor: Tensor) -> configs.Tiles:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from corrdit.problem import PairProblem
+
 LANES = 16
 _LARGEST_SIDE = 2048
 
@@ -76,12 +78,16 @@ def coordinate_table(height: int, width: int, dtype: torch.dtype, device: torch.
     return table
 
 
-def window_centers(center: Tensor, height: int, width: int) -> Tensor:
-    """int32 `[B, P, S, 2]` tokens (x, y): places rounded to the nearest token and moved into the frame.
+def window_centers(problem: PairProblem) -> Tensor | None:
+    """int32 `[B, P, S, 2]` tokens (x, y): centres rounded to the nearest token and moved into the frame."""
+    if problem.center is None:
+        return None
+    x = problem.center[..., 0].round().clamp(0, problem.grid.width - 1)
+    y = problem.center[..., 1].round().clamp(0, problem.grid.height - 1)
+    places = torch.stack((x, y), dim=-1).unflatten(1, (len(problem.pairs), -1))
+    return places.to(torch.int32).contiguous()
 
-    Args:
-        center: `[B, P, h, w, 2]` places in tokens of the key frame.
-    """
-    x = center[..., 0].round().clamp(0, width - 1)
-    y = center[..., 1].round().clamp(0, height - 1)
-    return torch.stack((x, y), dim=-1).flatten(2, 3).to(torch.int32).contiguous()
+
+def window_radius(problem: PairProblem) -> int:
+    """The radius as the kernels read it: -1 without a window."""
+    return -1 if problem.window is None else min(problem.window, max(problem.grid.height, problem.grid.width))

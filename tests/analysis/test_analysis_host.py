@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from corrdit import ops
-from corrdit.analysis.options import FEATURE_READINGS, AnalysisOptions
+from corrdit.analysis.counts import match_counts
+from corrdit.analysis.protocols import FEATURE_READINGS, AnalysisOptions
 from corrdit.analysis.results import begin, read_results
-from corrdit.analysis.scoring import match_counts
 from corrdit.analysis.sources import AnalysisItem
 from corrdit.geometry import sample_matches
 from corrdit.integrations.diffusers import capture
@@ -206,6 +206,17 @@ def test_nan_weights_are_named_with_layer_step_and_leave_the_model_as_it_was(mov
         analyze_video(backbone, *moving_video, AnalysisOptions(steps=(-1,)))
     assert attention.processor is processor
     assert not attention.to_out[0]._forward_hooks
+
+
+def test_a_layer_whose_features_cannot_be_watched_leaves_the_model_as_it_was(moving_video):
+    backbone = tiny_backbone("cogvideox-rotary")
+    modules = [block.attn1 for block in backbone.transformer.transformer_blocks]
+    processors = [module.processor for module in modules]
+    del modules[1].to_out
+    with pytest.raises(AttributeError, match="proj_out"):
+        analyze_video(backbone, *moving_video, AnalysisOptions(steps=(-1,)))
+    assert [module.processor for module in modules] == processors
+    assert not modules[0].to_out[0]._forward_hooks
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from corrdit import TokenGrid, ops
-from corrdit.analysis.options import AnalysisOptions, analysis_options
-from corrdit.analysis.reading import point_tokens, read_attention, read_features
-from corrdit.analysis.scoring import TrueTracks, attention_sums, match_counts, video_positions
+from corrdit.analysis.counts import TrueTracks, attention_sums, match_counts, video_positions
+from corrdit.analysis.point_readings import point_tokens, read_attention, read_features
+from corrdit.analysis.protocols import AnalysisOptions, analysis_options
 from corrdit.tracking.filtering import low_pass
 from corrdit.tracking.interpolation import interpolate_tracks
 

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from corrdit.analysis.calibration import calibrate, interval, preset_values, write_preset
-from corrdit.analysis.exports import harmonic_table, table_rows, write_csv, write_parquet
+from corrdit.analysis.exports import harmonic_table, table_rows, write_parquet
 from corrdit.analysis.html_report import write_report
 from corrdit.analysis.results import begin, read_results, write_failure, write_result
 from corrdit.analysis.table import MEAN, AnalysisTable, total
+from corrdit.files import write_csv
 from corrdit.metrics import harmonic_mean
 
 
@@ -128,8 +129,8 @@ def test_interval_leaves_out_videos_without_cases():
 def test_preset_of_a_calibration_is_read_by_backbone_tracker_guidance_and_transfer(make_table, tmp_path, tiny):
     from corrdit import PointTracker
     from corrdit.integrations.diffusers import Preset, backbone_of
-    from corrdit.integrations.diffusers.guidance.comparison import default_layers
-    from corrdit.integrations.diffusers.motion_transfer.presets import settings_for
+    from corrdit.integrations.diffusers.backbones.presets import default_layers
+    from corrdit.integrations.diffusers.motion_transfer import settings_for
 
     settings = {"options": {"inference_steps": 10, "noise": "noised", "tokens_per_frame": 64}, "preset": {"layer": 0}}
     write_preset(
@@ -137,8 +138,9 @@ def test_preset_of_a_calibration_is_read_by_backbone_tracker_guidance_and_transf
         preset_values(calibrate([make_table(shares, seed=seed) for seed in range(2)]), settings),
     )
     preset = Preset.from_file(tmp_path / "preset.json")
-    assert (preset.layer, preset.step, preset.inference_steps, preset.head) == (1, -1, 10, 1)
-    assert (preset.noise, preset.tokens_per_frame, preset.calibrated) == (True, 64, True)
+    read = preset.reading
+    assert (read.layer, read.step, read.inference_steps, read.head) == (1, -1, 10, 1)
+    assert (read.noise, read.tokens_per_frame, preset.calibrated) == (True, 64, True)
     backbone = backbone_of(tiny.pipe, preset=preset)
     PointTracker(backbone)
     assert default_layers(backbone)[0] == 1

@@ -209,9 +209,9 @@ def test_work_counts_the_pairs_that_are_seen():
     inside = window_mask(shape.grid.without_text(), floors.WINDOW, None, torch.device("cpu")).sum().item()
     assert floors.window_pairs(shape) == 9 * inside
     near = local_pairs(shape.grid, 0, torch.device("cpu")).sum().item()
-    assert floors.frame_local(shape).exponentials == 2 * near
-    assert floors.frame_local(shape).products == 4 * 16 * near
-    assert floors.frame_local_zeroed(shape).exponentials == 2 * shape.grid.tokens**2
+    assert floors.frame_local(zeroed=False)(shape).exponentials == 2 * near
+    assert floors.frame_local(zeroed=False)(shape).products == 4 * 16 * near
+    assert floors.frame_local(zeroed=True)(shape).exponentials == 2 * shape.grid.tokens**2
 
 
 def test_the_pattern_that_is_followed_has_a_best_match_in_half_precision():

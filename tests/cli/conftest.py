@@ -26,7 +26,7 @@ class DriftingTracker:
     asked: dict[str, Any]
 
     def __init__(self, backbone: Any, **options: Any) -> None:
-        type(self).asked = {"model": backbone.name, **options}
+        type(self).asked = {"model": backbone.name, "preset": backbone.preset, **options}
 
     def track(self, video: Any, queries: np.ndarray, progress: Callable[[int, int], None] | None = None) -> Tracks:
         frames = video.shape[0]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from corrdit import TokenGrid, load_backbone
-from corrdit.integrations.diffusers import Preset, available_backbones, backbone_of
+from corrdit.integrations.diffusers import Preset, ReadingPreset, available_backbones, backbone_of
 from corrdit.integrations.diffusers.backbones import loading
 from corrdit.integrations.diffusers.backbones.presets import preset_for
 from corrdit.testing import TINY_MODELS, tiny_backbone, tiny_pipeline
@@ -182,18 +182,18 @@ def test_schedules_are_the_pipelines(name, generation):
 
 
 def test_presets():
-    assert preset_for("cogvideox", 30, 30).layer == 17
-    assert preset_for("cogvideox", 42, 48).layer == 17
-    hunyuan = preset_for("hunyuanvideo", 60, 24)
+    assert preset_for("cogvideox", 30, 30).reading.layer == 17
+    assert preset_for("cogvideox", 42, 48).reading.layer == 17
+    hunyuan = preset_for("hunyuanvideo", 60, 24).reading
     assert (hunyuan.layer, hunyuan.step, hunyuan.inference_steps) == (16, 29, 30)
     assert (hunyuan.height, hunyuan.width, hunyuan.frames_per_chunk) == (480, 720, 13)
     unknown = preset_for("wan", 40, 40)
-    assert unknown.layer == 23
+    assert unknown.reading.layer == 23
     assert "nothing is published" in unknown.source
     with pytest.raises(ValueError, match="needs a layer"):
         Preset.from_mapping({"step": 3})
     with pytest.raises(ValueError, match="reads layer 9, but there are 3 layers"):
-        backbone_of(tiny_pipeline("wan"), preset=Preset(9))
+        backbone_of(tiny_pipeline("wan"), preset=Preset(ReadingPreset(9)))
 
 
 @pytest.mark.filterwarnings("ignore:.*no text encoder")
@@ -201,7 +201,7 @@ def test_preset_beside_the_weights(tmp_path):
     tiny_pipeline("wan").save_pretrained(tmp_path)
     preset = {"layer": 1, "head_weights": [0.0, 1.0], "frames_per_chunk": 4, "of a later version": True}
     (tmp_path / "preset.json").write_text(json.dumps(preset))
-    assert load_backbone(str(tmp_path)).preset == Preset(1, head_weights=(0.0, 1.0), frames_per_chunk=4)
+    assert load_backbone(str(tmp_path)).preset == Preset(ReadingPreset(1, head_weights=(0.0, 1.0), frames_per_chunk=4))
 
 
 def test_entry_points_of_other_packages(monkeypatch):
@@ -211,7 +211,7 @@ def test_entry_points_of_other_packages(monkeypatch):
     assert load_backbone("outside").family == "ltx"
     rows = {row["name"]: row for row in available_backbones()}
     assert rows["outside"]["source"] == "corrdit.testing:tiny_backbone (entry point)"
-    assert rows["cogvideox-2b"]["preset"].layer == 17
+    assert rows["cogvideox-2b"]["preset"].reading.layer == 17
     monkeypatch.setattr(EntryPoint, "load", lambda self: lambda device, dtype: "a string")
     with pytest.raises(ValueError, match="returned str"):
         load_backbone("outside")
@@ -346,7 +346,7 @@ def test_a_backbone_of_another_package_brings_its_layout():
     pipe.transformer.__class__ = renamed
     with pytest.raises(ValueError, match="RenamedTransformer is not a known video transformer"):
         backbone_of(pipe)
-    backbone = RenamedBackbone(pipe, name="renamed", preset=Preset(1))
+    backbone = RenamedBackbone(pipe, name="renamed", preset=Preset(ReadingPreset(1)))
     results = check_backbone(backbone, only=("grid", "attention reproduced", "token order"))
     assert len(results) == 3
 
@@ -361,7 +361,8 @@ def test_embedded_model():
     backbone = load_backbone("embedded")
     latents = backbone.encode_frames(np.repeat(VIDEO, 2, axis=0)[:8], height=48, width=64)
     grid = backbone.grid(8, *latents.shape[2:])
-    masses = backbone.forward(latents, backbone.timestep(backbone.preset.step), {backbone.preset.layer: grid_of})
-    assert masses[backbone.preset.layer] == grid
+    read = backbone.preset.reading
+    masses = backbone.forward(latents, backbone.timestep(read.step), {read.layer: grid_of})
+    assert masses[read.layer] == grid
     assert grid.text_first
     assert "embedded" in {row["name"] for row in available_backbones()}

@@ -65,6 +65,8 @@ def test_facts_are_plain_and_follow_the_preset():
     facts = model_facts(backbone)
     assert tuple(facts) == MODEL_FACTS
     assert json.loads(json.dumps(facts)) == facts
-    backbone.preset = replace(backbone.preset, head_weights=(0.5, 0.5), source="elsewhere")
+    backbone.preset = replace(
+        backbone.preset, reading=replace(backbone.preset.reading, head_weights=(0.5, 0.5)), source="elsewhere"
+    )
     changed = {name for name, value in model_facts(backbone).items() if value != facts[name]}
     assert changed == {"preset.head_weights"}

@@ -36,6 +36,14 @@ def test_codec_channels_are_the_haar_bands_of_the_colour_axes() -> None:
     assert codec.encode(columns).latent_dist.mode().flatten().abs().argmax() == 1
 
 
+def test_frames_are_encoded_as_the_video_autoencoder_would() -> None:
+    codec = HaarVideoCodec()
+    video = torch.rand(2, 3, 3, 8, 6)
+    expected = codec.encode((2 * video - 1).transpose(1, 2)).latent_dist.mode().transpose(1, 2)
+    assert torch.equal(codec.encode_frames(video), expected)
+    assert expected.shape == (2, 3, 12, 4, 3)
+
+
 def test_codec_refuses_what_it_cannot_encode() -> None:
     codec = HaarVideoCodec()
     with pytest.raises(ValueError, match="even H"):

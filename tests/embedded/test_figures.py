@@ -160,7 +160,7 @@ def test_unmeasured_directions_count_as_wrong(script: Callable[[str], types.Modu
 
 def test_shipped_tables_belong_to_the_shipped_weights(script: Callable[[str], types.ModuleType]) -> None:
     """Where a table says which weights it was measured with, they are the ones in the package."""
-    digest = script("guidance_quality").weights_digest(load_embedded_pipeline().transformer)
+    digest = script("experiment").weights_digest(load_embedded_pipeline().transformer)
     for name in ("embedded_layers", "embedded_directions"):
         path = SCRIPTS / "results" / f"{name}.json"
         if path.is_file():

@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader
 
 from corrdit.integrations.embedded import load_embedded_pipeline
 from corrdit.integrations.embedded.pipeline import build_pipeline
-from corrdit.integrations.embedded.training.evaluation import HELD_OUT_SEEDS, matching_table
+from corrdit.integrations.embedded.training.evaluation import matching_table
 from corrdit.integrations.embedded.training.module import GeneratedBatches, TrainingConfig
 from corrdit.integrations.embedded.training.recipe import export_checkpoint, load_recipe, newest_checkpoint, train
-from corrdit.integrations.embedded.world import WorldConfig
+from corrdit.integrations.embedded.world import HELD_OUT_SEEDS, WorldConfig
 from corrdit.integrations.lightning import CorrespondenceMonitor, WorldProbe
 
 TINY = {"batch_size": 2, "shapes": ((3, 16, 16), (2, 16, 24)), "layers": 2, "heads": 2, "head_dim": 16}

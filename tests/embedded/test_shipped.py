@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from corrdit.integrations.embedded import load_embedded_pipeline, read_preset
-from corrdit.integrations.embedded.loading import WEIGHTS
 from corrdit.integrations.embedded.pipeline import EmbeddedVideoPipeline, build_pipeline
+from corrdit.integrations.embedded.preset import WEIGHTS
 from corrdit.integrations.embedded.training.evaluation import (
-    HELD_OUT_SEEDS,
     bootstrap,
     held_out_videos,
     matching_table,
@@ -21,7 +20,7 @@ from corrdit.integrations.embedded.training.evaluation import (
     read_matches,
     summary,
 )
-from corrdit.integrations.embedded.world import WorldConfig
+from corrdit.integrations.embedded.world import HELD_OUT_SEEDS, WorldConfig
 
 FEW = range(HELD_OUT_SEEDS + 2_000_000, HELD_OUT_SEEDS + 2_000_012)
 

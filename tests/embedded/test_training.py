@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from corrdit.integrations.embedded import load_embedded_pipeline
-from corrdit.integrations.embedded.training.evaluation import HELD_OUT_SEEDS
 from corrdit.integrations.embedded.training.module import (
     EmbeddedTraining,
     GeneratedBatches,
@@ -24,6 +23,7 @@ from corrdit.integrations.embedded.training.recipe import (
     newest_checkpoint,
     train,
 )
+from corrdit.integrations.embedded.world import HELD_OUT_SEEDS
 
 
 def losses(output: pathlib.Path) -> dict[int, float]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from corrdit.integrations.embedded.world import PROMPT_KINDS, Clip, WorldConfig, demo_clip, describe, generate, render
-from corrdit.integrations.embedded.world.sampling import as_tapvid, sample_queries
+from corrdit.integrations.embedded.world.clips import as_tapvid, sample_queries
 from corrdit.integrations.embedded.world.scene import PATHS, draw_scene
 from corrdit.integrations.embedded.world.shapes import SHAPES, signed_distance
 
@@ -190,8 +190,8 @@ def test_prompts() -> None:
 def test_outlines() -> None:
     axis = torch.linspace(-1.6, 1.6, 81, dtype=torch.float64)
     points = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1)
-    for index, name in enumerate(SHAPES):
-        distance = signed_distance(points[None], torch.tensor([index]))[0]
+    for name in SHAPES:
+        distance = signed_distance(points[None], [name])[0]
         assert (distance[40, 40] > 0) == (name == "ring")
         assert (distance[[0, -1]] > 0).all()
         assert 0.05 < (distance < 0).double().mean() < 0.35

@@ -10,7 +10,7 @@ import pytest
 
 from corrdit.data import TapVidVideo, write_tapvid, write_tapvid_shards
 from corrdit.integrations.embedded.world import WorldConfig, generate
-from corrdit.integrations.embedded.world.sampling import as_tapvid, sample_queries
+from corrdit.integrations.embedded.world.clips import as_tapvid, sample_queries
 
 
 def annotated(name: str, seed: int, *, frames: int = 5, size: tuple[int, int] = (32, 48), points: int = 8):

@@ -111,7 +111,7 @@ def test_the_published_layers_are_those_of_the_presets():
 
     for name, model in PUBLISHED_MODELS.items():
         (choice,) = chosen_trackers(evaluate.plain(parsed("--config", f"{name}-davis").trackers))
-        preset = model.preset
+        preset = model.preset.reading
         assert choice.options["layer"] == preset.layer
         assert choice.options["inference_steps"] == preset.inference_steps
         assert choice.options["step"] == preset.step % preset.inference_steps

@@ -104,7 +104,7 @@ def test_other_weights_or_another_preset_of_the_same_name_are_refused(world, tra
     with pytest.raises(ValueError, match=r"other settings of ours: weights 'float32 \w+' \(now 'float32 \w+'\); give"):
         trainer.predict(EvaluationModule(trained, output=tmp_path, **given), TapVidDataModule(world, end=1))
     again = tiny_backbone("cogvideox-rotary")
-    again.preset = replace(again.preset, frames_per_chunk=3)
+    again.preset = replace(again.preset, reading=replace(again.preset.reading, frames_per_chunk=3))
     with pytest.raises(ValueError, match=r"preset.frames_per_chunk 13 \(now 3\); give"):
         trainer.predict(EvaluationModule(again, output=tmp_path, **given), TapVidDataModule(world, end=1))
     data = TapVidDataModule(world, end=1)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 
 from corrdit import TokenGrid
 from corrdit.evaluation import chosen_trackers
+from corrdit.integrations.diffusers import Preset, ReadingPreset
 
 
 class FixedBackbone:
@@ -21,7 +20,7 @@ class FixedBackbone:
         self.q, self.k, self.token_grid, self.heads = q, k, grid, q.shape[1]
         self.token_stride = (stride, stride)
         size = {"height": grid.height * stride, "width": grid.width * stride}
-        self.preset = SimpleNamespace(layer=0, step=-1, inference_steps=50, head=None, head_weights=None, **size)
+        self.preset = Preset(ReadingPreset(0, **size))
 
     def timestep(self, step, inference_steps):
         return 19.0

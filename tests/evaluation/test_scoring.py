@@ -11,7 +11,7 @@ import torch
 from corrdit import Tracks, metrics
 from corrdit.evaluation import chosen_trackers, evaluate_video, summarise, track_in_parts
 from corrdit.evaluation.scoring import queries_inside
-from corrdit.evaluation.summary import RESAMPLES
+from corrdit.evaluation.tracker_tables import RESAMPLES
 from corrdit.metrics.tapvid import METRIC_NAMES
 from corrdit.tracking.baselines import standing_still
 

@@ -17,6 +17,7 @@ import torch
 from corrdit.cli import generate as command
 from corrdit.cli import main
 from corrdit.integrations.diffusers import backbone_of
+from corrdit.integrations.diffusers.backbones.presets import default_layers
 from corrdit.integrations.diffusers.guidance import CrossAttentionGuidance, comparison
 from corrdit.integrations.embedded.pipeline import build_pipeline, build_transformer
 from corrdit.integrations.lightning import GenerationModule, GuidanceCallback, PromptDataModule
@@ -76,7 +77,7 @@ def test_comparison_has_the_guided_and_the_plain_video_of_one_seed(pipe: Any) ->
 
 def test_default_layers(pipe: Any) -> None:
     backbone = backbone_of(pipe)
-    assert comparison.default_layers(backbone) == (backbone.preset.layer,)
+    assert default_layers(backbone) == (backbone.preset.reading.layer,)
 
 
 def test_modules_generate_every_prompt_once_and_resume(pipe: Any, tmp_path: Path) -> None:
@@ -211,6 +212,20 @@ def test_callback_guides_each_batch_and_leaves_the_model_as_it_was() -> None:
     assert not torch.equal(guided[1], plain[1])
     again = trainer().predict(module, seeds)
     assert all(torch.equal(*pair) for pair in zip(again, plain, strict=True))
+
+
+def test_callback_guides_the_layers_of_the_backbone_that_a_module_holds() -> None:
+    module = SeededModule()
+    pipe = module.pipe
+    module.pipe = None
+    module.backbone = backbone_of(pipe, name="held")
+    module.predict_step = lambda batch, batch_idx: pipe(**tiny_generation("wan", steps=2, seed=int(batch))).frames
+    seeds = torch.utils.data.DataLoader([4], batch_size=None)
+    (guided,) = trainer(callbacks=[GuidanceCallback(scale=2.0)]).predict(module, seeds)
+    with CrossAttentionGuidance(module.backbone, scale=2.0):
+        expected = pipe(**tiny_generation("wan", steps=2, seed=4)).frames
+    assert torch.equal(guided, expected)
+    assert not torch.equal(guided, module.predict_step(torch.tensor(4), 0))
 
 
 def test_callback_restores_after_an_exception_and_refuses_modules_without_a_pipeline() -> None:

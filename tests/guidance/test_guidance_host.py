@@ -11,9 +11,9 @@ from diffusers import LattePipeline, LatteTransformer3DModel
 from diffusers.hooks import apply_group_offloading
 
 from corrdit import TokenGrid, capture
-from corrdit.integrations.diffusers import CorrespondenceProcessor
+from corrdit.integrations.diffusers import CorrespondenceProcessor, Preset, ReadingPreset
+from corrdit.integrations.diffusers.backbones.presets import PUBLISHED_MODELS, PublishedModel
 from corrdit.integrations.diffusers.guidance import CrossAttentionGuidance, GuidancePreset, guidance_preset
-from corrdit.integrations.diffusers.guidance.presets import PUBLISHED_GUIDANCE
 from corrdit.testing import tiny_generation, tiny_pipeline
 
 
@@ -274,7 +274,9 @@ def test_optimising_through_the_model_is_refused() -> None:
 def test_published_settings_are_found_by_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = tiny_pipeline("cogvideox")
     assert guidance_preset(pipe.transformer) is None
-    assert {preset.layers for preset in PUBLISHED_GUIDANCE.values()} == {(13, 17, 21), (15, 17, 18)}
-    monkeypatch.setitem(PUBLISHED_GUIDANCE, ("CogVideoXTransformer3DModel", 3, 2), GuidancePreset((0, 2)))
+    published = {model.preset.guidance.layers for model in PUBLISHED_MODELS.values() if model.family == "cogvideox"}
+    assert published == {(13, 17, 21), (15, 17, 18)}
+    preset = Preset(ReadingPreset(0), guidance=GuidancePreset((0, 2)))
+    monkeypatch.setitem(PUBLISHED_MODELS, "tiny", PublishedModel("tiny", "cogvideox", 3, 2, "float32", preset))
     assert CrossAttentionGuidance(pipe, preset="published").layers == (0, 2)
     assert CrossAttentionGuidance(pipe, 1, preset="published").layers == (1,)

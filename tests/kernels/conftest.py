@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from corrdit import TokenGrid, reference
+from corrdit.problem import PairProblem, TokenAxis, product_precision
 
 os.environ["TRITON_INTERPRET"] = "1"
 try:
@@ -149,6 +150,58 @@ def assert_as_exact_as_plain(what: str, result: Tensor, exact: Tensor, plain: Te
         assert mine <= allowed, f"{what}: {kind} is off by {mine:.3g}, plain PyTorch by {theirs:.3g}"
 
 
+def whole_problem(
+    grid: TokenGrid,
+    pairs: list[tuple[int, int]],
+    *,
+    scale: float,
+    heads: str = "none",
+    weights: Tensor | None = None,
+    temperature: float = 1.0,
+    key_mask: Tensor | None = None,
+    window: int | None = None,
+    center: Tensor | None = None,
+) -> PairProblem:
+    """A problem about every token; `center` is `[B, P, h, w, 2]`."""
+    axis = TokenAxis.of_grid(grid)
+    return PairProblem(
+        grid, axis, axis, scale * temperature, heads=heads, weights=weights, pairs=pairs, key_mask=key_mask,
+        window=window, center=None if center is None else center.flatten(1, 3), precision=product_precision(),
+    )  # fmt: skip
+
+
+def call_backend(backend: Any, operation: str, *arguments: Any, **options: Any) -> Any:
+    """`operation(q, k, (v,) grid, ...)` of a backend, as `corrdit.ops` lays its result out."""
+    inputs = [argument for argument in arguments[:3] if isinstance(argument, Tensor)]
+    grid, *rest = arguments[len(inputs) :]
+    own = {name: options.pop(name) for name in ("bidirectional", "refine", "renormalize", "span") if name in options}
+    heads, source = options.get("heads", "none"), options.pop("source", 0)
+    if operation == "match":
+        source, targets = rest
+        pairs, rest = [(source, target) for target in targets], []
+    elif operation == "cost_rows":
+        pairs = [(source, frame) for frame in range(grid.frames)]
+    elif operation.endswith("displacement"):
+        pairs, rest = list(rest[0]), []
+    else:
+        pairs = []
+    if operation == "attention_mass":
+        own["source"] = source
+    found = getattr(backend, operation)(*inputs, whole_problem(grid, pairs, **options), *rest, **own)
+    if operation == "frame_local_attention":
+        return found[0]
+    parts = [found] if isinstance(found, Tensor) else [part for part in found if part is not None]
+    if heads != "none":
+        parts = [part.squeeze(1) for part in parts]
+    if operation.endswith("displacement"):
+        return parts[0].unflatten(-2, (-1, grid.height, grid.width))
+    if operation == "match":
+        return tuple(part.unflatten(2 if heads == "none" else 1, (-1, grid.height, grid.width)) for part in parts)
+    if operation == "cost_rows":
+        return parts[0].unflatten(-1, (grid.height, grid.width))
+    return tuple(parts)
+
+
 def results(module: Any, operation: str, case: Case, dtype: torch.dtype, gradients: bool) -> list[Tensor]:
     """What the operation gives on one backend, computed from inputs of `dtype`; then its gradients."""
     count = 3 if operation == "frame_local_attention" else 2
@@ -164,7 +217,7 @@ def results(module: Any, operation: str, case: Case, dtype: torch.dtype, gradien
         arguments.append(list(case.pairs))
         options.update(temperature=1.3, window=case.window, center=case.centers())
     arguments += options.pop("positional", [])
-    found = getattr(module, operation)(*arguments, **options)
+    found = call_backend(module, operation, *arguments, **options)
     outputs = [found] if isinstance(found, Tensor) else list(found)
     if not gradients:
         return outputs
@@ -183,11 +236,7 @@ def check(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         mine = results(kernels, operation, case, case.dtype, gradients)
         exact = results(reference, operation, case, torch.float64, gradients)
         with monkeypatch.context() as patch:
-            for module in (reference.scores, reference.frame_local_attention.__globals__):
-                if isinstance(module, dict):
-                    patch.setitem(module, "working_dtype", lambda t: t.dtype)
-                else:
-                    patch.setattr(module, "working_dtype", lambda t: t.dtype)
+            patch.setattr(reference.scores, "working_dtype", lambda dtype: dtype)
             plain = results(reference, operation, case, case.dtype, gradients)
         for index, (one, two, three) in enumerate(zip(mine, exact, plain, strict=True)):
             if one.dtype == torch.int64:
@@ -201,3 +250,13 @@ def check(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 @pytest.fixture(scope="session")
 def case() -> type[Case]:
     return Case
+
+
+@pytest.fixture(scope="session")
+def call() -> Callable[..., Any]:
+    return call_backend
+
+
+@pytest.fixture(scope="session")
+def problem_about() -> Callable[..., PairProblem]:
+    return whole_problem

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from corrdit import TokenGrid, kernels, ops
+from corrdit.problem import product_precision
 
 pytestmark = pytest.mark.usefixtures("large_tiles")
 GRID = TokenGrid(2, 2, 4, text_tokens=2)
@@ -73,3 +75,36 @@ def test_tf32_reaches_every_product_and_only_by_request(precisions, name):
     precisions.clear()
     run()
     assert precisions == {"ieee"}, "tf32 outlived its request"
+
+
+def test_a_scope_belongs_to_its_thread_and_scopes_may_overlap():
+    entered, left = threading.Event(), threading.Event()
+
+    def elsewhere() -> None:
+        with kernels.float32_precision("tf32"):
+            entered.set()
+            assert left.wait(60)
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    assert entered.wait(60)
+    assert product_precision() == "ieee"
+    first, second = kernels.float32_precision("tf32"), kernels.float32_precision("ieee")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert product_precision() == "ieee"
+    second.__exit__(None, None, None)
+    assert product_precision() == "ieee"
+    left.set()
+    thread.join()
+
+
+def test_a_compiled_caller_follows_the_scope(precisions):
+    q = torch.randn(1, 2, GRID.tokens, 16, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(CALLS["single heads"], fullgraph=True, backend="eager")
+    for precision in ("ieee", "tf32", "ieee"):
+        precisions.clear()
+        with kernels.float32_precision(precision):
+            compiled(q)
+        assert precisions == {precision}

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from corrdit import TokenGrid, kernels, ops
-from corrdit.ops import backends
+from corrdit import TokenGrid, ops
+from corrdit.kernels.displacement import soft
+from corrdit.kernels.shared import inputs
+from corrdit.problem import PairProblem
 
 GRID = TokenGrid(2, 4, 6)
 
@@ -40,13 +42,13 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
 def test_means_in_parts_are_as_exact_as_weights_of_eleven_bits(monkeypatch, sharp, dtype, tolerance):
     q, k = (tensor.to(dtype) for tensor in sharp)
     seen = []
-    kernel = kernels.soft_displacement
 
-    def watched(q: Tensor, k: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        seen.append((q.dtype, k.dtype, q.shape[1]))
-        return kernel(q, k, *arguments, **options)
+    def watched(q: Tensor, k: Tensor, problem: PairProblem) -> tuple[Tensor, Tensor, PairProblem]:
+        taken = inputs.kernel_input(q, k, problem)
+        seen.append((taken[0].dtype, taken[1].dtype, taken[0].shape[1]))
+        return taken
 
-    monkeypatch.setattr(kernels, "soft_displacement", watched)
+    monkeypatch.setattr(soft, "kernel_input", watched)
     exact = displacement(q.double(), k.double(), "reference")
     found = displacement(q, k, "triton")
     assert seen == [(dtype, dtype, 3)]
@@ -58,7 +60,7 @@ def test_means_in_parts_are_as_exact_as_weights_of_eleven_bits(monkeypatch, shar
     def one_rounding(q: Tensor, k: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return q.to(dtype), k.to(dtype)
 
-    monkeypatch.setattr(backends, "_tensor_core_parts", one_rounding)
+    monkeypatch.setattr(inputs, "tensor_core_parts", one_rounding)
     assert relative_error(displacement(q, k, "triton")[0], exact[0]) > 4 * tolerance
 
 
@@ -75,7 +77,7 @@ def test_other_operations_take_the_parts(sharp, operation):
         torch.testing.assert_close(mine.double(), theirs, atol=2e-3, rtol=0)
 
 
-def test_single_precision_keeps_one_head(monkeypatch, sharp):
-    given = backends.BackendInput(*sharp, GRID, None, "features", torch.full((1,), 1 / 3).expand(3))
-    taken = backends.backend_input(kernels, given)
-    assert (taken.heads, taken.q.dtype, taken.q.shape[1]) == ("logits", torch.float32, 1)
+def test_single_precision_keeps_one_head(sharp, problem_about):
+    problem = problem_about(GRID, [(0, 1)], scale=1.0, heads="features", weights=torch.full((1,), 1 / 3).expand(3))
+    q, _, taken = inputs.kernel_input(*sharp, problem)
+    assert (taken.heads, q.dtype, q.shape[1]) == ("logits", torch.float32, 1)

@@ -22,6 +22,7 @@ HARD: list[dict[str, Any]] = [
     {"dtype": SINGLE, "window": 1, "batch": 2},
     {"dtype": SINGLE, "window": 2, "moved": True, "kept": 0.4},
     {"dtype": SINGLE, "kept": 0.0, "pairs": ONE_PAIR},
+    {"dtype": SINGLE, "kept": 0.5, "pairs": ONE_PAIR, "batch": 2, "heads": 1},
     {"dtype": SINGLE, "mode": "logits", "heads": 3, "layout": "tokens first"},
     {"dtype": BRAIN, "mode": "logits", "pairs": ONE_PAIR, "kept": 0.7},
     {"dtype": SINGLE, "mode": "logits", "weights": (0.3, 0.7), "window": 1},
@@ -43,6 +44,7 @@ MATCH: list[dict[str, Any]] = [
     {"dtype": BRAIN, "mode": "logits", "head_dim": 40},
     {"dtype": SINGLE, "mode": "none", "batch": 2, "options": {"refine": 1}, "grid": TokenGrid(2, 2, 4)},
     {"dtype": SINGLE, "mode": "none", "kept": 0.6, "options": {"bidirectional": False}},
+    {"dtype": SINGLE, "kept": 0.6, "batch": 2, "heads": 1, "options": {"refine": 1}, "grid": TokenGrid(2, 2, 4)},
     {"dtype": HALF, "mode": "none", "head_dim": 128, "layout": "dims first"},
     {"dtype": SINGLE, "mode": "probabilities", "heads": 1, "head_dim": 256, "grid": TokenGrid(2, 1, 5)},
     {"dtype": BRAIN, "mode": "none", "options": {"refine": 1}, "kept": 0.6, "grid": TokenGrid(2, 2, 4)},
@@ -79,6 +81,7 @@ MASS: list[dict[str, Any]] = [
     {"dtype": BRAIN, "mode": "none", "head_dim": 96, "heads": 1, "grid": TEXT_LAST, "layout": "tokens first"},
     {"dtype": HALF, "mode": "none", "head_dim": 128, "heads": 1, "kept": 0.6},
     {"dtype": SINGLE, "mode": "logits", "kept": 0.4, "heads": 3, "grid": TEXT_FIRST},
+    {"dtype": SINGLE, "kept": 0.4, "batch": 2, "heads": 1, "grid": TEXT_FIRST},
     {"dtype": BRAIN, "mode": "logits", "batch": 2, "grid": TEXT_LAST, "layout": "dims first"},
     {"dtype": HALF, "mode": "probabilities", "weights": (1.0, 0.0), "grid": TEXT_FIRST, "size": 6.0},
     {"dtype": SINGLE, "mode": "logits", "kept": 0.0, "grid": TEXT_LAST},
@@ -111,39 +114,38 @@ def test_attention_mass(check, case, pinned):
     check("attention_mass", case(**{**pinned, "options": options}))
 
 
-def hard(q: torch.Tensor, k: torch.Tensor, grid: TokenGrid, mode: str) -> torch.Tensor:
-    return kernels.hard_displacement(
-        q, k, grid, [(0, 0)], heads=mode, weights=None, scale=1.0, temperature=1.0, key_mask=None, window=None,
-        center=None,
-    )  # fmt: skip
+def hard(call: Any, q: torch.Tensor, k: torch.Tensor, grid: TokenGrid, mode: str) -> torch.Tensor:
+    return call(kernels, "hard_displacement", q, k, grid, [(0, 0)], heads=mode, scale=1.0)
 
 
 @pytest.mark.parametrize("mode", ["none", "logits", "probabilities"])
-def test_ties_go_to_the_lowest_index_and_nan_wins(mode):
+def test_ties_go_to_the_lowest_index_and_nan_wins(mode, call):
     grid = TokenGrid(1, 1, 40)
     q = torch.ones(1, 1, 40, 8)
     k = torch.zeros(1, 1, 40, 8)
     own = torch.arange(40)
-    assert torch.equal(hard(q, k, grid, mode)[..., 0].flatten(), -own)
+    assert torch.equal(hard(call, q, k, grid, mode)[..., 0].flatten(), -own)
     k[0, 0, 7] = k[0, 0, 21] = k[0, 0, 39] = 2.0
-    assert torch.equal(hard(q, k, grid, mode)[..., 0].flatten(), 7 - own)
+    assert torch.equal(hard(call, q, k, grid, mode)[..., 0].flatten(), 7 - own)
     if mode != "probabilities":
         k[0, 0, 25] = k[0, 0, 36] = float("nan")
-        assert torch.equal(hard(q, k, grid, mode)[..., 0].flatten(), 25 - own)
+        assert torch.equal(hard(call, q, k, grid, mode)[..., 0].flatten(), 25 - own)
     q[0, 0, 3] = float("nan")
-    found = hard(q, k, grid, mode)[..., 0].flatten()
+    found = hard(call, q, k, grid, mode)[..., 0].flatten()
     assert found[3] == -3
     assert found[4] == (25 if mode != "probabilities" else 7) - 4
 
 
-def test_nan_of_a_match_stays_in_its_row(case):
+def test_nan_of_a_match_stays_in_its_row(case, call):
     pinned = case(mode="probabilities")
     q, k = (pinned.tensor(seed) for seed in range(2))
-    clean = kernels.match(q, k, pinned.grid, 0, [1], heads="probabilities", weights=None, scale=0.3, key_mask=None,
-                          bidirectional=False, refine=0)  # fmt: skip
+    clean = call(
+        kernels, "match", q, k, pinned.grid, 0, [1], heads="probabilities", scale=0.3, bidirectional=False, refine=0
+    )
     q[0, 0, 4] = float("nan")
-    xy, score = kernels.match(q, k, pinned.grid, 0, [1], heads="probabilities", weights=None, scale=0.3, key_mask=None,
-                              bidirectional=False, refine=0)  # fmt: skip
+    xy, score = call(
+        kernels, "match", q, k, pinned.grid, 0, [1], heads="probabilities", scale=0.3, bidirectional=False, refine=0
+    )
     assert score.flatten()[4].isnan()
     others = torch.arange(18) != 4
     assert torch.equal(score.flatten()[others], clean[1].flatten()[others])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from corrdit import TokenGrid, kernels, ops
+from corrdit import TokenGrid, kernels, ops, problem
 from corrdit.kernels.frame_local.forward import LocalLayout
 from corrdit.kernels.shared import configs, launch
 
@@ -62,15 +62,12 @@ def test_opcheck_of_measures(inputs, name, arguments):
     torch.library.opcheck(operator(name), (*inputs[:2], *arguments))
 
 
-def test_a_compiled_caller_is_one_graph(inputs):
+def test_a_compiled_caller_is_one_graph(inputs, call):
     q, k, v = (t.requires_grad_() for t in inputs)
 
     def caller(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        moved = kernels.soft_displacement(
-            q * 2, k, GRID, [(0, 1)], heads="logits", weights=None, scale=0.3, temperature=1.0, key_mask=None,
-            window=None, center=None,
-        )  # fmt: skip
-        seen = kernels.frame_local_attention(q, k, v, GRID, scale=0.3, key_mask=None, renormalize=True, span=0)
+        moved = call(kernels, "soft_displacement", q * 2, k, GRID, [(0, 1)], heads="logits", scale=0.3)
+        seen = call(kernels, "frame_local_attention", q, k, v, GRID, scale=0.3, renormalize=True, span=0)
         return moved.square().sum() + seen.sin().sum()
 
     compiled = torch.compile(caller, fullgraph=True, backend="aot_eager")
@@ -131,26 +128,23 @@ def test_autocast_does_not_lower_the_precision(inputs):
 
 
 @pytest.mark.parametrize("operation", ["soft", "local"])
-def test_a_second_derivative_is_refused(inputs, operation):
+def test_a_second_derivative_is_refused(inputs, operation, call):
     q, k, v = (t.requires_grad_() for t in inputs)
     if operation == "soft":
-        found = kernels.soft_displacement(
-            q, k, GRID, [(0, 1)], heads="none", weights=None, scale=0.3, temperature=1.0, key_mask=None, window=None,
-            center=None,
-        )  # fmt: skip
+        found = call(kernels, "soft_displacement", q, k, GRID, [(0, 1)], heads="none", scale=0.3)
     else:
-        found = kernels.frame_local_attention(q, k, v, GRID, scale=0.3, key_mask=None, renormalize=True, span=0)
+        found = call(kernels, "frame_local_attention", q, k, v, GRID, scale=0.3, renormalize=True, span=0)
     (dq,) = torch.autograd.grad(found.square().sum(), (q,), create_graph=True)
     with pytest.raises(RuntimeError, match="differentiable once"):
         dq.sum().backward()
 
 
-def test_float64_and_head_dims_out_of_range_are_refused(inputs):
+def test_float64_and_head_dims_out_of_range_are_refused(inputs, call):
     options = {"scale": 0.3, "key_mask": None, "renormalize": True, "span": 0}
     with pytest.raises(ValueError, match="float64"):
-        kernels.frame_local_attention(*(t.double() for t in inputs), GRID, **options)
+        call(kernels, "frame_local_attention", *(t.double() for t in inputs), GRID, **options)
     with pytest.raises(ValueError, match="head_dim 8 to 256, got 4"):
-        kernels.frame_local_attention(*(t[..., :4] for t in inputs), GRID, **options)
+        call(kernels, "frame_local_attention", *(t[..., :4] for t in inputs), GRID, **options)
     with pytest.raises(ValueError, match="float64"):
         ops.match(inputs[0].double(), inputs[1].double(), GRID, backend="triton")
 
@@ -201,8 +195,8 @@ def test_precision_of_float32_products_is_asked_for(inputs):
     with pytest.raises(ValueError, match="ieee, tf32"), kernels.float32_precision("fast"):
         pass
     with kernels.float32_precision("tf32"):
-        assert launch.product_precision() == "tf32"
-    assert launch.product_precision() == "ieee"
+        assert problem.product_precision() == "tf32"
+    assert problem.product_precision() == "ieee"
 
 
 def test_importing_the_package_imports_no_triton():

@@ -173,6 +173,15 @@ def test_a_probe_finds_what_a_model_that_sees_positions_would():
     assert hits.accuracy[0] > 0.95
 
 
+def test_layers_that_a_probed_model_has_not_are_refused_before_it_trains(held):
+    module = held.DenoisingModule()
+    module.pipe = tiny_pipeline("cogvideox")
+    probe = WorldProbe(clips=1, frames=3, height=32, width=32, points=4)
+    with pytest.raises(ValueError, match="layer 9 is outside the model"):
+        trainer(callbacks=[CorrespondenceMonitor(layers=[9], every=1, probe=probe)]).fit(module, held.latent_batches(1))
+    assert module.losses == []
+
+
 def test_truth_can_be_switched_off_or_given_by_a_function(held, tmp_path):
     without = CSVLogger(tmp_path, name="without", version="")
     trainer(without, callbacks=[CorrespondenceMonitor(every=1, truth=False)]).fit(

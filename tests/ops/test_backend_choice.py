@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 
+from corrdit.kernels import requirements
 from corrdit.ops import backends
 
 
@@ -32,7 +33,7 @@ def test_auto_says_what_it_took_on_a_gpu(monkeypatch, caplog, capability, hip, d
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
     with caplog.at_level(logging.INFO, logger="corrdit"):
-        unfit = backends._unfit_tensor(dtype, head_dim)
+        unfit = requirements.unfit_tensor(dtype, head_dim)
         chosen = [backends._automatic("cuda", dtype, unfit) for _ in range(2)]
     assert chosen == (["triton"] * 2 if reason is None else ["streaming"] * 2)
     assert len(caplog.records) == 1

@@ -121,7 +121,7 @@ def test_tensors_that_do_not_fit():
         ((q, None, GRID), "k must be a tensor"),
         ((q[0], k[0], GRID), r"\[batch, heads, tokens, head_dim\]"),
         ((q[:0], k[:0], GRID), "none empty"),
-        ((q, k[:, :1], GRID), "same shape"),
+        ((q[:, :1], k, GRID), "same shape"),
         ((q, k.half(), GRID), "q and k must have the same dtype, got torch.float32 and torch.float16"),
         ((q, k.to("meta"), GRID), "k is on the meta device"),
         ((q.int(), k.int(), GRID), "must be float16, bfloat16, float32 or float64"),

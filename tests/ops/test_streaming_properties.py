@@ -127,6 +127,17 @@ def test_hard_displacement(scene, data):
     assert_same([(ops.hard_displacement(q, k, grid, backend=b, **options),) for b in BACKENDS])
 
 
+@pytest.mark.parametrize(
+    "pairs", [[(0, 0), (1, 7), (0, 1)], [(0, 0), (1, 1), (1, 2)], [(0, 1), (0, 0), (0, 1), (0, 2)]], ids=str
+)
+def test_pairs_in_any_order_keep_their_places(pairs):
+    """Six of these frames share a matrix product: key frames that follow each other, but not in the list of pairs."""
+    grid = TokenGrid(8, 16, 16)
+    generator = torch.Generator().manual_seed(12)
+    q, k = (torch.randn(1, 1, grid.tokens, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    assert_same([(ops.soft_displacement(q, k, grid, frames=pairs, temperature=9.0, backend=b),) for b in BACKENDS])
+
+
 @pytest.mark.parametrize("heads", HEAD_MODES)
 @pytest.mark.parametrize("window", [None, 2])
 def test_ties_go_to_the_lowest_index(heads, window):

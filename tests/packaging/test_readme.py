@@ -56,7 +56,7 @@ def test_python_runs_from_top_to_bottom(tmp_path, monkeypatch):
     assert namespace["q"].grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.parent.name == "docs"], ids=page_name)
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parent == ROOT / "docs"], ids=page_name)
 def test_python_of_a_page_runs(page, tmp_path, monkeypatch):
     blocks = [code for skipped, code in PYTHON.findall(page.read_text(encoding="utf-8")) if not skipped]
     monkeypatch.chdir(tmp_path)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import torch
 
 from corrdit import TokenGrid
+from corrdit.integrations.diffusers import Preset, ReadingPreset
 
 STRIDE = 4
 
@@ -20,10 +19,7 @@ class PixelBackbone:
     token_stride = (STRIDE, STRIDE)
 
     def __init__(self, sharpness: float = 60.0) -> None:
-        self.preset = SimpleNamespace(
-            layer=1, step=-1, inference_steps=50, heads="probabilities", head_weights=None, head=None,
-            frames_per_chunk=5, noise=False, height=None, width=None, tokens_per_frame=None,
-        )  # fmt: skip
+        self.preset = Preset(ReadingPreset(layer=1, frames_per_chunk=5))
         self.sharpness = sharpness
         self.forwards: list[int] = []
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from pixel_backbone import STRIDE, PixelBackbone, moving_texture, shifting_texture
 
 from corrdit import PointTracker, ops
+from corrdit.tracking import TrackerOptions
 from corrdit.tracking.chunks import frame_blocks
 from corrdit.tracking.encoding import FrameStore
 
@@ -120,7 +123,8 @@ def test_kept_frames_are_bounded_and_read_in_order():
 
 def test_the_presets_options_for_the_tracker_count_only_where_no_layer_is_asked_for():
     backbone = PixelBackbone()
-    backbone.preset.tracking = {"layers": [0, 2], "temperature": 2.0, "heads": "logits"}
+    own = TrackerOptions(layers=(0, 2), temperature=2.0, heads="logits")
+    backbone.preset = replace(backbone.preset, tracking=own)
     assert PointTracker(backbone).layers == (0, 2)
     assert PointTracker(backbone, temperature=3.0).options.temperature == 3.0
     asked = PointTracker(backbone, layer=1)
@@ -147,3 +151,15 @@ def test_the_median_over_heads_is_not_drawn_away_by_one_of_them():
     tracker = PointTracker(ThreeHeads(), combine="median", path_spread=0, visibility="all")
     tracks = tracker.track(video, [(0, 30.0, 20.0)])
     torch.testing.assert_close(tracks.xy[2, 0], torch.tensor([30.0 + 2 * STRIDE, 20.0]), atol=0.1, rtol=0)
+
+
+def test_visibility_in_crops_goes_by_their_own_tolerance():
+    video = moving_texture(7, (2 * STRIDE, 0))  # the point leaves the frame, so that matches do not lead back
+
+    def seen(**tolerances):
+        tracker = PointTracker(ResizingBackbone(), crops=(1.0,), height=64, width=96, **tolerances)
+        return tracker.track(video, [(0, 80.0, 30.0)]).visible[4:]
+
+    assert seen(tolerance=1e6, crop_tolerance=1e6).all()
+    assert not seen(tolerance=1e6, crop_tolerance=1.0).any()
+    assert not seen(tolerance=1.0, crop_tolerance=1e6).any()

@@ -7,6 +7,7 @@ import torch
 from pixel_backbone import PixelBackbone, moving_texture
 
 from corrdit import PointTracker
+from corrdit.integrations.diffusers import Preset, ReadingPreset
 from corrdit.testing import tiny_backbone
 from corrdit.tracking.chunks import anchored_chunks
 from corrdit.tracking.readings import Reading, latents_at_steps, read_tokens
@@ -90,7 +91,7 @@ def test_latents_brought_to_one_step_are_denoised_from_there(options, asked, rea
 
 def test_a_preset_with_noise_gives_way_to_an_inversion():
     backbone = WalkingBackbone()
-    backbone.preset.noise = True
+    backbone.preset = Preset(ReadingPreset(1, noise=True, frames_per_chunk=5))
     PointTracker(backbone, inversion="ddim", path_spread=0.0).track(VIDEO, QUERIES)
     assert set(backbone.read) == {49000.0}
 

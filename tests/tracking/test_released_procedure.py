@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 
 from corrdit import PointTracker, TokenGrid
+from corrdit.integrations.diffusers import Preset, ReadingPreset
 
 
 class FixedBackbone:
@@ -20,16 +19,14 @@ class FixedBackbone:
         self.q, self.k, self.token_grid = q, k, grid
         self.heads = q.shape[1]
         self.token_stride = (stride, stride)
-        self.preset = SimpleNamespace(
-            layer=0, step=-1, inference_steps=50, heads="logits", head_weights=None, head=0, noise=True,
-            frames_per_chunk=2, height=grid.height * stride, width=grid.width * stride,
-        )  # fmt: skip
+        size = {"height": grid.height * stride, "width": grid.width * stride}
+        self.preset = Preset(ReadingPreset(0, heads="logits", head=0, noise=True, frames_per_chunk=2, **size))
 
     def timestep(self, step, inference_steps):
         return 19.0
 
     def encode_frames(self, video, *, height, width, **resizing):
-        assert (height, width) == (self.preset.height, self.preset.width)
+        assert (height, width) == (self.preset.reading.height, self.preset.reading.width)
         self.encoded, self.resizing = video, resizing
         return torch.zeros(len(video), 1, 2, 2)
 

@@ -8,10 +8,12 @@ import torch
 from pixel_backbone import STRIDE, PixelBackbone, moving_texture
 
 from corrdit import PointTracker
-from corrdit.tracking.chunks import anchored_chunks, chained_chunks
+from corrdit.integrations.diffusers import Preset, ReadingPreset
+from corrdit.tracking.chunks import Chunk, anchored_chunks, chained_chunks, last_visits
 from corrdit.tracking.encoding import working_size
+from corrdit.tracking.following import ChunkCost, CostAccumulator
 from corrdit.tracking.options import PRESETS
-from corrdit.tracking.peaks import refined_peaks
+from corrdit.tracking.peaks import preferred_peaks, refined_peaks
 
 
 def test_points_follow_a_texture_moving_by_whole_tokens_from_any_query_frame():
@@ -112,7 +114,7 @@ def test_published_preset_reads_whole_token_matches_in_the_released_geometry():
     expected = torch.tensor([40 / (24 - 24 / 64) * 23, 24 / (16 - 24 / 64) * 15])
     torch.testing.assert_close(tracks.xy[5, 0], expected, atol=1e-3, rtol=0)
     assert tracks.visible.all()
-    assert PRESETS["published"]["resize_first"] == (256, 256)
+    assert PRESETS["published"].resize_first == (256, 256)
 
 
 def test_averaging_and_first_chunk_differ_only_where_chunks_overlap():
@@ -299,3 +301,55 @@ class ShortSchedule(PixelBackbone):
 def test_a_step_outside_the_schedule_is_refused_before_any_video(options):
     with pytest.raises(ValueError, match="step 50 is outside"):
         PointTracker(ShortSchedule(), **options)
+
+
+def test_frames_that_three_chunks_hold_have_the_mean_of_their_costs():
+    chunks = [Chunk(0, (1, 2)), Chunk(0, (2, 3)), Chunk(0, (2, 4))]
+    accumulator = CostAccumulator(last_visits(chunks), average=True)
+    given = {}
+    for index, (chunk, value) in enumerate(zip(chunks, (1.0, 2.0, 6.0), strict=True)):
+        cost = ChunkCost(torch.tensor([5]), torch.full((1, 1, 3, 2, 2), value), None)
+        given.update({frame: part.rows.unique().tolist() for frame, part in accumulator.add(index, chunk, cost)})
+    assert given == {1: [1.0], 2: [3.0], 3: [2.0], 4: [6.0]}
+
+
+@pytest.mark.parametrize(("near", "place"), [(0.04, 1.0), (0.01, 18.0)])
+def test_a_jump_needs_a_match_fifty_times_better_than_the_one_on_the_path(near, place):
+    cost = torch.zeros(1, 3, 20)
+    cost[0, 1, 1], cost[0, 1, 18] = near, 0.9
+    xy, score = preferred_peaks(cost, torch.tensor([[1.0, 1.0]]), spread=2.0, refine=0)
+    assert xy.tolist() == [[place, 1.0]]
+    assert score.item() == pytest.approx(near if place == 1.0 else 0.9)
+
+
+class TwoHeads(PixelBackbone):
+    """Its second head matches nothing."""
+
+    heads = 2
+
+    def forward(self, latents, timestep, operations):
+        def wrapped(operation):
+            def split(q, k, grid, key_mask):
+                wrong = torch.randn(k.shape, generator=torch.Generator().manual_seed(0)) * 20
+                return operation(q.repeat(1, 2, 1, 1), torch.cat((k, wrong), 1), grid, key_mask)
+
+            return split
+
+        return super().forward(latents, timestep, {layer: wrapped(one) for layer, one in operations.items()})
+
+
+@pytest.mark.parametrize("chosen", [{"head_weights": (0.0, 1.0)}, {"head": 1}])
+def test_the_presets_weights_of_heads_are_for_its_own_layer(chosen):
+    video, query = moving_texture(3, (STRIDE, 0)), [(0, 30.0, 20.0)]
+    backbone = TwoHeads()
+    backbone.preset = Preset(ReadingPreset(1, frames_per_chunk=5, **chosen))
+
+    def tracked(**options):
+        return PointTracker(backbone, **options).track(video, query).score
+
+    second, mean = tracked(head_weights=(0.0, 1.0)), tracked(head_weights=())
+    assert not torch.equal(second, mean)
+    for layer in (None, 1):
+        assert torch.equal(tracked(layer=layer), second)
+    for others in ({"layer": 0}, {"layers": (0,)}, {"layers": (2, 1)}):
+        assert torch.equal(tracked(**others), tracked(**others, head_weights=()))

@@ -11,7 +11,7 @@ import types
 import pytest
 
 from corrdit import load_backbone
-from corrdit.tracking.options import tracker_options
+from corrdit.tracking.options import PRESETS, changed_options
 
 SCRIPTS = pathlib.Path(__file__).parents[2] / "benchmarks"
 
@@ -27,7 +27,7 @@ def test_all_rows_are_options_of_their_tracker(tracking):
     for variant in tracking.variants(backbone):
         if variant.kind == "tracker":
             options = dict(variant.options)
-            tracker_options(options.pop("preset", "default"), options)
+            changed_options(PRESETS[options.pop("preset", "default")], options)
         tracking.TRACKERS[variant.kind](backbone, variant.options)
 
 

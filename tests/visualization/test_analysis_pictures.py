@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from corrdit.analysis.pictures import principal_components
+from corrdit.analysis.token_maps import principal_components
 from corrdit.visualization.attention_maps import draw_attention_maps, draw_components
 from corrdit.visualization.charts import draw_curves, draw_heatmaps
 

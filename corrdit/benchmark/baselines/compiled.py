@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from corrdit import reference
 from corrdit.benchmark.baselines.sdpa import positions_as_values
 from corrdit.grid import TokenGrid
+from corrdit.problem import PairProblem, TokenAxis
 
 # Shapes, passes and operations of one run, each compiled for its own: more than the eight that the compiler allows.
 RECOMPILATIONS = 256
@@ -36,9 +38,10 @@ def _compiled_reference(name: str) -> Callable[..., Any]:
     return _compile(getattr(reference, name))
 
 
-def _common(q: Tensor, heads: str) -> dict[str, Any]:
+def _problem(q: Tensor, grid: TokenGrid, heads: str = "none", temperature: float = 1.0) -> PairProblem:
+    axis = TokenAxis.of_grid(grid)
     weights = torch.full((q.shape[1],), 1 / q.shape[1], device=q.device)
-    return {"heads": heads, "weights": weights, "scale": q.shape[-1] ** -0.5, "key_mask": None}
+    return PairProblem(grid, axis, axis, temperature * q.shape[-1] ** -0.5, heads=heads, weights=weights)
 
 
 def _two_frames(tensor: Tensor, grid: TokenGrid, first: int, second: int) -> Tensor:
@@ -50,13 +53,14 @@ def _by_pair(
 ) -> Tensor:
     """`[B, F, F, h, w, 2]` from the compiled displacement of one pair of frames."""
     own = TokenGrid(1, grid.height, grid.width)
-    options = {**_common(q, heads), "temperature": temperature, "window": window, "center": None}
+    problem = replace(_problem(q, own, heads, temperature), pairs=[(0, 0)], window=window)
     moved = [
-        _compiled_reference(name)(q[:, :, grid.frame_slice(i)], k[:, :, grid.frame_slice(j)], own, [(0, 0)], **options)
+        _compiled_reference(name)(q[:, :, grid.frame_slice(i)], k[:, :, grid.frame_slice(j)], problem)
         for i in range(grid.frames)
         for j in range(grid.frames)
     ]
-    return torch.cat(moved, dim=1).unflatten(1, (grid.frames, grid.frames))
+    rows = [found[0] if isinstance(found, tuple) else found for found in moved]
+    return torch.cat(rows, dim=1).unflatten(1, (grid.frames, grid.frames)).unflatten(-2, (grid.height, grid.width))
 
 
 def soft_displacement(
@@ -74,38 +78,43 @@ def hard_displacement(q: Tensor, k: Tensor, grid: TokenGrid) -> Tensor:
 def match(q: Tensor, k: Tensor, grid: TokenGrid, *, bidirectional: bool = True) -> tuple[Tensor, Tensor]:
     """Frame 0 in every other frame: xy `[B, F - 1, h, w, 2]` and score `[B, F - 1, h, w]`."""
     two = TokenGrid(2, grid.height, grid.width)
-    options = {**_common(q, "probabilities"), "bidirectional": bidirectional, "refine": 0}
+    problem = replace(_problem(q, two, "probabilities"), pairs=[(0, 1)])
     found = [
-        _compiled_reference("match")(*(_two_frames(t, grid, 0, target) for t in (q, k)), two, 0, [1], **options)
+        _compiled_reference("match")(
+            *(_two_frames(t, grid, 0, target) for t in (q, k)), problem, bidirectional=bidirectional, refine=0
+        )
         for target in range(1, grid.frames)
     ]
-    return torch.cat([xy for xy, _ in found], dim=1), torch.cat([score for _, score in found], dim=1)
+    xy, score = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+    return xy.unflatten(-2, (grid.height, grid.width)), score.unflatten(-1, (grid.height, grid.width))
 
 
 def cost_rows(q: Tensor, k: Tensor, grid: TokenGrid, tokens: Tensor) -> Tensor:
     """Cost maps of tokens of frame 0: `[B, P, F, h, w]`."""
     two = TokenGrid(2, grid.height, grid.width)
-    options = {**_common(q, "probabilities"), "bidirectional": True, "source": 0}
+    problem = replace(_problem(q, two, "probabilities"), pairs=[(0, 1)])
     rows = [
-        _compiled_reference("cost_rows")(*(_two_frames(t, grid, 0, target) for t in (q, k)), two, tokens, **options)
+        _compiled_reference("cost_rows")(
+            *(_two_frames(t, grid, 0, target) for t in (q, k)), problem, tokens, bidirectional=True
+        )
         for target in range(grid.frames)
     ]
-    return torch.stack([both[:, :, 1] for both in rows], dim=2)
+    return torch.cat([both.squeeze(1) for both in rows], dim=2).unflatten(-1, (grid.height, grid.width))
 
 
 def attention_mass(q: Tensor, k: Tensor, grid: TokenGrid, tokens: Tensor) -> tuple[Tensor, ...]:
     """Attention of tokens of frame 0; takes text tokens."""
     mass: tuple[Tensor, ...] = _compiled_reference("attention_mass")(
-        q, k, grid, tokens, source=0, **_common(q, "probabilities")
+        q, k, _problem(q, grid, "probabilities"), tokens, source=0
     )
-    return mass
+    return tuple(part.squeeze(1) for part in mass)
 
 
 def frame_local_attention(q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, *, renormalize: bool = True) -> Tensor:
     """The whole map under `torch.compile`; takes text tokens."""
     attended: Tensor = _compiled_reference("frame_local_attention")(
-        q, k, v, grid, scale=q.shape[-1] ** -0.5, key_mask=None, renormalize=renormalize, span=0
-    )
+        q, k, v, _problem(q, grid), renormalize=renormalize, span=0
+    )[0]
     return attended
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.captures import Capture
@@ -17,7 +17,7 @@ from corrdit.integrations.diffusers.host.forwards import RemovableHook
 from corrdit.integrations.diffusers.layouts import ForwardCall, TransformerLayout
 from corrdit.integrations.diffusers.processors import Operation, ReadRequest
 
-FeatureOperation = Callable[[Tensor, TokenGrid], Any]
+FeatureOperation = Callable[[Tensor, TokenGrid], object]
 Deliver = Callable[[int, int, str, Any], None]
 
 
@@ -70,10 +70,21 @@ class ReadingCapture(Capture):
                 "features cannot be read from compiled blocks; leave features out or do not compile the transformer"
             )
         super().__enter__()
+        try:
+            self._watch_features()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def _watch_features(self) -> None:
+        if self._feature_operation is None:
+            return
         assert self._open is not None
         for transformer, layout in self._models:
-            self._open.enter_context(self._features_watched(transformer, layout))
-        return self
+            for layer, module in enumerate(layout.attention_modules(transformer)):
+                if layer in self._operations:
+                    self._open.callback(self._watched(transformer, layer, module).remove)
 
     def requests(self, layout: TransformerLayout, call: ForwardCall, stop: bool) -> dict[int, ReadRequest]:
         """As the base class; also notes which samples of the running forward are wanted."""
@@ -81,24 +92,16 @@ class ReadingCapture(Capture):
         self._running, self._step = requests, self._counter.step
         return requests
 
-    @contextlib.contextmanager
-    def _features_watched(self, transformer: torch.nn.Module, layout: TransformerLayout) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            if self._feature_operation is not None:
-                for layer, module in enumerate(layout.attention_modules(transformer)):
-                    if layer in self._operations:
-                        stack.callback(self._watched(transformer, layer, module).remove)
-            yield
-
-    def _watched(self, transformer: torch.nn.Module, layer: int, module: torch.nn.Module) -> Any:
+    def _watched(self, transformer: torch.nn.Module, layer: int, module: torch.nn.Module) -> RemovableHandle:
         projection = getattr(module, "to_out", None)
         if projection is not None:
             return projection[0].register_forward_hook(
                 RemovableHook(lambda part, inputs, output: self._take(layer, inputs[0], output))
             )
-        joint = _parent(transformer, module).proj_out
+        block: Any = next(part for part in transformer.modules() if module in part.children())
+        joint = block.proj_out
 
-        def take_share(part: torch.nn.Module, inputs: Any, output: Any) -> None:
+        def take_share(part: torch.nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
             hidden = output[0]
             self._take(layer, hidden, F.linear(hidden, joint.weight[:, : hidden.shape[-1]], joint.bias))
 
@@ -130,8 +133,23 @@ def video_features(features: Tensor, grid: TokenGrid) -> Tensor:
     )
 
 
+class ForwardBackbone(Protocol):
+    """What a single forward needs of a backbone."""
+
+    def transformer_at(self, timestep: float) -> torch.nn.Module: ...
+
+    def forward_arguments(
+        self,
+        latents: Tensor,
+        timestep: float,
+        *,
+        prompt_embeds: Tensor | Mapping[str, Tensor] | None = ...,
+        image: Tensor | None = ...,
+    ) -> dict[str, Any]: ...
+
+
 def reading_forward(
-    backbone: Any,
+    backbone: ForwardBackbone,
     latents: Tensor,
     timestep: float,
     *,
@@ -165,10 +183,3 @@ def reading_forward(
     )
     with torch.no_grad(), reader:
         transformer(**arguments)
-
-
-def _parent(transformer: torch.nn.Module, module: torch.nn.Module) -> Any:
-    for candidate in transformer.modules():
-        if any(child is module for child in candidate.children()):
-            return candidate
-    raise ValueError(f"{type(module).__name__} is not part of {type(transformer).__name__}")

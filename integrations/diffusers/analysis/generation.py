@@ -5,19 +5,27 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from corrdit.analysis.options import AnalysisOptions, resolved
-from corrdit.analysis.reading import AttentionReading, read_attention, read_features
-from corrdit.analysis.scoring import TrueTracks
+from corrdit.analysis.counts import TrueTracks
+from corrdit.analysis.point_readings import AttentionReading, read_features
+from corrdit.analysis.protocols import AnalysisOptions, resolved
 from corrdit.analysis.table import AnalysisTable
 from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.analysis.capturing import ReadingCapture
-from corrdit.integrations.diffusers.analysis.videos import OnReading, score_reading, score_standing_still
+from corrdit.integrations.diffusers.analysis.videos import (
+    LayerReading,
+    OnReading,
+    empty_table,
+    reading_operations,
+    score_reading,
+    score_standing_still,
+)
+from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.guidance.comparison import check_call
 from corrdit.tracking.pseudo_truth import Tracker, starting_points
 from corrdit.tracking.tracks import Tracks
@@ -42,7 +50,7 @@ class GenerationAnalysis:
 
 
 def analyze_generation(
-    backbone: Any,
+    backbone: Backbone,
     prompt: str,
     *,
     tracker: Tracker,
@@ -79,7 +87,7 @@ def analyze_generation(
     with tempfile.TemporaryFile() as file:
         spool = _Spool(file)
 
-        def receive(step: int, layer: int, name: str, reading: Any) -> None:
+        def receive(step: int, layer: int, name: str, reading: LayerReading) -> None:
             spool.add(step, layer, name, reading)
             if on_reading is not None:
                 on_reading(step, layer, name, reading)
@@ -93,51 +101,50 @@ def analyze_generation(
             deliver=receive,
         )
         with capturing:
-            video = _generated(backbone.pipe, arguments, seed)
+            made = backbone.pipe(**arguments, generator=torch.Generator().manual_seed(seed))
+        video = np.round(np.asarray(made.frames[0]) * 255).clip(0, 255).astype(np.uint8)
         tracks = tracker(video, np.column_stack([np.zeros(len(reader.points)), reader.points.numpy()]))
-        table = _empty_table(backbone, options, steps, layers)
-        truth = reader.truth(backbone, video, tracks)
+        # The timesteps of the run that has just ended.
+        schedule = backbone.pipe.scheduler.timesteps
+        table = empty_table(backbone, options, layers, {step: float(schedule[step]) for step in steps})
+        truth = reader.truth(video, tracks)
         score_standing_still(table, truth, reader.frames, options)
         for step, layer, name, reading in spool:
             score_reading(table, step, layer, name, reading, truth, options)
     return GenerationAnalysis(table, video, tracks, prompt, seed)
 
 
-def _arguments(backbone: Any, prompt: str, options: AnalysisOptions, call: Mapping[str, Any]) -> dict[str, Any]:
+def _arguments(backbone: Backbone, prompt: str, options: AnalysisOptions, call: Mapping[str, Any]) -> dict[str, Any]:
     """What the pipeline is called with, the generator aside."""
     check_call(backbone.pipe, call)
-    steps = int(call.get("num_inference_steps") or options.inference_steps or backbone.preset.inference_steps)
+    steps = int(call.get("num_inference_steps") or options.inference_steps or backbone.preset.reading.inference_steps)
     words = {"prompt": prompt} if prompt else {}
     return {**call, **words, "num_inference_steps": steps, "output_type": "np"}
-
-
-def _generated(pipe: Any, arguments: Mapping[str, Any], seed: int) -> np.ndarray:
-    """The video, uint8 `[T, H, W, 3]`."""
-    made = pipe(**arguments, generator=torch.Generator().manual_seed(seed))
-    return np.round(np.asarray(made.frames[0]) * 255).clip(0, 255).astype(np.uint8)
 
 
 class _GridReader:
     """Reads the starting grid's points, which follow from the token grid of the first forward."""
 
-    def __init__(self, backbone: Any, options: AnalysisOptions, mode: str) -> None:
-        self.stride = tuple(backbone.token_stride)
-        self.heads, self.options, self.mode = backbone.heads, options, mode
+    def __init__(self, backbone: Backbone, options: AnalysisOptions, mode: str) -> None:
+        self.backbone, self.options, self.mode = backbone, options, mode
         self.points = torch.zeros(0, 2)
         self.size = (0, 0)
         self.frames = 0
 
     def attention(self, q: Tensor, k: Tensor, grid: TokenGrid, key_mask: Tensor | None) -> AttentionReading:
         """The operation on queries and keys."""
-        self._prepare(grid)
-        return read_attention(q, k, grid, key_mask, points=self.points, stride=self.stride, options=self.options)
+        if not self.frames:
+            stride = self.backbone.token_stride
+            self.frames, self.size = grid.frames, (grid.height * stride[0], grid.width * stride[1])
+            self.points = torch.from_numpy(starting_points(self.mode, *self.size)[:, 1:])
+        return reading_operations(self.backbone, self.points, self.options)[0](q, k, grid, key_mask)
 
     def features(self, values: Tensor, grid: TokenGrid) -> Tensor:
-        """The operation on features."""
-        settings: dict[str, Any] = {"points": self.points, "stride": self.stride, "options": self.options}
-        return read_features(values, grid, heads=self.heads, **settings)
+        """The operation on features, which come after queries and keys."""
+        stride, heads = self.backbone.token_stride, self.backbone.heads
+        return read_features(values, grid, heads=heads, points=self.points, stride=stride, options=self.options)
 
-    def truth(self, backbone: Any, video: np.ndarray, tracks: Tracks) -> TrueTracks:
+    def truth(self, video: np.ndarray, tracks: Tracks) -> TrueTracks:
         """Pseudo-truth at the size of the token grid.
 
         Raises:
@@ -145,7 +152,7 @@ class _GridReader:
         """
         if video.shape[1:3] != self.size:
             raise ValueError(f"the video has {video.shape[1:3]} pixels, but its tokens span {self.size}")
-        groups = backbone.latent_frame_map(len(video))
+        groups = self.backbone.latent_frame_map(len(video))
         if len(groups) != self.frames:
             raise ValueError(
                 f"the video has {len(video)} frames, which is {len(groups)} frames of tokens, but {self.frames} were "
@@ -153,48 +160,23 @@ class _GridReader:
             )
         return TrueTracks(tracks.xy, tracks.visible, tuple(map(tuple, groups)))
 
-    def _prepare(self, grid: TokenGrid) -> None:
-        if self.frames:
-            return
-        self.frames = grid.frames
-        self.size = (grid.height * self.stride[0], grid.width * self.stride[1])
-        self.points = torch.from_numpy(starting_points(self.mode, *self.size)[:, 1:])
-
 
 class _Spool:
     """Readings in a file, in the order they came."""
 
-    def __init__(self, file: Any) -> None:
+    def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._entries: list[tuple[int, int, str, int]] = []
 
-    def add(self, step: int, layer: int, name: str, reading: Any) -> None:
+    def add(self, step: int, layer: int, name: str, reading: LayerReading) -> None:
         """Append one."""
-        parts = list(reading) if isinstance(reading, tuple) else [reading]
+        parts = [reading] if isinstance(reading, Tensor) else list(reading)
         for part in parts:
             np.save(self._file, part.numpy(), allow_pickle=False)
         self._entries.append((step, layer, name, len(parts)))
 
-    def __iter__(self) -> Iterator[tuple[int, int, str, Any]]:
+    def __iter__(self) -> Iterator[tuple[int, int, str, LayerReading]]:
         self._file.seek(0)
         for step, layer, name, count in self._entries:
             parts = [torch.from_numpy(np.load(self._file, allow_pickle=False)) for _ in range(count)]
             yield step, layer, name, parts[0] if count == 1 else AttentionReading(*parts)
-
-
-def _empty_table(
-    backbone: Any, options: AnalysisOptions, steps: tuple[int, ...], layers: tuple[int, ...]
-) -> AnalysisTable:
-    """A table with the timesteps of the run that has just ended."""
-    schedule = backbone.pipe.scheduler.timesteps
-    stride = tuple(backbone.token_stride)
-    return AnalysisTable(
-        steps=steps,
-        layers=layers,
-        timesteps=tuple(float(schedule[step]) for step in steps),
-        heads=backbone.heads if options.per_head else 0,
-        features=options.features,
-        thresholds=options.thresholds_for(stride),
-        stride=stride,
-        low_pass=options.low_pass,
-    )

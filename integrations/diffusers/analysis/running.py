@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from typing import Any
 
 from corrdit.analysis.html_report import Picture, write_report
-from corrdit.analysis.options import AnalysisOptions
+from corrdit.analysis.protocols import AnalysisOptions
 from corrdit.analysis.results import AnalysisResults, has_analysis, read_results, write_failure, write_result
 from corrdit.analysis.sources import AnalysisItem
-from corrdit.integrations.diffusers.analysis.drawing import drawn_pictures
-from corrdit.integrations.diffusers.analysis.picturing import video_pictures
+from corrdit.integrations.diffusers.analysis.video_pictures import drawn_pictures, video_pictures
 from corrdit.integrations.diffusers.analysis.videos import Progress, analyze_video
-from corrdit.memory import is_out_of_memory
+from corrdit.integrations.diffusers.backbones.base import Backbone
+from corrdit.memory import first_line, is_out_of_memory
 
 ON_BROKEN = ("report", "raise")
 
 
 def analyze_item(
-    backbone: Any,
+    backbone: Backbone,
     item: AnalysisItem,
     output: str | os.PathLike[str],
     options: AnalysisOptions,
     *,
     on_broken: str = "report",
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> dict[str, str]:
     """Analyse one video into its folder of results.
 
     Args:
@@ -59,7 +58,7 @@ def analyze_item(
 
 
 def finish_analysis(
-    backbone: Any,
+    backbone: Backbone,
     items: Iterable[AnalysisItem],
     output: str | os.PathLike[str],
     options: AnalysisOptions,
@@ -108,7 +107,7 @@ def finish_analysis(
 def _said(error: Exception) -> str:
     """What is wrong with a video; errors that are not about the video are raised again."""
     if is_out_of_memory(error):
-        line = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        line = first_line(error)
         return f"there is not enough memory for it ({line}); give max_frames, tokens_per_frame or fewer points"
     if isinstance(error, (ValueError, OSError)):
         return str(error)

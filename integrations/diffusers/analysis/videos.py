@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from corrdit.analysis.options import FEATURE_READINGS, AnalysisOptions, resolved
-from corrdit.analysis.reading import AttentionReading, read_attention, read_features
-from corrdit.analysis.scoring import TrueTracks, attention_sums, match_counts
+from corrdit.analysis.counts import MatchCounts, TrueTracks, attention_sums, match_counts
+from corrdit.analysis.point_readings import AttentionReading, read_attention, read_features
+from corrdit.analysis.protocols import AnalysisOptions, resolved
 from corrdit.analysis.table import AnalysisTable
 from corrdit.grid import TokenGrid
-from corrdit.integrations.diffusers.analysis.capturing import reading_forward
+from corrdit.integrations.diffusers.analysis.capturing import FeatureOperation, reading_forward
+from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.tracking.queries import check_video
 from corrdit.tracking.readings import image_given
 from corrdit.tracking.tracker import TOKENS_PER_FRAME, working_size
 
 Progress = Callable[[int, int], None]
-OnReading = Callable[[int, int, str, Any], None]
+LayerReading: TypeAlias = "AttentionReading | Tensor"
+"""What a layer says: of its queries and keys, or positions by its features."""
+OnReading = Callable[[int, int, str, LayerReading], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,29 +44,36 @@ class EncodedVideo:
     scale: tuple[float, float]
 
 
-def analysis_axes(backbone: Any, options: AnalysisOptions) -> AnalysisTable:
+def analysis_axes(backbone: Backbone, options: AnalysisOptions) -> AnalysisTable:
     """An empty table of the layers, steps and timesteps that the options ask of a backbone.
 
     Raises:
         ValueError: a layer or step the backbone does not have.
     """
-    inference_steps = options.inference_steps or backbone.preset.inference_steps
+    inference_steps = options.inference_steps or backbone.preset.reading.inference_steps
     steps = resolved("step", options.steps, inference_steps, f"the schedule of {inference_steps} steps")
-    stride = tuple(backbone.token_stride)
+    layers = resolved("layer", options.layers, backbone.layers, backbone.name)
+    return empty_table(backbone, options, layers, {step: backbone.timestep(step, inference_steps) for step in steps})
+
+
+def empty_table(
+    backbone: Backbone, options: AnalysisOptions, layers: tuple[int, ...], timesteps: Mapping[int, float]
+) -> AnalysisTable:
+    """A table of layers and of steps with their timesteps."""
     return AnalysisTable(
-        steps=steps,
-        layers=resolved("layer", options.layers, backbone.layers, backbone.name),
-        timesteps=tuple(backbone.timestep(step, inference_steps) for step in steps),
+        steps=tuple(timesteps),
+        layers=layers,
+        timesteps=tuple(timesteps.values()),
         heads=backbone.heads if options.per_head else 0,
         features=options.features,
-        thresholds=options.thresholds_for(stride),
-        stride=stride,
+        thresholds=options.thresholds_for(backbone.token_stride),
+        stride=backbone.token_stride,
         low_pass=options.low_pass,
     )
 
 
 def encoded_video(
-    backbone: Any, video: np.ndarray, xy: np.ndarray, visible: np.ndarray, options: AnalysisOptions
+    backbone: Backbone, video: np.ndarray, xy: np.ndarray, visible: np.ndarray, options: AnalysisOptions
 ) -> EncodedVideo:
     """Choose frames, encode them, and carry the tracks over.
 
@@ -106,7 +116,7 @@ def encoded_video(
 
 
 def analyze_video(
-    backbone: Any,
+    backbone: Backbone,
     video: np.ndarray,
     xy: np.ndarray,
     visible: np.ndarray,
@@ -135,10 +145,10 @@ def analyze_video(
     encoded = encoded_video(backbone, video, xy, visible, options)
     score_standing_still(table, encoded.truth, len(encoded.latents), options)
     timesteps = dict(zip(table.steps, table.timesteps, strict=True))
-    brought = given_latents(backbone, encoded.latents, timesteps, options)
-    for done, (step, latents) in enumerate(brought, start=1):
+    given = given_latents(backbone, encoded.latents, timesteps, options)
+    for done, (step, latents) in enumerate(given, start=1):
 
-        def receive(layer: int, name: str, reading: Any, step: int = step) -> None:
+        def receive(layer: int, name: str, reading: LayerReading, step: int = step) -> None:
             score_reading(table, step, layer, name, reading, encoded.truth, options)
             if on_reading is not None:
                 on_reading(step, layer, name, reading)
@@ -153,7 +163,7 @@ def analyze_video(
                 operation=operation,
                 feature_operation=feature_operation,
                 deliver=receive,
-                **image_given(backbone, encoded.latents),
+                image=image_given(backbone, encoded.latents).get("image"),
             )
         except ValueError as error:
             raise ValueError(f"step {step}: {error}") from error
@@ -162,9 +172,11 @@ def analyze_video(
     return table
 
 
-def reading_operations(backbone: Any, points: Tensor, options: AnalysisOptions) -> tuple[Any, Any]:
+def reading_operations(
+    backbone: Backbone, points: Tensor, options: AnalysisOptions
+) -> tuple[Callable[[Tensor, Tensor, TokenGrid, Tensor | None], AttentionReading], FeatureOperation | None]:
     """The operations on queries and keys and on features (or None) for points `[P, 2]` in encoded pixels."""
-    stride = tuple(backbone.token_stride)
+    stride = backbone.token_stride
 
     def attention(q: Tensor, k: Tensor, grid: TokenGrid, key_mask: Tensor | None) -> AttentionReading:
         return read_attention(q, k, grid, key_mask, points=points, stride=stride, options=options)
@@ -180,29 +192,29 @@ def score_reading(
     step: int,
     layer: int,
     name: str,
-    reading: Any,
+    reading: LayerReading,
     truth: TrueTracks,
     options: AnalysisOptions,
 ) -> None:
     """Enter a reading ("attention", or a feature's name) into the table as counts and sums."""
-    settings: dict[str, Any] = {"stride": table.stride, "thresholds": table.thresholds, "options": options}
-    if name in FEATURE_READINGS:
-        first = table.readings.index(name)
-        table.put_matches(step, layer, first, match_counts(reading, truth, **settings))
-        return
-    table.put_matches(step, layer, 0, match_counts(reading.positions, truth, **settings))
-    table.put_attention(step, layer, attention_sums(reading, truth))
+    positions, first = (reading, table.readings.index(name)) if isinstance(reading, Tensor) else (reading.positions, 0)
+    table.put_matches(step, layer, first, _counted(table, positions, truth, options))
+    if not isinstance(reading, Tensor):
+        table.put_attention(step, layer, attention_sums(reading, truth))
 
 
 def score_standing_still(table: AnalysisTable, truth: TrueTracks, frames: int, options: AnalysisOptions) -> None:
     """Enter points that never move, in `frames` latent frames."""
     still = truth.queries.expand(1, frames - 1, -1, -1)
-    settings: dict[str, Any] = {"stride": table.stride, "thresholds": table.thresholds, "options": options}
-    table.put_still(match_counts(still, truth, **settings))
+    table.put_still(_counted(table, still, truth, options))
+
+
+def _counted(table: AnalysisTable, positions: Tensor, truth: TrueTracks, options: AnalysisOptions) -> MatchCounts:
+    return match_counts(positions, truth, stride=table.stride, thresholds=table.thresholds, options=options)
 
 
 def given_latents(
-    backbone: Any, latents: Tensor, timesteps: Mapping[int, float], options: AnalysisOptions
+    backbone: Backbone, latents: Tensor, timesteps: Mapping[int, float], options: AnalysisOptions
 ) -> Iterator[tuple[int, Tensor]]:
     """The latents as the model is given them at each step, one after another; inverted ones from the cleanest on.
 
@@ -213,14 +225,14 @@ def given_latents(
         options: how they are brought there.
     """
     if options.noise == "inverted":
-        inference_steps = options.inference_steps or backbone.preset.inference_steps
+        inference_steps = options.inference_steps or backbone.preset.reading.inference_steps
         yield from backbone.inverted(latents, list(timesteps), inference_steps, **image_given(backbone, latents))
         return
     for step, timestep in timesteps.items():
         yield step, noised(backbone, latents, step, timestep, options)
 
 
-def noised(backbone: Any, latents: Tensor, step: int, timestep: float, options: AnalysisOptions) -> Tensor:
+def noised(backbone: Backbone, latents: Tensor, step: int, timestep: float, options: AnalysisOptions) -> Tensor:
     """The latents as the model is given them at a step; the noise follows from the seed and the step alone."""
     if options.noise == "clean":
         return latents
@@ -229,18 +241,18 @@ def noised(backbone: Any, latents: Tensor, step: int, timestep: float, options: 
     return backbone.add_noise(latents, noise, timestep)
 
 
-def encoded_size(backbone: Any, height: int, width: int, options: AnalysisOptions) -> tuple[int, int]:
+def encoded_size(backbone: Backbone, height: int, width: int, options: AnalysisOptions) -> tuple[int, int]:
     """(height, width) in pixels at which frames are encoded: the preset's, or near the video's in whole tokens."""
-    preset = backbone.preset
-    if options.tokens_per_frame is None and preset.height is not None:
+    preset = backbone.preset.reading
+    if options.tokens_per_frame is None and preset.height is not None and preset.width is not None:
         return preset.height, preset.width
     tokens = options.tokens_per_frame or preset.tokens_per_frame or TOKENS_PER_FRAME
     return working_size(height, width, backbone.token_stride, tokens)
 
 
-def _chosen_frames(backbone: Any, frames: int, options: AnalysisOptions) -> np.ndarray:
+def _chosen_frames(backbone: Backbone, frames: int, options: AnalysisOptions) -> np.ndarray:
     if options.latents == "frames":
-        most = options.max_frames or backbone.preset.frames_per_chunk
+        most = options.max_frames or backbone.preset.reading.frames_per_chunk
     elif options.max_frames is None:
         most = frames
     else:

@@ -5,42 +5,32 @@ from __future__ import annotations
 import abc
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import torch
 
 from corrdit.arguments import resolved_index, whole_number
 from corrdit.grid import TokenGrid
-from corrdit.integrations.diffusers.backbones.frames import conditioning_latents, prepared_frames
+from corrdit.integrations.diffusers.backbones.frames import FrameEncoder, conditioning_latents
 from corrdit.integrations.diffusers.backbones.presets import Preset, preset_for
 from corrdit.integrations.diffusers.captures import Capture
-from corrdit.integrations.diffusers.inversion import Path, denoised_latents, inverted_latents
-from corrdit.integrations.diffusers.layouts import Config, TransformerLayout, config_of, has_layout, register_layout
+from corrdit.integrations.diffusers.inversion import Path, Scheduler, denoised_latents, inverted_latents
+from corrdit.integrations.diffusers.layouts import (
+    Arguments,
+    Config,
+    Pipeline,
+    TransformerLayout,
+    config_of,
+    has_layout,
+    register_layout,
+)
 from corrdit.integrations.diffusers.processors import Operation, named_operations
 
 if TYPE_CHECKING:
     from corrdit.integrations.diffusers.feature_backbone import FeatureBackbone
 
-PIXELS_PER_ENCODER_CALL = 480 * 720
-"""Frames are given to the codec in groups of about this many pixels, so that memory does not grow with the video."""
 
-
-class Pipeline(Protocol):
-    """What a backbone asks of a pipeline of diffusers; what else there is, is the family's own."""
-
-    transformer: torch.nn.Module
-    scheduler: Any
-
-    @property
-    def _execution_device(self) -> torch.device: ...
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
-
-    def __getattr__(self, name: str) -> Any: ...
-
-
-class Backbone(abc.ABC):
+class Backbone(FrameEncoder):
     """A diffusers video pipeline seen as encoder, transformer and token grid.
 
     Latents are `[F, C, h, w]` (or `[B, F, C, h, w]`), where one entry of F is one frame of tokens; families that join
@@ -72,26 +62,15 @@ class Backbone(abc.ABC):
         self.layers = len(self._layout.attention_modules(self.transformer))
         self.heads = int(self.config.num_attention_heads)
         self.preset = preset or preset_for(self.family, self.layers, self.heads)
-        if not -self.layers <= self.preset.layer < self.layers:
-            raise ValueError(
-                f"the preset of {name} reads layer {self.preset.layer}, but there are {self.layers} layers"
-            )
+        layer = self.preset.reading.layer
+        if not -self.layers <= layer < self.layers:
+            raise ValueError(f"the preset of {name} reads layer {layer}, but there are {self.layers} layers")
         self._empty_prompt: dict[str, torch.Tensor] | None = None
 
     @property
     def config(self) -> Config:
         """Options the transformer was built with."""
         return config_of(self.transformer)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the transformer runs."""
-        return self.pipe._execution_device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Precision of the transformer's input."""
-        return cast(torch.dtype, self.transformer.dtype)
 
     @property
     def token_stride(self) -> tuple[int, int]:
@@ -104,20 +83,6 @@ class Backbone(abc.ABC):
         """Latent frames of the codec that one frame of tokens stands for."""
         return self._layout.patch_size(self.transformer)[0]
 
-    @property
-    def spatial_compression(self) -> int:
-        """Pixels a latent spans."""
-        return int(self.pipe.vae_scale_factor_spatial)
-
-    @property
-    def temporal_compression(self) -> int:
-        """Video frames a latent frame stands for, the first one excepted."""
-        return int(self.pipe.vae_scale_factor_temporal)
-
-    @abc.abstractmethod
-    def normalized(self, latents: torch.Tensor) -> torch.Tensor:
-        """The codec's latents `[B, C, F, h, w]` as the transformer was trained on them."""
-
     @abc.abstractmethod
     def encoded_prompt(self, prompt: str) -> dict[str, torch.Tensor]:
         """The transformer's text arguments for one prompt, batch 1, by argument name."""
@@ -127,9 +92,7 @@ class Backbone(abc.ABC):
         """Zeros in the shapes of `encoded_prompt`, batch 1."""
 
     @abc.abstractmethod
-    def call_arguments(
-        self, latents: torch.Tensor, timestep: float, text: Mapping[str, torch.Tensor]
-    ) -> dict[str, Any]:
+    def call_arguments(self, latents: torch.Tensor, timestep: float, text: Mapping[str, torch.Tensor]) -> Arguments:
         """The transformer's arguments for latents `[B, F, C, h, w]`, C and F as the codec counts them."""
 
     @property
@@ -158,7 +121,7 @@ class Backbone(abc.ABC):
         Raises:
             ValueError: a step outside the schedule.
         """
-        given = self.preset.inference_steps if inference_steps is None else inference_steps
+        given = self.preset.reading.inference_steps if inference_steps is None else inference_steps
         steps = whole_number("inference_steps", given, 1)
         index = resolved_index("step", step, steps)
         if index is None:
@@ -171,11 +134,11 @@ class Backbone(abc.ABC):
         """Timesteps from the noisiest to the cleanest; the pipeline's own scheduler is left as it is."""
         return self.stepping_scheduler(inference_steps).timesteps
 
-    def stepping_scheduler(self, inference_steps: int) -> Any:
+    def stepping_scheduler(self, inference_steps: int) -> Scheduler:
         """A copy of the pipeline's scheduler with so many steps."""
         scheduler = self.pipe.scheduler
         changes = {"timestep_spacing": "trailing"} if "timestep_spacing" in scheduler.config else {}
-        copy = type(scheduler).from_config(scheduler.config, **changes)
+        copy: Scheduler = type(scheduler).from_config(scheduler.config, **changes)
         copy.set_timesteps(inference_steps)
         return copy
 
@@ -183,61 +146,6 @@ class Backbone(abc.ABC):
         """Latents noised to a timestep, by the pipeline's scheduler."""
         at = torch.tensor([timestep], device=latents.device).long()
         return self.pipe.scheduler.add_noise(latents, noise, at)
-
-    def encode_frames(
-        self, video: np.ndarray | torch.Tensor, *, height: int | None = None, width: int | None = None, **resizing: Any
-    ) -> torch.Tensor:
-        """Every frame as a latent of its own: no temporal compression.
-
-        Args:
-            video: uint8 `[T, H, W, 3]`.
-            height: height to resize to before encoding; None for the preset's or the video's own.
-            width: likewise.
-            resizing: `first` and `antialias` of `corrdit.integrations.diffusers.backbones.frames.prepared_frames`.
-
-        Returns:
-            Latents `[T, C, h, w]`.
-
-        Raises:
-            ValueError: not such a video, or a size that is not a multiple of `token_stride`.
-        """
-        frames = self._prepared(video, height, width, **resizing)
-        group = max(1, PIXELS_PER_ENCODER_CALL // (frames.shape[2] * frames.shape[3]))
-        latents = [self._encode(part[:, :, None].to(self.device)) for part in frames.split(group)]
-        return torch.cat(latents)[:, :, 0].repeat(1, self.frames_per_token, 1, 1)
-
-    def encode_video(
-        self, video: np.ndarray | torch.Tensor, *, height: int | None = None, width: int | None = None
-    ) -> torch.Tensor:
-        """The video through the codec as it was trained, temporally compressed; `latent_frame_map` says how.
-
-        Arguments, result and errors as for `encode_frames`, with F latent frames instead of T. The last frame is
-        repeated until the codec's and the transformer's temporal strides fit.
-        """
-        frames = self._prepared(video, height, width)
-        missing = len(self.latent_frame_map(len(frames), padded=True)) * self.frames_per_token
-        length = (missing - 1) * self.temporal_compression + 1
-        frames = torch.cat([frames, frames[-1:].expand(length - len(frames), -1, -1, -1)])
-        latents = self._encode(frames.transpose(0, 1)[None].to(self.device))[0].transpose(0, 1)
-        count = len(latents) // self.frames_per_token
-        return latents.reshape(count, self.frames_per_token * latents.shape[1], *latents.shape[2:])
-
-    def latent_frame_map(self, frames: int, *, padded: bool = False) -> list[list[int]]:
-        """Which video frames each latent frame of `encode_video` stands for.
-
-        Args:
-            frames: T.
-            padded: also list frame indices past the end, which repeat the last frame.
-        """
-        ratio = self.temporal_compression
-        single = 1 + -(-(frames - 1) // ratio)
-        joined = -(-single // self.frames_per_token)
-        groups: list[list[int]] = [[] for _ in range(joined)]
-        for latent in range(joined * self.frames_per_token):
-            start = 0 if latent == 0 else (latent - 1) * ratio + 1
-            covered = range(start, start + (1 if latent == 0 else ratio))
-            groups[latent // self.frames_per_token] += [index for index in covered if padded or index < frames]
-        return groups
 
     def grid(self, frames: int, latent_height: int, latent_width: int) -> TokenGrid:
         """The token axis of a forward of latents `[frames, C, latent_height, latent_width]` with the empty prompt."""
@@ -334,15 +242,29 @@ class Backbone(abc.ABC):
 
         return FeatureBackbone(self, feature)
 
-    def inverted(self, latents: torch.Tensor, steps: Sequence[int], inference_steps: int, **options: Any) -> Path:
+    def inverted(
+        self,
+        latents: torch.Tensor,
+        steps: Sequence[int],
+        inference_steps: int,
+        *,
+        rule: str = "ddim",
+        image: torch.Tensor | None = None,
+    ) -> Path:
         """Clean latents at denoising steps: `corrdit.integrations.diffusers.inversion.inverted_latents`."""
-        return inverted_latents(self, latents, steps, inference_steps, **options)
+        return inverted_latents(self, latents, steps, inference_steps, rule=rule, image=image)
 
     def denoised(
-        self, latents: torch.Tensor, start: int, steps: Sequence[int], inference_steps: int, **options: Any
+        self,
+        latents: torch.Tensor,
+        start: int,
+        steps: Sequence[int],
+        inference_steps: int,
+        *,
+        image: torch.Tensor | None = None,
     ) -> Path:
         """Latents of one step at later ones: `corrdit.integrations.diffusers.inversion.denoised_latents`."""
-        return denoised_latents(self, latents, start, steps, inference_steps, **options)
+        return denoised_latents(self, latents, start, steps, inference_steps, image=image)
 
     def forward_arguments(
         self,
@@ -351,7 +273,7 @@ class Backbone(abc.ABC):
         *,
         prompt_embeds: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
         image: torch.Tensor | None = None,
-    ) -> dict[str, Any]:
+    ) -> Arguments:
         """The transformer's arguments; arguments and errors as for `forward`."""
         batched = self._batched(latents)
         text = self._text(prompt_embeds, len(batched))
@@ -360,7 +282,7 @@ class Backbone(abc.ABC):
         if not self.takes_image:
             raise ValueError(f"{self.name} takes no image beside the latents; leave image out")
         given = conditioning_latents(self._batched(image), batched, frames_per_token=self.frames_per_token)
-        conditioned: dict[str, Any] = {"image": given}
+        conditioned: Arguments = {"image": given}
         return self.call_arguments(batched, timestep, text, **conditioned)
 
     def _text(
@@ -402,23 +324,3 @@ class Backbone(abc.ABC):
     def latent_channels(self) -> int:
         """Channels of a latent."""
         return int(self.config.in_channels)
-
-    def _prepared(
-        self, video: np.ndarray | torch.Tensor, height: int | None, width: int | None, **resizing: Any
-    ) -> torch.Tensor:
-        size = (height or self.preset.height, width or self.preset.width)
-        return prepared_frames(video, size, stride=self.token_stride, name=self.name, **resizing)
-
-    @torch.no_grad()
-    def _encode(self, clips: torch.Tensor) -> torch.Tensor:
-        """Clips `[B, 3, T, H, W]` to normalised latents `[B, C, F, h, w]`."""
-        vae = self.pipe.vae
-        if vae is None:
-            raise ValueError(f"{self.name} was loaded without its video codec (vae), so videos cannot be encoded")
-        latents = self.normalized(vae.encode(clips.to(vae.dtype)).latent_dist.mode()).to(self.dtype)
-        if not torch.isfinite(latents).all():
-            raise ValueError(
-                f"the codec of {self.name} in {vae.dtype} gives latents that are NaN or infinite; load the model in "
-                "bfloat16 or float32"
-            )
-        return latents

@@ -7,12 +7,11 @@ Source: diffusers, `CogVideoXTransformer3DModel` and the `CogVideoXPipeline` fam
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
 from corrdit.integrations.diffusers.backbones.base import Backbone
-from corrdit.integrations.diffusers.layouts import CogVideoXLayout
+from corrdit.integrations.diffusers.layouts import Arguments, CogVideoXLayout
 
 
 class CogVideoXBackbone(Backbone):
@@ -49,7 +48,7 @@ class CogVideoXBackbone(Backbone):
         timestep: float,
         text: Mapping[str, torch.Tensor],
         image: torch.Tensor | None = None,
-    ) -> dict[str, Any]:
+    ) -> Arguments:
         batch, frames, _, height, width = latents.shape
         rotary = None
         self._check_size(height, width)

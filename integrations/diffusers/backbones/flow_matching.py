@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
 
 from corrdit.integrations.diffusers.backbones.base import Backbone
+from corrdit.integrations.diffusers.inversion import Scheduler
+from corrdit.integrations.diffusers.layouts import Arguments
 
 
 class FlowMatchingBackbone(Backbone):
@@ -23,21 +25,19 @@ class FlowMatchingBackbone(Backbone):
         """Share of noise in the latents at a timestep."""
         return timestep / self.pipe.scheduler.config.num_train_timesteps
 
-    def stepping_scheduler(self, inference_steps: int) -> Any:
-        scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
+    def stepping_scheduler(self, inference_steps: int) -> Scheduler:
+        scheduler: Scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
         scheduler.set_timesteps(inference_steps, **self.schedule_arguments(inference_steps))
         return scheduler
 
     def output_latents(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         return output.transpose(1, 2).reshape(latents.shape)
 
-    def call_arguments(
-        self, latents: torch.Tensor, timestep: float, text: Mapping[str, torch.Tensor]
-    ) -> dict[str, Any]:
+    def call_arguments(self, latents: torch.Tensor, timestep: float, text: Mapping[str, torch.Tensor]) -> Arguments:
         times = latents.new_full((len(latents),), timestep)
         return {"hidden_states": latents.transpose(1, 2), "timestep": times, **text}
 
-    def schedule_arguments(self, inference_steps: int) -> dict[str, Any]:
+    def schedule_arguments(self, inference_steps: int) -> Arguments:
         """What the family's pipeline gives the scheduler beside the number of steps."""
         return {"sigmas": np.linspace(1.0, 0.0, inference_steps + 1)[:-1]}
 

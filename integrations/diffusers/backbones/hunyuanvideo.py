@@ -6,12 +6,11 @@ Source: diffusers, `HunyuanVideoTransformer3DModel` and `HunyuanVideoPipeline`. 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
 from corrdit.integrations.diffusers.backbones.flow_matching import FlowMatchingBackbone
-from corrdit.integrations.diffusers.layouts import HunyuanVideoLayout
+from corrdit.integrations.diffusers.layouts import Arguments, HunyuanVideoLayout
 
 TEXT_TOKENS = 256
 """Length to which `HunyuanVideoPipeline` pads prompts."""
@@ -49,9 +48,7 @@ class HunyuanVideoBackbone(FlowMatchingBackbone):
         embeds = prompt_embeds.to(self.dtype)
         return {**text, "encoder_hidden_states": embeds, "encoder_attention_mask": embeds.new_ones(embeds.shape[:2])}
 
-    def call_arguments(
-        self, latents: torch.Tensor, timestep: float, text: Mapping[str, torch.Tensor]
-    ) -> dict[str, Any]:
+    def call_arguments(self, latents: torch.Tensor, timestep: float, text: Mapping[str, torch.Tensor]) -> Arguments:
         arguments = super().call_arguments(latents, timestep, text)
         if self.config.guidance_embeds:
             arguments["guidance"] = latents.new_full((len(latents),), EMBEDDED_GUIDANCE)

@@ -10,15 +10,16 @@ import pathlib
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import torch
 
-from corrdit.integrations.diffusers.backbones.base import Backbone, Pipeline
-from corrdit.integrations.diffusers.backbones.presets import PUBLISHED_MODELS, Preset
+from corrdit.integrations.diffusers.backbones.base import Backbone
+from corrdit.integrations.diffusers.backbones.presets import PUBLISHED_MODELS, Preset, checked_preset, published_preset
 from corrdit.integrations.diffusers.backbones.table import FAMILIES
-from corrdit.integrations.diffusers.layouts import layout_of
+from corrdit.integrations.diffusers.layouts import Pipeline, layout_of
 
 ENTRY_POINT_GROUP = "corrdit.backbones"
 EMBEDDED = "embedded"
@@ -42,7 +43,9 @@ def load_backbone(
             `save_pretrained`, with an optional `preset.json`; or a hub id such as "THUDM/CogVideoX-2b".
         device: where to put it; None for the CPU.
         dtype: precision; None for float32 on the CPU and the published precision (or bfloat16) elsewhere.
-        preset: settings in place of the model's own, or a file that `corrdit calibrate` wrote.
+        preset: settings in place of the model's own ("default"): a `Preset`, a file that `corrdit calibrate` wrote, or
+            "published" for DiffTrack's and DiTFlow's released procedures, with the settings that are published for a
+            model of this shape, if any.
 
     Raises:
         FileNotFoundError: no such preset file.
@@ -50,7 +53,7 @@ def load_backbone(
             machine while offline or cannot be fetched, a model that is not supported, with the reason, a preset that
             is none or names a layer the model does not have, or a device or dtype that cannot be used.
     """
-    chosen = preset if preset is None or isinstance(preset, Preset) else Preset.from_file(preset)
+    chosen = checked_preset(preset)
     if not isinstance(name, (str, os.PathLike)):
         raise ValueError(
             f"name must be a string or a path, got a {type(name).__name__}; backbone_of takes a pipeline that is loaded"
@@ -58,7 +61,14 @@ def load_backbone(
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype must be a floating-point torch dtype such as torch.bfloat16, or None, got {dtype!r}")
     backbone = _loaded(os.fspath(name), _usable_device(device), dtype)
-    return backbone if chosen is None else backbone_of(backbone.pipe, name=backbone.name, preset=chosen)
+    if chosen is None:
+        return backbone
+    own = backbone.preset
+    if not isinstance(chosen, Preset):
+        chosen = (published_preset(backbone.family, backbone.layers, backbone.heads) or own).published()
+    elif chosen.transfer is None and own.transfer is not None:
+        chosen = replace(chosen, transfer=chosen.moved_to_layer(own.transfer))
+    return backbone_of(backbone.pipe, name=backbone.name, preset=chosen)
 
 
 def _loaded(text: str, device: torch.device, dtype: torch.dtype | None) -> Backbone:
@@ -126,7 +136,7 @@ def _embedded(device: torch.device, dtype: torch.dtype | None) -> Backbone:
 
 
 def _embedded_row() -> dict[str, Any]:
-    from corrdit.integrations.embedded.loading import WEIGHTS, read_preset
+    from corrdit.integrations.embedded.preset import WEIGHTS, read_preset
 
     row: dict[str, Any] = {"name": EMBEDDED, "family": "cogvideox", "layers": None, "heads": None, "preset": None}
     if not (WEIGHTS / "model_index.json").is_file():

@@ -6,13 +6,12 @@ Source: diffusers, `LTXVideoTransformer3DModel` and `LTXPipeline`. The transform
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
 
 from corrdit.integrations.diffusers.backbones.flow_matching import MaskedTextBackbone, standardized
-from corrdit.integrations.diffusers.layouts import LTXLayout
+from corrdit.integrations.diffusers.layouts import Arguments, LTXLayout
 
 TEXT_TOKENS = 128
 """Length to which `LTXPipeline` pads prompts."""
@@ -40,7 +39,7 @@ class LTXBackbone(MaskedTextBackbone):
         frames, rows, columns = self._layout.patch_size(self.transformer)
         return int(self.config.in_channels) // (frames * rows * columns)
 
-    def schedule_arguments(self, inference_steps: int) -> dict[str, Any]:
+    def schedule_arguments(self, inference_steps: int) -> Arguments:
         """The pipeline shifts time by the number of tokens; here as for the longest sequence of its range."""
         config = self.pipe.scheduler.config
         sigmas = np.linspace(1.0, 1 / inference_steps, inference_steps)
@@ -60,9 +59,7 @@ class LTXBackbone(MaskedTextBackbone):
         size = (frames // patch_t, height // patch, width // patch)
         return self.pipe._unpack_latents(output, *size, patch, patch_t).transpose(1, 2)
 
-    def call_arguments(
-        self, latents: torch.Tensor, timestep: float, text: Mapping[str, torch.Tensor]
-    ) -> dict[str, Any]:
+    def call_arguments(self, latents: torch.Tensor, timestep: float, text: Mapping[str, torch.Tensor]) -> Arguments:
         batch, frames, _, height, width = latents.shape
         patch_t, patch, _ = self._layout.patch_size(self.transformer)
         spatial = self.spatial_compression

@@ -6,12 +6,10 @@ Source: diffusers, `MochiTransformer3DModel` and `MochiPipeline`. Latents are `[
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from corrdit.integrations.diffusers.backbones.flow_matching import MaskedTextBackbone, standardized
-from corrdit.integrations.diffusers.layouts import MochiLayout
+from corrdit.integrations.diffusers.layouts import Arguments, MochiLayout
 
 LINEAR_NOISE_THRESHOLD = 0.025
 """Where the pipeline's schedule turns from linear to quadratic."""
@@ -34,7 +32,7 @@ class MochiBackbone(MaskedTextBackbone):
     def noise_share(self, timestep: float) -> float:
         return 1 - timestep / self.pipe.scheduler.config.num_train_timesteps
 
-    def schedule_arguments(self, inference_steps: int) -> dict[str, Any]:
+    def schedule_arguments(self, inference_steps: int) -> Arguments:
         from diffusers.pipelines.mochi.pipeline_mochi import linear_quadratic_schedule
 
         return {"sigmas": linear_quadratic_schedule(inference_steps, LINEAR_NOISE_THRESHOLD)}

@@ -1,62 +1,150 @@
-"""Where correspondence is read from each model: published settings, and a starting point for models without any."""
+"""How a model is used where nothing else is asked for: calibrated, published, or a starting point that says it is one.
+
+A preset.json holds the entries of `ReadingPreset` beside `source`, and in the sections `tracking`, `guidance` and
+`transfer` what differs from the defaults of the other parts.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Protocol
+
+from torch import nn
+
+from corrdit.files import written_beside
+from corrdit.integrations.diffusers.layouts import config_of, layout_of
+from corrdit.integrations.diffusers.transfer_settings import TransferSettings, changed_settings
+from corrdit.tracking.options import PUBLISHED_TRACKING, ReadingPreset, TrackerOptions, changed_options
 
 CALIBRATED = "calibrated: "
 """How the source of settings begins that `corrdit calibrate` chose."""
+
+PRESET_NAMES = ("default", "published")
+"""A model's own settings; or the published procedures, with the settings for a model of its shape if there are any."""
+
+DEFAULT_RENORMALIZE = True
+"""Measured on the embedded model (benchmarks/results/guidance_quality.json): removing keys before the softmax makes
+videos more consistent in time, dropping weights after it less."""
 
 PUBLISHED_LAYER_SHARE = 17 / 30
 """Depth of the published layer in CogVideoX-2B; the starting point for models nobody has published a layer for."""
 
 
 @dataclass(frozen=True)
-class Preset:
-    """Settings for reading correspondence from a model.
+class GuidancePreset:
+    """Settings of cross-attention guidance for one model.
 
     Args:
-        layer: attention layer, counted over all blocks.
-        step: denoising step; -1 is the last of `inference_steps`.
-        inference_steps: length of the schedule `step` counts in.
-        heads: how heads are combined: "logits", "features", "probabilities" or "none".
-        head_weights: weight of each head, or None for equal weights.
-        head: a single head to use, or None.
-        noise: whether latents are noised to the step's timestep before they are read.
-        frames_per_chunk: latent frames the model is given at once.
-        height: working height in pixels, or None for the video's own.
-        width: working width in pixels, or None for the video's own.
-        tokens_per_frame: limit of tokens a frame is encoded to where height and width are None.
-        guidance_layers: layers for cross-attention guidance, or None for published ones or `layer`.
-        tracking: options of `corrdit.PointTracker` in place of its defaults, None for none; they count only where no
-            layer is asked for.
+        layers: attention layers that lose their cross-frame attention, counted over all blocks; None for the layer that
+            is read.
+        scale: guidance scale.
+        classifier_free_scale: guidance_scale of the pipeline the results were made with.
+        renormalize: whether keys are removed before the softmax; None as DiffTrack's released code: not with
+            classifier-free guidance, and without it.
         source: where the settings come from.
     """
 
-    layer: int
-    step: int = -1
-    inference_steps: int = 50
-    heads: str = "probabilities"
-    head_weights: tuple[float, ...] | None = None
-    head: int | None = None
-    noise: bool = False
-    frames_per_chunk: int = 13
-    height: int | None = None
-    width: int | None = None
-    tokens_per_frame: int | None = None
-    guidance_layers: tuple[int, ...] | None = None
-    tracking: Mapping[str, Any] | None = None
+    layers: tuple[int, ...] | None = None
+    scale: float = 1.0
+    classifier_free_scale: float = 6.0
+    renormalize: bool | None = DEFAULT_RENORMALIZE
     source: str = "given"
+
+
+@dataclass(frozen=True, init=False)
+class Preset:
+    """Settings of a model, which every class that takes a backbone reads.
+
+    Args:
+        reading: where queries and keys are read.
+        tracking: options of `corrdit.PointTracker`. If they name layers they are for these, and do not count where
+            others are asked for.
+        guidance: of `corrdit.CrossAttentionGuidance`.
+        transfer: of `corrdit.MotionTransfer`; None for those of a model of this shape.
+        source: where the settings come from.
+        flat: entries of a preset.json by name in place of the parts (deprecated).
+    """
+
+    reading: ReadingPreset
+    tracking: TrackerOptions
+    guidance: GuidancePreset
+    transfer: TransferSettings | None
+    source: str
+
+    def __init__(
+        self,
+        reading: ReadingPreset | int | None = None,
+        tracking: TrackerOptions | Mapping[str, Any] | None = None,
+        guidance: GuidancePreset | None = None,
+        transfer: TransferSettings | None = None,
+        source: str = "given",
+        **flat: Any,
+    ) -> None:
+        if flat or not isinstance(reading, ReadingPreset):
+            _warn(f"Preset({', '.join(flat) or 'layer'})", "Preset(ReadingPreset(...), ...)", level=3)
+            known = {} if not isinstance(reading, ReadingPreset) else dataclasses.asdict(reading)
+            given = {"layer": reading, **flat} if isinstance(reading, int) else {**known, **flat}
+            if "guidance_layers" in given:
+                guidance = dataclasses.replace(guidance or GuidancePreset(), layers=given.pop("guidance_layers"))
+            reading = ReadingPreset(**given)
+        if isinstance(tracking, Mapping):
+            # Options without layers were chosen for the one that is read, in files of earlier versions too.
+            named = not tracking or {"layer", "layers"} & tracking.keys()
+            tracking = changed_options(TrackerOptions(layers=() if named else (reading.layer,)), tracking)
+        parts = (reading, tracking or TrackerOptions(), guidance or GuidancePreset(), transfer, source)
+        for field, part in zip(fields(self), parts, strict=True):
+            object.__setattr__(self, field.name, part)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "guidance_layers":
+            home, value = "guidance.layers", self.guidance.layers
+        elif name in _READING:
+            home, value = f"reading.{name}", getattr(self.reading, name)
+        else:
+            raise AttributeError(f"a Preset has no {name!r}")
+        _warn(f"Preset.{name}", f"Preset.{home}", level=3)
+        return value
 
     @property
     def calibrated(self) -> bool:
         """Whether the settings were chosen by an analysis of this very model."""
         return self.source.startswith(CALIBRATED)
+
+    def moved_to_layer(self, transfer: TransferSettings) -> TransferSettings:
+        """Settings of motion transfer for the layer of this preset, if that was calibrated."""
+        if not self.calibrated:
+            return transfer
+        return dataclasses.replace(transfer, blocks=(self.reading.layer,), source=self.source)
+
+    def published(self) -> Preset:
+        """With DiffTrack's released procedures of tracking and guidance."""
+        guidance = dataclasses.replace(self.guidance, renormalize=None)
+        return dataclasses.replace(self, tracking=PUBLISHED_TRACKING, guidance=guidance)
+
+    def described(self) -> dict[str, Any]:
+        """The contents of a preset.json."""
+        tracking = _changes(self.tracking, TrackerOptions())
+        sections: dict[str, Any] = {
+            "tracking": tracking and {"layers": self.tracking.layers, **tracking},
+            "guidance": _changes(self.guidance, GuidancePreset()),
+        }
+        if self.transfer is not None:
+            blocks = self.transfer.blocks
+            sections["transfer"] = {"blocks": blocks, **_changes(self.transfer, TransferSettings(blocks))}
+        values = {**dataclasses.asdict(self.reading), "source": self.source, **sections}
+        plain: dict[str, Any] = json.loads(json.dumps(values))
+        return plain
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a preset.json, beside and then renamed."""
+        with written_beside(path, "w") as file:
+            file.write(json.dumps(self.described(), indent=2) + "\n")
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Preset:
@@ -89,53 +177,53 @@ class Preset:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Preset:
-        """From a preset.json; entries this version does not know are left alone.
+        """From the contents of a preset.json; entries this version does not know are left alone.
 
         Raises:
             ValueError: no layer in it, or an entry of another type or out of range.
         """
-        known = {field.name for field in fields(cls)}
-        chosen = {name: value for name, value in values.items() if name in known}
-        if "layer" not in chosen:
+        if "layer" not in values:
             raise ValueError(f"a preset needs a layer; it holds {', '.join(values) or 'nothing'}")
-        for name, value in chosen.items():
-            problem = _problem(name, value)
-            if problem is not None:
-                raise ValueError(f"{name} must be {problem}, got {value!r}")
-        for name in ("head_weights", "guidance_layers"):
-            if chosen.get(name) is not None:
-                chosen[name] = tuple(chosen[name])
-        return cls(**chosen)
+        for name in ("tracking", "guidance", "transfer"):
+            if not isinstance(values.get(name) or {}, Mapping):
+                owner = "the tracker" if name == "tracking" else name
+                raise ValueError(f"{name} must be options of {owner} by name, got {values[name]!r}")
+        if not isinstance(source := values.get("source", "given"), str):
+            raise ValueError(f"source must be a text, got {source!r}")
+        reading = ReadingPreset(**{name: value for name, value in values.items() if name in _READING})
+        transfer = values.get("transfer")
+        return cls(
+            reading,
+            values.get("tracking"),
+            _guidance(values),
+            changed_settings(TransferSettings((reading.layer,)), transfer) if transfer else None,
+            source,
+        )
 
 
-def _is_number(value: object, kind: type | tuple[type, ...] = int) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
+_READING = tuple(field.name for field in fields(ReadingPreset))
 
 
-_HEADS = ("probabilities", "logits", "features", "none")
-_REQUIRED = ("layer", "step", "inference_steps", "heads", "noise", "frames_per_chunk", "source")
-_LEAST = {"head": 0, "inference_steps": 1, "frames_per_chunk": 2, "height": 1, "width": 1, "tokens_per_frame": 1}
+def _warn(old: str, new: str, level: int) -> None:
+    message = f"{old} is now {new}; the old spelling goes in corrdit 0.3"
+    warnings.warn(message, DeprecationWarning, stacklevel=level + 1)
 
 
-def _problem(name: str, value: Any) -> str | None:
-    """What an entry of a preset has to be, where it is not."""
-    if value is None:
-        return "given" if name in _REQUIRED else None
-    if name in ("layer", "step"):
-        return None if _is_number(value) else "a whole number"
-    if name in _LEAST:
-        return None if _is_number(value) and value >= _LEAST[name] else f"a whole number of at least {_LEAST[name]}"
-    if name == "heads":
-        return None if value in _HEADS else f"one of {', '.join(_HEADS)}"
-    if name == "noise":
-        return None if isinstance(value, bool) else "true or false"
-    if name in ("head_weights", "guidance_layers"):
-        kind, text = ((int, float), "numbers") if name == "head_weights" else ((int,), "whole numbers")
-        good = isinstance(value, (list, tuple)) and value and all(_is_number(entry, kind) for entry in value)
-        return None if good else f"a list of {text}"
-    if name == "tracking":
-        return None if isinstance(value, Mapping) else "options of the tracker by name"
-    return None if isinstance(value, str) else "a text"
+def _changes(part: Any, default: Any) -> dict[str, Any]:
+    values, defaults = dataclasses.asdict(part), dataclasses.asdict(default)
+    return {name: value for name, value in values.items() if value != defaults[name]}
+
+
+def _guidance(values: Mapping[str, Any]) -> GuidancePreset:
+    given = {"layers": values.get("guidance_layers"), **(values.get("guidance") or {})}
+    layers = given["layers"]
+    whole = isinstance(layers, (list, tuple)) and layers and all(type(layer) is int for layer in layers)
+    if layers is not None and not whole:
+        raise ValueError(f"guidance_layers must be a list of whole numbers, got {layers!r}")
+    unknown = given.keys() - {field.name for field in fields(GuidancePreset)}
+    if unknown:
+        raise ValueError(f"guidance has an unknown entry {sorted(unknown)[0]!r}")
+    return GuidancePreset(**{**given, "layers": None if layers is None else tuple(layers)})
 
 
 @dataclass(frozen=True)
@@ -159,13 +247,56 @@ class PublishedModel:
     preset: Preset
 
 
-_DIFFTRACK = "DiffTrack's released tracking"
+PUBLISHED_NEGATIVE_PROMPT = "bad quality, distortions, unrealistic, distorted image, watermark, signature"
+
+
+_DITFLOW = TransferSettings(
+    blocks=(15,),
+    guidance_scale=7.0,
+    negative_prompt=PUBLISHED_NEGATIVE_PROMPT,
+    injection_blocks=(0,),
+    size=(480, 720),
+    scheduler="CogVideoXDDIMScheduler",
+    source="DiTFlow's released code",
+)
+
+
+def _published(
+    layer: int, *, guided: tuple[int, ...] | None = None, transfer: TransferSettings | None = None, **reading: Any
+) -> Preset:
+    return Preset(
+        ReadingPreset(layer, height=480, width=720, **reading),
+        guidance=GuidancePreset(guided, source="DiffTrack's released cross-attention guidance (arXiv 2506.17220)"),
+        transfer=transfer,
+        source="DiffTrack's released tracking",
+    )
+
+
 PUBLISHED_MODELS = {
     "cogvideox-2b": PublishedModel(
-        "THUDM/CogVideoX-2b", "cogvideox", 30, 30, "float16", Preset(17, height=480, width=720, source=_DIFFTRACK)
+        "THUDM/CogVideoX-2b",
+        "cogvideox",
+        30,
+        30,
+        "float16",
+        _published(17, guided=(13, 17, 21), transfer=_DITFLOW),
     ),
     "cogvideox-5b": PublishedModel(
-        "THUDM/CogVideoX-5b", "cogvideox", 42, 48, "bfloat16", Preset(17, height=480, width=720, source=_DIFFTRACK)
+        "THUDM/CogVideoX-5b",
+        "cogvideox",
+        42,
+        48,
+        "bfloat16",
+        _published(
+            17,
+            guided=(15, 17, 18),
+            transfer=dataclasses.replace(
+                _DITFLOW,
+                blocks=(20,),
+                scheduler="CogVideoXDPMScheduler",
+                pipeline_options=(("use_dynamic_cfg", True),),
+            ),
+        ),
     ),
     "hunyuanvideo": PublishedModel(
         "hunyuanvideo-community/HunyuanVideo",
@@ -173,16 +304,66 @@ PUBLISHED_MODELS = {
         60,
         24,
         "bfloat16",
-        Preset(16, step=29, inference_steps=30, height=480, width=720, source=_DIFFTRACK),
+        _published(16, step=29, inference_steps=30),
     ),
 }
 """By the short name `load_backbone` takes."""
 
 
-def preset_for(family: str, layers: int, heads: int) -> Preset:
-    """The published preset of the model with this shape, or a starting point that says it is one."""
+def published_preset(family: str, layers: int, heads: int) -> Preset | None:
+    """The published settings of a model of this shape, None where there are none."""
     for model in PUBLISHED_MODELS.values():
         if (model.family, model.layers, model.heads) == (family, layers, heads):
             return model.preset
+    return None
+
+
+def preset_for(family: str, layers: int, heads: int) -> Preset:
+    """The published preset of the model with this shape, or a starting point that says it is one."""
     layer = min(layers - 1, round(PUBLISHED_LAYER_SHARE * layers))
-    return Preset(layer, source="a starting point at the published depth; nothing is published for this model")
+    source = "a starting point at the published depth; nothing is published for this model"
+    return published_preset(family, layers, heads) or Preset(ReadingPreset(layer), source=source)
+
+
+def guidance_preset(transformer: nn.Module) -> GuidancePreset | None:
+    """The published settings of guidance for a model of this shape, None where there are none.
+
+    Raises:
+        ValueError: a transformer that is not known.
+    """
+    layout = layout_of(transformer)
+    layers, heads = len(layout.attention_modules(transformer)), int(config_of(transformer).num_attention_heads)
+    preset = published_preset(layout.family, layers, heads)
+    return None if preset is None or preset.guidance.layers is None else preset.published().guidance
+
+
+class ShapedModel(Protocol):
+    """What says which published settings are a model's: a `Backbone`."""
+
+    layers: int
+    heads: int
+    preset: Preset
+
+    @property
+    def family(self) -> str: ...
+
+
+def default_layers(backbone: ShapedModel) -> tuple[int, ...]:
+    """The layers its preset guides, those published for a model of this shape, or the one that is read."""
+    published = published_preset(backbone.family, backbone.layers, backbone.heads)
+    for preset in (backbone.preset, published):
+        if preset is not None and preset.guidance.layers is not None:
+            return preset.guidance.layers
+    return (backbone.preset.reading.layer,)
+
+
+def checked_preset(given: Preset | str | os.PathLike[str] | None) -> Preset | str | None:
+    """What `load_backbone` takes as a preset, files read: a `Preset`, "published", or None for the model's own.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a preset.
+    """
+    if given is None or given == "default":
+        return None
+    return given if given == "published" or isinstance(given, Preset) else Preset.from_file(given)

@@ -7,14 +7,12 @@ transformer for the timesteps below a boundary.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
-from corrdit.integrations.diffusers.backbones.base import Pipeline
 from corrdit.integrations.diffusers.backbones.flow_matching import FlowMatchingBackbone, standardized
 from corrdit.integrations.diffusers.backbones.presets import Preset
-from corrdit.integrations.diffusers.layouts import WanLayout
+from corrdit.integrations.diffusers.layouts import Arguments, Pipeline, WanLayout
 
 TEXT_TOKENS = 512
 """Length to which `WanPipeline` pads prompts."""
@@ -40,7 +38,7 @@ class WanBackbone(FlowMatchingBackbone):
             return self.transformer
         return self.pipe.transformer_2
 
-    def schedule_arguments(self, inference_steps: int) -> dict[str, Any]:
+    def schedule_arguments(self, inference_steps: int) -> Arguments:
         return {}
 
     def normalized(self, latents: torch.Tensor) -> torch.Tensor:
@@ -70,7 +68,7 @@ class WanBackbone(FlowMatchingBackbone):
         timestep: float,
         text: Mapping[str, torch.Tensor],
         image: torch.Tensor | None = None,
-    ) -> dict[str, Any]:
+    ) -> Arguments:
         self._check_inputs()
         if self.takes_image:
             condition = self._image_condition(latents[:, :1] if image is None else image, latents.shape[1])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from corrdit.integrations.diffusers.backbones.presets import GuidancePreset, guidance_preset
 from corrdit.integrations.diffusers.guidance.cross_attention import CrossAttentionGuidance
-from corrdit.integrations.diffusers.guidance.presets import GuidancePreset, guidance_preset
 
 __all__ = ["CrossAttentionGuidance", "CrossAttentionGuider", "GuidancePreset", "guidance_preset"]
 

@@ -16,9 +16,8 @@ import torch
 
 from corrdit.arguments import whole_number
 from corrdit.files import written_beside
-from corrdit.integrations.diffusers.backbones.base import Backbone, Pipeline
 from corrdit.integrations.diffusers.guidance.cross_attention import CrossAttentionGuidance
-from corrdit.integrations.diffusers.guidance.presets import guidance_preset
+from corrdit.integrations.diffusers.layouts import Pipeline
 
 VIDEO_FILE = "video.mp4"
 PLAIN_FILE = "plain.mp4"
@@ -50,14 +49,6 @@ class GeneratedVideo:
     video: np.ndarray
     plain: np.ndarray | None = None
     sample: int = 0
-
-
-def default_layers(backbone: Backbone) -> tuple[int, ...]:
-    """The layers its preset names, the published ones of a model of this shape, or the one that matches best."""
-    if backbone.preset.guidance_layers is not None:
-        return backbone.preset.guidance_layers
-    published = guidance_preset(backbone.transformer)
-    return (backbone.preset.layer,) if published is None else published.layers
 
 
 def check_call(pipe: object, arguments: Mapping[str, object]) -> None:

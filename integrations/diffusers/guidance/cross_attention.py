@@ -17,11 +17,14 @@ import dataclasses
 import weakref
 from collections.abc import Iterable
 from contextlib import ExitStack
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 import torch
 
+from corrdit.integrations.diffusers.backbones.base import Backbone
+from corrdit.integrations.diffusers.backbones.presets import GuidancePreset, Preset, default_layers, guidance_preset
 from corrdit.integrations.diffusers.guidance.guided_forwards import GuidedForwards, GuidedSamples
 from corrdit.integrations.diffusers.guidance.options import (
     GuidanceOptions,
@@ -31,15 +34,9 @@ from corrdit.integrations.diffusers.guidance.options import (
     model_heads,
 )
 from corrdit.integrations.diffusers.guidance.perturbed_pass import prediction_of
-from corrdit.integrations.diffusers.guidance.presets import guidance_preset
 from corrdit.integrations.diffusers.host.forwards import transformers_of
 from corrdit.integrations.diffusers.host.steps import PipelineSteps, branches_of
 from corrdit.integrations.diffusers.layouts import ForwardCall, TransformerLayout, layout_of
-
-DEFAULT_RENORMALIZE = True
-"""Measured on the embedded model (benchmarks/results/guidance_quality.json): removing keys before the softmax makes
-videos more consistent in time, dropping weights after it less."""
-PUBLISHED = "published"
 
 _guided_transformers: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
@@ -58,13 +55,13 @@ class CrossAttentionGuidance:
     Args:
         pipe: a diffusers video pipeline (or a backbone), with or without classifier-free guidance.
         layers: attention layers to perturb, counted over all blocks in the order they run, negative ones from the
-            last. With preset="published" they may be left out.
+            last. For a backbone, or with a preset, they may be left out.
         scale: s, in predictions of the model; 0 runs the pipeline as if there were no guidance, bit for bit.
         start: share of the denoising steps before guidance begins.
         stop: share of the denoising steps after which it ends.
         renormalize: True removes cross-frame keys before the softmax, False drops their weights after it. None means
-            True, or with preset="published" what the released code does: False with classifier-free guidance, True
-            without.
+            what the preset says: True, or for published ones what the released code does: False with classifier-free
+            guidance, True without.
         span: frames `|i - j| <= span` count as a token's own.
         perturbation: "cross_frame"; "identity", where a video token sees itself and the text only (perturbed-attention
             guidance, arXiv 2403.17377); or "skip", where the blocks of the layers are left out (spatiotemporal skip
@@ -72,7 +69,8 @@ class CrossAttentionGuidance:
         heads: head or heads to perturb, the same in every layer or by layer; None for all.
         adaptive_scale: the scale falls by this for each timestep from the noisiest, down to 0, as in diffusers'
             perturbed-attention pipelines.
-        preset: "published" for the published layers and variant of this model.
+        preset: a `Preset` in place of the backbone's, or "published" for the published layers and variant of this
+            model. It gives layers and variant.
         backend: of `corrdit.ops.frame_local_attention`.
 
     Raises:
@@ -94,7 +92,7 @@ class CrossAttentionGuidance:
         perturbation: str = "cross_frame",
         heads: Heads = None,
         adaptive_scale: float = 0.0,
-        preset: str | None = None,
+        preset: Preset | str | None = None,
         backend: str = "auto",
     ) -> None:
         self.pipe = _pipeline_of(pipe)
@@ -108,11 +106,13 @@ class CrossAttentionGuidance:
             adaptive_scale=adaptive_scale,
             backend=backend,
         )
-        self._published = _checked_preset(preset)
         self._transformers = transformers_of(self.pipe)
         transformer = self._transformers[0]
         count = min(len(layout_of(each).attention_modules(each)) for each in self._transformers)
-        self.layers = checked_layers(self._given_layers(layers, transformer), count, type(transformer).__name__)
+        name = type(transformer).__name__
+        self.preset = _guidance_of(pipe, transformer, preset)
+        given = _layers_of(self.preset, preset, name) if layers is None else layers
+        self.layers = checked_layers(given, count, name)
         self.heads = checked_heads(heads, self.layers, model_heads(transformer), perturbation)
         self._forwards = [
             GuidedForwards(each, self.layers, self.heads, self.options, self._wanted, self._finished)
@@ -150,24 +150,11 @@ class CrossAttentionGuidance:
         if stack is not None:
             stack.close()
 
-    def _given_layers(self, layers: int | Iterable[int] | None, transformer: torch.nn.Module) -> int | Iterable[int]:
-        if layers is not None:
-            return layers
-        name = type(transformer).__name__
-        if not self._published:
-            raise ValueError('no layers to perturb were given; give layers=(...), or preset="published"')
-        preset = guidance_preset(transformer)
-        if preset is None:
-            raise ValueError(
-                f'preset="published" has no layers for this {name}: they are published for CogVideoX-2B and 5B; give '
-                "layers=(...)"
-            )
-        return preset.layers
-
     def _renormalizes(self) -> bool:
-        if self.options.renormalize is not None:
-            return self.options.renormalize
-        return not self._steps.guided if self._published else DEFAULT_RENORMALIZE
+        for chosen in (self.options.renormalize, self.preset.renormalize):
+            if chosen is not None:
+                return chosen
+        return not self._steps.guided
 
     def _scale_now(self, call: ForwardCall) -> float:
         """s at the step in progress; 0 where it is not guided."""
@@ -220,10 +207,26 @@ def _shifted(output: object, shift: torch.Tensor) -> object:
     raise ValueError(f"the transformer returned a {type(output).__name__}; guidance needs a tuple or a model output")
 
 
-def _checked_preset(preset: str | None) -> bool:
-    if preset not in (None, PUBLISHED):
-        raise ValueError(f'preset must be "published" or None, got {preset!r}')
-    return preset is not None
+def _guidance_of(pipe: object, transformer: torch.nn.Module, preset: Preset | str | None) -> GuidancePreset:
+    """Settings of the preset given, of a backbone's own, or without layers of any for a bare pipeline."""
+    if isinstance(preset, Preset):
+        return replace(preset.guidance, layers=preset.guidance.layers or (preset.reading.layer,))
+    if preset is not None and preset != "published":
+        raise ValueError(f'preset must be "published", a Preset or None, got {preset!r}')
+    if preset is None and isinstance(pipe, Backbone):
+        return replace(pipe.preset.guidance, layers=default_layers(pipe))
+    return GuidancePreset() if preset is None else guidance_preset(transformer) or GuidancePreset(renormalize=None)
+
+
+def _layers_of(guidance: GuidancePreset, preset: Preset | str | None, name: str) -> tuple[int, ...]:
+    if guidance.layers is not None:
+        return guidance.layers
+    if preset is None:
+        raise ValueError('no layers to perturb were given; give layers=(...), a backbone, or preset="published"')
+    raise ValueError(
+        f'preset="published" has no layers for this {name}: they are published for CogVideoX-2B and 5B; give '
+        "layers=(...)"
+    )
 
 
 def _pipeline_of(pipe: Any) -> Any:

@@ -11,7 +11,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.guiders.guider_utils import GuiderOutput
 
 from corrdit.arguments import whole_indices
-from corrdit.integrations.diffusers.guidance.cross_attention import DEFAULT_RENORMALIZE
+from corrdit.integrations.diffusers.backbones.presets import DEFAULT_RENORMALIZE
 from corrdit.integrations.diffusers.guidance.guided_forwards import GuidedForwards, GuidedSamples
 from corrdit.integrations.diffusers.guidance.options import (
     GuidanceOptions,

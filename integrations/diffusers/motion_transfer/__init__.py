@@ -1,12 +1,11 @@
 """Motion transfer through unmodified pipelines: DiTFlow, its rivals, and zero-shot injection of what was optimised."""
 
 from corrdit.integrations.diffusers.motion_transfer.optimisation import DivergedError
-from corrdit.integrations.diffusers.motion_transfer.presets import settings_for
 from corrdit.integrations.diffusers.motion_transfer.reference import ReferenceMotion
 from corrdit.integrations.diffusers.motion_transfer.result import TransferResult
-from corrdit.integrations.diffusers.motion_transfer.settings import TransferSettings
 from corrdit.integrations.diffusers.motion_transfer.stored import StoredMotion
-from corrdit.integrations.diffusers.motion_transfer.transfer import MotionTransfer
+from corrdit.integrations.diffusers.motion_transfer.transfer import MotionTransfer, settings_for
+from corrdit.integrations.diffusers.transfer_settings import TransferSettings
 
 __all__ = [
     "DivergedError",

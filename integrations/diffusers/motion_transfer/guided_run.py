@@ -37,8 +37,8 @@ from corrdit.integrations.diffusers.motion_transfer.run_state import (
     restore_scheduler,
     scheduler_variables,
 )
-from corrdit.integrations.diffusers.motion_transfer.settings import TransferSettings
 from corrdit.integrations.diffusers.motion_transfer.stored import StoredMotion
+from corrdit.integrations.diffusers.transfer_settings import TransferSettings
 
 StepReport = Callable[[int, int, list[float]], None]
 """`report(finished steps, steps, losses of the step)`."""

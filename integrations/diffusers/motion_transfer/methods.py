@@ -10,7 +10,7 @@ from torch import Tensor
 
 from corrdit import ops
 from corrdit.grid import TokenGrid
-from corrdit.integrations.diffusers.motion_transfer.settings import TransferSettings
+from corrdit.integrations.diffusers.transfer_settings import TransferSettings
 from corrdit.motion import (
     attention_flow_loss,
     coarse_centers,

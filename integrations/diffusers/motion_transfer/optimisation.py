@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from corrdit.integrations.diffusers.motion_transfer.settings import TransferSettings
+from corrdit.integrations.diffusers.transfer_settings import TransferSettings
 
 LARGEST_LOSS_SCALE = 2.0**16
 """Where loss scaling for half precision begins, as `torch.amp.GradScaler` does."""

@@ -20,8 +20,8 @@ from corrdit.integrations.diffusers.host.forwards import Arguments
 from corrdit.integrations.diffusers.layouts import forward_arguments
 from corrdit.integrations.diffusers.motion_transfer.methods import MotionMethod, method_of, reference_flow
 from corrdit.integrations.diffusers.motion_transfer.observation import attention_observed, features_observed
-from corrdit.integrations.diffusers.motion_transfer.settings import TransferSettings
 from corrdit.integrations.diffusers.processors import Operation
+from corrdit.integrations.diffusers.transfer_settings import TransferSettings
 
 FLAT_BELOW = 2
 """A frame whose pixels differ by no more than this (of 255) shows nothing."""

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from corrdit.array_files import write_arrays
 from corrdit.files import written_beside
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.motion_transfer.result import TransferResult
-from corrdit.integrations.diffusers.motion_transfer.settings import TransferSettings
+from corrdit.integrations.diffusers.transfer_settings import TransferSettings
 
 FORMATS = ("mp4", "gif", "frames")
 TRACKED_GRID = 8
@@ -131,8 +132,7 @@ def _write_flow(folder: Path, result: TransferResult, backbone: Backbone) -> lis
     _, patch, _ = backbone.layout().patch_size(backbone.transformer)
     flows["latents"] = latent_displacement(latents, patch=patch).cpu().numpy().astype(np.int16)
     arrays = {name if name == "latents" else f"block_{name}": flow for name, flow in flows.items()}
-    with written_beside(folder / "flow.npz") as file:
-        np.savez_compressed(file, **arrays)
+    write_arrays(folder / "flow.npz", arrays)
     groups = backbone.latent_frame_map(len(result.reference))
     shown = [result.reference[group[len(group) // 2]] if group else result.reference[-1] for group in groups]
     names = ["flow.npz"]

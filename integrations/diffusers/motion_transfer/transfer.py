@@ -11,9 +11,9 @@ import torch
 
 from corrdit.arguments import whole_number
 from corrdit.integrations.diffusers.backbones.base import Backbone
+from corrdit.integrations.diffusers.backbones.presets import published_preset
 from corrdit.integrations.diffusers.host.forwards import Arguments
 from corrdit.integrations.diffusers.motion_transfer.guided_run import GuidedRun, StepReport
-from corrdit.integrations.diffusers.motion_transfer.presets import settings_for
 from corrdit.integrations.diffusers.motion_transfer.reference import (
     ReferenceMotion,
     prepared_frames,
@@ -22,15 +22,32 @@ from corrdit.integrations.diffusers.motion_transfer.reference import (
 from corrdit.integrations.diffusers.motion_transfer.result import TransferResult
 from corrdit.integrations.diffusers.motion_transfer.run_fingerprint import fingerprint
 from corrdit.integrations.diffusers.motion_transfer.run_state import RunState
-from corrdit.integrations.diffusers.motion_transfer.settings import (
+from corrdit.integrations.diffusers.motion_transfer.stored import StoredMotion
+from corrdit.integrations.diffusers.transfer_settings import (
     TransferSettings,
     changed_settings,
     resolved_blocks,
 )
-from corrdit.integrations.diffusers.motion_transfer.stored import StoredMotion
 
 Reference: TypeAlias = np.ndarray | torch.Tensor | str | os.PathLike[str]
 """A reference video: its frames, or the path of a video file or of a folder of frames."""
+
+
+def settings_for(backbone: Backbone) -> TransferSettings:
+    """The settings of the backbone's preset, those published for a model of its shape, or a starting point that says it
+    is one.
+
+    A preset that was calibrated on this very model brings its layer along.
+    """
+    preset = backbone.preset
+    if preset.transfer is not None:
+        return preset.transfer
+    published = published_preset(backbone.family, backbone.layers, backbone.heads)
+    settings = None if published is None else published.transfer
+    if settings is None:
+        source = "a starting point at the published depth; nothing is published for this model"
+        settings = TransferSettings(blocks=(backbone.layers // 2,), source=source)
+    return preset.moved_to_layer(settings)
 
 
 class MotionTransfer:

@@ -3,8 +3,8 @@ branches of a whole guided generation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,15 +132,20 @@ def check_early_exit(subject: Subject) -> None:
 
 def check_gradient_checkpointing(subject: Subject) -> None:
     """With gradient checkpointing the operation fires once and the gradients stay the same."""
-    transformer = subject.transformer
+    transformer: Any = subject.transformer
     if not getattr(transformer, "_supports_gradient_checkpointing", False):
         return
     layer = max(0, subject.backbone.layers - 2)
     plain, plain_gradient = _gradient(subject, layer, early_exit=False)
-    with _checkpointing(transformer):
+    before = transformer.gradient_checkpointing
+    transformer.enable_gradient_checkpointing()
+    try:
         for early_exit in (False, True):
             result, gradient = _gradient(subject, layer, early_exit=early_exit)
             _assert_same(plain, result, plain_gradient, gradient, f"checkpointing (early_exit={early_exit})")
+    finally:
+        if not before:
+            transformer.disable_gradient_checkpointing()
 
 
 def check_generation(backbone: Backbone, generation: Mapping[str, Any]) -> None:
@@ -196,17 +201,6 @@ def _assert_same(
     assert error < GRADIENT_TOLERANCE, f"{where} changes the gradient by {error:.2g} of its largest value"
 
 
-@contextmanager
-def _checkpointing(transformer: Any) -> Iterator[None]:
-    before = transformer.gradient_checkpointing
-    transformer.enable_gradient_checkpointing()
-    try:
-        yield
-    finally:
-        if not before:
-            transformer.disable_gradient_checkpointing()
-
-
 def _changed_tokens(base: LayerRead, other: LayerRead) -> set[int]:
     """Tokens of the first sample whose queries or keys differ."""
     differs = (base.q[0] != other.q[0]).any(dim=-1).any(dim=0) | (base.k[0] != other.k[0]).any(dim=-1).any(dim=0)
@@ -228,7 +222,7 @@ class RecordedCall:
 
 
 def _recorded_generation(
-    backbone: Backbone, generation: Mapping[str, Any]
+    backbone: Backbone, generation: Mapping[str, object]
 ) -> tuple[torch.Tensor, list[RecordedCall], int]:
     """The generated latents, all forwards, and the last step's number."""
     calls: list[RecordedCall] = []
@@ -252,11 +246,11 @@ def _recorded_generation(
     return plain, calls, iteration - 1
 
 
-def _generated(backbone: Backbone, generation: Mapping[str, Any], **further: Any) -> torch.Tensor:
+def _generated(backbone: Backbone, generation: Mapping[str, object], **further: object) -> torch.Tensor:
     """The latents of one generation; a generator among the arguments starts anew."""
     arguments = dict(generation)
     source = arguments.get("generator")
-    if source is not None:
+    if isinstance(source, torch.Generator):
         arguments["generator"] = torch.Generator(source.device).manual_seed(source.initial_seed())
     return backbone.pipe(**arguments, **further).frames
 

@@ -115,7 +115,7 @@ class Subject:
                 value = torch.randn(batch, *blank.shape[1:], generator=source).to(blank)
             text[name] = value
         latents = torch.randn(shape, generator=source).to(device=backbone.device, dtype=backbone.dtype)
-        return cls(backbone, latents, text, backbone.timestep(backbone.preset.inference_steps // 2))
+        return cls(backbone, latents, text, backbone.timestep(backbone.preset.reading.inference_steps // 2))
 
     @property
     def transformer(self) -> torch.nn.Module:
@@ -176,14 +176,9 @@ def small_scalar(q: torch.Tensor, k: torch.Tensor, grid: TokenGrid, key_mask: to
 
 def fitting_tokens(backbone: Backbone, rows: int, columns: int) -> tuple[int, int]:
     """At most this many rows and columns of tokens, within what the model has positions for."""
-    config = backbone.pipe.transformer.config
-    sample = (config.get("sample_height"), config.get("sample_width"))
+    height, width = (backbone.config.get(name) for name in ("sample_height", "sample_width"))
     _, patch_h, patch_w = backbone.layout().patch_size(backbone.transformer)
-    limits = [
-        size // patch if size else most
-        for size, patch, most in zip(sample, (patch_h, patch_w), (rows, columns), strict=True)
-    ]
-    return min(rows, limits[0]), min(columns, limits[1])
+    return min(rows, height // patch_h if height else rows), min(columns, width // patch_w if width else columns)
 
 
 Check = Callable[[Subject], None]

@@ -42,10 +42,9 @@ def tiny_pipeline(name: str, *, seed: int = 0) -> diffusers.DiffusionPipeline:
     Raises:
         ValueError: an unknown name, with the known ones.
     """
-    model = _model(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pipe = model.build()
+        pipe = _model(name).build()
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
             component.eval()
@@ -111,24 +110,16 @@ def _masked_prompts(source: torch.Generator, *, pooled: bool = False) -> dict[st
     return {**_prompts(source), **masks, **pooled_prompts}
 
 
+_SIZES = {"num_attention_heads": 2, "in_channels": LATENT_CHANNELS, "out_channels": LATENT_CHANNELS, "num_layers": 3}
+_CODEC = {"latent_channels": LATENT_CHANNELS, "block_out_channels": (8, 8, 8, 8)}
+
+
 def _cogvideox(**changes: Any) -> diffusers.DiffusionPipeline:
-    codec = diffusers.AutoencoderKLCogVideoX(
-        block_out_channels=(8, 8, 8, 8), latent_channels=LATENT_CHANNELS, layers_per_block=1, norm_num_groups=2
-    )
-    config = {
-        "num_attention_heads": 2,
-        "attention_head_dim": 16,
-        "in_channels": LATENT_CHANNELS,
-        "out_channels": LATENT_CHANNELS,
-        "time_embed_dim": 8,
-        "text_embed_dim": TEXT_CHANNELS,
-        "num_layers": 3,
-        "sample_width": 8,
-        "sample_height": 8,
-        "sample_frames": 9,
-        "max_text_seq_length": TEXT_TOKENS,
-    }
-    transformer = diffusers.CogVideoXTransformer3DModel(**{**config, **changes})
+    codec = diffusers.AutoencoderKLCogVideoX(**_CODEC, layers_per_block=1, norm_num_groups=2)
+    samples = {"sample_width": 8, "sample_height": 8, "sample_frames": 9}
+    text = {"text_embed_dim": TEXT_CHANNELS, "max_text_seq_length": TEXT_TOKENS}
+    config = {**_SIZES, "attention_head_dim": 16, "time_embed_dim": 8, **text, **samples, **changes}
+    transformer = diffusers.CogVideoXTransformer3DModel(**config)
     scheduler = diffusers.CogVideoXDDIMScheduler(timestep_spacing="trailing", prediction_type="v_prediction")
     return diffusers.CogVideoXPipeline(None, None, codec, transformer, scheduler)
 
@@ -140,45 +131,31 @@ def _cogvideox_image() -> diffusers.DiffusionPipeline:
 
 def _hunyuanvideo() -> diffusers.DiffusionPipeline:
     transformer = diffusers.HunyuanVideoTransformer3DModel(
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
-        num_attention_heads=2,
-        attention_head_dim=10,
-        num_layers=2,
+        **{**_SIZES, "num_layers": 2},
         num_single_layers=2,
         num_refiner_layers=1,
+        attention_head_dim=10,
+        rope_axes_dim=(2, 4, 4),
         patch_size=2,
         patch_size_t=1,
         guidance_embeds=True,
         text_embed_dim=TEXT_CHANNELS,
         pooled_projection_dim=8,
-        rope_axes_dim=(2, 4, 4),
     )
-    codec = diffusers.AutoencoderKLHunyuanVideo(
-        latent_channels=LATENT_CHANNELS, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4
-    )
-    return diffusers.HunyuanVideoPipeline(
-        text_encoder=None,
-        tokenizer=None,
-        transformer=transformer,
-        vae=codec,
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
-        text_encoder_2=None,
-        tokenizer_2=None,
-    )
+    codec = diffusers.AutoencoderKLHunyuanVideo(**_CODEC, layers_per_block=1, norm_num_groups=4)
+    absent = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0)
+    return diffusers.HunyuanVideoPipeline(transformer=transformer, vae=codec, scheduler=scheduler, **absent)
 
 
 def _wan_transformer(in_channels: int = LATENT_CHANNELS) -> torch.nn.Module:
     return diffusers.WanTransformer3DModel(
+        **{**_SIZES, "in_channels": in_channels},
         patch_size=(1, 2, 2),
-        num_attention_heads=2,
         attention_head_dim=12,
-        in_channels=in_channels,
-        out_channels=LATENT_CHANNELS,
         text_dim=TEXT_CHANNELS,
         freq_dim=256,
         ffn_dim=32,
-        num_layers=3,
         cross_attn_norm=True,
         rope_max_seq_len=32,
     )
@@ -214,17 +191,10 @@ def _wan_image() -> diffusers.DiffusionPipeline:
 
 def _ltx() -> diffusers.DiffusionPipeline:
     transformer = diffusers.LTXVideoTransformer3DModel(
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        cross_attention_dim=16,
-        num_layers=3,
-        caption_channels=TEXT_CHANNELS,
+        **_SIZES, attention_head_dim=8, cross_attention_dim=16, caption_channels=TEXT_CHANNELS
     )
     codec = diffusers.AutoencoderKLLTXVideo(
-        latent_channels=LATENT_CHANNELS,
-        block_out_channels=(8, 8, 8, 8),
+        **_CODEC,
         decoder_block_out_channels=(8, 8, 8, 8),
         layers_per_block=(1, 1, 1, 1, 1),
         decoder_layers_per_block=(1, 1, 1, 1, 1),
@@ -235,12 +205,12 @@ def _ltx() -> diffusers.DiffusionPipeline:
 
 def _mochi() -> diffusers.DiffusionPipeline:
     transformer = diffusers.MochiTransformer3DModel(
-        patch_size=2,
         num_attention_heads=2,
         attention_head_dim=8,
         num_layers=3,
-        pooled_projection_dim=16,
         in_channels=LATENT_CHANNELS,
+        patch_size=2,
+        pooled_projection_dim=16,
         text_embed_dim=TEXT_CHANNELS,
         time_embed_dim=4,
         max_sequence_length=TEXT_TOKENS,

@@ -5,9 +5,10 @@ within one token; so standing still scores 0 by construction. Compared are queri
 features, the noisy patches themselves, and standing still on all visible points.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,11 @@ from torch import Tensor
 
 from corrdit import ops
 from corrdit.grid import TokenGrid
-from corrdit.integrations.diffusers.captures import capture
+from corrdit.integrations.diffusers.analysis.capturing import reading_forward
+from corrdit.integrations.diffusers.backbones.loading import backbone_of
 from corrdit.integrations.embedded.pipeline import EmbeddedVideoPipeline
 from corrdit.integrations.embedded.world import WorldConfig, generate
 
-HELD_OUT_SEEDS = 1_000_000_000
 MOVED_TOKENS = 1.5
 NEAR_TOKENS = 1.0
 SMALL_FRAME = 256
@@ -49,12 +50,6 @@ class HeldOut:
         return (near & (self.moved if counted is None else counted)).flatten(1).sum(1)
 
 
-def encode(pipe: EmbeddedVideoPipeline, video: Tensor) -> Tensor:
-    """Latents [B, T, C, h, w] of videos [B, T, 3, H, W] in 0..1, every frame by itself."""
-    latents = pipe.vae.encode((2 * video - 1).transpose(1, 2)).latent_dist.mode().transpose(1, 2)
-    return latents * pipe.vae.config.scaling_factor
-
-
 def held_out_videos(
     pipe: EmbeddedVideoPipeline,
     config: WorldConfig,
@@ -80,32 +75,7 @@ def held_out_videos(
     xy = torch.from_numpy(np.stack([track.xy for track in truth])) / scale / stride - 0.5
     visible = torch.from_numpy(np.stack([track.visible for track in truth]))[:, 1:]
     moved = visible & ((xy[:, 1:] - xy[:, :1]).norm(dim=-1) > MOVED_TOKENS)
-    return HeldOut(encode(pipe, frames), grid, xy[:, 1:], visible, moved)
-
-
-@contextmanager
-def _recorded_features(transformer: Any, records: dict[str, Tensor]) -> Iterator[None]:
-    """Attention outputs (heads joined, before the projection) and block outputs of every layer, video tokens only."""
-
-    def before_projection(layer: int, text: int) -> Any:
-        def hook(module: Any, inputs: Any) -> None:
-            records[f"attention output {layer}"] = inputs[0][:, text:]
-
-        return hook
-
-    def after_block(layer: int) -> Any:
-        def hook(module: Any, inputs: Any, outputs: Any) -> None:
-            records[f"block output {layer}"] = outputs[0]
-
-        return hook
-
-    text = transformer.config.max_text_seq_length
-    with ExitStack() as stack:
-        for layer, block in enumerate(transformer.transformer_blocks):
-            projection = block.attn1.to_out[0].register_forward_pre_hook(before_projection(layer, text))
-            stack.callback(projection.remove)
-            stack.callback(block.register_forward_hook(after_block(layer)).remove)
-        yield
+    return HeldOut(pipe.vae.encode_frames(frames), grid, xy[:, 1:], visible, moved)
 
 
 def nearest(features: Tensor, grid: TokenGrid, *, cosine: bool) -> Tensor:
@@ -131,21 +101,18 @@ def nearest_patches(latents: Tensor, grid: TokenGrid) -> Tensor:
 
 
 def _match_operation(
-    q: Tensor, k: Tensor, grid: TokenGrid, key_mask: Tensor | None, refine: int = 0
+    q: Tensor, k: Tensor, grid: TokenGrid, key_mask: Tensor | None, *, refined: bool
 ) -> dict[str, Tensor]:
     """Matches of every reading, with {} in its name for the layer."""
     # Whole cost maps of small frames cost less than the bookkeeping of streaming over them.
     backend = "reference" if grid.tokens_per_frame <= SMALL_FRAME else "auto"
-    options: dict[str, Any] = {"key_mask": key_mask, "backend": backend, "refine": refine}
-    single = ops.match(q, k, grid, heads="none", **options).xy.flatten(3, 4)
-    mean = ops.match(q, k, grid, heads="probabilities", **options).xy.flatten(2, 3)
-    kind = REFINED if refine else ""
-    heads = {f"{kind}query-key {{}} head {head}": single[:, head] for head in range(single.shape[1])}
-    return {f"{kind}query-key {{}} mean": mean, **heads}
-
-
-def _refined_operation(q: Tensor, k: Tensor, grid: TokenGrid, key_mask: Tensor | None) -> dict[str, Tensor]:
-    return _match_operation(q, k, grid, key_mask) | _match_operation(q, k, grid, key_mask, refine=1)
+    found = {}
+    for refine, kind in ((0, ""), (1, REFINED)) if refined else ((0, ""),):
+        match = partial(ops.match, q, k, grid, key_mask=key_mask, backend=backend, refine=refine)
+        found[f"{kind}query-key {{}} mean"] = match(heads="probabilities").xy.flatten(2, 3)
+        for head, xy in enumerate(match(heads="none").xy.flatten(3, 4).unbind(1)):
+            found[f"{kind}query-key {{}} head {head}"] = xy
+    return found
 
 
 @torch.no_grad()
@@ -166,33 +133,33 @@ def read_matches(
     noise: what the latents [B, F, C, h, w] are noised with to the timestep; None reads the clean latents at that
     timestep.
     """
-    transformer = pipe.transformer
-    batch = len(latents)
-    moment = torch.full((batch,), timestep)
-    noisy = latents if noise is None else pipe.scheduler.add_noise(latents, noise, moment)
-    prompt = pipe._get_t5_prompt_embeds("").expand(batch, -1, -1)
-    height, width = (side * pipe.vae_scale_factor_spatial for side in latents.shape[-2:])
-    rotary = None
-    if transformer.config.use_rotary_positional_embeddings:
-        rotary = pipe._prepare_rotary_positional_embeddings(height, width, grid.frames, latents.device)
-    records: dict[str, Tensor] = {}
-    layers = len(transformer.transformer_blocks)
-    operation = _refined_operation if refined else _match_operation
-    with (
-        _recorded_features(transformer, records),
-        capture(transformer, layers=range(layers), operation=operation) as captured,
-    ):
-        transformer(
-            hidden_states=noisy.to(transformer.dtype),
-            encoder_hidden_states=prompt,
-            timestep=moment,
-            image_rotary_emb=rotary,
-            return_dict=False,
+    noisy = latents
+    if noise is not None:
+        noisy = pipe.scheduler.add_noise(latents, noise, torch.full((len(latents),), timestep))
+    matches = {"patches": nearest_patches(noisy, grid)}
+
+    def deliver(layer: int, name: str, result: Any) -> None:
+        if name == "attention":
+            matches.update({reading.format(layer): xy for reading, xy in result.items()})
+        elif name == "attention output":
+            matches[f"{name} {layer}"] = result
+
+    def after_block(layer: int, block: torch.nn.Module, inputs: object, outputs: tuple[Tensor, ...]) -> None:
+        matches[f"block output {layer}"] = nearest(outputs[0], grid, cosine=True)
+
+    backbone = backbone_of(pipe, name="embedded")
+    with ExitStack() as stack:
+        for layer, block in enumerate(pipe.transformer.transformer_blocks):
+            stack.callback(block.register_forward_hook(partial(after_block, layer)).remove)
+        reading_forward(
+            backbone,
+            noisy,
+            timestep,
+            layers=tuple(range(backbone.layers)),
+            operation=partial(_match_operation, refined=refined),
+            feature_operation=partial(nearest, cosine=False),
+            deliver=deliver,
         )
-    matches = {name.format(layer): xy for layer in range(layers) for name, xy in captured[0, layer].items()}
-    for name, features in records.items():
-        matches[name] = nearest(features, grid, cosine=name.startswith("block"))
-    matches["patches"] = nearest_patches(noisy, grid)
     return matches
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+Json = Mapping[str, Any]
+"""What a JSON or YAML file holds."""
 _CARD = """\
 ---
 license: apache-2.0
@@ -50,34 +52,23 @@ the cost (`ops.match` with refine=1).
 """
 
 
-def model_card(
-    config: Mapping[str, Any],
-    steps: int,
-    parameters: int,
-    *,
-    measured: Mapping[str, Any] | None = None,
-    notes: str = "",
-) -> str:
+def model_card(config: Json, steps: int, parameters: int, *, measured: Json | None = None, notes: str = "") -> str:
     """Markdown for the weights' folder.
 
     config: the recipe; steps: training steps done; parameters: of the transformer; measured: what
     benchmarks/embedded_matching.py wrote; notes: anything about the run that the recipe does not say.
     """
-    quality = _UNMEASURED if measured is None else _quality(measured)
     return _CARD.format(
+        **{name: config[name] for name in ("layers", "heads", "head_dim", "positions")},
         parameters=parameters / 1e6,
-        layers=config["layers"],
-        heads=config["heads"],
-        head_dim=config["head_dim"],
-        positions=config["positions"],
         steps=steps,
         recipe=yaml.safe_dump(dict(config), sort_keys=False, default_flow_style=None),
         notes=f"\n{notes}\n" if notes else "",
-        quality=quality,
+        quality=_UNMEASURED if measured is None else _quality(measured),
     )
 
 
-def _quality(measured: Mapping[str, Any]) -> str:
+def _quality(measured: Json) -> str:
     sizes = {
         "training_size": "8 frames of 32 x 32, as in half of the training",
         "large": "24 frames of 480 x 720 at a working grid of 20 x 30 tokens",
@@ -89,7 +80,7 @@ def _quality(measured: Mapping[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def _table(title: str, table: Mapping[str, Any]) -> str:
+def _table(title: str, table: Json) -> str:
     found = set.intersection(*(set(rows) for rows in table["summary"].values()))
     kinds = [kind for kind in _KINDS if kind in found]
     lines = [
@@ -102,11 +93,9 @@ def _table(title: str, table: Mapping[str, Any]) -> str:
         "| --- " * (len(kinds) + 1) + "|",
     ]
     for timestep, rows in table["summary"].items():
-        cells = [_cell(rows[kind]) for kind in kinds]
-        lines.append(f"| {timestep} | " + " | ".join(cells) + " |")
+        cells = [str(timestep)]
+        for row in (rows[kind] for kind in kinds):
+            where = "" if row["reading"] == "patches" else f"<br>{row['reading'].split('query-key ')[-1]}"
+            cells.append(f"{row['share']:.3f} ({row['low']:.3f} to {row['high']:.3f}){where}")
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def _cell(row: Mapping[str, Any]) -> str:
-    where = "" if row["reading"] == "patches" else f"<br>{row['reading'].split('query-key ')[-1]}"
-    return f"{row['share']:.3f} ({row['low']:.3f} to {row['high']:.3f}){where}"

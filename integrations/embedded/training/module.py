@@ -6,20 +6,21 @@ videos, noise and timesteps as one that was not, and logs the same losses.
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, TypedDict
 
 import lightning
 import numpy as np
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from corrdit.arguments import whole_number
+from corrdit.arguments import choice, whole_number
 from corrdit.integrations.embedded.pipeline import (
     build_pipeline,
     build_transformer,
@@ -27,9 +28,8 @@ from corrdit.integrations.embedded.pipeline import (
     rotary_positions,
 )
 from corrdit.integrations.embedded.training.muon import MuonWithAdamW
-from corrdit.integrations.embedded.world import PROMPT_KINDS, WorldConfig, describe, render
+from corrdit.integrations.embedded.world import HELD_OUT_SEEDS, PROMPT_KINDS, WorldConfig, describe, render
 
-HELD_OUT_SEEDS = 1_000_000_000
 PRECISIONS = ("bf16-mixed", "32-true", "16-mixed")
 _WHOLE_NUMBERS = {"seed": 0, "steps": 1, "batch_size": 1, "warmup": 0, "workers": 0}
 _NUMBERS = {
@@ -57,7 +57,7 @@ def _number(name: str, value: Any, least: float, most: float) -> float:
     return number
 
 
-def _shapes(value: Any) -> tuple[tuple[int, int, int], ...]:
+def _shapes(value: object) -> tuple[tuple[int, int, int], ...]:
     """The shapes of a recipe as tuples of whole numbers."""
     if not isinstance(value, (list, tuple)) or not value:
         raise ValueError(f"shapes must be a list of at least one [frames, height, width], got {value!r}")
@@ -111,8 +111,7 @@ class TrainingConfig:
         check_transformer(self.layers, self.heads, self.head_dim, self.positions)
         if self.optimizer not in ("adamw", "muon"):
             raise ValueError(f"optimizer must be 'adamw' or 'muon', got {self.optimizer!r}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        choice("precision", self.precision, PRECISIONS)
         if (self.seed + 1) * self.steps * self.batch_size > HELD_OUT_SEEDS:
             raise ValueError("(seed + 1) * steps * batch_size must not exceed 1e9, where the held-out videos begin")
 
@@ -125,9 +124,18 @@ class TrainingConfig:
         return cls(**values)
 
 
+class TrainingBatch(TypedDict):
+    """What one process holds of a step's batch: videos [B, T, 3, H, W] in 0..1, their prompts, the step, and which
+    slice of the whole batch that is."""
+
+    video: Tensor
+    prompts: list[str]
+    step: int
+    share: slice
+
+
 class GeneratedBatches(IterableDataset):
-    """Batches of generated videos, from a given step on: dicts with `video` [B, T, 3, H, W] in 0..1, `prompts`,
-    `step` and `share`, the slice of the step's whole batch that this process (`rank` of `processes`) holds."""
+    """Batches of generated videos, from a given step on, as process `rank` of `processes` holds them."""
 
     def __init__(self, config: TrainingConfig, first_step: int = 0, rank: int = 0, processes: int = 1) -> None:
         if config.batch_size % processes:
@@ -137,14 +145,14 @@ class GeneratedBatches(IterableDataset):
         each = config.batch_size // processes
         self.share = slice(rank * each, (rank + 1) * each)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[TrainingBatch]:
         # A loader takes from its workers in turn, so every n-th step from each gives the steps in order.
         worker = get_worker_info()
         offset, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
         for step in range(self.first_step + offset, self.config.steps, stride):
             yield self.batch(step)
 
-    def batch(self, step: int) -> dict[str, Any]:
+    def batch(self, step: int) -> TrainingBatch:
         """This process's share of the batch of one step."""
         config = self.config
         frames, height, width = config.shapes[step % len(config.shapes)]
@@ -170,11 +178,9 @@ class WorldDataModule(lightning.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """One endless epoch; batches come whole from the dataset."""
-        if self.trainer is None:
-            return DataLoader(GeneratedBatches(self.config), batch_size=None, num_workers=self.config.workers)
-        batches = GeneratedBatches(
-            self.config, self.trainer.global_step, self.trainer.global_rank, self.trainer.world_size
-        )
+        run = self.trainer
+        place = () if run is None else (run.global_step, run.global_rank, run.world_size)
+        batches = GeneratedBatches(self.config, *place)
         return DataLoader(batches, batch_size=None, num_workers=self.config.workers)
 
 
@@ -186,8 +192,12 @@ class MaterialisedAttention(TorchFunctionMode):
     """
 
     def __torch_function__(
-        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: dict[str, Any] | None = None
-    ) -> Any:
+        self,
+        function: Callable[..., object],
+        types: object,
+        arguments: tuple[Any, ...] = (),
+        keywords: dict[str, Any] | None = None,
+    ) -> object:
         """Replace plain calls of scaled_dot_product_attention; everything else runs as it is."""
         keywords = keywords or {}
         plain = not keywords.get("is_causal") and keywords.get("attn_mask") is None and len(arguments) == 3
@@ -224,12 +234,11 @@ class EmbeddedTraining(lightning.LightningModule):
     def _close_gates(self) -> None:
         """Start every block as the identity and the output at zero, as DiT's adaLN-Zero (Peebles and Xie, section
         3.2)."""
-        for block in self.transformer.transformer_blocks:
-            for norm in (block.norm1, block.norm2):
-                torch.nn.init.zeros_(norm.linear.weight)
-                torch.nn.init.zeros_(norm.linear.bias)
-        torch.nn.init.zeros_(self.transformer.proj_out.weight)
-        torch.nn.init.zeros_(self.transformer.proj_out.bias)
+        blocks = self.transformer.transformer_blocks
+        gates = [norm.linear for block in blocks for norm in (block.norm1, block.norm2)]
+        for layer in (*gates, self.transformer.proj_out):
+            torch.nn.init.zeros_(layer.weight)
+            torch.nn.init.zeros_(layer.bias)
 
     def embed(self, prompts: list[str]) -> Tensor:
         """Text embeddings [B, text tokens, dim] of prompts."""
@@ -239,11 +248,11 @@ class EmbeddedTraining(lightning.LightningModule):
         ).input_ids
         return self.text_encoder(encoded.to(self.device))[0]
 
-    def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
+    def training_step(self, batch: TrainingBatch, batch_index: int) -> Tensor:
         """Mean squared error of the predicted velocity on one batch."""
-        latents = self.codec.encode((2 * batch["video"] - 1).transpose(1, 2)).latent_dist.mode().transpose(1, 2)
+        latents = self.codec.encode_frames(batch["video"])
         _, frames, channels, height, width = latents.shape
-        timestep, noise = self._draw(int(batch["step"]), batch["share"], (frames, channels, height, width))
+        timestep, noise = self._draw(batch["step"], batch["share"], (frames, channels, height, width))
         power = self.signal_power[timestep].view(-1, 1, 1, 1, 1)
         noisy = power.sqrt() * latents + (1 - power).sqrt() * noise
         velocity = power.sqrt() * noise - (1 - power).sqrt() * latents
@@ -278,7 +287,7 @@ class EmbeddedTraining(lightning.LightningModule):
         noise = torch.randn((count, *shape), generator=generator)
         return timestep[share].to(self.device), noise[share].to(self.device)
 
-    def optimizer_step(self, *arguments: Any, **keywords: Any) -> None:
+    def optimizer_step(self, *arguments: object, **keywords: object) -> None:
         """Step, then move the average towards the weights, faster in the first steps.
 
         Done here and not at the end of the batch, because checkpoints are written before the module's own hook there.
@@ -299,17 +308,16 @@ class EmbeddedTraining(lightning.LightningModule):
         left = max(0.0, 1 - step / self.config.steps) / self.config.slowing_share
         return warm * (self.config.final_rate + (1 - self.config.final_rate) * min(1.0, left))
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW, or Muon for the blocks' attention and feed-forward matrices, with decay on matrices only."""
-        named = list(self.transformer.named_parameters())
-        inner = {name for name, _ in named if ".attn1.to_" in name or ".ff.net." in name}
-        matrices = [weight for name, weight in named if name in inner and weight.ndim == 2]
-        if self.config.optimizer == "adamw":
-            matrices = []
-        chosen = {id(weight) for weight in matrices}
+        matrices: list[Tensor] = []
+        others: list[Tensor] = []
+        for name, weight in self.transformer.named_parameters():
+            inner = weight.ndim == 2 and (".attn1.to_" in name or ".ff.net." in name)
+            (matrices if inner and self.config.optimizer == "muon" else others).append(weight)
         optimizer = MuonWithAdamW(
             matrices,
-            [weight for _, weight in named if id(weight) not in chosen],
+            others,
             self.config.learning_rate,
             matrix_rate=self.config.matrix_rate,
             weight_decay=self.config.weight_decay,

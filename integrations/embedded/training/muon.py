@@ -72,33 +72,28 @@ class MuonWithAdamW(torch.optim.Optimizer):
             weights = [weight for weight in group["params"] if weight.grad is not None]
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
             if group["orthogonal"]:
-                self._step_matrices(weights, group)
+                for weight in weights:
+                    average = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
+                    average.lerp_(weight.grad, 1 - group["momentum"])
+                    update = orthogonalised(weight.grad.lerp(average, group["momentum"]))
+                    weight.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(weight.shape)))
             elif weights:
-                self._step_others(weights, group)
+                self._step_others(weights, [weight.grad for weight in weights], group["lr"], group["betas"])
         return loss
 
-    def _step_matrices(self, weights: list[Tensor], group: dict[str, Any]) -> None:
-        momentum = group["momentum"]
-        for weight in weights:
-            average = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
-            average.lerp_(weight.grad, 1 - momentum)
-            update = orthogonalised(weight.grad.lerp(average, momentum))
-            weight.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(weight.shape)))
-
-    def _step_others(self, weights: list[Tensor], group: dict[str, Any]) -> None:
-        first_decay, second_decay = group["betas"]
-        for weight in weights:
-            state = self.state[weight]
+    def _step_others(
+        self, weights: list[Tensor], gradients: list[Tensor], rate: float, betas: tuple[float, float]
+    ) -> None:
+        first_decay, second_decay = betas
+        states = [self.state[weight] for weight in weights]
+        for weight, state in zip(weights, states, strict=True):
             if not state:
                 state |= {"first": torch.zeros_like(weight), "second": torch.zeros_like(weight), "step": 0}
             state["step"] += 1
-        first = [self.state[weight]["first"] for weight in weights]
-        second = [self.state[weight]["second"] for weight in weights]
-        gradients = [weight.grad for weight in weights]
+        first, second = ([state[name] for state in states] for name in ("first", "second"))
         torch._foreach_lerp_(first, gradients, 1 - first_decay)
         torch._foreach_mul_(second, second_decay)
         torch._foreach_addcmul_(second, gradients, gradients, 1 - second_decay)
-        for weight, mean, square in zip(weights, first, second, strict=True):
-            step = self.state[weight]["step"]
-            size = (square / (1 - second_decay**step)).sqrt_().add_(1e-8)
-            weight.addcdiv_(mean, size, value=-group["lr"] / (1 - first_decay**step))
+        for weight, mean, square, state in zip(weights, first, second, states, strict=True):
+            size = (square / (1 - second_decay ** state["step"])).sqrt_().add_(1e-8)
+            weight.addcdiv_(mean, size, value=-rate / (1 - first_decay ** state["step"]))

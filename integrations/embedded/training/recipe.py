@@ -6,9 +6,7 @@ import logging
 import pathlib
 import re
 import tempfile
-from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any
 
 import lightning
 import torch
@@ -18,9 +16,9 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 
 from corrdit.arguments import whole_number
 from corrdit.files import refuse_other_settings
-from corrdit.integrations.embedded.loading import PRESET_FILE
 from corrdit.integrations.embedded.pipeline import build_pipeline
-from corrdit.integrations.embedded.training.model_card import model_card
+from corrdit.integrations.embedded.preset import PRESET_FILE
+from corrdit.integrations.embedded.training.model_card import Json, model_card
 from corrdit.integrations.embedded.training.module import EmbeddedTraining, TrainingConfig, WorldDataModule
 from corrdit.memory import is_out_of_memory
 
@@ -60,15 +58,11 @@ def newest_checkpoint(output: pathlib.Path) -> pathlib.Path:
     found = _checkpoints(output)
     if not found:
         raise FileNotFoundError(f"{output / _CHECKPOINTS} holds no step-*.ckpt; train first, without --resume")
-    return max(found, key=lambda path: (_step_of(path), path.stat().st_mtime))
+    return max(found, key=lambda path: (int(path.stem.split("-")[1]), path.stat().st_mtime))
 
 
 def _checkpoints(output: pathlib.Path) -> list[pathlib.Path]:
     return [path for path in (output / _CHECKPOINTS).glob("step-*.ckpt") if _CHECKPOINT_NAME.fullmatch(path.name)]
-
-
-def _step_of(checkpoint: pathlib.Path) -> int:
-    return int(checkpoint.stem.split("-")[1])
 
 
 def _loggers(output: pathlib.Path, resumed: bool) -> list[Logger]:
@@ -88,11 +82,11 @@ class _PieceTimer(Timer):
     """Stops a piece of a run after a while. Lightning's own timer goes on counting where the checkpoint's was, so that
     every further piece would end at once."""
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """Nothing: each piece has all of its time."""
         return {}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
         """Leave the clock at zero."""
 
 
@@ -137,9 +131,9 @@ def train(
     if not resume and checkpoint_exists(output):
         raise ValueError(f"{output} already holds checkpoints; resume that run or give another folder")
     checkpoint = newest_checkpoint(output) if resume else None
-    module = EmbeddedTraining(config)
     if checkpoint is not None:
-        _check_resumable(module, output, checkpoint)
+        _check_resumable(config, output, checkpoint)
+    module = EmbeddedTraining(config)
     if threads is not None:
         torch.set_num_threads(threads)
     trainer = lightning.Trainer(
@@ -187,8 +181,12 @@ def checkpoint_exists(output: pathlib.Path) -> bool:
     return bool(_checkpoints(output))
 
 
-def _read_checkpoint(checkpoint: pathlib.Path) -> dict[str, Any]:
-    """What a checkpoint of `train` holds. Raises ValueError for a damaged or foreign file."""
+def load_checkpoint(checkpoint: pathlib.Path) -> EmbeddedTraining:
+    """The training module of a checkpoint, weights and average. Raises ValueError for a damaged or foreign file."""
+    return _module_and_steps(checkpoint)[0]
+
+
+def _module_and_steps(checkpoint: pathlib.Path) -> tuple[EmbeddedTraining, int]:
     try:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except OSError:
@@ -199,21 +197,15 @@ def _read_checkpoint(checkpoint: pathlib.Path) -> dict[str, Any]:
         raise _no_checkpoint(checkpoint, f"it cannot be read, {type(error).__name__}") from error
     if not isinstance(state, dict) or not all(name in state for name in _CHECKPOINT_ENTRIES):
         raise _no_checkpoint(checkpoint, f"it must hold {', '.join(_CHECKPOINT_ENTRIES)}")
-    return state
-
-
-def _recipe_of(checkpoint: pathlib.Path, state: Mapping[str, Any]) -> TrainingConfig:
     try:
-        return TrainingConfig.from_dict(dict(state["hyper_parameters"]))
+        module = EmbeddedTraining(TrainingConfig.from_dict(dict(state["hyper_parameters"])))
     except (TypeError, ValueError) as error:
         raise _no_checkpoint(checkpoint, f"its recipe is none: {error}") from error
-
-
-def _fill(module: EmbeddedTraining, checkpoint: pathlib.Path, state: Mapping[str, Any]) -> None:
     try:
         module.load_state_dict(state["state_dict"])
     except (AttributeError, TypeError, RuntimeError) as error:
         raise _no_checkpoint(checkpoint, "its weights are not those of its recipe") from error
+    return module, int(state["global_step"])
 
 
 def _no_checkpoint(checkpoint: pathlib.Path, reason: str) -> ValueError:
@@ -222,29 +214,16 @@ def _no_checkpoint(checkpoint: pathlib.Path, reason: str) -> ValueError:
     )
 
 
-def _check_resumable(module: EmbeddedTraining, output: pathlib.Path, checkpoint: pathlib.Path) -> None:
+def _check_resumable(config: TrainingConfig, output: pathlib.Path, checkpoint: pathlib.Path) -> None:
     """Raises ValueError where a run could not go on from a checkpoint as it was meant."""
-    state = _read_checkpoint(checkpoint)
-    earlier, now = (dataclasses.asdict(recipe) for recipe in (_recipe_of(checkpoint, state), module.config))
+    module, steps = _module_and_steps(checkpoint)
+    earlier, now = (dataclasses.asdict(recipe) for recipe in (module.config, config))
     refuse_other_settings(output, earlier, {name: now[name] for name in now if name not in _MAY_CHANGE})
-    _fill(module, checkpoint, state)
-    if state["global_step"] > module.config.steps:
+    if steps > config.steps:
         raise ValueError(
-            f"{checkpoint} has {state['global_step']} steps, more than the recipe's {module.config.steps}; give as "
-            "many with --steps, or --export-only"
+            f"{checkpoint} has {steps} steps, more than the recipe's {config.steps}; give as many with --steps, or "
+            "--export-only"
         )
-
-
-def load_checkpoint(checkpoint: pathlib.Path) -> EmbeddedTraining:
-    """The training module of a checkpoint, weights and average. Raises ValueError for a damaged or foreign file."""
-    return _module_and_steps(checkpoint)[0]
-
-
-def _module_and_steps(checkpoint: pathlib.Path) -> tuple[EmbeddedTraining, int]:
-    state = _read_checkpoint(checkpoint)
-    module = EmbeddedTraining(_recipe_of(checkpoint, state))
-    _fill(module, checkpoint, state)
-    return module, int(state["global_step"])
 
 
 def refuse_other_folder(folder: pathlib.Path) -> None:
@@ -261,8 +240,8 @@ def export_checkpoint(
     checkpoint: pathlib.Path,
     folder: pathlib.Path,
     *,
-    preset: Mapping[str, Any] | None = None,
-    measured: Mapping[str, Any] | None = None,
+    preset: Json | None = None,
+    measured: Json | None = None,
     notes: str = "",
 ) -> pathlib.Path:
     """Write the averaged weights as a float16 diffusers pipeline folder that `load_embedded_pipeline` reads, with a

@@ -7,7 +7,7 @@ import functools
 from corrdit.analysis.sources import AnalysisItem, AnalysisVideo, point_grid
 from corrdit.integrations.embedded.world.clips import WorldConfig, generate
 
-HELD_OUT_SEEDS = 2_000_000_000
+FIRST_SEED = 2_000_000_000
 """Seeds from here on are used neither by training nor by the evaluation of checkpoints."""
 
 
@@ -25,7 +25,7 @@ def world_items(
     queries = point_grid(points, height, width)
 
     def load(number: int) -> AnalysisVideo:
-        clip = generate([HELD_OUT_SEEDS + 100_000 * seed + number], config)[0]
+        clip = generate([FIRST_SEED + 100_000 * seed + number], config)[0]
         truth = clip.tracks(queries)
         return AnalysisVideo(clip.video, truth.xy, truth.visible, clip.prompt)
 

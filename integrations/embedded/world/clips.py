@@ -17,13 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from corrdit.arguments import whole_number
-from corrdit.integrations.embedded.world.prompts import describe
+from corrdit.data.tapvid import TapVidVideo
 from corrdit.integrations.embedded.world.scene import (
     MOST_SPRITES,
     SPRITE_TEXTURES,
+    Camera,
     Scene,
     Sprite,
     check_sprites,
+    describe,
     draw_scene,
 )
 from corrdit.integrations.embedded.world.shapes import SHAPES, signed_distance
@@ -35,6 +37,7 @@ from corrdit.integrations.embedded.world.textures import (
 )
 
 _RIM = 0.13
+_CANDIDATES = 16
 
 
 @dataclass(frozen=True)
@@ -84,11 +87,15 @@ def _rotation(angle: Tensor) -> Tensor:
     return torch.stack([torch.stack([cosine, -sine], -1), torch.stack([sine, cosine], -1)], -2)
 
 
-def _screen_grid(config: WorldConfig) -> Tensor:
-    """Pixel centres in units, [H, W, 2]."""
-    rows = (torch.arange(config.height) + 0.5 - config.height / 2) / config.unit
-    columns = (torch.arange(config.width) + 0.5 - config.width / 2) / config.unit
-    return torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)
+def _stacked(items: Sequence[Scene | Camera | Sprite], name: str) -> Tensor:
+    """A value of each item over time, float64 [N, T, ...]."""
+    return torch.from_numpy(np.stack([getattr(item, name) for item in items]))
+
+
+def _sampled(images: Tensor, places: Tensor, padding_mode: str) -> Tensor:
+    """Colours [N, T, 3, H, W] of images [N, 3, M, M] at places [N, T, H, W, 2], whose edges are -1 and 1."""
+    colours = F.grid_sample(images, places.flatten(1, 2), "bilinear", padding_mode, align_corners=False)
+    return colours.unflatten(2, places.shape[1:3]).transpose(1, 2)
 
 
 def _paint_background(scenes: Sequence[Scene], config: WorldConfig, grid: Tensor) -> Tensor:
@@ -96,32 +103,17 @@ def _paint_background(scenes: Sequence[Scene], config: WorldConfig, grid: Tensor
     images = background_images(
         [scene.background for scene in scenes], [scene.background_seed for scene in scenes], config.unit
     )
-    center = torch.from_numpy(np.stack([scene.camera.center for scene in scenes])).float()
-    angle = torch.from_numpy(np.stack([scene.camera.angle for scene in scenes])).float()
-    zoom = torch.from_numpy(np.stack([scene.camera.zoom for scene in scenes])).float()
+    cameras = [scene.camera for scene in scenes]
+    center, angle, zoom = (_stacked(cameras, name).float() for name in ("center", "angle", "zoom"))
     matrix = _rotation(angle) * zoom[..., None, None]
     places = torch.einsum("btij,hwj->bthwi", matrix, grid) + center[:, :, None, None]
-    batch, frames, height, width, _ = places.shape
-    sampled = F.grid_sample(
-        images,
-        (places / BACKGROUND_EXTENT).reshape(batch, frames * height, width, 2),
-        mode="bilinear",
-        padding_mode="reflection",
-        align_corners=False,
-    )
-    return sampled.reshape(batch, 3, frames, height, width).transpose(1, 2).contiguous()
+    return _sampled(images, places / BACKGROUND_EXTENT, "reflection").contiguous()
 
 
 def _sprite_poses(sprites: Sequence[Sprite], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Inverse rotation [N, T, 2, 2], centre [N, T, 2] and radius [N, T]."""
-    angle = torch.from_numpy(np.stack([sprite.angle for sprite in sprites])).to(dtype)
-    center = torch.from_numpy(np.stack([sprite.center for sprite in sprites])).to(dtype)
-    radius = torch.from_numpy(np.stack([sprite.radius for sprite in sprites])).to(dtype)
+    angle, center, radius = (_stacked(sprites, name).to(dtype) for name in ("angle", "center", "radius"))
     return _rotation(-angle), center, radius
-
-
-def _shape_indices(sprites: Sequence[Sprite]) -> Tensor:
-    return torch.tensor([SHAPES.index(sprite.shape) for sprite in sprites])
 
 
 def _paint_sprites(sprites: Sequence[Sprite], config: WorldConfig, grid: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,26 +128,17 @@ def _paint_sprites(sprites: Sequence[Sprite], config: WorldConfig, grid: Tensor)
     inverse, center, radius = _sprite_poses(sprites, torch.float32)
     offset = grid - center[:, :, None, None]
     local = torch.einsum("ntij,nthwj->nthwi", inverse, offset) / radius[:, :, None, None, None]
-    distance = signed_distance(local, _shape_indices(sprites))
+    distance = signed_distance(local, [sprite.shape for sprite in sprites])
     pixels = (radius * config.unit)[:, :, None, None]
     coverage = (0.5 - distance * pixels).clamp(0, 1)
     rim = ((distance + _RIM) * pixels + 0.5).clamp(0, 1)
-    count, frames, height, width, _ = local.shape
-    colour = F.grid_sample(
-        images,
-        (local / SPRITE_EXTENT).reshape(count, frames * height, width, 2),
-        mode="bilinear",
-        padding_mode="border",
-        align_corners=False,
-    )
-    colour = colour.reshape(count, 3, frames, height, width).transpose(1, 2)
+    colour = _sampled(images, local / SPRITE_EXTENT, "border")
     return colour * (1 - 0.7 * rim[:, :, None]), coverage[:, :, None]
 
 
 def _develop(video: Tensor, scenes: Sequence[Scene], config: WorldConfig) -> Tensor:
     """Light, blur and noise on painted frames [B, T, 3, H, W]."""
-    gain = torch.from_numpy(np.stack([scene.gain for scene in scenes])).float()[:, :, None, None, None]
-    offset = torch.from_numpy(np.stack([scene.offset for scene in scenes])).float()[:, :, None, None, None]
+    gain, offset = (_stacked(scenes, name).float()[:, :, None, None, None] for name in ("gain", "offset"))
     video = video * gain + offset
     for index, scene in enumerate(scenes):
         sigma = scene.blur * config.unit
@@ -183,7 +166,10 @@ def render(scenes: Sequence[Scene], config: WorldConfig) -> Tensor:
                 f"the scene of seed {scene.seed} was drawn for {scene.frames} frames of aspect {scene.aspect:.4g}, not "
                 f"for {config}; draw it with config.scene(seed)"
             )
-    grid = _screen_grid(config)
+    rows = (torch.arange(config.height) + 0.5 - config.height / 2) / config.unit
+    columns = (torch.arange(config.width) + 0.5 - config.width / 2) / config.unit
+    # Pixel centres in units, [H, W, 2].
+    grid = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)
     video = _paint_background(scenes, config, grid)
     owners = [index for index, scene in enumerate(scenes) for _ in scene.sprites]
     ranks = [rank for scene in scenes for rank in range(len(scene.sprites))]
@@ -206,6 +192,7 @@ class Clip:
         self.config = config
         self.video = video
         self.prompt = describe(scene)
+        self._middle = torch.tensor([config.width, config.height]) / 2
 
     def layers(self, frame: int, xy: np.ndarray) -> np.ndarray:
         """Which surface is seen at points xy [P, 2] (pixels) of a frame: int64 [P], 0 the background, k the k-th sprite
@@ -226,8 +213,15 @@ class Clip:
         is visible in its query's frame. Raises ValueError otherwise.
         """
         queries = np.asarray(queries, dtype=np.float64)
-        self._check_queries(queries)
-        truth = self._follow(queries, list(range(self.config.frames)))
+        config = self.config
+        if queries.ndim != 2 or queries.shape[1] != 3 or not np.isfinite(queries).all():
+            raise ValueError(f"queries must be finite and of shape [P, 3] (frame, x, y), got shape {queries.shape}")
+        highest = np.array([config.frames - 1, config.width, config.height])
+        if (queries < 0).any() or (queries > highest).any() or (queries[:, 0] != np.floor(queries[:, 0])).any():
+            raise ValueError(
+                f"queries must lie on frames 0..{config.frames - 1} and inside of {config.width}x{config.height} pixels"
+            )
+        truth = self._follow(queries, list(range(config.frames)))
         # A query on the frame's border may leave it by rounding, and those on the right and the lower one are outside.
         truth.visible[queries[:, 0].astype(np.int64), np.arange(len(queries))] = True
         return truth
@@ -262,28 +256,12 @@ class Clip:
         inside = ((moved >= 0) & (moved < size)).all(dim=-1)
         return Truth(moved.float().numpy(), (inside & ~hidden).numpy())
 
-    def _check_queries(self, queries: np.ndarray) -> None:
-        config = self.config
-        if queries.ndim != 2 or queries.shape[1] != 3 or not np.isfinite(queries).all():
-            raise ValueError(f"queries must be finite and of shape [P, 3] (frame, x, y), got shape {queries.shape}")
-        highest = np.array([config.frames - 1, config.width, config.height])
-        if (queries < 0).any() or (queries > highest).any() or (queries[:, 0] != np.floor(queries[:, 0])).any():
-            raise ValueError(
-                f"queries must lie on frames 0..{config.frames - 1} and inside of {config.width}x{config.height} pixels"
-            )
-
-    def _to_units(self, xy: Tensor) -> Tensor:
-        return (xy - torch.tensor([self.config.width, self.config.height]) / 2) / self.config.unit
-
-    def _to_pixels(self, units: Tensor) -> Tensor:
-        return units * self.config.unit + torch.tensor([self.config.width, self.config.height]) / 2
-
     def _sprite_cover(self, xy: Tensor, frames: list[int]) -> Tensor:
         """Whether each sprite covers points xy [T', P, 2] of the given T' frames: bool [sprites, T', P]."""
         inverse, center, radius = _sprite_poses(self.scene.sprites, torch.float64)
-        offset = self._to_units(xy) - center[:, frames, None]
+        offset = (xy - self._middle) / self.config.unit - center[:, frames, None]
         local = torch.einsum("ntij,ntpj->ntpi", inverse[:, frames], offset) / radius[:, frames, None, None]
-        return signed_distance(local, _shape_indices(self.scene.sprites)) <= 0
+        return signed_distance(local, [sprite.shape for sprite in self.scene.sprites]) <= 0
 
     def _move(self, frames: Tensor, xy: Tensor, layer: Tensor, targets: list[int]) -> Tensor:
         """Carry points [P, 2] seen on a layer of their frames to the target frames: [targets, P, 2]."""
@@ -294,10 +272,11 @@ class Clip:
         matrix = _rotation(angle) * scale[..., None, None]
         background_shift = -torch.einsum("tij,tj->ti", matrix[0], torch.from_numpy(camera.center))
         shift = torch.stack([background_shift, *(torch.from_numpy(sprite.center) for sprite in sprites)])
-        start = self._to_units(xy) - shift[layer, frames]
+        start = (xy - self._middle) / self.config.unit - shift[layer, frames]
         surface = torch.linalg.solve(matrix[layer, frames], start)
         matrix, shift = matrix[:, targets], shift[:, targets]
-        return self._to_pixels(torch.einsum("ptij,pj->tpi", matrix[layer], surface) + shift[layer].transpose(0, 1))
+        places = torch.einsum("ptij,pj->tpi", matrix[layer], surface) + shift[layer].transpose(0, 1)
+        return places * self.config.unit + self._middle
 
 
 def generate(seeds: Iterable[int], config: WorldConfig | None = None) -> list[Clip]:
@@ -315,6 +294,33 @@ def demo_clip(seed: int = 22) -> tuple[np.ndarray, Clip]:
     """A clip for demonstrations: video uint8 [20, 160, 240, 3] and the clip whose `tracks` gives its exact truth."""
     clip = generate([seed], WorldConfig(frames=20, height=160, width=240, sprites=(2, 4)))[0]
     return clip.video, clip
+
+
+def sample_queries(clip: Clip, count: int, seed: int = 0) -> np.ndarray:
+    """Random points of a clip, about half of them on its sprites as far as these are in view.
+
+    count: at least 1. Returns float64 [count, 3] (frame, x, y) in pixels, at random frames. Raises ValueError for a
+    count below 1 and a negative seed.
+    """
+    count, seed = whole_number("count", count, 1), whole_number("seed", seed, 0)
+    rng = np.random.default_rng([seed, clip.scene.seed])
+    config = clip.config
+    candidates = rng.random((_CANDIDATES * count, 3)) * [config.frames, config.width, config.height]
+    candidates[:, 0] = np.floor(candidates[:, 0])
+    on_sprite = np.zeros(len(candidates), dtype=bool)
+    for frame in range(config.frames):
+        chosen = candidates[:, 0] == frame
+        on_sprite[chosen] = clip.layers(frame, candidates[chosen, 1:]) > 0
+    moving, ground = candidates[on_sprite], candidates[~on_sprite]
+    from_sprites = min(len(moving), max(count // 2, count - len(ground)))
+    return np.concatenate([moving[:from_sprites], ground[: count - from_sprites]])
+
+
+def as_tapvid(clip: Clip, queries: np.ndarray, name: str) -> TapVidVideo:
+    """The clip with the exact tracks of queries [P, 3] in the layout of TAP-Vid."""
+    truth = clip.tracks(queries)
+    shares = truth.xy.transpose(1, 0, 2) / np.array([clip.config.width, clip.config.height])
+    return TapVidVideo(name=name, video=clip.video, points=shares, occluded=~truth.visible.T)
 
 
 __all__ = ["SHAPES", "SPRITE_TEXTURES", "Clip", "Flow", "Truth", "WorldConfig", "demo_clip", "generate", "render"]

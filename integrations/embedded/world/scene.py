@@ -1,8 +1,11 @@
-"""What happens in a generated video: camera, sprites and light, drawn from a seed.
+"""What happens in a generated video: camera, sprites and light, drawn from a seed; and the same in words.
 
 A scene is free of pixels. Lengths are in units of the frame's shorter side, the origin is the centre of the frame, x
 points right and y down; time runs over the clip. The same seed gives the same scene at every size; another aspect
 ratio or another number of frames shows the same objects on paths of the same kind.
+
+The words are what the text encoder of the embedded model is trained on. Three kinds, as in DiTFlow's evaluation: the
+caption (everything), the subject alone and the scene alone.
 """
 
 import math
@@ -10,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from corrdit.arguments import whole_number
+from corrdit.arguments import choice, whole_number
 from corrdit.integrations.embedded.world.shapes import SHAPES
 
 SPRITE_TEXTURES = ("striped", "dotted", "checkered", "marbled", "speckled", "patched")
@@ -28,6 +31,10 @@ DIRECTIONS = {
     "up right": (math.sqrt(0.5), -math.sqrt(0.5)),
 }
 MOST_SPRITES = 5
+HELD_OUT_SEEDS = 1_000_000_000
+"""First seed of the videos that no training sees."""
+PROMPT_KINDS = ("caption", "subject", "scene")
+_DESCRIBED_SPRITES = 2
 _SPRITE_COUNT_ODDS = (0.40, 0.27, 0.16, 0.10, 0.07)
 _PATH_ODDS = (0.48, 0.14, 0.13, 0.13, 0.12)
 
@@ -95,16 +102,15 @@ def _stretch(frames: int) -> float:
     return math.sqrt(max(frames - 1, 1) / 7)
 
 
-def _reflect(values: np.ndarray, limit: float) -> np.ndarray:
-    """Fold a straight path back into [-limit, limit]."""
+def _reflect(values: np.ndarray, limit: np.ndarray) -> np.ndarray:
+    """Fold a straight path [T, 2] back into [-limit, limit] of each axis."""
     period = 4 * limit
     folded = np.mod(values + limit, period)
     return np.where(folded > 2 * limit, period - folded, folded) - limit
 
 
 def _draw_camera(rng: np.random.Generator, frames: int) -> Camera:
-    phase = _phase(frames)
-    stretch = _stretch(frames)
+    phase, stretch = _phase(frames), _stretch(frames)
     kind = rng.choice(["still", "pan", "zoom", "rotate"], p=[0.12, 0.58, 0.15, 0.15])
     name = str(rng.choice(list(DIRECTIONS)))
     travel = rng.uniform(0.3, 0.9) * stretch
@@ -146,9 +152,7 @@ def _draw_path(rng: np.random.Generator, path: str, frames: int, half: np.ndarra
         around = np.stack([np.cos(angle), np.sin(angle)], axis=-1)
         return "clockwise" if sweep > 0 else "anticlockwise", 0.5 * middle + orbit * around
     if path == "bouncing":
-        straight = middle + phase[:, None] * 1.6 * travel * way
-        limits = half - 0.1
-        return name, np.stack([_reflect(straight[:, axis], float(limits[axis])) for axis in (0, 1)], axis=-1)
+        return name, _reflect(middle + phase[:, None] * 1.6 * travel * way, half - 0.1)
     return "", middle + np.zeros((frames, 2))
 
 
@@ -229,3 +233,35 @@ def draw_scene(seed: int, frames: int, aspect: float, sprites: tuple[int, int] =
         noise=noise,
         noise_seed=noise_seed,
     )
+
+
+def subject_words(sprite: Sprite) -> str:
+    """For instance "a red striped disc"."""
+    article = "an" if sprite.colours[0][0] in "aeiou" else "a"
+    return f"{article} {sprite.colours[0]} {sprite.texture} {sprite.shape}"
+
+
+def motion_words(sprite: Sprite) -> str:
+    """For instance "moves left", "circles clockwise", "bounces up and grows"."""
+    verbs = {"linear": "moves", "accelerated": "accelerates", "circular": "circles", "bouncing": "bounces"}
+    extra = []
+    if sprite.turns:
+        extra.append("turns")
+    if abs(sprite.growth - 1) > 0.2:
+        extra.append("grows" if sprite.growth > 1 else "shrinks")
+    if sprite.path == "still":
+        return " and ".join(extra) if extra else "stands still"
+    return " and ".join([f"{verbs[sprite.path]} {sprite.direction}", *extra])
+
+
+def describe(scene: Scene, kind: str = "caption") -> str:
+    """The words of a scene.
+
+    kind: "caption" names the one or two foremost sprites, their motion, the background and the camera; "subject" leaves
+    out background and camera; "scene" leaves out the sprites. Raises ValueError for another kind.
+    """
+    choice("kind", kind, PROMPT_KINDS)
+    foremost = scene.sprites[::-1][:_DESCRIBED_SPRITES]
+    subjects = " and ".join(f"{subject_words(sprite)} {motion_words(sprite)}" for sprite in foremost)
+    place = f"over {scene.background} the camera {scene.camera.move}"
+    return {"caption": f"{subjects} {place}", "subject": subjects, "scene": place}[kind]

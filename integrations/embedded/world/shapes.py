@@ -5,42 +5,15 @@ slope near the outline are used (coverage of a pixel and occlusion). Formulas fo
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-
-SHAPES = ("disc", "square", "triangle", "star", "ring", "diamond", "cross", "heart")
-
-
-def _disc(x: Tensor, y: Tensor) -> Tensor:
-    return torch.hypot(x, y) - 0.92
-
-
-def _ring(x: Tensor, y: Tensor) -> Tensor:
-    return (torch.hypot(x, y) - 0.7).abs() - 0.3
 
 
 def _box(x: Tensor, y: Tensor, half_width: float, half_height: float) -> Tensor:
     dx, dy = x.abs() - half_width, y.abs() - half_height
     return torch.hypot(dx.clamp(min=0), dy.clamp(min=0)) + torch.maximum(dx, dy).clamp(max=0)
-
-
-def _square(x: Tensor, y: Tensor) -> Tensor:
-    return _box(x, y, 0.8, 0.8)
-
-
-def _diamond(x: Tensor, y: Tensor) -> Tensor:
-    return (x.abs() + 0.8 * y.abs() - 0.85) / math.hypot(1.0, 0.8)
-
-
-def _cross(x: Tensor, y: Tensor) -> Tensor:
-    return torch.minimum(_box(x, y, 1.0, 0.4), _box(x, y, 0.4, 1.0))
-
-
-def _triangle(x: Tensor, y: Tensor) -> Tensor:
-    slanted = (math.sqrt(3.0) * x.abs() - (y + 1.0)) / 2
-    return torch.maximum(slanted, y - 0.7)
 
 
 def _star(x: Tensor, y: Tensor) -> Tensor:
@@ -63,27 +36,27 @@ def _heart(x: Tensor, y: Tensor) -> Tensor:
     return torch.where(px + py > 1.0, lobe, below) * 1.6
 
 
-_DISTANCES: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
-    _disc,
-    _square,
-    _triangle,
-    _star,
-    _ring,
-    _diamond,
-    _cross,
-    _heart,
-)
+_DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "disc": lambda x, y: torch.hypot(x, y) - 0.92,
+    "square": lambda x, y: _box(x, y, 0.8, 0.8),
+    "triangle": lambda x, y: torch.maximum((math.sqrt(3.0) * x.abs() - (y + 1.0)) / 2, y - 0.7),
+    "star": _star,
+    "ring": lambda x, y: (torch.hypot(x, y) - 0.7).abs() - 0.3,
+    "diamond": lambda x, y: (x.abs() + 0.8 * y.abs() - 0.85) / math.hypot(1.0, 0.8),
+    "cross": lambda x, y: torch.minimum(_box(x, y, 1.0, 0.4), _box(x, y, 0.4, 1.0)),
+    "heart": _heart,
+}
+SHAPES = tuple(_DISTANCES)
 
 
-def signed_distance(local: Tensor, shape: Tensor) -> Tensor:
+def signed_distance(local: Tensor, shapes: Sequence[str]) -> Tensor:
     """Signed distance of points to their sprite's outline, in units of the sprite's radius.
 
-    local: [N, ..., 2] points in the local frame (x right, y down) of N sprites; shape: int64 [N] indices into SHAPES.
+    local: [N, ..., 2] points in the local frame (x right, y down) of N sprites; shapes: of each, one of SHAPES.
     Returns [N, ...] in the dtype of `local`.
     """
     distance = torch.empty_like(local[..., 0])
-    for index in shape.unique().tolist():
-        chosen = shape == index
-        points = local[chosen]
-        distance[chosen] = _DISTANCES[index](points[..., 0], points[..., 1])
+    for name in set(shapes):
+        chosen = [index for index, shape in enumerate(shapes) if shape == name]
+        distance[chosen] = _DISTANCES[name](*local[chosen].unbind(-1))
     return distance

@@ -66,8 +66,7 @@ def _fields(seeds: list[int], stretches: list[tuple[float, float]], sizes: list[
             rows, columns = max(3, round(size / stretch_y)), max(3, round(size / stretch_x))
             lattice = np.random.default_rng([seed, octave]).standard_normal((_FIELDS, rows, columns), dtype=np.float32)
             lattices.append(torch.from_numpy(lattice))
-        shapes = {lattice.shape for lattice in lattices}
-        for shape in shapes:
+        for shape in {lattice.shape for lattice in lattices}:
             chosen = [index for index, lattice in enumerate(lattices) if lattice.shape == shape]
             stacked = torch.stack([lattices[index] for index in chosen])
             total[chosen] += weight * F.interpolate(stacked, size=(texels, texels), mode="bicubic", align_corners=False)
@@ -113,29 +112,27 @@ def background_images(names: list[str], seeds: list[int], pixels_per_unit: float
     image = _tint(image, fields, _BACKGROUND_HUE)
     bricks = [index for index, name in enumerate(names) if name == "brick"]
     if bricks:
-        grid_x, grid_y = _surface_grid(texels, BACKGROUND_EXTENT)
-        joints = _brick_pattern(grid_x, grid_y)
+        joints = _brick_pattern(*_surface_grid(texels, BACKGROUND_EXTENT))
         image[bricks] = _mix(image[bricks], image[bricks] * 0.4 + 0.36, 0.75 * joints)
     return image.clamp(0.02, 0.95)
 
 
 def _pattern(name: str, fields: Tensor) -> Tensor:
     """Share of the second colour, [N, 1, M, M], for sprites of one texture."""
-    grid_x, grid_y = _surface_grid(fields.shape[-1], SPRITE_EXTENT)
+    x, y = _surface_grid(fields.shape[-1], SPRITE_EXTENT)
+    field = fields[:, 0:1]
     if name == "striped":
-        wave = torch.sin(2 * math.pi * 1.35 * grid_x + 0.5 * fields[:, 0:1])
-        return torch.sigmoid(5 * wave)
+        return torch.sigmoid(5 * torch.sin(2 * math.pi * 1.35 * x + 0.5 * field))
     if name == "checkered":
-        wave = torch.sin(math.pi * 1.6 * grid_x) * torch.sin(math.pi * 1.6 * grid_y)
-        return torch.sigmoid(10 * wave + 0.9 * fields[:, 0:1])
+        return torch.sigmoid(10 * (torch.sin(math.pi * 1.6 * x) * torch.sin(math.pi * 1.6 * y)) + 0.9 * field)
     if name == "dotted":
-        wave = torch.cos(2 * math.pi * 1.2 * grid_x) + torch.cos(2 * math.pi * 1.2 * grid_y)
-        return torch.sigmoid(5 * (wave - 0.7) + 0.9 * fields[:, 0:1])
+        wave = torch.cos(2 * math.pi * 1.2 * x) + torch.cos(2 * math.pi * 1.2 * y)
+        return torch.sigmoid(5 * (wave - 0.7) + 0.9 * field)
     if name == "marbled":
-        return torch.sigmoid(4 * torch.sin(2.6 * fields[:, 0:1] + 2.0 * grid_x))
+        return torch.sigmoid(4 * torch.sin(2.6 * field + 2.0 * x))
     if name == "speckled":
-        return torch.sigmoid(5 * (fields[:, 0:1] - 0.6))
-    return torch.sigmoid(6 * fields[:, 0:1])
+        return torch.sigmoid(5 * (field - 0.6))
+    return torch.sigmoid(6 * field)
 
 
 def sprite_images(

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from corrdit import ops
-from corrdit.analysis.options import AnalysisOptions
-from corrdit.analysis.reading import Stride, point_tokens
+from corrdit.analysis.point_readings import Stride, point_tokens
+from corrdit.analysis.protocols import AnalysisOptions
 from corrdit.grid import TokenGrid
 
 

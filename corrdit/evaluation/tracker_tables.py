@@ -1,17 +1,25 @@
-"""Means over videos with intervals, from the records of single videos."""
+"""Means over videos with intervals, and the tables of an evaluation, made from its result files alone."""
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
+from corrdit.evaluation.results import EvaluationResults
+from corrdit.files import write_csv, written_beside
 from corrdit.metrics.tapvid import METRIC_NAMES
 
+TABLE_NAME = "table"
+VIDEOS_FILE = "videos.csv"
 RESAMPLES = 2000
 LEVEL = 95
+Record: TypeAlias = Mapping[str, Any]
+"""Of a video, as `corrdit.evaluation.evaluate_video` gives it."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,7 @@ class TrackerSummary:
     broken: dict[str, str] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For JSON: the figures beside the counts."""
         return {
             "tracker": self.tracker,
@@ -51,7 +59,7 @@ class TrackerSummary:
 
 def summarise(
     tracker: str,
-    records: Sequence[Mapping[str, Any]],
+    records: Sequence[Record],
     *,
     broken: Mapping[str, str] | None = None,
     left: Sequence[str] = (),
@@ -74,7 +82,8 @@ def summarise(
     if len(set(names)) < len(names):
         raise ValueError(f"tracker {tracker} has more than one record of a video")
     scored = [record["figures"] for record in ordered if is_scored(record)]
-    table = np.array([[_number(figures[name]) for name in METRIC_NAMES] for figures in scored], dtype=np.float64)
+    # None becomes NaN.
+    table = np.array([[figures[name] for name in METRIC_NAMES] for figures in scored], dtype=np.float64)
     table = table.reshape(len(scored), len(METRIC_NAMES))
     means = table.mean(axis=0) if scored else np.full(len(METRIC_NAMES), np.nan)
     low, high = _bootstrap(table)
@@ -92,10 +101,83 @@ def summarise(
     )
 
 
-def is_scored(record: Mapping[str, Any]) -> bool:
+def is_scored(record: Record) -> bool:
     """Whether a record has figures that count: some visible point was scored."""
     figures = record["figures"]
     return figures is not None and figures["average_pts_within_thresh"] is not None
+
+
+def write_tables(output: str | os.PathLike[str]) -> list[TrackerSummary]:
+    """Write `table.json` and `table.csv` (one row a tracker) and `videos.csv` (one row a video and tracker).
+
+    The tables depend on nothing but the results, so that the same results give the same bytes however many processes
+    made them.
+
+    Args:
+        output: the folder of an evaluation.
+
+    Returns:
+        The summaries, in the order of the trackers.
+
+    Raises:
+        ValueError: no `settings.json` of an evaluation in the folder, or a file in it that is none.
+    """
+    results = EvaluationResults(output)
+    settings = results.settings()
+    if not settings:
+        raise ValueError(f"{output} holds no evaluation (no settings.json); give the --output of one")
+    summaries, rows = [], []
+    for label in settings["trackers"]:
+        records, broken, left = [], {}, []
+        for video in settings["videos"]:
+            record, failure = results.record(label, video), results.failure(label, video)
+            rows.append(_video_row(label, video, record, failure))
+            if record is not None:
+                records.append(record)
+            elif failure is not None:
+                broken[video] = failure
+            else:
+                left.append(video)
+        summaries.append(summarise(label, records, broken=broken, left=left))
+    contents = {"data": settings["data"], "trackers": [summary.as_dict() for summary in summaries]}
+    with written_beside(results.path / f"{TABLE_NAME}.json", "w") as file:
+        json.dump(contents, file, indent=1, allow_nan=False)
+        file.write("\n")
+    write_csv(results.path / f"{TABLE_NAME}.csv", [_tracker_row(summary) for summary in summaries])
+    write_csv(results.path / VIDEOS_FILE, rows)
+    return summaries
+
+
+def _tracker_row(summary: TrackerSummary) -> dict[str, object]:
+    ends: dict[str, float | None] = {}
+    for name in ("average_jaccard", "average_pts_within_thresh", "occlusion_accuracy"):
+        low, high = summary.intervals[name] or (None, None)
+        ends |= {f"{name}_low": low, f"{name}_high": high}
+    return {
+        "tracker": summary.tracker,
+        "videos": summary.videos,
+        **summary.figures,
+        **ends,
+        "videos_without_visible_points": len(summary.without_visible_points),
+        "broken_videos": len(summary.broken),
+        "videos_left": len(summary.left),
+    }
+
+
+def _video_row(label: str, video: str, record: Record | None, failure: str | None) -> dict[str, object]:
+    status = "left" if failure is None else "broken"
+    if record is not None:
+        status = "scored" if is_scored(record) else "no visible points"
+    found = record or {}
+    figures = found.get("figures") or {}
+    return {
+        "tracker": label,
+        "video": video,
+        "status": status,
+        **{name: found.get(name) for name in ("frames", "height", "width", "queries")},
+        **{name: figures.get(name) for name in METRIC_NAMES},
+        "error": failure if record is None else None,
+    }
 
 
 def _bootstrap(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -107,10 +189,6 @@ def _bootstrap(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     means = np.stack([table[rows].mean(axis=0) for rows in drawn])
     low, high = np.percentile(means, [(100 - LEVEL) / 2, (100 + LEVEL) / 2], axis=0)
     return low, high
-
-
-def _number(value: Any) -> float:
-    return float("nan") if value is None else float(value)
 
 
 def _plain(value: float) -> float | None:

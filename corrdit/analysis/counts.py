@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from corrdit.analysis.options import AnalysisOptions
-from corrdit.analysis.reading import AttentionReading, Stride
+from corrdit.analysis.point_readings import AttentionReading, Stride
+from corrdit.analysis.protocols import AnalysisOptions
 from corrdit.tracking.interpolation import interpolate_tracks
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from corrdit.arguments import whole_number
+from corrdit.arguments import choice, whole_number
 from corrdit.geometry import GEOMETRIES
 
 FEATURE_READINGS = ("attention output", "projected output")
@@ -89,8 +89,7 @@ class AnalysisOptions:
 
     def __post_init__(self) -> None:
         for name, accepted in _CHOICES.items():
-            if getattr(self, name) not in accepted:
-                raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {getattr(self, name)!r}")
+            choice(name, getattr(self, name), accepted)
         for name in ("layers", "steps"):
             value = getattr(self, name)
             if value is not None:
@@ -114,7 +113,7 @@ class AnalysisOptions:
         """Thresholds in pixels for tokens of `stride` (dy, dx) pixels."""
         return self.thresholds or tuple(share * min(stride) for share in TOKEN_THRESHOLDS)
 
-    def described(self) -> dict[str, Any]:
+    def described(self) -> dict[str, object]:
         """The settings as plain numbers, words and lists."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
@@ -134,19 +133,18 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 }
 
 
-def analysis_options(protocol: str, given: dict[str, Any]) -> AnalysisOptions:
+def analysis_options(protocol: str, given: Mapping[str, Any]) -> AnalysisOptions:
     """The options of a protocol, "default" or "published", with those given by name in place of its own.
 
     Raises:
         ValueError: an unknown protocol or option, or a value that is not accepted.
     """
-    if protocol not in PROTOCOLS:
-        raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}")
+    choice("protocol", protocol, PROTOCOLS)
     known = [field.name for field in fields(AnalysisOptions)]
     unknown = sorted(set(given) - set(known))
     if unknown:
         raise ValueError(f"unknown analysis option {unknown[0]!r}; the options are {', '.join(known)}")
-    return replace(AnalysisOptions(), **{**PROTOCOLS[protocol], **given})
+    return AnalysisOptions(**{**PROTOCOLS[protocol], **given})
 
 
 def resolved(name: str, wanted: Iterable[int] | None, count: int, owner: str) -> tuple[int, ...]:
@@ -166,7 +164,7 @@ def resolved(name: str, wanted: Iterable[int] | None, count: int, owner: str) ->
     return tuple(sorted({index % count for index in wanted}))
 
 
-def _distinct(name: str, value: Any) -> tuple[int, ...]:
+def _distinct(name: str, value: object) -> tuple[int, ...]:
     entries = tuple(value) if isinstance(value, Iterable) else (value,)
     if not entries or not all(isinstance(entry, int) and not isinstance(entry, bool) for entry in entries):
         raise ValueError(f"{name} must be whole numbers, at least one, got {value!r}")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+from numpy.typing import ArrayLike
+
+from corrdit.arguments import real_array
 
 
-def harmonic_mean(accuracy: Any, confidence: Any, attention: Any) -> np.ndarray:
+def harmonic_mean(accuracy: ArrayLike, confidence: ArrayLike, attention: ArrayLike) -> np.ndarray:
     """Harmonic mean of matching accuracy, confidence score and attention score, each min-max normalised first.
 
     DiffTrack's criterion for the best layer and timestep (Nam et al., "Emergent Temporal Correspondences from Video
@@ -32,11 +33,7 @@ def harmonic_mean(accuracy: Any, confidence: Any, attention: Any) -> np.ndarray:
 def _min_max(name: str, table: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     if table.ndim != 2 or table.shape != shape or table.size == 0:
         raise ValueError(f"{name} must have shape [layers, steps], the same for all three tables, got {table.shape}")
-    if table.dtype.kind not in "fiu":
-        raise ValueError(f"{name} must be real numbers, got {table.dtype}")
-    table = table.astype(np.float64)
-    if not np.isfinite(table).all():
-        raise ValueError(f"{name} holds {int((~np.isfinite(table)).sum())} numbers that are NaN or infinite")
+    table = real_array(name, table)
     low, high = table.min(), table.max()
     if low == high:
         raise ValueError(

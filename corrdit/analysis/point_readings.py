@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from corrdit import ops
-from corrdit.analysis.options import AnalysisOptions
+from corrdit.analysis.protocols import AnalysisOptions
 from corrdit.geometry import nearest_tokens, pixels_to_tokens, sample_matches
 from corrdit.grid import TokenGrid
 from corrdit.tracking.filtering import low_pass
@@ -81,8 +81,8 @@ def read_attention(
     video = grid.video_slice
     alone = {**common, "key_mask": None if key_mask is None else key_mask[:, video]}
     for spread in options.low_pass:
-        smooth = [low_pass(tensor[:, :, video], grid.without_text(), spread) for tensor in (q, k)]
-        found = ops.match(*smooth, grid.without_text(), bidirectional=options.bidirectional, **alone).xy
+        smooth_q, smooth_k = (low_pass(tensor[:, :, video], grid.without_text(), spread) for tensor in (q, k))
+        found = ops.match(smooth_q, smooth_k, grid.without_text(), bidirectional=options.bidirectional, **alone).xy
         positions.append(sample_matches(found, points.to(found), stride, geometry=options.geometry).cpu())
     return AttentionReading(torch.cat(positions), *(torch.cat(parts) for parts in zip(*masses, strict=True)))
 

@@ -1,0 +1,112 @@
+"""One preset of a model: its parts, the file, and what each class reads of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from corrdit import CrossAttentionGuidance, MotionTransfer, PointTracker, load_backbone
+from corrdit.integrations.diffusers import GuidancePreset, Preset, ReadingPreset, backbone_of
+from corrdit.integrations.diffusers.backbones.presets import PUBLISHED_MODELS, PublishedModel
+from corrdit.integrations.diffusers.motion_transfer import TransferSettings
+from corrdit.testing import tiny_backbone, tiny_pipeline
+from corrdit.tracking import TrackerOptions
+from corrdit.tracking.options import PUBLISHED_TRACKING
+
+WHOLE = Preset(
+    ReadingPreset(1, step=-2, inference_steps=10, head_weights=(0.0, 1.0)),
+    TrackerOptions(layers=(1, 2), crops=(0.5,)),
+    GuidancePreset((0, 2), renormalize=False),
+    TransferSettings((2,), optimisation_steps=1),
+)
+
+
+def test_every_class_reads_the_preset_of_its_backbone():
+    backbone = backbone_of(tiny_pipeline("cogvideox"), preset=WHOLE)
+    assert PointTracker(backbone).options == WHOLE.tracking
+    guidance = CrossAttentionGuidance(backbone)
+    assert (guidance.layers, guidance.preset.renormalize) == ((0, 2), False)
+    assert MotionTransfer(backbone).settings == WHOLE.transfer
+    bare = CrossAttentionGuidance(backbone.pipe, preset=WHOLE)
+    assert bare.layers == (0, 2)
+    assert PointTracker(tiny_backbone("cogvideox"), preset=WHOLE).options == WHOLE.tracking
+    with pytest.raises(ValueError, match="no layers to perturb were given"):
+        CrossAttentionGuidance(backbone.pipe)
+
+
+def test_the_embedded_model_is_guided_where_it_was_found_to_match_best():
+    backbone = load_backbone("embedded")
+    assert CrossAttentionGuidance(backbone).layers == (backbone.preset.reading.layer,) == (4,)
+    assert CrossAttentionGuidance(backbone, 2).layers == (2,)
+    assert PointTracker(backbone).layers == (4,)
+    settings = MotionTransfer(backbone).settings
+    assert (settings.blocks, settings.learning_rate) == ((4,), (0.02, 0.02))
+
+
+def test_layers_of_a_calibration_are_guided(tmp_path):
+    (tmp_path / "preset.json").write_text('{"layer": 1, "guidance": {"layers": [2, 0]}, "source": "calibrated: x"}')
+    backbone = load_backbone("embedded", preset=tmp_path / "preset.json")
+    assert CrossAttentionGuidance(backbone).layers == (0, 2)
+    settings = MotionTransfer(backbone).settings
+    assert (settings.blocks, settings.learning_rate) == ((1,), (0.02, 0.02)), "the model's own, at the layer found"
+
+
+def test_published_means_the_released_procedures_with_the_settings_for_the_shape(monkeypatch):
+    own = load_backbone("embedded")
+    backbone = load_backbone("embedded", preset="published")
+    assert backbone.preset == own.preset.published()
+    assert PointTracker(backbone).options == PointTracker(own, preset="published").options == PUBLISHED_TRACKING
+    assert PointTracker(backbone, layer=2).options == replace(PUBLISHED_TRACKING, layer=2)
+    assert CrossAttentionGuidance(backbone).preset.renormalize is None
+    row = PublishedModel("x/y", "cogvideox", own.layers, own.heads, "float32", WHOLE)
+    monkeypatch.setitem(PUBLISHED_MODELS, "shape", row)
+    assert load_backbone("embedded", preset="published").preset == WHOLE.published()
+    assert load_backbone("embedded", preset="default").preset == own.preset
+
+
+@pytest.mark.parametrize("preset", [WHOLE, WHOLE.published(), *(row.preset for row in PUBLISHED_MODELS.values())])
+def test_files_hold_all_of_it(preset, tmp_path):
+    preset.save(tmp_path / "preset.json")
+    assert Preset.from_file(tmp_path / "preset.json") == preset
+    assert json.loads((tmp_path / "preset.json").read_text())["layer"] == preset.reading.layer
+
+
+def test_files_of_earlier_versions_are_read():
+    read = Preset.from_mapping({"layer": 1, "guidance_layers": [2, 0], "tracking": {"low_pass": 1.0}, "timestep": 19.0})
+    assert read == Preset(ReadingPreset(1), TrackerOptions(layers=(1,), low_pass=1.0), GuidancePreset((2, 0)))
+    backbone = backbone_of(tiny_pipeline("cogvideox"), preset=read)
+    assert PointTracker(backbone).options.low_pass == 1.0
+    assert PointTracker(backbone, layer=1).options.low_pass == 0.0, "they count only where no layer is asked for"
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"tracking": {"speed": 1}}, "unknown tracker option 'speed'"),
+        ({"tracking": {"refine": -1}}, "refine must be a whole number of at least 0"),
+        ({"guidance": {"layers": ["two"]}}, "guidance_layers must be a list of whole numbers"),
+        ({"guidance": {"depth": 3}}, "guidance has an unknown entry 'depth'"),
+        ({"guidance": [3]}, "guidance must be options of guidance by name"),
+        ({"transfer": {"speed": 1}}, "unknown settings speed"),
+        ({"source": 3}, "source must be a text"),
+    ],
+)
+def test_sections_that_cannot_be_used_are_named(section, message):
+    with pytest.raises(ValueError, match=message):
+        Preset.from_mapping({"layer": 1, **section})
+
+
+def test_the_spelling_before_it_had_parts_still_works():
+    with pytest.warns(DeprecationWarning, match=r"Preset\(head_weights, guidance_layers\) is now"):
+        old = Preset(1, head_weights=(0.0, 1.0), guidance_layers=(2,))
+    assert old == Preset(ReadingPreset(1, head_weights=(0.0, 1.0)), guidance=GuidancePreset((2,)))
+    with pytest.warns(DeprecationWarning, match=r"Preset.layer is now Preset.reading.layer"):
+        assert old.layer == 1
+    with pytest.warns(DeprecationWarning, match=r"Preset.guidance_layers is now Preset.guidance.layers"):
+        assert old.guidance_layers == (2,)
+    with pytest.warns(DeprecationWarning, match="frames_per_chunk"):
+        assert replace(old, frames_per_chunk=4).reading == ReadingPreset(1, head_weights=(0.0, 1.0), frames_per_chunk=4)
+    with pytest.raises(AttributeError, match="depth"):
+        _ = old.depth
