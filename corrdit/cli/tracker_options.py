@@ -25,6 +25,8 @@ _OPTIONS: dict[str, tuple[Any, str]] = {
     "temperature": (float, "factor of the attention logits; larger makes matches sharper"),
     "low_pass": (float, "standard deviation in tokens of a low-pass filter on queries and keys; 0 for none"),
     "bidirectional": (bool, "use the softmax over source tokens too"),
+    "backend": (str, "of the attention operations: auto, triton, streaming or reference"),
+    "memory_budget": (int, "bytes an attention operation may use beyond its inputs and outputs"),
     "frames_per_chunk": (int, "frames in one forward pass, the query's frame included"),
     "schedule": (str, "how frames are put into chunks: spread, interleaved, consecutive or chained"),
     "stride": (int, "frames between the starts of consecutive chunks"),
@@ -47,8 +49,6 @@ _OPTIONS: dict[str, tuple[Any, str]] = {
     "visibility": (str, "consistency (the match back must lead to the query) or all (every point is called visible)"),
     "tolerance": (float, "largest distance in tokens between a query and its match back for a visible point"),
     "crop_tolerance": (float, "the same in tokens of the crops"),
-    "backend": (str, "of the attention operations: auto, triton, streaming or reference"),
-    "memory_budget": (int, "bytes an attention operation may use beyond its inputs and outputs"),
 }
 
 

@@ -36,7 +36,6 @@ class CropLevel:
         refine: radius of the cost-weighted mean, see `corrdit.tracking.peaks`.
         spread: preference for the place looked at, see `corrdit.tracking.peaks`.
         way_back: whether the match of each match is asked for.
-        noise_seed: for readings with noise.
         antialias: of the resized frames.
         frames_kept: frames of that size held in memory.
     """
@@ -52,12 +51,11 @@ class CropLevel:
         refine: int,
         spread: float,
         way_back: bool,
-        noise_seed: int,
         antialias: bool,
         frames_kept: int,
     ) -> None:
         self.backbone, self.reading = backbone, reading
-        self.refine, self.spread, self.way_back, self.noise_seed = refine, spread, way_back, noise_seed
+        self.refine, self.spread, self.way_back = refine, spread, way_back
         rows, columns = (
             max(1, min(tokens, side // step)) for side, step in zip(size, backbone.token_stride, strict=True)
         )
@@ -105,7 +103,7 @@ class CropLevel:
         latents = self._latents(origins, chunk)
         noise = None
         if self.reading.noise:
-            generator = torch.Generator().manual_seed(self.noise_seed)
+            generator = torch.Generator().manual_seed(self.reading.seed)
             noise = torch.randn(latents.shape[1:], generator=generator).to(latents).expand_as(latents)
         pair = read_tokens(self.backbone, latents, self.reading, self.grid_size, noise)
         for _ in range(self.reading.passes):

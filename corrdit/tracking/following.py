@@ -125,7 +125,6 @@ class Following:
                 refine=self.options.refine,
                 spread=self.options.path_spread,
                 way_back=self._way_back,
-                noise_seed=self.options.seed,
                 antialias=self.options.antialias,
                 frames_kept=settings.frames_kept,
             )
@@ -245,7 +244,7 @@ class Following:
             return None
         drawn = []
         for frame in frames:
-            generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + frame)
+            generator = torch.Generator().manual_seed(self.reading.seed * 1_000_003 + frame)
             drawn.append(torch.randn(latents.shape[1:], generator=generator))
         return torch.stack(drawn).to(latents)
 

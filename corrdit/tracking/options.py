@@ -10,8 +10,8 @@ from corrdit.arguments import whole_number
 from corrdit.geometry import GEOMETRIES
 from corrdit.ops.backends import BACKENDS
 from corrdit.tracking.chunks import SCHEDULES
-from corrdit.tracking.readings import FUSIONS
 
+FUSIONS = ("heads", "channels")
 INVERSIONS = ("ddim", "released")
 IMAGES = ("first", "all")
 VISIBILITIES = ("consistency", "all")
@@ -88,18 +88,18 @@ class ReadingPreset:
 _LEAST = {"inference_steps": 1, "frames_per_chunk": 2, "height": 1, "width": 1, "tokens_per_frame": 1}
 
 
-@dataclass(frozen=True)
-class TrackerOptions:
-    """How a video is cut into forward passes and how their cost maps become tracks.
-
-    A backbone's preset has them (`Preset.tracking`), those of its `reading` apart, which count where None is given.
+@dataclass(frozen=True, kw_only=True)
+class ReadingOptions:
+    """Which queries and keys are read and how they become costs. None: as the backbone's preset says.
 
     Args:
         layer: attention block whose queries and keys are matched; the backbone's preset by default.
         layers: several in place of `layer`.
         step: denoising step out of `inference_steps`, negative from the end; the backbone's preset by default.
         steps: several in place of `step`, each with a forward pass of its own.
-        fusion: how several layers and steps become one: "heads" or "channels", see `corrdit.tracking.readings.Reading`.
+        fusion: how several layers and steps become one: "heads" puts all their heads side by side, to be combined as
+            `heads` says (with "logits" their products add up); "channels" joins the channels of the heads of equal
+            number, whose products add up (DiffTrack's released code).
         inference_steps: steps of the schedule that `step` counts; the backbone's preset by default.
         noise: whether the latents get the noise of that step (from `seed`); otherwise they stay clean.
         seed: of the noise.
@@ -120,6 +120,64 @@ class TrackerOptions:
         temperature: factor of the logits.
         low_pass: standard deviation in tokens of a low-pass filter on queries and keys; 0 for none.
         bidirectional: whether the backward softmax takes part in the cost.
+        backend: of the operations, see `corrdit.ops`.
+        memory_budget: bytes an operation may use beyond inputs and outputs (streaming).
+    """
+
+    layer: int | None = None
+    layers: tuple[int, ...] = ()
+    step: int | None = None
+    steps: tuple[int, ...] = ()
+    fusion: str = "heads"
+    inference_steps: int | None = None
+    noise: bool | None = None
+    seed: int = 0
+    inversion: str | None = None
+    denoise_from: int | None = None
+    image: str = "first"
+    heads: str | None = None
+    head_weights: tuple[float, ...] | None = None
+    combine: str = "costs"
+    temperature: float = 1.0
+    low_pass: float = 0.0
+    bidirectional: bool = True
+    backend: str = "auto"
+    memory_budget: int | None = None
+
+    def __post_init__(self) -> None:
+        _choice("backend", self.backend, BACKENDS)
+        _choice("fusion", self.fusion, FUSIONS)
+        _choice("combine", self.combine, COMBINATIONS)
+        _choice("image", self.image, IMAGES)
+        if self.inversion is not None:
+            _choice("inversion", self.inversion, INVERSIONS)
+        if self.inversion is not None and self.noise:
+            raise ValueError("inversion and noise both bring latents to the noisy steps; drop one of them")
+        if self.heads is not None:
+            _choice("heads", self.heads, HEADS)
+        for name in ("inference_steps", "memory_budget"):
+            if getattr(self, name) is not None:
+                whole_number(name, getattr(self, name), 1)
+        for name, kind in (("head_weights", float), ("layers", int), ("steps", int)):
+            given = getattr(self, name)
+            if isinstance(given, Iterable):
+                object.__setattr__(self, name, tuple(kind(value) for value in given))
+        for one, several in (("layer", "layers"), ("step", "steps")):
+            if getattr(self, one) is not None and getattr(self, several):
+                raise ValueError(f"{one} and {several} were both given; drop one of them")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature must be a factor above 0, got {self.temperature}")
+        if not 0 <= self.low_pass < float("inf"):
+            raise ValueError(f"low_pass must be a standard deviation in tokens of at least 0, got {self.low_pass}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackerOptions(ReadingOptions):
+    """How a video is cut into forward passes, what is read in them, and how their cost maps become tracks.
+
+    A backbone's preset has them (`Preset.tracking`); what they leave open, its `reading` says.
+
+    Args:
         frames_per_chunk: frames of a forward pass, the query's frame included; the backbone's preset by default.
         schedule: "spread", "interleaved" or "consecutive" (see `corrdit.tracking.chunks.anchored_chunks`) with the
             query's frame in every chunk, or "chained" without.
@@ -145,27 +203,10 @@ class TrackerOptions:
         visibility: "consistency" (matching back leads to the query) or "all" (every point is called visible).
         tolerance: largest distance in tokens between query and match back for a visible point.
         crop_tolerance: the same in tokens of the crops.
-        backend: of the operations, see `corrdit.ops`.
-        memory_budget: bytes an operation may use beyond inputs and outputs (streaming).
+
+    The further options are those of `ReadingOptions`.
     """
 
-    layer: int | None = None
-    layers: tuple[int, ...] = ()
-    step: int | None = None
-    steps: tuple[int, ...] = ()
-    fusion: str = "heads"
-    inference_steps: int | None = None
-    noise: bool | None = None
-    seed: int = 0
-    inversion: str | None = None
-    denoise_from: int | None = None
-    image: str = "first"
-    heads: str | None = None
-    head_weights: tuple[float, ...] | None = None
-    combine: str = "costs"
-    temperature: float = 1.0
-    low_pass: float = 0.0
-    bidirectional: bool = True
     frames_per_chunk: int | None = None
     schedule: str = "spread"
     stride: int | None = None
@@ -185,26 +226,14 @@ class TrackerOptions:
     visibility: str = "consistency"
     tolerance: float = 1.5
     crop_tolerance: float = 1.5
-    backend: str = "auto"
-    memory_budget: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _choice("schedule", self.schedule, SCHEDULES)
         _choice("geometry", self.geometry, GEOMETRIES)
         _choice("visibility", self.visibility, VISIBILITIES)
-        _choice("backend", self.backend, BACKENDS)
-        _choice("fusion", self.fusion, FUSIONS)
-        _choice("combine", self.combine, COMBINATIONS)
-        _choice("image", self.image, IMAGES)
-        if self.inversion is not None:
-            _choice("inversion", self.inversion, INVERSIONS)
-        if self.inversion is not None and self.noise:
-            raise ValueError("inversion and noise both bring latents to the noisy steps; drop one of them")
-        if self.heads is not None:
-            _choice("heads", self.heads, HEADS)
         whole_number("refine", self.refine, 0)
         for name, minimum in (
-            ("inference_steps", 1),
             ("frames_per_chunk", 2),
             ("height", 1),
             ("width", 1),
@@ -213,7 +242,6 @@ class TrackerOptions:
             ("frames_per_block", 1),
             ("interval", 1),
             ("stride", 1),
-            ("memory_budget", 1),
         ):
             if getattr(self, name) is not None:
                 whole_number(name, getattr(self, name), minimum)
@@ -224,19 +252,6 @@ class TrackerOptions:
         for name in ("tolerance", "crop_tolerance", "path_spread"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be a distance in tokens of at least 0, got {getattr(self, name)}")
-        if self.geometry == "released" and (self.refine or self.path_spread):
-            raise ValueError('geometry="released" reads whole-token matches; give refine=0 and path_spread=0 with it')
-        self._check_readings()
-
-    def _check_readings(self) -> None:
-        """What is read, and where several of it are given."""
-        for name, kind in (("head_weights", float), ("crops", float), ("layers", int), ("steps", int)):
-            given = getattr(self, name)
-            if isinstance(given, Iterable):
-                object.__setattr__(self, name, tuple(kind(value) for value in given))
-        for one, several in (("layer", "layers"), ("step", "steps")):
-            if getattr(self, one) is not None and getattr(self, several):
-                raise ValueError(f"{one} and {several} were both given; drop one of them")
         if self.resize_first is not None:
             size = tuple(self.resize_first)
             if len(size) != 2:
@@ -244,15 +259,18 @@ class TrackerOptions:
             for name, value in zip(("height", "width"), size, strict=True):
                 whole_number(f"{name} of resize_first", value, 1)
             object.__setattr__(self, "resize_first", size)
+        if isinstance(self.crops, Iterable):
+            object.__setattr__(self, "crops", tuple(float(scale) for scale in self.crops))
         for scale in self.crops:
             if not 0 < scale <= 1:
                 raise ValueError(f"crops must be scales above 0 and at most 1, such as 0.5, got {scale}")
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature must be a factor above 0, got {self.temperature}")
-        if not 0 <= self.low_pass < float("inf"):
-            raise ValueError(f"low_pass must be a standard deviation in tokens of at least 0, got {self.low_pass}")
-        if self.geometry == "released" and (self.crops or self.combine != "costs"):
-            raise ValueError('geometry="released" takes the costs of whole frames; give crops=() and combine="costs"')
+        if self.geometry == "released":
+            if self.refine or self.path_spread:
+                text = "reads whole-token matches; give refine=0 and path_spread=0 with it"
+                raise ValueError(f'geometry="released" {text}')
+            if self.crops or self.combine != "costs":
+                text = 'takes the costs of whole frames; give crops=() and combine="costs"'
+                raise ValueError(f'geometry="released" {text}')
 
 
 PUBLISHED_TRACKING = TrackerOptions(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor
 from corrdit import ops
 from corrdit.grid import TokenGrid
 from corrdit.tracking.filtering import low_pass
+from corrdit.tracking.options import ReadingOptions
 
-FUSIONS = ("heads", "channels")
 SMALL_FRAME = 256
 """Tokens of a frame up to which whole cost maps on a CPU cost less than streaming over their rows."""
 
@@ -22,48 +22,27 @@ Capturing = Callable[[Tensor, Tensor, TokenGrid, Tensor | None], Captured]
 
 
 @dataclass(frozen=True)
-class Reading:
-    """Which queries and keys are read and how they become costs.
+class Reading(ReadingOptions):
+    """Options of reading with all that a backbone and its preset say filled in.
 
     Args:
         layers: attention layers, at least one.
         timesteps: timesteps of the forward passes, at least one.
         steps: denoising steps of the timesteps, non-negative; needed with `inversion` and `denoise_from`.
-        inference_steps: of the schedule that they count.
-        noise: whether latents are noised to each timestep, or to that of `denoise_from`.
-        inversion: "ddim" or "released", how clean latents are inverted to them instead; None for not.
-        denoise_from: step from which they are denoised to `steps`; None brings them to each.
-        image: "first" or "all", the frames a model is conditioned on that takes an image.
-        heads: "probabilities", "logits" or "features", see `corrdit.ops.match`.
-        head_weights: of the heads of one layer (for each layer alike), or of all layers one after another; None for
-            equal weights.
-        fusion: how several layers and timesteps become one: "heads" puts all their heads side by side, to be combined
-            as `heads` says (with "logits" their products add up); "channels" joins the channels of the heads of
-            equal number, whose products add up (DiffTrack's released code).
-        temperature: factor of the logits.
-        low_pass: standard deviation in tokens of the filter on queries and keys, see `corrdit.tracking.filtering`.
-        votes: whether every head gives cost maps of its own.
-        bidirectional: whether the backward softmax takes part.
-        backend, memory_budget: of the operations, see `corrdit.ops`.
+        head_weights: as the option; None for equal weights.
     """
 
-    layers: tuple[int, ...]
-    timesteps: tuple[float, ...]
-    steps: tuple[int, ...] = ()
-    inference_steps: int = 0
+    layers: tuple[int, ...] = ()
+    timesteps: tuple[float, ...] = ()
+    _: KW_ONLY
+    inference_steps: int = 1
     noise: bool = False
-    inversion: str | None = None
-    denoise_from: int | None = None
-    image: str = "first"
     heads: str = "probabilities"
-    head_weights: tuple[float, ...] | None = None
-    fusion: str = "heads"
-    temperature: float = 1.0
-    low_pass: float = 0.0
-    votes: bool = False
-    bidirectional: bool = True
-    backend: str = "auto"
-    memory_budget: int | None = None
+
+    @property
+    def votes(self) -> bool:
+        """Whether every head gives cost maps of its own."""
+        return self.combine == "median"
 
     @property
     def passes(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any, Protocol
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from corrdit.tracking.chunks import chained_chunks, chunks_through, frame_blocks
 from corrdit.tracking.encoding import resized, working_size
 from corrdit.tracking.following import Blocks, Following, Settings
-from corrdit.tracking.options import PRESETS, ReadingPreset, TrackerOptions, changed_options
+from corrdit.tracking.options import PRESETS, ReadingOptions, ReadingPreset, TrackerOptions, changed_options
 from corrdit.tracking.queries import Frames, check_queries, check_video
 from corrdit.tracking.readings import ReadBackbone, Reading, stepping
 from corrdit.tracking.tracks import Tracks
@@ -143,28 +144,22 @@ class PointTracker:
         return Settings(self.options, self._reading(), self._encoded_size(height, width), kept)
 
     def _reading(self) -> Reading:
-        options, backbone = self.options, self.backbone
         inference_steps = self._chosen("inference_steps")
         steps, start = self._steps(inference_steps)
-        return Reading(
-            layers=self.layers,
-            timesteps=tuple(backbone.timestep(step, inference_steps) for step in steps),
-            steps=steps,
-            inference_steps=inference_steps,
-            noise=options.inversion is None and bool(self._chosen("noise")),
-            inversion=options.inversion,
-            denoise_from=start,
-            image=options.image,
-            heads=self._chosen("heads"),
-            head_weights=self._head_weights(),
-            fusion=options.fusion,
-            temperature=options.temperature,
-            low_pass=options.low_pass,
-            votes=options.combine == "median",
-            bidirectional=options.bidirectional,
-            backend=options.backend,
-            memory_budget=options.memory_budget,
-        )
+        filled_in = {
+            "layer": None,
+            "layers": self.layers,
+            "timesteps": tuple(self.backbone.timestep(step, inference_steps) for step in steps),
+            "step": None,
+            "steps": steps,
+            "inference_steps": inference_steps,
+            "noise": self.options.inversion is None and bool(self._chosen("noise")),
+            "denoise_from": start,
+            "heads": self._chosen("heads"),
+            "head_weights": self._head_weights(),
+        }
+        given = {field.name: getattr(self.options, field.name) for field in fields(ReadingOptions)}
+        return Reading(**{**given, **filled_in})
 
     def _steps(self, inference_steps: int) -> tuple[tuple[int, ...], int | None]:
         """The steps that are read and the one from which is denoised, counted from 0."""

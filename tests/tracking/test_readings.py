@@ -69,7 +69,7 @@ def test_joined_channels_are_the_released_fusion():
 
 
 def test_votes_keep_the_heads_apart_and_small_weights_leave_heads_out():
-    reading = Reading((2,), (50.0,), head_weights=(1.0, 0.0, 1.0), votes=True)
+    reading = Reading((2,), (50.0,), head_weights=(1.0, 0.0, 1.0), combine="median")
     got = rows(reading)
     q, k = DrawnBackbone().drawn(2, 50.0)
     wanted = ops.cost_rows(q[:, [0, 2]], k[:, [0, 2]], GRID, TOKENS, source=1, heads="none", backend="reference")[0]
