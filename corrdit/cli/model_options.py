@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,7 +42,7 @@ def checked_preset(given: str) -> Preset | str | None:
 
 
 def loaded_backbone(arguments: Namespace, preset: Preset | str | None = None) -> Backbone:
-    """The backbone of these options, loaded without the progress bars of the libraries underneath.
+    """The backbone of these options.
 
     Args:
         arguments: with model, device and dtype.
@@ -57,20 +55,4 @@ def loaded_backbone(arguments: Namespace, preset: Preset | str | None = None) ->
     from corrdit.integrations.diffusers.backbones.loading import load_backbone
 
     device, dtype = checked_device(arguments.device), checked_dtype(arguments.dtype)
-    with _quiet_libraries():
-        return load_backbone(arguments.model, device=device, dtype=dtype, preset=preset)
-
-
-@contextlib.contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    shown = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
-    for library in shown:
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library in shown:
-            library.enable_progress_bar()
+    return load_backbone(arguments.model, device=device, dtype=dtype, preset=preset)

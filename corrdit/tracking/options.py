@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from corrdit.arguments import whole_number
+from corrdit.arguments import choice, whole_number
 from corrdit.geometry import GEOMETRIES
 from corrdit.ops.backends import BACKENDS
 from corrdit.tracking.chunks import SCHEDULES
@@ -19,11 +19,6 @@ COMBINATIONS = ("costs", "median")
 
 
 HEADS = ("probabilities", "logits", "features")
-
-
-def _choice(name: str, value: str, accepted: tuple[str, ...]) -> None:
-    if value not in accepted:
-        raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -145,16 +140,16 @@ class ReadingOptions:
     memory_budget: int | None = None
 
     def __post_init__(self) -> None:
-        _choice("backend", self.backend, BACKENDS)
-        _choice("fusion", self.fusion, FUSIONS)
-        _choice("combine", self.combine, COMBINATIONS)
-        _choice("image", self.image, IMAGES)
+        choice("backend", self.backend, BACKENDS)
+        choice("fusion", self.fusion, FUSIONS)
+        choice("combine", self.combine, COMBINATIONS)
+        choice("image", self.image, IMAGES)
         if self.inversion is not None:
-            _choice("inversion", self.inversion, INVERSIONS)
+            choice("inversion", self.inversion, INVERSIONS)
         if self.inversion is not None and self.noise:
             raise ValueError("inversion and noise both bring latents to the noisy steps; drop one of them")
         if self.heads is not None:
-            _choice("heads", self.heads, HEADS)
+            choice("heads", self.heads, HEADS)
         for name in ("inference_steps", "memory_budget"):
             if getattr(self, name) is not None:
                 whole_number(name, getattr(self, name), 1)
@@ -229,9 +224,9 @@ class TrackerOptions(ReadingOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _choice("schedule", self.schedule, SCHEDULES)
-        _choice("geometry", self.geometry, GEOMETRIES)
-        _choice("visibility", self.visibility, VISIBILITIES)
+        choice("schedule", self.schedule, SCHEDULES)
+        choice("geometry", self.geometry, GEOMETRIES)
+        choice("visibility", self.visibility, VISIBILITIES)
         whole_number("refine", self.refine, 0)
         for name, minimum in (
             ("frames_per_chunk", 2),
