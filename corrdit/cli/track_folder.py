@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -93,13 +93,13 @@ def _points_description(spec: str) -> str:
     return f"points of sha256 {hashlib.sha256(Path(spec).read_bytes()).hexdigest()}"
 
 
-def _device_options(arguments: Namespace) -> dict[str, Any]:
+def _device_options(arguments: Namespace) -> dict[str, object]:
     """The Trainer's accelerator and devices."""
     device, processes = checked_device(arguments.device), arguments.processes
     if processes < 1:
         raise ValueError(f"--processes {processes} was given; accepted is a number of 1 or more")
     kind = "cpu" if device is None else device.type
-    options: dict[str, Any] = {"accelerator": "gpu" if kind == "cuda" else kind, "devices": processes}
+    options: dict[str, object] = {"accelerator": "gpu" if kind == "cuda" else kind, "devices": processes}
     if device is not None and device.index is not None and kind == "cuda":
         if processes > 1:
             raise ValueError(f"--device {device} is one device; for {processes} processes give --device {kind}")

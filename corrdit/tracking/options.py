@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from corrdit.arguments import choice, whole_number
 from corrdit.geometry import GEOMETRIES
@@ -19,6 +19,10 @@ COMBINATIONS = ("costs", "median")
 
 
 HEADS = ("probabilities", "logits", "features")
+
+
+Options: TypeAlias = Mapping[str, Any]
+"""Of the tracker, by name."""
 
 
 @dataclass(frozen=True)
@@ -288,7 +292,7 @@ PUBLISHED_TRACKING = TrackerOptions(
 PRESETS = {"default": TrackerOptions(), "published": PUBLISHED_TRACKING}
 
 
-def changed_options(options: TrackerOptions, given: Mapping[str, Any]) -> TrackerOptions:
+def changed_options(options: TrackerOptions, given: Options) -> TrackerOptions:
     """Options with those given by name in place of their own.
 
     Raises:

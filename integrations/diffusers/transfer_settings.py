@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,14 +157,14 @@ class TransferSettings:
         first, last = self.learning_rate
         return first + (last - first) * step / self.guided_steps
 
-    def described(self) -> dict[str, Any]:
+    def described(self) -> dict[str, object]:
         """All settings as JSON can hold them."""
         values = {**dataclasses.asdict(self), "loss": self.loss_variant}
         values["pipeline_options"] = [[name, repr(value)] for name, value in self.pipeline_options]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
-def changed_settings(settings: TransferSettings, changes: dict[str, Any]) -> TransferSettings:
+def changed_settings(settings: TransferSettings, changes: Mapping[str, Any]) -> TransferSettings:
     """The settings with some of them changed.
 
     Raises:
