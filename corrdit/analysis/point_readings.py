@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -66,23 +67,24 @@ def read_attention(
     """
     _check("queries", q, grid)
     _check("keys", k, grid)
-    common: dict[str, Any] = {
-        "key_mask": key_mask, "backend": options.backend, "memory_budget": options.memory_budget,
-    }  # fmt: skip
+    backend, budget, both = options.backend, options.memory_budget, options.bidirectional
+    match = functools.partial(ops.match, bidirectional=both, backend=backend, memory_budget=budget)
     tokens = point_tokens(points, grid, stride, options.token_choice)
     kinds = ("probabilities", "none") if options.per_head else ("probabilities",)
     positions, masses = [], []
     for heads in kinds:
-        found = ops.match(q, k, grid, heads=heads, bidirectional=options.bidirectional, **common).xy
+        found = match(q, k, grid, heads=heads, key_mask=key_mask).xy
         placed = sample_matches(found, points.to(found), stride, geometry=options.geometry)
         positions.append(placed.cpu() if heads == "probabilities" else placed[0].cpu())
-        mass = ops.attention_mass(q, k, grid, tokens, heads=heads, **common)
+        mass = ops.attention_mass(
+            q, k, grid, tokens, heads=heads, key_mask=key_mask, backend=backend, memory_budget=budget
+        )
         masses.append([part.cpu() if heads == "probabilities" else part[0].cpu() for part in mass])
     video = grid.video_slice
-    alone = {**common, "key_mask": None if key_mask is None else key_mask[:, video]}
+    video_mask = None if key_mask is None else key_mask[:, video]
     for spread in options.low_pass:
         smooth_q, smooth_k = (low_pass(tensor[:, :, video], grid.without_text(), spread) for tensor in (q, k))
-        found = ops.match(smooth_q, smooth_k, grid.without_text(), bidirectional=options.bidirectional, **alone).xy
+        found = match(smooth_q, smooth_k, grid.without_text(), key_mask=video_mask).xy
         positions.append(sample_matches(found, points.to(found), stride, geometry=options.geometry).cpu())
     return AttentionReading(torch.cat(positions), *(torch.cat(parts) for parts in zip(*masses, strict=True)))
 

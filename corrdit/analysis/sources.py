@@ -16,6 +16,7 @@ from corrdit.array_files import read_arrays
 from corrdit.data import TapVidVideo, read_tapvid
 from corrdit.tracking.files import find_videos
 from corrdit.tracking.pseudo_truth import Tracker
+from corrdit.tracking.queries import grid_points
 from corrdit.video import read_video
 
 
@@ -122,13 +123,6 @@ def difftrack_items(folder: str | os.PathLike[str]) -> list[AnalysisItem]:
     ]
 
 
-def point_grid(count: int, height: int, width: int) -> np.ndarray:
-    """`count` x `count` points at the centres of equal cells of frame 0: float32 `[count**2, 3]`, (frame, x, y)."""
-    share = (np.arange(count) + 0.5) / count
-    y, x = np.meshgrid(share * height, share * width, indexing="ij")
-    return np.stack((np.zeros_like(x), x, y), axis=-1).reshape(-1, 3).astype(np.float32)
-
-
 def _with_given_tracks(video: Path, tracks: Path) -> AnalysisVideo:
     what = "a tracks file (.npz with xy and visible)"
     found = read_arrays(tracks, ("xy", "visible"), what=what, optional=("video",))
@@ -140,5 +134,5 @@ def _tracked(video: Path, tracker: Tracker | None, points: int) -> AnalysisVideo
     if tracker is None:
         raise ValueError(f"{video} has no tracks beside it and no tracker was given; give one of the two")
     frames = read_video(video).frames
-    tracks = tracker(frames, point_grid(points, *frames.shape[1:3]))
+    tracks = tracker(frames, grid_points(points, *frames.shape[1:3]))
     return AnalysisVideo(frames, tracks.xy.numpy(), tracks.visible.numpy())

@@ -20,7 +20,6 @@ import numpy as np
 
 from corrdit.cli.model_options import add_model_options, loaded_backbone
 from corrdit.cli.output import OutputFolder
-from corrdit.cli.points import grid_points
 from corrdit.cli.progress import progress_bar
 from corrdit.cli.tables import print_table
 
@@ -46,6 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     from corrdit.integrations.embedded.world import demo_clip
     from corrdit.tracking import PointTracker
     from corrdit.tracking.baselines import nearest_patches, standing_still
+    from corrdit.tracking.queries import grid_points
 
     if arguments.points < 1:
         raise ValueError(f"--points {arguments.points} was given; accepted is a number of points a side of 1 or more")

@@ -60,17 +60,12 @@ def check_points_spec(spec: str) -> None:
         _csv_rows(Path(spec))
 
 
-def grid_points(count: int, height: int, width: int) -> np.ndarray:
-    """`count` x `count` points at the centres of equal cells of frame 0: float32 `[count**2, 3]`, (frame, x, y)."""
-    share = (np.arange(count) + 0.5) / count
-    y, x = np.meshgrid(share * height, share * width, indexing="ij")
-    return np.stack((np.zeros_like(x), x, y), axis=-1).reshape(-1, 3).astype(np.float32)
-
-
 def _grid(spec: str, height: int, width: int) -> np.ndarray:
     match = re.fullmatch(r"grid:([0-9]+)", spec)
     if match is None or not 1 <= int(match[1]) <= _MOST_GRID:
         raise ValueError(f"--points {spec} is not a grid of 1 to {_MOST_GRID} points a side; {_ACCEPTED}")
+    from corrdit.tracking.queries import grid_points
+
     return grid_points(int(match[1]), height, width)
 
 

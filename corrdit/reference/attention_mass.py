@@ -5,23 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from corrdit.problem import PairProblem
-from corrdit.reference.scores import (
-    frame,
-    logits_between,
-    masked_softmax,
-    reduce_heads,
-    whole_keys,
-    whole_mask,
-    whole_queries,
-)
+from corrdit.reference.scores import frame, logits_between, masked_softmax, on_whole_grid, reduce_heads
 
 
 def attention_mass(
     q: Tensor, k: Tensor, problem: PairProblem, tokens: Tensor, *, source: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(text, frames, text peak, frame peak), `[B, H or 1, P]` and `[B, H or 1, P, F]`."""
-    grid, mask = problem.grid, whole_mask(k, problem)
-    q, k = whole_queries(q, problem), whole_keys(k, q, problem)
+    grid = problem.grid
+    q, k, mask = on_whole_grid(q, k, problem)
     logits = logits_between(frame(q, grid, source)[:, :, tokens], k, problem)
     weight = reduce_heads(masked_softmax(logits, None if mask is None else mask[:, None, None, :]), problem)
     text = weight[..., grid.text_slice]

@@ -7,29 +7,22 @@ from torch import Tensor
 
 from corrdit.grid import TokenGrid
 from corrdit.problem import PairProblem
-from corrdit.reference.scores import (
-    log_sum_exp,
-    logits_between,
-    masked_softmax,
-    place_in_grid,
-    whole_keys,
-    whole_mask,
-    whole_queries,
-)
+from corrdit.reference.scores import log_sum_exp, logits_between, masked_softmax, on_whole_grid, place_in_grid
 
 
 def frame_local_attention(
     q: Tensor, k: Tensor, v: Tensor, problem: PairProblem, *, renormalize: bool, span: int
 ) -> tuple[Tensor, Tensor | None]:
     """(attention in the shape and dtype of q, log-sum-exp `[B, H, tokens of q]` if asked for)."""
-    mask = whole_mask(k, problem)
-    logits = logits_between(whole_queries(q, problem), whole_keys(k, q, problem), problem)
+    whole_q, k, mask = on_whole_grid(q, k, problem)
+    _, v, _ = on_whole_grid(q, v, problem)
+    logits = logits_between(whole_q, k, problem)
     allowed = None if mask is None else mask[:, None, None, :]
     local = local_pairs(problem.grid, span, q.device)[None, None]
     if renormalize:
         allowed = local if allowed is None else local & allowed
     weight = masked_softmax(logits, allowed).masked_fill(~local, 0.0)
-    attended = torch.einsum("bhqk,bhkd->bhqd", weight, whole_keys(v, q, problem).to(weight.dtype)).to(q.dtype)
+    attended = torch.einsum("bhqk,bhkd->bhqd", weight, v.to(weight.dtype)).to(q.dtype)
     lse = log_sum_exp(logits, allowed) if problem.with_lse else None
     if problem.queries.selection == "all":
         return attended, lse

@@ -12,17 +12,15 @@ from corrdit.reference.scores import (
     held_rows,
     logits_between,
     masked_softmax,
+    on_whole_grid,
     reduce_heads,
-    whole_keys,
-    whole_mask,
-    whole_queries,
 )
 
 
 def hard_displacement(q: Tensor, k: Tensor, problem: PairProblem) -> Tensor:
     """int64 `[B, H or 1, R, 2]`."""
-    grid, mask = problem.grid, whole_mask(k, problem)
-    q, k = whole_queries(q, problem), whole_keys(k, q, problem)
+    grid = problem.grid
+    q, k, mask = on_whole_grid(q, k, problem)
     position = grid.coordinates(q.device).long()
     displacements = []
     for index, (i, j) in enumerate(problem.pairs):

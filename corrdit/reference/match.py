@@ -14,10 +14,8 @@ from corrdit.reference.scores import (
     held_rows,
     logits_between,
     masked_softmax,
+    on_whole_grid,
     reduce_heads,
-    whole_keys,
-    whole_mask,
-    whole_queries,
     window_mask,
 )
 
@@ -40,8 +38,7 @@ def cost_rows(q: Tensor, k: Tensor, problem: PairProblem, tokens: Tensor, *, bid
 def _cost_maps(q: Tensor, k: Tensor, problem: PairProblem, bidirectional: bool) -> Iterator[Tensor]:
     """C `[B, H or 1, S source, S target]` of each pair: the forward softmax, or its mean with the transposed backward
     softmax."""
-    mask = whole_mask(k, problem)
-    q, k = whole_queries(q, problem), whole_keys(k, q, problem)
+    q, k, mask = on_whole_grid(q, k, problem)
 
     def probability(query_frame: int, key_frame: int) -> Tensor:
         logits = logits_between(frame(q, problem.grid, query_frame), frame(k, problem.grid, key_frame), problem)

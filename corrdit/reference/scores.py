@@ -9,25 +9,21 @@ from corrdit.grid import TokenGrid
 from corrdit.problem import PairProblem, TokenAxis, working_dtype
 
 
-def whole_queries(q: Tensor, problem: PairProblem) -> Tensor:
-    """`[B, H, N, D]` of the whole grid, 0 where q holds nothing: what is asked about fewer queries is a slice of it."""
-    return _on_grid(q, problem.queries, problem.grid, 2)
+def on_whole_grid(q: Tensor, k: Tensor, problem: PairProblem) -> tuple[Tensor, Tensor, Tensor | None]:
+    """q, k and key mask of the whole problem that a problem is a part of.
 
-
-def whole_keys(keys: Tensor, q: Tensor, problem: PairProblem) -> Tensor:
-    """`[B, H, N, D]` keys (or values) of the whole grid, one head for each of the queries'."""
-    by_query_head = keys.repeat_interleave(q.shape[1] // keys.shape[1], 1) if keys.shape[1] != q.shape[1] else keys
-    return _on_grid(by_query_head, problem.keys, problem.grid, 2)
-
-
-def whole_mask(k: Tensor, problem: PairProblem) -> Tensor | None:
-    """bool `[B, N]`, True = may be attended and is held; None where that is every token."""
-    if problem.keys.selection == "all":
-        return problem.key_mask
+    Returns:
+        q `[B, H, N, D]`, 0 where q holds nothing: the rows of those tokens are for the caller to drop. k (or v)
+        `[B, H, N, D]`, a head for each of the queries', and bool `[B, N]`, True = may be attended and is held, or None.
+    """
     mask = problem.key_mask
-    if mask is None:
+    if mask is None and problem.keys.selection != "all":
         mask = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
-    return _on_grid(mask, problem.keys, problem.grid, 1)
+    if k.shape[1] != q.shape[1]:
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    grid = problem.grid
+    whole_mask = None if mask is None else _on_grid(mask, problem.keys, grid, 1)
+    return _on_grid(q, problem.queries, grid, 2), _on_grid(k, problem.keys, grid, 2), whole_mask
 
 
 def place_in_grid(axis: TokenAxis, grid: TokenGrid) -> Tensor:

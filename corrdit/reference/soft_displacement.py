@@ -12,17 +12,15 @@ from corrdit.reference.scores import (
     log_sum_exp,
     logits_between,
     masked_softmax,
+    on_whole_grid,
     reduce_heads,
-    whole_keys,
-    whole_mask,
-    whole_queries,
 )
 
 
 def soft_displacement(q: Tensor, k: Tensor, problem: PairProblem) -> tuple[Tensor, Tensor | None]:
     """(displacement `[B, H or 1, R, 2]`, log-sum-exp `[B, H or 1, R]` if asked for)."""
-    grid, mask = problem.grid, whole_mask(k, problem)
-    q, k = whole_queries(q, problem), whole_keys(k, q, problem)
+    grid = problem.grid
+    q, k, mask = on_whole_grid(q, k, problem)
     displacements, sums = [], []
     for index, (i, j) in enumerate(problem.pairs):
         logits = logits_between(frame(q, grid, i), frame(k, grid, j), problem)

@@ -1,10 +1,12 @@
-"""Checks of the video and the query points a tracker is given."""
+"""The video and the query points a tracker is given: checks, and points on a grid."""
 
 from __future__ import annotations
 
 from typing import Protocol, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import DTypeLike
 from torch import Tensor
 
 
@@ -34,6 +36,13 @@ def check_video(video: Video) -> Video:
     if shape[0] < 2:
         raise ValueError("video has one frame; tracking needs at least two")
     return video
+
+
+def grid_points(count: int, height: int, width: int, dtype: DTypeLike = np.float32) -> np.ndarray:
+    """`count` x `count` points at the centres of equal cells of frame 0: `[count**2, 3]`, (frame, x, y), row by row."""
+    share = (np.arange(count) + 0.5) / count
+    y, x = np.meshgrid(share * height, share * width, indexing="ij")
+    return np.stack((np.zeros_like(x), x, y), axis=-1).reshape(-1, 3).astype(dtype)
 
 
 def check_queries(queries: object, frames: int, height: int, width: int) -> Tensor:

@@ -12,7 +12,8 @@ import torch
 
 from corrdit.arguments import resolved_index, whole_indices
 from corrdit.integrations.diffusers.compatibility import check_processor, check_transformer
-from corrdit.integrations.diffusers.host.forwards import leaving_after, transformers_of, watched_forwards
+from corrdit.integrations.diffusers.host.attention import processors_wrapped
+from corrdit.integrations.diffusers.host.forwards import Arguments, leaving_after, transformers_of, watched_forwards
 from corrdit.integrations.diffusers.host.steps import PipelineSteps, TransformerSteps, branches_of
 from corrdit.integrations.diffusers.layouts import ForwardCall, TransformerLayout, layout_of
 from corrdit.integrations.diffusers.processors import (
@@ -120,15 +121,14 @@ class Capture(Mapping[tuple[int, int], Any]):
             raise ValueError(f'branch must be "cond", "uncond" or "both", got {branch!r}')
         if callback is not None and not callable(callback):
             raise ValueError(f"callback must be a function callback(step, layer, result), got {callback!r}")
-        self._transformers = transformers_of(model)
+        self._models = [(transformer, layout_of(transformer)) for transformer in transformers_of(model)]
         self._pipe = None if isinstance(model, torch.nn.Module) else model
-        if not self._transformers or not (self._pipe is None or hasattr(model, "scheduler")):
+        if not self._models or not (self._pipe is None or hasattr(model, "scheduler")):
             raise ValueError(
                 "capture needs a diffusers video pipeline (with .transformer and .scheduler) or its transformer, got "
                 f"{type(model).__name__}"
             )
         self._branch = branch or ("cond" if self._pipe is not None else None)
-        self._layouts = [layout_of(transformer) for transformer in self._transformers]
         self._steps = steps
         self._named, self._callback, self._keep_graph = named, callback, keep_graph
         if self._pipe is not None and early_exit:
@@ -154,10 +154,10 @@ class Capture(Mapping[tuple[int, int], Any]):
         self._counter = TransformerSteps() if self._pipe is None else PipelineSteps(self._pipe)
         self._calls_seen = 0
         self._fired.clear()
-        for transformer, layout in zip(self._transformers, self._layouts, strict=True):
+        for transformer, layout in self._models:
             self._check(transformer, layout)
         with ExitStack() as stack:
-            for transformer, layout in zip(self._transformers, self._layouts, strict=True):
+            for transformer, layout in self._models:
                 self._attach(transformer, layout, stack)
             self._open = stack.pop_all()
         return self
@@ -192,10 +192,10 @@ class Capture(Mapping[tuple[int, int], Any]):
         return len(self._results)
 
     def __repr__(self) -> str:
-        model = type(self._transformers[0] if self._pipe is None else self._pipe).__name__
+        model = type(self._models[0][0] if self._pipe is None else self._pipe).__name__
         return f"<Capture of {model}: {', '.join(map(str, self._results)) or 'no results'}>"
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[type[dict[tuple[int, int], object]], tuple[object]]:
         return (dict, (self._results,))
 
     def clear(self) -> None:
@@ -203,17 +203,13 @@ class Capture(Mapping[tuple[int, int], Any]):
         self._results.clear()
 
     def _resolved_layers(self, operations: Mapping[int, Mapping[str, Operation]]) -> dict[int, Mapping[str, Operation]]:
-        counts = {
-            len(layout.attention_modules(transformer))
-            for transformer, layout in zip(self._transformers, self._layouts, strict=True)
-        }
-        count = min(counts)
+        count = min(len(layout.attention_modules(transformer)) for transformer, layout in self._models)
         resolved: dict[int, Mapping[str, Operation]] = {}
         for layer, by_name in operations.items():
             index = resolved_index("layer", layer, count)
             if index is None:
                 raise ValueError(
-                    f"layer {layer} is outside {type(self._transformers[0]).__name__}, which has {count} attention "
+                    f"layer {layer} is outside {type(self._models[0][0]).__name__}, which has {count} attention "
                     f"layers (0 to {count - 1}, or -{count} to -1 from the last)"
                 )
             if resolved.setdefault(index, by_name) is not by_name:
@@ -226,7 +222,7 @@ class Capture(Mapping[tuple[int, int], Any]):
     def _check(self, transformer: torch.nn.Module, layout: TransformerLayout) -> None:
         check_transformer(transformer)
         for module in layout.attention_modules(transformer):
-            if getattr(module.processor, "_captured_by", None) is not None:
+            if getattr(module.processor, "captured", False):
                 raise ValueError(
                     f"this {type(transformer).__name__} is already being captured; give all layers, steps and "
                     "operations to one capture, or close the other first"
@@ -234,19 +230,20 @@ class Capture(Mapping[tuple[int, int], Any]):
             check_processor(without_leftover(module.processor))
 
     def _attach(self, transformer: torch.nn.Module, layout: TransformerLayout, stack: ExitStack) -> None:
-        modules = layout.attention_modules(transformer)
-        processors = {}
-        for layer in self._operations:
-            processor = CorrespondenceProcessor(without_leftover(modules[layer].processor), None, None)
-            processor._captured_by = self
-            modules[layer].processor = processor
-            stack.callback(_restore, modules[layer], processor)
-            processors[layer] = processor
+        processors: dict[int, CorrespondenceProcessor] = {}
+
+        def reading(layer: int, inner: object) -> CorrespondenceProcessor:
+            processors[layer] = CorrespondenceProcessor(without_leftover(inner), None, None)
+            processors[layer].captured = True
+            stack.callback(processors[layer].release)
+            return processors[layer]
+
+        stack.enter_context(processors_wrapped(layout.attention_modules(transformer), self._operations, reading))
         stop = False
         if self._early_exit:
             stop = stack.enter_context(leaving_after(transformer, layout, max(self._operations)))
 
-        def before(call: ForwardCall, arguments: dict[str, Any]) -> None:
+        def before(call: ForwardCall, arguments: Arguments) -> None:
             for layer, request in self.requests(layout, call, stop).items():
                 processors[layer].arm(request)
 
@@ -346,14 +343,6 @@ class Capture(Mapping[tuple[int, int], Any]):
             "the layer ran without this processor (something replaced the attention processors inside the block, for "
             "instance fuse_qkv_projections(), or the run stopped early)"
         )
-
-
-def _restore(module: torch.nn.Module, processor: CorrespondenceProcessor) -> None:
-    # If something else replaced the processor meanwhile, that is what the user wants to keep.
-    if module.processor is processor:
-        module.processor = processor.inner
-    processor._captured_by = None
-    processor.disarm()
 
 
 def _keys(missing: list[tuple[int | None, int]]) -> str:

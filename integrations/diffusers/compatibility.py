@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 
@@ -47,7 +46,7 @@ def check_transformer(transformer: torch.nn.Module) -> None:
             _check_hooks(registry.hooks.values())
 
 
-def check_processor(processor: Any) -> None:
+def check_processor(processor: object) -> None:
     """Refuses an attention processor whose backend or parallelism hides queries and keys.
 
     Raises:
@@ -58,7 +57,7 @@ def check_processor(processor: Any) -> None:
     check_attention_backend(processor)
 
 
-def check_attention_backend(processor: Any) -> None:
+def check_attention_backend(processor: object) -> None:
     """Refuses by name an attention backend behind which a processor's attention cannot be seen.
 
     That is one which does not call scaled_dot_product_attention, for a processor that does not call diffusers'
@@ -72,7 +71,7 @@ def check_attention_backend(processor: Any) -> None:
         processor = processor.inner
     if calls_dispatcher(type(processor)) or not hasattr(processor, "_attention_backend"):
         return
-    backend = processor._attention_backend
+    backend: object = processor._attention_backend
     if backend is None:
         backend = _active_backend()
     name = getattr(backend, "value", backend)
@@ -101,13 +100,13 @@ def has_compiled_blocks(transformer: torch.nn.Module) -> bool:
     return any(module._compiled_call_impl is not None for module in transformer.modules())
 
 
-def _active_backend() -> Any:
+def _active_backend() -> object:
     from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
     return _AttentionBackendRegistry.get_active_backend()[0]
 
 
-def _check_hooks(hooks: Iterable[Any]) -> None:
+def _check_hooks(hooks: Iterable[object]) -> None:
     for hook in hooks:
         origin = type(hook).__module__.rpartition(".")[2]
         if origin in PARALLEL_HOOKS:

@@ -47,7 +47,7 @@ class ReadRequest:
     named: bool
     rows: tuple[tuple[str | None, slice], ...]
     keep_graph: bool
-    deliver: Callable[[Any], None]
+    deliver: Callable[[object], None]
     stop: bool = False
 
 
@@ -76,6 +76,7 @@ class CorrespondenceProcessor(DelegatingProcessor):
     Attributes:
         inner: the processor that computes the attention.
         result: of the latest forward; a dict if `operation` was one.
+        captured: whether an open capture put it in.
 
     Raises:
         ValueError: arguments that do not fit; at the forward, a token count other than the grid's, a module that is
@@ -85,7 +86,7 @@ class CorrespondenceProcessor(DelegatingProcessor):
 
     def __init__(
         self,
-        inner: Any,
+        inner: object,
         grid: TokenGrid | None,
         operation: Operation | Mapping[str, Operation] | None,
         *,
@@ -102,11 +103,11 @@ class CorrespondenceProcessor(DelegatingProcessor):
                 "its .processor"
             )
         super().__init__(inner)
-        self._captured_by: Any = None
+        self.captured = False
         self._request: ReadRequest | None = None
         self._compiled_reads: list[AttentionInputs] = []
         self._compiled_text_mask: Tensor | None = None
-        self._result: Any = None
+        self._result: object = None
         self._fired = False
         # A capture makes processors without either and arms them before the forwards it wants.
         if grid is not None or operation is not None:
@@ -145,7 +146,7 @@ class CorrespondenceProcessor(DelegatingProcessor):
             output = self.delegated((*interceptors, observe), attn, *args, **kwargs)
         except (AttributeError, RuntimeError, TypeError) as error:
             # Before the attention only the inner processor has run; inside a capture it is the module's own.
-            if gathered.samples or self._captured_by is not None or isinstance(error, torch.OutOfMemoryError):
+            if gathered.samples or self.captured or isinstance(error, torch.OutOfMemoryError):
                 raise
             raise ValueError(
                 f"{type(self.inner).__name__} fails on this {type(attn).__name__} before its attention is reached "
@@ -184,10 +185,15 @@ class CorrespondenceProcessor(DelegatingProcessor):
         self._request = None
         self._compiled_reads = []
 
+    def release(self) -> None:
+        """Belong to no open capture any more."""
+        self.captured = False
+        self.disarm()
+
     @property
     def passes_through(self) -> bool:
         """Whether it reads nothing and belongs to no open capture."""
-        return self._request is None and self._captured_by is None
+        return self._request is None and not self.captured
 
     def collect_compiled(self) -> None:
         """Run the operation on what a compiled block read; does nothing if there is nothing to collect."""
@@ -215,12 +221,12 @@ class CorrespondenceProcessor(DelegatingProcessor):
             )
         return self._result
 
-    def _keep(self, result: Any) -> None:
+    def _keep(self, result: object) -> None:
         self._result = result
         self._fired = True
 
     def _fire(self, request: ReadRequest, inputs: AttentionInputs) -> None:
-        results: dict[str | None, Any] = {}
+        results: dict[str | None, object] = {}
         with _operation_context(request, inputs.query):
             for branch, rows in request.rows:
                 q, k = inputs.query[rows], inputs.key[rows]
@@ -281,7 +287,7 @@ def _operation_context(request: ReadRequest, query: Tensor) -> Iterator[None]:
         yield
 
 
-def without_leftover(processor: Any) -> Any:
+def without_leftover(processor: object) -> object:
     """The processor itself, or what a closed capture's processor passes everything to.
 
     A model can be given such a processor back: `saved = transformer.attn_processors` inside the capture, or the copy

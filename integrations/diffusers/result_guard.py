@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 
-def released(result: Any, q: torch.Tensor, k: torch.Tensor, keep_graph: bool) -> Any:
+def released(result: object, q: torch.Tensor, k: torch.Tensor, keep_graph: bool) -> object:
     """The result with its tensors detached (unless `keep_graph`), none of which shares memory with q or k.
 
     Args:
@@ -41,7 +41,7 @@ def released(result: Any, q: torch.Tensor, k: torch.Tensor, keep_graph: bool) ->
     return _handed_over(result, keep_graph)
 
 
-def _reachable(value: Any, seen: set[int]) -> Iterator[Any]:
+def _reachable(value: object, seen: set[int]) -> Iterator[Any]:
     """The tensors, arrays and generators in a result, depth first; models and code are not looked into."""
     if id(value) in seen:
         return
@@ -77,7 +77,7 @@ def _handed_over(result: Any, keep_graph: bool) -> Any:
     return result
 
 
-def first_tensor(value: Any) -> torch.Tensor | None:
+def first_tensor(value: object) -> torch.Tensor | None:
     """The first tensor in a result, depth first; None if there is none."""
     if isinstance(value, torch.Tensor):
         return value

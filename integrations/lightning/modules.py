@@ -23,6 +23,7 @@ from corrdit.integrations.diffusers.fingerprint import model_facts
 from corrdit.integrations.lightning.data_modules import has_result
 from corrdit.integrations.lightning.model_placement import preset_for_loading
 from corrdit.tracking.files import RESULT_FILE, track_at_size, write_track_results
+from corrdit.tracking.queries import grid_points
 
 if TYPE_CHECKING:
     from corrdit.data.tapvid import TapVidSample
@@ -236,7 +237,7 @@ class TrackingModule(lightning.LightningModule):
 
     def _queries(self, frames: int, height: int, width: int) -> np.ndarray:
         if isinstance(self.queries, int):
-            return _grid(self.queries, height, width)
+            return grid_points(self.queries, height, width)
         return np.asarray(self.queries(frames, height, width) if callable(self.queries) else self.queries)
 
     def _report_failure(self, folder: Path, name: str, error: Exception) -> dict[str, Any]:
@@ -280,10 +281,3 @@ def _description(queries: Queries) -> Any:
     if table.ndim != 2 or table.shape[1] != 3 or len(table) == 0 or table.dtype.kind not in "fiu":
         raise ValueError(f"queries must be a number, [points, 3] or a function, got an array of shape {table.shape}")
     return hashlib.sha256(table.astype(np.float64).tobytes()).hexdigest()
-
-
-def _grid(count: int, height: int, width: int) -> np.ndarray:
-    """`count` x `count` points at the centres of equal cells of frame 0, float32 `[count**2, 3]` (frame, x, y)."""
-    share = (np.arange(count) + 0.5) / count
-    y, x = np.meshgrid(share * height, share * width, indexing="ij")
-    return np.stack((np.zeros_like(x), x, y), axis=-1).reshape(-1, 3).astype(np.float32)

@@ -14,6 +14,7 @@ from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.embedded.world import Clip, WorldConfig, generate
 from corrdit.integrations.lightning.measurement import first_frame_hits, summed_hits
 from corrdit.metrics.matching import MatchingHits
+from corrdit.tracking.queries import grid_points
 
 PROBE_SEEDS = 1_900_000_000
 """First seed of the probe's videos, beyond those of any training."""
@@ -78,9 +79,7 @@ class WorldProbe:
     def _videos(self) -> tuple[list[Clip], np.ndarray]:
         config = WorldConfig(frames=self.frames, height=self.height, width=self.width)
         clips = generate([self.seed + index for index in range(self.clips)], config)
-        share = (np.arange(self.points) + 0.5) / self.points
-        y, x = np.meshgrid(share * self.height, share * self.width, indexing="ij")
-        return clips, np.stack((np.zeros_like(x), x, y), -1).reshape(-1, 3)
+        return clips, grid_points(self.points, self.height, self.width, np.float64)
 
     def _hits(self, backbone: Backbone, layers: Sequence[int]) -> Iterator[tuple[tuple[int, float], MatchingHits]]:
         clips, starts = self._videos()

@@ -11,8 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from corrdit.arguments import resolved_index, whole_indices
 from corrdit.integrations.diffusers.captures import capture
-from corrdit.integrations.diffusers.host.forwards import RemovableHook, transformers_of
-from corrdit.integrations.diffusers.layouts import ForwardCall, forward_arguments, layout_of
+from corrdit.integrations.diffusers.host.forwards import transformers_of, watched_forwards
+from corrdit.integrations.diffusers.layouts import ForwardCall, layout_of
 from corrdit.integrations.diffusers.processors import Operation
 from corrdit.integrations.lightning.discovery import VideoModel
 
@@ -62,9 +62,8 @@ def timed_capture(
     """
     timesteps = torch.zeros(1)
 
-    def note_timesteps(transformer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def note_timesteps(call: ForwardCall, arguments: dict[str, Any]) -> None:
         nonlocal timesteps
-        call = layout_of(transformer).read_call(transformer, forward_arguments(transformer, args, kwargs))
         timesteps = sample_timesteps(call)
 
     def receive(step: int, layer: int, result: object) -> None:
@@ -73,8 +72,8 @@ def timed_capture(
     with ExitStack() as stack:
         stack.enter_context(capture(model, layers=layers, steps=steps, operation=operation, callback=receive))
         for transformer in transformers_of(model):
-            hook = transformer.register_forward_pre_hook(RemovableHook(note_timesteps), with_kwargs=True)
-            stack.callback(hook.remove)
+            layout = layout_of(transformer)
+            stack.enter_context(watched_forwards(transformer, layout, note_timesteps, lambda output: None))
         yield
 
 

@@ -16,7 +16,7 @@ from corrdit.kernels.displacement.folded import folded_backward, folded_forward
 from corrdit.kernels.displacement.soft_backward import soft_backward
 from corrdit.kernels.displacement.soft_forward import soft_forward
 from corrdit.kernels.shared.inputs import kernel_input
-from corrdit.kernels.shared.launch import LOG2_E, autocast_off, canonical, unequal_weights
+from corrdit.kernels.shared.launch import LOG2_E, SavedContext, autocast_off, canonical, unequal_weights
 from corrdit.kernels.shared.tables import frame_pairs, window_centers, window_radius
 from corrdit.problem import PairProblem, float32_precision
 
@@ -48,8 +48,8 @@ _soft_displacement = torch.library.custom_op("corrdit::soft_displacement", compu
 
 @_soft_displacement.register_fake
 def _(
-    q: Tensor, k: Tensor, weights: Any, key_mask: Any, center: Any, pairs: Sequence[int], height: int, width: int,
-    folded: bool, scale: float, window: int, precision: str,
+    q: Tensor, k: Tensor, weights: object, key_mask: object, center: object, pairs: Sequence[int], height: int,
+    width: int, folded: bool, scale: float, window: int, precision: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     shape = (q.shape[0], 1 if folded else q.shape[1], len(pairs) // 2, height * width)
     return q.new_empty(*shape, 2, dtype=torch.float32), q.new_empty(shape, dtype=torch.float32)
@@ -90,22 +90,22 @@ _soft_displacement_backward = torch.library.custom_op(
 
 
 @_soft_displacement_backward.register_fake
-def _(gradient: Tensor, q: Tensor, k: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+def _(gradient: Tensor, q: Tensor, k: Tensor, *options: object) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: SavedContext, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, weights, key_mask, center, *ctx.options = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(q, k, weights, key_mask, center, *output)
 
 
-def _differentiate(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: SavedContext, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     dq, dk = _soft_displacement_backward(gradient, *ctx.saved_tensors, *ctx.options)
     return dq, dk, *(None,) * 10
 
 
-def _refuse_second_derivative(ctx: Any, *gradients: Tensor) -> None:
+def _refuse_second_derivative(ctx: SavedContext, *gradients: Tensor) -> None:
     raise RuntimeError(
         "soft_displacement on Triton kernels is differentiable once; for a second derivative use "
         'backend="reference", whose every step is differentiable'

@@ -11,7 +11,7 @@ from torch import Tensor
 from corrdit.kernels.frame_local.backward import local_backward
 from corrdit.kernels.frame_local.forward import LocalLayout, local_forward
 from corrdit.kernels.shared.inputs import kernel_input
-from corrdit.kernels.shared.launch import LOG2_E, autocast_off, canonical
+from corrdit.kernels.shared.launch import LOG2_E, SavedContext, autocast_off, canonical
 from corrdit.problem import PairProblem, float32_precision
 
 
@@ -36,7 +36,7 @@ _frame_local_attention = torch.library.custom_op(
 
 
 @_frame_local_attention.register_fake
-def _(q: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, *options: object) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -66,22 +66,22 @@ _frame_local_attention_backward = torch.library.custom_op(
 
 
 @_frame_local_attention_backward.register_fake
-def _(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, *options: object) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: SavedContext, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, key_mask, *ctx.options = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(q, k, v, key_mask, *output)
 
 
-def _differentiate(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: SavedContext, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     dq, dk, dv = _frame_local_attention_backward(gradient, *ctx.saved_tensors, *ctx.options)
     return dq, dk, dv, *(None,) * 5
 
 
-def _refuse_second_derivative(ctx: Any, *gradients: Tensor) -> None:
+def _refuse_second_derivative(ctx: SavedContext, *gradients: Tensor) -> None:
     raise RuntimeError(
         "frame_local_attention on Triton kernels is differentiable once; for a second derivative use "
         'backend="reference", whose every step is differentiable'

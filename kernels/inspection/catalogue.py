@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import pathlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -134,10 +134,10 @@ def _soft_displacement(heads: str, q: Tensor, grid: TokenGrid, compiled: list[Co
     from corrdit.kernels.displacement.soft import compute_soft_displacement, compute_soft_displacement_backward
 
     folded = heads == "logits"
-    options: tuple[Any, ...] = (_PAIRS, grid.height, grid.width, folded, 0.18, -1, product_precision())
+    options = (_PAIRS, grid.height, grid.width, folded, 0.18, -1, product_precision())
     found = compute_soft_displacement(q, q, None, None, None, *options)
     count = len(compiled)
-    compute_soft_displacement_backward(torch.empty_like(found[0]), q, q, None, None, None, *found, *options)
+    compute_soft_displacement_backward(torch.empty_like(found[0]), q, q, None, None, None, found[0], found[1], *options)
     return count
 
 
@@ -194,10 +194,10 @@ def _frame_local_attention(heads: str, q: Tensor, grid: TokenGrid, compiled: lis
     )
     from corrdit.kernels.frame_local.forward import LocalLayout
 
-    options: tuple[Any, ...] = (list(LocalLayout.of(grid, 0)), 0.18, heads == "renormalized", product_precision())
+    options = (list(LocalLayout.of(grid, 0)), 0.18, heads == "renormalized", product_precision())
     found = compute_frame_local_attention(q, q, q, None, *options)
     count = len(compiled)
-    compute_frame_local_attention_backward(q, q, q, q, None, *found, *options)
+    compute_frame_local_attention_backward(q, q, q, q, None, found[0], found[1], *options)
     return count
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -53,7 +51,7 @@ _cost_rows = torch.library.custom_op("corrdit::cost_rows", compute_cost_rows, mu
 
 @_cost_rows.register_fake
 def _(
-    q: Tensor, k: Tensor, tokens: Tensor, weights: Any, key_mask: Any, source: int, height: int, width: int,
+    q: Tensor, k: Tensor, tokens: Tensor, weights: object, key_mask: object, source: int, height: int, width: int,
     heads: str, scale: float, bidirectional: bool, precision: str,
 ) -> Tensor:  # fmt: skip
     size = height * width

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,8 +53,8 @@ _hard_displacement = torch.library.custom_op("corrdit::hard_displacement", compu
 
 @_hard_displacement.register_fake
 def _(
-    q: Tensor, k: Tensor, weights: Any, key_mask: Any, center: Any, pairs: Sequence[int], height: int, width: int,
-    heads: str, scale: float, window: int, precision: str,
+    q: Tensor, k: Tensor, weights: object, key_mask: object, center: object, pairs: Sequence[int], height: int,
+    width: int, heads: str, scale: float, window: int, precision: str,
 ) -> Tensor:  # fmt: skip
     outer = q.shape[1] if heads == "none" else 1
     return q.new_empty(q.shape[0], outer, len(pairs) // 2, height * width, 2, dtype=torch.int64)

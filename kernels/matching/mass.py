@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -46,7 +44,7 @@ _attention_mass = torch.library.custom_op("corrdit::attention_mass", compute_att
 
 @_attention_mass.register_fake
 def _(
-    q: Tensor, k: Tensor, tokens: Tensor, weights: Any, key_mask: Any, text_first: int, text_tokens: int,
+    q: Tensor, k: Tensor, tokens: Tensor, weights: object, key_mask: object, text_first: int, text_tokens: int,
     video_first: int, frames: int, source: int, heads: str, scale: float, precision: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     shape = (q.shape[0], q.shape[1] if heads == "none" else 1, 1 + frames, tokens.shape[0])

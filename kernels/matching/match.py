@@ -7,7 +7,6 @@ heads * tokens, not with tokens squared.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +60,7 @@ _match = torch.library.custom_op("corrdit::match", compute_match, mutates_args=(
 
 @_match.register_fake
 def _(
-    q: Tensor, k: Tensor, weights: Any, key_mask: Any, pairs: Sequence[int], height: int, width: int, heads: str,
+    q: Tensor, k: Tensor, weights: object, key_mask: object, pairs: Sequence[int], height: int, width: int, heads: str,
     scale: float, bidirectional: bool, radius: int, precision: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     shape = (q.shape[0], q.shape[1] if heads == "none" else 1, len(pairs) // 2, height * width)

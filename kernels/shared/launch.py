@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from corrdit.kernels.requirements import unfit_machine, unfit_tensor
 from corrdit.kernels.shared import configs
@@ -20,7 +21,14 @@ Compiler = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
 _compiler: tuple[str, Compiler] | None = None
 
 
-def autocast_off(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+class SavedContext(FunctionCtx):
+    """What torch hands to an operator's gradient, with the attributes that it has in fact."""
+
+    options: list[object]
+    saved_tensors: tuple[Tensor, ...]
+
+
+def autocast_off(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Within it, autocast has no say in what a host function computes itself: a gradient may be taken under it."""
     if tensor.is_meta:
         return contextlib.nullcontext()

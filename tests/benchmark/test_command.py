@@ -68,6 +68,13 @@ def test_resume_adds_a_baseline_and_replaces_rows_of_another_commit(tmp_path, mo
     assert [row["commit"] for row in rows_in(tmp_path)] == ["later", SURROUNDINGS["commit"]] * 2
 
 
+def test_options_of_earlier_versions_mean_the_same(capsys):
+    assert main([*SHORT, "--rivals", "folded-chunks", "--rival-gigabytes", "1", "--plan"]) == 0
+    assert "up to 1 other ways" in capsys.readouterr().out
+    assert main([*SHORT, "--rivals", "none", "--plan"]) == 0
+    assert "up to 0 other ways" in capsys.readouterr().out
+
+
 def test_rows_are_on_the_disk_when_a_later_measurement_dies(tmp_path, monkeypatch, capsys):
     whole = runner.run_piece
 

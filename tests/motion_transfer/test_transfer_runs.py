@@ -1,4 +1,4 @@
-"""What a run does step by step: gradients, resuming, stored motion, injection, rivals, failures."""
+"""What a run does step by step: gradients, resuming, stored motion, injection, baselines, failures."""
 
 import numpy as np
 import pytest
@@ -163,7 +163,7 @@ def test_stored_motion_of_another_size_is_refused(case, tmp_path):
 
 @pytest.mark.parametrize("method", ["smm", "moft", "motionclone"])
 @pytest.mark.parametrize("name", ["cogvideox", "hunyuanvideo", "wan"])
-def test_rivals_lower_their_own_loss(case, name, method):
+def test_baselines_lower_their_own_loss(case, name, method):
     backbone, video, arguments = case(name)
     settings = {**SETTINGS, "optimisation_steps": 3, "motion_channels": 0.2}
     result = MotionTransfer(backbone, block=1, method=method, **settings)(video, **arguments)

@@ -138,6 +138,17 @@ def room(module: str) -> tuple[int, str]:
     return max(fits, key=lambda entry: len(entry[1]))
 
 
+def test_every_module_that_is_imported_exists():
+    missing = {
+        (module, node.module)
+        for module, (_, tree) in sources().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("corrdit.")
+        if node.module not in sources()
+    }
+    assert not missing
+
+
 def test_every_import_points_down():
     upward = set()
     for module, targets in arrows().items():

@@ -65,7 +65,7 @@ class ReadingCapture(Capture):
         self._step = -1
 
     def __enter__(self) -> ReadingCapture:
-        if self._feature_operation is not None and any(map(has_compiled_blocks, self._transformers)):
+        if self._feature_operation is not None and any(has_compiled_blocks(each) for each, _ in self._models):
             raise ValueError(
                 "features cannot be read from compiled blocks; leave features out or do not compile the transformer"
             )
@@ -81,7 +81,7 @@ class ReadingCapture(Capture):
         if self._feature_operation is None:
             return
         assert self._open is not None
-        for transformer, layout in zip(self._transformers, self._layouts, strict=True):
+        for transformer, layout in self._models:
             for layer, module in enumerate(layout.attention_modules(transformer)):
                 if layer in self._operations:
                     self._open.callback(self._watched(transformer, layer, module).remove)

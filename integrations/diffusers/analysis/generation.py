@@ -85,20 +85,14 @@ def analyze_generation(
     layers = resolved("layer", options.layers, backbone.layers, backbone.name)
     reader = _GridReader(backbone, options, mode)
     with tempfile.TemporaryFile() as file:
-        spool = _Spool(file)
-
-        def receive(step: int, layer: int, name: str, reading: LayerReading) -> None:
-            spool.add(step, layer, name, reading)
-            if on_reading is not None:
-                on_reading(step, layer, name, reading)
-
+        spool = _Spool(file, on_reading)
         capturing = ReadingCapture(
             backbone.pipe,
             layers=layers,
             steps=steps,
             operation=reader.attention,
             feature_operation=reader.features if options.features else None,
-            deliver=receive,
+            deliver=spool.add,
         )
         with capturing:
             made = backbone.pipe(**arguments, generator=torch.Generator().manual_seed(seed))
@@ -162,10 +156,10 @@ class _GridReader:
 
 
 class _Spool:
-    """Readings in a file, in the order they came."""
+    """Readings in a file, in the order they came; `on_reading` sees them pass."""
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
+    def __init__(self, file: IO[bytes], on_reading: OnReading | None) -> None:
+        self._file, self._on_reading = file, on_reading
         self._entries: list[tuple[int, int, str, int]] = []
 
     def add(self, step: int, layer: int, name: str, reading: LayerReading) -> None:
@@ -174,6 +168,8 @@ class _Spool:
         for part in parts:
             np.save(self._file, part.numpy(), allow_pickle=False)
         self._entries.append((step, layer, name, len(parts)))
+        if self._on_reading is not None:
+            self._on_reading(step, layer, name, reading)
 
     def __iter__(self) -> Iterator[tuple[int, int, str, LayerReading]]:
         self._file.seek(0)

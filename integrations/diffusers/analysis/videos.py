@@ -222,11 +222,12 @@ def given_latents(
         backbone: of `load_backbone`.
         latents: clean, `[F, C, h, w]`.
         timesteps: by the steps asked for.
-        options: how they are brought there.
+        options: whether they are noised, inverted or left clean.
     """
     if options.noise == "inverted":
         inference_steps = options.inference_steps or backbone.preset.reading.inference_steps
-        yield from backbone.inverted(latents, list(timesteps), inference_steps, **image_given(backbone, latents))
+        image = image_given(backbone, latents).get("image")
+        yield from backbone.inverted(latents, list(timesteps), inference_steps, image=image)
         return
     for step, timestep in timesteps.items():
         yield step, noised(backbone, latents, step, timestep, options)

@@ -17,6 +17,7 @@ import torch
 from corrdit.arguments import whole_number
 from corrdit.files import written_beside
 from corrdit.integrations.diffusers.guidance.cross_attention import CrossAttentionGuidance
+from corrdit.integrations.diffusers.layouts import Pipeline
 
 VIDEO_FILE = "video.mp4"
 PLAIN_FILE = "plain.mp4"
@@ -50,7 +51,7 @@ class GeneratedVideo:
     sample: int = 0
 
 
-def check_call(pipe: Any, arguments: Mapping[str, Any]) -> None:
+def check_call(pipe: object, arguments: Mapping[str, object]) -> None:
     """Raises ValueError for an argument that the pipeline's call does not take, or a size or number of none."""
     accepted = set(inspect.signature(type(pipe).__call__).parameters) - {"self"}
     for name in arguments:
@@ -63,7 +64,7 @@ def check_call(pipe: Any, arguments: Mapping[str, Any]) -> None:
             whole_number(name, arguments[name], 1)
 
 
-def check_generation(pipe: Any, call: Mapping[str, Any]) -> None:
+def check_generation(pipe: object, call: Mapping[str, object]) -> None:
     """Raises ValueError for arguments that `generate` does not take: what `check_call` refuses, and what it sets."""
     check_call(pipe, call)
     for name in SET_FOR_EVERY_VIDEO:
@@ -82,10 +83,10 @@ def checked_rate(fps: float) -> float:
 
 
 def generate(
-    pipe: Any,
+    pipe: Pipeline,
     prompt: str,
     seed: int,
-    call: Mapping[str, Any] | None = None,
+    call: Mapping[str, object] | None = None,
     guidance: Mapping[str, Any] | None = None,
     sample: int = 0,
 ) -> GeneratedVideo:
@@ -120,7 +121,7 @@ def side_by_side(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 def write_generated(
-    folder: str | os.PathLike[str], generated: GeneratedVideo, *, fps: float, details: Mapping[str, Any]
+    folder: str | os.PathLike[str], generated: GeneratedVideo, *, fps: float, details: Mapping[str, object]
 ) -> list[Path]:
     """Write one result into an existing folder: `video.mp4`, `generation.json`, and with guidance `plain.mp4` and
     `side_by_side.mp4` (without guidance on the left). `generation.json` comes last.
@@ -191,7 +192,7 @@ def export_for_vbench(
     return copied
 
 
-def _frames(pipe: Any, arguments: Mapping[str, Any], seed: int) -> np.ndarray:
+def _frames(pipe: Pipeline, arguments: Mapping[str, object], seed: int) -> np.ndarray:
     generator = torch.Generator("cpu").manual_seed(seed)
     frames = np.asarray(pipe(**arguments, generator=generator).frames[0])
     return np.round(frames * 255).clip(0, 255).astype(np.uint8)

@@ -189,13 +189,13 @@ class CrossAttentionGuidance:
             )
         return GuidedSamples(branches["cond"], scale, self._renormalizes())
 
-    def _finished(self, output: Any, shift: torch.Tensor | None) -> Any:
+    def _finished(self, output: object, shift: torch.Tensor | None) -> object:
         if shift is not None:
             self._shift = shift
         return None if self._shift is None else _shifted(output, self._shift)
 
 
-def _shifted(output: Any, shift: torch.Tensor) -> Any:
+def _shifted(output: object, shift: torch.Tensor) -> object:
     """The transformer's output with the same shift added to every branch in it."""
     prediction = prediction_of(output)
     branches = prediction.unflatten(0, (-1, shift.shape[0])).to(shift.dtype)

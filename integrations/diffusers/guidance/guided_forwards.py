@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from corrdit.integrations.diffusers.compatibility import check_processor, check_transformer
 from corrdit.integrations.diffusers.guidance.options import GuidanceOptions
 from corrdit.integrations.diffusers.guidance.perturbed_pass import PerturbedPass, prediction_of
-from corrdit.integrations.diffusers.host.forwards import watched_forwards
+from corrdit.integrations.diffusers.host.forwards import Arguments, watched_forwards
 from corrdit.integrations.diffusers.layouts import ForwardCall, TransformerLayout, layout_of
 
 
@@ -54,13 +53,13 @@ class GuidedForwards:
         heads: Mapping[int, tuple[int, ...]],
         options: GuidanceOptions,
         wanted: Callable[[TransformerLayout, ForwardCall], GuidedSamples | None],
-        finished: Callable[[Any, torch.Tensor | None], Any],
+        finished: Callable[[object, torch.Tensor | None], object],
     ) -> None:
         self._transformer, self._layers, self._options = transformer, layers, options
         self._wanted, self._finished = wanted, finished
         self._layout = layout_of(transformer)
         self._pass = PerturbedPass(transformer, self._layout, layers, heads)
-        self._guided: tuple[GuidedSamples, ForwardCall, dict[str, Any]] | None = None
+        self._guided: tuple[GuidedSamples, ForwardCall, Arguments] | None = None
         self._attached = ExitStack()
         self._once = False
 
@@ -85,7 +84,7 @@ class GuidedForwards:
         )
         return self._attached
 
-    def _before(self, call: ForwardCall, arguments: dict[str, Any]) -> None:
+    def _before(self, call: ForwardCall, arguments: Arguments) -> None:
         self._guided = None
         self._pass.forget()
         samples = self._wanted(self._layout, call)
@@ -93,7 +92,7 @@ class GuidedForwards:
             self._guided = (samples, call, arguments)
             self._pass.keep_prefix(samples.rows)
 
-    def _after(self, output: Any) -> Any:
+    def _after(self, output: object) -> object:
         guided, self._guided = self._guided, None
         try:
             if output is None:

@@ -17,6 +17,7 @@ from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.guidance.perturbations import AttentionFunction, PerturbingProcessor
 from corrdit.integrations.diffusers.host.attention import processors_wrapped
 from corrdit.integrations.diffusers.host.forwards import (
+    Arguments,
     Forward,
     Replacement,
     replaced_forward,
@@ -56,7 +57,7 @@ class PerturbedPass:
         self._blocks = [block for blocks in self._lists for block in blocks]
         _check_correspondence(transformer, self._blocks, self._modules)
         self._rows: slice | None = None
-        self._kept: dict[int, Any] = {}
+        self._kept: dict[int, object] = {}
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -79,7 +80,7 @@ class PerturbedPass:
 
     def run(
         self,
-        arguments: Mapping[str, Any],
+        arguments: Arguments,
         call: ForwardCall,
         rows: slice,
         attention: AttentionFunction | None,
@@ -125,7 +126,7 @@ class PerturbedPass:
         ends = [sum(lengths[: position + 1]) - 1 for position in range(len(lengths))]
         return [end for end in ends if end < first - 1] + ([first - 1] if first else [])
 
-    def _keep(self, index: int, output: Any) -> None:
+    def _keep(self, index: int, output: object) -> None:
         if self._rows is None:
             return
         # Of an earlier list only the shape matters: everything computed from it is replaced by the last end.
@@ -136,7 +137,7 @@ class PerturbedPass:
         """What block `index` of the prefix returns: the output of the first end at or after it."""
         end = next(end for end in self._prefix_ends() if end >= index)
 
-        def kept(original: Any, args: Any, kwargs: Any) -> Any:
+        def kept(original: Forward, args: object, kwargs: object) -> object:
             return self._kept[end]
 
         return kept
@@ -179,7 +180,7 @@ def _check_can_be_left_out(block: torch.nn.Module) -> None:
         ) from None
 
 
-def _leave_out(block: torch.nn.Module, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _leave_out(block: torch.nn.Module, original: Forward, args: tuple[object, ...], kwargs: Arguments) -> object:
     """The block's inputs in the form of its outputs, by diffusers' own table of blocks."""
     from diffusers.hooks._helpers import TransformerBlockRegistry
 

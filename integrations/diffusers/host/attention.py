@@ -43,8 +43,8 @@ class AttentionCall:
     query: Tensor
     key: Tensor
     value: Tensor
-    args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] | None = None
+    args: tuple[object, ...] = ()
+    kwargs: Mapping[str, object] | None = None
     dispatched: bool = False
 
     def changed(self, query: Tensor, key: Tensor, value: Tensor) -> AttentionCall:
@@ -198,13 +198,13 @@ class intercepting(TorchFunctionMode):
 
     def __torch_function__(
         self,
-        func: Callable[..., Any],
+        func: Callable[..., object],
         types: Iterable[type],
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> object:
         if func is SCALED_DOT_PRODUCT_ATTENTION:
-            return _answered(func, self._interceptors, False, *args, **(kwargs or {}))
+            return _answered(SCALED_DOT_PRODUCT_ATTENTION, self._interceptors, False, *args, **(kwargs or {}))
         if func is Tensor.unflatten:
             # The method asks for its base class's, which torch.compile cannot follow under a function mode.
             func = torch.unflatten

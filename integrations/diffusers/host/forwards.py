@@ -13,8 +13,10 @@ from corrdit.integrations.diffusers.compatibility import has_compiled_blocks, is
 from corrdit.integrations.diffusers.layouts import ForwardCall, TransformerLayout, forward_arguments
 
 _ABSENT = object()
+Arguments = dict[str, Any]
+"""Of a forward, by name."""
 Forward = Callable[..., Any]
-Replacement = Callable[[Forward, tuple[Any, ...], dict[str, Any]], Any]
+Replacement = Callable[[Forward, tuple[object, ...], Arguments], object]
 """`replacement(original, args, kwargs)` gives the output of the module."""
 
 
@@ -55,8 +57,8 @@ def transformers_of(model: object) -> list[torch.nn.Module]:
 def watched_forwards(
     transformer: torch.nn.Module,
     layout: TransformerLayout,
-    before: Callable[[ForwardCall, dict[str, Any]], None],
-    after: Callable[[Any], Any],
+    before: Callable[[ForwardCall, Arguments], None],
+    after: Callable[[Any], object],
 ) -> Iterator[None]:
     """Inside the block, hear of every forward of a transformer.
 
@@ -67,11 +69,11 @@ def watched_forwards(
         after: `after(output)`, with None after an exception; what it returns, unless None, is the output.
     """
 
-    def begin(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin(module: torch.nn.Module, args: tuple[object, ...], kwargs: Arguments) -> None:
         arguments = forward_arguments(transformer, args, kwargs)
         before(layout.read_call(transformer, arguments), arguments)
 
-    def end(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def end(module: torch.nn.Module, args: tuple[object, ...], output: object) -> object:
         return after(output)
 
     with contextlib.ExitStack() as stack:
@@ -81,7 +83,7 @@ def watched_forwards(
 
 
 @contextlib.contextmanager
-def watched_output(block: torch.nn.Module, see: Callable[[Any], Any]) -> Iterator[None]:
+def watched_output(block: torch.nn.Module, see: Callable[[Any], object]) -> Iterator[None]:
     """Inside, `see(output)` follows every forward of a block; what it returns, unless None, is the output.
 
     It is no part of the graph of a block that was compiled in place.
@@ -95,7 +97,7 @@ def watched_output(block: torch.nn.Module, see: Callable[[Any], Any]) -> Iterato
             handle.remove()
         return
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: object, **kwargs: object) -> object:
         output = compiled(*args, **kwargs)
         seen = see(output)
         return output if seen is None else seen
@@ -115,7 +117,7 @@ def replaced_forward(module: torch.nn.Module, replacement: Replacement) -> Itera
     original = holder.forward
 
     @functools.wraps(original)
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def forward(*args: object, **kwargs: object) -> object:
         return replacement(original, args, kwargs)
 
     with _attribute(holder, "forward", forward), uncompiled(module):
@@ -158,7 +160,7 @@ def leaving_after(transformer: torch.nn.Module, layout: TransformerLayout, layer
         yield True
 
 
-def _until_read(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _until_read(forward: Forward, args: tuple[object, ...], kwargs: Arguments) -> object:
     try:
         return forward(*args, **kwargs)
     except EarlyExit:

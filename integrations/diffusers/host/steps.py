@@ -23,8 +23,8 @@ class PipelineSteps:
 
     def __init__(self, pipe: Any) -> None:
         self._pipe = pipe
-        self._schedule: Any = None
-        self._marker: Any = None
+        self._schedule: object = None
+        self._marker: object = None
         self.guided = False
         self.runs = 0
         self.step = -1
@@ -120,7 +120,7 @@ SHARED_ARGUMENTS = frozenset({"image_rotary_emb", "ofs", "rope_interpolation_sca
 """Arguments of transformers that all samples of a batch share."""
 
 
-def rows_of(arguments: Mapping[str, Any], rows: slice, batch: int) -> dict[str, Any]:
+def rows_of(arguments: Mapping[str, object], rows: slice, batch: int) -> dict[str, Any]:
     """The arguments of a transformer's forward of `batch` samples for some of them."""
 
     def chosen(tensor: torch.Tensor) -> torch.Tensor:
@@ -131,7 +131,7 @@ def rows_of(arguments: Mapping[str, Any], rows: slice, batch: int) -> dict[str, 
     }
 
 
-def map_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+def map_tensors(value: object, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """`function` of every tensor in dicts, lists and tuples."""
     if isinstance(value, torch.Tensor):
         return function(value)
@@ -142,7 +142,7 @@ def map_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) ->
     return value
 
 
-def _uses_guidance(pipe: Any) -> bool:
+def _uses_guidance(pipe: object) -> bool:
     for name in (GUIDANCE_PROPERTY, "guidance_scale"):
         value = getattr(pipe, name, None)
         if value is not None:
@@ -150,7 +150,7 @@ def _uses_guidance(pipe: Any) -> bool:
     return False
 
 
-def _same(marker: Any, other: Any) -> bool:
+def _same(marker: object, other: object) -> bool:
     if isinstance(marker, float) and isinstance(other, float):
         return marker == other
     return marker is other

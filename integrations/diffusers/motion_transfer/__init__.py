@@ -1,4 +1,4 @@
-"""Motion transfer through unmodified pipelines: DiTFlow, its rivals, and zero-shot injection of what was optimised."""
+"""Motion transfer through unmodified pipelines: DiTFlow, baselines, and zero-shot injection of what was optimised."""
 
 from corrdit.integrations.diffusers.motion_transfer.optimisation import DivergedError
 from corrdit.integrations.diffusers.motion_transfer.reference import ReferenceMotion

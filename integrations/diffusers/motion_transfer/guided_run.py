@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from corrdit.integrations.diffusers.backbones.base import Backbone
-from corrdit.integrations.diffusers.host.forwards import frozen, replaced_forward, transformers_of
+from corrdit.integrations.diffusers.host.forwards import Arguments, Forward, frozen, replaced_forward, transformers_of
 from corrdit.integrations.diffusers.host.steps import PipelineSteps, branches_of, rows_of
 from corrdit.integrations.diffusers.layouts import ForwardCall, forward_arguments
 from corrdit.integrations.diffusers.motion_transfer.embeddings import PositionalTables, positional_tables
@@ -116,9 +117,7 @@ class GuidedRun:
         scheduler.step = functools.wraps(step)(functools.partial(self._scheduler_step, scheduler, step))
         return scheduler
 
-    def _forward(
-        self, transformer: torch.nn.Module, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _forward(self, transformer: Module, own: Forward, args: tuple[object, ...], kwargs: Arguments) -> object:
         if self._inside:
             return own(*args, **kwargs)
         arguments = forward_arguments(transformer, args, kwargs)
@@ -140,9 +139,7 @@ class GuidedRun:
         finally:
             self._inside = False
 
-    def _begin_step(
-        self, transformer: torch.nn.Module, arguments: dict[str, Any], call: ForwardCall, step: int
-    ) -> None:
+    def _begin_step(self, transformer: Module, arguments: Arguments, call: ForwardCall, step: int) -> None:
         self._shift, self._keys_values = None, {}
         conditional = rows_of(arguments, self._conditional_rows(call), call.batch)
         latents, condition = self._split(conditional["hidden_states"])
@@ -160,9 +157,7 @@ class GuidedRun:
             with gradient_checkpointing(transformer, self._settings.gradient_checkpointing):
                 self._optimise(transformer, conditional, call, step)
 
-    def _optimise(
-        self, transformer: torch.nn.Module, conditional: dict[str, Any], call: ForwardCall, step: int
-    ) -> None:
+    def _optimise(self, transformer: Module, conditional: Arguments, call: ForwardCall, step: int) -> None:
         self._check_reference(call)
         latents, condition = self._split(conditional["hidden_states"])
 
@@ -200,9 +195,7 @@ class GuidedRun:
         else:
             self.state.tables = dict(found)
 
-    def _take_stored(
-        self, transformer: torch.nn.Module, conditional: dict[str, Any], call: ForwardCall, step: int
-    ) -> None:
+    def _take_stored(self, transformer: Module, conditional: Arguments, call: ForwardCall, step: int) -> None:
         assert self._stored is not None
         found = self._stored.tensors.get(step)
         if found is None:
@@ -221,7 +214,7 @@ class GuidedRun:
         device = conditional["hidden_states"].device
         self._use({name: tensor.to(device) for name, tensor in found.items()})
 
-    def _loss(self, transformer: torch.nn.Module, arguments: dict[str, Any], call: ForwardCall) -> Tensor:
+    def _loss(self, transformer: Module, arguments: Arguments, call: ForwardCall) -> Tensor:
         method, reference, blocks = self._method, self._reference, self._settings.blocks
         assert method is not None
         assert reference is not None
@@ -238,7 +231,7 @@ class GuidedRun:
         return torch.stack(losses).mean()
 
     def _reference_keys_values(
-        self, transformer: torch.nn.Module, conditional: dict[str, Any], call: ForwardCall, condition: Tensor | None
+        self, transformer: Module, conditional: Arguments, call: ForwardCall, condition: Tensor | None
     ) -> KeysValues:
         self._check_reference(call)
         assert self._reference is not None
@@ -253,7 +246,7 @@ class GuidedRun:
         return keys_values_of(transformer, self._layout, given, call.grid, self._settings.injection_blocks)
 
     @contextlib.contextmanager
-    def _guided_model(self, transformer: torch.nn.Module, call: ForwardCall) -> Iterator[None]:
+    def _guided_model(self, transformer: Module, call: ForwardCall) -> Iterator[None]:
         """The transformer with the optimised positional embedding and the injected keys and values of the step."""
         with contextlib.ExitStack() as stack:
             if self.state.tables and self._positions is not None:
@@ -262,14 +255,12 @@ class GuidedRun:
                 stack.enter_context(injected(transformer, self._layout, call.grid, self._keys_values))
             yield
 
-    def _positional(
-        self, transformer: torch.nn.Module, conditional: dict[str, Any], call: ForwardCall
-    ) -> PositionalTables:
+    def _positional(self, transformer: Module, conditional: Arguments, call: ForwardCall) -> PositionalTables:
         if self._positions is None:
             self._positions = positional_tables(self._backbone, transformer, conditional, call.grid)
         return self._positions
 
-    def _scheduler_step(self, scheduler: Any, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _scheduler_step(self, scheduler: Any, own: Forward, *args: object, **kwargs: object) -> object:
         index = self._counter.step
         if index < self.state.finished:
             if index == self.state.finished - 1:

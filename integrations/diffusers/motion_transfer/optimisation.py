@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -146,5 +145,9 @@ def _leaf(value: Tensor) -> Tensor:
 
 
 def _optimiser(leaves: list[Tensor], settings: TransferSettings, step: int) -> torch.optim.Optimizer:
-    kinds: dict[str, Any] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+    kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {
+        "adam": torch.optim.Adam,
+        "adamw": torch.optim.AdamW,
+        "sgd": torch.optim.SGD,
+    }
     return kinds[settings.optimizer](leaves, lr=settings.rate(step))

@@ -16,9 +16,11 @@ from torch.nn import functional
 from corrdit.arguments import whole_number
 from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.backbones.base import Backbone
+from corrdit.integrations.diffusers.host.forwards import Arguments
 from corrdit.integrations.diffusers.layouts import forward_arguments
 from corrdit.integrations.diffusers.motion_transfer.methods import MotionMethod, method_of, reference_flow
 from corrdit.integrations.diffusers.motion_transfer.observation import attention_observed, features_observed
+from corrdit.integrations.diffusers.processors import Operation
 from corrdit.integrations.diffusers.transfer_settings import TransferSettings
 
 FLAT_BELOW = 2
@@ -130,7 +132,7 @@ def reference_motion(backbone: Backbone, frames: np.ndarray, settings: TransferS
         return reference_flow(q, k, grid, key_mask, settings)
 
     method = method_of(settings)
-    operations: dict[str, Any] = {"flow": flow}
+    operations: dict[str, Operation] = {"flow": flow}
     if method is not None and method.reads == "attention":
         operations["wanted"] = method.reference_of_attention
     observed = attention_observed(transformer, arguments, dict.fromkeys(settings.blocks, operations))
@@ -160,7 +162,7 @@ def _wanted(
     backbone: Backbone,
     method: MotionMethod,
     settings: TransferSettings,
-    arguments: dict[str, Any],
+    arguments: Arguments,
     grid: TokenGrid,
     observed: dict[int, dict[str, Any]],
 ) -> dict[int, Any]:

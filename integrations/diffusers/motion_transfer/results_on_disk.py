@@ -14,6 +14,7 @@ from corrdit.files import written_beside
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.motion_transfer.result import TransferResult
 from corrdit.integrations.diffusers.transfer_settings import TransferSettings
+from corrdit.tracking.queries import grid_points
 
 FORMATS = ("mp4", "gif", "frames")
 TRACKED_GRID = 8
@@ -38,9 +39,7 @@ def fidelity_of(result: TransferResult, track: Track) -> dict[str, float]:
     if result.reference is None:
         return {}
     height, width = result.video.shape[1:3]
-    share = (np.arange(TRACKED_GRID) + 0.5) / TRACKED_GRID
-    y, x = np.meshgrid(share * height, share * width, indexing="ij")
-    queries = np.stack((np.zeros_like(x), x, y), axis=-1).reshape(-1, 3).astype(np.float32)
+    queries = grid_points(TRACKED_GRID, height, width)
     frames = min(len(result.video), len(result.reference))
     made, wanted = (
         np.asarray(track(video[:frames], queries).xy).transpose(1, 0, 2) for video in (result.video, result.reference)

@@ -7,7 +7,6 @@ import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor
 
@@ -37,6 +36,11 @@ class StoredMotion:
     height: int
     width: int
     tensors: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    def size(self) -> dict[str, int | None]:
+        """Frames, height and width by name."""
+        return {"num_frames": self.num_frames, "height": self.height, "width": self.width}
 
     def check_fits(
         self,
@@ -71,8 +75,7 @@ class StoredMotion:
         from safetensors.torch import save
 
         flat = flattened(self.tensors)
-        facts = {"kind": self.kind, "model": self.model, "steps": self.steps}
-        facts |= {"num_frames": self.num_frames, "height": self.height, "width": self.width}
+        facts = {"kind": self.kind, "model": self.model, "steps": self.steps, **self.size}
         with written_beside(path) as file:
             file.write(save(flat, metadata={"format": FORMAT, "facts": json.dumps(facts)}))
 
@@ -115,7 +118,7 @@ def flattened(tensors: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 def nested(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
     """The reverse of `flattened`."""
-    result: dict[int, dict[str, Any]] = {}
+    result: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         step, _, name = key.partition(".")
         result.setdefault(int(step), {})[name] = tensor

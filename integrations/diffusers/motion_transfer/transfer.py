@@ -12,6 +12,7 @@ import torch
 from corrdit.arguments import whole_number
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.backbones.presets import published_preset
+from corrdit.integrations.diffusers.host.forwards import Arguments
 from corrdit.integrations.diffusers.motion_transfer.guided_run import GuidedRun, StepReport
 from corrdit.integrations.diffusers.motion_transfer.reference import (
     ReferenceMotion,
@@ -131,13 +132,19 @@ class MotionTransfer:
         """
         motion = StoredMotion.load(stored) if isinstance(stored, (str, os.PathLike)) else stored
         self._check_prompts(prompt, pipeline_arguments)
-        _check_sizes(num_frames=num_frames, height=height, width=width)
+        wanted = {"num_frames": num_frames, "height": height, "width": width}
+        for name, value in wanted.items():
+            if value is not None:
+                whole_number(name, value, 1)
         if motion is not None:
-            motion.check_fits(self.backbone.name, self.settings.steps, num_frames, height, width)
-        if reference is None:
+            motion.check_fits(self.backbone.name, self.settings.steps, **wanted)
+            wanted = motion.size
+        prepared = None
+        if reference is not None:
+            prepared = self.reference_motion(reference, **wanted)
+        else:
             self._check_no_reference(motion, num_frames)
-        prepared = self._reference(reference, motion, num_frames, height, width)
-        size = self._size(prepared, motion, num_frames, height, width)
+        size = self._size(prepared, **wanted)
         arguments = self._pipeline_arguments(prompt, size, pipeline_arguments)
         state = self._state(state_file, prepared, prompt, seed, size, motion, pipeline_arguments)
         generator = torch.Generator().manual_seed(seed)
@@ -169,20 +176,6 @@ class MotionTransfer:
         with torch.inference_mode(False):
             return reference_motion(self.backbone, frames, self.settings)
 
-    def _reference(
-        self,
-        reference: Reference | None,
-        motion: StoredMotion | None,
-        num_frames: int | None,
-        height: int | None,
-        width: int | None,
-    ) -> ReferenceMotion | None:
-        if reference is None:
-            return None
-        if motion is not None:
-            num_frames, height, width = motion.num_frames, motion.height, motion.width
-        return self.reference_motion(reference, num_frames=num_frames, height=height, width=width)
-
     def _check_no_reference(self, motion: StoredMotion | None, num_frames: int | None) -> None:
         if self.settings.injection_blocks and self.settings.method != "backbone":
             raise ValueError(
@@ -194,7 +187,7 @@ class MotionTransfer:
         if motion is None and num_frames is None:
             raise ValueError("without a reference or stored motion, num_frames has to be given")
 
-    def _check_prompts(self, prompt: str, further: dict[str, Any]) -> None:
+    def _check_prompts(self, prompt: str, further: Arguments) -> None:
         """Pipelines cut prompts that are too long without an error."""
         if not isinstance(prompt, str):
             raise ValueError(f"the prompt must be one string, got {type(prompt).__name__}")
@@ -212,29 +205,22 @@ class MotionTransfer:
                 )
 
     def _size(
-        self,
-        prepared: ReferenceMotion | None,
-        motion: StoredMotion | None,
-        num_frames: int | None,
-        height: int | None,
-        width: int | None,
+        self, prepared: ReferenceMotion | None, num_frames: int | None, height: int | None, width: int | None
     ) -> tuple[int, int, int]:
+        """Frames, rows and columns of the new video."""
         if prepared is not None:
             frames, rows, columns, _ = prepared.frames.shape
             return (frames, rows, columns)
-        if motion is not None:
-            return (motion.num_frames, motion.height, motion.width)
-        chosen = self.settings.size or (0, 0)
-        # A size that was given is at least 1.
-        rows, columns = height or chosen[0], width or chosen[1]
-        if not rows or not columns:
+        default = self.settings.size or (None, None)
+        rows, columns = height or default[0], width or default[1]
+        if rows is None or columns is None:
             raise ValueError("without a reference or stored motion, height and width have to be given")
         assert num_frames is not None
         return (num_frames, rows, columns)
 
-    def _pipeline_arguments(self, prompt: str, size: tuple[int, int, int], further: dict[str, Any]) -> dict[str, Any]:
+    def _pipeline_arguments(self, prompt: str, size: tuple[int, int, int], further: Arguments) -> Arguments:
         settings = self.settings
-        chosen: dict[str, Any] = {"prompt": prompt, "num_inference_steps": settings.steps, "output_type": "np"}
+        chosen: Arguments = {"prompt": prompt, "num_inference_steps": settings.steps, "output_type": "np"}
         chosen |= dict(zip(("num_frames", "height", "width"), size, strict=True))
         if settings.guidance_scale is not None:
             chosen["guidance_scale"] = settings.guidance_scale
@@ -256,7 +242,7 @@ class MotionTransfer:
         seed: int,
         size: tuple[int, int, int],
         motion: StoredMotion | None,
-        further: dict[str, Any],
+        further: Arguments,
     ) -> RunState:
         """The state a run begins at: that of the file, or a new one."""
         model = (self.backbone.name, str(self.backbone.dtype))
@@ -291,12 +277,6 @@ class MotionTransfer:
 
 
 _OWN_ARGUMENTS = ("generator", "latents", "output_type", "num_inference_steps", "return_dict")
-
-
-def _check_sizes(**sizes: int | None) -> None:
-    for name, value in sizes.items():
-        if value is not None:
-            whole_number(name, value, 1)
 
 
 def _as_uint8(frames: np.ndarray) -> np.ndarray:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 
-from corrdit.analysis.sources import AnalysisItem, AnalysisVideo, point_grid
+from corrdit.analysis.sources import AnalysisItem, AnalysisVideo
 from corrdit.integrations.embedded.world.clips import WorldConfig, generate
+from corrdit.tracking.queries import grid_points
 
 FIRST_SEED = 2_000_000_000
 """Seeds from here on are used neither by training nor by the evaluation of checkpoints."""
@@ -22,7 +23,7 @@ def world_items(
     if count < 1 or points < 1:
         raise ValueError(f"{count} videos with {points} x {points} points were asked for; at least 1 of each is needed")
     config = WorldConfig(frames, height, width)
-    queries = point_grid(points, height, width)
+    queries = grid_points(points, height, width)
 
     def load(number: int) -> AnalysisVideo:
         clip = generate([FIRST_SEED + 100_000 * seed + number], config)[0]
