@@ -132,7 +132,7 @@ def _one(arguments: Any) -> int:
         backbone = loaded_backbone(arguments, preset)
         if guidance is not None and guidance["layers"] is None:
             guidance["layers"] = default_layers(backbone)
-        generated = comparison.generate(backbone.pipe, arguments.prompt, arguments.seed, call, guidance)
+        generated = comparison.generate(backbone, arguments.prompt, arguments.seed, call, guidance)
         details = {"model": backbone.name, "call": call, "guidance": guidance}
         files = comparison.write_generated(folder, generated, fps=fps, details=details)
     frames, height, width, _ = generated.video.shape

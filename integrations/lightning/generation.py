@@ -249,9 +249,7 @@ class GenerationModule(lightning.LightningModule):
             `{"name", "prompt", "seed", "seconds"}`.
         """
         began = time.perf_counter()
-        generated = generate(
-            self.backbone.pipe, batch["prompt"], batch["seed"], self.call, self.guidance, batch["sample"]
-        )
+        generated = generate(self.backbone, batch["prompt"], batch["seed"], self.call, self.guidance, batch["sample"])
         folder = self.output / batch["name"]
         for left in self.output.glob(f".part-{batch['name']}-*"):
             shutil.rmtree(left)
