@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from corrdit.arguments import whole_number
+from corrdit.arguments import choice, whole_number
 from corrdit.motion.flow_loss import FLOW_LOSSES
 from corrdit.motion.smm import SMM_LOSSES
 
@@ -116,8 +116,7 @@ class TransferSettings:
             ("flow_reference", FLOW_REFERENCES),
             ("backend", ("auto", "triton", "streaming", "reference")),
         ):
-            if getattr(self, name) not in accepted:
-                raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {getattr(self, name)!r}")
+            choice(name, getattr(self, name), accepted)
         losses = tuple(dict.fromkeys(FLOW_LOSSES + SMM_LOSSES))
         if self.loss is not None and self.loss not in losses:
             raise ValueError(f"loss must be one of {', '.join(losses)}, or None, got {self.loss!r}")
