@@ -59,13 +59,14 @@ class ReadingPreset:
     tokens_per_frame: int | None = None
 
     def __post_init__(self) -> None:
-        for name, accepted in (("layer", None), ("step", None), ("head", 0), *_LEAST.items()):
+        for name, least in _WHOLE_NUMBERS.items():
             value = getattr(self, name)
-            required = name in ("layer", "step", "inference_steps", "frames_per_chunk")
+            if value is None and name not in ("layer", "step", "inference_steps", "frames_per_chunk"):
+                continue
             whole = isinstance(value, int) and not isinstance(value, bool)
-            if (value is None and required) or not (value is None or (whole and value >= (accepted or value))):
-                least = "" if accepted is None else f" of at least {accepted}"
-                raise ValueError(f"{name} must be a whole number{least}, got {value!r}")
+            if not whole or (least is not None and value < least):
+                limit = "" if least is None else f" of at least {least}"
+                raise ValueError(f"{name} must be a whole number{limit}, got {value!r}")
         if self.heads not in (*HEADS, "none"):
             raise ValueError(f"heads must be one of {', '.join((*HEADS, 'none'))}, got {self.heads!r}")
         if not isinstance(self.noise, bool):
@@ -84,7 +85,17 @@ class ReadingPreset:
         return self.head_weights if self.head is None else tuple(float(head == self.head) for head in range(heads))
 
 
-_LEAST = {"inference_steps": 1, "frames_per_chunk": 2, "height": 1, "width": 1, "tokens_per_frame": 1}
+_WHOLE_NUMBERS = {
+    "layer": None,
+    "step": None,
+    "head": 0,
+    "inference_steps": 1,
+    "frames_per_chunk": 2,
+    "height": 1,
+    "width": 1,
+    "tokens_per_frame": 1,
+}
+"""Entries of `ReadingPreset` that are whole numbers, with the least that is accepted."""
 
 
 @dataclass(frozen=True, kw_only=True)

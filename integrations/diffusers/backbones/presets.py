@@ -90,7 +90,7 @@ class Preset:
         **flat: Any,
     ) -> None:
         if flat or not isinstance(reading, ReadingPreset):
-            _warn(f"Preset({', '.join(flat) or 'layer'})", "Preset(ReadingPreset(...), ...)", level=3)
+            _warn(f"Preset({', '.join(flat) or 'layer'})", "Preset(ReadingPreset(...), ...)")
             known = {} if not isinstance(reading, ReadingPreset) else dataclasses.asdict(reading)
             given = {"layer": reading, **flat} if isinstance(reading, int) else {**known, **flat}
             if "guidance_layers" in given:
@@ -111,7 +111,7 @@ class Preset:
             part, attribute = "reading", name
         else:
             raise AttributeError(f"a Preset has no {name!r}")
-        _warn(f"Preset.{name}", f"Preset.{part}.{attribute}", level=3)
+        _warn(f"Preset.{name}", f"Preset.{part}.{attribute}")
         return getattr(getattr(self, part), attribute)
 
     @property
@@ -206,9 +206,9 @@ class Preset:
 _READING = tuple(field.name for field in fields(ReadingPreset))
 
 
-def _warn(old: str, new: str, level: int) -> None:
+def _warn(old: str, new: str) -> None:
     message = f"{old} is now {new}; the old spelling goes in corrdit 0.3"
-    warnings.warn(message, DeprecationWarning, stacklevel=level + 1)
+    warnings.warn(message, DeprecationWarning, stacklevel=3)
 
 
 Part = TypeVar("Part", TrackerOptions, GuidancePreset, TransferSettings)
