@@ -28,10 +28,11 @@ def on_whole_grid(q: Tensor, k: Tensor, problem: PairProblem) -> tuple[Tensor, T
 
 def place_in_grid(axis: TokenAxis, grid: TokenGrid) -> Tensor:
     """int64 `[tokens]`: where the tokens of an axis stand in the grid's."""
-    places = torch.empty(axis.tokens, dtype=torch.int64)
-    places[axis.text] = torch.arange(grid.tokens)[grid.text_slice][: axis.text.stop - axis.text.start]
+    order = torch.arange(grid.tokens, device="cpu")
+    places = torch.empty(axis.tokens, dtype=torch.int64, device="cpu")
+    places[axis.text] = order[grid.text_slice][: axis.text.stop - axis.text.start]
     for frame_number, held in axis.frames.items():
-        places[held.place] = grid.frame_slice(frame_number).start + torch.arange(held.first, held.stop)
+        places[held.place] = order[grid.frame_slice(frame_number)][held.first : held.stop]
     return places
 
 
