@@ -113,15 +113,15 @@ def calibrate(
     places = [of_mean, *([of_head] if of_head else []), *filtered]
     counts = _counts(tables, places, threshold, moving)
     mean = _choice(summed, accuracy, counts, of_mean)
-    best, single = mean, None
+    best, single, place = mean, None, of_mean
     if of_head is not None:
         single = _choice(summed, accuracy, counts, of_head)
         if _surely_better(counts, of_head, of_mean):
-            best = single
+            best, place = single, of_head
     at = summed.steps.index(best.step)
     order = np.argsort(-np.nan_to_num(accuracy[at, :, 0], nan=-1.0), kind="stable")
     layers = tuple(summed.layers[index] for index in order)
-    contributing = int((counts[of_mean if best is mean else of_head][1] > 0).sum())
+    contributing = int((counts[place][1] > 0).sum())
     low_pass = 0.0 if best.head is not None else _low_pass(summed, counts, of_mean, filtered)
     return Calibration(best, mean, single, layers, threshold, moving, contributing, low_pass)
 
