@@ -100,11 +100,13 @@ def whole_indices(name: str, value: object) -> list[int]:
     return indices
 
 
-def resolved_index(name: str, value: object, count: int) -> int | None:
-    """`value` as a non-negative index below `count`, negative ones counted from the last; None if it is outside.
+def resolved_index(name: str, value: object, count: int, among: str) -> int:
+    """`value` as a non-negative index below `count`, negative ones counted from the last.
 
     Raises:
-        ValueError: not one whole number.
+        ValueError: not one whole number, or outside; `among` says in the message what there are so many of.
     """
     (index,) = whole_indices(name, [value])
-    return index % count if -count <= index < count else None
+    if not -count <= index < count:
+        raise ValueError(f"{name} {value} is outside {among} (0 to {count - 1}, or -{count} to -1 from the last)")
+    return index % count

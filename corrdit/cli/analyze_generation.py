@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+from corrdit.cli.analysis_options import resolved_options, settings_of
+from corrdit.cli.model_options import checked_preset, loaded_backbone
+from corrdit.cli.progress import progress_bar
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from jsonargparse import Namespace
+    from PIL.Image import Image
+
+    from corrdit.analysis.protocols import AnalysisOptions
+    from corrdit.analysis.sources import AnalysisItem
+    from corrdit.integrations.diffusers.backbones.base import Backbone
+    from corrdit.tracking.pseudo_truth import Tracker
 
 DATASET_FOLDER = "dataset"
 
 
-def analyze_prompts(arguments: Any, given: dict[str, Any]) -> tuple[Any, list[Any], Any]:
+def analyze_prompts(arguments: Namespace) -> tuple[Backbone, list[AnalysisItem], AnalysisOptions]:
     """Generate and analyse what is left.
 
     Returns:
@@ -17,12 +32,9 @@ def analyze_prompts(arguments: Any, given: dict[str, Any]) -> tuple[Any, list[An
     Raises:
         ValueError: no tracker or prompts, or what the pipeline does not take.
     """
-    from corrdit.analysis.protocols import analysis_options
-    from corrdit.analysis.results import begin, has_analysis
+    from corrdit.analysis.results import analysis_folder
     from corrdit.analysis.sources import difftrack_items
-    from corrdit.cli.analyze import chosen_steps, settings_of
-    from corrdit.cli.model_options import checked_preset, loaded_backbone
-    from corrdit.cli.progress import progress_bar
+    from corrdit.array_files import content_digest
     from corrdit.tracking.pseudo_truth import pseudo_tracker, starting_points
 
     if arguments.tracker is None:
@@ -36,16 +48,13 @@ def analyze_prompts(arguments: Any, given: dict[str, Any]) -> tuple[Any, list[An
     if arguments.image is not None:
         call["image"] = _image(arguments.image)
     backbone = loaded_backbone(arguments, checked_preset(arguments.preset))
-    inference_steps = int(
-        call.get("num_inference_steps") or given.get("inference_steps") or backbone.preset.reading.inference_steps
-    )
-    given["steps"], given["inference_steps"] = chosen_steps(arguments.steps, inference_steps), inference_steps
-    options = analysis_options(arguments.protocol, given)
-    begin(arguments.output, settings_of(arguments, options, backbone))
+    options = resolved_options(arguments, backbone, call.get("num_inference_steps"))
+    results = analysis_folder(arguments.output)
+    results.begin(settings_of(arguments, options, backbone))
     _check_same_prompts(arguments.output, prompts)
     with progress_bar("videos") as report:
         for number in range(len(prompts)):
-            if not has_analysis(arguments.output, f"{number:03}"):
+            if results.left({f"{number:03}": {"prompt": content_digest(prompts[number])}}):
                 _analyze_one(arguments, backbone, prompts, number, tracker=tracker, options=options, call=call)
             report(number + 1, len(prompts))
     folder = Path(arguments.output) / DATASET_FOLDER
@@ -53,15 +62,23 @@ def analyze_prompts(arguments: Any, given: dict[str, Any]) -> tuple[Any, list[An
 
 
 def _analyze_one(
-    arguments: Any, backbone: Any, prompts: list[str], number: int, *, tracker: Any, options: Any, call: dict[str, Any]
+    arguments: Namespace,
+    backbone: Backbone,
+    prompts: list[str],
+    number: int,
+    *,
+    tracker: Tracker,
+    options: AnalysisOptions,
+    call: Mapping[str, object],
 ) -> None:
     from corrdit.analysis.dataset import write_difftrack_video, write_prompts
     from corrdit.analysis.results import write_failure, write_result
-    from corrdit.integrations.diffusers.analysis import analyze_generation
+    from corrdit.array_files import content_digest
+    from corrdit.integrations.diffusers import analysis
 
     name = f"{number:03}"
     try:
-        found = analyze_generation(
+        found = analysis.analyze_generation(
             backbone,
             prompts[number],
             tracker=tracker,
@@ -71,12 +88,15 @@ def _analyze_one(
             call=call,
         )
     except ValueError as error:
+        if arguments.on_broken == "raise":
+            raise ValueError(f"video {name}: {error}") from error
         write_failure(arguments.output, name, error)
         return
     folder = Path(arguments.output) / DATASET_FOLDER
     write_prompts(folder, prompts)
-    write_difftrack_video(folder, number, found.video, found.tracks)
-    write_result(arguments.output, name, found.table)
+    files = write_difftrack_video(folder, number, found.video, found.tracks)
+    inputs = {"prompt": content_digest(prompts[number])}
+    write_result(arguments.output, name, found.table, inputs, files=files)
 
 
 def _check_same_prompts(output: str, prompts: list[str]) -> None:
@@ -97,17 +117,15 @@ def _check_same_prompts(output: str, prompts: list[str]) -> None:
 
 
 def _prompts(path: str) -> list[str]:
+    from corrdit.files import read_prompts
+
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError) as error:
+        return read_prompts(path)
+    except ValueError as error:
         raise ValueError(f"--prompts {path} is not a text file with one prompt a line: {error}") from error
-    prompts = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    if not prompts:
-        raise ValueError(f"--prompts {path} holds no prompts; give one a line")
-    return prompts
 
 
-def _image(path: str) -> Any:
+def _image(path: str) -> Image:
     from PIL import Image, UnidentifiedImageError
 
     try:

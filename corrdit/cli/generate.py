@@ -12,15 +12,18 @@ writes  into the folder --output, all of them or none; with --prompts into a fol
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from corrdit.arguments import whole_number
-from corrdit.cli.devices import add_device_options, checked_device, checked_dtype
+from corrdit.cli.devices import add_device_options, add_run_options, take_earlier_names, trainer_devices
 from corrdit.cli.lightning_runs import command_trainer, predict, quiet_lightning
 from corrdit.cli.model_options import add_preset_option, checked_preset, loaded_backbone
-from corrdit.cli.output import OutputFolder
+from corrdit.files import OutputFolder, write_json
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
 
 HELP = "generate videos from prompts, with cross-attention guidance beside without"
 USAGE = "PROMPT | --prompts FILE  --output DIR [--cag] [--model embedded] [options]"
@@ -39,7 +42,7 @@ _DEFAULTS = {
 """Of the options --cag-NAME."""
 
 
-def add_arguments(parser: Any) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="?", default=None, metavar="PROMPT", help="what the video shows")
     parser.add_argument("--prompts", default=None, metavar="FILE", help="text file with one prompt a line")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results, made if need be")
@@ -58,12 +61,13 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument("--fps", type=float, default=8.0, help="frames per second of the files")
     add_device_options(parser)
     add_preset_option(parser)
-    parser.add_argument("--devices", type=int, default=1, metavar="N", help="with --prompts: so many GPUs or processes")
+    add_run_options(parser, on_broken="raise")
+    parser.add_argument("--devices", type=int | None, default=None, help="now --processes; goes in corrdit 0.3")
     parser.add_argument("--vbench", action="store_true", help="also lay the videos out for VBench's own tool")
     _add_guidance(parser)
 
 
-def _add_guidance(parser: Any) -> None:
+def _add_guidance(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("cross-attention guidance")
     group.add_argument("--cag", action="store_true", help="guide, and write the video without guidance too")
     group.add_argument(
@@ -105,25 +109,26 @@ def _add_guidance(parser: Any) -> None:
     )
 
 
-def run(arguments: Any) -> int:
+def run(arguments: Namespace) -> int:
     if (arguments.prompt is None) == (arguments.prompts is None):
         given = "both were given" if arguments.prompt is not None else "neither was given"
         raise ValueError(f"generate takes a PROMPT or --prompts FILE; {given}")
+    take_earlier_names(arguments, devices="processes")
     _check_guidance_is_on(arguments)
     if arguments.prompt is not None:
         return _one(arguments)
     return _many(arguments)
 
 
-def _one(arguments: Any) -> int:
+def _one(arguments: Namespace) -> int:
     from corrdit.integrations.diffusers.backbones.presets import default_layers
     from corrdit.integrations.diffusers.guidance import comparison
 
     if not arguments.prompt.strip():
         raise ValueError("PROMPT is empty; say what the video shows")
-    if arguments.samples != 1 or arguments.devices != 1 or arguments.vbench:
+    if arguments.samples != 1 or arguments.processes != 1 or arguments.vbench:
         raise ValueError(
-            "--samples, --devices and --vbench go with --prompts FILE; leave them out with a single PROMPT"
+            "--samples, --processes and --vbench go with --prompts FILE; leave them out with a single PROMPT"
         )
     began = time.perf_counter()
     call, guidance, preset = _call(arguments), _guidance(arguments), checked_preset(arguments.preset)
@@ -132,9 +137,10 @@ def _one(arguments: Any) -> int:
         backbone = loaded_backbone(arguments, preset)
         if guidance is not None and guidance["layers"] is None:
             guidance["layers"] = default_layers(backbone)
-        generated = comparison.generate(backbone.pipe, arguments.prompt, arguments.seed, call, guidance)
+        generated = comparison.generate(backbone, arguments.prompt, arguments.seed, call, guidance)
+        files = [*comparison.write_generated(folder, generated, fps=fps), folder / comparison.DETAILS_FILE]
         details = {"model": backbone.name, "call": call, "guidance": guidance}
-        files = comparison.write_generated(folder, generated, fps=fps, details=details)
+        write_json(files[-1], {**comparison.generation_facts(generated, fps), **details})
     frames, height, width, _ = generated.video.shape
     layers = "" if guidance is None else f", guided in layers {', '.join(map(str, guidance['layers']))}"
     print(f"{frames} frames of {height} x {width} in {time.perf_counter() - began:.1f} s{layers}")
@@ -143,11 +149,11 @@ def _one(arguments: Any) -> int:
     return 0
 
 
-def _many(arguments: Any) -> int:
+def _many(arguments: Namespace) -> int:
     from corrdit.integrations.lightning import GenerationModule, PromptDataModule
 
     began = time.perf_counter()
-    devices = whole_number("--devices", arguments.devices, 1)
+    devices = trainer_devices(arguments, unset="auto")
     data = PromptDataModule(arguments.prompts, samples=arguments.samples, seed=arguments.seed, output=arguments.output)
     module = GenerationModule(
         arguments.model,
@@ -156,26 +162,27 @@ def _many(arguments: Any) -> int:
         call=_call(arguments),
         guidance=_guidance(arguments),
         fps=arguments.fps,
-        dtype=checked_dtype(arguments.dtype),
+        dtype=arguments.dtype,
         vbench=arguments.vbench,
+        placement=arguments.placement,
+        on_broken=arguments.on_broken,
     )
-    device = checked_device(arguments.device)
     with quiet_lightning():
-        trainer = command_trainer(
-            several=devices > 1,
-            accelerator="auto" if device is None else {"cpu": "cpu", "cuda": "gpu"}.get(device.type, device.type),
-            devices=[device.index] if device is not None and device.index is not None else devices,
-        )
+        trainer = command_trainer(several=arguments.processes > 1, **devices)
         predict(trainer, module, data)
         trainer.strategy.barrier("every process has made its videos")
-    if trainer.is_global_zero:
-        done = len(data.pending)
-        print(f"{done} of {len(data.items)} videos generated in {time.perf_counter() - began:.1f} s, others were there")
-        print(f"  {arguments.output}")
-    return 0
+    if not trainer.is_global_zero:
+        return 0
+    left = data.left()
+    for name in left:
+        print(f"corrdit generate: {name}: {module.results.failure(name)}", file=sys.stderr)
+    done = len(data.pending) - len(left)
+    print(f"{done} of {len(data.items)} videos generated in {time.perf_counter() - began:.1f} s, others were there")
+    print(f"  {arguments.output}")
+    return 2 if left else 0
 
 
-def _call(arguments: Any) -> dict[str, Any]:
+def _call(arguments: Namespace) -> dict[str, object]:
     """Arguments of the pipeline's call that were given."""
     named = {
         "num_frames": arguments.frames,
@@ -188,7 +195,7 @@ def _call(arguments: Any) -> dict[str, Any]:
     return {**{name: value for name, value in named.items() if value is not None}, **(arguments.pipeline or {})}
 
 
-def _check_guidance_is_on(arguments: Any) -> None:
+def _check_guidance_is_on(arguments: Namespace) -> None:
     """Raises ValueError for settings of a guidance that was not asked for."""
     changed = [name for name, default in _DEFAULTS.items() if getattr(arguments, f"cag_{name}") != default]
     given = [f"--cag-{name.replace('_', '-')}" for name in changed]
@@ -197,7 +204,7 @@ def _check_guidance_is_on(arguments: Any) -> None:
         raise ValueError(f"{', '.join(given)} {goes} with --cag, without which nothing is guided; add --cag")
 
 
-def _guidance(arguments: Any) -> dict[str, Any] | None:
+def _guidance(arguments: Namespace) -> dict[str, Any] | None:
     if not arguments.cag:
         return None
     published = arguments.cag_variant == "published"

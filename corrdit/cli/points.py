@@ -6,8 +6,10 @@ import csv
 import math
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 _COLUMNS = ("frame", "x", "y")
 _ACCEPTED = (
@@ -33,8 +35,12 @@ def read_points(spec: str, *, frames: int, height: int, width: int) -> np.ndarra
         ValueError: an unknown spec, a file that is missing, empty or has other columns, a number that is not finite, a
             frame that the video does not have, a point outside the frame; the line is named.
     """
+    import numpy as np
+
+    from corrdit.tracking.queries import grid_points
+
     if spec.startswith("grid:"):
-        return _grid(spec, height, width)
+        return grid_points(_grid_side(spec), height, width)
     points = []
     for line, (frame, x, y) in _csv_rows(Path(spec)):
         if frame != math.floor(frame):
@@ -55,18 +61,16 @@ def read_points(spec: str, *, frames: int, height: int, width: int) -> np.ndarra
 def check_points_spec(spec: str) -> None:
     """Refuse what can be refused before the video is known: the wording, a missing, empty or malformed file."""
     if spec.startswith("grid:"):
-        _grid(spec, 1, 1)
+        _grid_side(spec)
     else:
         _csv_rows(Path(spec))
 
 
-def _grid(spec: str, height: int, width: int) -> np.ndarray:
+def _grid_side(spec: str) -> int:
     match = re.fullmatch(r"grid:([0-9]+)", spec)
     if match is None or not 1 <= int(match[1]) <= _MOST_GRID:
         raise ValueError(f"--points {spec} is not a grid of 1 to {_MOST_GRID} points a side; {_ACCEPTED}")
-    from corrdit.tracking.queries import grid_points
-
-    return grid_points(int(match[1]), height, width)
+    return int(match[1])
 
 
 def _csv_rows(path: Path) -> list[tuple[int, tuple[float, float, float]]]:

@@ -19,19 +19,19 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from corrdit.cli.devices import add_run_options
 from corrdit.cli.model_options import add_model_options, add_preset_option, checked_preset, loaded_backbone
-from corrdit.cli.output import OutputFolder
 from corrdit.cli.points import check_points_spec, read_points
 from corrdit.cli.progress import progress_bar
 from corrdit.cli.track_folder import is_folder_of_videos, track_folder
 from corrdit.cli.tracker_options import add_tracker_options, given_tracker_options
+from corrdit.files import OutputFolder
 
 if TYPE_CHECKING:
+    import numpy as np
     from jsonargparse import ArgumentParser, Namespace
 
-    from corrdit.integrations.diffusers import Preset
+    from corrdit.integrations.diffusers.backbones.presets import Preset
     from corrdit.tracking import Tracks
     from corrdit.video import StreamedVideo
 
@@ -56,13 +56,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         " own pixels",
     )
     parser.add_argument("--trail", type=int, default=6, metavar="N", help="frames of path drawn behind a point")
-    parser.add_argument(
-        "--processes", type=int, default=1, metavar="N", help="share a folder of videos out over N processes or GPUs"
-    )
+    add_run_options(parser)
     add_tracker_options(parser)
 
 
 def run(arguments: Namespace) -> int:
+    from corrdit.tracking.files import write_track_results
     from corrdit.video import StreamedVideo
 
     began = time.perf_counter()
@@ -84,9 +83,11 @@ def run(arguments: Namespace) -> int:
     queries = read_points(arguments.points, frames=len(video), height=height, width=width)
     with OutputFolder(arguments.output) as folder:
         tracks = _track(arguments, preset, video, queries)
-        tracks.save(folder / "tracks.npz", queries=queries)
-        _draw(arguments, folder, tracks, queries, video)
-    visible = 100 * float(np.asarray(tracks.visible).mean())
+        with progress_bar("drawing") as report:
+            write_track_results(
+                folder, video, tracks, queries, start=arguments.start, trail=arguments.trail, progress=report
+            )
+    visible = 100 * float(tracks.visible.float().mean())
     print(
         f"{len(queries)} points through {len(video)} frames of {height} x {width} in"
         f" {time.perf_counter() - began:.1f} s; visible {visible:.0f} %"
@@ -104,22 +105,3 @@ def _track(arguments: Namespace, preset: Preset | str | None, video: StreamedVid
     tracker = PointTracker(loaded_backbone(arguments, preset), **given_tracker_options(arguments))
     with progress_bar("tracking") as report:
         return track_at_size(tracker, video, queries, (video.info.height, video.info.width), progress=report)
-
-
-def _draw(arguments: Namespace, folder: Path, tracks: Tracks, queries: np.ndarray, video: StreamedVideo) -> None:
-    from corrdit.video import iterate_frames
-    from corrdit.visualization import TrackStyle, write_track_pictures
-
-    frames = iterate_frames(arguments.video, start=arguments.start, max_frames=arguments.max_frames)
-    with progress_bar("drawing") as report:
-        write_track_pictures(
-            frames,
-            tracks,
-            (video.info.height, video.info.width),
-            queries=queries,
-            fps=video.info.fps,
-            video_path=folder / "tracks.mp4",
-            sheet_path=folder / "tracks.png",
-            style=TrackStyle(trail=arguments.trail),
-            progress=report,
-        )

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from corrdit.cli.devices import checked_device, checked_dtype
+from corrdit.cli.devices import trainer_devices
 from corrdit.cli.lightning_runs import command_trainer, predict, quiet_lightning
 from corrdit.cli.points import check_points_spec, read_points
 from corrdit.cli.tracker_options import given_tracker_options
+from corrdit.files import file_digest
 
 if TYPE_CHECKING:
+    import numpy as np
     from jsonargparse import Namespace
 
-    from corrdit.integrations.diffusers import Preset
+    from corrdit.integrations.diffusers.backbones.presets import Preset
 
 
 def is_folder_of_videos(path: Path, output: str | None = None) -> bool:
@@ -43,7 +42,7 @@ def track_folder(arguments: Namespace, preset: Preset | str | None) -> int:
     """
     began = time.perf_counter()
     check_points_spec(arguments.points)
-    devices = _device_options(arguments)
+    devices = trainer_devices(arguments)
     with quiet_lightning():
         from corrdit.integrations.lightning import TrackingModule, VideoDataModule, tracking_report
 
@@ -55,11 +54,13 @@ def track_folder(arguments: Namespace, preset: Preset | str | None) -> int:
             queries_description=_points_description(arguments.points),
             model_preset=preset,
             options=given_tracker_options(arguments),
-            dtype=checked_dtype(arguments.dtype),
+            dtype=arguments.dtype,
             start=arguments.start,
             max_frames=arguments.max_frames,
             max_side=arguments.max_side,
             trail=arguments.trail,
+            placement=arguments.placement,
+            on_broken=arguments.on_broken,
         )
         module.check_settings()  # before Lightning starts processes that would each say it
         trainer = command_trainer(several=arguments.processes > 1, **devices)
@@ -90,18 +91,4 @@ def _points_description(spec: str) -> str:
     """What tells these points from others when a run goes on."""
     if spec.startswith("grid:"):
         return spec
-    return f"points of sha256 {hashlib.sha256(Path(spec).read_bytes()).hexdigest()}"
-
-
-def _device_options(arguments: Namespace) -> dict[str, Any]:
-    """The Trainer's accelerator and devices."""
-    device, processes = checked_device(arguments.device), arguments.processes
-    if processes < 1:
-        raise ValueError(f"--processes {processes} was given; accepted is a number of 1 or more")
-    kind = "cpu" if device is None else device.type
-    options: dict[str, Any] = {"accelerator": "gpu" if kind == "cuda" else kind, "devices": processes}
-    if device is not None and device.index is not None and kind == "cuda":
-        if processes > 1:
-            raise ValueError(f"--device {device} is one device; for {processes} processes give --device {kind}")
-        options["devices"] = [device.index]
-    return options
+    return f"points of sha256 {file_digest(spec)}"

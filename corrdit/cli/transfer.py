@@ -16,21 +16,31 @@ A run that is killed goes on after its last finished denoising step when the sam
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from types import UnionType
+from typing import TYPE_CHECKING
 
 from corrdit.cli.devices import add_device_options, checked_device
 from corrdit.cli.model_options import add_preset_option, checked_preset, loaded_backbone
-from corrdit.cli.output import OutputFolder
 from corrdit.cli.progress import progress_bar
+from corrdit.files import OutputFolder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy as np
+    from jsonargparse import ArgumentParser, Namespace
+
+    from corrdit.integrations.diffusers.backbones.base import Backbone
+    from corrdit.integrations.diffusers.motion_transfer.result import TransferResult
+    from corrdit.tracking import Tracks
 
 HELP = "give a new video the motion of a reference"
 USAGE = "REFERENCE PROMPT --output DIR [--model embedded] [--method ditflow] [options]"
 
-_SETTINGS: dict[str, tuple[Any, str]] = {
+_SETTINGS: dict[str, tuple[UnionType | type, str]] = {
     "method": (str, "ditflow, smm, moft, motionclone, injection or backbone"),
     "optimise": (str, "latent or embedding"),
     "blocks": (list[int] | int, "attention layers whose motion is compared, such as [15]"),
@@ -54,7 +64,7 @@ _SETTINGS: dict[str, tuple[Any, str]] = {
 }
 
 
-def add_arguments(parser: Any) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("reference", metavar="REFERENCE", help="video file, folder of frames, or none (with --stored)")
     parser.add_argument("prompt", metavar="PROMPT", help="what the new video shows")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results, made if need be")
@@ -81,7 +91,7 @@ def add_arguments(parser: Any) -> None:
         parser.add_argument(option, type=kind | None, default=None, help=f"{text}; the model's preset if left out")
 
 
-def run(arguments: Any) -> int:
+def run(arguments: Namespace) -> int:
     from corrdit.integrations.diffusers.motion_transfer import MotionTransfer, StoredMotion
     from corrdit.integrations.diffusers.motion_transfer.results_on_disk import fidelity_of, write_transfer
 
@@ -134,7 +144,7 @@ def run(arguments: Any) -> int:
     return 0
 
 
-def _reference(arguments: Any) -> tuple[np.ndarray | None, float]:
+def _reference(arguments: Namespace) -> tuple[np.ndarray | None, float]:
     """The reference's frames, or None, and the rate of the new video."""
     from corrdit.integrations.diffusers.motion_transfer.reference import at_rate
     from corrdit.video import read_video
@@ -153,13 +163,13 @@ def _reference(arguments: Any) -> tuple[np.ndarray | None, float]:
     return at_rate(video.frames, video.fps, arguments.fps)
 
 
-def _tracker(backbone: Any) -> Any:
+def _tracker(backbone: Backbone) -> Callable[[np.ndarray, np.ndarray], Tracks]:
     from corrdit.tracking import PointTracker
 
     return PointTracker(backbone).track
 
 
-def _similarity(arguments: Any) -> Any:
+def _similarity(arguments: Namespace) -> Callable[[np.ndarray, str], float] | None:
     if arguments.clip is None:
         return None
     from corrdit.motion import PromptSimilarity
@@ -175,11 +185,13 @@ def _state_file(output: str) -> Path:
 
 def _loss_in_words(losses: list[float]) -> str | None:
     """The loss of a guided step; None for the others, and where gradients were used again."""
-    known = [loss for loss in losses if not np.isnan(loss)]
+    known = [loss for loss in losses if not math.isnan(loss)]
     return f"loss {known[-1]:.3f}" if known else None
 
 
-def _in_words(result: Any, measured: dict[str, float]) -> str:
+def _in_words(result: TransferResult, measured: dict[str, float]) -> str:
+    import numpy as np
+
     words = ""
     # Steps that use a gradient again have no loss.
     computed = [step for step in result.losses if not np.isnan(step).all()]
