@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,7 +159,7 @@ def preset_values(calibration: Calibration, settings: dict[str, Any]) -> dict[st
         "guidance": {**before.get("guidance", {}), "layers": list(calibration.layers[:GUIDANCE_LAYERS])},
         "layers_by_accuracy": list(calibration.layers),
     }
-    tracking: dict[str, Any] = {"low_pass": calibration.low_pass} if calibration.low_pass else {}
+    tracking: dict[str, float | str] = {"low_pass": calibration.low_pass} if calibration.low_pass else {}
     if options.get("noise") == "inverted":
         tracking["inversion"] = "ddim"
     if tracking:
@@ -169,7 +169,7 @@ def preset_values(calibration: Calibration, settings: dict[str, Any]) -> dict[st
     return {**kept, **chosen}
 
 
-def write_preset(path: str | os.PathLike[str], values: dict[str, Any]) -> None:
+def write_preset(path: str | os.PathLike[str], values: Mapping[str, object]) -> None:
     """Write a preset.json, beside and then renamed."""
     with written_beside(path, "w") as file:
         json.dump(values, file, indent=2)

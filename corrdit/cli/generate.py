@@ -137,7 +137,7 @@ def _one(arguments: Namespace) -> int:
         backbone = loaded_backbone(arguments, preset)
         if guidance is not None and guidance["layers"] is None:
             guidance["layers"] = default_layers(backbone)
-        generated = comparison.generate(backbone.pipe, arguments.prompt, arguments.seed, call, guidance)
+        generated = comparison.generate(backbone, arguments.prompt, arguments.seed, call, guidance)
         files = [*comparison.write_generated(folder, generated, fps=fps), folder / comparison.DETAILS_FILE]
         details = {"model": backbone.name, "call": call, "guidance": guidance}
         write_json(files[-1], {**comparison.generation_facts(generated, fps), **details})

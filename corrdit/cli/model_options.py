@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,7 +44,7 @@ def checked_preset(given: str) -> Preset | str | None:
 
 
 def loaded_backbone(arguments: Namespace, preset: Preset | str | None = None) -> Backbone:
-    """The backbone of these options, loaded without the progress bars of the libraries underneath.
+    """The backbone of these options.
 
     Args:
         arguments: with model, device and dtype.
@@ -62,25 +60,9 @@ def loaded_backbone(arguments: Namespace, preset: Preset | str | None = None) ->
     from corrdit.integrations.diffusers.placement import placed_backbone
 
     device, dtype = checked_device(arguments.device), checked_dtype(arguments.dtype)
-    with _quiet_libraries():
-        if arguments.placement != "device":
-            first = torch.device(usable_devices()[:2][-1])  # a GPU where there is one
-            return placed_backbone(
-                arguments.model, device=device or first, dtype=dtype, placement=arguments.placement, preset=preset
-            )
-        return loading.load_backbone(arguments.model, device=device, dtype=dtype, preset=preset)
-
-
-@contextlib.contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    shown = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
-    for library in shown:
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library in shown:
-            library.enable_progress_bar()
+    if arguments.placement != "device":
+        first = torch.device(usable_devices()[:2][-1])  # a GPU where there is one
+        return placed_backbone(
+            arguments.model, device=device or first, dtype=dtype, placement=arguments.placement, preset=preset
+        )
+    return loading.load_backbone(arguments.model, device=device, dtype=dtype, preset=preset)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, Protocol
 
@@ -11,7 +11,7 @@ import torch
 from corrdit.tracking.chunks import chained_chunks, chunks_through, frame_blocks
 from corrdit.tracking.encoding import resized, working_size
 from corrdit.tracking.following import Blocks, Following, Settings
-from corrdit.tracking.options import PRESETS, ReadingOptions, ReadingPreset, TrackerOptions, changed_options
+from corrdit.tracking.options import PRESETS, Options, ReadingOptions, ReadingPreset, TrackerOptions, changed_options
 from corrdit.tracking.queries import Frames, check_queries, check_video
 from corrdit.tracking.readings import ReadBackbone, Reading, stepping
 from corrdit.tracking.tracks import Tracks
@@ -174,14 +174,14 @@ class PointTracker:
             raise ValueError(f"step {min(steps)} is noisier than step {start}, from which is denoised; begin there")
         return steps, start
 
-    def _check_conditioning(self, given: Mapping[str, Any]) -> None:
+    def _check_conditioning(self, given: Options) -> None:
         options, name = self.options, getattr(self.backbone, "name", "this model")
         if "image" in given and not getattr(self.backbone, "takes_image", False):
             raise ValueError(f"image={options.image!r} is for image-to-video models, and {name} is none; drop it")
         if options.inversion is not None or options.denoise_from is not None:
             stepping(self.backbone)
 
-    def _own_options(self, preset: str | TrackingPreset, given: Mapping[str, Any]) -> TrackerOptions:
+    def _own_options(self, preset: str | TrackingPreset, given: Options) -> TrackerOptions:
         """The options of the preset; those for layers of its own do not count where others are asked for."""
         if isinstance(preset, str) and preset != "default":
             if preset not in PRESETS:

@@ -214,7 +214,7 @@ class GenerationModule(ResumableModule[PromptItem]):
     def make(self, sample: PromptItem) -> Mapping[str, object]:
         """Generate for one prompt; gives prompt and seed."""
         name, prompt, seed, number = sample["name"], sample["prompt"], sample["seed"], sample["sample"]
-        generated = generate(self.backbone.pipe, prompt, seed, self.call, self.guidance, number)
+        generated = generate(self.backbone, prompt, seed, self.call, self.guidance, number)
         with self.results.result(name, {}) as result:
             write_generated(result.folder, generated, fps=self.fps)
             if self.vbench:

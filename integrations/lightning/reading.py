@@ -106,10 +106,7 @@ def layer_indices(model: VideoModel, layers: list[int] | str) -> list[int]:
     """
     transformer = transformers_of(model)[0]
     count = len(layout_of(transformer).attention_modules(transformer))
-    found = set()
-    for layer in range(count) if isinstance(layers, str) else layers:
-        index = resolved_index("layers", layer, count)
-        if index is None:
-            raise ValueError(f"layer {layer} is outside the model, which has layers 0 to {count - 1}")
-        found.add(index)
-    return sorted(found)
+    wanted = range(count) if isinstance(layers, str) else layers
+    return sorted(
+        {resolved_index("layer", layer, count, f"the model, which has layers 0 to {count - 1}") for layer in wanted}
+    )

@@ -12,8 +12,15 @@ import triton
 from torch import Tensor
 
 from corrdit.grid import TokenGrid
+from corrdit.kernels.displacement.soft import compute_soft_displacement, compute_soft_displacement_backward
+from corrdit.kernels.frame_local.attention import compute_frame_local_attention, compute_frame_local_attention_backward
+from corrdit.kernels.frame_local.forward import LocalLayout
 from corrdit.kernels.inspection.ahead_of_time import ARCHITECTURES, Compiled, meta_heads, recording
 from corrdit.kernels.inspection.floors import soft_floor
+from corrdit.kernels.matching.costs import compute_cost_rows
+from corrdit.kernels.matching.hard import compute_hard_displacement
+from corrdit.kernels.matching.mass import compute_attention_mass
+from corrdit.kernels.matching.match import compute_match
 from corrdit.problem import float32_precision, product_precision
 
 # CogVideoX-5B's heads and frame; two frames stand for all, no kernel depends on their number.
@@ -131,8 +138,6 @@ def compile_entry(entry: Entry, dtype: str, head_dim: int, arch: int, precision:
 
 def _soft_displacement(heads: str, q: Tensor, grid: TokenGrid, compiled: list[Compiled]) -> int:
     """Each of these calls an operation and returns how many kernels its forward pass launched."""
-    from corrdit.kernels.displacement.soft import compute_soft_displacement, compute_soft_displacement_backward
-
     folded = heads == "logits"
     options = (_PAIRS, grid.height, grid.width, folded, 0.18, -1, product_precision())
     found = compute_soft_displacement(q, q, None, None, None, *options)
@@ -142,8 +147,6 @@ def _soft_displacement(heads: str, q: Tensor, grid: TokenGrid, compiled: list[Co
 
 
 def _hard_displacement(heads: str, q: Tensor, grid: TokenGrid, compiled: list[Compiled]) -> int:
-    from corrdit.kernels.matching.hard import compute_hard_displacement
-
     compute_hard_displacement(
         q, q, None, None, None, _PAIRS, grid.height, grid.width, heads, 0.12, -1, product_precision()
     )
@@ -151,49 +154,26 @@ def _hard_displacement(heads: str, q: Tensor, grid: TokenGrid, compiled: list[Co
 
 
 def _match(heads: str, q: Tensor, grid: TokenGrid, compiled: list[Compiled]) -> int:
-    from corrdit.kernels.matching.match import compute_match
-
     compute_match(q, q, None, None, _PAIRS, grid.height, grid.width, heads, 0.12, True, 1, product_precision())
     return len(compiled)
 
 
 def _cost_rows(heads: str, q: Tensor, grid: TokenGrid, compiled: list[Compiled]) -> int:
-    from corrdit.kernels.matching.costs import compute_cost_rows
-
     tokens = torch.empty(64, dtype=torch.int64, device="meta")
     compute_cost_rows(q, q, tokens, None, None, 0, grid.height, grid.width, heads, 0.12, True, product_precision())
     return len(compiled)
 
 
 def _attention_mass(heads: str, q: Tensor, grid: TokenGrid, compiled: list[Compiled]) -> int:
-    from corrdit.kernels.matching.mass import compute_attention_mass
-
     tokens = torch.empty(64, dtype=torch.int64, device="meta")
     compute_attention_mass(
-        q,
-        q,
-        tokens,
-        None,
-        None,
-        0,
-        grid.text_tokens,
-        grid.video_start,
-        grid.frames,
-        0,
-        heads,
-        0.12,
+        q, q, tokens, None, None, 0, grid.text_tokens, grid.video_start, grid.frames, 0, heads, 0.12,
         product_precision(),
-    )
+    )  # fmt: skip
     return len(compiled)
 
 
 def _frame_local_attention(heads: str, q: Tensor, grid: TokenGrid, compiled: list[Compiled]) -> int:
-    from corrdit.kernels.frame_local.attention import (
-        compute_frame_local_attention,
-        compute_frame_local_attention_backward,
-    )
-    from corrdit.kernels.frame_local.forward import LocalLayout
-
     options = (list(LocalLayout.of(grid, 0)), 0.18, heads == "renormalized", product_precision())
     found = compute_frame_local_attention(q, q, q, None, *options)
     count = len(compiled)

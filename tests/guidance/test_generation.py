@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from corrdit.cli import generate as command
 from corrdit.cli import main
 from corrdit.integrations.diffusers import backbone_of
-from corrdit.integrations.diffusers.backbones.presets import default_layers
+from corrdit.integrations.diffusers.backbones.presets import GuidancePreset, default_layers
 from corrdit.integrations.diffusers.guidance import CrossAttentionGuidance, comparison
 from corrdit.integrations.embedded.pipeline import build_pipeline, build_transformer
 from corrdit.integrations.lightning import GenerationModule, GuidanceCallback, PromptDataModule
@@ -73,6 +74,18 @@ def test_comparison_has_the_guided_and_the_plain_video_of_one_seed(pipe: Any) ->
         comparison.side_by_side(both.plain, both.video[:2])
     with pytest.raises(ValueError, match="takes no argument 'frames'; accepted are"):
         comparison.generate(pipe, PROMPTS[0], 5, {"frames": 3})
+
+
+def test_a_backbone_is_guided_as_its_preset_says(pipe: Any) -> None:
+    own = backbone_of(pipe).preset
+    backbone = backbone_of(pipe, preset=replace(own, guidance=GuidancePreset((1,), renormalize=False)))
+    guided = comparison.generate(backbone, PROMPTS[0], 5, CALL, {"scale": 2.0}).video
+    zeroed, masked = (
+        comparison.generate(pipe, PROMPTS[0], 5, CALL, {"layers": 1, "scale": 2.0, "renormalize": renormalize}).video
+        for renormalize in (False, True)
+    )
+    np.testing.assert_array_equal(guided, zeroed)
+    assert (guided != masked).any()
 
 
 def test_default_layers(pipe: Any) -> None:

@@ -140,7 +140,7 @@ def test_a_range_with_pairs_has_the_pairs_of_its_frame(backend):
     found = ops.soft_displacement(video_tokens(q, held), k, GRID, frames=own, queries=held, backend=backend)
     assert_same(found, whole.flatten(2, 3)[:, :, 2:11].transpose(1, 2), (q, k))
     span = ops.soft_displacement(q, k, GRID, frames=[(1, 0), (1, 1), (1, 2)], backend="reference")
-    found = ops.soft_displacement(video_tokens(q, held), k, GRID, frames=1, queries=held, backend=backend)
+    found = ops.soft_displacement(video_tokens(q, held), k, GRID, frames=torch.tensor(1), queries=held, backend=backend)
     assert_same(found, span.flatten(2, 3)[:, :, 2:11].transpose(1, 2), (q, k))
     with pytest.raises(ValueError, match=r"frames \[0, 1\] are in \[2, 3\] of them; give a range within one frame"):
         ops.soft_displacement(video_tokens(q, (7, 26)), k, GRID, frames=1, queries=(7, 26), backend=backend)

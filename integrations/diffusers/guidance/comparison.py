@@ -15,6 +15,7 @@ import torch
 
 from corrdit.arguments import whole_number
 from corrdit.files import written_beside
+from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.guidance.cross_attention import CrossAttentionGuidance
 from corrdit.integrations.diffusers.layouts import Pipeline
 
@@ -82,7 +83,7 @@ def checked_rate(fps: float) -> float:
 
 
 def generate(
-    pipe: Pipeline,
+    model: Backbone | Pipeline,
     prompt: str,
     seed: int,
     call: Mapping[str, object] | None = None,
@@ -92,7 +93,7 @@ def generate(
     """Generate a video, and where guidance is asked for the one without it from the same noise.
 
     Args:
-        pipe: a diffusers video pipeline.
+        model: a backbone, whose preset says how it is guided, or a diffusers video pipeline.
         prompt: for it.
         seed: of the noise, which is drawn on the CPU, so that it is the same on every device.
         call: further arguments of the pipeline's call (not those of `SET_FOR_EVERY_VIDEO`).
@@ -102,11 +103,12 @@ def generate(
     Raises:
         ValueError: what the pipeline's call does not take, or what the guidance refuses.
     """
+    pipe = model.pipe if isinstance(model, Backbone) else model
     check_generation(pipe, call or {})
     arguments = {**(call or {}), "prompt": prompt, "output_type": "np"}
     if guidance is None:
         return GeneratedVideo(prompt, seed, _frames(pipe, arguments, seed), sample=sample)
-    with CrossAttentionGuidance(pipe, **guidance):
+    with CrossAttentionGuidance(model, **guidance):
         video = _frames(pipe, arguments, seed)
     return GeneratedVideo(prompt, seed, video, _frames(pipe, arguments, seed), sample)
 

@@ -14,6 +14,11 @@ from corrdit.integrations.diffusers.transfer_settings import TransferSettings
 LARGEST_LOSS_SCALE = 2.0**16
 """Where loss scaling for half precision begins, as `torch.amp.GradScaler` does."""
 
+OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+}
 Leaves = dict[str, Tensor]
 LossFunction = Callable[[Leaves], Tensor]
 
@@ -76,8 +81,11 @@ def optimised(
     Raises:
         DivergedError: a loss, a gradient or a result that is not finite.
     """
-    leaves = {name: _leaf(value) for name, value in start.items()}
-    optimiser = _optimiser(list(leaves.values()), settings, step)
+    leaves = {
+        name: value.detach().to(torch.promote_types(value.dtype, torch.float32), copy=True).requires_grad_(True)
+        for name, value in start.items()
+    }
+    optimiser = OPTIMISERS[settings.optimizer](leaves.values(), lr=settings.rate(step))
     again = step % settings.gradient_interval != 0 and bool(memory.gradients)
     losses: list[float] = []
     for _ in range(settings.optimisation_steps):
@@ -137,17 +145,3 @@ def _gradients(
         if scale <= 1 or all(bool(torch.isfinite(gradient).all()) for gradient in gradients.values()):
             return value, gradients
         memory.loss_scale = scale / 2
-
-
-def _leaf(value: Tensor) -> Tensor:
-    dtype = torch.promote_types(value.dtype, torch.float32)
-    return value.detach().to(dtype, copy=True).requires_grad_(True)
-
-
-def _optimiser(leaves: list[Tensor], settings: TransferSettings, step: int) -> torch.optim.Optimizer:
-    kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {
-        "adam": torch.optim.Adam,
-        "adamw": torch.optim.AdamW,
-        "sgd": torch.optim.SGD,
-    }
-    return kinds[settings.optimizer](leaves, lr=settings.rate(step))
