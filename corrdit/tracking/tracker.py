@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+from corrdit.surroundings import ordinary_defaults
 from corrdit.tracking.chunks import chained_chunks, chunks_through, frame_blocks
 from corrdit.tracking.encoding import resized, working_size
 from corrdit.tracking.following import Blocks, Following, Settings
@@ -65,6 +66,7 @@ class PointTracker:
             step outside the schedule or weights for another number of heads.
     """
 
+    @ordinary_defaults()
     def __init__(self, backbone: TrackingBackbone, *, preset: str | TrackingPreset = "default", **options: Any) -> None:
         self.backbone = backbone
         self.preset = backbone.preset if isinstance(preset, str) else preset
@@ -76,6 +78,7 @@ class PointTracker:
                 raise ValueError(f"layer must be from 0 to {backbone.layers - 1} for this backbone, got {layer}")
         self._check_served()
 
+    @ordinary_defaults()
     @torch.no_grad()
     def track(self, video: Frames, queries: object, *, progress: Progress | None = None) -> Tracks:
         """Where the query points are in every frame of the video.

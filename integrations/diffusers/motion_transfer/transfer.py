@@ -29,6 +29,7 @@ from corrdit.integrations.diffusers.transfer_settings import (
     changed_settings,
     resolved_blocks,
 )
+from corrdit.surroundings import ordinary_defaults
 
 Reference: TypeAlias = np.ndarray | torch.Tensor | str | os.PathLike[str]
 """A reference video: its frames, or the path of a video file or of a folder of frames."""
@@ -94,6 +95,7 @@ class MotionTransfer:
         self.backbone = backbone
         self.settings = changed_settings(chosen, resolved)
 
+    @ordinary_defaults()
     def __call__(
         self,
         reference: Reference | None,
@@ -161,6 +163,7 @@ class MotionTransfer:
             os.remove(state_file)
         return result
 
+    @ordinary_defaults()
     def reference_motion(
         self,
         reference: Reference,
