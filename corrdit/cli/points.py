@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-import re
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,6 @@ _ACCEPTED = (
     "accepted are grid:N (N x N points on the first frame) and a CSV file with the columns frame,x,y: frames count"
     " from 0, x and y are pixels from the frame's top left corner"
 )
-_MOST_GRID = 512
 
 
 def read_points(spec: str, *, frames: int, height: int, width: int) -> np.ndarray:
@@ -61,12 +59,12 @@ def check_points_spec(spec: str) -> None:
 
 
 def _grid(spec: str, height: int, width: int) -> np.ndarray:
-    match = re.fullmatch(r"grid:([0-9]+)", spec)
-    if match is None or not 1 <= int(match[1]) <= _MOST_GRID:
-        raise ValueError(f"--points {spec} is not a grid of 1 to {_MOST_GRID} points a side; {_ACCEPTED}")
-    from corrdit.tracking.queries import grid_points
+    from corrdit.tracking.queries import MOST_GRID, grid_points, grid_side
 
-    return grid_points(int(match[1]), height, width)
+    side = grid_side(spec)
+    if side is None:
+        raise ValueError(f"--points {spec} is not a grid of 1 to {MOST_GRID} points a side; {_ACCEPTED}")
+    return grid_points(side, height, width)
 
 
 def _csv_rows(path: Path) -> list[tuple[int, tuple[float, float, float]]]:

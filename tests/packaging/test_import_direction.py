@@ -15,7 +15,7 @@ from collections.abc import Iterator
 ROOT = pathlib.Path(__file__).parents[2]
 
 FLOORS = (
-    ("corrdit.arguments", "corrdit.files", "corrdit.memory", "corrdit.moved", "corrdit.version"),
+    ("corrdit.arguments", "corrdit.files", "corrdit.memory", "corrdit.moved", "corrdit.pipelines", "corrdit.version"),
     ("corrdit.grid", "corrdit.geometry", "corrdit.array_files"),
     ("corrdit.problem",),
     ("corrdit.reference", "corrdit.streaming", "corrdit.kernels"),
