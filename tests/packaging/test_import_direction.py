@@ -20,6 +20,7 @@ FLOORS = (
         "corrdit.files",
         "corrdit.memory",
         "corrdit.moved",
+        "corrdit.pipelines",
         "corrdit.surroundings",
         "corrdit.version",
     ),

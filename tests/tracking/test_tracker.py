@@ -212,7 +212,8 @@ def test_bad_queries_are_named(queries, message):
     [
         (moving_texture(1, (0, 0)), "at least two"),
         (np.zeros((3, 8, 8), np.uint8), "frames, height, width, 3"),
-        (np.zeros((3, 8, 8, 3), np.float32), "must be uint8"),
+        (np.full((3, 8, 8, 3), 255, np.float32), "must be uint8"),
+        (np.zeros((3, 8, 8, 3), np.int64), "must be uint8"),
     ],
 )
 def test_bad_videos_are_named(video, message):
