@@ -34,6 +34,7 @@ FLOORS = (
     ("corrdit.data",),
     ("corrdit.runs",),
     ("corrdit.analysis", "corrdit.evaluation", "corrdit.benchmark"),
+    ("corrdit.integrations.components",),
     ("corrdit.integrations", "corrdit.integrations.embedded"),
     ("corrdit.integrations.diffusers",),
     ("corrdit.integrations.diffusers.testing",),
