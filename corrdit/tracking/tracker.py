@@ -10,7 +10,7 @@ import torch
 
 from corrdit.pipelines import backbone_of_pipeline
 from corrdit.surroundings import ordinary_defaults
-from corrdit.tracking.chunks import chained_chunks, chunks_through, frame_blocks
+from corrdit.tracking.chunks import anchored_chunks, chained_chunks, frame_blocks
 from corrdit.tracking.encoding import resized, working_size
 from corrdit.tracking.following import Blocks, Following, Settings
 from corrdit.tracking.options import PRESETS, Options, ReadingOptions, ReadingPreset, TrackerOptions, changed_options
@@ -143,17 +143,9 @@ class PointTracker:
         size = self._chosen("frames_per_chunk")
         if options.schedule == "chained":
             return [chained_chunks(frames, anchor, frames_per_chunk=size)]
-        return [
-            chunks_through(
-                block,
-                anchor,
-                frames_per_chunk=size,
-                schedule=options.schedule,
-                stride=options.stride,
-                interval=options.interval,
-            )
-            for block in frame_blocks(frames, anchor, options.frames_per_block)
-        ]
+        given: dict[str, Any] = {"schedule": options.schedule, "stride": options.stride, "interval": options.interval}
+        blocks = frame_blocks(frames, anchor, options.frames_per_block)
+        return [anchored_chunks(block, anchor, frames_per_chunk=size, **given) for block in blocks]
 
     def _settings(self, frames: int, height: int, width: int) -> Settings:
         kept = frames if self.options.frames_per_block is None else self.options.frames_per_block + 1
