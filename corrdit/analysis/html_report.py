@@ -26,11 +26,7 @@ Picture = tuple[str, np.ndarray, str]
 
 
 def write_report(
-    output: str | os.PathLike[str],
-    results: AnalysisResults,
-    *,
-    pictures: Sequence[Picture] = (),
-    parquet: bool = False,
+    output: str | os.PathLike[str], results: AnalysisResults, *, pictures: Sequence[Picture] = (), parquet: bool = False
 ) -> list[str]:
     """Write report.html, analysis.csv and videos.csv (and analysis.parquet) from the results of videos.
 
