@@ -150,7 +150,7 @@ def _reference(arguments: Any) -> tuple[np.ndarray | None, float]:
         return None, arguments.fps or DEFAULT_FPS
     # How few frames are too few, the model says.
     video = read_video(arguments.reference, start=arguments.start, max_frames=arguments.max_frames, min_frames=1)
-    return at_rate(video.frames, video.fps, arguments.fps)
+    return at_rate(video.frames, video.fps, arguments.fps, video.times)
 
 
 def _tracker(backbone: Any) -> Any:

@@ -23,6 +23,8 @@ from corrdit.integrations.diffusers.processors import Operation
 from corrdit.integrations.diffusers.transfer_settings import TransferSettings
 from corrdit.video.frames import VideoLike, as_frames
 
+EVEN_WITHIN = 0.1
+"""Share of a frame's time by which times may differ that are rounded in the file."""
 FLAT_BELOW = 2
 """A frame whose pixels differ by no more than this (of 255) shows nothing."""
 
@@ -81,13 +83,16 @@ def prepared_frames(
     return frames.numpy()
 
 
-def at_rate(frames: np.ndarray, rate: float, wanted: float | None) -> tuple[np.ndarray, float]:
+def at_rate(
+    frames: np.ndarray, rate: float, wanted: float | None, times: np.ndarray | None = None
+) -> tuple[np.ndarray, float]:
     """A video at another frame rate, by the nearest frames in time; says by a warning what was changed.
 
     Args:
         frames: `[T, H, W, 3]`.
         rate: of them, frames a second.
         wanted: the rate they shall have; None for their own.
+        times: float `[T]` ascending, when each is shown, in seconds, where the rate varies; None for an even rate.
 
     Returns:
         The frames, and their rate.
@@ -97,12 +102,17 @@ def at_rate(frames: np.ndarray, rate: float, wanted: float | None) -> tuple[np.n
     """
     if wanted is not None and not (math.isfinite(wanted) and wanted > 0):
         raise ValueError(f"fps must be above 0, got {wanted}")
-    if wanted is None or wanted == rate:
+    steps = None if times is None else np.diff(times)
+    if steps is None or not len(steps) or np.ptp(steps) <= EVEN_WITHIN / rate:
+        times = None
+    if wanted is None or (wanted == rate and times is None):
         return frames, rate
     count = max(1, round(len(frames) / rate * wanted))
-    times = np.clip(np.round(np.arange(count) * rate / wanted), 0, len(frames) - 1)
+    nearest = np.clip(np.round(np.arange(count) * rate / wanted), 0, len(frames) - 1).astype(int)
+    if times is not None:
+        nearest = np.abs(times - times[0] - (np.arange(count) / wanted)[:, None]).argmin(1)
     _say(f"the reference's {len(frames)} frames at {rate:g} a second are resampled to {count} at {wanted:g}")
-    return frames[times.astype(int)], wanted
+    return frames[nearest], wanted
 
 
 @torch.no_grad()
