@@ -43,6 +43,7 @@ MOVED = {
     },
     "corrdit.integrations.diffusers.embedded.evaluation": "corrdit.integrations.embedded.training.evaluation",
     "corrdit.integrations.diffusers.embedded": "corrdit.integrations.embedded",
+    "corrdit.integrations.lightning.model_placement": "corrdit.integrations.diffusers.placement",
     "corrdit.integrations.diffusers.guidance.presets": "corrdit.integrations.diffusers.backbones.presets",
     "corrdit.integrations.diffusers.motion_transfer.presets": "corrdit.integrations.diffusers.motion_transfer.transfer",
     "corrdit.integrations.diffusers.motion_transfer.settings": "corrdit.integrations.diffusers.transfer_settings",

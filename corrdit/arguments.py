@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
 import operator
 from collections.abc import Iterable
-from typing import Any, SupportsIndex
+from typing import SupportsIndex
 
 import numpy as np
 
 
+def _index(value: object) -> int | None:
+    try:
+        return operator.index(value) if isinstance(value, SupportsIndex) else None
+    except TypeError:  # tensors have an index only if they hold one whole number
+        return None
+
+
 def whole_number(name: str, value: object, minimum: int) -> int:
     """`value` as an int of at least `minimum`."""
-    try:
-        number = operator.index(value) if isinstance(value, SupportsIndex) else None
-    except TypeError:  # tensors have an index only if they hold one whole number
-        number = None
+    number = _index(value)
     if number is None or isinstance(value, bool) or number < minimum:
         raise ValueError(f"{name} must be a whole number of at least {minimum}, got {value!r}")
     return number
@@ -50,11 +55,17 @@ def flag(name: str, value: object) -> bool:
     return bool(value)
 
 
+def nearest(word: object, accepted: Iterable[str]) -> str:
+    """The end of a message: "; did you mean ...?", empty where no accepted word is near."""
+    near = difflib.get_close_matches(str(word).lower(), by_lower := {entry.lower(): entry for entry in accepted}, n=1)
+    return f"; did you mean {by_lower[near[0]]}?" if near else ""
+
+
 def choice(name: str, value: str, accepted: Iterable[str]) -> str:
     """`value` if it is one of the accepted words."""
     accepted = tuple(accepted)
     if value not in accepted:
-        raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {value!r}{nearest(value, accepted)}")
     return value
 
 
@@ -85,23 +96,24 @@ def whole_indices(name: str, value: object) -> list[int]:
         ValueError: anything else, True and False among it, or none at all.
     """
     # An array or tensor without axes has `__iter__`, but cannot be iterated.
-    given: list[Any] = list(value) if isinstance(value, Iterable) and getattr(value, "ndim", None) != 0 else [value]
+    given: list[object] = list(value) if isinstance(value, Iterable) and getattr(value, "ndim", None) != 0 else [value]
     if not given:
         raise ValueError(f"{name} is empty; give at least one")
-    try:
-        indices = [operator.index(entry) for entry in given]
-    except TypeError:
-        raise ValueError(f"{name} must be whole numbers, got {value!r}") from None
+    indices = [index for index in map(_index, given) if index is not None]
+    if len(indices) < len(given):
+        raise ValueError(f"{name} must be whole numbers, got {value!r}")
     if any(isinstance(entry, bool) or str(getattr(entry, "dtype", "")).endswith("bool") for entry in given):
         raise ValueError(f"{name} must be whole numbers, got {value!r}; True and False are no numbers here")
     return indices
 
 
-def resolved_index(name: str, value: object, count: int) -> int | None:
-    """`value` as a non-negative index below `count`, negative ones counted from the last; None if it is outside.
+def resolved_index(name: str, value: object, count: int, among: str) -> int:
+    """`value` as a non-negative index below `count`, negative ones counted from the last.
 
     Raises:
-        ValueError: not one whole number.
+        ValueError: not one whole number, or outside; `among` says in the message what there are so many of.
     """
     (index,) = whole_indices(name, [value])
-    return index % count if -count <= index < count else None
+    if not -count <= index < count:
+        raise ValueError(f"{name} {value} is outside {among} (0 to {count - 1}, or -{count} to -1 from the last)")
+    return index % count

@@ -1,15 +1,19 @@
-"""Numpy's files: written whole, and read where they may be torn, damaged or something else: one error says so."""
+"""Numpy's files: written whole, and read where they may be torn, damaged or something else: one error says so. Telling
+values apart."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
 
 from corrdit.files import written_beside
@@ -72,3 +76,46 @@ def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, ArrayLike]) 
     named: dict[str, Any] = dict(arrays)
     with written_beside(path) as file:
         np.savez_compressed(file, **named)
+
+
+def content_digest(*facts: object) -> str:
+    """SHA-256 of facts, the same in every process: tensors, arrays, bytes and pictures by their values, functions by
+    their names.
+
+    Args:
+        facts: what JSON can hold, tensors, arrays, bytes, pictures, functions, and lists, tuples and dictionaries of
+            them.
+    """
+    digest = hashlib.sha256()
+    for fact in facts:
+        for part in _parts(fact):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _parts(fact: object) -> Iterator[bytes | memoryview]:
+    if isinstance(fact, torch.Tensor):
+        yield f"tensor {fact.dtype} {list(fact.shape)}".encode()
+        yield fact.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    elif isinstance(fact, bytes):
+        yield f"bytes {len(fact)}".encode()
+        yield fact
+    elif isinstance(fact, np.ndarray) or hasattr(fact, "__array_interface__"):
+        array = np.asarray(fact)
+        yield f"array {array.dtype} {list(array.shape)}".encode()
+        if array.dtype.hasobject:
+            yield from _parts(array.ravel().tolist())
+        else:
+            yield array.tobytes()
+    elif isinstance(fact, Mapping):
+        yield from _parts([part for entry in sorted(fact.items(), key=lambda entry: str(entry[0])) for part in entry])
+    elif isinstance(fact, (list, tuple)):
+        yield f"list {len(fact)}".encode()
+        for entry in fact:
+            yield from _parts(entry)
+    elif callable(fact):
+        kind = fact if hasattr(fact, "__qualname__") else type(fact)
+        # The address that stands in a function's text is another one in every process.
+        yield f"callable {kind.__module__}.{kind.__qualname__}".encode()
+    else:
+        yield json.dumps(fact, default=repr).encode()

@@ -1,25 +1,29 @@
-"""Writing a file so that nobody ever sees half of it, and going on only with what was made alike."""
+"""Writing files and folders so that nobody ever sees half of one, and telling contents apart."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import errno
+import hashlib
+import json
 import os
+import re
 import secrets
+import shutil
+import socket
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import IO, Any
 
-
-def refuse_other_settings(output: str | os.PathLike[str], earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raises ValueError where a folder's results were made with other settings than those of now, and says which."""
-    changed = [name for name in now if earlier.get(name) != now[name]]
-    if changed:
-        said = ", ".join(f"{name} {earlier.get(name)!r} (now {now[name]!r})" for name in changed)
-        raise ValueError(
-            f"{os.fspath(output)} holds results made with other settings: {said}; give another output folder, or the "
-            "same settings to go on"
-        )
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_MACHINE = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
+_PART = re.compile(r"\..*\.(?P<machine>[0-9a-f]{6})-(?P<process>\d{1,9})-[0-9a-f]{4}\.part", re.DOTALL)
+_PART_OF_EARLIER_VERSIONS = re.compile(r"\.part-.*|\..*\d+-[0-9a-f]+\.part", re.DOTALL)
+_SECONDS_OF_OTHER_MACHINES = 24 * 3600
+"""So long unfinished files of other machines, whose processes cannot be asked for, are left alone."""
 
 
 @contextlib.contextmanager
@@ -43,7 +47,7 @@ def written_beside(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[I
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist; make it first")
-    beside = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part"
+    beside = path.parent / _part_name(path.name)
     try:
         with open(beside, "xb" if mode == "wb" else "x", encoding=None if mode == "wb" else "utf-8") as file:
             yield file
@@ -54,6 +58,201 @@ def written_beside(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[I
         with contextlib.suppress(FileNotFoundError):
             beside.unlink()
         raise
+
+
+class OutputFolder:
+    """`with OutputFolder("results") as folder:` write files into `folder`; they appear in `results` when all is done.
+
+    Files are written into a hidden folder on the same disk: beside a new output folder, which then appears by one
+    rename, or inside an existing one (also one that another process has made meanwhile), into which the files are then
+    renamed one after another (files of the same name are replaced, others stay). After an exception, Ctrl-C included,
+    the hidden folder is gone, folders that had to be made are gone, and what was there before is untouched. Hidden
+    folders of processes that were killed are removed when the next one begins.
+
+    Args:
+        path: the folder, made if need be.
+        last: name of the file that is put into an existing folder after all others.
+        whole: whether an existing folder is replaced, and nothing in it stays.
+
+    Raises:
+        ValueError: the path is a file, cannot be made or cannot be written.
+        OSError: the disk is full, in words that name the folder.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, last: str | None = None, whole: bool = False) -> None:
+        self.path = Path(path)
+        self._last, self._whole = last, whole
+        self._made: list[Path] = []
+        self._hidden: Path | None = None
+
+    def __enter__(self) -> Path:
+        target = self.path.absolute()
+        if target.exists() and not target.is_dir():
+            raise ValueError(f"the output folder {self.path} is a file; give a folder, which is made if need be")
+        try:
+            self._make_parents(target.parent)
+            name = _part_name(target.name)
+            for place in (target.parent, target):
+                remove_unfinished(place, target.name)
+            hidden = (target if target.is_dir() and not self._whole else target.parent) / name
+            hidden.mkdir()
+        except OSError as error:
+            self._remove_made()
+            raise ValueError(
+                f"cannot write into the output folder {self.path}: {error.strerror}; give one that can be written"
+            ) from error
+        self._hidden = hidden
+        return hidden
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        hidden, self._hidden = self._hidden, None
+        assert hidden is not None
+        try:
+            if error is None:
+                self._publish(hidden)
+        except BaseException:
+            self._remove(hidden)
+            raise
+        self._remove(hidden, keep_made=error is None)
+        if isinstance(error, OSError) and error.errno in _DISK_FULL:
+            raise OSError(f"the disk of the output folder {self.path} is full; nothing was written there") from error
+
+    def _publish(self, hidden: Path) -> None:
+        target = self.path.absolute()
+        if self._whole and target.is_dir():
+            old = target.parent / _part_name(target.name)
+            os.rename(target, old)
+            os.rename(hidden, target)
+            shutil.rmtree(old, ignore_errors=True)
+            return
+        if hidden.parent != target:
+            try:
+                os.rename(hidden, target)
+                return
+            except OSError:
+                if not target.is_dir():
+                    raise
+        for file in sorted(hidden.iterdir(), key=lambda file: (file.name == self._last, file.name)):
+            place = target / file.name
+            if place.exists() and (place.is_dir() or file.is_dir()):
+                # A folder is not renamed over anything; the old one goes when the hidden folder does.
+                os.rename(place, hidden / f".{secrets.token_hex(4)}.old")
+            os.replace(file, place)
+
+    def _make_parents(self, folder: Path) -> None:
+        if not folder.exists():
+            self._make_parents(folder.parent)
+            folder.mkdir(exist_ok=True)
+            self._made.append(folder)
+
+    def _remove(self, hidden: Path, keep_made: bool = False) -> None:
+        shutil.rmtree(hidden, ignore_errors=True)
+        if not keep_made:
+            self._remove_made()
+
+    def _remove_made(self) -> None:
+        while self._made:
+            with contextlib.suppress(OSError):  # somebody else may have put a file into it meanwhile
+                self._made.pop().rmdir()
+
+
+def remove_unfinished(folder: Path, name: str | None = None) -> None:
+    """Remove hidden files and folders of processes that ended before they could rename them.
+
+    Args:
+        folder: which is looked through, without its subfolders; nothing happens where there is none.
+        name: only those that would have become the file or folder of this name; None for all.
+    """
+    if not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        if not path.name.startswith("." if name is None else f".{name}.") or not _is_left(path):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _part_name(name: str) -> str:
+    return f".{name}.{_MACHINE}-{os.getpid()}-{secrets.token_hex(2)}.part"
+
+
+def _is_left(path: Path) -> bool:
+    """Whether a hidden file or folder is unfinished and nobody is at work on it."""
+    part = _PART.fullmatch(path.name)
+    if part is None:
+        return _PART_OF_EARLIER_VERSIONS.fullmatch(path.name) is not None
+    if part["machine"] != _MACHINE:
+        with contextlib.suppress(FileNotFoundError):
+            return time.time() - path.stat().st_mtime > _SECONDS_OF_OTHER_MACHINES
+        return False
+    try:
+        os.kill(int(part["process"]), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # a process of another user
+        return False
+    return False
+
+
+def write_json(path: Path, contents: Mapping[str, object]) -> None:
+    """Write a JSON file, whole; ValueError for numbers JSON does not have."""
+    with written_beside(path, "w") as file:
+        json.dump(contents, file, indent=1, allow_nan=False)
+        file.write("\n")
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """The object that a JSON file holds.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it holds something else, or is cut off.
+    """
+    contents = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(contents, dict):
+        raise ValueError(f"it holds {type(contents).__name__}, not an object")
+    return contents
+
+
+def read_prompts(path: str | os.PathLike[str]) -> list[str]:
+    """The prompts of a UTF-8 text file, one a line; empty lines and lines that begin with # are passed over.
+
+    Raises:
+        ValueError: no such file, not UTF-8 text, or no prompt in it.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (FileNotFoundError, IsADirectoryError):
+        raise ValueError(f"there is no file of prompts {path}; give a text file with one prompt a line") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}); give a text file with one prompt a line") from None
+    prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not prompts:
+        raise ValueError(f"{path} holds no prompts; write one a line")
+    return prompts
+
+
+def file_digest(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's contents, or of names and contents of the files in a folder, hidden ones apart.
+
+    Raises:
+        FileNotFoundError: neither.
+    """
+    digest = hashlib.sha256()
+    place = Path(path)
+    if place.is_dir():
+        for file in sorted(place.iterdir()):
+            if file.is_file() and not file.name.startswith("."):
+                digest.update(f"{file.name}\0{file_digest(file)}\n".encode())
+        return digest.hexdigest()
+    with open(place, "rb") as contents:
+        while block := contents.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def write_csv(path: str | os.PathLike[str], rows: Sequence[Mapping[str, object]]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 from corrdit.arguments import flag, whole_number
 
@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     import torch
 
 FramePairs = list[tuple[int, int]]
+
+
+def lists_pairs(frames: int | Iterable[tuple[int, int]] | None) -> TypeGuard[Iterable[tuple[int, int]]]:
+    """Whether frames are given as pairs, not as None or a span (an array or tensor without axes among them)."""
+    return isinstance(frames, Iterable) and getattr(frames, "ndim", 1) > 0
 
 
 @dataclass(frozen=True)
@@ -116,13 +121,11 @@ class TokenGrid:
         """
         if frames is None:
             return [(i, j) for i in range(self.frames) for j in range(self.frames)]
-        try:
-            entries = list(frames)  # type: ignore[arg-type]
-        except TypeError:
+        if not lists_pairs(frames):
             span = whole_number("frames given as a span", frames, 0)
             return [(i, j) for i, j in self.frame_pairs() if abs(i - j) <= span]
         pairs = []
-        for entry in entries:
+        for entry in frames:
             try:
                 i, j = (operator.index(index) for index in entry)
             except (TypeError, ValueError):

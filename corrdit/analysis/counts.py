@@ -12,7 +12,7 @@ from torch import Tensor
 
 from corrdit.analysis.point_readings import AttentionReading, Stride
 from corrdit.analysis.protocols import AnalysisOptions
-from corrdit.tracking.interpolation import interpolate_tracks
+from corrdit.tracking.tracks import interpolate_tracks
 
 
 @dataclass(frozen=True, eq=False)

@@ -92,7 +92,7 @@ def read_difftrack(folder: str | os.PathLike[str]) -> list[DiffTrackEntry]:
 
 def write_difftrack_video(
     folder: str | os.PathLike[str], number: int, video: np.ndarray, tracks: Tracks, *, fps: float = 8.0
-) -> None:
+) -> list[Path]:
     """Add one video with its tracks to a set; tracks come last, so that what has tracks is whole.
 
     Args:
@@ -102,6 +102,9 @@ def write_difftrack_video(
         tracks: of its points, in pixels.
         fps: frames per second of the file.
 
+    Returns:
+        The files.
+
     Raises:
         ValueError: tracks of another number of frames.
     """
@@ -110,10 +113,13 @@ def write_difftrack_video(
     root = Path(folder)
     for name in ("videos", "visibility", "tracks"):
         (root / name).mkdir(parents=True, exist_ok=True)
-    write_video(root / "videos" / f"{number:03}.mp4", video, fps)
+    files = [root / "videos" / f"{number:03}.mp4"]
+    write_video(files[0], video, fps)
     for name, values in (("visibility", tracks.visible), ("tracks", tracks.xy)):
-        with written_beside(root / name / f"{number:03}.npy") as file:
+        files.append(root / name / f"{number:03}.npy")
+        with written_beside(files[-1]) as file:
             np.save(file, values[None].numpy())
+    return files
 
 
 def write_prompts(folder: str | os.PathLike[str], prompts: list[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,11 +10,9 @@ from typing import Any
 
 from corrdit.analysis.calibration import Calibration, calibrate
 from corrdit.analysis.table import AnalysisTable, total
-from corrdit.files import refuse_other_settings, written_beside
+from corrdit.runs import FAILURE_FILE, SETTINGS_FILE, Inputs, ResultFolder
 
 RESULT_FILE = "analysis.npz"
-FAILURE_FILE = "failed.json"
-SETTINGS_FILE = "settings.json"
 VIDEOS_FOLDER = "videos"
 
 
@@ -33,7 +30,8 @@ class AnalysisResults:
     settings: dict[str, Any]
     tables: Mapping[str, AnalysisTable]
     failures: dict[str, str]
-    _known: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _totals: list[AnalysisTable] = field(default_factory=list, init=False, repr=False, compare=False)
+    _chosen: dict[float | None, Calibration] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def total(self) -> AnalysisTable:
         """The sum over the videos, worked out once.
@@ -44,9 +42,9 @@ class AnalysisResults:
         if not self.tables:
             reason = next((f"; {name}: {error}" for name, error in self.failures.items()), "")
             raise ValueError(f"none of the videos could be analysed ({len(self.failures)} failed{reason})")
-        if "total" not in self._known:
-            self._known["total"] = total(self.tables.values())
-        return self._known["total"]
+        if not self._totals:
+            self._totals.append(total(self.tables.values()))
+        return self._totals[0]
 
     def calibration(self, *, threshold: float | None = None) -> Calibration:
         """What `corrdit.analysis.calibrate` chooses, worked out once a threshold.
@@ -55,9 +53,9 @@ class AnalysisResults:
             ValueError: as `total` and `calibrate`.
         """
         summed = self.total()
-        if threshold not in self._known:
-            self._known[threshold] = calibrate(self.tables.values(), summed=summed, threshold=threshold)
-        return self._known[threshold]
+        if threshold not in self._chosen:
+            self._chosen[threshold] = calibrate(self.tables.values(), summed=summed, threshold=threshold)
+        return self._chosen[threshold]
 
 
 class StoredTables(Mapping[str, AnalysisTable]):
@@ -69,12 +67,12 @@ class StoredTables(Mapping[str, AnalysisTable]):
     """
 
     def __init__(self, output: str | os.PathLike[str], names: Iterable[str]) -> None:
-        self._output, self._names = Path(output), dict.fromkeys(names)
+        self._folder, self._names = analysis_folder(output), dict.fromkeys(names)
 
     def __getitem__(self, name: str) -> AnalysisTable:
         if name not in self._names:
             raise KeyError(name)
-        return AnalysisTable.load(video_folder(self._output, name) / RESULT_FILE)
+        return AnalysisTable.load(self._folder.files_of(name) / RESULT_FILE)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -83,49 +81,46 @@ class StoredTables(Mapping[str, AnalysisTable]):
         return len(self._names)
 
 
-def video_folder(output: str | os.PathLike[str], name: str) -> Path:
-    """Where the result of a video is."""
-    return Path(output) / VIDEOS_FOLDER / name
+def analysis_folder(output: str | os.PathLike[str]) -> ResultFolder:
+    """The folder of an analysis, with the files of each video in `videos/NAME`."""
+    place = f"{VIDEOS_FOLDER}/{{name}}"
+    return ResultFolder(output, what="an analysis", failure=f"{place}/{FAILURE_FILE}", results=place)
 
 
 def has_analysis(output: str | os.PathLike[str], name: str) -> bool:
     """Whether the result of a video is there; it is put in place as a whole."""
-    return (video_folder(output, name) / RESULT_FILE).is_file()
+    return (analysis_folder(output).files_of(name) / RESULT_FILE).is_file()
 
 
-def write_result(output: str | os.PathLike[str], name: str, table: AnalysisTable) -> None:
-    """Put the result of a video in place; an earlier failure is forgotten."""
-    folder = video_folder(output, name)
-    folder.mkdir(parents=True, exist_ok=True)
-    table.save(folder / RESULT_FILE)
-    (folder / FAILURE_FILE).unlink(missing_ok=True)
+def write_result(
+    output: str | os.PathLike[str],
+    name: str,
+    table: AnalysisTable,
+    inputs: Inputs | None = None,
+    *,
+    files: Iterable[Path] = (),
+) -> None:
+    """Put the result of a video in place; an earlier failure is forgotten.
+
+    Args:
+        output: the folder.
+        name: of the video.
+        table: its counts.
+        inputs: digests of what was analysed.
+        files: further ones that belong to the result, in the folder.
+    """
+    folder = analysis_folder(output)
+    file = folder.files_of(name) / RESULT_FILE
+    file.parent.mkdir(parents=True, exist_ok=True)
+    table.save(file)
+    folder.finish(name, {}, inputs, [file, *files])
 
 
 def write_failure(output: str | os.PathLike[str], name: str, error: Exception | str) -> None:
     """Say why a video has no result."""
-    folder = video_folder(output, name)
-    folder.mkdir(parents=True, exist_ok=True)
-    with written_beside(folder / FAILURE_FILE, "w") as file:
-        json.dump({"name": name, "error": str(error)}, file, indent=2)
-
-
-def begin(output: str | os.PathLike[str], settings: dict[str, Any]) -> None:
-    """Make the folder and keep how its results are made.
-
-    Raises:
-        ValueError: it holds results made otherwise.
-    """
-    check_settings(output, settings)
-    Path(output).mkdir(parents=True, exist_ok=True)
-    with written_beside(Path(output) / SETTINGS_FILE, "w") as file:
-        json.dump(settings, file, indent=2)
-
-
-def check_settings(output: str | os.PathLike[str], settings: dict[str, Any]) -> None:
-    """Raises ValueError where the folder holds results that were made with other settings."""
-    if not (Path(output) / SETTINGS_FILE).is_file():
-        return
-    refuse_other_settings(output, _settings(output), json.loads(json.dumps(settings)))
+    folder = analysis_folder(output)
+    (folder.files_of(name) / RESULT_FILE).unlink(missing_ok=True)
+    folder.fail(name, str(error))
 
 
 def read_results(output: str | os.PathLike[str], names: Iterable[str] | None = None) -> AnalysisResults:
@@ -138,29 +133,18 @@ def read_results(output: str | os.PathLike[str], names: Iterable[str] | None = N
     Raises:
         ValueError: not the folder of an analysis; later, when a damaged result is read.
     """
-    settings, root = _settings(output), Path(output) / VIDEOS_FOLDER
+    folder = analysis_folder(output)
+    settings, root = folder.settings(), folder.path / VIDEOS_FOLDER
+    if not settings:
+        raise ValueError(f"{os.fspath(output)} holds no analysis (no {SETTINGS_FILE}); give the folder of one")
     if names is None:
-        found = {file.parent.relative_to(root).as_posix() for file in root.rglob(RESULT_FILE)}
-        found |= {file.parent.relative_to(root).as_posix() for file in root.rglob(FAILURE_FILE)}
-        names = sorted(found)
-    done, failures = [], {}
+        files = [file for kind in (RESULT_FILE, FAILURE_FILE) for file in root.rglob(kind)]
+        names = sorted({file.parent.relative_to(root).as_posix() for file in files})
+    done: list[str] = []
+    failures: dict[str, str] = {}
     for name in names:
-        failure = video_folder(output, name) / FAILURE_FILE
         if has_analysis(output, name):
             done.append(name)
-        elif failure.is_file():
-            failures[name] = json.loads(failure.read_text(encoding="utf-8"))["error"]
+        elif (failure := folder.failure(name)) is not None:
+            failures[name] = failure
     return AnalysisResults(settings, StoredTables(output, done), failures)
-
-
-def _settings(output: str | os.PathLike[str]) -> dict[str, Any]:
-    file = Path(output) / SETTINGS_FILE
-    if not file.is_file():
-        raise ValueError(f"{os.fspath(output)} holds no analysis (no {SETTINGS_FILE}); give the folder of one")
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not a settings file ({error}); give another output folder") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{file} is not a settings file; give another output folder")
-    return settings

@@ -12,8 +12,10 @@ from typing import NamedTuple
 import numpy as np
 
 from corrdit.analysis.dataset import DiffTrackEntry, read_difftrack
-from corrdit.array_files import read_arrays
+from corrdit.array_files import content_digest, read_arrays
 from corrdit.data import TapVidVideo, read_tapvid
+from corrdit.files import file_digest
+from corrdit.runs import Inputs
 from corrdit.tracking.files import find_videos
 from corrdit.tracking.pseudo_truth import Tracker
 from corrdit.tracking.queries import grid_points
@@ -44,11 +46,13 @@ class AnalysisItem(NamedTuple):
         name: of its results.
         load: reads the video and its truth; ValueError or OSError where that fails.
         truth: what the truth is, in a few words.
+        inputs: gives digests of what is loaded, by which a result of something else is known.
     """
 
     name: str
     load: Callable[[], AnalysisVideo]
     truth: str
+    inputs: Callable[[], Inputs] = dict
 
 
 def folder_items(
@@ -84,10 +88,10 @@ def folder_items(
         candidates = (given / f"{stem}.npz", given / name / "tracks.npz", given / stem / "tracks.npz")
         file = next((candidate for candidate in candidates if candidate.is_file()), None)
         if file is not None:
-            load = functools.partial(_with_given_tracks, root / name, file)
-            items.append(AnalysisItem(name, load, "given tracks"))
+            load, truth = functools.partial(_with_given_tracks, root / name, file), "given tracks"
         else:
-            items.append(AnalysisItem(name, functools.partial(_tracked, root / name, tracker, points), tracker_name))
+            load, truth = functools.partial(_tracked, root / name, tracker, points), tracker_name
+        items.append(AnalysisItem(name, load, truth, _digests(video=root / name, tracks=file)))
     return items
 
 
@@ -104,7 +108,8 @@ def tapvid_items(
         return AnalysisVideo(sample.video, sample.tracks.transpose(1, 0, 2), ~sample.occluded.T)
 
     for video in read_tapvid(path, on_broken=on_broken):
-        yield AnalysisItem(video.name, functools.partial(load, video), "annotated")
+        inputs = {"video": content_digest(video.video, video.points, video.occluded)}
+        yield AnalysisItem(video.name, functools.partial(load, video), "annotated", inputs.copy)
 
 
 def difftrack_items(folder: str | os.PathLike[str]) -> list[AnalysisItem]:
@@ -119,8 +124,19 @@ def difftrack_items(folder: str | os.PathLike[str]) -> list[AnalysisItem]:
         return AnalysisVideo(read_video(entry.video).frames, xy, visible, entry.prompt)
 
     return [
-        AnalysisItem(entry.name, functools.partial(load, entry), "given tracks") for entry in read_difftrack(folder)
+        AnalysisItem(
+            entry.name,
+            functools.partial(load, entry),
+            "given tracks",
+            _digests(video=entry.video, tracks=entry.tracks, visibility=entry.visibility),
+        )
+        for entry in read_difftrack(folder)
     ]
+
+
+def _digests(**files: Path | None) -> Callable[[], Inputs]:
+    """Digests of files by words for them, when they are asked for."""
+    return lambda: {word: file_digest(file) for word, file in files.items() if file is not None}
 
 
 def _with_given_tracks(video: Path, tracks: Path) -> AnalysisVideo:

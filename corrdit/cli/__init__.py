@@ -1,41 +1,73 @@
 """The command line: `corrdit COMMAND ...`.
 
-Each command is a module of this package with `HELP` (one line), `add_arguments(parser)`, `run(arguments) -> int` and,
-if it likes, `USAGE`. It is imported only when it is called, so that `corrdit --help` needs neither torch nor
-jsonargparse.
+Each command is a module of this package, see `Command`. None of them imports anything heavy before it is called, so
+that `corrdit --help` needs neither torch nor jsonargparse.
 """
 
 from __future__ import annotations
 
 import contextlib
 import difflib
-import importlib
 import os
 import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING, Protocol
 
-COMMANDS = {
-    "track": "follow points through a video",
-    "demo": "track points through a generated clip and compare with its exact truth",
-    "analyze": "measure how layers, heads and denoising steps match frames, as one report",
-    "calibrate": "choose layer, step and head of a model from an analysis, as a preset",
-    "evaluate": "evaluate trackers on TAP-Vid or on generated videos",
-    "train": "train the embedded model on generated videos",
-    "generate": "generate videos from prompts, with cross-attention guidance beside without",
-    "transfer": "give a new video the motion of a reference",
-    "world": "write generated videos with exact tracks, flow and prompts",
-    "bench": "time the operations against other ways to compute them",
-    "kernels": "compile every Triton kernel without a GPU and show registers, spills and instructions",
-    "models": "list the backbones with their layers and presets",
-    "doctor": "show versions, devices and backends, and why a backend cannot run",
-}
+from corrdit.cli import (
+    analyze,
+    bench,
+    calibrate,
+    demo,
+    doctor,
+    evaluate,
+    generate,
+    kernels,
+    models,
+    track,
+    train,
+    transfer,
+    world,
+)
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+
+class Command(Protocol):
+    """A module that is a command; its docstring says what it reads and writes, and `USAGE`, if it is there, how."""
+
+    __name__: str
+    HELP: str
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        """Declare the command's arguments."""
+
+    def run(self, arguments: Namespace) -> int:
+        """Do it; gives the exit status."""
+
+
+_IN_ORDER: tuple[Command, ...] = (
+    *(track, demo, analyze, calibrate, evaluate, train, generate, transfer, world),
+    *(bench, kernels, models, doctor),
+)
+MODULES = {module.__name__.rpartition(".")[2]: module for module in _IN_ORDER}
+COMMANDS = {name: module.HELP for name, module in MODULES.items()}
+"""What each command does, in one line."""
 
 _SUCCESS, _FAILURE, _BAD_INPUT, _INTERRUPTED = 0, 1, 2, 130
-_EPILOG = """\
+_OVERVIEW = """\
+usage: corrdit COMMAND [options]
+       corrdit --version
+
+Point correspondence, guidance and motion transfer from the attention of video diffusion transformers.
+
+commands:
+{commands}
+
 `corrdit COMMAND --help` tells what a command reads and writes. Exit status: 0 success, 2 bad input, 130 Ctrl-C.
 Errors are one line; --traceback after any command, or CORRDIT_DEBUG=1, shows where they come from."""
 
@@ -44,13 +76,16 @@ def entry_point() -> None:
     """The console script `corrdit`."""
     for variable in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
         os.environ.setdefault(variable, "error")
-    with contextlib.suppress(ValueError):  # not the main thread
-        signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # `nohup` has SIGHUP ignored, which it stays.
+        if signal.getsignal(number) != signal.SIG_IGN:
+            with contextlib.suppress(ValueError):  # not the main thread
+                signal.signal(number, _terminate)
     sys.exit(main())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status; nothing but Ctrl-C and SIGTERM handling depends on the process."""
+    """Run one command and return its exit status; nothing but the handling of signals depends on the process."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--traceback" in arguments or os.environ.get("CORRDIT_DEBUG", "0") not in ("", "0")
     arguments = [argument for argument in arguments if argument != "--traceback"]
@@ -63,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"corrdit {__version__}")
         return _SUCCESS
     command = arguments[0]
-    if command not in COMMANDS:
+    if command not in MODULES:
         return _unknown_command(command)
     with _one_line_warnings(command):
         return _run_guarded(command, arguments[1:], debug)
@@ -96,29 +131,23 @@ def _run_guarded(command: str, arguments: list[str], debug: bool) -> int:
 
 
 def _run(command: str, arguments: list[str]) -> int:
-    from jsonargparse import ArgumentParser
+    from argparse import RawDescriptionHelpFormatter
 
-    module: Any = importlib.import_module(f"corrdit.cli.{command}")
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
+    module = MODULES[command]
     parser = ArgumentParser(
         prog=f"corrdit {command}",
         usage=f"corrdit {command} {getattr(module, 'USAGE', '[options]')}",
         description=module.__doc__ or module.HELP,
-        formatter_class=_help_formatter(),
+        # Keeps the paragraphs of the description as they are written.
+        formatter_class=type("HelpFormatter", (RawDescriptionHelpFormatter, DefaultHelpFormatter), {}),
         exit_on_error=False,
     )
     module.add_arguments(parser)
     if not any("--config" in action.option_strings for action in parser._actions):
         parser.add_argument("--config", action="config", help="YAML file with values for these options")
     return int(module.run(parser.parse_args(arguments)))
-
-
-def _help_formatter() -> type:
-    """jsonargparse's formatter with the paragraphs of the description kept as they are written."""
-    from argparse import RawDescriptionHelpFormatter
-
-    from jsonargparse import DefaultHelpFormatter
-
-    return type("HelpFormatter", (RawDescriptionHelpFormatter, DefaultHelpFormatter), {})
 
 
 def _is_bad_input(error: Exception) -> bool:
@@ -144,27 +173,14 @@ def _unknown_command(command: str) -> int:
 
 def _overview() -> str:
     width = max(map(len, COMMANDS)) + 2
-    lines = [f"  {name:<{width}}{text}" for name, text in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: corrdit COMMAND [options]",
-            "       corrdit --version",
-            "",
-            "Point correspondence, guidance and motion transfer from the attention of video diffusion transformers.",
-            "",
-            "commands:",
-            *lines,
-            "",
-            _EPILOG,
-        ]
-    )
+    return _OVERVIEW.format(commands="\n".join(f"  {name:<{width}}{text}" for name, text in COMMANDS.items()))
 
 
 @contextlib.contextmanager
 def _one_line_warnings(command: str) -> Iterator[None]:
     """Show our warnings as one line each, and not those that libraries address to their developers."""
 
-    def show(message: Warning | str, category: type[Warning], *place: Any, **options: Any) -> None:
+    def show(message: Warning | str, category: type[Warning], *place: object, **options: object) -> None:
         print(f"corrdit {command}: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
     with warnings.catch_warnings():
@@ -174,6 +190,6 @@ def _one_line_warnings(command: str) -> Iterator[None]:
         yield
 
 
-def _terminate(number: int, frame: Any) -> None:
-    """SIGTERM leaves by an exception, so that half-written files are removed on the way out."""
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """SIGTERM and SIGHUP leave by an exception, so that half-written files are removed on the way out."""
     raise SystemExit(128 + number)

@@ -22,72 +22,32 @@ from __future__ import annotations
 import functools
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from corrdit.cli.devices import add_device_options, checked_dtype
-from corrdit.cli.model_options import add_preset_option, checked_preset, loaded_backbone
-from corrdit.cli.progress import progress_bar
+from corrdit.cli.analysis_options import SOURCES, add_analysis_options, resolved_options, settings_of, source_of
+from corrdit.cli.devices import trainer_devices
+from corrdit.cli.lightning_runs import command_trainer, predict, quiet_lightning
+from corrdit.cli.model_options import checked_preset, loaded_backbone
+from corrdit.cli.progress import Report, progress_bar
+
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
+
+    from corrdit.analysis.protocols import AnalysisOptions
+    from corrdit.analysis.sources import AnalysisItem
+    from corrdit.integrations.diffusers.backbones.base import Backbone
 
 HELP = "measure how layers, heads and denoising steps match frames, as one report"
+DATASET_FOLDER = "dataset"
 USAGE = "--world N | --videos DIR | --tapvid PATH | --difftrack DIR | --prompts FILE  --output DIR [options]"
-SOURCES = ("world", "videos", "tapvid", "difftrack", "prompts")
-_OPTIONS: dict[str, tuple[Any, str]] = {
-    "inference_steps": (int, "steps of the schedule that --steps counts"),
-    "per_head": (bool, "read every head by itself too"),
-    "low_pass": (list[float], "also match through low-pass filters of so many tokens, such as [0.5,1]"),
-    "features": (bool, "match intermediate features too"),
-    "thresholds": (list[float], "distances in pixels of the encoded frames, such as [2,4,8]"),
-    "least_motion": (float, "tokens; points that moved farther are also counted apart"),
-    "geometry": (str, "how tokens and pixels correspond: centers or released"),
-    "token_choice": (str, "token whose attention a point stands for: nearest or released"),
-    "time": (str, "how latent frames become video frames: codec or released"),
-    "similarity": (str, "of features: cosine or dot"),
-    "count_query_frame": (bool, "count the query frame as a match"),
-    "bidirectional": (bool, "use the softmax over source tokens too"),
-    "latents": (str, "of given videos: frames (each a latent of its own) or video (temporally compressed)"),
-    "noise": (str, "of given videos: noised (to each step's timestep), inverted (DDIM, to each step) or clean"),
-    "seed": (int, "of noise, of generated videos, and of the world"),
-    "max_frames": (int, "most latent frames of a given video that are read"),
-    "tokens_per_frame": (int, "most tokens a frame is encoded to"),
-    "backend": (str, "of the attention operations: auto, triton, streaming or reference"),
-    "memory_budget": (int, "bytes an attention operation may use beyond its inputs and outputs"),
-}
 
 
-def add_arguments(parser: Any) -> None:
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results, made if need be")
-    parser.add_argument("--model", default="embedded", help="embedded, a local diffusers folder, or a hub id")
-    add_device_options(parser)
-    add_preset_option(parser)
-    source = parser.add_argument_group("what is analysed")
-    source.add_argument("--world", type=int | None, default=None, metavar="N", help="so many generated videos")
-    source.add_argument("--videos", default=None, metavar="DIR", help="folder of videos")
-    source.add_argument("--tapvid", default=None, metavar="PATH", help="TAP-Vid file or folder of shards")
-    source.add_argument("--difftrack", default=None, metavar="DIR", help="data set in DiffTrack's layout")
-    source.add_argument("--prompts", default=None, metavar="FILE", help="text file with one prompt a line")
-    source.add_argument("--tracks", default=None, metavar="DIR", help="with --videos: folder of their tracks")
-    source.add_argument("--tracker", default=None, help="lucas-kanade, cotracker or patches, where no truth is given")
-    source.add_argument("--points", type=int, default=16, metavar="N", help="N x N points on the first frame")
-    source.add_argument("--mode", default="scene", help="with --prompts: starting grid, object or scene")
-    source.add_argument("--image", default=None, metavar="FILE", help="with --prompts: for image-to-video models")
-    source.add_argument("--pipeline", type=dict | None, default=None, metavar="JSON", help="arguments of its call")
-    source.add_argument("--frames", type=int, default=8, help="with --world: frames of each video")
-    source.add_argument("--height", type=int, default=64, help="with --world: pixels")
-    source.add_argument("--width", type=int, default=96, help="with --world: pixels")
-    parser.add_argument("--layers", default="all", help="all, or numbers with commas such as 3,4,-1")
-    parser.add_argument("--steps", default="spread:10", help="all, spread:N evenly with the last one, or numbers")
-    parser.add_argument("--protocol", choices=["default", "published"], default="default", help="ways of measuring")
-    parser.add_argument("--pictures", type=int, default=1, metavar="N", help="videos drawn in the report")
-    parser.add_argument("--parquet", action="store_true", help="also write the table as Parquet (needs pyarrow)")
-    parser.add_argument("--calibrate", action="store_true", help="also write preset.json")
-    parser.add_argument("--processes", type=int, default=1, metavar="N", help="so many processes or GPUs")
-    group = parser.add_argument_group("ways of measuring (default: what --protocol says)")
-    for name, (kind, text) in _OPTIONS.items():
-        group.add_argument(f"--{name.replace('_', '-')}", type=kind | None, default=None, help=text)
+add_arguments = add_analysis_options
 
 
-def run(arguments: Any) -> int:
+def run(arguments: Namespace) -> int:
     """Analyse what is left to analyse and write the report; 2 where a video failed, with the report of the others."""
     from corrdit.analysis.exports import require_pyarrow
 
@@ -96,59 +56,19 @@ def run(arguments: Any) -> int:
     if arguments.parquet:
         require_pyarrow()
     if arguments.prompts is not None:
-        from corrdit.cli.analyze_generation import analyze_prompts
-
-        backbone, items, options = analyze_prompts(arguments, given_options(arguments))
-    else:
-        backbone, items, options = _analyze_given(arguments)
-    if backbone is None:  # one of several processes that is not the first
-        return 0
+        return _finish(arguments, *_analyze_prompts(arguments), began)
+    preset = checked_preset(arguments.preset)
+    items = _items(arguments)  # wrong folders are refused before the model is loaded
+    backbone = loaded_backbone(arguments, preset)
+    options = resolved_options(arguments, backbone)
+    if arguments.processes == 1:
+        _analyze_here(arguments, backbone, items, options)
+    elif not _analyze_in_processes(arguments, backbone, list(items), options):
+        return 0  # the first process writes the report
     return _finish(arguments, backbone, items, options, began)
 
 
-def given_options(arguments: Any) -> dict[str, Any]:
-    """Options of `AnalysisOptions` that were given; `steps` is still to be resolved against the model."""
-    given = {name: arguments[name] for name in _OPTIONS if arguments[name] is not None}
-    for name in ("thresholds", "low_pass"):
-        if name in given:
-            given[name] = tuple(given[name])
-    if arguments.layers != "all":
-        given["layers"] = _numbers("--layers", arguments.layers)
-    return given
-
-
-def chosen_steps(text: str, inference_steps: int) -> tuple[int, ...] | None:
-    """`all` (None), `spread:N`, or numbers.
-
-    Raises:
-        ValueError: another wording.
-    """
-    if text == "all":
-        return None
-    if text.startswith("spread:") and text[7:].isdigit() and int(text[7:]) > 0:
-        count = min(int(text[7:]), inference_steps)
-        return tuple(round((n + 1) * inference_steps / count) - 1 for n in range(count))
-    return _numbers("--steps", text)
-
-
-def settings_of(arguments: Any, options: Any, backbone: Any) -> dict[str, Any]:
-    """What must be the same for a run to go on in a folder."""
-    kind = next(name for name in SOURCES if arguments[name] is not None)
-    names = {"world": ("world", "points", "frames", "height", "width"), "prompts": ("prompts", "mode", "tracker")}
-    source = {name: arguments[name] for name in names.get(kind, (kind, "tracks", "tracker", "points"))}
-    if kind == "prompts":
-        source |= {"image": arguments.image, "pipeline": arguments.pipeline}
-    return {
-        "model": arguments.model,
-        "source": source,
-        "protocol": arguments.protocol,
-        "options": options.described(),
-        "dtype": str(checked_dtype(arguments.dtype)),
-        "preset": backbone.preset.described(),
-    }
-
-
-def _check(arguments: Any) -> None:
+def _check(arguments: Namespace) -> None:
     given = [f"--{name}" for name in SOURCES if arguments[name] is not None]
     if len(given) != 1:
         accepted = ", ".join(f"--{name}" for name in SOURCES)
@@ -160,54 +80,61 @@ def _check(arguments: Any) -> None:
         raise ValueError("--processes shares out the videos of --world, --videos and --difftrack; leave it out here")
 
 
-def _analyze_given(arguments: Any) -> tuple[Any, Any, Any]:
-    """The backbone (None in further processes), the videos and the options."""
-    from corrdit.analysis.protocols import analysis_options
-
-    given = given_options(arguments)
-    preset = checked_preset(arguments.preset)
-    items = _items(arguments, given.get("seed", 0))  # wrong folders are refused before the model is loaded
-    backbone = loaded_backbone(arguments, preset)
-    inference_steps = given.get("inference_steps", backbone.preset.reading.inference_steps)
-    given["steps"], given["inference_steps"] = chosen_steps(arguments.steps, inference_steps), inference_steps
-    options = analysis_options(arguments.protocol, given)
-    settings = settings_of(arguments, options, backbone)
-    if arguments.processes > 1:
-        from corrdit.cli.analyze_processes import analyze_in_processes
-
-        first = analyze_in_processes(arguments, backbone, items, options, settings)
-        return (backbone if first else None), items, options
-    _analyze_here(arguments, backbone, items, options, settings)
-    return backbone, items, options
-
-
-def _analyze_here(arguments: Any, backbone: Any, items: Any, options: Any, settings: dict[str, Any]) -> None:
-    from corrdit.analysis.results import begin, has_analysis, write_failure
-    from corrdit.integrations.diffusers.analysis import analyze_item
+def _analyze_here(
+    arguments: Namespace, backbone: Backbone, items: Iterable[AnalysisItem], options: AnalysisOptions
+) -> None:
+    from corrdit.analysis.results import analysis_folder, write_failure
+    from corrdit.analysis.sources import tapvid_items
+    from corrdit.integrations.diffusers.analysis.running import analyze_item
     from corrdit.integrations.diffusers.analysis.videos import analysis_axes
 
     steps = len(analysis_axes(backbone, options).steps)
-    begin(arguments.output, settings)
+    folder = analysis_folder(arguments.output)
+    folder.begin(settings_of(arguments, options, backbone))
     if arguments.tapvid is not None:
-        from corrdit.analysis.sources import tapvid_items
-
         items = tapvid_items(
             arguments.tapvid, on_broken=lambda name, error: write_failure(arguments.output, name, error)
         )
     total = len(items) if isinstance(items, list) else None
     with progress_bar("steps") as report:
         for number, item in enumerate(items):
-            if has_analysis(arguments.output, item.name):
-                continue
-            moved = functools.partial(_report, report, number * steps, (total or number + 1) * steps)
-            analyze_item(backbone, item, arguments.output, options, progress=moved)
+            if folder.left({item.name: item.inputs}):
+                moved = functools.partial(_report, report, number * steps, (total or number + 1) * steps)
+                analyze_item(backbone, item, arguments.output, options, on_broken=arguments.on_broken, progress=moved)
 
 
-def _report(report: Any, before: int, total: int, done: int, of: int) -> None:
+def _report(report: Report, before: int, total: int, done: int, of: int) -> None:
     report(before + done, total)
 
 
-def _items(arguments: Any, seed: int) -> Any:
+def _analyze_in_processes(
+    arguments: Namespace, backbone: Backbone, items: list[AnalysisItem], options: AnalysisOptions
+) -> bool:
+    """Analyse the videos that are left; whether this process is the first, which writes the report."""
+    devices = trainer_devices(arguments)
+    with quiet_lightning():
+        from corrdit.integrations.lightning.analysis import AnalysisDataModule, AnalysisModule
+
+        on_cpu = devices["accelerator"] == "cpu"
+        module = AnalysisModule(
+            backbone if on_cpu else arguments.model,
+            output=arguments.output,
+            model_preset=None if on_cpu else checked_preset(arguments.preset),
+            protocol=arguments.protocol,
+            options={name: getattr(options, name) for name in options.described()},
+            source=source_of(arguments),
+            dtype=arguments.dtype,
+            placement="device" if on_cpu else arguments.placement,
+            on_broken=arguments.on_broken,
+        )
+        module.settings["model"] = arguments.model
+        trainer = command_trainer(several=True, **devices)
+        predict(trainer, module, AnalysisDataModule(items, output=arguments.output))
+        trainer.strategy.barrier("every process has done its videos")
+    return bool(trainer.is_global_zero)
+
+
+def _items(arguments: Namespace) -> Iterable[AnalysisItem]:
     from corrdit.analysis import sources
     from corrdit.tracking.pseudo_truth import pseudo_tracker
 
@@ -215,7 +142,7 @@ def _items(arguments: Any, seed: int) -> Any:
         from corrdit.integrations.embedded.world.analysis_items import world_items
 
         size = {"frames": arguments.frames, "height": arguments.height, "width": arguments.width}
-        return world_items(arguments.world, seed=seed, points=arguments.points, **size)
+        return world_items(arguments.world, seed=arguments.seed or 0, points=arguments.points, **size)
     if arguments.tapvid is not None:
         if not Path(arguments.tapvid).exists():
             raise ValueError(f"--tapvid {arguments.tapvid} does not exist; give a TAP-Vid file or a folder of shards")
@@ -232,19 +159,104 @@ def _items(arguments: Any, seed: int) -> Any:
     )
 
 
-def _finish(arguments: Any, backbone: Any, items: Any, options: Any, began: float) -> int:
+def _analyze_prompts(arguments: Namespace) -> tuple[Backbone, list[AnalysisItem], AnalysisOptions]:
+    """Generate what is left of the videos, analyse their denoising and keep them as a data set.
+
+    Gives the backbone, the videos for the report's pictures, and the options.
+    """
+    from corrdit.analysis.dataset import write_difftrack_video, write_prompts
+    from corrdit.analysis.results import analysis_folder, write_failure, write_result
+    from corrdit.analysis.sources import difftrack_items
+    from corrdit.array_files import content_digest
+    from corrdit.integrations.diffusers import analysis
+    from corrdit.tracking.pseudo_truth import pseudo_tracker, starting_points
+
+    if arguments.tracker is None:
+        raise ValueError(
+            "--prompts needs --tracker (lucas-kanade, cotracker or patches), whose tracks stand in for the truth"
+        )
+    tracker, mode = pseudo_tracker(arguments.tracker), arguments.mode
+    starting_points(mode, 64, 64)
+    prompts, call = _prompts(arguments.prompts), _pipeline_call(arguments)
+    backbone = loaded_backbone(arguments, checked_preset(arguments.preset))
+    options = resolved_options(arguments, backbone, call.get("num_inference_steps"))
+    results = analysis_folder(arguments.output)
+    results.begin(settings_of(arguments, options, backbone))
+    _check_same_prompts(arguments.output, prompts)
+    dataset = Path(arguments.output) / DATASET_FOLDER
+    with progress_bar("videos") as report:
+        for number, prompt in enumerate(prompts):
+            name, inputs = f"{number:03}", {"prompt": content_digest(prompt)}
+            if results.left({name: inputs}):
+                try:
+                    found = analysis.analyze_generation(
+                        backbone,
+                        prompt,
+                        tracker=tracker,
+                        options=options,
+                        mode=mode,
+                        seed=options.seed + number,
+                        call=call,
+                    )
+                except ValueError as error:
+                    if arguments.on_broken == "raise":
+                        raise ValueError(f"video {name}: {error}") from error
+                    write_failure(arguments.output, name, error)
+                else:
+                    write_prompts(dataset, prompts)
+                    files = write_difftrack_video(dataset, number, found.video, found.tracks)
+                    write_result(arguments.output, name, found.table, inputs, files=files)
+            report(number + 1, len(prompts))
+    return backbone, difftrack_items(dataset) if (dataset / "tracks").is_dir() else [], options
+
+
+def _pipeline_call(arguments: Namespace) -> dict[str, Any]:
+    from PIL import Image, UnidentifiedImageError
+
+    call = dict(arguments.pipeline or {})
+    if arguments.image is not None:
+        try:
+            call["image"] = Image.open(arguments.image).convert("RGB")
+        except (OSError, UnidentifiedImageError) as error:
+            raise ValueError(f"--image {arguments.image} is not a picture that can be read: {error}") from error
+    return call
+
+
+def _check_same_prompts(output: str, prompts: list[str]) -> None:
+    """Raises ValueError where a video that is there already was made from another prompt; more at the end are fine."""
+    from corrdit.analysis.dataset import PROMPTS_FILE
+    from corrdit.analysis.results import has_analysis
+
+    file = Path(output) / DATASET_FOLDER / PROMPTS_FILE
+    earlier = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    for number, before in enumerate(earlier):
+        now = " ".join(prompts[number].split()) if number < len(prompts) else None
+        if now != before and has_analysis(output, f"{number:03}"):
+            said = "there is no such prompt now" if now is None else f"the prompt is now {now!r}"
+            raise ValueError(
+                f"{output} holds video {number:03} of {before!r}, but {said}; give another output folder, or the same "
+                "prompts, with further ones at the end"
+            )
+
+
+def _prompts(path: str) -> list[str]:
+    from corrdit.files import read_prompts
+
+    try:
+        return read_prompts(path)
+    except ValueError as error:
+        raise ValueError(f"--prompts {path} is not a text file with one prompt a line: {error}") from error
+
+
+def _finish(
+    arguments: Namespace, backbone: Backbone, items: Iterable[AnalysisItem], options: AnalysisOptions, began: float
+) -> int:
     from corrdit.cli.calibrate import write_calibration
     from corrdit.integrations.diffusers.analysis import finish_analysis
 
     names = [item.name for item in items] if isinstance(items, list) else None
     results, files = finish_analysis(
-        backbone,
-        items,
-        arguments.output,
-        options,
-        names=names,
-        pictures=arguments.pictures,
-        parquet=arguments.parquet,
+        backbone, items, arguments.output, options, names=names, pictures=arguments.pictures, parquet=arguments.parquet
     )
     for name, error in results.failures.items():
         print(f"corrdit analyze: {name}: {error}", file=sys.stderr)
@@ -258,10 +270,3 @@ def _finish(arguments: Any, backbone: Any, items: Any, options: Any, began: floa
     for file in files:
         print(f"  {Path(arguments.output) / file}")
     return 2 if results.failures else 0
-
-
-def _numbers(option: str, text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(f"{option} {text} is not understood; accepted are all and numbers such as 3,4,-1") from None

@@ -11,19 +11,19 @@ writes  a table of errors to standard output: the tracker beside points that sta
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from corrdit.cli.model_options import add_model_options, loaded_backbone
-from corrdit.cli.output import OutputFolder
 from corrdit.cli.progress import progress_bar
 from corrdit.cli.tables import print_table
+from corrdit.files import OutputFolder
 
 if TYPE_CHECKING:
+    import numpy as np
+    from jsonargparse import ArgumentParser, Namespace
+
     from corrdit.integrations.embedded.world import Truth
     from corrdit.tracking import Tracks
 
@@ -34,14 +34,16 @@ _MOVED_PIXELS = 8.0
 _THRESHOLDS = (2.0, 4.0, 8.0)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results, made if need be")
     parser.add_argument("--seed", type=int, default=9, help="of the clip")
     parser.add_argument("--points", type=int, default=16, metavar="N", help="N x N points on the first frame")
     add_model_options(parser)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: Namespace) -> int:
+    import numpy as np
+
     from corrdit.integrations.embedded.world import demo_clip
     from corrdit.tracking import PointTracker
     from corrdit.tracking.baselines import nearest_patches, standing_still
@@ -66,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     guesses = {f"corrdit, {backbone.name}": tracks, "nearest patch of 7 x 7": patches}
     guesses["standing still"] = standing_still(queries, frames)
     print(f"{len(queries)} points through {frames} frames of {height} x {width}: tracked in {seconds:.1f} s")
-    columns = ("", "median error", "mean error", *(f"within {limit:g} px" for limit in _THRESHOLDS))
+    columns = ("", "median error", "mean error", *(f"found within {limit:g} px" for limit in _THRESHOLDS))
     for chosen, title in (
         (moved & truth.visible, f"Visible points that moved by more than {_MOVED_PIXELS:g} px"),
         (truth.visible & other_frames, "All visible points"),
@@ -80,6 +82,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def error_cells(tracks: Tracks, truth: Truth, chosen: np.ndarray) -> tuple[str, ...]:
     """Median and mean error in pixels and the share of positions within each threshold, as text."""
+    import numpy as np
+
     if not chosen.any():
         return ("none",) * (2 + len(_THRESHOLDS))
     errors = np.linalg.norm(np.asarray(tracks.xy) - truth.xy, axis=-1)[chosen]
@@ -88,6 +92,7 @@ def error_cells(tracks: Tracks, truth: Truth, chosen: np.ndarray) -> tuple[str, 
 
 
 def _write(folder: Path, video: np.ndarray, queries: np.ndarray, tracks: Tracks, truth: Truth) -> None:
+    import numpy as np
     import torch
 
     from corrdit.tracking import Tracks

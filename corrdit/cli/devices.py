@@ -1,20 +1,77 @@
-"""Checks of the device and precision given on the command line."""
+"""Options that say where a command runs, shared by all that have them, and their checks."""
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
-from typing import TYPE_CHECKING
+import warnings
+from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
     import torch
+    from jsonargparse import ArgumentParser, Namespace
 
 DTYPES = ("float32", "bfloat16", "float16")
+PLACEMENTS = ("device", "offload", "offload_layers", "shards")
+"""Those of `corrdit.integrations.diffusers.placement`."""
+
+
+class TrainerDevices(TypedDict):
+    """Where Lightning's Trainer runs."""
+
+    accelerator: str
+    devices: int | list[int]
 
 
 def add_device_options(parser: ArgumentParser) -> None:
-    """--device and --dtype."""
+    """--device, --dtype and --placement."""
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, mps ...; the model decides if left out")
     parser.add_argument("--dtype", choices=DTYPES, default=None, help="precision of the model; its own if left out")
+    parser.add_argument(
+        "--placement",
+        choices=PLACEMENTS,
+        default="device",
+        help="for a model too large for one GPU: offload its parts or its layers to the computer's memory, or spread it"
+        " in shards over all GPUs of one process",
+    )
+
+
+def add_run_options(parser: ArgumentParser, *, on_broken: str = "report") -> None:
+    """--processes and --on-broken, for commands that make many results."""
+    parser.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="share the work out over N processes or GPUs"
+    )
+    parser.add_argument(
+        "--on-broken",
+        choices=("report", "raise"),
+        default=on_broken,
+        help="report names what cannot be done and goes on without it; raise stops there",
+    )
+
+
+def take_earlier_names(arguments: Namespace, **names: str) -> None:
+    """Move values of options that are called otherwise now, with a warning."""
+    for old, new in names.items():
+        if arguments[old] is not None:
+            said = f"--{old.replace('_', '-')} is now --{new.replace('_', '-')}"
+            warnings.warn(f"{said}; the old name goes in corrdit 0.3", stacklevel=2)
+            arguments[new] = arguments[old]
+
+
+def trainer_devices(arguments: Namespace, *, unset: str = "cpu") -> TrainerDevices:
+    """The Trainer's accelerator and devices, from --device (`unset` where it is left out) and --processes.
+
+    Raises:
+        ValueError: no such device here, or one device for several processes.
+    """
+    device, processes = checked_device(arguments.device), arguments.processes
+    if processes < 1:
+        raise ValueError(f"--processes {processes} was given; accepted is a number of 1 or more")
+    kind = unset if device is None else device.type
+    accelerator = "gpu" if kind == "cuda" else kind
+    if device is None or device.index is None or kind != "cuda":
+        return {"accelerator": accelerator, "devices": processes}
+    if processes > 1:
+        raise ValueError(f"--device {device} is one device; for {processes} processes give --device {kind}")
+    return {"accelerator": accelerator, "devices": [device.index]}
 
 
 def checked_device(name: str | None) -> torch.device | None:

@@ -18,38 +18,32 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
-
-from corrdit.cli.devices import DTYPES
+from corrdit.cli.devices import add_device_options, add_run_options, trainer_devices
 from corrdit.cli.lightning_runs import command_trainer, predict, quiet_lightning
 from corrdit.cli.model_options import add_preset_option, checked_preset
 from corrdit.cli.tables import print_table
 from corrdit.cli.tracker_options import add_tracker_options, given_tracker_options
 
 if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+    from lightning.pytorch import Trainer
+
     from corrdit.evaluation import TrackerSummary
 
 HELP = "evaluate trackers on TAP-Vid or on generated videos"
 USAGE = "--data PATH --output DIR [--config NAME|FILE] [--trackers ours,released,...] [options]"
-CONFIGS = "corrdit.integrations.lightning"
+_EARLIER = {"trainer.devices": "processes", "trainer.num_nodes": "machines", "trainer.accelerator": "device"}
 _COLUMNS = {
     "average_jaccard": "AJ",
     "average_pts_within_thresh": "<d avg",
     "occlusion_accuracy": "OA",
     **{f"pts_within_{threshold}": f"<{threshold}" for threshold in (1, 2, 4, 8, 16)},
 }
-
-
-class NamedConfig(ActionConfigFile):
-    """`--config` with the name of a published setting, or a YAML file."""
-
-    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        super().__call__(parser, cfg, config_file(str(values)), option_string)
 
 
 def config_file(name: str) -> str:
@@ -66,43 +60,38 @@ def config_file(name: str) -> str:
     raise ValueError(f"--config {name}: there is no such file or setting; settings are {', '.join(sorted(shipped))}")
 
 
-def published_configs() -> dict[str, Any]:
+def published_configs() -> dict[str, Path]:
     """Files of the published settings by name."""
-    folder = resources.files(CONFIGS) / "configs"
-    return {item.name.removesuffix(".yaml"): item for item in folder.iterdir() if item.name.endswith(".yaml")}
+    return {file.stem: file for file in (Path(__file__).parent / "configs").glob("*.yaml")}
 
 
-def add_arguments(parser: Any) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
+    from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
+
     from corrdit.evaluation import TRACKER_KINDS
+
+    class NamedConfig(ActionConfigFile):
+        """`--config` with the name of a published setting, or a YAML file."""
+
+        def __call__(  # type: ignore[override]
+            self, parser: ArgumentParser, cfg: Namespace, values: object, option_string: str | None = None
+        ) -> None:
+            super().__call__(parser, cfg, config_file(str(values)), option_string)
 
     names = ", ".join(sorted(published_configs()))
     parser.add_argument("--config", action=NamedConfig, metavar="NAME|FILE", help=f"{names}, or a YAML file")
     parser.add_argument("--data", required=True, metavar="PATH", help="file or folder of the data set")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results, made if need be")
     parser.add_argument("--model", default="embedded", help="embedded, a local diffusers folder, or a hub id")
-    parser.add_argument("--dtype", choices=DTYPES, default=None, help="precision of the model; its own if left out")
+    add_device_options(parser)
     add_preset_option(parser)
     kinds = "; ".join(f"{name}: {kind.description}" for name, kind in TRACKER_KINDS.items())
     parser.add_argument(
         "--trackers",
-        type=str | list[str] | dict[str, dict[str, Any] | None],
+        type=str | list[str] | dict[str, dict | None],
         default="ours",
         help=f"names joined by commas, or options by label as YAML ({{kind: ours, ...}} under any label). {kinds}",
     )
-    _add_data_options(parser)
-    parser.add_argument(
-        "--skip-broken", action="store_true", help="go on without videos that cannot be evaluated; they are reported"
-    )
-    parser.add_argument(
-        "--queries-at-once", type=int, default=4096, metavar="N", help="most queries a tracker is given together"
-    )
-    parser.add_argument("--save-tracks", type=bool, default=True, help="keep the tracks beside the figures")
-    parser.add_argument("--pictures", type=int, default=0, metavar="N", help="draw the tracks of the first N videos")
-    _add_trainer_options(parser)
-    add_tracker_options(parser)
-
-
-def _add_data_options(parser: Any) -> None:
     parser.add_argument(
         "--mode",
         default="first",
@@ -113,29 +102,24 @@ def _add_data_options(parser: Any) -> None:
     parser.add_argument("--start", type=int, default=0, metavar="N", help="number of the first video")
     parser.add_argument("--end", type=int | None, default=None, metavar="N", help="number of the video after the last")
     parser.add_argument("--max-frames", type=int | None, default=None, metavar="N", help="cut videos after N frames")
-
-
-def _add_trainer_options(parser: Any) -> None:
-    from corrdit.integrations.lightning.model_placement import PLACEMENTS
-
-    group = parser.add_argument_group("processes, as Lightning's Trainer takes them (also under torchrun and SLURM)")
-    group.add_argument("--trainer.devices", type=int | str | list[int], default=1, help="processes or GPUs a machine")
-    group.add_argument("--trainer.num_nodes", type=int, default=1, help="machines; all must see --output")
-    group.add_argument("--trainer.accelerator", default="auto", help="cpu, gpu, mps or auto")
-    group.add_argument(
-        "--placement",
-        choices=PLACEMENTS,
-        default="device",
-        help="for a model too large for one GPU: offload its parts or its layers to the computer's memory, or spread it"
-        " in shards over all GPUs of one process",
+    add_run_options(parser, on_broken="raise")
+    parser.add_argument("--machines", type=int, default=1, metavar="N", help="that take part and all see --output")
+    parser.add_argument("--skip-broken", action="store_true", help="now --on-broken report; goes in corrdit 0.3")
+    for old, new in _EARLIER.items():
+        parser.add_argument(f"--{old}", type=int | str | list[int], default=None, help=f"now --{new}; goes in 0.3")
+    parser.add_argument(
+        "--queries-at-once", type=int, default=4096, metavar="N", help="most queries a tracker is given together"
     )
+    parser.add_argument("--save-tracks", type=bool, default=True, help="keep the tracks beside the figures")
+    parser.add_argument("--pictures", type=int, default=0, metavar="N", help="draw the tracks of the first N videos")
+    add_tracker_options(parser)
 
 
-def run(arguments: Any) -> int:
+def run(arguments: Namespace) -> int:
     """Evaluate what is left to evaluate, and write and print the tables.
 
     Returns:
-        0, also where broken videos were skipped on request.
+        0, also where broken videos were left out on request.
     """
     from corrdit.evaluation import chosen_trackers
 
@@ -143,6 +127,8 @@ def run(arguments: Any) -> int:
     trackers, options = plain(arguments.trackers), given_tracker_options(arguments)
     chosen_trackers(trackers, options)  # refused before Lightning starts processes that would each refuse it
     preset = checked_preset(arguments.preset)
+    if arguments.skip_broken:
+        warnings.warn("--skip-broken is now --on-broken report; the old name goes in corrdit 0.3", stacklevel=2)
     with quiet_lightning():
         from corrdit.integrations.lightning import EvaluationModule, TapVidDataModule
 
@@ -162,7 +148,7 @@ def run(arguments: Any) -> int:
             tracker_options=options,
             dtype=arguments.dtype,
             placement=arguments.placement,
-            on_broken="skip" if arguments.skip_broken else "stop",
+            on_broken="report" if arguments.skip_broken else arguments.on_broken,
             queries_at_once=arguments.queries_at_once,
             save_tracks=arguments.save_tracks,
             pictures=arguments.pictures,
@@ -179,7 +165,7 @@ def run(arguments: Any) -> int:
         return 0
     _report(summaries)
     broken = {name for summary in summaries for name in summary.broken}
-    evaluated = sum(entry.name not in broken for _, entry in data.pending)
+    evaluated = len(set(data.pending) - broken)
     print(f"{evaluated} of {len(data.names)} videos evaluated now, in {time.perf_counter() - began:.1f} s")
     print("\n".join(f"  {Path(arguments.output) / name}" for name in ("table.json", "table.csv", "videos.csv")))
     return 0
@@ -192,20 +178,20 @@ def plain(value: Any) -> Any:
     return {key: plain(item) for key, item in value.items()} if isinstance(value, Mapping) else value
 
 
-def _trainer(arguments: Any) -> Any:
+def _trainer(arguments: Namespace) -> Trainer:
+    """The Trainer; options by their earlier names go before."""
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-    devices, machines = arguments["trainer.devices"], arguments["trainer.num_nodes"]
-    alone = devices in (1, "1") and machines == 1
+    given = {old: arguments[old] for old in _EARLIER if arguments[old] is not None}
+    for old in given:
+        warnings.warn(f"--{old} is now --{_EARLIER[old]}; the old name goes in corrdit 0.3", stacklevel=2)
+    where = {**trainer_devices(arguments, unset="auto"), "num_nodes": arguments.machines}
+    where |= {old.removeprefix("trainer."): value for old, value in given.items()}
     try:
-        return command_trainer(
-            several=not alone, accelerator=arguments["trainer.accelerator"], devices=devices, num_nodes=machines
-        )
+        return command_trainer(several=where["devices"] not in (1, "1") or where["num_nodes"] != 1, **where)
     except (MisconfigurationException, TypeError) as error:
-        raise ValueError(
-            f"--trainer.accelerator {arguments['trainer.accelerator']} --trainer.devices {devices} "
-            f"--trainer.num_nodes {machines}: {error}"
-        ) from error
+        said = " ".join(f"--{old} {value}" for old, value in given.items())
+        raise ValueError(f"{said or f'--processes {arguments.processes}'}: {error}") from error
 
 
 def _report(summaries: list[TrackerSummary]) -> None:
@@ -214,15 +200,9 @@ def _report(summaries: list[TrackerSummary]) -> None:
     for summary in summaries:
         for name, error in summary.broken.items():
             print(f"corrdit evaluate: {summary.tracker} without video {name}: {error}", file=sys.stderr)
-        left_out = [
-            f"{count} {reason}"
-            for count, reason in (
-                (len(summary.without_visible_points), "without visible points"),
-                (len(summary.broken), "broken"),
-                (len(summary.left), "not yet evaluated"),
-            )
-            if count
-        ]
+        without, left = summary.without_visible_points, summary.left
+        reasons = {"without visible points": without, "broken": summary.broken, "not yet evaluated": left}
+        left_out = [f"{len(videos)} {reason}" for reason, videos in reasons.items() if videos]
         figures = [summary.figures[name] for name in _COLUMNS]
         shown = ["-" if value is None else f"{100 * value:.1f}" for value in figures]
         rows.append([summary.tracker, str(summary.videos), *shown, ", ".join(left_out) or "none"])

@@ -12,34 +12,53 @@ writes  into the folder --output, all of them or none; with --prompts into a fol
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from corrdit.arguments import whole_number
-from corrdit.cli.devices import add_device_options, checked_device, checked_dtype
+from corrdit.cli.devices import add_device_options, add_run_options, take_earlier_names, trainer_devices
 from corrdit.cli.lightning_runs import command_trainer, predict, quiet_lightning
 from corrdit.cli.model_options import add_preset_option, checked_preset, loaded_backbone
-from corrdit.cli.output import OutputFolder
+from corrdit.files import OutputFolder, write_json
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
 
 HELP = "generate videos from prompts, with cross-attention guidance beside without"
 USAGE = "PROMPT | --prompts FILE  --output DIR [--cag] [--model embedded] [options]"
 _VARIANTS = {"default": None, "masked": True, "zeroed": False}
-_DEFAULTS = {
-    "layers": None,
-    "scale": 1.0,
-    "start": 0.0,
-    "stop": 1.0,
-    "variant": "default",
-    "span": 0,
-    "perturbation": "cross_frame",
-    "heads": None,
-    "adaptive_scale": 0.0,
+_GUIDANCE: dict[str, dict[str, Any]] = {
+    "layers": {
+        "default": None,
+        "metavar": "13,17,21",
+        "help": "layers that lose their cross-frame attention; published or the model's matching layer if left out",
+    },
+    "scale": {"type": float, "default": 1.0, "help": "guidance scale"},
+    "start": {"type": float, "default": 0.0, "help": "share of the steps before it begins"},
+    "stop": {"type": float, "default": 1.0, "help": "share of the steps after which it ends"},
+    "variant": {
+        "choices": [*_VARIANTS, "published"],
+        "default": "default",
+        "help": "cross-frame keys masked before the softmax, or their weights zeroed after it",
+    },
+    "span": {"type": int, "default": 0, "metavar": "N", "help": "frames up to N away are kept"},
+    "perturbation": {
+        "choices": ["cross_frame", "identity", "skip"],
+        "default": "cross_frame",
+        "help": "identity: perturbed-attention guidance; skip: the blocks are left out",
+    },
+    "heads": {"default": None, "metavar": "0,3", "help": "heads to perturb in each layer; all if left out"},
+    "adaptive_scale": {
+        "type": float,
+        "default": 0.0,
+        "help": "by this the scale falls for each timestep from the noisiest, down to 0",
+    },
 }
-"""Of the options --cag-NAME."""
+"""The options --cag-NAME."""
 
 
-def add_arguments(parser: Any) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="?", default=None, metavar="PROMPT", help="what the video shows")
     parser.add_argument("--prompts", default=None, metavar="FILE", help="text file with one prompt a line")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results, made if need be")
@@ -58,72 +77,35 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument("--fps", type=float, default=8.0, help="frames per second of the files")
     add_device_options(parser)
     add_preset_option(parser)
-    parser.add_argument("--devices", type=int, default=1, metavar="N", help="with --prompts: so many GPUs or processes")
+    add_run_options(parser, on_broken="raise")
+    parser.add_argument("--devices", type=int | None, default=None, help="now --processes; goes in corrdit 0.3")
     parser.add_argument("--vbench", action="store_true", help="also lay the videos out for VBench's own tool")
-    _add_guidance(parser)
-
-
-def _add_guidance(parser: Any) -> None:
     group = parser.add_argument_group("cross-attention guidance")
     group.add_argument("--cag", action="store_true", help="guide, and write the video without guidance too")
-    group.add_argument(
-        "--cag-layers",
-        default=_DEFAULTS["layers"],
-        metavar="13,17,21",
-        help="layers that lose their cross-frame attention; published ones or the model's matching layer if left out",
-    )
-    group.add_argument("--cag-scale", type=float, default=_DEFAULTS["scale"], help="guidance scale")
-    group.add_argument(
-        "--cag-start", type=float, default=_DEFAULTS["start"], help="share of the steps before it begins"
-    )
-    group.add_argument(
-        "--cag-stop", type=float, default=_DEFAULTS["stop"], help="share of the steps after which it ends"
-    )
-    group.add_argument(
-        "--cag-variant",
-        choices=[*_VARIANTS, "published"],
-        default=_DEFAULTS["variant"],
-        help="cross-frame keys masked before the softmax, or their weights zeroed after it",
-    )
-    group.add_argument(
-        "--cag-span", type=int, default=_DEFAULTS["span"], metavar="N", help="frames up to N away are kept"
-    )
-    group.add_argument(
-        "--cag-perturbation",
-        choices=["cross_frame", "identity", "skip"],
-        default=_DEFAULTS["perturbation"],
-        help="identity: perturbed-attention guidance; skip: the blocks are left out",
-    )
-    group.add_argument(
-        "--cag-heads", default=_DEFAULTS["heads"], metavar="0,3", help="heads to perturb in each layer; all if left out"
-    )
-    group.add_argument(
-        "--cag-adaptive-scale",
-        type=float,
-        default=_DEFAULTS["adaptive_scale"],
-        help="by this the scale falls for each timestep from the noisiest, down to 0",
-    )
+    for name, option in _GUIDANCE.items():
+        group.add_argument(f"--cag-{name.replace('_', '-')}", **option)
 
 
-def run(arguments: Any) -> int:
+def run(arguments: Namespace) -> int:
     if (arguments.prompt is None) == (arguments.prompts is None):
         given = "both were given" if arguments.prompt is not None else "neither was given"
         raise ValueError(f"generate takes a PROMPT or --prompts FILE; {given}")
+    take_earlier_names(arguments, devices="processes")
     _check_guidance_is_on(arguments)
     if arguments.prompt is not None:
         return _one(arguments)
     return _many(arguments)
 
 
-def _one(arguments: Any) -> int:
+def _one(arguments: Namespace) -> int:
     from corrdit.integrations.diffusers.backbones.presets import default_layers
     from corrdit.integrations.diffusers.guidance import comparison
 
     if not arguments.prompt.strip():
         raise ValueError("PROMPT is empty; say what the video shows")
-    if arguments.samples != 1 or arguments.devices != 1 or arguments.vbench:
+    if arguments.samples != 1 or arguments.processes != 1 or arguments.vbench:
         raise ValueError(
-            "--samples, --devices and --vbench go with --prompts FILE; leave them out with a single PROMPT"
+            "--samples, --processes and --vbench go with --prompts FILE; leave them out with a single PROMPT"
         )
     began = time.perf_counter()
     call, guidance, preset = _call(arguments), _guidance(arguments), checked_preset(arguments.preset)
@@ -132,9 +114,10 @@ def _one(arguments: Any) -> int:
         backbone = loaded_backbone(arguments, preset)
         if guidance is not None and guidance["layers"] is None:
             guidance["layers"] = default_layers(backbone)
-        generated = comparison.generate(backbone.pipe, arguments.prompt, arguments.seed, call, guidance)
+        generated = comparison.generate(backbone, arguments.prompt, arguments.seed, call, guidance)
+        files = [*comparison.write_generated(folder, generated, fps=fps), folder / comparison.DETAILS_FILE]
         details = {"model": backbone.name, "call": call, "guidance": guidance}
-        files = comparison.write_generated(folder, generated, fps=fps, details=details)
+        write_json(files[-1], {**comparison.generation_facts(generated, fps), **details})
     frames, height, width, _ = generated.video.shape
     layers = "" if guidance is None else f", guided in layers {', '.join(map(str, guidance['layers']))}"
     print(f"{frames} frames of {height} x {width} in {time.perf_counter() - began:.1f} s{layers}")
@@ -143,11 +126,11 @@ def _one(arguments: Any) -> int:
     return 0
 
 
-def _many(arguments: Any) -> int:
+def _many(arguments: Namespace) -> int:
     from corrdit.integrations.lightning import GenerationModule, PromptDataModule
 
     began = time.perf_counter()
-    devices = whole_number("--devices", arguments.devices, 1)
+    devices = trainer_devices(arguments, unset="auto")
     data = PromptDataModule(arguments.prompts, samples=arguments.samples, seed=arguments.seed, output=arguments.output)
     module = GenerationModule(
         arguments.model,
@@ -156,26 +139,27 @@ def _many(arguments: Any) -> int:
         call=_call(arguments),
         guidance=_guidance(arguments),
         fps=arguments.fps,
-        dtype=checked_dtype(arguments.dtype),
+        dtype=arguments.dtype,
         vbench=arguments.vbench,
+        placement=arguments.placement,
+        on_broken=arguments.on_broken,
     )
-    device = checked_device(arguments.device)
     with quiet_lightning():
-        trainer = command_trainer(
-            several=devices > 1,
-            accelerator="auto" if device is None else {"cpu": "cpu", "cuda": "gpu"}.get(device.type, device.type),
-            devices=[device.index] if device is not None and device.index is not None else devices,
-        )
+        trainer = command_trainer(several=arguments.processes > 1, **devices)
         predict(trainer, module, data)
         trainer.strategy.barrier("every process has made its videos")
-    if trainer.is_global_zero:
-        done = len(data.pending)
-        print(f"{done} of {len(data.items)} videos generated in {time.perf_counter() - began:.1f} s, others were there")
-        print(f"  {arguments.output}")
-    return 0
+    if not trainer.is_global_zero:
+        return 0
+    left = data.left()
+    for name in left:
+        print(f"corrdit generate: {name}: {module.results.failure(name)}", file=sys.stderr)
+    done = len(data.pending) - len(left)
+    print(f"{done} of {len(data.items)} videos generated in {time.perf_counter() - began:.1f} s, others were there")
+    print(f"  {arguments.output}")
+    return 2 if left else 0
 
 
-def _call(arguments: Any) -> dict[str, Any]:
+def _call(arguments: Namespace) -> dict[str, object]:
     """Arguments of the pipeline's call that were given."""
     named = {
         "num_frames": arguments.frames,
@@ -188,16 +172,16 @@ def _call(arguments: Any) -> dict[str, Any]:
     return {**{name: value for name, value in named.items() if value is not None}, **(arguments.pipeline or {})}
 
 
-def _check_guidance_is_on(arguments: Any) -> None:
+def _check_guidance_is_on(arguments: Namespace) -> None:
     """Raises ValueError for settings of a guidance that was not asked for."""
-    changed = [name for name, default in _DEFAULTS.items() if getattr(arguments, f"cag_{name}") != default]
+    changed = [name for name, option in _GUIDANCE.items() if getattr(arguments, f"cag_{name}") != option["default"]]
     given = [f"--cag-{name.replace('_', '-')}" for name in changed]
     if given and not arguments.cag:
         goes = "goes" if len(given) == 1 else "go"
         raise ValueError(f"{', '.join(given)} {goes} with --cag, without which nothing is guided; add --cag")
 
 
-def _guidance(arguments: Any) -> dict[str, Any] | None:
+def _guidance(arguments: Namespace) -> dict[str, Any] | None:
     if not arguments.cag:
         return None
     published = arguments.cag_variant == "published"

@@ -8,24 +8,29 @@ import sys
 import warnings
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 LONGEST_WAIT = timedelta(days=7)
 """How long a process that is done waits for the others; torch's own limit of half an hour is less than one video."""
 
 
-def command_trainer(*, several: bool, **where: Any) -> Any:
+def command_trainer(*, several: bool, accelerator: str, devices: int | str | list[int], num_nodes: int = 1) -> Trainer:
     """A Trainer that keeps nothing of its own, as the commands use it.
 
     Args:
         several: more than one process takes part, so that one which is done has to wait for the others.
-        where: accelerator, devices and num_nodes as the Trainer takes them.
+        accelerator, devices, num_nodes: as the Trainer takes them.
     """
     from lightning.pytorch import Trainer
     from lightning.pytorch.strategies import DDPStrategy
 
     return Trainer(
-        **where,
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=num_nodes,
         strategy=DDPStrategy(timeout=LONGEST_WAIT) if several else "auto",
         logger=False,
         enable_checkpointing=False,
@@ -34,7 +39,7 @@ def command_trainer(*, several: bool, **where: Any) -> Any:
     )
 
 
-def predict(trainer: Any, module: Any, data: Any) -> None:
+def predict(trainer: Trainer, module: LightningModule, data: LightningDataModule) -> None:
     """`Trainer.predict`; Lightning turns Ctrl-C into an exit with status 1, here it is Ctrl-C again."""
     try:
         trainer.predict(module, data, return_predictions=False)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from corrdit.cli.devices import add_device_options, checked_device, checked_dtype
+from corrdit.cli.devices import add_device_options, checked_device, checked_dtype, usable_devices
 
 if TYPE_CHECKING:
-    from corrdit.integrations.diffusers import Backbone, Preset
+    from jsonargparse import ArgumentParser, Namespace
+
+    from corrdit.integrations.diffusers.backbones.base import Backbone
+    from corrdit.integrations.diffusers.backbones.presets import Preset
 
 
 def add_model_options(parser: ArgumentParser) -> None:
@@ -44,7 +44,7 @@ def checked_preset(given: str) -> Preset | str | None:
 
 
 def loaded_backbone(arguments: Namespace, preset: Preset | str | None = None) -> Backbone:
-    """The backbone of these options, loaded without the progress bars of the libraries underneath.
+    """The backbone of these options.
 
     Args:
         arguments: with model, device and dtype.
@@ -54,23 +54,15 @@ def loaded_backbone(arguments: Namespace, preset: Preset | str | None = None) ->
         ValueError: an unknown model, one that cannot be loaded, a preset of another model, or a device that is not
             there.
     """
-    from corrdit.integrations.diffusers.backbones.loading import load_backbone
+    import torch
+
+    from corrdit.integrations.diffusers.backbones import loading
+    from corrdit.integrations.diffusers.placement import placed_backbone
 
     device, dtype = checked_device(arguments.device), checked_dtype(arguments.dtype)
-    with _quiet_libraries():
-        return load_backbone(arguments.model, device=device, dtype=dtype, preset=preset)
-
-
-@contextlib.contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    shown = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
-    for library in shown:
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library in shown:
-            library.enable_progress_bar()
+    if arguments.placement != "device":
+        first = torch.device(usable_devices()[:2][-1])  # a GPU where there is one
+        return placed_backbone(
+            arguments.model, device=device or first, dtype=dtype, placement=arguments.placement, preset=preset
+        )
+    return loading.load_backbone(arguments.model, device=device, dtype=dtype, preset=preset)

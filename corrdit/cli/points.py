@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 _COLUMNS = ("frame", "x", "y")
 _ACCEPTED = (
@@ -31,6 +33,8 @@ def read_points(spec: str, *, frames: int, height: int, width: int) -> np.ndarra
         ValueError: an unknown spec, a file that is missing, empty or has other columns, a number that is not finite, a
             frame that the video does not have, a point outside the frame; the line is named.
     """
+    import numpy as np
+
     if spec.startswith("grid:"):
         return _grid(spec, height, width)
     points = []

@@ -4,13 +4,18 @@ reads   --recipe: a recipe of the package or a YAML file; the videos are generat
 writes  into the folder --output: checkpoints, metrics.csv and pipeline/, which `corrdit track --model` takes
 """
 
+from __future__ import annotations
+
 import pathlib
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
 
 HELP = "train the embedded model on generated videos"
 
 
-def add_arguments(parser: Any) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("--output", required=True, help="folder for checkpoints, metrics.csv and the exported pipeline")
     parser.add_argument(
@@ -34,7 +39,7 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument("--processes", type=int, default=1, help="data-parallel processes that share each batch")
 
 
-def run(arguments: Any) -> int:
+def run(arguments: Namespace) -> int:
     """Train, or resume, and export float16 weights with a model card."""
     from corrdit.integrations.embedded.training.recipe import (
         export_checkpoint,

@@ -16,21 +16,27 @@ A run that is killed goes on after its last finished denoising step when the sam
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from types import UnionType
+from typing import TYPE_CHECKING
 
 from corrdit.cli.devices import add_device_options, checked_device
 from corrdit.cli.model_options import add_preset_option, checked_preset, loaded_backbone
-from corrdit.cli.output import OutputFolder
 from corrdit.cli.progress import progress_bar
+from corrdit.files import OutputFolder
+
+if TYPE_CHECKING:
+    import numpy as np
+    from jsonargparse import ArgumentParser, Namespace
+
+    from corrdit.integrations.diffusers.motion_transfer.result import TransferResult
 
 HELP = "give a new video the motion of a reference"
 USAGE = "REFERENCE PROMPT --output DIR [--model embedded] [--method ditflow] [options]"
 
-_SETTINGS: dict[str, tuple[Any, str]] = {
+_SETTINGS: dict[str, tuple[UnionType | type, str]] = {
     "method": (str, "ditflow, smm, moft, motionclone, injection or backbone"),
     "optimise": (str, "latent or embedding"),
     "blocks": (list[int] | int, "attention layers whose motion is compared, such as [15]"),
@@ -54,7 +60,7 @@ _SETTINGS: dict[str, tuple[Any, str]] = {
 }
 
 
-def add_arguments(parser: Any) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("reference", metavar="REFERENCE", help="video file, folder of frames, or none (with --stored)")
     parser.add_argument("prompt", metavar="PROMPT", help="what the new video shows")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results, made if need be")
@@ -81,9 +87,11 @@ def add_arguments(parser: Any) -> None:
         parser.add_argument(option, type=kind | None, default=None, help=f"{text}; the model's preset if left out")
 
 
-def run(arguments: Any) -> int:
+def run(arguments: Namespace) -> int:
     from corrdit.integrations.diffusers.motion_transfer import MotionTransfer, StoredMotion
     from corrdit.integrations.diffusers.motion_transfer.results_on_disk import fidelity_of, write_transfer
+    from corrdit.motion import PromptSimilarity
+    from corrdit.tracking import PointTracker
 
     began = time.perf_counter()
     if (arguments.height is None) != (arguments.width is None):
@@ -94,10 +102,14 @@ def run(arguments: Any) -> int:
     if arguments.output and Path(arguments.output).is_file():
         raise ValueError(f"the output folder {arguments.output} is a file; give a folder, which is made if need be")
     backbone = loaded_backbone(arguments, preset)
-    similarity = _similarity(arguments)
+    similarity = None
+    if arguments.clip is not None:
+        similarity = PromptSimilarity(arguments.clip, checked_device(arguments.device))
     changes = {name: getattr(arguments, name) for name in _SETTINGS if getattr(arguments, name) is not None}
     transfer = MotionTransfer(backbone, **changes)
-    state_file = _state_file(arguments.output)
+    # Beside the output folder, which appears only with its results.
+    place = Path(arguments.output).absolute()
+    state_file = place.parent / f".{place.name}.transfer-state.safetensors"
     with OutputFolder(arguments.output) as folder:
         with progress_bar("denoising") as show:
             result = transfer(
@@ -112,7 +124,7 @@ def run(arguments: Any) -> int:
                 keep_state=True,
                 report=lambda done, steps, losses: show(done, steps, _loss_in_words(losses)),
             )
-        measured = fidelity_of(result, _tracker(backbone)) if arguments.metrics else {}
+        measured = fidelity_of(result, PointTracker(backbone).track) if arguments.metrics else {}
         if similarity is not None:
             measured["image_quality"] = similarity(result.video, arguments.prompt)
         names = write_transfer(
@@ -134,7 +146,7 @@ def run(arguments: Any) -> int:
     return 0
 
 
-def _reference(arguments: Any) -> tuple[np.ndarray | None, float]:
+def _reference(arguments: Namespace) -> tuple[np.ndarray | None, float]:
     """The reference's frames, or None, and the rate of the new video."""
     from corrdit.integrations.diffusers.motion_transfer.reference import at_rate
     from corrdit.video import read_video
@@ -153,33 +165,15 @@ def _reference(arguments: Any) -> tuple[np.ndarray | None, float]:
     return at_rate(video.frames, video.fps, arguments.fps, video.times)
 
 
-def _tracker(backbone: Any) -> Any:
-    from corrdit.tracking import PointTracker
-
-    return PointTracker(backbone).track
-
-
-def _similarity(arguments: Any) -> Any:
-    if arguments.clip is None:
-        return None
-    from corrdit.motion import PromptSimilarity
-
-    return PromptSimilarity(arguments.clip, checked_device(arguments.device))
-
-
-def _state_file(output: str) -> Path:
-    """Beside the output folder, which appears only with its results."""
-    folder = Path(output).absolute()
-    return folder.parent / f".{folder.name}.transfer-state.safetensors"
-
-
 def _loss_in_words(losses: list[float]) -> str | None:
     """The loss of a guided step; None for the others, and where gradients were used again."""
-    known = [loss for loss in losses if not np.isnan(loss)]
+    known = [loss for loss in losses if not math.isnan(loss)]
     return f"loss {known[-1]:.3f}" if known else None
 
 
-def _in_words(result: Any, measured: dict[str, float]) -> str:
+def _in_words(result: TransferResult, measured: dict[str, float]) -> str:
+    import numpy as np
+
     words = ""
     # Steps that use a gradient again have no loss.
     computed = [step for step in result.losses if not np.isnan(step).all()]

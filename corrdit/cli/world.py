@@ -11,25 +11,28 @@ writes  into the folder --output, all of them or none, for each video NNNN:
 
 from __future__ import annotations
 
+import contextlib
 import csv
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from corrdit.cli.output import OutputFolder
 from corrdit.cli.progress import progress_bar
+from corrdit.files import OutputFolder
 
 if TYPE_CHECKING:
+    import numpy as np
+    from jsonargparse import ArgumentParser, Namespace
+
     from corrdit.integrations.embedded.world import Clip
 
 HELP = "write generated videos with exact tracks, flow and prompts"
 USAGE = "--output DIR [--videos N] [--seed S] [options]"
 _FPS = 8.0
+_SEEDS = 100_000
+"""From the first seed of a set to that of the next."""
 
 
-def add_arguments(parser: Any) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the videos, made if need be")
     parser.add_argument("--videos", type=int, default=10, metavar="N", help="how many")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="video i follows from seed 100000 * S + i")
@@ -40,9 +43,9 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument("--tapvid", action="store_true", help="also write world.pkl in the layout of TAP-Vid")
 
 
-def run(arguments: Any) -> int:
+def run(arguments: Namespace) -> int:
     from corrdit.data.tapvid_writing import write_tapvid
-    from corrdit.integrations.embedded.world import PROMPT_KINDS, WorldConfig, describe
+    from corrdit.integrations.embedded.world import PROMPT_KINDS, WorldConfig, describe, generate
     from corrdit.integrations.embedded.world.clips import as_tapvid, sample_queries
 
     for name in ("videos", "points"):
@@ -51,13 +54,14 @@ def run(arguments: Any) -> int:
     if arguments.seed < 0:
         raise ValueError(f"--seed {arguments.seed} was given; accepted is 0 or more")
     config = WorldConfig(arguments.frames, arguments.height, arguments.width)
-    _refuse_other_videos(Path(arguments.output), arguments.videos, arguments.tapvid)
+    _refuse_other_videos(Path(arguments.output), arguments)
     annotated = []
     with OutputFolder(arguments.output) as folder, progress_bar("videos") as report:
         with (folder / "prompts.csv").open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
             table.writerow(["name", "seed", *PROMPT_KINDS])
-            for index, clip in enumerate(_clips(100_000 * arguments.seed, arguments.videos, config)):
+            for index in range(arguments.videos):
+                (clip,) = generate([_SEEDS * arguments.seed + index], config)
                 name = f"{index:04d}"
                 queries = sample_queries(clip, arguments.points)
                 _write(folder, name, clip, queries)
@@ -72,32 +76,48 @@ def run(arguments: Any) -> int:
     return 0
 
 
-def _refuse_other_videos(output: Path, videos: int, tapvid: bool) -> None:
-    """Raises ValueError where videos of an earlier call would stay beside the new ones and be read as one set."""
-    written = {f"{index:04d}.{ending}" for index in range(videos) for ending in ("npz", "mp4")}
-    written |= {"world.pkl"} if tapvid else set()
-    found = [path.name for pattern in ("*.npz", "[0-9]*.mp4", "world.pkl") for path in output.glob(pattern)]
-    if other := sorted(set(found) - written):
+def _refuse_other_videos(output: Path, arguments: Namespace) -> None:
+    """Raises ValueError where videos of an earlier call would be replaced by others, or stay beside the new ones and be
+    read as one set."""
+    from corrdit.runs import refuse_other_settings
+
+    written = {f"{index:04d}.{ending}" for index in range(arguments.videos) for ending in ("npz", "mp4")}
+    written |= {"world.pkl"} if arguments.tapvid else set()
+    found = {path.name for pattern in ("*.npz", "[0-9]*.mp4", "world.pkl") for path in output.glob(pattern)}
+    if other := sorted(found - written):
         raise ValueError(
             f"the output folder {output} holds {other[0]}, which this call would leave beside its own videos; give an "
             "empty folder or remove the old videos"
         )
+    if found and (earlier := _earlier(output)):
+        names = ("seed", "frames", "height", "width", "points")
+        refuse_other_settings(output, earlier, {name: arguments[name] for name in names if name in earlier})
 
 
-def _clips(first_seed: int, count: int, config: Any) -> Iterator[Clip]:
-    from corrdit.integrations.embedded.world import generate
+def _earlier(output: Path) -> dict[str, object]:
+    """What a finished set was made with, as far as its files say; damaged ones say nothing and are made again."""
+    from corrdit.array_files import read_arrays
 
-    for index in range(count):
-        yield generate([first_seed + index], config)[0]
+    found: dict[str, object] = {}
+    with contextlib.suppress(FileNotFoundError), (output / "prompts.csv").open(encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if str(row.get("name")).isdecimal() and str(row.get("seed")).isdecimal():
+                found["seed"] = (int(row["seed"]) - int(row["name"])) // _SEEDS
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        arrays = read_arrays(output / "0000.npz", ("video", "queries"), what="a video of `corrdit world`")
+        found |= dict(zip(("frames", "height", "width"), arrays["video"].shape, strict=False))
+        found["points"] = len(arrays["queries"])
+    return found
 
 
 def _write(folder: Path, name: str, clip: Clip, queries: np.ndarray) -> None:
+    from corrdit.array_files import write_arrays
     from corrdit.video import write_video
 
     truth = clip.tracks(queries)
-    arrays: dict[str, Any] = {"video": clip.video, "xy": truth.xy, "visible": truth.visible, "queries": queries}
+    arrays: dict[str, np.ndarray] = {"video": clip.video, "xy": truth.xy, "visible": truth.visible, "queries": queries}
     if clip.config.frames > 1:
         flow = clip.flow()
         arrays |= {"flow": flow.displacement, "flow_visible": flow.visible}
-    np.savez_compressed(folder / f"{name}.npz", **arrays)
+    write_arrays(folder / f"{name}.npz", arrays)
     write_video(folder / f"{name}.mp4", clip.video, _FPS)

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from corrdit.array_files import read_arrays
+from corrdit.array_files import content_digest, read_arrays
 from corrdit.data.restricted_pickle import load_arrays
 from corrdit.data.tapvid import SHARD_PATTERN, TapVidVideo, annotated_video, named_entries, shard_files
+from corrdit.files import file_digest
 
 WORLD_ARRAYS = ("video", "xy", "visible")
 
@@ -29,12 +30,14 @@ class TapVidEntry:
         file: name of its file within the set.
         position: its number in the file.
         error: why the file could not be read; such an entry stands for all that the file may hold.
+        digest: of its frames, points and occlusions as they are stored.
     """
 
     name: str
     file: str
     position: int = 0
     error: str | None = None
+    digest: str = field(default="", compare=False)
 
 
 class TapVidSet:
@@ -102,10 +105,12 @@ class TapVidSet:
 
     def _entries_of(self, file: str) -> Iterator[TapVidEntry]:
         if file.endswith(".npz"):
-            return iter([TapVidEntry(Path(file).stem, file)])
+            return iter([TapVidEntry(Path(file).stem, file, digest=file_digest(self.path / file))])
         prefix = f"{Path(file).stem}/" if self._sharded else ""
-        names = [name for name, _ in self._contents(file)]
-        return (TapVidEntry(prefix + name, file, position) for position, name in enumerate(names))
+        return (
+            TapVidEntry(prefix + name, file, position, digest=content_digest(contents))
+            for position, (name, contents) in enumerate(self._contents(file))
+        )
 
     def _contents(self, file: str) -> Sequence[tuple[str, object]]:
         if self._loaded is None or self._loaded[0] != file:

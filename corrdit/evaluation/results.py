@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import shutil
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 from urllib.parse import quote
 
-from corrdit.files import written_beside
+import numpy as np
+
+from corrdit.files import read_json, remove_unfinished
+from corrdit.runs import Inputs, ResultFolder, refuse_other_settings
 from corrdit.tracking import Tracks
 
-SETTINGS_FILE = "settings.json"
 LONGEST_NAME = 120
+
+
+class EvaluationSettings(TypedDict, total=False):
+    """How the results of an evaluation were made: options by tracker, and the digest of each video."""
+
+    data: dict[str, object]
+    trackers: dict[str, dict[str, object]]
+    videos: list[str]
+    inputs: dict[str, Inputs]
+
+
+class Failure(TypedDict):
+    """Why a tracker could not evaluate a video."""
+
+    tracker: str
+    video: str
+    error: str
 
 
 class EvaluationResults:
@@ -31,10 +48,13 @@ class EvaluationResults:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self.folder = ResultFolder(
+            path, what="an evaluation", record="videos/{name}.json", failure="broken/{name}.json", results="videos"
+        )
 
     def record_file(self, tracker: str, video: str) -> Path:
         """Where the figures of a video are or will be."""
-        return self.path / "videos" / file_name(tracker) / f"{file_name(video)}.json"
+        return self.folder.record_file(_item(tracker, video))
 
     def tracks_file(self, tracker: str, video: str) -> Path:
         """Where the tracks of a video are or will be."""
@@ -42,46 +62,57 @@ class EvaluationResults:
 
     def failure_file(self, tracker: str, video: str) -> Path:
         """Where it is or would be said why a video could not be evaluated."""
-        return self.path / "broken" / file_name(tracker) / f"{file_name(video)}.json"
+        return self.folder.failure_file(_item(tracker, video))
 
     def pictures_folder(self, tracker: str) -> Path:
         """Where the drawn tracks of a tracker are."""
         return self.path / "pictures" / file_name(tracker)
 
-    def is_done(self, trackers: Iterable[str], video: str) -> bool:
-        """Whether the figures of a video are there for all trackers."""
-        return all(self.record_file(tracker, video).is_file() for tracker in trackers)
+    def unmade(self, tracker: str, video: str, inputs: Inputs | None = None) -> str | None:
+        """Why a tracker has to evaluate a video, as `ResultFolder.unmade`."""
+        return self.folder.unmade(_item(tracker, video), inputs)
+
+    def is_done(self, trackers: Iterable[str], video: str, inputs: Inputs | None = None) -> bool:
+        """Whether the figures of a video are there for all trackers, undamaged, and of these inputs if given."""
+        return all(self.unmade(tracker, video, inputs) is None for tracker in trackers)
 
     def write_record(
-        self, tracker: str, video: str, record: Mapping[str, Any], tracks: Tracks | None = None, queries: Any = None
+        self,
+        tracker: str,
+        video: str,
+        record: Mapping[str, object],
+        tracks: Tracks | None = None,
+        queries: np.ndarray | None = None,
+        inputs: Inputs | None = None,
     ) -> None:
         """Write the figures of a video, after its tracks where they are given; an earlier failure is forgotten."""
-        file = self.record_file(tracker, video)
-        file.parent.mkdir(parents=True, exist_ok=True)
+        files = []
         if tracks is not None:
-            tracks.save(self.tracks_file(tracker, video), queries=queries)
-        _write_json(file, record)
-        self.failure_file(tracker, video).unlink(missing_ok=True)
+            files = [self.tracks_file(tracker, video)]
+            files[0].parent.mkdir(parents=True, exist_ok=True)
+            tracks.save(files[0], queries=queries)
+        self.folder.finish(_item(tracker, video), record, inputs, files)
 
     def write_failure(self, tracker: str, video: str, error: str) -> None:
         """Write why a video could not be evaluated."""
-        file = self.failure_file(tracker, video)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        _write_json(file, {"tracker": tracker, "video": video, "error": error})
+        self.folder.fail(_item(tracker, video), error, tracker=tracker, video=video)
 
-    def record(self, tracker: str, video: str) -> dict[str, Any] | None:
-        """The figures of a video, or None where there are none yet."""
-        return _read_json(self.record_file(tracker, video))
+    def record(self, tracker: str, video: str) -> dict[str, object] | None:
+        """The figures of a video, or None where there are none yet.
+
+        Raises:
+            ValueError: they are damaged, or were changed by hand.
+        """
+        return self.folder.record(_item(tracker, video))
 
     def failure(self, tracker: str, video: str) -> str | None:
         """Why a video could not be evaluated, or None."""
-        contents = _read_json(self.failure_file(tracker, video))
-        return None if contents is None else str(contents.get("error"))
+        return self.folder.failure(_item(tracker, video))
 
-    def failures(self, tracker: str) -> list[dict[str, Any]]:
+    def failures(self, tracker: str) -> list[Failure]:
         """`{"tracker", "video", "error"}` of the videos that a tracker could not evaluate."""
         files = sorted((self.path / "broken" / file_name(tracker)).glob("*.json"))
-        return [contents for contents in map(_read_json, files) if contents is not None]
+        return [cast(Failure, read_json(file)) for file in files]
 
     def any_failure(self, trackers: Iterable[str]) -> bool:
         """Whether any of the trackers could not evaluate some video."""
@@ -95,26 +126,23 @@ class EvaluationResults:
                 file.unlink(missing_ok=True)
 
     def remove_leftovers(self) -> None:
-        """Remove what a killed run left half-written; no other run may be at work in the folder."""
-        for left in list(self.path.rglob(".*.part")) + list(self.path.rglob(".part-*")):
-            if left.is_dir():
-                shutil.rmtree(left)
-            else:
-                left.unlink(missing_ok=True)
+        """Remove what killed runs left half-written."""
+        for folder, _, _ in os.walk(self.path):
+            remove_unfinished(Path(folder))
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> EvaluationSettings:
         """How the results were made; empty where there are none.
 
         Raises:
             ValueError: `settings.json` is not such a file.
         """
-        return _read_json(self.path / SETTINGS_FILE) or {}
+        return cast(EvaluationSettings, self.folder.settings())
 
-    def settings_with(self, settings: Mapping[str, Any], *, unknown: Collection[str] = ()) -> dict[str, Any]:
+    def settings_with(self, settings: EvaluationSettings, *, unknown: Collection[str] = ()) -> EvaluationSettings:
         """`settings` joined with those of other trackers in the folder.
 
         Args:
-            settings: `{"data": {...}, "trackers": {label: {...}}, "videos": [...]}`.
+            settings: of this run.
             unknown: entries of the trackers that are not known yet, and not compared.
 
         Raises:
@@ -122,27 +150,27 @@ class EvaluationResults:
         """
         earlier = self.settings()
         if not earlier:
-            return dict(settings)
+            return settings
         given = {"data": settings["data"], **settings["trackers"]}
         found = {"data": earlier.get("data", {}), **earlier.get("trackers", {})}
-        for part, now in given.items():
-            if part not in found:
-                continue
-            before = found[part]
+        for part in given.keys() & found.keys():
+            now, before = given[part], found[part]
             compared = sorted({*now, *before} - set(unknown))
-            changed = [key for key in compared if now.get(key) != before.get(key)]
-            if changed:
-                said = ", ".join(f"{key} {before.get(key)!r} (now {now.get(key)!r})" for key in changed)
-                raise ValueError(
-                    f"{self.path} holds results made with other settings of {part}: {said}; give another output "
-                    "folder, or the same settings to go on"
-                )
+            refuse_other_settings(self.path, before, {key: now.get(key) for key in compared}, of=f" of {part}")
         return {**settings, "trackers": {**earlier.get("trackers", {}), **settings["trackers"]}}
 
-    def write_settings(self, settings: Mapping[str, Any]) -> None:
+    def begin(self, settings: EvaluationSettings) -> None:
+        """Join the settings with those of other trackers, clear up after runs that were killed, and forget failures.
+
+        Raises:
+            ValueError: as `settings_with`.
+        """
+        self.folder.begin(settings, joined=lambda _: self.settings_with(settings))
+        self.forget_failures(settings["trackers"])
+
+    def write_settings(self, settings: EvaluationSettings) -> None:
         """Write `settings.json`, whole."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        _write_json(self.path / SETTINGS_FILE, settings)
+        self.folder.begin(settings, joined=lambda _: settings)
 
 
 def file_name(name: str) -> str:
@@ -153,21 +181,5 @@ def file_name(name: str) -> str:
     return text
 
 
-def _write_json(path: Path, contents: Mapping[str, Any]) -> None:
-    with written_beside(path, "w") as file:
-        json.dump(contents, file, indent=1, allow_nan=False)
-        file.write("\n")
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is not a file of an evaluation ({error}); remove it or give another folder"
-        ) from error
-    if not isinstance(contents, dict):
-        raise ValueError(f"{path} is not a file of an evaluation; remove it or give another folder")
-    return contents
+def _item(tracker: str, video: str) -> str:
+    return f"{file_name(tracker)}/{file_name(video)}"

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +15,7 @@ from corrdit.arguments import whole_number
 from corrdit.data.tapvid import TapVidSample
 from corrdit.evaluation.results import file_name
 from corrdit.evaluation.trackers import Track
+from corrdit.files import OutputFolder
 from corrdit.memory import first_line, is_out_of_memory
 from corrdit.metrics import tapvid
 from corrdit.tracking import Tracks
@@ -108,21 +107,18 @@ def track_in_parts(track: Track, video: np.ndarray, queries: np.ndarray, queries
 
 def draw_tracks(folder: str | os.PathLike[str], sample: TapVidSample, tracks: Tracks) -> None:
     """Write `VIDEO.mp4` and the contact sheet `VIDEO.png` into a folder, which is made if need be."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as hidden:
+    name = file_name(sample.name)
+    with OutputFolder(folder) as hidden:
         write_track_pictures(
             sample.video,
             tracks,
             (sample.video.shape[1], sample.video.shape[2]),
             queries=sample.queries,
             fps=FRAMES_A_SECOND,
-            video_path=Path(hidden) / "tracks.mp4",
-            sheet_path=Path(hidden) / "tracks.png",
+            video_path=hidden / f"{name}.mp4",
+            sheet_path=hidden / f"{name}.png",
             style=TrackStyle(trail=TRAIL),
         )
-        for file in Path(hidden).iterdir():
-            os.replace(file, folder / f"{file_name(sample.name)}{file.suffix}")
 
 
 def true_tracks(sample: TapVidSample) -> Tracks:

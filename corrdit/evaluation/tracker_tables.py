@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from corrdit.evaluation.results import EvaluationResults
-from corrdit.files import write_csv, written_beside
+from corrdit.files import write_csv, write_json
 from corrdit.metrics.tapvid import METRIC_NAMES
 
 TABLE_NAME = "table"
@@ -58,11 +57,7 @@ class TrackerSummary:
 
 
 def summarise(
-    tracker: str,
-    records: Sequence[Record],
-    *,
-    broken: Mapping[str, str] | None = None,
-    left: Sequence[str] = (),
+    tracker: str, records: Sequence[Record], *, broken: Mapping[str, str] | None = None, left: Sequence[str] = ()
 ) -> TrackerSummary:
     """Means over videos, each with the same weight whatever its number of points, as TAP-Vid's are.
 
@@ -130,7 +125,9 @@ def write_tables(output: str | os.PathLike[str]) -> list[TrackerSummary]:
     for label in settings["trackers"]:
         records, broken, left = [], {}, []
         for video in settings["videos"]:
-            record, failure = results.record(label, video), results.failure(label, video)
+            reason = results.unmade(label, video, settings.get("inputs", {}).get(video))
+            record = results.record(label, video) if reason is None else None
+            failure = results.failure(label, video) or (f"{reason}; evaluate it again" if reason else None)
             rows.append(_video_row(label, video, record, failure))
             if record is not None:
                 records.append(record)
@@ -140,9 +137,7 @@ def write_tables(output: str | os.PathLike[str]) -> list[TrackerSummary]:
                 left.append(video)
         summaries.append(summarise(label, records, broken=broken, left=left))
     contents = {"data": settings["data"], "trackers": [summary.as_dict() for summary in summaries]}
-    with written_beside(results.path / f"{TABLE_NAME}.json", "w") as file:
-        json.dump(contents, file, indent=1, allow_nan=False)
-        file.write("\n")
+    write_json(results.path / f"{TABLE_NAME}.json", contents)
     write_csv(results.path / f"{TABLE_NAME}.csv", [_tracker_row(summary) for summary in summaries])
     write_csv(results.path / VIDEOS_FILE, rows)
     return summaries

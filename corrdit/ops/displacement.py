@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from corrdit.arguments import whole_number
-from corrdit.grid import FramePairs, TokenGrid
+from corrdit.grid import FramePairs, TokenGrid, lists_pairs
 from corrdit.ops import checks
 from corrdit.ops.backends import beyond_kernels, full_precision, select_backend
 from corrdit.problem import PairProblem
@@ -248,18 +248,15 @@ def displacement_problem(
 
 
 def _held_pairs(problem: PairProblem, frames: int | Iterable[tuple[int, int]] | None) -> FramePairs:
-    """The pairs whose queries q holds, in the order of its frames for None and a span."""
+    """The pairs whose queries q holds: as given for whole frames, else in the order of its frames."""
     pairs, held = problem.grid.frame_pairs(frames), problem.queries
-    if held.selection == "all":
-        return pairs
-    if frames is None or isinstance(frames, int) or not hasattr(frames, "__iter__"):
-        return [pair for frame in held.frames for pair in pairs if pair[0] == frame]
-    for query_frame, _ in pairs:
+    listed = lists_pairs(frames)
+    for query_frame, _ in pairs if listed else []:
         if query_frame not in held.frames:
             raise ValueError(
                 f"frames asks for queries of frame {query_frame}, but q holds those of frames {list(held.frames)}"
             )
-    if held.selection == "frames":
+    if held.selection == "all" or (listed and held.selection == "frames"):
         return pairs
     return [pair for frame in held.frames for pair in pairs if pair[0] == frame]
 

@@ -1,8 +1,7 @@
 """Following points through a video: the result type, geometry between pixels and tokens, and the tracker."""
 
-from corrdit.tracking.interpolation import interpolate_tracks
 from corrdit.tracking.options import TrackerOptions
 from corrdit.tracking.tracker import PointTracker
-from corrdit.tracking.tracks import Tracks
+from corrdit.tracking.tracks import Tracks, interpolate_tracks
 
 __all__ = ["PointTracker", "TrackerOptions", "Tracks", "interpolate_tracks"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeAlias
 
-from corrdit.arguments import whole_number
+from corrdit.arguments import choice, whole_number
 from corrdit.geometry import GEOMETRIES
 from corrdit.ops.backends import BACKENDS
 from corrdit.tracking.chunks import SCHEDULES
@@ -21,9 +21,8 @@ COMBINATIONS = ("costs", "median")
 HEADS = ("probabilities", "logits", "features")
 
 
-def _choice(name: str, value: str, accepted: tuple[str, ...]) -> None:
-    if value not in accepted:
-        raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {value!r}")
+Options: TypeAlias = Mapping[str, Any]
+"""Of the tracker, by name."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +59,14 @@ class ReadingPreset:
     tokens_per_frame: int | None = None
 
     def __post_init__(self) -> None:
-        for name, accepted in (("layer", None), ("step", None), ("head", 0), *_LEAST.items()):
+        for name, least in _WHOLE_NUMBERS.items():
             value = getattr(self, name)
-            required = name in ("layer", "step", "inference_steps", "frames_per_chunk")
+            if value is None and name not in ("layer", "step", "inference_steps", "frames_per_chunk"):
+                continue
             whole = isinstance(value, int) and not isinstance(value, bool)
-            if (value is None and required) or not (value is None or (whole and value >= (accepted or value))):
-                least = "" if accepted is None else f" of at least {accepted}"
-                raise ValueError(f"{name} must be a whole number{least}, got {value!r}")
+            if not whole or (least is not None and value < least):
+                limit = "" if least is None else f" of at least {least}"
+                raise ValueError(f"{name} must be a whole number{limit}, got {value!r}")
         if self.heads not in (*HEADS, "none"):
             raise ValueError(f"heads must be one of {', '.join((*HEADS, 'none'))}, got {self.heads!r}")
         if not isinstance(self.noise, bool):
@@ -85,7 +85,17 @@ class ReadingPreset:
         return self.head_weights if self.head is None else tuple(float(head == self.head) for head in range(heads))
 
 
-_LEAST = {"inference_steps": 1, "frames_per_chunk": 2, "height": 1, "width": 1, "tokens_per_frame": 1}
+_WHOLE_NUMBERS = {
+    "layer": None,
+    "step": None,
+    "head": 0,
+    "inference_steps": 1,
+    "frames_per_chunk": 2,
+    "height": 1,
+    "width": 1,
+    "tokens_per_frame": 1,
+}
+"""Entries of `ReadingPreset` that are whole numbers, with the least that is accepted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,16 +155,16 @@ class ReadingOptions:
     memory_budget: int | None = None
 
     def __post_init__(self) -> None:
-        _choice("backend", self.backend, BACKENDS)
-        _choice("fusion", self.fusion, FUSIONS)
-        _choice("combine", self.combine, COMBINATIONS)
-        _choice("image", self.image, IMAGES)
+        choice("backend", self.backend, BACKENDS)
+        choice("fusion", self.fusion, FUSIONS)
+        choice("combine", self.combine, COMBINATIONS)
+        choice("image", self.image, IMAGES)
         if self.inversion is not None:
-            _choice("inversion", self.inversion, INVERSIONS)
+            choice("inversion", self.inversion, INVERSIONS)
         if self.inversion is not None and self.noise:
             raise ValueError("inversion and noise both bring latents to the noisy steps; drop one of them")
         if self.heads is not None:
-            _choice("heads", self.heads, HEADS)
+            choice("heads", self.heads, HEADS)
         for name in ("inference_steps", "memory_budget"):
             if getattr(self, name) is not None:
                 whole_number(name, getattr(self, name), 1)
@@ -229,9 +239,9 @@ class TrackerOptions(ReadingOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _choice("schedule", self.schedule, SCHEDULES)
-        _choice("geometry", self.geometry, GEOMETRIES)
-        _choice("visibility", self.visibility, VISIBILITIES)
+        choice("schedule", self.schedule, SCHEDULES)
+        choice("geometry", self.geometry, GEOMETRIES)
+        choice("visibility", self.visibility, VISIBILITIES)
         whole_number("refine", self.refine, 0)
         for name, minimum in (
             ("frames_per_chunk", 2),
@@ -293,7 +303,7 @@ PUBLISHED_TRACKING = TrackerOptions(
 PRESETS = {"default": TrackerOptions(), "published": PUBLISHED_TRACKING}
 
 
-def changed_options(options: TrackerOptions, given: Mapping[str, Any]) -> TrackerOptions:
+def changed_options(options: TrackerOptions, given: Options) -> TrackerOptions:
     """Options with those given by name in place of their own.
 
     Raises:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, Protocol, cast
 
 import torch
 
 from corrdit.pipelines import backbone_of_pipeline
-from corrdit.tracking.chunks import chained_chunks, chunks_through, frame_blocks
+from corrdit.surroundings import ordinary_defaults
+from corrdit.tracking.chunks import anchored_chunks, chained_chunks, frame_blocks
 from corrdit.tracking.encoding import resized, working_size
 from corrdit.tracking.following import Blocks, Following, Settings
-from corrdit.tracking.options import PRESETS, ReadingOptions, ReadingPreset, TrackerOptions, changed_options
+from corrdit.tracking.options import PRESETS, Options, ReadingOptions, ReadingPreset, TrackerOptions, changed_options
 from corrdit.tracking.queries import VideoLike, check_queries, check_video
 from corrdit.tracking.readings import ReadBackbone, Reading, stepping
 from corrdit.tracking.tracks import Tracks
@@ -73,6 +74,7 @@ class PointTracker:
             step outside the schedule or weights for another number of heads.
     """
 
+    @ordinary_defaults()
     def __init__(
         self, backbone: TrackingBackbone | Pipeline, *, preset: str | TrackingPreset = "default", **options: Any
     ) -> None:
@@ -87,6 +89,7 @@ class PointTracker:
                 raise ValueError(f"layer must be from 0 to {backbone.layers - 1} for this backbone, got {layer}")
         self._check_served()
 
+    @ordinary_defaults()
     @torch.no_grad()
     def track(self, video: VideoLike, queries: object, *, progress: Progress | None = None) -> Tracks:
         """Where the query points are in every frame of the video.
@@ -140,17 +143,9 @@ class PointTracker:
         size = self._chosen("frames_per_chunk")
         if options.schedule == "chained":
             return [chained_chunks(frames, anchor, frames_per_chunk=size)]
-        return [
-            chunks_through(
-                block,
-                anchor,
-                frames_per_chunk=size,
-                schedule=options.schedule,
-                stride=options.stride,
-                interval=options.interval,
-            )
-            for block in frame_blocks(frames, anchor, options.frames_per_block)
-        ]
+        given: dict[str, Any] = {"schedule": options.schedule, "stride": options.stride, "interval": options.interval}
+        blocks = frame_blocks(frames, anchor, options.frames_per_block)
+        return [anchored_chunks(block, anchor, frames_per_chunk=size, **given) for block in blocks]
 
     def _settings(self, frames: int, height: int, width: int) -> Settings:
         kept = frames if self.options.frames_per_block is None else self.options.frames_per_block + 1
@@ -189,14 +184,14 @@ class PointTracker:
             raise ValueError(f"step {min(steps)} is noisier than step {start}, from which is denoised; begin there")
         return steps, start
 
-    def _check_conditioning(self, given: Mapping[str, Any]) -> None:
+    def _check_conditioning(self, given: Options) -> None:
         options, name = self.options, getattr(self.backbone, "name", "this model")
         if "image" in given and not getattr(self.backbone, "takes_image", False):
             raise ValueError(f"image={options.image!r} is for image-to-video models, and {name} is none; drop it")
         if options.inversion is not None or options.denoise_from is not None:
             stepping(self.backbone)
 
-    def _own_options(self, preset: str | TrackingPreset, given: Mapping[str, Any]) -> TrackerOptions:
+    def _own_options(self, preset: str | TrackingPreset, given: Options) -> TrackerOptions:
         """The options of the preset; those for layers of its own do not count where others are asked for."""
         if isinstance(preset, str) and preset != "default":
             if preset not in PRESETS:

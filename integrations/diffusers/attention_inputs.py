@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +36,8 @@ class AttentionInputs:
     @classmethod
     def of_call(cls, call: AttentionCall) -> AttentionInputs:
         """What of a call is read."""
-        return cls(query=call.query, key=call.key, mask=call.mask, causal=call.causal)
+        attended = call.as_attended()
+        return cls(query=attended.query, key=attended.key, mask=call.mask, causal=call.causal)
 
 
 class GatheredCalls:
@@ -67,11 +69,24 @@ class GatheredCalls:
         """
         if self.complete:
             return False
-        _check_self_attention(inputs)
-        expected = self._grid.tokens
-        if self._text_mask is not None and self._text_mask.shape[1] == self._grid.text_tokens:
-            expected = self._grid.video_tokens + int(self._text_mask[self.samples].sum())
-        _check_tokens(inputs.query.shape[2], expected, self._grid)
+        tokens, keys = inputs.query.shape[2], inputs.key.shape[2]
+        if tokens != keys:
+            raise ValueError(
+                f"this attention has {tokens} queries and {keys} keys, so it is cross-attention; put the processor on "
+                "the self-attention module (attn1 in most families)"
+            )
+        if inputs.causal:
+            raise ValueError("this attention is causal; correspondence is read from full attention only")
+        grid = self._grid
+        expected = grid.tokens
+        if self._text_mask is not None and self._text_mask.shape[1] == grid.text_tokens:
+            expected = grid.video_tokens + int(self._text_mask[self.samples].sum())
+        if tokens != expected:
+            raise ValueError(
+                f"the attention has {tokens} tokens but the grid has {expected} ({expected - grid.video_tokens} text + "
+                f"{grid.frames} frames of {grid.height} x {grid.width}); give the TokenGrid of this model and video "
+                "size"
+            )
         self._calls.append(inputs)
         self.samples += inputs.query.shape[0]
         return self.complete
@@ -85,17 +100,19 @@ class GatheredCalls:
         tokens = self._grid.tokens
         lengths = [inputs.query.shape[2] for inputs in calls]
         if len(calls) == 1 and lengths[0] == tokens:
-            return _with_key_mask(calls[0])
+            key_mask = key_mask_of(calls[0].mask, self.batch, tokens)
+            return AttentionInputs(calls[0].query, _repeated_heads(calls[0]), key_mask=key_mask)
         device = calls[0].query.device
         masks = [
             (torch.arange(tokens, device=device) < length).expand(inputs.query.shape[0], tokens)
             for inputs, length in zip(calls, lengths, strict=True)
         ]
-        return AttentionInputs(
-            query=torch.cat([_padded(inputs.query, tokens) for inputs in calls]),
-            key=torch.cat([_padded(_repeated_heads(inputs), tokens) for inputs in calls]),
-            key_mask=torch.cat(masks),
-        )
+
+        def padded(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+            return torch.cat([F.pad(tensor, (0, 0, 0, tokens - tensor.shape[2])) for tensor in tensors])
+
+        query, key = padded(inputs.query for inputs in calls), padded(map(_repeated_heads, calls))
+        return AttentionInputs(query, key, key_mask=torch.cat(masks))
 
 
 def key_mask_of(mask: torch.Tensor | None, batch: int, tokens: int) -> torch.Tensor | None:
@@ -125,7 +142,7 @@ def key_mask_of(mask: torch.Tensor | None, batch: int, tokens: int) -> torch.Ten
         return keys
     between_valid = keys[:, None, :, None] & keys[:, None, None, :]
     for_all_queries = keys[:, None, None, :].expand_as(between_valid)
-    if not (_same_mask(mask, between_valid) or _same_mask(mask, for_all_queries)):
+    if not any(bool((mask == expected).all()) for expected in (between_valid, for_all_queries)):
         raise ValueError(
             f"the model's attention mask of shape {tuple(mask.shape)} differs between queries or heads, so it is not a "
             "key mask; block-causal and windowed attention are not supported"
@@ -133,40 +150,6 @@ def key_mask_of(mask: torch.Tensor | None, batch: int, tokens: int) -> torch.Ten
     return keys
 
 
-def _same_mask(mask: torch.Tensor, expected: torch.Tensor) -> bool:
-    return bool((mask == expected).all())
-
-
-def _with_key_mask(inputs: AttentionInputs) -> AttentionInputs:
-    batch, tokens = inputs.query.shape[0], inputs.key.shape[2]
-    return AttentionInputs(
-        query=inputs.query, key=_repeated_heads(inputs), key_mask=key_mask_of(inputs.mask, batch, tokens)
-    )
-
-
 def _repeated_heads(inputs: AttentionInputs) -> torch.Tensor:
     groups = inputs.query.shape[1] // inputs.key.shape[1]
     return inputs.key if groups == 1 else inputs.key.repeat_interleave(groups, dim=1)
-
-
-def _padded(tensor: torch.Tensor, tokens: int) -> torch.Tensor:
-    return F.pad(tensor, (0, 0, 0, tokens - tensor.shape[2]))
-
-
-def _check_self_attention(inputs: AttentionInputs) -> None:
-    queries, keys = inputs.query.shape[2], inputs.key.shape[2]
-    if queries != keys:
-        raise ValueError(
-            f"this attention has {queries} queries and {keys} keys, so it is cross-attention; put the processor on the "
-            "self-attention module (attn1 in most families)"
-        )
-    if inputs.causal:
-        raise ValueError("this attention is causal; correspondence is read from full attention only")
-
-
-def _check_tokens(tokens: int, expected: int, grid: TokenGrid) -> None:
-    if tokens != expected:
-        raise ValueError(
-            f"the attention has {tokens} tokens but the grid has {expected} ({expected - grid.video_tokens} text + "
-            f"{grid.frames} frames of {grid.height} x {grid.width}); give the TokenGrid of this model and video size"
-        )

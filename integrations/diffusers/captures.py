@@ -204,14 +204,9 @@ class Capture(Mapping[tuple[int, int], Any]):
 
     def _resolved_layers(self, operations: Mapping[int, Mapping[str, Operation]]) -> dict[int, Mapping[str, Operation]]:
         count = min(len(layout.attention_modules(transformer)) for transformer, layout in self._models)
-        resolved: dict[int, Mapping[str, Operation]] = {}
+        model, resolved = type(self._models[0][0]).__name__, dict[int, Mapping[str, Operation]]()
         for layer, by_name in operations.items():
-            index = resolved_index("layer", layer, count)
-            if index is None:
-                raise ValueError(
-                    f"layer {layer} is outside {type(self._models[0][0]).__name__}, which has {count} attention "
-                    f"layers (0 to {count - 1}, or -{count} to -1 from the last)"
-                )
+            index = resolved_index("layer", layer, count, f"{model}, which has {count} attention layers")
             if resolved.setdefault(index, by_name) is not by_name:
                 raise ValueError(
                     f"layers {index} and {index - count} are the same one of {count}; give its operations together, "
@@ -272,13 +267,8 @@ class Capture(Mapping[tuple[int, int], Any]):
         count = self._counter.count
         if count is None:
             return step in self._steps
-        for wanted in self._steps:
-            if not -count <= wanted < count:
-                raise ValueError(
-                    f"step {wanted} is outside this run, which has {count} steps (0 to {count - 1}, or -{count} to -1 "
-                    "from the last)"
-                )
-        return step in {wanted % count for wanted in self._steps}
+        among = f"this run, which has {count} steps"
+        return step in {resolved_index("step", wanted, count, among) for wanted in self._steps}
 
     def requests(self, layout: TransformerLayout, call: ForwardCall, stop: bool) -> dict[int, ReadRequest]:
         """Takes note of a call of a transformer, and says what each layer has to hand over in it."""

@@ -73,7 +73,9 @@ def check_attention_backend(processor: object) -> None:
         return
     backend: object = processor._attention_backend
     if backend is None:
-        backend = _active_backend()
+        from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+        backend = _AttentionBackendRegistry.get_active_backend()[0]
     name = getattr(backend, "value", backend)
     if name not in SDPA_BACKENDS:
         raise ValueError(
@@ -98,12 +100,6 @@ def is_offloaded(transformer: torch.nn.Module) -> bool:
 def has_compiled_blocks(transformer: torch.nn.Module) -> bool:
     """Whether some block was compiled in place."""
     return any(module._compiled_call_impl is not None for module in transformer.modules())
-
-
-def _active_backend() -> object:
-    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
-
-    return _AttentionBackendRegistry.get_active_backend()[0]
 
 
 def _check_hooks(hooks: Iterable[object]) -> None:

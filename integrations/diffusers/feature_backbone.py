@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.analysis.capturing import reading_forward
+from corrdit.integrations.diffusers.processors import Operation
 
 FEATURES = ("attention output", "projected output")
 
@@ -41,7 +43,7 @@ class FeatureBackbone:
         self,
         latents: Tensor,
         timestep: float,
-        operations: Mapping[int, Callable[..., Any]],
+        operations: Mapping[int, Operation],
         *,
         image: Tensor | None = None,
     ) -> dict[int, Any]:
@@ -49,7 +51,7 @@ class FeatureBackbone:
         grid = self.backbone.grid(latents.shape[0], *latents.shape[-2:]).without_text()
         results: dict[int, Any] = {}
 
-        def deliver(layer: int, name: str, result: Any) -> None:
+        def deliver(layer: int, name: str, result: Tensor) -> None:
             if name == self.feature:
                 results[layer] = operations[layer](result, result, grid, None)
 
@@ -66,6 +68,6 @@ class FeatureBackbone:
         return results
 
 
-def _as_head(features: Tensor, grid: Any) -> Tensor:
+def _as_head(features: Tensor, grid: TokenGrid) -> Tensor:
     """`[1, 1, N, C]` with products between -sqrt(C) and sqrt(C)."""
     return F.normalize(features.float(), dim=-1)[:, None] * features.shape[-1] ** 0.25

@@ -153,7 +153,13 @@ class CorrespondenceProcessor(DelegatingProcessor):
                 f"({type(error).__name__}: {error}); wrap the processor that the module itself holds: "
                 "module.processor = CorrespondenceProcessor(module.processor, grid, operation)"
             ) from error
-        self._check_complete(gathered)
+        if not gathered.complete:
+            check_attention_backend(self.inner)
+            raise ValueError(
+                f"{type(self.inner).__name__} did not call scaled_dot_product_attention for every sample (seen "
+                f"{gathered.samples} of {gathered.batch}), so its queries and keys cannot be read; use a model whose "
+                "self-attention is one softmax over all tokens, with a native attention backend"
+            )
         return output
 
     def _call_while_compiling(
@@ -241,15 +247,6 @@ class CorrespondenceProcessor(DelegatingProcessor):
         request.deliver(results.get(None, results))
         if request.stop:
             raise EarlyExit
-
-    def _check_complete(self, gathered: GatheredCalls) -> None:
-        if not gathered.complete:
-            check_attention_backend(self.inner)
-            raise ValueError(
-                f"{type(self.inner).__name__} did not call scaled_dot_product_attention for every sample (seen "
-                f"{gathered.samples} of {gathered.batch}), so its queries and keys cannot be read; use a model whose "
-                "self-attention is one softmax over all tokens, with a native attention backend"
-            )
 
 
 def named_operations(operation: Operation | Mapping[str, Operation]) -> dict[str, Operation]:

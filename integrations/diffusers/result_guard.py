@@ -77,21 +77,6 @@ def _handed_over(result: Any, keep_graph: bool) -> Any:
     return result
 
 
-def first_tensor(value: object) -> torch.Tensor | None:
-    """The first tensor in a result, depth first; None if there is none."""
-    if isinstance(value, torch.Tensor):
-        return value
-    if isinstance(value, Mapping):
-        children = list(value.values())
-    elif isinstance(value, (list, tuple)):
-        children = list(value)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        children = [getattr(value, field.name) for field in dataclasses.fields(value)]
-    else:
-        return None
-    return next((found for child in children if (found := first_tensor(child)) is not None), None)
-
-
 @contextlib.contextmanager
 def unchanged(q: torch.Tensor, k: torch.Tensor, name: str) -> Iterator[None]:
     """Raises ValueError if q or k were written to inside the block (tensors of inference mode keep no count)."""

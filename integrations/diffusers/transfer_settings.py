@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from corrdit.arguments import whole_number
+from corrdit.arguments import choice, whole_number
 from corrdit.motion.flow_loss import FLOW_LOSSES
 from corrdit.motion.smm import SMM_LOSSES
 
@@ -116,8 +116,7 @@ class TransferSettings:
             ("flow_reference", FLOW_REFERENCES),
             ("backend", ("auto", "triton", "streaming", "reference")),
         ):
-            if getattr(self, name) not in accepted:
-                raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {getattr(self, name)!r}")
+            choice(name, getattr(self, name), accepted)
         losses = tuple(dict.fromkeys(FLOW_LOSSES + SMM_LOSSES))
         if self.loss is not None and self.loss not in losses:
             raise ValueError(f"loss must be one of {', '.join(losses)}, or None, got {self.loss!r}")
@@ -157,14 +156,14 @@ class TransferSettings:
         first, last = self.learning_rate
         return first + (last - first) * step / self.guided_steps
 
-    def described(self) -> dict[str, Any]:
+    def described(self) -> dict[str, object]:
         """All settings as JSON can hold them."""
         values = {**dataclasses.asdict(self), "loss": self.loss_variant}
         values["pipeline_options"] = [[name, repr(value)] for name, value in self.pipeline_options]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
-def changed_settings(settings: TransferSettings, changes: dict[str, Any]) -> TransferSettings:
+def changed_settings(settings: TransferSettings, changes: Mapping[str, Any]) -> TransferSettings:
     """The settings with some of them changed.
 
     Raises:

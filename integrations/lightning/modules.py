@@ -3,39 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import shutil
-import tempfile
-import time
 import warnings
-from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
 
-import lightning
 import numpy as np
 import torch
 
 from corrdit.evaluation import evaluate_video
-from corrdit.files import refuse_other_settings, written_beside
-from corrdit.integrations.diffusers.fingerprint import model_facts
-from corrdit.integrations.lightning.data_modules import has_result
-from corrdit.integrations.lightning.model_placement import preset_for_loading
+from corrdit.files import file_digest
+from corrdit.integrations.diffusers.backbones.base import Backbone
+from corrdit.integrations.diffusers.backbones.presets import Preset
+from corrdit.integrations.lightning.data_modules import tracking_results
+from corrdit.integrations.lightning.resumable import Model, ResumableModule
+from corrdit.integrations.lightning.tapvid_data import TapVidDataModule, TapVidItem, sample_of
+from corrdit.metrics import TapVidMetric
+from corrdit.runs import Keywords
+from corrdit.tracking import PointTracker
 from corrdit.tracking.files import RESULT_FILE, track_at_size, write_track_results
 from corrdit.tracking.queries import grid_points
 
-if TYPE_CHECKING:
-    from corrdit.data.tapvid import TapVidSample
-    from corrdit.metrics import TapVidMetric
-
-SETTINGS_FILE = "settings.json"
-FAILURE_FILE = "failed.json"
-ON_BROKEN = ("report", "raise")
 Queries = int | np.ndarray | Callable[[int, int, int], np.ndarray]
 
 
-class TrackingModule(lightning.LightningModule):
+class TrackingModule(ResumableModule[Mapping[str, str]]):
     """Tracks points through each video `Trainer.predict` gives it and writes a folder of results for each.
 
     `Trainer.test` with a `TapVidDataModule` tracks that set's queries instead, writes nothing, and logs the means of
@@ -49,9 +40,9 @@ class TrackingModule(lightning.LightningModule):
 
     `output/NAME/` gets `tracks.npz` (xy `[T, P, 2]`, visible, score `[T, P]`, queries `[P, 3]`) and, with `pictures`,
     `tracks.mp4` and `tracks.png`. Files are written beside and renamed, `tracks.npz` last, so a run may be killed at
-    any time; with `VideoDataModule(..., output=output)` the next run does what is left. A broken video gets
-    `output/NAME/failed.json`. `output/settings.json` says how the results were made; a run with other settings is
-    refused.
+    any time; with `VideoDataModule(..., output=output)` the next run does what is left, what is damaged and videos that
+    are others than before. A broken video gets `output/NAME/failed.json`. `output/settings.json` says how the results
+    were made; a run with other settings or weights is refused.
 
     Args:
         model: for `corrdit.load_backbone`, or a backbone that is loaded already.
@@ -62,12 +53,13 @@ class TrackingModule(lightning.LightningModule):
         queries_description: what `settings.json` says about them; needed with a function.
         preset: "default" or "published", as `corrdit.PointTracker` takes it.
         options: of `corrdit.PointTracker`, by name.
-        dtype: precision of the model.
+        dtype: precision of the model, as torch's type or by its name.
         start: frames to skip at the beginning of each video.
         max_frames: most frames to read of each.
         max_side: frames are shrunk to at most this many pixels on the longer side while they are read.
         pictures: whether to draw `tracks.mp4` and `tracks.png`.
         trail: frames of path drawn behind a point.
+        placement: where a model too large for one GPU goes, see `corrdit.integrations.diffusers.placement`.
         on_broken: "report" writes `failed.json` for a video that cannot be read or tracked and goes on; "raise" stops.
 
     Raises:
@@ -75,109 +67,93 @@ class TrackingModule(lightning.LightningModule):
             `output`.
     """
 
+    stages = ("predict", "test")
+
     def __init__(
         self,
-        model: Any = "embedded",
+        model: Model = "embedded",
         *,
         output: str | os.PathLike[str],
-        model_preset: Any = None,
+        model_preset: Preset | str | os.PathLike[str] | None = None,
         queries: Queries = 16,
         queries_description: str | None = None,
         preset: str = "default",
-        options: dict[str, Any] | None = None,
-        dtype: torch.dtype | None = None,
+        options: Keywords | None = None,
+        dtype: torch.dtype | str | None = None,
         start: int = 0,
         max_frames: int | None = None,
         max_side: int | None = 720,
         pictures: bool = True,
         trail: int = 16,
+        placement: str = "device",
         on_broken: str = "report",
     ) -> None:
-        super().__init__()
-        if on_broken not in ON_BROKEN:
-            raise ValueError(f"on_broken must be one of {', '.join(map(repr, ON_BROKEN))}, got {on_broken!r}")
-        self.model = model
-        self.model_preset = preset_for_loading(model, model_preset)
-        self.output = Path(output)
-        self.queries = queries
-        self.preset, self.options, self.model_dtype = preset, dict(options or {}), dtype
-        self.part = {"start": start, "max_frames": max_frames, "max_side": max_side}
-        self.pictures, self.trail, self.on_broken = pictures, trail, on_broken
-        self.settings = {
-            "model": model if isinstance(model, str) else getattr(model, "name", type(model).__name__),
+        self.queries, self.preset, self.options = queries, preset, dict(options or {})
+        self.start, self.max_frames, self.max_side = start, max_frames, max_side
+        self.pictures, self.trail = pictures, trail
+        settings = {
             "queries": queries_description or _description(queries),
             "preset": preset,
-            "options": json.loads(json.dumps(self.options)),
-            "dtype": str(dtype),
-            **self.part,
+            "options": self.options,
+            "start": start,
+            "max_frames": max_frames,
+            "max_side": max_side,
         }
-        self._tracker: Any = None
-        self._metric: TapVidMetric | None = None
+        super().__init__(
+            model,
+            tracking_results(output),
+            settings=settings,
+            model_preset=model_preset,
+            dtype=dtype,
+            placement=placement,
+            on_broken=on_broken,
+        )
+        self._metric = TapVidMetric()
         self._left_out = torch.zeros(2)
 
     def setup(self, stage: str) -> None:
-        """Load the model on this process's device and check the output folder."""
-        if stage not in ("predict", "test"):
-            raise ValueError(f"TrackingModule has no {stage} step; call Trainer.predict or Trainer.test")
-        if stage == "test":
-            self._begin_test()
+        """Load the model on this process's device and, to predict, check the output folder."""
+        if stage != "test":
+            super().setup(stage)
             return
-        self.check_settings()
-        self._load_tracker()
-        self.check_settings()
-        self.trainer.strategy.barrier("settings read")
-        if self.trainer.is_global_zero:
-            self.output.mkdir(parents=True, exist_ok=True)
-            with written_beside(self.output / SETTINGS_FILE, "w") as file:
-                json.dump(self.settings, file, indent=2)
+        data = self.trainer.datamodule
+        if not isinstance(data, TapVidDataModule):
+            raise ValueError("TrackingModule is tested on a TapVidDataModule; give the Trainer one")
+        self.prepare(self.load({}))
+        self._metric = TapVidMetric("strided" if data.mode == "strided" else "first")
+        self._left_out = torch.zeros(2)
 
-    def predict_step(self, batch: dict[str, str], batch_idx: int) -> dict[str, Any]:
-        """Track one video.
+    def prepare(self, backbone: Backbone) -> Mapping[str, object]:
+        """Make the tracker."""
+        self._tracker = PointTracker(backbone, preset=self.preset, **self.options)
+        return {}
 
-        Args:
-            batch: `{"name": ..., "path": ...}` as `VideoDataModule` gives it.
-            batch_idx: its number on this process.
+    def make(self, sample: Mapping[str, str]) -> Mapping[str, object]:
+        """Track one video; gives its numbers of frames and points."""
+        from corrdit.video import StreamedVideo
 
-        Returns:
-            `{"name", "frames", "points", "seconds"}`, or `{"name", "error"}` for a broken video.
-        """
-        name, path = batch["name"], batch["path"]
-        folder = self.output / name
-        began = time.perf_counter()
-        try:
-            from corrdit.video import StreamedVideo
+        name, path = sample["name"], sample["path"]
+        video = StreamedVideo(path, start=self.start, max_frames=self.max_frames, max_side=self.max_side)
+        inputs = {"video": file_digest(path)}
+        size = (video.info.height, video.info.width)
+        queries = self._queries(len(video), *size)
+        tracks = track_at_size(self._tracker, video, queries, size)
+        with self.results.result(name, inputs, last=RESULT_FILE) as result:
+            write_track_results(
+                result.folder, video, tracks, queries, start=self.start, pictures=self.pictures, trail=self.trail
+            )
+            result.facts.update(frames=tracks.frames, points=tracks.points)
+        return result.facts
 
-            video = StreamedVideo(path, **self.part)  # type: ignore[arg-type]
-            queries = self._queries(len(video), video.info.height, video.info.width)
-            tracks = track_at_size(self._tracker, video, queries, (video.info.height, video.info.width))
-        except (ValueError, OSError) as error:
-            if self.on_broken == "raise":
-                raise ValueError(f"video {name}: {error}") from error
-            return self._report_failure(folder, name, error)
-        folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(".part-*"):
-            shutil.rmtree(left)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as hidden:
-            start = int(self.part["start"] or 0)
-            write_track_results(hidden, video, tracks, queries, start=start, pictures=self.pictures, trail=self.trail)
-            for file in sorted(Path(hidden).iterdir(), key=lambda file: file.name == RESULT_FILE):
-                os.replace(file, folder / file.name)
-        (folder / FAILURE_FILE).unlink(missing_ok=True)
-        seconds = time.perf_counter() - began
-        return {"name": name, "frames": tracks.frames, "points": tracks.points, "seconds": seconds}
-
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def test_step(self, batch: TapVidItem, batch_idx: int) -> None:
         """Track the queries of one video and score them.
 
         Args:
             batch: of a `TapVidDataModule`.
             batch_idx: its number on this process.
         """
-        assert self._metric is not None
         try:
-            if "error" in batch:
-                raise ValueError(batch["error"])
-            sample: TapVidSample = batch["sample"]
+            sample = sample_of(batch)
             outcome = evaluate_video(self._tracker.track, sample)
         except (ValueError, OSError) as error:
             if self.on_broken == "raise":
@@ -194,7 +170,6 @@ class TrackingModule(lightning.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Log the means over the videos of all processes."""
-        assert self._metric is not None
         figures = self._metric.compute()
         strategy = self.trainer.strategy
         counted = strategy.reduce(self._left_out.to(strategy.root_device), reduce_op="sum")
@@ -203,48 +178,10 @@ class TrackingModule(lightning.LightningModule):
         for name, value in figures.items():
             self.log(name, float(value), rank_zero_only=True)
 
-    def _begin_test(self) -> None:
-        from corrdit.metrics import TapVidMetric
-
-        data = self.trainer.datamodule
-        if not hasattr(data, "described"):
-            raise ValueError("TrackingModule is tested on a TapVidDataModule; give the Trainer one")
-        self._load_tracker()
-        self._metric = TapVidMetric("strided" if data.mode == "strided" else "first")
-        self._left_out = torch.zeros(2)
-
-    def _load_tracker(self) -> None:
-        from corrdit.integrations.diffusers.backbones.loading import load_backbone
-        from corrdit.tracking import PointTracker
-
-        backbone = self.model
-        if isinstance(backbone, (str, os.PathLike)):
-            device = self.trainer.strategy.root_device
-            backbone = load_backbone(backbone, device=device, dtype=self.model_dtype, preset=self.model_preset)
-        self.settings |= model_facts(backbone)
-        self._tracker = PointTracker(backbone, preset=self.preset, **self.options)
-
-    def check_settings(self) -> None:
-        """Raises ValueError where the output folder holds results that were made with other settings."""
-        file = self.output / SETTINGS_FILE
-        if not file.is_file():
-            return
-        try:
-            earlier = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{file} is not a settings file ({error}); give another output folder") from error
-        refuse_other_settings(self.output, earlier, self.settings)
-
     def _queries(self, frames: int, height: int, width: int) -> np.ndarray:
         if isinstance(self.queries, int):
             return grid_points(self.queries, height, width)
         return np.asarray(self.queries(frames, height, width) if callable(self.queries) else self.queries)
-
-    def _report_failure(self, folder: Path, name: str, error: Exception) -> dict[str, Any]:
-        folder.mkdir(parents=True, exist_ok=True)
-        with written_beside(folder / FAILURE_FILE, "w") as file:
-            json.dump({"name": name, "error": str(error)}, file, indent=2)
-        return {"name": name, "error": str(error)}
 
 
 def tracking_report(output: str | os.PathLike[str], names: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -257,20 +194,19 @@ def tracking_report(output: str | os.PathLike[str], names: Iterable[str]) -> dic
     Returns:
         `{"done": {name: result file}, "failed": {name: error}, "left": {name: ""}}`.
     """
-    output = Path(output)
+    results = tracking_results(output)
     report: dict[str, dict[str, str]] = {"done": {}, "failed": {}, "left": {}}
     for name in names:
-        failure = output / name / FAILURE_FILE
-        if has_result(output, name):
-            report["done"][name] = str(output / name / RESULT_FILE)
-        elif failure.is_file():
-            report["failed"][name] = json.loads(failure.read_text(encoding="utf-8"))["error"]
+        if results.unmade(name) is None:
+            report["done"][name] = str(results.files_of(name) / RESULT_FILE)
+        elif (failure := results.failure(name)) is not None:
+            report["failed"][name] = failure
         else:
             report["left"][name] = ""
     return report
 
 
-def _description(queries: Queries) -> Any:
+def _description(queries: Queries) -> int | str:
     if isinstance(queries, int) and not isinstance(queries, bool):
         if queries < 1:
             raise ValueError(f"queries={queries} points a side make no grid; give at least 1")

@@ -3,44 +3,41 @@
 from __future__ import annotations
 
 import csv
-import json
+import glob
 import os
-import shutil
-import tempfile
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
-import lightning
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
-from corrdit.files import refuse_other_settings, written_beside
-from corrdit.integrations.lightning.data_modules import EachOnceSampler
+from corrdit.array_files import content_digest
+from corrdit.files import file_digest
+from corrdit.integrations.diffusers.backbones.base import Backbone
+from corrdit.integrations.diffusers.backbones.presets import Preset
+from corrdit.integrations.diffusers.motion_transfer.reference import at_rate
+from corrdit.integrations.diffusers.motion_transfer.results_on_disk import fidelity_of, write_transfer
+from corrdit.integrations.diffusers.motion_transfer.transfer import MotionTransfer
+from corrdit.integrations.lightning.data_modules import EachOnceDataModule
+from corrdit.integrations.lightning.resumable import Model, ResumableModule
+from corrdit.runs import Inputs, Keywords, ResultFolder
 
-SETTINGS_FILE = "settings.json"
 PAIR_FILE = "pair.json"
-FAILURE_FILE = "failed.json"
 PAGE_FILE = "index.html"
 COLUMNS = ("video", "prompt")
-ON_BROKEN = ("report", "raise")
 
 
-class PairItems(Dataset[dict[str, Any]]):
-    """Pairs as `TransferDataModule` lists them."""
+class Pair(TypedDict):
+    """A reference video and what the new one shows."""
 
-    def __init__(self, pairs: Sequence[dict[str, Any]]) -> None:
-        self.pairs = list(pairs)
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.pairs[index]
+    name: str
+    video: str
+    prompt: str
+    seed: int
 
 
-def read_pairs(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
     """Pairs of reference videos and prompts from a CSV file.
 
     Args:
@@ -75,58 +72,53 @@ def read_pairs(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return pairs
 
 
-class TransferDataModule(lightning.LightningDataModule):
+class TransferDataModule(EachOnceDataModule[Pair]):
     """Pairs of a reference video and a prompt, one at a time, for `Trainer.predict`.
 
     Args:
         pairs: a CSV file as `read_pairs` takes it, or what it returns.
         output: results folder of the module that predicts; what is there already is left out, so that a run that was
-            stopped goes on where it was. None predicts all.
+            stopped goes on where it was; pairs whose video is another than before are not. None predicts all.
 
     Raises:
         ValueError: what `read_pairs` refuses; when prediction starts, a result of another pair under the same name.
     """
 
     def __init__(
-        self,
-        pairs: str | os.PathLike[str] | Sequence[dict[str, Any]],
-        *,
-        output: str | os.PathLike[str] | None = None,
+        self, pairs: str | os.PathLike[str] | Sequence[Pair], *, output: str | os.PathLike[str] | None = None
     ) -> None:
-        super().__init__()
-        # Fewer pairs are left than there are processes near the end of a resumed run.
-        self.allow_zero_length_dataloader_with_multiple_devices = True
         self.pairs = read_pairs(pairs) if isinstance(pairs, (str, os.PathLike)) else list(pairs)
-        self.output = None if output is None else Path(output)
-        self.pending = self.pairs
+        self._by_name = {pair["name"]: pair for pair in self.pairs}
+        super().__init__(list(self._by_name), None if output is None else transfer_results(output))
 
-    def setup(self, stage: str) -> None:
-        """The first process looks which pairs are left, so that all share out the same list."""
-        pending = [pair for pair in self.pairs if not self._is_done(pair)]
-        self.pending = pending if self.trainer is None else self.trainer.strategy.broadcast(pending)
+    def sample(self, name: str) -> Pair:
+        """The pair of a name."""
+        return self._by_name[name]
 
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """One pair a batch."""
-        dataset = PairItems(self.pending)
-        processes, rank = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
-        sampler = EachOnceSampler(dataset, processes, rank)
-        return DataLoader(dataset, batch_size=1, sampler=sampler, collate_fn=_only, num_workers=0)
+    def inputs(self, name: str) -> Inputs:
+        """The digest of the reference video."""
+        return pair_inputs(self._by_name[name])
 
-    def _is_done(self, pair: dict[str, Any]) -> bool:
-        path = None if self.output is None else self.output / pair["name"] / PAIR_FILE
-        if path is None or not path.is_file():
-            return False
-        earlier = json.loads(path.read_text(encoding="utf-8"))
-        changed = [key for key in ("prompt", "seed", "video") if earlier.get(key) != pair[key]]
-        if changed:
-            raise ValueError(
-                f"{path.parent} holds the result of another pair ({changed[0]} {earlier.get(changed[0])!r}, not "
-                f"{pair[changed[0]]!r}); give another output folder"
-            )
-        return True
+    def left(self) -> list[str]:
+        """Names of the pairs that have no result of their video as it is."""
+        if self.results is not None:
+            for pair in self.pairs:
+                if self.results.unmade(pair["name"]) is None:
+                    _refuse_other(pair, self.results)
+        return super().left()
 
 
-class TransferModule(lightning.LightningModule):
+def transfer_results(output: str | os.PathLike[str]) -> ResultFolder:
+    """The folder that a `TransferModule` writes."""
+    return ResultFolder(output, what="a transfer", record=f"{{name}}/{PAIR_FILE}")
+
+
+def pair_inputs(pair: Pair) -> dict[str, str]:
+    """Digests of what the result of a pair is made from beside what the table says."""
+    return {"video": file_digest(pair["video"])}
+
+
+class TransferModule(ResumableModule[Pair]):
     """Transfers motion for each pair `Trainer.predict` gives it and writes a folder of results for each.
 
     ```python
@@ -134,20 +126,22 @@ class TransferModule(lightning.LightningModule):
     Trainer().predict(module, TransferDataModule("pairs.csv", output="results"), return_predictions=False)
     ```
 
-    `output/NAME/` gets what `corrdit transfer` writes, and `pair.json` last; it appears by one rename. A run that is
+    `output/NAME/` gets what `corrdit transfer` writes, by one rename, and `pair.json` last. A run that is
     stopped goes on after the last finished denoising step of each pair under way. `output/index.html` shows all
-    results beside their references; `output/settings.json` says how they were made, and a run with other settings is
-    refused. A pair that cannot be transferred gets `output/NAME/failed.json`.
+    results beside their references; `output/settings.json` says how they were made, and a run with other settings or
+    weights is refused. A pair that cannot be transferred gets `output/NAME/failed.json`.
 
     Args:
         model: for `corrdit.load_backbone`, or a backbone that is loaded already.
         output: folder for the results, made if need be.
+        model_preset: for `corrdit.load_backbone`: a `Preset` or a preset.json in place of the model's own.
         settings: changes of `TransferSettings`, by name.
         call: further arguments of `MotionTransfer`'s call (num_frames, height, width).
         fps: rate the references are resampled to, and of the files; None for each reference's own.
-        dtype: precision of the model.
+        dtype: precision of the model, as torch's type or by its name.
         measure: track both videos and measure motion fidelity.
         clip: folder or hub id of a CLIP model that measures the prompt's cosine as well; None for none.
+        placement: where a model too large for one GPU goes, see `corrdit.integrations.diffusers.placement`.
         on_broken: "report" writes `failed.json` for a pair that cannot be transferred and goes on; "raise" stops.
 
     Raises:
@@ -155,93 +149,56 @@ class TransferModule(lightning.LightningModule):
             results of other settings in `output`.
     """
 
+    sample_kind = "pair"
+
     def __init__(
         self,
-        model: Any = "embedded",
+        model: Model = "embedded",
         *,
         output: str | os.PathLike[str],
-        settings: Mapping[str, Any] | None = None,
-        call: Mapping[str, Any] | None = None,
+        model_preset: Preset | str | os.PathLike[str] | None = None,
+        settings: Keywords | None = None,
+        call: Keywords | None = None,
         fps: float | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         measure: bool = True,
         clip: str | os.PathLike[str] | None = None,
+        placement: str = "device",
         on_broken: str = "report",
     ) -> None:
-        super().__init__()
-        if on_broken not in ON_BROKEN:
-            raise ValueError(f"on_broken must be one of {', '.join(map(repr, ON_BROKEN))}, got {on_broken!r}")
-        self.model, self.model_dtype = model, dtype
-        self.output = Path(output)
         self.changes, self.call = dict(settings or {}), dict(call or {})
-        self.fps, self.measure, self.on_broken = fps, measure, on_broken
-        self.clip = clip
-        self._transfer: Any = None
-        self._similarity: Any = None
+        self.fps, self.measure, self.clip = fps, measure, clip
+        super().__init__(
+            model,
+            transfer_results(output),
+            settings={"call": self.call, "fps": fps},
+            model_preset=model_preset,
+            dtype=dtype,
+            placement=placement,
+            on_broken=on_broken,
+        )
+        self._similarity: Callable[[np.ndarray, str], float] | None = None
 
-    def setup(self, stage: str) -> None:
-        """Load the model on this process's device and check settings and output folder."""
-        if stage != "predict":
-            raise ValueError(f"TransferModule has no {stage} step; call Trainer.predict")
-        from corrdit.integrations.diffusers.backbones.loading import load_backbone
-        from corrdit.integrations.diffusers.motion_transfer import MotionTransfer
-
-        backbone = self.model
-        if isinstance(backbone, (str, os.PathLike)):
-            backbone = load_backbone(backbone, device=self.trainer.strategy.root_device, dtype=self.model_dtype)
+    def prepare(self, backbone: Backbone) -> Mapping[str, object]:
+        """Check the settings against the model; gives all of them."""
         self._transfer = MotionTransfer(backbone, **self.changes)
         if self.clip is not None:
             from corrdit.motion import PromptSimilarity
 
             self._similarity = PromptSimilarity(self.clip, backbone.device)
-        self._check_settings()
-        self.trainer.strategy.barrier("settings read")
-        if self.trainer.is_global_zero:
-            self.output.mkdir(parents=True, exist_ok=True)
-            with written_beside(self.output / SETTINGS_FILE, "w") as file:
-                json.dump(self._facts(), file, indent=2)
-        self.trainer.strategy.barrier("settings written")
+        return {"settings": self._transfer.settings.described()}
 
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """Transfer one pair.
-
-        Args:
-            batch: `{"name", "video", "prompt", "seed"}`.
-            batch_idx: its number on this process.
-
-        Returns:
-            `{"name", "seconds"}` with the measures, or `{"name", "error"}` for a pair that cannot be transferred.
-        """
-        began = time.perf_counter()
-        try:
-            measured = self._transferred(batch)
-        except (ValueError, OSError) as error:
-            if self.on_broken == "raise":
-                raise ValueError(f"pair {batch['name']}: {error}") from error
-            folder = self.output / batch["name"]
-            folder.mkdir(parents=True, exist_ok=True)
-            with written_beside(folder / FAILURE_FILE, "w") as file:
-                json.dump({**batch, "error": str(error)}, file, indent=2)
-            return {"name": batch["name"], "error": str(error)}
-        return {"name": batch["name"], "seconds": time.perf_counter() - began, **measured}
-
-    def on_predict_end(self) -> None:
-        """The first process writes the page of all results, once every process is done."""
-        self.trainer.strategy.barrier("all pairs done")
-        if self.trainer.is_global_zero:
-            self._write_page()
-
-    def _transferred(self, pair: dict[str, Any]) -> dict[str, float]:
-        from corrdit.integrations.diffusers.motion_transfer.reference import at_rate
-        from corrdit.integrations.diffusers.motion_transfer.results_on_disk import fidelity_of, write_transfer
+    def make(self, sample: Pair) -> Mapping[str, object]:
+        """Transfer one pair; gives the measures."""
         from corrdit.video import read_video
 
-        video = read_video(pair["video"], min_frames=1)
+        name, prompt = sample["name"], sample["prompt"]
+        video = read_video(sample["video"], min_frames=1)
+        inputs = pair_inputs(sample)
         frames, fps = at_rate(video.frames, video.fps, self.fps)
-        state = self.output / f".{pair['name']}.transfer-state.safetensors"
-        result = self._transfer(
-            frames, pair["prompt"], seed=pair["seed"], state_file=state, keep_state=True, **self.call
-        )  # fmt: skip
+        # Of these inputs, so that a run begins anew where they are others.
+        state = self.output / f".{name}.{content_digest(sample, inputs)[:8]}.transfer-state.safetensors"
+        result = self._transfer(frames, prompt, seed=sample["seed"], state_file=state, keep_state=True, **self.call)
         backbone = self._transfer.backbone
         measured: dict[str, float] = {}
         if self.measure:
@@ -249,58 +206,47 @@ class TransferModule(lightning.LightningModule):
 
             measured = fidelity_of(result, PointTracker(backbone).track)
         if self._similarity is not None:
-            measured["image_quality"] = self._similarity(result.video, pair["prompt"])
-        hidden = Path(tempfile.mkdtemp(dir=self.output, prefix=f".part-{pair['name']}-"))
-        try:
+            measured["image_quality"] = self._similarity(result.video, prompt)
+        with self.results.result(name, inputs) as made:
             write_transfer(
-                hidden,
-                result,
-                backbone,
-                self._transfer.settings,
-                prompt=pair["prompt"],
-                fps=fps,
-                measured=measured,
+                made.folder, result, backbone, self._transfer.settings, prompt=prompt, fps=fps, measured=measured
             )
-            with written_beside(hidden / PAIR_FILE, "w") as file:
-                json.dump(pair, file, indent=2)
-            target = self.output / pair["name"]
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(hidden, target)
-            state.unlink(missing_ok=True)
-        finally:
-            shutil.rmtree(hidden, ignore_errors=True)
+            made.facts.update(sample)
+        for left in self.output.glob(f".{glob.escape(name)}.*.transfer-state.safetensors"):
+            left.unlink(missing_ok=True)
         return measured
+
+    def on_predict_end(self) -> None:
+        """The first process writes the page of all results, once every process is done."""
+        self.trainer.strategy.barrier("all pairs done")
+        if self.trainer.is_global_zero:
+            self._write_page()
 
     def _write_page(self) -> None:
         from corrdit.visualization import write_comparison_page
 
         rows = []
-        for path in sorted(self.output.glob(f"*/{PAIR_FILE}")):
-            pair = json.loads(path.read_text(encoding="utf-8"))
-            files = {"reference": path.parent / "reference.mp4", "result": path.parent / "result.mp4"}
-            rows.append((f"{pair['name']}: {pair['prompt']}", {k: f for k, f in files.items() if f.is_file()}))
+        for folder in sorted(path.parent for path in self.output.glob(f"*/{PAIR_FILE}")):
+            if self.results.unmade(folder.name) is None:
+                pair = self.results.record(folder.name) or {}
+                files = {word: folder / f"{word}.mp4" for word in ("reference", "result")}
+                shown = {word: file for word, file in files.items() if file.is_file()}
+                rows.append((f"{pair['name']}: {pair['prompt']}", shown))
         if rows:
             write_comparison_page(self.output / PAGE_FILE, rows)
 
-    def _facts(self) -> dict[str, Any]:
-        """How results are made, as `settings.json` keeps it."""
-        facts = {
-            "model": self.model if isinstance(self.model, str) else self._transfer.backbone.name,
-            "settings": self._transfer.settings.described(),
-            "call": self.call,
-            "dtype": str(self.model_dtype),
-            "fps": self.fps,
-        }
-        return json.loads(json.dumps(facts, default=str))
 
-    def _check_settings(self) -> None:
-        file = self.output / SETTINGS_FILE
-        if not file.is_file():
-            return
-        refuse_other_settings(self.output, json.loads(file.read_text(encoding="utf-8")), self._facts())
+def _refuse_other(pair: Pair, results: ResultFolder) -> None:
+    earlier, now = results.record(pair["name"]) or {}, dict(pair)
+    changed = [key for key in ("prompt", "seed", "video") if earlier.get(key) != now[key]]
+    if changed:
+        raise ValueError(
+            f"{results.files_of(pair['name'])} holds the result of another pair ({changed[0]} "
+            f"{earlier.get(changed[0])!r}, not {now[changed[0]]!r}); give another output folder"
+        )
 
 
-def _pair(row: dict[str, str], number: int, path: Path) -> dict[str, Any]:
+def _pair(row: dict[str, str], number: int, path: Path) -> Pair:
     empty = [column for column in COLUMNS if not (row.get(column) or "").strip()]
     if empty:
         raise ValueError(f"{path}, row {number + 1}: the column {empty[0]} is empty")
@@ -314,7 +260,3 @@ def _pair(row: dict[str, str], number: int, path: Path) -> dict[str, Any]:
     # Absolute, so that a run that goes on from another folder finds its pairs again.
     place = os.path.abspath(path.parent / video)
     return {"name": name, "video": place, "prompt": row["prompt"].strip(), "seed": int(seed)}
-
-
-def _only(batch: list[dict[str, Any]]) -> dict[str, Any]:
-    return batch[0]

@@ -16,7 +16,14 @@ from corrdit.kernels.displacement.folded import folded_backward, folded_forward
 from corrdit.kernels.displacement.soft_backward import soft_backward
 from corrdit.kernels.displacement.soft_forward import soft_forward
 from corrdit.kernels.shared.inputs import kernel_input
-from corrdit.kernels.shared.launch import LOG2_E, SavedContext, autocast_off, canonical, unequal_weights
+from corrdit.kernels.shared.launch import (
+    LOG2_E,
+    SavedContext,
+    autocast_off,
+    canonical,
+    refuse_second_derivative,
+    unequal_weights,
+)
 from corrdit.kernels.shared.tables import frame_pairs, window_centers, window_radius
 from corrdit.problem import PairProblem, float32_precision
 
@@ -105,15 +112,8 @@ def _differentiate(ctx: SavedContext, gradient: Tensor, _: Tensor | None) -> tup
     return dq, dk, *(None,) * 10
 
 
-def _refuse_second_derivative(ctx: SavedContext, *gradients: Tensor) -> None:
-    raise RuntimeError(
-        "soft_displacement on Triton kernels is differentiable once; for a second derivative use "
-        'backend="reference", whose every step is differentiable'
-    )
-
-
 _soft_displacement.register_autograd(_differentiate, setup_context=_save)
-_soft_displacement_backward.register_autograd(_refuse_second_derivative)
+_soft_displacement_backward.register_autograd(refuse_second_derivative("soft_displacement"))
 
 
 def soft_displacement(q: Tensor, k: Tensor, problem: PairProblem) -> tuple[Tensor, None]:

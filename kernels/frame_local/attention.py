@@ -11,7 +11,7 @@ from torch import Tensor
 from corrdit.kernels.frame_local.backward import local_backward
 from corrdit.kernels.frame_local.forward import LocalLayout, local_forward
 from corrdit.kernels.shared.inputs import kernel_input
-from corrdit.kernels.shared.launch import LOG2_E, SavedContext, autocast_off, canonical
+from corrdit.kernels.shared.launch import LOG2_E, SavedContext, autocast_off, canonical, refuse_second_derivative
 from corrdit.problem import PairProblem, float32_precision
 
 
@@ -81,15 +81,8 @@ def _differentiate(ctx: SavedContext, gradient: Tensor, _: Tensor | None) -> tup
     return dq, dk, dv, *(None,) * 5
 
 
-def _refuse_second_derivative(ctx: SavedContext, *gradients: Tensor) -> None:
-    raise RuntimeError(
-        "frame_local_attention on Triton kernels is differentiable once; for a second derivative use "
-        'backend="reference", whose every step is differentiable'
-    )
-
-
 _frame_local_attention.register_autograd(_differentiate, setup_context=_save)
-_frame_local_attention_backward.register_autograd(_refuse_second_derivative)
+_frame_local_attention_backward.register_autograd(refuse_second_derivative("frame_local_attention"))
 
 
 def frame_local_attention(

@@ -28,6 +28,18 @@ class SavedContext(FunctionCtx):
     saved_tensors: tuple[Tensor, ...]
 
 
+def refuse_second_derivative(operation: str) -> Callable[..., None]:
+    """What stands for the gradient of an operation's gradient."""
+
+    def refuse(ctx: FunctionCtx, *gradients: Tensor) -> None:
+        raise RuntimeError(
+            f"{operation} on Triton kernels is differentiable once; for a second derivative use "
+            'backend="reference", whose every step is differentiable'
+        )
+
+    return refuse
+
+
 def autocast_off(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Within it, autocast has no say in what a host function computes itself: a gradient may be taken under it."""
     if tensor.is_meta:

@@ -13,7 +13,7 @@ from corrdit.analysis.counts import TrueTracks, attention_sums, match_counts, vi
 from corrdit.analysis.point_readings import point_tokens, read_attention, read_features
 from corrdit.analysis.protocols import AnalysisOptions, analysis_options
 from corrdit.tracking.filtering import low_pass
-from corrdit.tracking.interpolation import interpolate_tracks
+from corrdit.tracking.tracks import interpolate_tracks
 
 
 def normal(seed: int, *shape: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ from corrdit.analysis.results import read_results
 from corrdit.analysis.sources import AnalysisItem, folder_items
 from corrdit.analysis.table import AnalysisTable
 from corrdit.cli import main
-from corrdit.cli.analyze import chosen_steps
+from corrdit.cli.analysis_options import chosen_steps
 from corrdit.integrations.diffusers.backbones import loading
 from corrdit.integrations.diffusers.testing.tiny_models import tiny_backbone, tiny_generation
 from corrdit.video import write_video

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import signal
 import subprocess
@@ -68,7 +67,7 @@ def test_console_script_and_status() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    module: Any = importlib.import_module(f"corrdit.cli.{command}")
+    module: Any = corrdit.cli.MODULES[command]
     assert COMMANDS[command] == module.HELP
     assert main([command, "--help"]) == 0
     text = capsys.readouterr().out
@@ -95,8 +94,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     module = types.ModuleType("corrdit.cli.experiment", "reads and writes nothing")
     module.HELP = "experiment"  # type: ignore[attr-defined]
     module.add_arguments = lambda parser: None  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "corrdit.cli.experiment", module)
-    monkeypatch.setitem(corrdit.cli.COMMANDS, "experiment", "experiment")
+    monkeypatch.setitem(corrdit.cli.MODULES, "experiment", module)
     return module
 
 
@@ -151,7 +149,7 @@ def test_warnings_are_one_line(command: Any, capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().err == "corrdit experiment: warning: the file seems to be cut off\n"
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_signals_leave_nothing_behind(tmp_path: Path, clip: Path, number: signal.Signals, status: int) -> None:
     (tmp_path / "harness.py").write_text(HARNESS)
     output = tmp_path / "results" / "out"
@@ -170,7 +168,10 @@ def test_signals_leave_nothing_behind(tmp_path: Path, clip: Path, number: signal
     _, error = process.communicate(timeout=30)
     assert process.returncode == status
     assert time.monotonic() - began < 20
-    assert error == {130: "corrdit track: stopped by Ctrl-C; nothing unfinished was left behind\n", 143: ""}[status]
+    assert (
+        error
+        == {130: "corrdit track: stopped by Ctrl-C; nothing unfinished was left behind\n", 143: "", 129: ""}[status]
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["harness.py"]
 
 

@@ -1,4 +1,4 @@
-"""--preset FILE: what `corrdit calibrate` wrote is what every command reads the model with."""
+"""--preset: a name, or a file that `corrdit calibrate` wrote, is what every command reads the model with."""
 
 from __future__ import annotations
 
@@ -98,6 +98,26 @@ def test_analyze_begins_from_it(model: str, preset: Path, tmp_path: Path) -> Non
     arguments += ["--layers", "1", "--steps", "3", "--pictures", "0", "--preset", str(preset)]
     assert main([*arguments, "--output", str(tmp_path / "out")]) == 0
     assert json.loads((tmp_path / "out" / "settings.json").read_text())["preset"]["inference_steps"] == 4
+
+
+def test_published_means_the_same_on_every_command(
+    model: str, video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--model", model, "--preset", "published", "--output"]
+    assert main(["track", str(video), "--points", "grid:3", *given, str(tmp_path / "track")]) == 0
+    with np.load(tmp_path / "track" / "tracks.npz") as archive:
+        queries = archive["queries"]
+    frames = read_video(video).frames
+    expected = PointTracker(load_backbone(model, preset="published")).track(frames, queries)
+    assert torch.allclose(Tracks.load(tmp_path / "track" / "tracks.npz").xy, expected.xy, atol=1e-4)
+    by_name = PointTracker(load_backbone(model), preset="published").track(frames, queries)
+    assert torch.equal(by_name.xy, expected.xy)
+    short = ["--steps", "1", "--guided-share", "1.0", "--optimisation-steps", "1", "--metrics", "false"]
+    assert main(["transfer", str(video), "a red disc", *short, *given, str(tmp_path / "transfer")]) == 0
+    capsys.readouterr()
+    assert main(["generate", "a red disc", "--frames", "4", "--steps", "1", "--cag", *given, str(tmp_path / "g")]) == 0
+    layer = load_backbone(model).preset.reading.layer
+    assert f"guided in layers {layer}" in capsys.readouterr().out
 
 
 COMMANDS = {

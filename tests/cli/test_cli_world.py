@@ -21,9 +21,14 @@ def test_a_smaller_set_is_not_written_over_a_larger_one(refused: Callable[..., s
     assert sorted(before) == ["0000.mp4", "0000.npz", "0001.mp4", "0001.npz", "prompts.csv", "world.pkl"]
     assert "0001.mp4, which this call would leave" in refused(*output, "--videos", "1", "--seed", "3", "--tapvid")
     assert "world.pkl, which this call would leave" in refused(*output, "--videos", "2", "--seed", "3")
+    assert "other settings: seed 0 (now 3); give" in refused(*output, "--videos", "3", "--seed", "3", "--tapvid")
+    assert "width 47 (now 48)" in refused(*output, "--videos", "3", "--tapvid", "--width", "48")
     assert {path.name: path.read_bytes() for path in (tmp_path / "world").iterdir()} == before
-    assert main([*output, "--videos", "3", "--seed", "3", "--tapvid"]) == 0
+    assert main([*output, "--videos", "3", "--tapvid"]) == 0
     assert len(TapVidSet(tmp_path / "world").index()) == 3
+    (tmp_path / "world" / "0000.npz").write_bytes(before["0000.npz"][:200])
+    assert main([*output, "--videos", "3", "--tapvid"]) == 0
+    assert (tmp_path / "world" / "0000.npz").read_bytes() == before["0000.npz"]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from corrdit.evaluation import EvaluationResults
 from corrdit.integrations.diffusers.fingerprint import model_facts
 from corrdit.integrations.diffusers.testing.tiny_models import tiny_backbone
 from corrdit.integrations.lightning import EvaluationModule, TapVidDataModule
-from corrdit.integrations.lightning.tapvid_data import NeighboursOnceSampler, TapVidVideos
+from corrdit.integrations.lightning.data_modules import EachOnceSampler, Samples
 from corrdit.metrics.tapvid import METRIC_NAMES
 
 pytestmark = [
@@ -37,9 +37,10 @@ def evaluate(trainer, output, path, data=None, **options):
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 7])
 def test_every_video_is_on_one_process(davis, processes):
-    videos = TapVidSet(davis)
-    dataset = TapVidVideos(videos, list(enumerate(videos.index())), mode="first", stride=5, max_frames=None)
-    samplers = [NeighboursOnceSampler(dataset, processes, rank) for rank in range(processes)]
+    data = TapVidDataModule(davis)
+    data.setup("predict")
+    dataset = Samples(data.pending, data.sample)
+    samplers = [EachOnceSampler(dataset, processes, rank, neighbours=True) for rank in range(processes)]
     assert [index for sampler in samplers for index in sampler] == list(range(5))
     assert [len(sampler) for sampler in samplers] == [len(list(sampler)) for sampler in samplers]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from corrdit.integrations.diffusers import placement as model_placement
 from corrdit.integrations.diffusers.backbones.loading import backbone_of
 from corrdit.integrations.diffusers.testing.tiny_models import tiny_pipeline
-from corrdit.integrations.lightning import model_placement
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no text encoder")
 CPU = torch.device("cpu")

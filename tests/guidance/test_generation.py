@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from corrdit.cli import generate as command
 from corrdit.cli import main
 from corrdit.integrations.diffusers import backbone_of
-from corrdit.integrations.diffusers.backbones.presets import default_layers
+from corrdit.integrations.diffusers.backbones.presets import GuidancePreset, default_layers
 from corrdit.integrations.diffusers.guidance import CrossAttentionGuidance, comparison
 from corrdit.integrations.embedded.pipeline import build_pipeline, build_transformer
 from corrdit.integrations.lightning import GenerationModule, GuidanceCallback, PromptDataModule
@@ -75,6 +76,18 @@ def test_comparison_has_the_guided_and_the_plain_video_of_one_seed(pipe: Any) ->
         comparison.generate(pipe, PROMPTS[0], 5, {"frames": 3})
 
 
+def test_a_backbone_is_guided_as_its_preset_says(pipe: Any) -> None:
+    own = backbone_of(pipe).preset
+    backbone = backbone_of(pipe, preset=replace(own, guidance=GuidancePreset((1,), renormalize=False)))
+    guided = comparison.generate(backbone, PROMPTS[0], 5, CALL, {"scale": 2.0}).video
+    zeroed, masked = (
+        comparison.generate(pipe, PROMPTS[0], 5, CALL, {"layers": 1, "scale": 2.0, "renormalize": renormalize}).video
+        for renormalize in (False, True)
+    )
+    np.testing.assert_array_equal(guided, zeroed)
+    assert (guided != masked).any()
+
+
 def test_default_layers(pipe: Any) -> None:
     backbone = backbone_of(pipe)
     assert default_layers(backbone) == (backbone.preset.reading.layer,)
@@ -102,7 +115,7 @@ def test_modules_generate_every_prompt_once_and_resume(pipe: Any, tmp_path: Path
     with pytest.raises(ValueError, match="another prompt or seed"):
         trainer().predict(module, PromptDataModule(PROMPTS, samples=2, seed=11, output=tmp_path))
     other = GenerationModule(backbone, output=tmp_path, call=CALL, guidance={"layers": (0,)})
-    with pytest.raises(ValueError, match="made with guidance="):
+    with pytest.raises(ValueError, match="made with other settings: guidance "):
         trainer().predict(other, PromptDataModule(PROMPTS, samples=2, seed=10, output=tmp_path))
 
 
@@ -181,7 +194,7 @@ def test_a_callback_guides_the_generation_module_and_its_results_say_so(pipe: An
     guided = comparison.generate(pipe, PROMPTS[0], 5, CALL, GUIDANCE).video
     written = read_video(tmp_path / "out" / "0000" / "video.mp4").frames.astype(int)
     assert np.abs(written - guided).mean() < 12
-    with pytest.raises(ValueError, match="made with guidance_callback="):
+    with pytest.raises(ValueError, match="made with other settings: guidance_callback "):
         run([])
     with pytest.raises(ValueError, match="both have guidance"):
         run([GuidanceCallback(layers=1)], guidance=GUIDANCE)
@@ -326,7 +339,10 @@ def test_command_over_two_processes_makes_each_video_once(folder: str, tmp_path:
         (["a dog", "--height", "-32"], "height must be a whole number of at least 1, got -32"),
         (["a dog", "--pipeline", '{"generator": 1}'], "generator is set for every video"),
         (["a dog", "--pipeline", '{"num_videos_per_prompt": 2}'], "num_videos_per_prompt is set for every video"),
-        (["--prompts", "prompts.txt", "--devices", "0"], "--devices must be a whole number of at least 1, got 0"),
+        (
+            ["--prompts", "prompts.txt", "--processes", "0"],
+            "--processes 0 was given; accepted is a number of 1 or more",
+        ),
         (["--prompts", "prompts.txt", "--fps", "0"], "fps=0.0 was given"),
     ],
 )

@@ -17,7 +17,7 @@ import torch
 from corrdit import Tracks
 from corrdit.integrations.diffusers.testing.tiny_models import tiny_backbone
 from corrdit.integrations.lightning import TrackingModule, VideoDataModule, tracking_report
-from corrdit.integrations.lightning.data_modules import EachOnceSampler, VideoFiles
+from corrdit.integrations.lightning.data_modules import EachOnceSampler, Samples
 from corrdit.tracking.files import find_videos
 from corrdit.video import write_video
 
@@ -112,7 +112,7 @@ def test_videos_are_found_with_their_subfolders(tmp_path, videos):
 
 @pytest.mark.parametrize("items, processes", [(0, 1), (1, 2), (5, 2), (7, 3), (2, 4)])
 def test_each_item_is_on_exactly_one_process(items, processes):
-    dataset = VideoFiles("", [str(index) for index in range(items)])
+    dataset = Samples([str(index) for index in range(items)], str)
     samplers = [EachOnceSampler(dataset, processes, rank) for rank in range(processes)]
     assert sorted(index for sampler in samplers for index in sampler) == list(range(items))
     assert [len(sampler) for sampler in samplers] == [len(list(sampler)) for sampler in samplers]

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from corrdit.array_files import content_digest
 from corrdit.integrations.diffusers.layouts import layout_of
 from corrdit.integrations.diffusers.motion_transfer import DivergedError, MotionTransfer, StoredMotion, TransferSettings
-from corrdit.integrations.diffusers.motion_transfer.run_fingerprint import fingerprint
 from corrdit.video import write_video
 
 SETTINGS = {"steps": 3, "guided_share": 0.6, "optimisation_steps": 2, "learning_rate": 0.05}
@@ -131,10 +131,14 @@ def test_fingerprints_are_of_values_and_not_of_addresses():
     other = big.copy()
     other[150, 150] = 1
     pictures = [Image.fromarray(array) for array in (big, big, other)]
-    assert fingerprint(pictures[0]) == fingerprint(pictures[1]) != fingerprint(pictures[2])
-    assert fingerprint(big) != fingerprint(other)
+    assert content_digest(pictures[0]) == content_digest(pictures[1]) != content_digest(pictures[2])
+    assert content_digest(big) != content_digest(other)
     half = torch.ones(2, dtype=torch.bfloat16)
-    assert fingerprint({"a": half, "b": 1}) == fingerprint({"b": 1, "a": half.clone()}) != fingerprint({"a": half})
+    assert (
+        content_digest({"a": half, "b": 1})
+        == content_digest({"b": 1, "a": half.clone()})
+        != content_digest({"a": half})
+    )
 
     def made_anew():
         def callback():
@@ -144,7 +148,7 @@ def test_fingerprints_are_of_values_and_not_of_addresses():
 
     first, second = made_anew(), made_anew()
     assert repr(first) != repr(second)
-    assert fingerprint(first) == fingerprint(second) != fingerprint(made_anew)
+    assert content_digest(first) == content_digest(second) != content_digest(made_anew)
 
 
 class Interrupted:

@@ -13,8 +13,7 @@ from corrdit.integrations.diffusers.analysis.video_pictures import drawn_picture
 from corrdit.integrations.diffusers.analysis.videos import Progress, analyze_video
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.memory import first_line, is_out_of_memory
-
-ON_BROKEN = ("report", "raise")
+from corrdit.runs import check_on_broken
 
 
 def analyze_item(
@@ -42,9 +41,9 @@ def analyze_item(
     Raises:
         ValueError: an unknown `on_broken`, or with "raise" what is wrong with the video.
     """
-    if on_broken not in ON_BROKEN:
-        raise ValueError(f"on_broken must be one of {', '.join(map(repr, ON_BROKEN))}, got {on_broken!r}")
+    check_on_broken(on_broken)
     try:
+        inputs = item.inputs()
         given = item.load()
         table = analyze_video(backbone, given.video, given.xy, given.visible, options, progress=progress)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
@@ -53,7 +52,7 @@ def analyze_item(
             raise ValueError(f"video {item.name}: {said}") from error
         write_failure(output, item.name, said)
         return {"name": item.name, "truth": item.truth, "error": said}
-    write_result(output, item.name, table)
+    write_result(output, item.name, table, inputs)
     return {"name": item.name, "truth": item.truth}
 
 

@@ -123,12 +123,7 @@ class Backbone(FrameEncoder):
         """
         given = self.preset.reading.inference_steps if inference_steps is None else inference_steps
         steps = whole_number("inference_steps", given, 1)
-        index = resolved_index("step", step, steps)
-        if index is None:
-            raise ValueError(
-                f"step {step} is outside a schedule of {steps} steps (0 to {steps - 1}, or -{steps} to -1)"
-            )
-        return float(self.schedule(steps)[index])
+        return float(self.schedule(steps)[resolved_index("step", step, steps, f"a schedule of {steps} steps")])
 
     def schedule(self, inference_steps: int) -> torch.Tensor:
         """Timesteps from the noisiest to the cleanest; the pipeline's own scheduler is left as it is."""

@@ -12,10 +12,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import TypedDict
 
 import torch
 
+from corrdit.integrations.components import INDEX_FILE, loaded_models, pipeline_class, read_index
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.backbones.presets import PUBLISHED_MODELS, Preset, checked_preset, published_preset
 from corrdit.integrations.diffusers.backbones.table import FAMILIES
@@ -23,7 +24,6 @@ from corrdit.integrations.diffusers.layouts import Pipeline, layout_of
 
 ENTRY_POINT_GROUP = "corrdit.backbones"
 EMBEDDED = "embedded"
-INDEX_FILE = "model_index.json"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -96,19 +96,39 @@ def _usable_device(device: str | torch.device | None) -> torch.device:
     return usable
 
 
-def available_backbones() -> list[dict[str, Any]]:
+class BackboneRow(TypedDict):
+    """What is known of a model before it is loaded; None for what is not."""
+
+    name: str
+    family: str | None
+    layers: int | None
+    heads: int | None
+    preset: Preset | None
+    source: str
+
+
+def available_backbones() -> list[BackboneRow]:
     """What `load_backbone` takes by name, one row each: name, family, layers, heads, preset and source.
 
     Nothing is downloaded; `layers`, `heads` and `preset` are None where they are only known once loaded.
     """
-    rows: list[dict[str, Any]] = [_embedded_row()]
-    for name, model in PUBLISHED_MODELS.items():
-        row = {"name": name, "family": model.family, "layers": model.layers, "heads": model.heads}
-        rows.append({**row, "preset": model.preset, "source": model.hub_id})
-    for name, point in _third_party().items():
-        row = {"name": name, "family": None, "layers": None, "heads": None}
-        rows.append({**row, "preset": None, "source": f"{point.value} (entry point)"})
-    return rows
+    published = [
+        BackboneRow(
+            name=name,
+            family=model.family,
+            layers=model.layers,
+            heads=model.heads,
+            preset=model.preset,
+            source=model.hub_id,
+        )
+        for name, model in PUBLISHED_MODELS.items()
+    ]
+    others = [_unknown(name, None, f"{point.value} (entry point)") for name, point in _third_party().items()]
+    return [_embedded_row(), *published, *others]
+
+
+def _unknown(name: str, family: str | None, source: str) -> BackboneRow:
+    return BackboneRow(name=name, family=family, layers=None, heads=None, preset=None, source=source)
 
 
 def backbone_of(pipe: Pipeline, *, name: str | None = None, preset: Preset | None = None) -> Backbone:
@@ -129,26 +149,33 @@ def backbone_of(pipe: Pipeline, *, name: str | None = None, preset: Preset | Non
 
 
 def _embedded(device: torch.device, dtype: torch.dtype | None) -> Backbone:
-    from corrdit.integrations.embedded import load_embedded_pipeline, read_preset
+    from corrdit.integrations.embedded import read_preset
 
-    pipe = load_embedded_pipeline(dtype=dtype or torch.float32).to(device)
+    pipe = _embedded_pipeline(device, dtype or torch.float32)
     return backbone_of(pipe, name=EMBEDDED, preset=Preset.from_mapping(read_preset()))
 
 
-def _embedded_row() -> dict[str, Any]:
+def _embedded_pipeline(device: torch.device, dtype: torch.dtype, folder: str | None = None) -> Pipeline:
+    from corrdit.integrations.embedded import load_embedded_pipeline
+
+    with _quiet_loading():
+        pipe: Pipeline = load_embedded_pipeline(folder, dtype=dtype).to(device)
+    return pipe
+
+
+def _embedded_row() -> BackboneRow:
     from corrdit.integrations.embedded.preset import WEIGHTS, read_preset
 
-    row: dict[str, Any] = {"name": EMBEDDED, "family": "cogvideox", "layers": None, "heads": None, "preset": None}
+    row = _unknown(EMBEDDED, "cogvideox", f"missing: {WEIGHTS} holds no weights (corrdit train makes them)")
     if not (WEIGHTS / "model_index.json").is_file():
-        return {**row, "source": f"missing: {WEIGHTS} holds no weights (corrdit train makes them)"}
+        return row
     config = json.loads((WEIGHTS / "transformer" / "config.json").read_text(encoding="utf-8"))
-    row["layers"] = config["num_layers"]
-    preset = Preset.from_mapping(read_preset())
-    return {**row, "heads": config["num_attention_heads"], "preset": preset, "source": "in the package"}
+    row |= {"layers": config["num_layers"], "heads": config["num_attention_heads"], "source": "in the package"}
+    return {**row, "preset": Preset.from_mapping(read_preset())}
 
 
 def _from_entry_point(point: EntryPoint, device: torch.device, dtype: torch.dtype | None) -> Backbone:
-    factory: Callable[..., Any] = point.load()
+    factory: Callable[..., object] = point.load()
     backbone = factory(device=device, dtype=dtype)
     if not isinstance(backbone, Backbone):
         raise ValueError(
@@ -164,16 +191,9 @@ def _from_folder(folder: pathlib.Path, device: torch.device, dtype: torch.dtype 
         raise ValueError(
             f"{folder} holds no diffusers pipeline (no model_index.json); give a folder of save_pretrained"
         )
-    try:
-        index = json.loads(index_file.read_text(encoding="utf-8"))
-        index["_class_name"]
-    except (json.JSONDecodeError, TypeError, KeyError) as error:
-        raise ValueError(f"{index_file} is not a model index as save_pretrained writes it: {error!r}") from error
-    pipe = _load_pipeline(str(folder), index, device, dtype or _default_dtype(str(folder), device))
+    pipe = _load_pipeline(folder, str(folder), device, dtype or _default_dtype(str(folder), device))
     preset_file = folder / "preset.json"
-    preset = None
-    if preset_file.is_file():
-        preset = Preset.from_file(preset_file)
+    preset = Preset.from_file(preset_file) if preset_file.is_file() else None
     return backbone_of(pipe, name=str(folder), preset=preset)
 
 
@@ -185,9 +205,11 @@ def _from_hub(hub_id: str, device: torch.device, dtype: torch.dtype | None) -> B
     if not offline:
         _check_reachable(hub_id)
     try:
-        index_file = hf_hub_download(hub_id, INDEX_FILE, local_files_only=offline)
-        index = json.loads(pathlib.Path(index_file).read_text(encoding="utf-8"))
-        pipe = _load_pipeline(hub_id, index, device, dtype or _default_dtype(hub_id, device), offline=offline)
+        index_file = pathlib.Path(hf_hub_download(hub_id, INDEX_FILE, local_files_only=offline))
+        kind = pipeline_class(hub_id, str(read_index(index_file.parent)["_class_name"]))
+        with _quiet_loading():
+            folder = pathlib.Path(kind.download(hub_id, local_files_only=offline))
+        pipe = _load_pipeline(folder, hub_id, device, dtype or _default_dtype(hub_id, device))
     except OSError as error:
         reason = "offline (HF_HUB_OFFLINE is set) and it is not in the local cache" if offline else str(error)
         raise ValueError(
@@ -220,46 +242,44 @@ def _check_reachable(hub_id: str) -> None:
         ) from error
 
 
-def _load_pipeline(
-    source: str, index: dict[str, Any], device: torch.device, dtype: torch.dtype, offline: bool = True
-) -> Any:
-    import diffusers
-
-    class_name = index["_class_name"]
+def _load_pipeline(folder: pathlib.Path, source: str, device: torch.device, dtype: torch.dtype) -> Pipeline:
+    index = read_index(folder)
+    class_name = str(index["_class_name"])
     if class_name == "EmbeddedVideoPipeline":
-        from corrdit.integrations.embedded import load_embedded_pipeline
-
-        return load_embedded_pipeline(source, dtype=dtype).to(device)
-    if not hasattr(diffusers, class_name):
-        raise ValueError(f"{source} is a {class_name}, which this diffusers ({diffusers.__version__}) does not have")
-    absent = {key: None for key, value in index.items() if isinstance(value, list) and value[0] is None}
+        return _embedded_pipeline(device, dtype, str(folder))
+    kind = pipeline_class(source, class_name)
+    absent = {name: None for name, entry in index.items() if isinstance(entry, list) and entry[0] is None}
+    low_memory = importlib.util.find_spec("accelerate") is not None
     with _quiet_loading():
-        pipe = getattr(diffusers, class_name).from_pretrained(
-            source,
+        pipe = kind.from_pretrained(
+            str(folder),
             torch_dtype=dtype,
-            local_files_only=offline,
-            low_cpu_mem_usage=True if importlib.util.find_spec("accelerate") else None,
+            local_files_only=True,
+            **loaded_models(folder, dtype=dtype, low_cpu_mem_usage=low_memory),
             **absent,
         )
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    placed: Pipeline = pipe.to(device)
+    return placed
 
 
 @contextlib.contextmanager
 def _quiet_loading() -> Iterator[None]:
-    """No progress bar for a pipeline's components; and newer versions of diffusers warn about `torch_dtype`, the only
-    name the older ones know."""
-    from diffusers.utils import logging
+    """No progress bars for a pipeline's components and their weights; and newer versions of diffusers warn about
+    `torch_dtype`, the only name the older ones know."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    shown = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
-        if shown:
-            logging.enable_progress_bar()
+        for library in shown:
+            library.enable_progress_bar()
 
 
 def _default_dtype(source: str, device: torch.device) -> torch.dtype:

@@ -13,7 +13,7 @@ import pathlib
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 from torch import nn
 
@@ -21,6 +21,9 @@ from corrdit.files import written_beside
 from corrdit.integrations.diffusers.layouts import config_of, layout_of
 from corrdit.integrations.diffusers.transfer_settings import TransferSettings, changed_settings
 from corrdit.tracking.options import PUBLISHED_TRACKING, ReadingPreset, TrackerOptions, changed_options
+
+Entries: TypeAlias = Mapping[str, Any]
+"""Of a preset.json, or of one of its sections, by name."""
 
 CALIBRATED = "calibrated: "
 """How the source of settings begins that `corrdit calibrate` chose."""
@@ -80,14 +83,14 @@ class Preset:
     def __init__(
         self,
         reading: ReadingPreset | int | None = None,
-        tracking: TrackerOptions | Mapping[str, Any] | None = None,
+        tracking: TrackerOptions | Entries | None = None,
         guidance: GuidancePreset | None = None,
         transfer: TransferSettings | None = None,
         source: str = "given",
         **flat: Any,
     ) -> None:
         if flat or not isinstance(reading, ReadingPreset):
-            _warn(f"Preset({', '.join(flat) or 'layer'})", "Preset(ReadingPreset(...), ...)", level=3)
+            _warn(f"Preset({', '.join(flat) or 'layer'})", "Preset(ReadingPreset(...), ...)")
             known = {} if not isinstance(reading, ReadingPreset) else dataclasses.asdict(reading)
             given = {"layer": reading, **flat} if isinstance(reading, int) else {**known, **flat}
             if "guidance_layers" in given:
@@ -101,15 +104,15 @@ class Preset:
         for field, part in zip(fields(self), parts, strict=True):
             object.__setattr__(self, field.name, part)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         if name == "guidance_layers":
-            home, value = "guidance.layers", self.guidance.layers
+            part, attribute = "guidance", "layers"
         elif name in _READING:
-            home, value = f"reading.{name}", getattr(self.reading, name)
+            part, attribute = "reading", name
         else:
             raise AttributeError(f"a Preset has no {name!r}")
-        _warn(f"Preset.{name}", f"Preset.{home}", level=3)
-        return value
+        _warn(f"Preset.{name}", f"Preset.{part}.{attribute}")
+        return getattr(getattr(self, part), attribute)
 
     @property
     def calibrated(self) -> bool:
@@ -130,7 +133,7 @@ class Preset:
     def described(self) -> dict[str, Any]:
         """The contents of a preset.json."""
         tracking = _changes(self.tracking, TrackerOptions())
-        sections: dict[str, Any] = {
+        sections: dict[str, object] = {
             "tracking": tracking and {"layers": self.tracking.layers, **tracking},
             "guidance": _changes(self.guidance, GuidancePreset()),
         }
@@ -138,8 +141,7 @@ class Preset:
             blocks = self.transfer.blocks
             sections["transfer"] = {"blocks": blocks, **_changes(self.transfer, TransferSettings(blocks))}
         values = {**dataclasses.asdict(self.reading), "source": self.source, **sections}
-        plain: dict[str, Any] = json.loads(json.dumps(values))
-        return plain
+        return dict(json.loads(json.dumps(values)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a preset.json, beside and then renamed."""
@@ -176,7 +178,7 @@ class Preset:
             raise ValueError(f"{os.fspath(path)} is not a preset that can be used: {error}") from error
 
     @classmethod
-    def from_mapping(cls, values: Mapping[str, Any]) -> Preset:
+    def from_mapping(cls, values: Entries) -> Preset:
         """From the contents of a preset.json; entries this version does not know are left alone.
 
         Raises:
@@ -204,17 +206,20 @@ class Preset:
 _READING = tuple(field.name for field in fields(ReadingPreset))
 
 
-def _warn(old: str, new: str, level: int) -> None:
+def _warn(old: str, new: str) -> None:
     message = f"{old} is now {new}; the old spelling goes in corrdit 0.3"
-    warnings.warn(message, DeprecationWarning, stacklevel=level + 1)
+    warnings.warn(message, DeprecationWarning, stacklevel=3)
 
 
-def _changes(part: Any, default: Any) -> dict[str, Any]:
+Part = TypeVar("Part", TrackerOptions, GuidancePreset, TransferSettings)
+
+
+def _changes(part: Part, default: Part) -> dict[str, object]:
     values, defaults = dataclasses.asdict(part), dataclasses.asdict(default)
     return {name: value for name, value in values.items() if value != defaults[name]}
 
 
-def _guidance(values: Mapping[str, Any]) -> GuidancePreset:
+def _guidance(values: Entries) -> GuidancePreset:
     given = {"layers": values.get("guidance_layers"), **(values.get("guidance") or {})}
     layers = given["layers"]
     whole = isinstance(layers, (list, tuple)) and layers and all(type(layer) is int for layer in layers)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ import torch
 
 from corrdit.arguments import whole_number
 from corrdit.files import written_beside
+from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.guidance.cross_attention import CrossAttentionGuidance
 from corrdit.integrations.diffusers.layouts import Pipeline
 
@@ -83,7 +83,7 @@ def checked_rate(fps: float) -> float:
 
 
 def generate(
-    pipe: Pipeline,
+    model: Backbone | Pipeline,
     prompt: str,
     seed: int,
     call: Mapping[str, object] | None = None,
@@ -93,7 +93,7 @@ def generate(
     """Generate a video, and where guidance is asked for the one without it from the same noise.
 
     Args:
-        pipe: a diffusers video pipeline.
+        model: a backbone, whose preset says how it is guided, or a diffusers video pipeline.
         prompt: for it.
         seed: of the noise, which is drawn on the CPU, so that it is the same on every device.
         call: further arguments of the pipeline's call (not those of `SET_FOR_EVERY_VIDEO`).
@@ -103,11 +103,12 @@ def generate(
     Raises:
         ValueError: what the pipeline's call does not take, or what the guidance refuses.
     """
+    pipe = model.pipe if isinstance(model, Backbone) else model
     check_generation(pipe, call or {})
     arguments = {**(call or {}), "prompt": prompt, "output_type": "np"}
     if guidance is None:
         return GeneratedVideo(prompt, seed, _frames(pipe, arguments, seed), sample=sample)
-    with CrossAttentionGuidance(pipe, **guidance):
+    with CrossAttentionGuidance(model, **guidance):
         video = _frames(pipe, arguments, seed)
     return GeneratedVideo(prompt, seed, video, _frames(pipe, arguments, seed), sample)
 
@@ -120,17 +121,14 @@ def side_by_side(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return np.concatenate([left, gap, right], axis=2)
 
 
-def write_generated(
-    folder: str | os.PathLike[str], generated: GeneratedVideo, *, fps: float, details: Mapping[str, object]
-) -> list[Path]:
-    """Write one result into an existing folder: `video.mp4`, `generation.json`, and with guidance `plain.mp4` and
-    `side_by_side.mp4` (without guidance on the left). `generation.json` comes last.
+def write_generated(folder: str | os.PathLike[str], generated: GeneratedVideo, *, fps: float) -> list[Path]:
+    """Write the videos of one result into an existing folder: `video.mp4`, and with guidance `plain.mp4` and
+    `side_by_side.mp4` (without guidance on the left).
 
     Args:
         folder: must exist.
         generated: what to write.
         fps: frames per second.
-        details: kept in `generation.json` beside prompt, seed and size.
 
     Returns:
         The files.
@@ -143,10 +141,12 @@ def write_generated(
         videos |= {PLAIN_FILE: generated.plain, BOTH_FILE: side_by_side(generated.plain, generated.video)}
     for name, frames in videos.items():
         write_video(place / name, frames, fps)
-    facts = {"prompt": generated.prompt, "seed": generated.seed, "shape": list(generated.video.shape), "fps": fps}
-    with written_beside(place / DETAILS_FILE, "w") as file:
-        json.dump({**facts, **details}, file, indent=2)
-    return [place / name for name in (*videos, DETAILS_FILE)]
+    return [place / name for name in videos]
+
+
+def generation_facts(generated: GeneratedVideo, fps: float) -> dict[str, object]:
+    """Prompt, seed, shape and rate of a result, for `generation.json`."""
+    return {"prompt": generated.prompt, "seed": generated.seed, "shape": list(generated.video.shape), "fps": fps}
 
 
 def vbench_name(prompt: str, sample: int) -> str:

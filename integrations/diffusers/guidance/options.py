@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from corrdit.arguments import choice, whole_indices, whole_number
+from corrdit.arguments import choice, resolved_index, whole_indices, whole_number
 from corrdit.integrations.diffusers.guidance.perturbations import AttentionFunction, frame_local, identity_attention
 from corrdit.integrations.diffusers.layouts import config_of
 from corrdit.ops.backends import BACKENDS
@@ -89,13 +89,8 @@ def checked_layers(layers: int | Iterable[int], count: int, model: str) -> tuple
         ValueError: none, a repeated one, not a whole number, or outside the model.
     """
     given = whole_indices("layers", layers)
-    for layer in given:
-        if not -count <= layer < count:
-            raise ValueError(
-                f"layer {layer} is outside {model}, which has {count} attention layers (0 to {count - 1}, or -{count} "
-                "to -1 from the last)"
-            )
-    resolved = sorted({layer % count for layer in given})
+    among = f"{model}, which has {count} attention layers"
+    resolved = sorted({resolved_index("layer", layer, count, among) for layer in given})
     if len(resolved) != len(given):
         raise ValueError(f"layers {given} names a layer of {model} twice")
     return tuple(resolved)

@@ -13,7 +13,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
 
@@ -44,7 +44,7 @@ class AttentionCall:
     key: Tensor
     value: Tensor
     args: tuple[object, ...] = ()
-    kwargs: Mapping[str, object] | None = None
+    kwargs: Mapping[str, object] = field(default_factory=dict)
     dispatched: bool = False
 
     def changed(self, query: Tensor, key: Tensor, value: Tensor) -> AttentionCall:
@@ -53,8 +53,20 @@ class AttentionCall:
 
     def masked(self, mask: Tensor | None) -> AttentionCall:
         """The same call with another mask, `[B, H, N, N]` or broadcastable to it."""
-        kwargs = {**dict(zip(OPTIONS, self.args, strict=False)), **(self.kwargs or {}), "attn_mask": mask}
+        kwargs = {**dict(zip(OPTIONS, self.args, strict=False)), **self.kwargs, "attn_mask": mask}
         return AttentionCall(self.query, self.key, self.value, (), kwargs, self.dispatched)
+
+    def as_attended(self) -> AttentionCall:
+        """The same call with query, key and value as attention computes with them: under autocast in its dtype.
+
+        A model may give some of them in float32, such as rotated queries, and leave the cast to attention.
+        """
+        kind = self.query.device.type
+        if not torch.is_autocast_enabled(kind):
+            return self
+        dtype = torch.get_autocast_dtype(kind)
+        wide = torch.float64
+        return self.changed(*(t if t.dtype == wide else t.to(dtype) for t in (self.query, self.key, self.value)))
 
     @property
     def mask(self) -> Tensor | None:
@@ -87,7 +99,7 @@ class AttentionCall:
 
     def _option(self, name: str) -> Any:
         index = OPTIONS.index(name)
-        return self.args[index] if len(self.args) > index else (self.kwargs or {}).get(name)
+        return self.args[index] if len(self.args) > index else self.kwargs.get(name)
 
 
 Attention = Callable[[AttentionCall], Tensor]
@@ -218,27 +230,22 @@ def calls_dispatcher(processor_class: type) -> bool:
 
 
 def _answered(
-    function: Callable[..., Tensor], interceptors: Iterable[Interceptor], dispatched: bool, *args: Any, **kwargs: Any
+    function: Callable[..., Tensor], interceptors: Interceptors, dispatched: bool, *args: Any, **kwargs: Any
 ) -> Tensor:
     """A call of attention, as the interceptors have it; the dispatcher's tensors are `[B, N, H, D]`."""
     tensors = [args[index] if len(args) > index else kwargs.pop(name) for index, name in enumerate(_TENSORS)]
     query, key, value = [tensor.transpose(1, 2) for tensor in tensors] if dispatched else tensors
-    attention: Attention = functools.partial(_computed, function)
-    for interceptor in reversed(tuple(interceptors)):
-        attention = functools.partial(_through, interceptor, attention)
-    output = attention(AttentionCall(query, key, value, args[3:], kwargs, dispatched))
+    output = _computed(function, interceptors, AttentionCall(query, key, value, args[3:], kwargs, dispatched))
     return output.transpose(1, 2) if dispatched else output
 
 
-def _through(interceptor: Interceptor, attention: Attention, call: AttentionCall) -> Tensor:
-    return interceptor(call, attention)
-
-
-def _computed(function: Callable[..., Tensor], call: AttentionCall) -> Tensor:
+def _computed(function: Callable[..., Tensor], interceptors: Interceptors, call: AttentionCall) -> Tensor:
+    if interceptors:
+        return interceptors[0](call, functools.partial(_computed, function, interceptors[1:]))
     tensors = (call.query, call.key, call.value)
     if not call.dispatched:
-        return function(*tensors, *call.args, **(call.kwargs or {}))
-    output = function(*(tensor.transpose(1, 2) for tensor in tensors), *call.args, **(call.kwargs or {}))
+        return function(*tensors, *call.args, **call.kwargs)
+    output = function(*(tensor.transpose(1, 2) for tensor in tensors), *call.args, **call.kwargs)
     return output.transpose(1, 2)
 
 

@@ -26,7 +26,6 @@ class PipelineSteps:
         self._schedule: object = None
         self._marker: object = None
         self.guided = False
-        self.runs = 0
         self.step = -1
         self.call = -1
 
@@ -44,7 +43,6 @@ class PipelineSteps:
         schedule = self._pipe.scheduler.timesteps
         if schedule is not self._schedule:
             self._schedule, self._marker, self.step = schedule, None, -1
-            self.runs += 1
             # CogVideoX decides once and with dynamic guidance then overwrites the scale, so it is read before.
             self.guided = _uses_guidance(self._pipe)
         marker = getattr(self._pipe, "_current_timestep", None)
@@ -71,7 +69,6 @@ class TransformerSteps:
     """Steps of a bare transformer: each distinct timestep, in the order of calls."""
 
     count: int | None = None
-    runs = 1
     guided = True
 
     def __init__(self) -> None:

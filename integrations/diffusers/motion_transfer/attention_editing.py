@@ -1,9 +1,16 @@
-"""Changing queries, keys and values between the stock processor's projections and its attention."""
+"""Changing queries, keys and values between the stock processor's projections and its attention.
+
+Injection puts keys and values of the reference in place of the new video's, in chosen blocks, as DiTFlow's released
+code does at guided steps: the reference is noised to the step with the run's own initial noise and passed with the
+target prompt; keys and values of its video tokens then stand in for those of every branch.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,10 +18,21 @@ from torch.nn import Module
 
 from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.compatibility import check_processor
-from corrdit.integrations.diffusers.host.attention import DelegatingProcessor, Interceptor, Interceptors
+from corrdit.integrations.diffusers.host.attention import (
+    Attention,
+    AttentionCall,
+    DelegatingProcessor,
+    Interceptor,
+    Interceptors,
+    processors_wrapped,
+)
+from corrdit.integrations.diffusers.host.forwards import EarlyExit, leaving_after
+from corrdit.integrations.diffusers.layouts import TransformerLayout
 
 ROTARY_ARGUMENTS = ("image_rotary_emb", "rotary_emb")
 """What processors call the rotary tables they are given."""
+KeysValues = dict[int, tuple[Tensor, Tensor]]
+"""Keys and values of the video tokens, `[1, H, F * S, D]` each, by layer."""
 
 
 class EditingProcessor(DelegatingProcessor):
@@ -32,18 +50,20 @@ class EditingProcessor(DelegatingProcessor):
         super().__init__(inner)
         self._edit = edit
         self._rotary = rotary
-        self._rotary_position = None if rotary is None else _rotary_position(type(inner))
+        names = list(inspect.signature(type(inner).__call__).parameters)  # type: ignore[operator]
+        # Name, and position behind the attention module.
+        self._tables = [(name, names.index(name) - 2) for name in ROTARY_ARGUMENTS if name in names]
 
     def call(self, interceptors: Interceptors, attn: Module, /, *args: object, **kwargs: object) -> object:
         """The inner processor's output, from edited queries, keys and values."""
-        if self._rotary is not None and self._rotary_position is not None:
-            name, position = self._rotary_position
-            if kwargs.get(name) is not None:
-                self._rotary(kwargs[name])
-                kwargs = {**kwargs, name: None}
-            elif len(args) > position and args[position] is not None:
-                self._rotary(args[position])
-                args = (*args[:position], None, *args[position + 1 :])
+        if self._rotary is not None:
+            for name, position in self._tables:
+                if kwargs.get(name) is not None:
+                    self._rotary(kwargs[name])
+                    kwargs = {**kwargs, name: None}
+                elif len(args) > position and args[position] is not None:
+                    self._rotary(args[position])
+                    args = (*args[:position], None, *args[position + 1 :])
         return self.delegated((self._edit, *interceptors), attn, *args, **kwargs)
 
 
@@ -65,7 +85,52 @@ def video_part(tensor: Tensor, grid: TokenGrid) -> Tensor:
     return tensor[:, :, start : start + grid.video_tokens]
 
 
-def _rotary_position(processor_class: type) -> tuple[str, int] | None:
-    """Name and position, behind the attention module, of the rotary tables among a processor's arguments."""
-    names = list(inspect.signature(processor_class.__call__).parameters)  # type: ignore[operator]
-    return next(((name, names.index(name) - 2) for name in ROTARY_ARGUMENTS if name in names), None)
+@dataclass
+class _Reading:
+    """Keeps the keys and values of the video tokens; one for each layer, so that a compiled block serves them all."""
+
+    grid: TokenGrid
+    leave: bool
+    found: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, call: AttentionCall, attention: Attention) -> Tensor:
+        self.found = (video_part(call.key, self.grid).clone(), video_part(call.value, self.grid).clone())
+        if self.leave:
+            raise EarlyExit
+        return attention(call)
+
+
+@torch.no_grad()
+def keys_values_of(
+    transformer: Module,
+    layout: TransformerLayout,
+    arguments: Mapping[str, object],
+    grid: TokenGrid,
+    layers: tuple[int, ...],
+) -> KeysValues:
+    """Keys and values of one forward, which ends after the last of the layers."""
+    modules = layout.attention_modules(transformer)
+    with leaving_after(transformer, layout, max(layers)) as leave:
+        readings = {layer: _Reading(grid, leave and layer == max(layers)) for layer in layers}
+        with processors_wrapped(modules, layers, lambda layer, inner: EditingProcessor(inner, readings[layer])):
+            transformer(**arguments)
+    return {layer: reading.found for layer, reading in readings.items() if reading.found is not None}
+
+
+@contextlib.contextmanager
+def injected(transformer: Module, layout: TransformerLayout, grid: TokenGrid, stored: KeysValues) -> Iterator[None]:
+    """Inside the block, the layers attend to the stored keys and values in place of their own video tokens'."""
+
+    def replacing(layer: int, inner: object) -> EditingProcessor:
+        keys, values = stored[layer]
+
+        def replace(call: AttentionCall, attention: Attention) -> Tensor:
+            own = (call.key.shape[0], -1, -1, -1)
+            k = joined_with_text(keys.expand(own).to(call.key), call.key, grid)
+            v = joined_with_text(values.expand(own).to(call.value), call.value, grid)
+            return attention(call.changed(call.query, k, v))
+
+        return EditingProcessor(inner, replace)
+
+    with processors_wrapped(layout.attention_modules(transformer), stored, replacing):
+        yield

@@ -22,8 +22,8 @@ from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.host.forwards import Arguments, Forward, frozen, replaced_forward, transformers_of
 from corrdit.integrations.diffusers.host.steps import PipelineSteps, branches_of, rows_of
 from corrdit.integrations.diffusers.layouts import ForwardCall, forward_arguments
+from corrdit.integrations.diffusers.motion_transfer.attention_editing import KeysValues, injected, keys_values_of
 from corrdit.integrations.diffusers.motion_transfer.embeddings import PositionalTables, positional_tables
-from corrdit.integrations.diffusers.motion_transfer.injection import KeysValues, injected, keys_values_of
 from corrdit.integrations.diffusers.motion_transfer.methods import method_of
 from corrdit.integrations.diffusers.motion_transfer.observation import (
     attention_observed,

@@ -143,11 +143,3 @@ _METHODS: dict[str, type[MotionMethod]] = {
 def method_of(settings: TransferSettings) -> MotionMethod | None:
     """The method of the settings; None where nothing is optimised."""
     return _METHODS[settings.method](settings) if settings.method in _METHODS else None
-
-
-def reference_flow(
-    q: Tensor, k: Tensor, grid: TokenGrid, key_mask: Tensor | None, settings: TransferSettings
-) -> Tensor:
-    """Hard displacement between all frames, int64 `[F, F, h, w, 2]`, for pictures and tables."""
-    with torch.no_grad():
-        return ops.hard_displacement(q, k, grid, heads=settings.heads, key_mask=key_mask, backend=settings.backend)[0]

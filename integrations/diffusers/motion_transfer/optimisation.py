@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +15,11 @@ from corrdit.integrations.diffusers.transfer_settings import TransferSettings
 LARGEST_LOSS_SCALE = 2.0**16
 """Where loss scaling for half precision begins, as `torch.amp.GradScaler` does."""
 
+OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+}
 Leaves = dict[str, Tensor]
 LossFunction = Callable[[Leaves], Tensor]
 
@@ -76,8 +82,11 @@ def optimised(
     Raises:
         DivergedError: a loss, a gradient or a result that is not finite.
     """
-    leaves = {name: _leaf(value) for name, value in start.items()}
-    optimiser = _optimiser(list(leaves.values()), settings, step)
+    leaves = {
+        name: value.detach().to(torch.promote_types(value.dtype, torch.float32), copy=True).requires_grad_(True)
+        for name, value in start.items()
+    }
+    optimiser = OPTIMISERS[settings.optimizer](leaves.values(), lr=settings.rate(step))
     again = step % settings.gradient_interval != 0 and bool(memory.gradients)
     losses: list[float] = []
     for _ in range(settings.optimisation_steps):
@@ -100,6 +109,17 @@ def optimised(
     if settings.gradient_interval == 1:
         memory.gradients = {}
     return {name: leaf.detach() for name, leaf in leaves.items()}, losses
+
+
+@contextlib.contextmanager
+def _nothing_cast_kept() -> Iterator[None]:
+    """Inside, autocast casts anew every time: a kept cast of a leaf would outlive the step that changes the leaf."""
+    kept = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(kept)
 
 
 def _finite(tensors: Leaves) -> bool:
@@ -127,27 +147,14 @@ def _gradients(
     """Loss and gradients; in half precision the scale of the loss falls until the gradients fit."""
     while True:
         scale = memory.loss_scale if half_precision else 1.0
-        with torch.enable_grad():
+        with torch.enable_grad(), _nothing_cast_kept():
             loss = loss_of(leaves)
             value = float(loss.detach())
             if not math.isfinite(value):
                 return value, {}
-            found = torch.autograd.grad(loss * scale, list(leaves.values()))
+            with torch.autocast(loss.device.type, enabled=False):  # the backward pass has the precision of the forward
+                found = torch.autograd.grad(loss * scale, list(leaves.values()))
         gradients = {name: gradient / scale for name, gradient in zip(leaves, found, strict=True)}
         if scale <= 1 or all(bool(torch.isfinite(gradient).all()) for gradient in gradients.values()):
             return value, gradients
         memory.loss_scale = scale / 2
-
-
-def _leaf(value: Tensor) -> Tensor:
-    dtype = torch.promote_types(value.dtype, torch.float32)
-    return value.detach().to(dtype, copy=True).requires_grad_(True)
-
-
-def _optimiser(leaves: list[Tensor], settings: TransferSettings, step: int) -> torch.optim.Optimizer:
-    kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {
-        "adam": torch.optim.Adam,
-        "adamw": torch.optim.AdamW,
-        "sgd": torch.optim.SGD,
-    }
-    return kinds[settings.optimizer](leaves, lr=settings.rate(step))

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from corrdit import ops
 from corrdit.arguments import whole_number
 from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.backbones.base import Backbone
-from corrdit.integrations.diffusers.host.forwards import Arguments
 from corrdit.integrations.diffusers.layouts import forward_arguments
-from corrdit.integrations.diffusers.motion_transfer.methods import MotionMethod, method_of, reference_flow
+from corrdit.integrations.diffusers.motion_transfer.methods import method_of
 from corrdit.integrations.diffusers.motion_transfer.observation import attention_observed, features_observed
 from corrdit.integrations.diffusers.processors import Operation
 from corrdit.integrations.diffusers.transfer_settings import TransferSettings
@@ -133,7 +133,8 @@ def reference_motion(backbone: Backbone, frames: np.ndarray, settings: TransferS
     reference = ReferenceMotion(frames=frames, latents=latents, grid=call.grid)
 
     def flow(q: Tensor, k: Tensor, grid: TokenGrid, key_mask: Tensor | None) -> Tensor:
-        return reference_flow(q, k, grid, key_mask, settings)
+        heads, backend = settings.heads, settings.backend
+        return ops.hard_displacement(q, k, grid, heads=heads, key_mask=key_mask, backend=backend)[0]
 
     method = method_of(settings)
     operations: dict[str, Operation] = {"flow": flow}
@@ -141,8 +142,12 @@ def reference_motion(backbone: Backbone, frames: np.ndarray, settings: TransferS
         operations["wanted"] = method.reference_of_attention
     observed = attention_observed(transformer, arguments, dict.fromkeys(settings.blocks, operations))
     reference.flows = {block: results["flow"].cpu() for block, results in observed.items()}
-    if method is not None:
-        reference.wanted = _wanted(backbone, method, settings, arguments, call.grid, observed)
+    if method is not None and method.reads == "attention":
+        reference.wanted = {block: results["wanted"] for block, results in observed.items()}
+    elif method is not None:
+        # They are compared with those of the transformer that denoises the noisy steps, so they are read from it.
+        keep, blocks = method.reference_of_features, settings.blocks
+        reference.wanted = features_observed(backbone.transformer, layout, arguments, call.grid, keep, blocks)
     return reference
 
 
@@ -160,27 +165,6 @@ def codec_latents(backbone: Backbone, latents: Tensor) -> Tensor:
     joined = backbone.frames_per_token
     latents = latents.to(device=backbone.device, dtype=backbone.dtype)
     return latents.reshape(1, frames * joined, -1, height, width)
-
-
-def _wanted(
-    backbone: Backbone,
-    method: MotionMethod,
-    settings: TransferSettings,
-    arguments: Arguments,
-    grid: TokenGrid,
-    observed: dict[int, dict[str, Any]],
-) -> dict[int, Any]:
-    if method.reads == "attention":
-        return {block: results["wanted"] for block, results in observed.items()}
-    # Features are compared with those of the transformer that denoises the noisy steps, so they are read from it.
-    return features_observed(
-        backbone.transformer,
-        backbone.layout(),
-        arguments,
-        grid,
-        method.reference_of_features,
-        settings.blocks,
-    )
 
 
 def _at_length(backbone: Backbone, frames: Tensor, num_frames: int | None) -> Tensor:

@@ -10,9 +10,11 @@ import numpy as np
 import torch
 
 from corrdit.arguments import whole_number
+from corrdit.array_files import content_digest
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.backbones.loading import backbone_of
 from corrdit.integrations.diffusers.backbones.presets import published_preset
+from corrdit.integrations.diffusers.fingerprint import weights_fingerprint
 from corrdit.integrations.diffusers.host.forwards import Arguments
 from corrdit.integrations.diffusers.layouts import Pipeline
 from corrdit.integrations.diffusers.motion_transfer.guided_run import GuidedRun, StepReport
@@ -22,7 +24,6 @@ from corrdit.integrations.diffusers.motion_transfer.reference import (
     reference_motion,
 )
 from corrdit.integrations.diffusers.motion_transfer.result import TransferResult
-from corrdit.integrations.diffusers.motion_transfer.run_fingerprint import fingerprint
 from corrdit.integrations.diffusers.motion_transfer.run_state import RunState
 from corrdit.integrations.diffusers.motion_transfer.stored import StoredMotion
 from corrdit.integrations.diffusers.transfer_settings import (
@@ -30,6 +31,7 @@ from corrdit.integrations.diffusers.transfer_settings import (
     changed_settings,
     resolved_blocks,
 )
+from corrdit.surroundings import ordinary_defaults
 from corrdit.video.frames import VideoLike
 
 Reference: TypeAlias = VideoLike
@@ -98,6 +100,7 @@ class MotionTransfer:
         self.backbone = backbone
         self.settings = changed_settings(chosen, resolved)
 
+    @ordinary_defaults()
     def __call__(
         self,
         reference: Reference | None,
@@ -165,6 +168,7 @@ class MotionTransfer:
             os.remove(state_file)
         return result
 
+    @ordinary_defaults()
     def reference_motion(
         self,
         reference: Reference,
@@ -250,10 +254,10 @@ class MotionTransfer:
         further: Arguments,
     ) -> RunState:
         """The state a run begins at: that of the file, or a new one."""
-        model = (self.backbone.name, str(self.backbone.dtype))
+        model = (self.backbone.name, weights_fingerprint(self.backbone.pipe))
         frames = None if prepared is None else prepared.frames
         stored = None if motion is None else (motion.kind, motion.tensors)
-        own = fingerprint(model, prompt, seed, size, self.settings.described(), frames, stored, further)
+        own = content_digest(model, prompt, seed, size, self.settings.described(), frames, stored, further)
         if file is None or not os.path.exists(file):
             return RunState(own)
         return RunState.load(file, own, self.backbone.device)

@@ -5,7 +5,6 @@ import json
 import logging
 import pathlib
 import re
-import tempfile
 from datetime import timedelta
 
 import lightning
@@ -15,12 +14,13 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, Timer
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 from corrdit.arguments import whole_number
-from corrdit.files import refuse_other_settings
+from corrdit.files import OutputFolder
 from corrdit.integrations.embedded.pipeline import build_pipeline
 from corrdit.integrations.embedded.preset import PRESET_FILE
 from corrdit.integrations.embedded.training.model_card import Json, model_card
 from corrdit.integrations.embedded.training.module import EmbeddedTraining, TrainingConfig, WorldDataModule
 from corrdit.memory import is_out_of_memory
+from corrdit.runs import refuse_other_settings
 
 _LOG = logging.getLogger(__name__)
 _CHECKPOINTS = "checkpoints"
@@ -261,16 +261,11 @@ def export_checkpoint(
         )
     parameters = sum(weight.numel() for weight in module.average.parameters())
     card = model_card(dict(module.hparams), steps, parameters, measured=measured, notes=notes)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
-        fresh = pathlib.Path(work) / "pipeline"
+    with OutputFolder(folder, whole=True) as fresh:
         pipe.save_pretrained(str(fresh), safe_serialization=True)
         (fresh / "README.md").write_text(card, encoding="utf-8")
         if preset is not None:
             (fresh / PRESET_FILE).write_text(json.dumps(dict(preset), indent=2) + "\n", encoding="utf-8")
         for file in fresh.rglob("*.safetensors"):
             file.chmod(0o644)
-        if folder.exists():
-            folder.replace(pathlib.Path(work) / "replaced")
-        fresh.replace(folder)
     return folder

@@ -3,35 +3,39 @@
 `"device"`: everything on the process's device. `"offload"`: diffusers' model offloading, which keeps text encoder,
 transformer and codec in the computer's memory and moves each to the device while it runs. `"offload_layers"`:
 diffusers' sequential offloading, the same for every layer; slow, and needs the least. `"shards"`: accelerate spreads
-the transformer's blocks over all GPUs that one process sees (one process a machine: `--trainer.devices 1`).
+the transformer's blocks over all GPUs that one process sees (one process a machine: `--processes 1`).
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
+
+from corrdit.integrations.diffusers.backbones import loading
+from corrdit.integrations.diffusers.backbones.base import Backbone
+from corrdit.integrations.diffusers.backbones.presets import Preset, checked_preset
 
 PLACEMENTS = ("device", "offload", "offload_layers", "shards")
 
 
 def placed_backbone(
-    model: Any,
+    model: str | os.PathLike[str] | Backbone,
     *,
     device: torch.device,
-    dtype: str | None,
+    dtype: torch.dtype | str | None,
     placement: str,
-    preset: Any = None,
-    on_loaded: Callable[[Any], None] | None = None,
-) -> Any:
+    preset: Preset | str | None = None,
+    on_loaded: Callable[[Backbone], None] | None = None,
+) -> Backbone:
     """A backbone, loaded where it is not loaded already, with its parts where they run.
 
     Args:
         model: for `corrdit.load_backbone`, or a backbone, which is left where it is.
         device: of the process.
-        dtype: name of a type of torch; None for the model's own (bfloat16 where parts are offloaded or spread).
+        dtype: a type of torch or its name; None for the model's own (bfloat16 where parts are offloaded or spread).
         placement: one of `PLACEMENTS`.
         preset: for `corrdit.load_backbone`.
         on_loaded: called with the backbone while all its weights are in memory.
@@ -40,37 +44,49 @@ def placed_backbone(
         ValueError: what `load_backbone` refuses, a placement that needs a GPU where there is none, or a backbone that
             is loaded already and should be placed.
     """
-    told = on_loaded or (lambda backbone: None)
+    name = named_dtype(dtype)
+    precision: torch.dtype | None = None if name is None else getattr(torch, name)
     if not isinstance(model, (str, os.PathLike)):
         if placement != "device":
             raise ValueError(
                 f"placement={placement!r} is for a model that is loaded by name; this one is loaded already"
             )
-        told(model)
-        return model
-    from corrdit.integrations.diffusers.backbones.loading import load_backbone
-
-    precision = None if dtype is None else getattr(torch, dtype)
-    if placement == "device":
-        backbone = load_backbone(model, device=device, dtype=precision, preset=preset)
-        told(backbone)
-        return backbone
-    if device.type == "cpu":
+        backbone = model
+    elif placement == "device":
+        backbone = loading.load_backbone(model, device=device, dtype=precision, preset=preset)
+    elif device.type == "cpu":
         raise ValueError(f"placement={placement!r} moves parts of the model to a GPU, and this process has none")
-    backbone = load_backbone(model, device="cpu", dtype=precision or torch.bfloat16, preset=preset)
-    told(backbone)
-    place(backbone.pipe, placement, device)
+    else:
+        backbone = loading.load_backbone(model, device="cpu", dtype=precision or torch.bfloat16, preset=preset)
+    if on_loaded is not None:
+        on_loaded(backbone)
+    if placement != "device":
+        place(backbone.pipe, placement, device)
     return backbone
 
 
-def preset_for_loading(model: Any, preset: Any) -> Any:
+def named_dtype(dtype: torch.dtype | str | None) -> str | None:
+    """The name of a type of torch, such as "bfloat16"; None for None.
+
+    Raises:
+        ValueError: no such type.
+    """
+    if dtype is None:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    if not isinstance(getattr(torch, name, None), torch.dtype):
+        raise ValueError(f"dtype must be the name of a type of torch such as 'bfloat16', or the type, got {dtype!r}")
+    return name
+
+
+def preset_for_loading(
+    model: str | os.PathLike[str] | Backbone, preset: Preset | str | os.PathLike[str] | None
+) -> Preset | str | None:
     """What `load_backbone` is given to load a model with: a `Preset`, "published", or None for the model's own.
 
     Raises:
         FileNotFoundError, ValueError: a file that is not there or holds no preset, or a model that is loaded already.
     """
-    from corrdit.integrations.diffusers.backbones.presets import checked_preset
-
     if preset is None:
         return None
     if not isinstance(model, (str, os.PathLike)):
@@ -80,7 +96,7 @@ def preset_for_loading(model: Any, preset: Any) -> Any:
     return checked_preset(preset)
 
 
-def place(pipe: Any, placement: str, device: torch.device) -> None:
+def place(pipe: DiffusionPipeline, placement: str, device: torch.device) -> None:
     """Put the parts of a pipeline that lies in the computer's memory where they run."""
     if placement == "offload":
         pipe.enable_model_cpu_offload(device=device)
@@ -93,7 +109,7 @@ def place(pipe: Any, placement: str, device: torch.device) -> None:
         spread(transformer, available_memory())
 
 
-def spread(transformer: torch.nn.Module, memory: dict[Any, int]) -> None:
+def spread(transformer: torch.nn.Module, memory: dict[int | str, int]) -> None:
     """Put the blocks of a transformer, none of them divided, on devices that have so many bytes each."""
     from accelerate import dispatch_model, infer_auto_device_map
     from accelerate.utils import get_balanced_memory
@@ -104,6 +120,6 @@ def spread(transformer: torch.nn.Module, memory: dict[Any, int]) -> None:
     dispatch_model(transformer, infer_auto_device_map(transformer, max_memory=balanced, **kept))
 
 
-def available_memory() -> dict[Any, int]:
+def available_memory() -> dict[int | str, int]:
     """Free bytes of every GPU this process sees."""
     return {index: torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())}
