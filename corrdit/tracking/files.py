@@ -142,4 +142,4 @@ def write_track_results(
             style=TrackStyle(trail=trail),
             progress=progress,
         )
-    tracks.save(folder / RESULT_FILE, queries=queries)
+    tracks.save(folder / RESULT_FILE, queries=queries, hdr=video.info.hdr)

@@ -14,6 +14,8 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 
+from corrdit import Tracks
+from corrdit.tracking.files import write_track_results
 from corrdit.video import StreamedVideo, iterate_frames, probe_video, read_video, write_video
 
 UNIT = 1 << 16
@@ -289,3 +291,16 @@ def test_frames_without_numbers_are_frames(tmp_path: Path) -> None:
     for name, grey in (("a", 1), ("b", 2), ("last", 3)):
         imageio.imwrite(tmp_path / f"{name}.png", np.full((8, 8, 3), grey, np.uint8))
     assert read_video(tmp_path).frames[:, 0, 0, 0].tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("trc", "kept"), [(16, ["PQ"]), (2, [])])
+def test_results_say_that_their_video_was_of_high_dynamic_range(tmp_path: Path, trc: int, kept: list[str]) -> None:
+    write_h264(tmp_path / "clip.mp4", np.stack([CORNERS] * 3), trc=trc)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        video = StreamedVideo(tmp_path / "clip.mp4")
+    tracks = Tracks(np.zeros((3, 1, 2)), np.ones((3, 1), bool), np.ones((3, 1)))
+    write_track_results(tmp_path, video, tracks, np.array([[0, 0.0, 0.0]]), pictures=False)
+    with np.load(tmp_path / "tracks.npz") as arrays:
+        assert [str(arrays[name]) for name in arrays if name == "hdr"] == kept
+    assert Tracks.load(tmp_path / "tracks.npz").frames == 3
