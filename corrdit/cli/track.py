@@ -82,9 +82,7 @@ def run(arguments: Namespace) -> int:
         with progress_bar("tracking") as report:
             tracks = track_at_size(tracker, video, queries, (height, width), progress=report)
         with progress_bar("drawing") as report:
-            write_track_results(
-                folder, video, tracks, queries, start=arguments.start, trail=arguments.trail, progress=report
-            )
+            write_track_results(folder, video, tracks, queries, trail=arguments.trail, progress=report)
     visible = 100 * float(tracks.visible.float().mean())
     print(
         f"{len(queries)} points through {len(video)} frames of {height} x {width} in"
