@@ -176,15 +176,20 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, chunks: _Rows) -> tuple[Tensor, Ten
         for place in of_queries:
             head = _Head(q[place], k[of_keys], v[of_keys], removed, problem.factor)
             for chunk in chunks:
-                attention, sums = head.attention(chunk)
-                attended = torch.zeros((attention.shape[0], q.shape[3]), dtype=head.dtype, device=q.device)
-                for keys, columns, seen in chunk.stretches:
-                    if seen:
-                        attended.addmm_(attention[:, columns], head.rows_of(head.v, keys))
-                result[place][chunk.queries] = attended
-                if lse is not None:
-                    lse[place][chunk.queries] = sums
+                _attend_chunk(head, chunk, result[place], None if lse is None else lse[place])
     return result, lse
+
+
+def _attend_chunk(head: _Head, chunk: _Chunk, result: Tensor, lse: Tensor | None) -> None:
+    """Writes the chunk's rows; a function of its own, so that its buffers are gone before the next chunk's are made."""
+    attention, sums = head.attention(chunk)
+    attended = torch.zeros((attention.shape[0], result.shape[1]), dtype=head.dtype, device=result.device)
+    for keys, columns, seen in chunk.stretches:
+        if seen:
+            attended.addmm_(attention[:, columns], head.rows_of(head.v, keys))
+    result[chunk.queries] = attended
+    if lse is not None:
+        lse[chunk.queries] = sums
 
 
 def _gradients(
@@ -203,6 +208,7 @@ def _gradients(
                 dq[place][chunk.queries] = _chunk_gradients(head, chunk, gradient[place], slopes_of_lse, dk_sum, dv_sum)
         if dk.dtype != dk_sum.dtype:
             dk[of_keys], dv[of_keys] = dk_sum, dv_sum
+        del dk_sum, dv_sum  # before those of the next head are made
     return dq, dk, dv
 
 

@@ -68,7 +68,7 @@ def _to_best(rating: Tensor, block: Block) -> Tensor:
     stuck = removed.gather(-1, best.unsqueeze(-1)).squeeze(-1)
     if stuck.any():
         # Every allowed score is -inf, so that argmax took a removed key; the first allowed one is the best of equals.
-        first = (~removed).int().argmax(-1)
+        first = (~block.removed).view(torch.uint8).argmax(-1).expand(best.shape)
         moved = torch.where(stuck.unsqueeze(-1), positions[first] - block.own.long(), moved)
         moved = moved.masked_fill_(removed.all(-1, keepdim=True), 0)
     return moved

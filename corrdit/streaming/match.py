@@ -29,6 +29,7 @@ def match(q: Tensor, k: Tensor, problem: PairProblem, *, bidirectional: bool, re
                         begin = rows.start - held.first
                         place = (batch, number, slice(begin + part.start, begin + part.stop))
                         score[place], xy[place] = _best(pair.rows(part), table, refine)
+                    del pair  # before the matrices of the next pair are made
     return xy, score
 
 
@@ -47,6 +48,7 @@ def cost_rows(q: Tensor, k: Tensor, problem: PairProblem, tokens: Tensor, *, bid
                     for start in range(0, tokens.numel(), cost.rows):
                         part = slice(start, start + cost.rows)
                         result[batch, number, part, order] = pair.rows(tokens[part])
+                    del pair  # before the matrices of the next pair are made
     return result
 
 

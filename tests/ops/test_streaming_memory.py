@@ -108,6 +108,38 @@ def test_frame_local_attention(dtype, renormalize):
     assert extra_bytes(work) - incoming <= BUDGET
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [None, "keys", "a frame"])
+def test_no_buffer_of_one_round_lives_while_the_next_is_made(dtype, masked):
+    """A budget that has room for most rows of a frame at once, so that a second set of buffers would exceed it."""
+    budget = 1_500_000
+    grid = TokenGrid(3, 16, 24, text_tokens=10)
+    generator = torch.Generator().manual_seed(1)
+    inputs = [torch.randn(1, 4, grid.tokens, 32, generator=generator).to(dtype) for _ in range(3)]
+    q, k, _ = inputs
+    mask = None if masked is None else (torch.arange(grid.tokens) % 7 != 3).expand(1, -1).clone()
+    if mask is not None and masked == "a frame":
+        mask[:, grid.frame_slice(1)] = False
+    options = {"backend": "streaming", "memory_budget": budget, "key_mask": mask}
+    every = range(grid.tokens_per_frame)
+    found = {}
+    for renormalize in (True, False):
+        settings = {"renormalize": renormalize, **options}
+        work = lambda settings=settings: (ops.frame_local_attention(*inputs, grid, **settings),)  # noqa: E731
+        found["frame-local attention", renormalize] = extra_bytes(work)
+    for heads in ("logits", "probabilities", "none"):
+        settings = {"heads": heads, **options}
+        works = {
+            "hard": lambda settings=settings: (ops.hard_displacement(q, k, grid, **settings),),
+            "soft": lambda settings=settings: (ops.soft_displacement(q, k, grid, **settings),),
+            "match": lambda settings=settings: tuple(ops.match(q, k, grid, **settings)),
+            "rows": lambda settings=settings: (ops.cost_rows(q, k, grid, every, **settings),),
+            "mass": lambda settings=settings: tuple(ops.attention_mass(q, k, grid, every, **settings)),
+        }
+        found |= {(name, heads): extra_bytes(work) for name, work in works.items()}
+    assert max(found.values()) <= budget, {name: size for name, size in found.items() if size > budget}
+
+
 def test_a_window_visits_fewer_keys():
     """Work falls with the window: scores computed, counted at the matrix products."""
     grid = TokenGrid(2, 24, 24)
