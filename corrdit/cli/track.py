@@ -94,7 +94,8 @@ def run(arguments: Namespace) -> int:
 
 def is_folder_of_videos(path: Path, output: str | None = None) -> bool:
     """A folder with videos in it (those in `output` aside) which is not itself a video, as pictures of its frames."""
-    from corrdit.tracking.files import FRAME_SUFFIXES, videos_below
+    from corrdit.tracking.files import videos_below
+    from corrdit.video.info import FRAME_SUFFIXES
 
     if not path.is_dir() or any(entry.suffix.lower() in FRAME_SUFFIXES for entry in path.iterdir()):
         return False

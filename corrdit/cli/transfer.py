@@ -141,7 +141,7 @@ def _reference(arguments: Namespace) -> tuple[np.ndarray | None, float]:
     """The reference's frames, or None, and the rate of the new video."""
     from corrdit.integrations.diffusers.motion_transfer.reference import at_rate
     from corrdit.video import read_video
-    from corrdit.video.reading import DEFAULT_FPS
+    from corrdit.video.info import DEFAULT_FPS
 
     if arguments.fps is not None and not arguments.fps > 0:
         raise ValueError(f"--fps must be above 0, got {arguments.fps}")

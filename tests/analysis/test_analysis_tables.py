@@ -18,6 +18,8 @@ from corrdit.analysis.table import MEAN, AnalysisTable, total
 from corrdit.files import write_csv
 from corrdit.metrics import harmonic_mean
 
+COUNTED = ("hits", "cases", "moving_hits", "moving_cases")
+
 
 def shares(s: int, n: int, r: int) -> float:
     """Layer 1 at the last step is best, its head 1 best of all."""
@@ -123,6 +125,18 @@ def test_calibration_takes_a_low_pass_filter_where_it_is_surely_better(make_tabl
 
 def test_interval_leaves_out_videos_without_cases():
     assert interval(np.array([5, 0]), np.array([10, 0])) == (0.5, 0.5)
+
+
+def test_videos_without_cases_are_not_counted_as_those_an_interval_rests_on(make_table):
+    nothing = make_table(shares, seed=5)
+    nothing = replace(nothing, **{name: getattr(nothing, name) * 0 for name in COUNTED})
+    one = calibrate([make_table(shares), nothing])
+    assert one.videos == 1
+    assert "of one video, so without an interval" in one.described()
+    two = calibrate([make_table(shares), make_table(shares, seed=1), nothing])
+    assert two.videos == 2
+    assert "%, 2 videos)" in two.described()
+    assert " found within " in two.described()
 
 
 def test_preset_of_a_calibration_is_read_by_backbone_tracker_guidance_and_transfer(make_table, tmp_path, tiny):

@@ -75,6 +75,24 @@ def test_capture(name, backend, transformer_call, scores):
         torch.testing.assert_close(captured[0, 1], native[0, 1], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["wan", pytest.param("hunyuanvideo", marks=pytest.mark.slow)])
+def test_capture_of_compiled_blocks(name, transformer_call, scores):
+    transformer, arguments = transformer_call(name)
+    use(transformer, PLAIN)
+    plain = output(transformer, arguments)
+    with torch.no_grad(), capture(transformer, layers=[0, 1], operation=scores) as expected:
+        transformer(**arguments)
+    torch._dynamo.reset()
+    for module_list in layout_of(transformer).block_lists(transformer):
+        for block in getattr(transformer, module_list):
+            block.compile(backend="eager", fullgraph=True)
+    with capture(transformer, layers=[0, 1], operation=scores) as captured:
+        during = output(transformer, arguments)
+    torch._dynamo.reset()
+    assert torch.equal(plain, during)
+    assert all(torch.equal(captured[key], expected[key]) for key in expected)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_gradients_and_leaving_early(name, transformer_call):
     transformer, arguments = transformer_call(name)

@@ -39,6 +39,8 @@ PLANTED: list[tuple[Any, str, str, str, str, dict[str, Any]]] = [
     (primitives, "load_allowed", "kept & tl.load", "kept | tl.load", "soft_displacement", {"kept": 0.6}),
     (primitives, "gradient_shift", "statistics - tl.where", "statistics + tl.where", "soft_displacement", {}),
     (soft_forward, "guarded_tile", "first + columns < end", "first + columns < end + 16", "soft_displacement", {}),
+    (soft_forward, "soft_forward_kernel", "wide(batch) * mask_strides[0]", "wide(batch) * 0", "soft_displacement",
+     {"kept": 0.6, "batch": 2, "heads": 1, "pairs": ((1, 0),)}),
     (soft_backward, "soft_backward_query_kernel", "accumulator * (logit_scale * gradient_range)",
      "accumulator * gradient_range", "soft_displacement", {}),
     (soft_backward, "soft_backward_key_kernel", "accumulator * (logit_scale * gradient_range)",

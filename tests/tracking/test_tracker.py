@@ -181,6 +181,13 @@ def test_refined_peak_is_the_weighted_mean_clipped_at_the_border():
     assert refined_peaks(cost, 0)[0][0].tolist() == [2.0, 1.0]
 
 
+def test_a_refinement_beyond_the_frame_takes_the_frame():
+    cost = torch.rand(3, 4, 7, generator=torch.Generator().manual_seed(1))
+    for far in (8, 10**9):
+        for wanted, found in zip(refined_peaks(cost, 7), refined_peaks(cost, far), strict=True):
+            assert torch.equal(wanted, found)
+
+
 @pytest.mark.parametrize(
     ("queries", "message"),
     [
@@ -205,7 +212,8 @@ def test_bad_queries_are_named(queries, message):
     [
         (moving_texture(1, (0, 0)), "at least two"),
         (np.zeros((3, 8, 8), np.uint8), "frames, height, width, 3"),
-        (np.zeros((3, 8, 8, 3), np.float32), "must be uint8"),
+        (np.full((3, 8, 8, 3), 255, np.float32), "must be uint8"),
+        (np.zeros((3, 8, 8, 3), np.int64), "must be uint8"),
     ],
 )
 def test_bad_videos_are_named(video, message):
