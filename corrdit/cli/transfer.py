@@ -19,12 +19,11 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
-from types import UnionType
 from typing import TYPE_CHECKING
 
-from corrdit.cli.devices import add_device_options, checked_device
-from corrdit.cli.model_options import add_preset_option, checked_preset, loaded_backbone
-from corrdit.cli.progress import progress_bar
+from corrdit.cli.devices import OptionTable, add_options, checked_device, given_options, named
+from corrdit.cli.model_options import add_model_options, checked_preset, loaded_backbone
+from corrdit.cli.terminal import progress_bar
 from corrdit.files import OutputFolder
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
 HELP = "give a new video the motion of a reference"
 USAGE = "REFERENCE PROMPT --output DIR [--model embedded] [--method ditflow] [options]"
 
-_SETTINGS: dict[str, tuple[UnionType | type, str]] = {
+_SETTINGS: OptionTable = {
     "method": (str, "ditflow, smm, moft, motionclone, injection or backbone"),
     "optimise": (str, "latent or embedding"),
     "blocks": (list[int] | int, "attention layers whose motion is compared, such as [15]"),
@@ -64,7 +63,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("reference", metavar="REFERENCE", help="video file, folder of frames, or none (with --stored)")
     parser.add_argument("prompt", metavar="PROMPT", help="what the new video shows")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results, made if need be")
-    parser.add_argument("--model", default="embedded", help="embedded, a local diffusers folder, or a hub id")
+    add_model_options(parser)
     parser.add_argument("--stored", default=None, metavar="FILE", help="inject the motion of an earlier transfer")
     parser.add_argument("--seed", type=int, default=0, help="of the initial noise")
     parser.add_argument("--num-frames", type=int | None, default=None, metavar="N", help="frames of the new video")
@@ -80,11 +79,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--clip", default=None, metavar="MODEL", help="also measure the prompt's cosine by this CLIP (folder or hub id)"
     )
-    add_device_options(parser)
-    add_preset_option(parser)
-    for name, (kind, text) in _SETTINGS.items():
-        option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, type=kind | None, default=None, help=f"{text}; the model's preset if left out")
+    add_options(parser, _SETTINGS, "; the model's preset if left out")
 
 
 def run(arguments: Namespace) -> int:
@@ -105,8 +100,7 @@ def run(arguments: Namespace) -> int:
     similarity = None
     if arguments.clip is not None:
         similarity = PromptSimilarity(arguments.clip, checked_device(arguments.device))
-    changes = {name: getattr(arguments, name) for name in _SETTINGS if getattr(arguments, name) is not None}
-    transfer = MotionTransfer(backbone, **changes)
+    transfer = MotionTransfer(backbone, **given_options(arguments, _SETTINGS))
     # Beside the output folder, which appears only with its results.
     place = Path(arguments.output).absolute()
     state_file = place.parent / f".{place.name}.transfer-state.safetensors"
@@ -116,10 +110,7 @@ def run(arguments: Namespace) -> int:
                 reference,
                 arguments.prompt,
                 stored=stored,
-                seed=arguments.seed,
-                num_frames=arguments.num_frames,
-                height=arguments.height,
-                width=arguments.width,
+                **named(arguments, "seed", "num_frames", "height", "width"),
                 state_file=state_file,
                 keep_state=True,
                 report=lambda done, steps, losses: show(done, steps, _loss_in_words(losses)),

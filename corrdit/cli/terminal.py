@@ -1,9 +1,9 @@
-"""Progress bars on the terminal's error stream; silent where that is not a terminal."""
+"""Tables on standard output, and progress bars on the error stream; these are silent where it is not a terminal."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 
@@ -32,3 +32,21 @@ def progress_bar(description: str) -> Iterator[Report]:
                 progress.update(task, note=note)
 
         yield report
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:
+    """Print a table; where the output is no terminal, wide enough that nothing is cut."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*columns, title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=240)
+    with console.capture() as capture:  # Console.print would end the process when the reader of a pipe has gone
+        console.print(table)
+    print("\n".join(line.rstrip() for line in capture.get().splitlines()))
