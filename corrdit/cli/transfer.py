@@ -16,7 +16,9 @@ A run that is killed goes on after its last finished denoising step when the sam
 
 from __future__ import annotations
 
+import functools
 import math
+import sys
 import time
 from pathlib import Path
 from types import UnionType
@@ -24,7 +26,7 @@ from typing import TYPE_CHECKING
 
 from corrdit.cli.devices import add_device_options, checked_device
 from corrdit.cli.model_options import add_preset_option, checked_preset, loaded_backbone
-from corrdit.cli.progress import progress_bar
+from corrdit.cli.progress import Report, progress_bar
 from corrdit.files import OutputFolder
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
     from corrdit.integrations.diffusers.backbones.base import Backbone
+    from corrdit.integrations.diffusers.motion_transfer.plan import TransferPlan
     from corrdit.integrations.diffusers.motion_transfer.result import TransferResult
     from corrdit.tracking import Tracks
 
@@ -71,7 +74,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--model", default="embedded", help="embedded, a local diffusers folder, or a hub id")
     parser.add_argument("--stored", default=None, metavar="FILE", help="inject the motion of an earlier transfer")
     parser.add_argument("--seed", type=int, default=0, help="of the initial noise")
-    parser.add_argument("--num-frames", type=int | None, default=None, metavar="N", help="frames of the new video")
+    parser.add_argument(
+        "--num-frames",
+        type=int | None,
+        default=None,
+        metavar="N",
+        help="of the new video; what fits the model if left out",
+    )
     parser.add_argument("--height", type=int | None, default=None, help="of the new video; goes with --width")
     parser.add_argument("--width", type=int | None, default=None, help="of the new video; goes with --height")
     parser.add_argument("--start", type=int, default=0, metavar="N", help="skip the first N frames of the reference")
@@ -108,23 +117,36 @@ def run(arguments: Namespace) -> int:
     changes = {name: getattr(arguments, name) for name in _SETTINGS if getattr(arguments, name) is not None}
     transfer = MotionTransfer(backbone, **changes)
     state_file = _state_file(arguments.output)
-    with OutputFolder(arguments.output) as folder:
-        with progress_bar("denoising") as show:
-            result = transfer(
-                reference,
-                arguments.prompt,
-                stored=stored,
-                seed=arguments.seed,
-                num_frames=arguments.num_frames,
-                height=arguments.height,
-                width=arguments.width,
-                state_file=state_file,
-                keep_state=True,
-                report=lambda done, steps, losses: show(done, steps, _loss_in_words(losses)),
-            )
-        measured = fidelity_of(result, _tracker(backbone)) if arguments.metrics else {}
+    with OutputFolder(arguments.output) as folder, progress_bar("preparing") as show:
+        planned: list[TransferPlan] = []
+
+        def announce(phase: str, plan: TransferPlan) -> None:
+            if not planned:
+                planned.append(plan)
+                print(f"corrdit transfer: {plan}", file=sys.stderr, flush=True)
+            show(0, plan.steps if phase == "denoising" else None, phase=phase)
+
+        result = transfer(
+            reference,
+            arguments.prompt,
+            stored=stored,
+            seed=arguments.seed,
+            num_frames=arguments.num_frames,
+            height=arguments.height,
+            width=arguments.width,
+            state_file=state_file,
+            keep_state=True,
+            report=lambda done, steps, losses: show(done, steps, _loss_in_words(losses)),
+            announce=announce,
+        )
+        measured: dict[str, float] = {}
+        if arguments.metrics and result.reference is not None:
+            show(0, None, phase="tracking both videos")
+            measured = fidelity_of(result, _tracker(backbone, show))
         if similarity is not None:
+            show(0, None, phase="comparing with the prompt")
             measured["image_quality"] = similarity(result.video, arguments.prompt)
+        show(0, None, phase="writing the results")
         names = write_transfer(
             folder,
             result,
@@ -163,10 +185,10 @@ def _reference(arguments: Namespace) -> tuple[np.ndarray | None, float]:
     return at_rate(video.frames, video.fps, arguments.fps)
 
 
-def _tracker(backbone: Backbone) -> Callable[[np.ndarray, np.ndarray], Tracks]:
+def _tracker(backbone: Backbone, report: Report) -> Callable[[np.ndarray, np.ndarray], Tracks]:
     from corrdit.tracking import PointTracker
 
-    return PointTracker(backbone).track
+    return functools.partial(PointTracker(backbone).track, progress=report)
 
 
 def _similarity(arguments: Namespace) -> Callable[[np.ndarray, str], float] | None:
