@@ -10,7 +10,7 @@ from types import FrameType
 
 from corrdit.files import remove_own_unfinished
 
-SECONDS_TO_UNWIND = 5.0
+SECONDS_TO_UNWIND = 3.0
 """Python handles a signal between two of its own instructions; so long one operation of torch may keep it from that."""
 
 _handled = threading.Event()
