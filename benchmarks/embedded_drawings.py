@@ -65,12 +65,7 @@ def _percent(axis: Axis) -> None:
 
 
 def _heat_panels(
-    figure: Figure,
-    tables: Mapping[str, np.ndarray],
-    columns: Sequence[object],
-    label: str,
-    title: str,
-    pad: float,
+    figure: Figure, tables: Mapping[str, np.ndarray], columns: Sequence[object], label: str, title: str, pad: float
 ) -> Figure:
     """Tables [layers, columns] by their titles side by side, in one scale."""
     highest = max(table.max() for table in tables.values())
@@ -113,8 +108,7 @@ def draw_heads(readings: Readings, timesteps: Sequence[int]) -> Figure:
     heads = range(heads_of(readings))
     tables = {
         f"t = {timestep}": np.concatenate(
-            [layer_table({"": readings[str(timestep)]}, f"query-key {{}} head {head}") for head in heads],
-            axis=1,
+            [layer_table({"": readings[str(timestep)]}, f"query-key {{}} head {head}") for head in heads], axis=1
         )
         for timestep in timesteps
     }

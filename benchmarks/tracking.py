@@ -137,12 +137,7 @@ def write_table(
     table = [
         {"variant": row.name, "kind": row.kind, "options": row.options, **summary(row.name, records)} for row in rows
     ]
-    result = {
-        **facts_apart(),
-        "model": {"name": model, "digest": digest},
-        "clips": clips,
-        "rows": table,
-    }
+    result = {**facts_apart(), "model": {"name": model, "digest": digest}, "clips": clips, "rows": table}
     write_json(arguments.output, result)
     print_table(table)
 

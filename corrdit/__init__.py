@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from corrdit import moved
+from corrdit import moved, pipelines
 from corrdit.version import __version__
 
 _LAZY_ATTRIBUTES = {
@@ -21,6 +21,7 @@ _LAZY_ATTRIBUTES = {
     "MotionTransfer": "corrdit.integrations.diffusers",
     # By its module: the package attribute of this name is the module once that is imported.
     "capture": "corrdit.integrations.diffusers.captures",
+    "backbone_of": "corrdit.integrations.diffusers",
     "load_backbone": "corrdit.integrations.diffusers",
 }
 _LAZY_MODULES = ("data", "metrics", "motion", "ops", "testing", "tracking", "video", "visualization")
@@ -67,6 +68,7 @@ __all__ = [
     "TokenGrid",
     "Tracks",
     "__version__",
+    "backbone_of",
     "capture",
     "data",
     "load_backbone",
@@ -86,6 +88,7 @@ if TYPE_CHECKING:
         CorrespondenceProcessor,
         CrossAttentionGuidance,
         MotionTransfer,
+        backbone_of,
         capture,
         load_backbone,
     )
@@ -100,6 +103,13 @@ def __getattr__(name: str) -> Any:
         globals()[name] = value
         return value
     raise AttributeError(f"module 'corrdit' has no attribute {name!r}")
+
+
+def _backbone_of(pipe: object) -> object:
+    return __getattr__("backbone_of")(pipe)
+
+
+pipelines.make_backbones_with(_backbone_of)
 
 
 def __dir__() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
 import operator
@@ -54,11 +55,17 @@ def flag(name: str, value: object) -> bool:
     return bool(value)
 
 
+def nearest(word: object, accepted: Iterable[str]) -> str:
+    """The end of a message: "; did you mean ...?", empty where no accepted word is near."""
+    near = difflib.get_close_matches(str(word).lower(), by_lower := {entry.lower(): entry for entry in accepted}, n=1)
+    return f"; did you mean {by_lower[near[0]]}?" if near else ""
+
+
 def choice(name: str, value: str, accepted: Iterable[str]) -> str:
     """`value` if it is one of the accepted words."""
     accepted = tuple(accepted)
     if value not in accepted:
-        raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {value!r}{nearest(value, accepted)}")
     return value
 
 

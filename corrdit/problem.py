@@ -155,7 +155,7 @@ class PairProblem:
             return None
         first_frame, first = next(iter(self.keys.frames.items()))
         start = first_frame * size + first.first
-        mask = torch.zeros(1, self.grid.video_tokens, dtype=torch.bool)
+        mask = torch.zeros(1, self.grid.video_tokens, dtype=torch.bool, device="cpu")
         if of_held is not None:
             mask = of_held.new_zeros(len(of_held), self.grid.video_tokens)
         mask[:, start : start + video.stop - video.start] = True if of_held is None else of_held

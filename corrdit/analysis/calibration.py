@@ -52,7 +52,7 @@ class Calibration:
         layers: layers by the accuracy of their mean over heads at the step of `best`, the best first.
         threshold: in pixels of the encoded frames.
         moving: whether only points that moved were counted; False where there were none.
-        videos: how many videos it rests on.
+        videos: how many videos it rests on: those with cases of `best`.
         low_pass: standard deviation in tokens of the filter on queries and keys that is surely better than none for
             `best`; 0 where none is, or where `best` is a single head.
     """
@@ -77,7 +77,7 @@ class Calibration:
             among = "of one video, so without an interval"
         return (
             f"layer {self.best.layer}, {head}, step {self.best.step} (timestep {self.best.timestep:g}): "
-            f"{100 * self.best.accuracy:.1f} % of {kind} within {self.threshold:g} px "
+            f"{100 * self.best.accuracy:.1f} % of {kind} found within {self.threshold:g} px "
             f"({among})"
         )
 
@@ -113,16 +113,17 @@ def calibrate(
     places = [of_mean, *([of_head] if of_head else []), *filtered]
     counts = _counts(tables, places, threshold, moving)
     mean = _choice(summed, accuracy, counts, of_mean)
-    best, single = mean, None
+    best, single, place = mean, None, of_mean
     if of_head is not None:
         single = _choice(summed, accuracy, counts, of_head)
         if _surely_better(counts, of_head, of_mean):
-            best = single
+            best, place = single, of_head
     at = summed.steps.index(best.step)
     order = np.argsort(-np.nan_to_num(accuracy[at, :, 0], nan=-1.0), kind="stable")
     layers = tuple(summed.layers[index] for index in order)
+    contributing = int((counts[place][1] > 0).sum())
     low_pass = 0.0 if best.head is not None else _low_pass(summed, counts, of_mean, filtered)
-    return Calibration(best, mean, single, layers, threshold, moving, len(tables), low_pass)
+    return Calibration(best, mean, single, layers, threshold, moving, contributing, low_pass)
 
 
 def preset_values(calibration: Calibration, settings: dict[str, Any]) -> dict[str, Any]:

@@ -26,11 +26,7 @@ Picture = tuple[str, np.ndarray, str]
 
 
 def write_report(
-    output: str | os.PathLike[str],
-    results: AnalysisResults,
-    *,
-    pictures: Sequence[Picture] = (),
-    parquet: bool = False,
+    output: str | os.PathLike[str], results: AnalysisResults, *, pictures: Sequence[Picture] = (), parquet: bool = False
 ) -> list[str]:
     """Write report.html, analysis.csv and videos.csv (and analysis.parquet) from the results of videos.
 
@@ -117,8 +113,8 @@ def _matching(page: ReportPage, table: AnalysisTable, choice: Calibration) -> No
     page.section("Matching by layer and timestep")
     page.picture(
         _by_layer_and_step(table, {name: accuracy[..., table.readings.index(name)] for name in readings}),
-        f"Points within {choice.threshold:g} px by query-key matching (mean over heads) and by features: the attention "
-        "output with heads joined, before its projection, and after it. The best cell is framed.",
+        f"Points found within {choice.threshold:g} px by query-key matching (mean over heads) and by features: the "
+        "attention output with heads joined, before its projection, and after it. The best cell is framed.",
     )
     if len(table.steps) == 1:  # a curve of one point says nothing beyond the table
         return
@@ -129,7 +125,7 @@ def _matching(page: ReportPage, table: AnalysisTable, choice: Calibration) -> No
         best = int(np.nanargmax(np.nan_to_num(accuracy[..., table.readings.index(name)], nan=-1.0).max(0)))
         curves[f"{name}, layer {table.layers[best]}"] = accuracy[:, best, table.readings.index(name)]
     page.picture(
-        _by_timestep(table, curves, f"Points within {choice.threshold:g} px", reference=(STANDING_STILL, still)),
+        _by_timestep(table, curves, f"Points found within {choice.threshold:g} px", reference=(STANDING_STILL, still)),
         "The best layers by query-key matching, and the best layer of each feature.",
     )
 
@@ -148,7 +144,7 @@ def _heads(page: ReportPage, table: AnalysisTable, choice: Calibration) -> None:
             row_title="layer",
             column_title="head",
         ),
-        f"Points within {choice.threshold:g} px by the queries and keys of each head alone.",
+        f"Points found within {choice.threshold:g} px by the queries and keys of each head alone.",
     )
     if len(table.steps) == 1:
         return
@@ -157,7 +153,7 @@ def _heads(page: ReportPage, table: AnalysisTable, choice: Calibration) -> None:
     curves = {"mean over heads": accuracy[:, n, 0]}
     curves |= {f"head {head}": accuracy[:, n, 1 + head] for head in order}
     page.picture(
-        _by_timestep(table, curves, f"Layer {choice.single.layer}: points within {choice.threshold:g} px"),
+        _by_timestep(table, curves, f"Layer {choice.single.layer}: points found within {choice.threshold:g} px"),
         "The heads of the layer that has the best single head, beside their mean.",
     )
 

@@ -123,15 +123,6 @@ def write_failure(output: str | os.PathLike[str], name: str, error: Exception | 
     folder.fail(name, str(error))
 
 
-def begin(output: str | os.PathLike[str], settings: Mapping[str, object]) -> None:
-    """Make the folder and keep how its results are made.
-
-    Raises:
-        ValueError: it holds results made otherwise.
-    """
-    analysis_folder(output).begin(settings)
-
-
 def read_results(output: str | os.PathLike[str], names: Iterable[str] | None = None) -> AnalysisResults:
     """Results and failures of a folder.
 

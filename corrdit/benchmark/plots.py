@@ -133,12 +133,7 @@ def _draw_panel(axis: Axes, rows: Sequence[Row], quantity: _Quantity, handles: d
 
 
 def _draw_lines(
-    axis: Axes,
-    rows: Sequence[Row],
-    value: Callable[[Row], float],
-    handles: dict[str, Artist],
-    name: str,
-    **look: Any,
+    axis: Axes, rows: Sequence[Row], value: Callable[[Row], float], handles: dict[str, Artist], name: str, **look: Any
 ) -> None:
     for series in _series(rows):
         points = sorted((_tokens(row), value(row)) for row in series)

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 class Command(Protocol):
     """A module that is a command; its docstring says what it reads and writes, and `USAGE`, if it is there, how."""
 
+    __name__: str
     HELP: str
 
     def add_arguments(self, parser: ArgumentParser) -> None:
@@ -48,26 +49,24 @@ class Command(Protocol):
         """Do it; gives the exit status."""
 
 
-MODULES: dict[str, Command] = {
-    "track": track,
-    "demo": demo,
-    "analyze": analyze,
-    "calibrate": calibrate,
-    "evaluate": evaluate,
-    "train": train,
-    "generate": generate,
-    "transfer": transfer,
-    "world": world,
-    "bench": bench,
-    "kernels": kernels,
-    "models": models,
-    "doctor": doctor,
-}
+_IN_ORDER: tuple[Command, ...] = (
+    *(track, demo, analyze, calibrate, evaluate, train, generate, transfer, world),
+    *(bench, kernels, models, doctor),
+)
+MODULES = {module.__name__.rpartition(".")[2]: module for module in _IN_ORDER}
 COMMANDS = {name: module.HELP for name, module in MODULES.items()}
 """What each command does, in one line."""
 
 _SUCCESS, _FAILURE, _BAD_INPUT, _INTERRUPTED = 0, 1, 2, 130
-_EPILOG = """\
+_OVERVIEW = """\
+usage: corrdit COMMAND [options]
+       corrdit --version
+
+Point correspondence, guidance and motion transfer from the attention of video diffusion transformers.
+
+commands:
+{commands}
+
 `corrdit COMMAND --help` tells what a command reads and writes. Exit status: 0 success, 2 bad input, 130 Ctrl-C.
 Errors are one line; --traceback after any command, or CORRDIT_DEBUG=1, shows where they come from."""
 
@@ -127,29 +126,23 @@ def _run_guarded(command: str, arguments: list[str], debug: bool) -> int:
 
 
 def _run(command: str, arguments: list[str]) -> int:
-    from jsonargparse import ArgumentParser
+    from argparse import RawDescriptionHelpFormatter
+
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
     module = MODULES[command]
     parser = ArgumentParser(
         prog=f"corrdit {command}",
         usage=f"corrdit {command} {getattr(module, 'USAGE', '[options]')}",
         description=module.__doc__ or module.HELP,
-        formatter_class=_help_formatter(),
+        # Keeps the paragraphs of the description as they are written.
+        formatter_class=type("HelpFormatter", (RawDescriptionHelpFormatter, DefaultHelpFormatter), {}),
         exit_on_error=False,
     )
     module.add_arguments(parser)
     if not any("--config" in action.option_strings for action in parser._actions):
         parser.add_argument("--config", action="config", help="YAML file with values for these options")
     return int(module.run(parser.parse_args(arguments)))
-
-
-def _help_formatter() -> type:
-    """jsonargparse's formatter with the paragraphs of the description kept as they are written."""
-    from argparse import RawDescriptionHelpFormatter
-
-    from jsonargparse import DefaultHelpFormatter
-
-    return type("HelpFormatter", (RawDescriptionHelpFormatter, DefaultHelpFormatter), {})
 
 
 def _is_bad_input(error: Exception) -> bool:
@@ -175,20 +168,7 @@ def _unknown_command(command: str) -> int:
 
 def _overview() -> str:
     width = max(map(len, COMMANDS)) + 2
-    lines = [f"  {name:<{width}}{text}" for name, text in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: corrdit COMMAND [options]",
-            "       corrdit --version",
-            "",
-            "Point correspondence, guidance and motion transfer from the attention of video diffusion transformers.",
-            "",
-            "commands:",
-            *lines,
-            "",
-            _EPILOG,
-        ]
-    )
+    return _OVERVIEW.format(commands="\n".join(f"  {name:<{width}}{text}" for name, text in COMMANDS.items()))
 
 
 @contextlib.contextmanager

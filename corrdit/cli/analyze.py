@@ -24,28 +24,27 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from corrdit.cli.analysis_options import SOURCES, add_analysis_options, resolved_options, settings_of, source_of
-from corrdit.cli.analyze_generation import analyze_prompts
 from corrdit.cli.devices import trainer_devices
 from corrdit.cli.lightning_runs import command_trainer, predict, quiet_lightning
 from corrdit.cli.model_options import checked_preset, loaded_backbone
 from corrdit.cli.progress import Report, progress_bar
 
 if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser, Namespace
+    from jsonargparse import Namespace
 
     from corrdit.analysis.protocols import AnalysisOptions
     from corrdit.analysis.sources import AnalysisItem
     from corrdit.integrations.diffusers.backbones.base import Backbone
 
 HELP = "measure how layers, heads and denoising steps match frames, as one report"
+DATASET_FOLDER = "dataset"
 USAGE = "--world N | --videos DIR | --tapvid PATH | --difftrack DIR | --prompts FILE  --output DIR [options]"
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    add_analysis_options(parser)
+add_arguments = add_analysis_options
 
 
 def run(arguments: Namespace) -> int:
@@ -57,7 +56,7 @@ def run(arguments: Namespace) -> int:
     if arguments.parquet:
         require_pyarrow()
     if arguments.prompts is not None:
-        return _finish(arguments, *analyze_prompts(arguments), began)
+        return _finish(arguments, *_analyze_prompts(arguments), began)
     preset = checked_preset(arguments.preset)
     items = _items(arguments)  # wrong folders are refused before the model is loaded
     backbone = loaded_backbone(arguments, preset)
@@ -160,6 +159,95 @@ def _items(arguments: Namespace) -> Iterable[AnalysisItem]:
     )
 
 
+def _analyze_prompts(arguments: Namespace) -> tuple[Backbone, list[AnalysisItem], AnalysisOptions]:
+    """Generate what is left of the videos, analyse their denoising and keep them as a data set.
+
+    Gives the backbone, the videos for the report's pictures, and the options.
+    """
+    from corrdit.analysis.dataset import write_difftrack_video, write_prompts
+    from corrdit.analysis.results import analysis_folder, write_failure, write_result
+    from corrdit.analysis.sources import difftrack_items
+    from corrdit.array_files import content_digest
+    from corrdit.integrations.diffusers import analysis
+    from corrdit.tracking.pseudo_truth import pseudo_tracker, starting_points
+
+    if arguments.tracker is None:
+        raise ValueError(
+            "--prompts needs --tracker (lucas-kanade, cotracker or patches), whose tracks stand in for the truth"
+        )
+    tracker, mode = pseudo_tracker(arguments.tracker), arguments.mode
+    starting_points(mode, 64, 64)
+    prompts, call = _prompts(arguments.prompts), _pipeline_call(arguments)
+    backbone = loaded_backbone(arguments, checked_preset(arguments.preset))
+    options = resolved_options(arguments, backbone, call.get("num_inference_steps"))
+    results = analysis_folder(arguments.output)
+    results.begin(settings_of(arguments, options, backbone))
+    _check_same_prompts(arguments.output, prompts)
+    dataset = Path(arguments.output) / DATASET_FOLDER
+    with progress_bar("videos") as report:
+        for number, prompt in enumerate(prompts):
+            name, inputs = f"{number:03}", {"prompt": content_digest(prompt)}
+            if results.left({name: inputs}):
+                try:
+                    found = analysis.analyze_generation(
+                        backbone,
+                        prompt,
+                        tracker=tracker,
+                        options=options,
+                        mode=mode,
+                        seed=options.seed + number,
+                        call=call,
+                    )
+                except ValueError as error:
+                    if arguments.on_broken == "raise":
+                        raise ValueError(f"video {name}: {error}") from error
+                    write_failure(arguments.output, name, error)
+                else:
+                    write_prompts(dataset, prompts)
+                    files = write_difftrack_video(dataset, number, found.video, found.tracks)
+                    write_result(arguments.output, name, found.table, inputs, files=files)
+            report(number + 1, len(prompts))
+    return backbone, difftrack_items(dataset) if (dataset / "tracks").is_dir() else [], options
+
+
+def _pipeline_call(arguments: Namespace) -> dict[str, Any]:
+    from PIL import Image, UnidentifiedImageError
+
+    call = dict(arguments.pipeline or {})
+    if arguments.image is not None:
+        try:
+            call["image"] = Image.open(arguments.image).convert("RGB")
+        except (OSError, UnidentifiedImageError) as error:
+            raise ValueError(f"--image {arguments.image} is not a picture that can be read: {error}") from error
+    return call
+
+
+def _check_same_prompts(output: str, prompts: list[str]) -> None:
+    """Raises ValueError where a video that is there already was made from another prompt; more at the end are fine."""
+    from corrdit.analysis.dataset import PROMPTS_FILE
+    from corrdit.analysis.results import has_analysis
+
+    file = Path(output) / DATASET_FOLDER / PROMPTS_FILE
+    earlier = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    for number, before in enumerate(earlier):
+        now = " ".join(prompts[number].split()) if number < len(prompts) else None
+        if now != before and has_analysis(output, f"{number:03}"):
+            said = "there is no such prompt now" if now is None else f"the prompt is now {now!r}"
+            raise ValueError(
+                f"{output} holds video {number:03} of {before!r}, but {said}; give another output folder, or the same "
+                "prompts, with further ones at the end"
+            )
+
+
+def _prompts(path: str) -> list[str]:
+    from corrdit.files import read_prompts
+
+    try:
+        return read_prompts(path)
+    except ValueError as error:
+        raise ValueError(f"--prompts {path} is not a text file with one prompt a line: {error}") from error
+
+
 def _finish(
     arguments: Namespace, backbone: Backbone, items: Iterable[AnalysisItem], options: AnalysisOptions, began: float
 ) -> int:
@@ -168,13 +256,7 @@ def _finish(
 
     names = [item.name for item in items] if isinstance(items, list) else None
     results, files = finish_analysis(
-        backbone,
-        items,
-        arguments.output,
-        options,
-        names=names,
-        pictures=arguments.pictures,
-        parquet=arguments.parquet,
+        backbone, items, arguments.output, options, names=names, pictures=arguments.pictures, parquet=arguments.parquet
     )
     for name, error in results.failures.items():
         print(f"corrdit analyze: {name}: {error}", file=sys.stderr)

@@ -68,7 +68,7 @@ def run(arguments: Namespace) -> int:
     guesses = {f"corrdit, {backbone.name}": tracks, "nearest patch of 7 x 7": patches}
     guesses["standing still"] = standing_still(queries, frames)
     print(f"{len(queries)} points through {frames} frames of {height} x {width}: tracked in {seconds:.1f} s")
-    columns = ("", "median error", "mean error", *(f"within {limit:g} px" for limit in _THRESHOLDS))
+    columns = ("", "median error", "mean error", *(f"found within {limit:g} px" for limit in _THRESHOLDS))
     for chosen, title in (
         (moved & truth.visible, f"Visible points that moved by more than {_MOVED_PIXELS:g} px"),
         (truth.visible & other_frames, "All visible points"),

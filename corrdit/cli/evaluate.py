@@ -92,7 +92,16 @@ def add_arguments(parser: ArgumentParser) -> None:
         default="ours",
         help=f"names joined by commas, or options by label as YAML ({{kind: ours, ...}} under any label). {kinds}",
     )
-    _add_data_options(parser)
+    parser.add_argument(
+        "--mode",
+        default="first",
+        help="queries: first (where a point is first visible), strided, or frame_0 (points visible in frame 0 only, as"
+        " DiffTrack's released evaluation)",
+    )
+    parser.add_argument("--query-stride", type=int, default=5, metavar="N", help="frames between strided queries")
+    parser.add_argument("--start", type=int, default=0, metavar="N", help="number of the first video")
+    parser.add_argument("--end", type=int | None, default=None, metavar="N", help="number of the video after the last")
+    parser.add_argument("--max-frames", type=int | None, default=None, metavar="N", help="cut videos after N frames")
     add_run_options(parser, on_broken="raise")
     parser.add_argument("--machines", type=int, default=1, metavar="N", help="that take part and all see --output")
     parser.add_argument("--skip-broken", action="store_true", help="now --on-broken report; goes in corrdit 0.3")
@@ -104,19 +113,6 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--save-tracks", type=bool, default=True, help="keep the tracks beside the figures")
     parser.add_argument("--pictures", type=int, default=0, metavar="N", help="draw the tracks of the first N videos")
     add_tracker_options(parser)
-
-
-def _add_data_options(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--mode",
-        default="first",
-        help="queries: first (where a point is first visible), strided, or frame_0 (points visible in frame 0 only, as"
-        " DiffTrack's released evaluation)",
-    )
-    parser.add_argument("--query-stride", type=int, default=5, metavar="N", help="frames between strided queries")
-    parser.add_argument("--start", type=int, default=0, metavar="N", help="number of the first video")
-    parser.add_argument("--end", type=int | None, default=None, metavar="N", help="number of the video after the last")
-    parser.add_argument("--max-frames", type=int | None, default=None, metavar="N", help="cut videos after N frames")
 
 
 def run(arguments: Namespace) -> int:
@@ -204,15 +200,9 @@ def _report(summaries: list[TrackerSummary]) -> None:
     for summary in summaries:
         for name, error in summary.broken.items():
             print(f"corrdit evaluate: {summary.tracker} without video {name}: {error}", file=sys.stderr)
-        left_out = [
-            f"{count} {reason}"
-            for count, reason in (
-                (len(summary.without_visible_points), "without visible points"),
-                (len(summary.broken), "broken"),
-                (len(summary.left), "not yet evaluated"),
-            )
-            if count
-        ]
+        without, left = summary.without_visible_points, summary.left
+        reasons = {"without visible points": without, "broken": summary.broken, "not yet evaluated": left}
+        left_out = [f"{len(videos)} {reason}" for reason, videos in reasons.items() if videos]
         figures = [summary.figures[name] for name in _COLUMNS]
         shown = ["-" if value is None else f"{100 * value:.1f}" for value in figures]
         rows.append([summary.tracker, str(summary.videos), *shown, ", ".join(left_out) or "none"])

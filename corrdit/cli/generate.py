@@ -28,18 +28,34 @@ if TYPE_CHECKING:
 HELP = "generate videos from prompts, with cross-attention guidance beside without"
 USAGE = "PROMPT | --prompts FILE  --output DIR [--cag] [--model embedded] [options]"
 _VARIANTS = {"default": None, "masked": True, "zeroed": False}
-_DEFAULTS = {
-    "layers": None,
-    "scale": 1.0,
-    "start": 0.0,
-    "stop": 1.0,
-    "variant": "default",
-    "span": 0,
-    "perturbation": "cross_frame",
-    "heads": None,
-    "adaptive_scale": 0.0,
+_GUIDANCE: dict[str, dict[str, Any]] = {
+    "layers": {
+        "default": None,
+        "metavar": "13,17,21",
+        "help": "layers that lose their cross-frame attention; published or the model's matching layer if left out",
+    },
+    "scale": {"type": float, "default": 1.0, "help": "guidance scale"},
+    "start": {"type": float, "default": 0.0, "help": "share of the steps before it begins"},
+    "stop": {"type": float, "default": 1.0, "help": "share of the steps after which it ends"},
+    "variant": {
+        "choices": [*_VARIANTS, "published"],
+        "default": "default",
+        "help": "cross-frame keys masked before the softmax, or their weights zeroed after it",
+    },
+    "span": {"type": int, "default": 0, "metavar": "N", "help": "frames up to N away are kept"},
+    "perturbation": {
+        "choices": ["cross_frame", "identity", "skip"],
+        "default": "cross_frame",
+        "help": "identity: perturbed-attention guidance; skip: the blocks are left out",
+    },
+    "heads": {"default": None, "metavar": "0,3", "help": "heads to perturb in each layer; all if left out"},
+    "adaptive_scale": {
+        "type": float,
+        "default": 0.0,
+        "help": "by this the scale falls for each timestep from the noisiest, down to 0",
+    },
 }
-"""Of the options --cag-NAME."""
+"""The options --cag-NAME."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -64,49 +80,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_run_options(parser, on_broken="raise")
     parser.add_argument("--devices", type=int | None, default=None, help="now --processes; goes in corrdit 0.3")
     parser.add_argument("--vbench", action="store_true", help="also lay the videos out for VBench's own tool")
-    _add_guidance(parser)
-
-
-def _add_guidance(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("cross-attention guidance")
     group.add_argument("--cag", action="store_true", help="guide, and write the video without guidance too")
-    group.add_argument(
-        "--cag-layers",
-        default=_DEFAULTS["layers"],
-        metavar="13,17,21",
-        help="layers that lose their cross-frame attention; published ones or the model's matching layer if left out",
-    )
-    group.add_argument("--cag-scale", type=float, default=_DEFAULTS["scale"], help="guidance scale")
-    group.add_argument(
-        "--cag-start", type=float, default=_DEFAULTS["start"], help="share of the steps before it begins"
-    )
-    group.add_argument(
-        "--cag-stop", type=float, default=_DEFAULTS["stop"], help="share of the steps after which it ends"
-    )
-    group.add_argument(
-        "--cag-variant",
-        choices=[*_VARIANTS, "published"],
-        default=_DEFAULTS["variant"],
-        help="cross-frame keys masked before the softmax, or their weights zeroed after it",
-    )
-    group.add_argument(
-        "--cag-span", type=int, default=_DEFAULTS["span"], metavar="N", help="frames up to N away are kept"
-    )
-    group.add_argument(
-        "--cag-perturbation",
-        choices=["cross_frame", "identity", "skip"],
-        default=_DEFAULTS["perturbation"],
-        help="identity: perturbed-attention guidance; skip: the blocks are left out",
-    )
-    group.add_argument(
-        "--cag-heads", default=_DEFAULTS["heads"], metavar="0,3", help="heads to perturb in each layer; all if left out"
-    )
-    group.add_argument(
-        "--cag-adaptive-scale",
-        type=float,
-        default=_DEFAULTS["adaptive_scale"],
-        help="by this the scale falls for each timestep from the noisiest, down to 0",
-    )
+    for name, option in _GUIDANCE.items():
+        group.add_argument(f"--cag-{name.replace('_', '-')}", **option)
 
 
 def run(arguments: Namespace) -> int:
@@ -197,7 +174,7 @@ def _call(arguments: Namespace) -> dict[str, object]:
 
 def _check_guidance_is_on(arguments: Namespace) -> None:
     """Raises ValueError for settings of a guidance that was not asked for."""
-    changed = [name for name, default in _DEFAULTS.items() if getattr(arguments, f"cag_{name}") != default]
+    changed = [name for name, option in _GUIDANCE.items() if getattr(arguments, f"cag_{name}") != option["default"]]
     given = [f"--cag-{name.replace('_', '-')}" for name in changed]
     if given and not arguments.cag:
         goes = "goes" if len(given) == 1 else "go"

@@ -31,26 +31,14 @@ def run(arguments: Namespace) -> int:
             preset = backbone["preset"]
             print(json.dumps({**backbone, "preset": None if preset is None else preset.described()}))
         return 0
-    print_table(
-        ("name", "family", "layers", "heads", "preset", "weights"),
-        [
-            (
-                backbone["name"],
-                _known(backbone["family"]),
-                _known(backbone["layers"]),
-                _known(backbone["heads"]),
-                _preset_text(backbone["preset"]),
-                backbone["source"],
-            )
-            for backbone in backbones
-        ],
-    )
+    rows = []
+    for backbone in backbones:
+        sizes = (backbone["family"], backbone["layers"], backbone["heads"])
+        known = ["?" if value is None else str(value) for value in sizes]
+        rows.append((backbone["name"], *known, _preset_text(backbone["preset"]), backbone["source"]))
+    print_table(("name", "family", "layers", "heads", "preset", "weights"), rows)
     print("A folder written by save_pretrained and a hub id such as THUDM/CogVideoX-2b are accepted too.")
     return 0
-
-
-def _known(value: object) -> str:
-    return "?" if value is None else str(value)
 
 
 def _preset_text(preset: Preset | None) -> str:

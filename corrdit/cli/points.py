@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,6 @@ _ACCEPTED = (
     "accepted are grid:N (N x N points on the first frame) and a CSV file with the columns frame,x,y: frames count"
     " from 0, x and y are pixels from the frame's top left corner"
 )
-_MOST_GRID = 512
 
 
 def read_points(spec: str, *, frames: int, height: int, width: int) -> np.ndarray:
@@ -37,10 +35,8 @@ def read_points(spec: str, *, frames: int, height: int, width: int) -> np.ndarra
     """
     import numpy as np
 
-    from corrdit.tracking.queries import grid_points
-
     if spec.startswith("grid:"):
-        return grid_points(_grid_side(spec), height, width)
+        return _grid(spec, height, width)
     points = []
     for line, (frame, x, y) in _csv_rows(Path(spec)):
         if frame != math.floor(frame):
@@ -61,16 +57,18 @@ def read_points(spec: str, *, frames: int, height: int, width: int) -> np.ndarra
 def check_points_spec(spec: str) -> None:
     """Refuse what can be refused before the video is known: the wording, a missing, empty or malformed file."""
     if spec.startswith("grid:"):
-        _grid_side(spec)
+        _grid(spec, 1, 1)
     else:
         _csv_rows(Path(spec))
 
 
-def _grid_side(spec: str) -> int:
-    match = re.fullmatch(r"grid:([0-9]+)", spec)
-    if match is None or not 1 <= int(match[1]) <= _MOST_GRID:
-        raise ValueError(f"--points {spec} is not a grid of 1 to {_MOST_GRID} points a side; {_ACCEPTED}")
-    return int(match[1])
+def _grid(spec: str, height: int, width: int) -> np.ndarray:
+    from corrdit.tracking.queries import MOST_GRID, grid_points, grid_side
+
+    side = grid_side(spec)
+    if side is None:
+        raise ValueError(f"--points {spec} is not a grid of 1 to {MOST_GRID} points a side; {_ACCEPTED}")
+    return grid_points(side, height, width)
 
 
 def _csv_rows(path: Path) -> list[tuple[int, tuple[float, float, float]]]:

@@ -15,25 +15,23 @@ writes  into the folder --output, all of them or none:
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from corrdit.cli.devices import add_run_options
+from corrdit.cli.devices import add_run_options, trainer_devices
+from corrdit.cli.lightning_runs import command_trainer, predict, quiet_lightning
 from corrdit.cli.model_options import add_model_options, add_preset_option, checked_preset, loaded_backbone
 from corrdit.cli.points import check_points_spec, read_points
 from corrdit.cli.progress import progress_bar
-from corrdit.cli.track_folder import is_folder_of_videos, track_folder
 from corrdit.cli.tracker_options import add_tracker_options, given_tracker_options
-from corrdit.files import OutputFolder
+from corrdit.files import OutputFolder, file_digest
 
 if TYPE_CHECKING:
-    import numpy as np
     from jsonargparse import ArgumentParser, Namespace
 
     from corrdit.integrations.diffusers.backbones.presets import Preset
-    from corrdit.tracking import Tracks
-    from corrdit.video import StreamedVideo
 
 HELP = "follow points through a video"
 USAGE = "VIDEO --output DIR [--points grid:16 | FILE.csv] [--model embedded] [options]"
@@ -61,7 +59,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> int:
-    from corrdit.tracking.files import write_track_results
+    from corrdit.tracking import PointTracker
+    from corrdit.tracking.files import track_at_size, write_track_results
     from corrdit.video import StreamedVideo
 
     began = time.perf_counter()
@@ -74,15 +73,14 @@ def run(arguments: Namespace) -> int:
     check_points_spec(arguments.points)
     preset = checked_preset(arguments.preset)
     video = StreamedVideo(
-        arguments.video,
-        start=arguments.start,
-        max_frames=arguments.max_frames,
-        max_side=arguments.max_side,
+        arguments.video, start=arguments.start, max_frames=arguments.max_frames, max_side=arguments.max_side
     )
     height, width = video.info.height, video.info.width
     queries = read_points(arguments.points, frames=len(video), height=height, width=width)
     with OutputFolder(arguments.output) as folder:
-        tracks = _track(arguments, preset, video, queries)
+        tracker = PointTracker(loaded_backbone(arguments, preset), **given_tracker_options(arguments))
+        with progress_bar("tracking") as report:
+            tracks = track_at_size(tracker, video, queries, (height, width), progress=report)
         with progress_bar("drawing") as report:
             write_track_results(
                 folder, video, tracks, queries, start=arguments.start, trail=arguments.trail, progress=report
@@ -97,11 +95,61 @@ def run(arguments: Namespace) -> int:
     return 0
 
 
-def _track(arguments: Namespace, preset: Preset | str | None, video: StreamedVideo, queries: np.ndarray) -> Tracks:
-    """Tracks in the file's own pixels; the tracker sees the frames at the size they are read."""
-    from corrdit.tracking import PointTracker
-    from corrdit.tracking.files import track_at_size
+def is_folder_of_videos(path: Path, output: str | None = None) -> bool:
+    """A folder with videos in it (those in `output` aside) which is not itself a video, as pictures of its frames."""
+    from corrdit.tracking.files import videos_below
+    from corrdit.video.info import FRAME_SUFFIXES
 
-    tracker = PointTracker(loaded_backbone(arguments, preset), **given_tracker_options(arguments))
-    with progress_bar("tracking") as report:
-        return track_at_size(tracker, video, queries, (video.info.height, video.info.width), progress=report)
+    if not path.is_dir() or any(entry.suffix.lower() in FRAME_SUFFIXES for entry in path.iterdir()):
+        return False
+    return bool(videos_below(path, without=output))
+
+
+def track_folder(arguments: Namespace, preset: Preset | str | None) -> int:
+    """Track the points in every video of the folder: Lightning shares them out, and a stopped run goes on.
+
+    Args:
+        arguments: those of `corrdit track`.
+        preset: of `checked_preset`.
+
+    Returns:
+        0, or 2 where a video could not be tracked; those are named on the error stream and the others are done.
+    """
+    began, spec = time.perf_counter(), arguments.points
+    check_points_spec(spec)
+    devices = trainer_devices(arguments)
+    with quiet_lightning():
+        from corrdit.integrations.lightning import TrackingModule, VideoDataModule, tracking_report
+
+        data = VideoDataModule(arguments.video, output=arguments.output)
+        module = TrackingModule(
+            arguments.model,
+            output=arguments.output,
+            queries=lambda frames, height, width: read_points(spec, frames=frames, height=height, width=width),
+            queries_description=spec if spec.startswith("grid:") else f"points of sha256 {file_digest(spec)}",
+            model_preset=preset,
+            options=given_tracker_options(arguments),
+            dtype=arguments.dtype,
+            start=arguments.start,
+            max_frames=arguments.max_frames,
+            max_side=arguments.max_side,
+            trail=arguments.trail,
+            placement=arguments.placement,
+            on_broken=arguments.on_broken,
+        )
+        module.check_settings()  # before Lightning starts processes that would each say it
+        trainer = command_trainer(several=arguments.processes > 1, **devices)
+        predict(trainer, module, data)
+        trainer.strategy.barrier("every process has done its videos")
+    if not trainer.is_global_zero:
+        return 0
+    report = tracking_report(arguments.output, data.names)
+    for name, error in report["failed"].items():
+        print(f"corrdit track: {name}: {error}", file=sys.stderr)
+    new = len(set(report["done"]) & set(data.pending))
+    print(
+        f"{len(report['done'])} of {len(data.names)} videos tracked, {new} of them now, in"
+        f" {time.perf_counter() - began:.1f} s; {len(report['failed'])} could not be tracked"
+    )
+    print(f"  {Path(arguments.output)}/VIDEO/tracks.npz, tracks.mp4, tracks.png")
+    return 2 if report["failed"] or report["left"] else 0

@@ -26,19 +26,15 @@ from typing import TYPE_CHECKING
 
 from corrdit.cli.devices import add_device_options, checked_device
 from corrdit.cli.model_options import add_preset_option, checked_preset, loaded_backbone
-from corrdit.cli.progress import Report, progress_bar
+from corrdit.cli.progress import progress_bar
 from corrdit.files import OutputFolder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import numpy as np
     from jsonargparse import ArgumentParser, Namespace
 
-    from corrdit.integrations.diffusers.backbones.base import Backbone
     from corrdit.integrations.diffusers.motion_transfer.plan import TransferPlan
     from corrdit.integrations.diffusers.motion_transfer.result import TransferResult
-    from corrdit.tracking import Tracks
 
 HELP = "give a new video the motion of a reference"
 USAGE = "REFERENCE PROMPT --output DIR [--model embedded] [--method ditflow] [options]"
@@ -103,6 +99,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(arguments: Namespace) -> int:
     from corrdit.integrations.diffusers.motion_transfer import MotionTransfer, StoredMotion
     from corrdit.integrations.diffusers.motion_transfer.results_on_disk import fidelity_of, write_transfer
+    from corrdit.motion import PromptSimilarity
+    from corrdit.tracking import PointTracker
 
     began = time.perf_counter()
     if (arguments.height is None) != (arguments.width is None):
@@ -113,10 +111,14 @@ def run(arguments: Namespace) -> int:
     if arguments.output and Path(arguments.output).is_file():
         raise ValueError(f"the output folder {arguments.output} is a file; give a folder, which is made if need be")
     backbone = loaded_backbone(arguments, preset)
-    similarity = _similarity(arguments)
+    similarity = None
+    if arguments.clip is not None:
+        similarity = PromptSimilarity(arguments.clip, checked_device(arguments.device))
     changes = {name: getattr(arguments, name) for name in _SETTINGS if getattr(arguments, name) is not None}
     transfer = MotionTransfer(backbone, **changes)
-    state_file = _state_file(arguments.output)
+    # Beside the output folder, which appears only with its results.
+    place = Path(arguments.output).absolute()
+    state_file = place.parent / f".{place.name}.transfer-state.safetensors"
     with OutputFolder(arguments.output) as folder, progress_bar("preparing") as show:
         planned: list[TransferPlan] = []
 
@@ -142,7 +144,7 @@ def run(arguments: Namespace) -> int:
         measured: dict[str, float] = {}
         if arguments.metrics and result.reference is not None:
             show(0, None, phase="tracking both videos")
-            measured = fidelity_of(result, _tracker(backbone, show))
+            measured = fidelity_of(result, functools.partial(PointTracker(backbone).track, progress=show))
         if similarity is not None:
             show(0, None, phase="comparing with the prompt")
             measured["image_quality"] = similarity(result.video, arguments.prompt)
@@ -170,7 +172,7 @@ def _reference(arguments: Namespace) -> tuple[np.ndarray | None, float]:
     """The reference's frames, or None, and the rate of the new video."""
     from corrdit.integrations.diffusers.motion_transfer.reference import at_rate
     from corrdit.video import read_video
-    from corrdit.video.reading import DEFAULT_FPS
+    from corrdit.video.info import DEFAULT_FPS
 
     if arguments.fps is not None and not arguments.fps > 0:
         raise ValueError(f"--fps must be above 0, got {arguments.fps}")
@@ -183,26 +185,6 @@ def _reference(arguments: Namespace) -> tuple[np.ndarray | None, float]:
     # How few frames are too few, the model says.
     video = read_video(arguments.reference, start=arguments.start, max_frames=arguments.max_frames, min_frames=1)
     return at_rate(video.frames, video.fps, arguments.fps)
-
-
-def _tracker(backbone: Backbone, report: Report) -> Callable[[np.ndarray, np.ndarray], Tracks]:
-    from corrdit.tracking import PointTracker
-
-    return functools.partial(PointTracker(backbone).track, progress=report)
-
-
-def _similarity(arguments: Namespace) -> Callable[[np.ndarray, str], float] | None:
-    if arguments.clip is None:
-        return None
-    from corrdit.motion import PromptSimilarity
-
-    return PromptSimilarity(arguments.clip, checked_device(arguments.device))
-
-
-def _state_file(output: str) -> Path:
-    """Beside the output folder, which appears only with its results."""
-    folder = Path(output).absolute()
-    return folder.parent / f".{folder.name}.transfer-state.safetensors"
 
 
 def _loss_in_words(losses: list[float]) -> str | None:

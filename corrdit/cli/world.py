@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
     from jsonargparse import ArgumentParser, Namespace
 
-    from corrdit.integrations.embedded.world import Clip, WorldConfig
+    from corrdit.integrations.embedded.world import Clip
 
 HELP = "write generated videos with exact tracks, flow and prompts"
 USAGE = "--output DIR [--videos N] [--seed S] [options]"
@@ -46,7 +45,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> int:
     from corrdit.data.tapvid_writing import write_tapvid
-    from corrdit.integrations.embedded.world import PROMPT_KINDS, WorldConfig, describe
+    from corrdit.integrations.embedded.world import PROMPT_KINDS, WorldConfig, describe, generate
     from corrdit.integrations.embedded.world.clips import as_tapvid, sample_queries
 
     for name in ("videos", "points"):
@@ -61,7 +60,8 @@ def run(arguments: Namespace) -> int:
         with (folder / "prompts.csv").open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
             table.writerow(["name", "seed", *PROMPT_KINDS])
-            for index, clip in enumerate(_clips(_SEEDS * arguments.seed, arguments.videos, config)):
+            for index in range(arguments.videos):
+                (clip,) = generate([_SEEDS * arguments.seed + index], config)
                 name = f"{index:04d}"
                 queries = sample_queries(clip, arguments.points)
                 _write(folder, name, clip, queries)
@@ -108,13 +108,6 @@ def _earlier(output: Path) -> dict[str, object]:
         found |= dict(zip(("frames", "height", "width"), arrays["video"].shape, strict=False))
         found["points"] = len(arrays["queries"])
     return found
-
-
-def _clips(first_seed: int, count: int, config: WorldConfig) -> Iterator[Clip]:
-    from corrdit.integrations.embedded.world import generate
-
-    for index in range(count):
-        yield generate([first_seed + index], config)[0]
 
 
 def _write(folder: Path, name: str, clip: Clip, queries: np.ndarray) -> None:

@@ -57,11 +57,7 @@ class TrackerSummary:
 
 
 def summarise(
-    tracker: str,
-    records: Sequence[Record],
-    *,
-    broken: Mapping[str, str] | None = None,
-    left: Sequence[str] = (),
+    tracker: str, records: Sequence[Record], *, broken: Mapping[str, str] | None = None, left: Sequence[str] = ()
 ) -> TrackerSummary:
     """Means over videos, each with the same weight whatever its number of points, as TAP-Vid's are.
 

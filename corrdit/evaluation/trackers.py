@@ -185,8 +185,7 @@ class TrackerChoice:
 
 
 def chosen_trackers(
-    trackers: str | Sequence[str] | Mapping[str, Options | None],
-    model_options: Options | None = None,
+    trackers: str | Sequence[str] | Mapping[str, Options | None], model_options: Options | None = None
 ) -> list[TrackerChoice]:
     """Trackers from names, or from labels with options.
 

@@ -13,6 +13,9 @@ from corrdit.arguments import choice, real_array
 
 VARIANTS = ("two_sided", "released")
 STATIONARY = ("match", "zero", "exclude", "error")
+REST_RADIUS = 0.25
+"""Pixels: a track that stays this near to its mean position is at rest. Trackers jitter by hundredths of a pixel on a
+resting background, and a real motion crosses it within a few frames."""
 
 
 def motion_fidelity(
@@ -22,11 +25,13 @@ def motion_fidelity(
     variant: str = "two_sided",
     stationary: str = "match",
     still_below: float = 0.0,
+    rest_radius: float | None = None,
 ) -> float:
     """Mean similarity of each track's motion to the most similar track of the other video.
 
     The similarity of two tracks is the cosine between their displacements from frame to frame, averaged over the frame
-    steps.
+    steps. A track at rest has no direction, only the noise of a tracker: it is as one that does not move at all, by
+    default like rest (1) and unlike motion (0).
 
     Args:
         generated: `[P, F, 2]` (point, frame, (x, y)).
@@ -39,6 +44,9 @@ def motion_fidelity(
             "exclude" leaves the step out of the average of that pair of tracks, and a pair without common moving step
             counts 0; "error" raises.
         still_below: a step not longer than this many pixels is without motion.
+        rest_radius: a track that never leaves a circle of this radius in pixels round its mean position is at rest:
+            all its steps are without motion. None for 0.25 pixels, or 0 with `variant="released"`, whose code knows
+            no rest.
 
     Returns:
         The score, -1 to 1 ("released": -2 to 1).
@@ -51,6 +59,10 @@ def motion_fidelity(
     choice("stationary", stationary, STATIONARY)
     if not still_below >= 0:
         raise ValueError(f"still_below is a length in pixels and must not be negative, got {still_below!r}")
+    if rest_radius is None:
+        rest_radius = 0.0 if variant == "released" else REST_RADIUS
+    if not rest_radius >= 0:
+        raise ValueError(f"rest_radius is a length in pixels and must not be negative, got {rest_radius!r}")
     generated, reference = _checked("generated", generated), _checked("reference", reference)
     if generated.shape[1] != reference.shape[1]:
         raise ValueError(
@@ -61,7 +73,7 @@ def motion_fidelity(
             f'variant="released" compares tracks one to one, got {len(generated)} generated and {len(reference)} '
             'reference tracks; give as many, or take variant="two_sided"'
         )
-    similarity = _similarity(generated, reference, stationary, still_below)
+    similarity = _similarity(generated, reference, stationary, still_below, rest_radius)
     if variant == "released":
         return float((similarity - np.eye(len(similarity))).max(axis=1).mean())
     return float((similarity.max(axis=1).mean() + similarity.max(axis=0).mean()) / 2)
@@ -76,9 +88,12 @@ def _checked(name: str, tracks: ArrayLike) -> np.ndarray:
     return real_array(name, tracks)
 
 
-def _similarity(generated: np.ndarray, reference: np.ndarray, stationary: str, still_below: float) -> np.ndarray:
+def _similarity(
+    generated: np.ndarray, reference: np.ndarray, stationary: str, still_below: float, rest_radius: float
+) -> np.ndarray:
     """Mean cosine of the displacements of each pair of tracks, `[P, Q]`."""
-    directions, moving = zip(*(_directions(tracks, still_below) for tracks in (generated, reference)), strict=True)
+    both = (generated, reference)
+    directions, moving = zip(*(_directions(tracks, still_below, rest_radius) for tracks in both), strict=True)
     if stationary == "error" and not all(steps.all() for steps in moving):
         still = [int((~steps).any(axis=1).sum()) for steps in moving]
         raise ValueError(
@@ -95,9 +110,10 @@ def _similarity(generated: np.ndarray, reference: np.ndarray, stationary: str, s
     return total / steps
 
 
-def _directions(tracks: np.ndarray, still_below: float) -> tuple[np.ndarray, np.ndarray]:
+def _directions(tracks: np.ndarray, still_below: float, rest_radius: float) -> tuple[np.ndarray, np.ndarray]:
     """Unit displacements `[P, F-1, 2]`, zero where still, and whether each step moves `[P, F-1]`."""
     displacement = np.diff(tracks, axis=1)
     length = np.linalg.norm(displacement, axis=-1)
-    moving = length > still_below
+    extent = np.linalg.norm(tracks - tracks.mean(axis=1, keepdims=True), axis=-1).max(axis=1, keepdims=True)
+    moving = (length > still_below) & (extent > rest_radius)
     return displacement / np.where(moving, length, np.inf)[..., None], moving

@@ -14,11 +14,15 @@ def on_whole_grid(q: Tensor, k: Tensor, problem: PairProblem) -> tuple[Tensor, T
 
     Returns:
         q `[B, H, N, D]`, 0 where q holds nothing: the rows of those tokens are for the caller to drop. k (or v)
-        `[B, H, N, D]`, a head for each of the queries', and bool `[B, N]`, True = may be attended and is held, or None.
+        `[B, H, N, D]`, a head for each of the queries', 0 where a key is removed or not held, and bool `[B, N]`,
+        True = may be attended and is held, or None.
     """
     mask = problem.key_mask
     if mask is None and problem.keys.selection != "all":
         mask = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
+    if problem.key_mask is not None:
+        # A score that is masked afterwards still multiplies a removed key in the backward pass, and 0 times NaN is NaN.
+        k = k.masked_fill(~problem.key_mask[:, None, :, None], 0.0)
     if k.shape[1] != q.shape[1]:
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     grid = problem.grid
@@ -28,10 +32,11 @@ def on_whole_grid(q: Tensor, k: Tensor, problem: PairProblem) -> tuple[Tensor, T
 
 def place_in_grid(axis: TokenAxis, grid: TokenGrid) -> Tensor:
     """int64 `[tokens]`: where the tokens of an axis stand in the grid's."""
-    places = torch.empty(axis.tokens, dtype=torch.int64)
-    places[axis.text] = torch.arange(grid.tokens)[grid.text_slice][: axis.text.stop - axis.text.start]
+    order = torch.arange(grid.tokens, device="cpu")
+    places = torch.empty(axis.tokens, dtype=torch.int64, device="cpu")
+    places[axis.text] = order[grid.text_slice][: axis.text.stop - axis.text.start]
     for frame_number, held in axis.frames.items():
-        places[held.place] = grid.frame_slice(frame_number).start + torch.arange(held.first, held.stop)
+        places[held.place] = order[grid.frame_slice(frame_number)][held.first : held.stop]
     return places
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from corrdit.tracking.queries import Frames, check_queries, check_video
+from corrdit.tracking.queries import Frames, VideoLike, check_queries, check_video
 from corrdit.tracking.tracks import Tracks
 
 
@@ -25,7 +25,7 @@ def standing_still(queries: object, frames: int) -> Tracks:
     return Tracks(xy=xy, visible=torch.ones(xy.shape[:2], dtype=torch.bool), score=torch.ones(xy.shape[:2]))
 
 
-def nearest_patches(video: Frames, queries: object, *, radius: int = 3) -> Tracks:
+def nearest_patches(video: VideoLike, queries: object, *, radius: int = 3) -> Tracks:
     """Every point goes to the pixel of each frame whose surroundings differ least from those of the query.
 
     The surroundings are the (2 radius + 1)^2 pixels around the query's pixel, compared with those around every pixel
@@ -33,7 +33,7 @@ def nearest_patches(video: Frames, queries: object, *, radius: int = 3) -> Track
     its outermost pixels. A point keeps its place within its pixel.
 
     Args:
-        video: uint8 `[T, H, W, 3]`.
+        video: as `PointTracker.track` takes it.
         queries: `[P, 3]` (frame, x, y) in pixels.
         radius: of the patch, in pixels.
 
@@ -46,8 +46,8 @@ def nearest_patches(video: Frames, queries: object, *, radius: int = 3) -> Track
     """
     if radius < 0:
         raise ValueError(f"radius={radius} was given; accepted is a number of pixels of 0 or more")
-    video = check_video(video)
-    frames, height, width = (int(size) for size in video.shape[:3])
+    clip = check_video(video)
+    frames, height, width = (int(size) for size in clip.shape[:3])
     table = check_queries(queries, frames, height, width)
     anchor = table[:, 0].long()
     column = table[:, 1].floor().long().clamp(max=width - 1)
@@ -55,7 +55,7 @@ def nearest_patches(video: Frames, queries: object, *, radius: int = 3) -> Track
     offset = table[:, 1:] - torch.stack((column, row), -1)
     patches = torch.stack(
         [
-            _padded(video, frame, radius)[0, :, y : y + 2 * radius + 1, x : x + 2 * radius + 1]
+            _padded(clip, frame, radius)[0, :, y : y + 2 * radius + 1, x : x + 2 * radius + 1]
             for frame, y, x in zip(anchor.tolist(), row.tolist(), column.tolist(), strict=True)
         ]
     )
@@ -63,7 +63,7 @@ def nearest_patches(video: Frames, queries: object, *, radius: int = 3) -> Track
     xy = torch.empty(frames, len(table), 2)
     score = torch.empty(frames, len(table))
     for frame in range(frames):
-        difference = _differences(_padded(video, frame, radius), patches).flatten(1)
+        difference = _differences(_padded(clip, frame, radius), patches).flatten(1)
         least, best = difference.min(1)
         xy[frame] = torch.stack((best % width, best // width), -1) + offset
         score[frame] = 1 / (1 + least.clamp(min=0) / patches[0].numel() / contrast)

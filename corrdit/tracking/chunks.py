@@ -32,7 +32,7 @@ class Chunk:
 
 
 def anchored_chunks(
-    frames: int,
+    others: list[int],
     anchor: int,
     *,
     frames_per_chunk: int = 13,
@@ -40,10 +40,10 @@ def anchored_chunks(
     stride: int | None = None,
     interval: int | None = None,
 ) -> list[Chunk]:
-    """Chunks that all hold the anchor frame and together every other frame of the video.
+    """Chunks that all hold the anchor frame and together every other frame, of the video or of a block of it.
 
     Args:
-        frames: number of video frames, at least 2.
+        others: the other frames, ascending.
         anchor: the frame that is in every chunk.
         frames_per_chunk: frames of a forward pass, the anchor included; at least 2.
         schedule: "spread" takes every n-th frame with the smallest n that covers the video, each frame once;
@@ -56,26 +56,6 @@ def anchored_chunks(
     Raises:
         ValueError: a number is out of range or the schedule unknown.
     """
-    return chunks_through(
-        _other_frames(frames, anchor),
-        anchor,
-        frames_per_chunk=frames_per_chunk,
-        schedule=schedule,
-        stride=stride,
-        interval=interval,
-    )
-
-
-def chunks_through(
-    others: list[int],
-    anchor: int,
-    *,
-    frames_per_chunk: int,
-    schedule: str,
-    stride: int | None = None,
-    interval: int | None = None,
-) -> list[Chunk]:
-    """The chunks of `anchored_chunks` through some frames, ascending and without the anchor."""
     window = whole_number("frames_per_chunk", frames_per_chunk, 2) - 1
     if stride is not None and schedule != "consecutive":
         raise ValueError(f'stride is for schedule="consecutive"; drop it for schedule={schedule!r}')

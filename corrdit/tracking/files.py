@@ -12,13 +12,13 @@ import torch
 
 from corrdit.tracking.queries import Frames
 from corrdit.tracking.tracks import Tracks
+from corrdit.video.folders import check_not_mixed
+from corrdit.video.info import FRAME_SUFFIXES, VIDEO_SUFFIXES
 
 if TYPE_CHECKING:
     from corrdit.video import StreamedVideo
 
 RESULT_FILE = "tracks.npz"
-VIDEO_SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".gif")
-FRAME_SUFFIXES = (".png", ".jpg", ".jpeg")
 Progress = Callable[[int, int], None]
 
 
@@ -38,7 +38,7 @@ def find_videos(folder: str | os.PathLike[str], *, without: str | os.PathLike[st
         without: a folder to pass over, such as one for results.
 
     Raises:
-        ValueError: not a folder, or one without videos.
+        ValueError: not a folder, one without videos, or videos and pictures in one folder.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -59,6 +59,7 @@ def videos_below(root: Path, *, without: str | os.PathLike[str] | None = None) -
         here = Path(place)
         folders[:] = [name for name in folders if not name.startswith(".") and (here / name).resolve() != skipped]
         shown = [name for name in files if not name.startswith(".")]
+        check_not_mixed(here, shown)
         found += [here / name for name in shown if name.lower().endswith(VIDEO_SUFFIXES)]
         if here != root and any(name.lower().endswith(FRAME_SUFFIXES) for name in shown):
             found.append(here)

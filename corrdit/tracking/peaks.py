@@ -73,6 +73,7 @@ def refined_peaks(cost: Tensor, radius: int, *, best: Tensor | None = None) -> t
     Args:
         cost: float `[P, h, w]`, not negative.
         radius: tokens round the maximum over which the cost-weighted mean of positions is taken; 0 for the maximum.
+            One beyond the frame takes the whole frame.
         best: int64 `[P]` flat tokens to take in place of the maxima.
 
     Returns:
@@ -85,6 +86,7 @@ def refined_peaks(cost: Tensor, radius: int, *, best: Tensor | None = None) -> t
     row, column = best // width, best % width
     if radius == 0:
         return torch.stack((column, row), -1).to(cost.dtype), score
+    radius = min(radius, max(height, width))
     offset = torch.arange(-radius, radius + 1, device=cost.device)
     rows, columns = row[:, None] + offset, column[:, None] + offset
     inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]

@@ -84,10 +84,10 @@ def lucas_kanade(video: np.ndarray, queries: np.ndarray) -> Tracks:
     _require_opencv()
     import cv2
 
-    check_video(video)
-    frames, height, width = (int(size) for size in video.shape[:3])
+    clip = check_video(video)
+    frames, height, width = (int(size) for size in clip.shape[:3])
     table = check_queries(queries, frames, height, width)
-    grey = [cv2.cvtColor(np.ascontiguousarray(frame), cv2.COLOR_RGB2GRAY) for frame in np.asarray(video)]
+    grey = [cv2.cvtColor(np.ascontiguousarray(frame), cv2.COLOR_RGB2GRAY) for frame in np.asarray(clip[:])]
     anchor, points = table[:, 0].long(), torch.arange(len(table))
     xy = table[None, :, 1:].repeat(frames, 1, 1)
     visible = torch.zeros(frames, len(table), dtype=torch.bool)
@@ -115,8 +115,8 @@ def cotracker(video: np.ndarray, queries: np.ndarray) -> Tracks:
     Raises:
         ImportError: it is neither in torch's cache nor to be fetched.
     """
-    check_video(video)
-    table = check_queries(queries, *(int(size) for size in video.shape[:3]))
+    frames = check_video(video)
+    table = check_queries(queries, *(int(size) for size in frames.shape[:3]))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         model = torch.hub.load(COTRACKER_REPOSITORY, COTRACKER_MODEL, trust_repo=True, verbose=False).to(device)
@@ -125,7 +125,7 @@ def cotracker(video: np.ndarray, queries: np.ndarray) -> Tracks:
             f"CoTracker ({COTRACKER_REPOSITORY}) is not in torch's cache and cannot be fetched: {error}; run once with "
             f"a network, or take another tracker ({', '.join(sorted(set(TRACKERS) - {'cotracker'}))})"
         ) from error
-    clip = torch.as_tensor(np.asarray(video)).permute(0, 3, 1, 2)[None].float().to(device)
+    clip = torch.as_tensor(frames[:]).permute(0, 3, 1, 2)[None].float().to(device)
     with torch.no_grad():
         # CoTracker counts pixels by their centres.
         given = table.clone()

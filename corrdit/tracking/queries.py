@@ -2,40 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Protocol, TypeVar
+import re
 
 import numpy as np
 import torch
 from numpy.typing import DTypeLike
 from torch import Tensor
 
+from corrdit.video.frames import Frames, VideoLike, as_frames, describe
 
-class Frames(Protocol):
-    """A video uint8 `[T, H, W, 3]`: a tensor, an array, or an object with such a shape that gives frames by slices."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    def __getitem__(self, part: slice, /) -> object: ...
-
-    def __len__(self) -> int: ...
+__all__ = ["Frames", "VideoLike", "check_queries", "check_video", "grid_points", "grid_side"]
 
 
-Video = TypeVar("Video", bound=Frames)
+MOST_GRID = 512
+"""Points a side of a grid."""
 
 
-def check_video(video: Video) -> Video:
-    """uint8 `[T, H, W, 3]` with at least two frames, as a tensor or as an object that gives frames by slices."""
-    shape = tuple(getattr(video, "shape", ()))
-    if len(shape) != 4 or shape[3] != 3 or 0 in shape:
-        raise ValueError(f"video must be uint8 [frames, height, width, 3], got {_describe(video)}")
-    if "uint8" not in str(getattr(video, "dtype", "")):
-        raise ValueError(
-            f"video must be uint8 with values 0 to 255, got {_describe(video)}; scale and convert it first"
-        )
-    if shape[0] < 2:
-        raise ValueError("video has one frame; tracking needs at least two")
-    return video
+def check_video(video: VideoLike) -> Frames:
+    """At least two frames, as `corrdit.video.as_frames` takes them, as uint8 `[T, H, W, 3]` that is given by slices."""
+    return as_frames(video, min_frames=2)
+
+
+def grid_side(spec: str) -> int | None:
+    """N of "grid:N"; None for other words and for sides outside 1 to `MOST_GRID`."""
+    match = re.fullmatch("grid:([0-9]{1,9})", spec)
+    side = 0 if match is None else int(match[1])
+    return side if 1 <= side <= MOST_GRID else None
 
 
 def grid_points(count: int, height: int, width: int, dtype: DTypeLike = np.float32) -> np.ndarray:
@@ -46,11 +38,19 @@ def grid_points(count: int, height: int, width: int, dtype: DTypeLike = np.float
 
 
 def check_queries(queries: object, frames: int, height: int, width: int) -> Tensor:
-    """float32 `[P, 3]` (frame, x, y) in pixels of the video, inside it."""
+    """float32 `[P, 3]` (frame, x, y) in pixels of the video, inside it; "grid:N" is N x N points on frame 0."""
+    if isinstance(queries, str):
+        side = grid_side(queries)
+        if side is None:
+            raise ValueError(
+                "queries must be numbers [points, 3] as (frame, x, y), or grid:N for N x N points on the first frame,"
+                f" N from 1 to {MOST_GRID}, got {queries!r}"
+            )
+        queries = grid_points(side, height, width)
     try:
         table = torch.as_tensor(queries).detach().to("cpu", torch.float32)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"queries must be numbers [points, 3] as (frame, x, y), got {_describe(queries)}") from error
+        raise ValueError(f"queries must be numbers [points, 3] as (frame, x, y), got {describe(queries)}") from error
     if table.ndim != 2 or table.shape[1] != 3:
         raise ValueError(f"queries must have shape [points, 3] as (frame, x, y) in pixels, got {list(table.shape)}")
     if table.shape[0] == 0:
@@ -72,9 +72,3 @@ def check_queries(queries: object, frames: int, height: int, width: int) -> Tens
                 f"{name} must be {accepted} for this video of {frames} frames of {width} x {height} pixels"
             )
     return table
-
-
-def _describe(value: object) -> str:
-    shape = getattr(value, "shape", None)
-    kind = type(value).__name__
-    return kind if shape is None else f"{kind} {list(shape)} {getattr(value, 'dtype', '')}".rstrip()

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
-from corrdit.tracking.chunks import chained_chunks, chunks_through, frame_blocks
+from corrdit.pipelines import backbone_of_pipeline
+from corrdit.surroundings import ordinary_defaults
+from corrdit.tracking.chunks import anchored_chunks, chained_chunks, frame_blocks
 from corrdit.tracking.encoding import resized, working_size
 from corrdit.tracking.following import Blocks, Following, Settings
 from corrdit.tracking.options import PRESETS, Options, ReadingOptions, ReadingPreset, TrackerOptions, changed_options
-from corrdit.tracking.queries import Frames, check_queries, check_video
+from corrdit.tracking.queries import VideoLike, check_queries, check_video
 from corrdit.tracking.readings import ReadBackbone, Reading, stepping
 from corrdit.tracking.tracks import Tracks
 
@@ -42,6 +44,12 @@ class TrackingBackbone(ReadBackbone, Protocol):
     def preset(self) -> TrackingPreset: ...
 
 
+class Pipeline(Protocol):
+    """A video pipeline of diffusers."""
+
+    transformer: torch.nn.Module
+
+
 class PointTracker:
     """Follows points through a video by the attention of a video diffusion transformer, without training.
 
@@ -55,17 +63,22 @@ class PointTracker:
     looked at again in enlarged crops, which finds it far below the token at a cost that grows with the points.
 
     Args:
-        backbone: what `corrdit.load_backbone` returns.
+        backbone: what `corrdit.load_backbone` returns, or a pipeline of diffusers that is loaded.
         preset: settings in place of the backbone's: a `corrdit.integrations.diffusers.Preset`; or "published" for
             DiffTrack's released evaluation in place of its options of tracking, and "default" for these.
         options: in place of the preset's, see `corrdit.tracking.TrackerOptions`.
 
     Raises:
+        TypeError: neither a backbone nor a pipeline.
         ValueError: an unknown preset or option, a value out of range, or what the backbone cannot serve, such as a
             step outside the schedule or weights for another number of heads.
     """
 
-    def __init__(self, backbone: TrackingBackbone, *, preset: str | TrackingPreset = "default", **options: Any) -> None:
+    @ordinary_defaults()
+    def __init__(
+        self, backbone: TrackingBackbone | Pipeline, *, preset: str | TrackingPreset = "default", **options: Any
+    ) -> None:
+        backbone = _checked_backbone(backbone)
         self.backbone = backbone
         self.preset = backbone.preset if isinstance(preset, str) else preset
         self.options = changed_options(self._own_options(preset, options), options)
@@ -76,13 +89,16 @@ class PointTracker:
                 raise ValueError(f"layer must be from 0 to {backbone.layers - 1} for this backbone, got {layer}")
         self._check_served()
 
+    @ordinary_defaults()
     @torch.no_grad()
-    def track(self, video: Frames, queries: object, *, progress: Progress | None = None) -> Tracks:
+    def track(self, video: VideoLike, queries: object, *, progress: Progress | None = None) -> Tracks:
         """Where the query points are in every frame of the video.
 
         Args:
-            video: uint8 `[T, H, W, 3]` tensor or array (or an object with such a shape that gives frames by slices).
-            queries: `[P, 3]` (frame, x, y), frame a whole number, x and y in pixels from the frame's top left corner.
+            video: a path, a list of PIL images, or uint8 or floating-point (0 to 1) frames `[T, H, W, 3]` or
+                `[T, 3, H, W]`; all that `corrdit.video.as_frames` takes.
+            queries: `[P, 3]` (frame, x, y), frame a whole number, x and y in pixels from the frame's top left corner;
+                or "grid:16" for 16 x 16 points on the first frame.
             progress: called with (forward passes done, forward passes in all).
 
         Returns:
@@ -90,15 +106,17 @@ class PointTracker:
             at the place it was given, with score 1. Elsewhere the score is the cost at the match, in 0 to 1.
 
         Raises:
-            ValueError: the video has fewer than two frames or another layout, or a query lies outside it.
+            TypeError: what is no video.
+            ValueError: the video has fewer than two frames, another layout or values out of range, or a query lies
+                outside it.
         """
-        video = check_video(video)
-        frames, height, width = (int(size) for size in video.shape[:3])
+        clip = check_video(video)
+        frames, height, width = (int(size) for size in clip.shape[:3])
         table = check_queries(queries, frames, height, width)
         anchors = sorted({int(frame) for frame in table[:, 0]})
         settings = self._settings(frames, height, width)
         done = _Counter(progress)
-        following = Following(self.backbone, settings, video, report=done.add)
+        following = Following(self.backbone, settings, clip, report=done.add)
         plans = {anchor: self._blocks(frames, anchor) for anchor in anchors}
         chosen = {anchor: (table[:, 0] == anchor).nonzero()[:, 0] for anchor in anchors}
         done.start(sum(following.passes(len(chosen[anchor]), blocks) for anchor, blocks in plans.items()))
@@ -125,17 +143,9 @@ class PointTracker:
         size = self._chosen("frames_per_chunk")
         if options.schedule == "chained":
             return [chained_chunks(frames, anchor, frames_per_chunk=size)]
-        return [
-            chunks_through(
-                block,
-                anchor,
-                frames_per_chunk=size,
-                schedule=options.schedule,
-                stride=options.stride,
-                interval=options.interval,
-            )
-            for block in frame_blocks(frames, anchor, options.frames_per_block)
-        ]
+        given: dict[str, Any] = {"schedule": options.schedule, "stride": options.stride, "interval": options.interval}
+        blocks = frame_blocks(frames, anchor, options.frames_per_block)
+        return [anchored_chunks(block, anchor, frames_per_chunk=size, **given) for block in blocks]
 
     def _settings(self, frames: int, height: int, width: int) -> Settings:
         kept = frames if self.options.frames_per_block is None else self.options.frames_per_block + 1
@@ -214,6 +224,14 @@ class PointTracker:
                 f"{stride[0]} x {stride[1]} pixels; give a multiple of these"
             )
         return options.height, options.width
+
+
+def _checked_backbone(given: object) -> TrackingBackbone:
+    backbone = backbone_of_pipeline(given)
+    if not hasattr(backbone, "token_stride") or isinstance(backbone, type):
+        kind = f"the class {backbone.__name__}" if isinstance(backbone, type) else repr(backbone)[:80]
+        raise TypeError(f"backbone must be what corrdit.load_backbone returns or a pipeline of diffusers, got {kind}")
+    return cast(TrackingBackbone, backbone)
 
 
 class _Counter:

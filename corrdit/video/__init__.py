@@ -5,10 +5,10 @@ at a reduced size without its full-size frames ever being held together; writing
 under its name only when it is complete.
 """
 
+from corrdit.video.frames import as_frames
+from corrdit.video.info import Video, VideoInfo
 from corrdit.video.reading import (
     StreamedVideo,
-    Video,
-    VideoInfo,
     fit_size,
     iterate_frames,
     probe_video,
@@ -22,6 +22,7 @@ __all__ = [
     "Video",
     "VideoInfo",
     "VideoWriter",
+    "as_frames",
     "fit_size",
     "iterate_frames",
     "probe_video",

@@ -2,43 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
-import re
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    import av
+from corrdit.video.containers import file_frames, file_info
+from corrdit.video.folders import folder_frames, folder_info
+from corrdit.video.info import ACCEPTED, Moment, Video, VideoInfo
 
-_CONTAINER_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif"
-_PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
-_ACCEPTED = "accepted are mp4, mov, webm, mkv, avi and gif files and folders of png or jpg frames"
-DEFAULT_FPS = 24.0  # of a folder of frames, which says nothing about its rate
-
-
-@dataclass(frozen=True)
-class Video:
-    """A video in memory: `frames` uint8 `[T, H, W, 3]` in RGB and `fps`, frames per second."""
-
-    frames: np.ndarray
-    fps: float
-
-
-@dataclass(frozen=True)
-class VideoInfo:
-    """What is known before decoding: displayed size in pixels, frames per second, estimated number of frames."""
-
-    path: Path
-    height: int
-    width: int
-    fps: float
-    frames: int
+MOST_NAMED = 10
+"""Corrupt frames that a message names."""
 
 
 def probe_video(path: str | os.PathLike[str]) -> VideoInfo:
@@ -48,21 +26,7 @@ def probe_video(path: str | os.PathLike[str]) -> VideoInfo:
         ValueError: nothing is at `path`, or it is not a video.
     """
     path = _existing(path)
-    if path.is_dir():
-        pictures = _frame_files(path)
-        height, width = _read_picture(pictures[0]).shape[:2]
-        return VideoInfo(path, height, width, DEFAULT_FPS, len(pictures))
-    with _open_container(path) as container:
-        stream = container.streams.video[0]
-        fps = float(stream.average_rate or stream.guessed_rate or DEFAULT_FPS)
-        frames = stream.frames
-        first = next(_decode(container, path), None)
-        if first is None:
-            raise ValueError(f"{path} holds no frames that can be decoded; {_ACCEPTED}")
-        height, width = first.height, first.width
-        if first.rotation % 180:
-            height, width = width, height
-    return VideoInfo(path, height, width, fps, frames or _count_packets(path))
+    return folder_info(path) if path.is_dir() else file_info(path)
 
 
 def iterate_frames(
@@ -87,13 +51,12 @@ def iterate_frames(
     Raises:
         ValueError: as `read_video`.
     """
-    _check_part(start, max_frames)
-    path = _existing(path)
-    decoded = _folder_frames(path, start, size) if path.is_dir() else _file_frames(path, start, size)
-    for count, frame in enumerate(decoded, start=1):
-        yield frame
-        if count == max_frames:
-            return
+    info = probe_video(path)
+    _warn_of(info.remarks)
+    for moment, pixels in _frames(info, start, max_frames):
+        if moment.corrupt:
+            _warn_of([f"{info.path}: the decoder calls frame {moment.number} corrupt"])
+        yield pixels(size or (info.height, info.width))
 
 
 def read_video(
@@ -112,14 +75,17 @@ def read_video(
         max_frames: read at most this many frames; None reads all.
         start: number of frames to skip at the beginning.
         max_side: shrink frames while reading so that the longer side has at most this many pixels; None keeps them.
-        fps: frames per second to report instead of the file's own (24 for folders).
+        fps: frames per second to report instead of the file's own (24 for folders); times follow it.
         min_frames: fewest frames accepted; the default is 2 because tracking needs two.
 
     Returns:
-        `Video` with frames uint8 `[T, H, W, 3]`.
+        `Video` with frames uint8 `[T, H, W, 3]`, as players show the file's default stream: turned and mirrored as it
+        says, with square pixels. Warns of high dynamic range, of a file that is cut off and of frames that the decoder
+        calls corrupt.
 
     Raises:
-        ValueError: nothing at `path`, not a video, damaged, too few frames, frames of different sizes in a folder.
+        ValueError: nothing at `path`, not a video, damaged, shown at an angle that is no quarter turn, too few frames,
+            all of them corrupt, frames of different sizes in a folder, or a folder of videos and pictures.
     """
     info = probe_video(path)
     size = fit_size(info.height, info.width, max_side)
@@ -127,14 +93,17 @@ def read_video(
     if max_frames is not None:
         expected = min(expected, max_frames)
     frames = np.empty((expected, *size, 3), dtype=np.uint8)
-    count = 0
-    for frame in iterate_frames(path, start=start, max_frames=max_frames, size=size):
-        if count == len(frames):  # the header promised fewer frames than there are
+    read: list[Moment] = []
+    for moment, pixels in _frames(info, start, max_frames):
+        if len(read) == len(frames):  # the header promised fewer frames than there are
             frames = np.concatenate([frames, np.empty_like(frames)])
-        frames[count] = frame
-        count += 1
-    _check_count(info, count, start, max_frames, min_frames)
-    return Video(frames[:count], info.fps if fps is None else float(fps))
+        frames[len(read)] = pixels(size)
+        read.append(moment)
+    _check_read(info, read, start, max_frames, min_frames)
+    times = np.array([moment.seconds for moment in read])
+    if fps is not None:
+        times = (start + np.arange(len(read))) / float(fps)
+    return Video(frames[: len(read)], info.fps if fps is None else float(fps), times, info)
 
 
 class StreamedVideo:
@@ -148,6 +117,7 @@ class StreamedVideo:
     Attributes:
         shape: (T, H, W, 3) of the frames as they are read.
         dtype: uint8.
+        times: float64 `[T]`, when each frame is shown, in seconds of the file's own time.
         info: the file's own size and rate.
     """
 
@@ -163,11 +133,11 @@ class StreamedVideo:
         min_frames: int = 2,
     ) -> None:
         self.info = probe_video(path)
-        self._size = fit_size(self.info.height, self.info.width, max_side)
         self._start, self._max_frames = start, max_frames
-        count = _count_frames(self.info.path, start, max_frames)
-        _check_count(self.info, count, start, max_frames, min_frames)
-        self.shape = (count, *self._size, 3)
+        read = [moment for moment, _ in _frames(self.info, start, max_frames)]
+        _check_read(self.info, read, start, max_frames, min_frames)
+        self.times = np.array([moment.seconds for moment in read])
+        self.shape = (len(read), *fit_size(self.info.height, self.info.width, max_side), 3)
         self._position = 0
         self._frames: Iterator[np.ndarray] = iter(self)
 
@@ -175,7 +145,12 @@ class StreamedVideo:
         return self.shape[0]
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        return iterate_frames(self.info.path, start=self._start, max_frames=self._max_frames, size=self._size)
+        return self.at_size(*self.shape[1:3])
+
+    def at_size(self, height: int, width: int) -> Iterator[np.ndarray]:
+        """The frames once more from the first on, uint8 `[height, width, 3]`, one at a time."""
+        for _, pixels in _frames(self.info, self._start, self._max_frames):
+            yield pixels((height, width))
 
     def __getitem__(self, part: slice) -> np.ndarray:
         """Consecutive frames, uint8 `[t, H, W, 3]`."""
@@ -184,10 +159,13 @@ class StreamedVideo:
         first, end, _ = part.indices(len(self))
         if first < self._position:
             self._position, self._frames = 0, iter(self)
-        frames = itertools.islice(self._frames, first - self._position, max(first, end) - self._position)
-        chosen = list(frames)
-        self._position = max(first, end)
-        return np.stack(chosen) if chosen else np.empty((0, *self.shape[1:]), np.uint8)
+        end = max(first, end)
+        chosen = np.empty((end - first, *self.shape[1:]), np.uint8)
+        wanted = itertools.islice(self._frames, first - self._position, end - self._position)
+        for place, frame in enumerate(wanted):
+            chosen[place] = frame
+        self._position = end
+        return chosen
 
 
 def fit_size(height: int, width: int, max_side: int | None) -> tuple[int, int]:
@@ -211,14 +189,26 @@ def resize_frame(frame: np.ndarray, height: int, width: int) -> np.ndarray:
     return picture.reformat(width, height, interpolation="AREA" if shrinks else "BICUBIC").to_ndarray()
 
 
-def _count_frames(path: Path, start: int, max_frames: int | None) -> int:
-    """Frames that `iterate_frames` gives; pictures of a folder are read, those of a file decoded but not converted."""
-    if path.is_dir():
-        return sum(1 for _ in iterate_frames(path, start=start, max_frames=max_frames))
+def _frames(
+    info: VideoInfo, start: int, max_frames: int | None
+) -> Iterator[tuple[Moment, Callable[[tuple[int, int]], np.ndarray]]]:
+    """Decoded frames of a file or folder, each with what converts it to uint8 `[H, W, 3]` of a (height, width).
+
+    Nothing is warned of.
+    """
     _check_part(start, max_frames)
     end = None if max_frames is None else start + max_frames
-    with _open_container(path) as container:
-        return sum(1 for _ in itertools.islice(_decode(container, path), start, end))
+    if info.path.is_dir():
+        pictures = itertools.islice(folder_frames(info.path, start), max_frames)
+        for number, picture in enumerate(pictures, start=start):
+            yield Moment(number, number / info.fps), functools.partial(_resized, picture)
+        return
+    for frame in itertools.islice(file_frames(info.path), start, end):
+        yield frame.moment, frame.pixels
+
+
+def _resized(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    return resize_frame(frame, *size)
 
 
 def _check_part(start: int, max_frames: int | None) -> None:
@@ -228,124 +218,35 @@ def _check_part(start: int, max_frames: int | None) -> None:
         )
 
 
-def _check_count(info: VideoInfo, count: int, start: int, max_frames: int | None, min_frames: int) -> None:
-    """Refuse too few frames, and warn of a file that ends early."""
+def _check_read(info: VideoInfo, read: list[Moment], start: int, max_frames: int | None, min_frames: int) -> None:
+    """Refuse too few frames, and warn of what is wrong with the file."""
+    count = len(read)
+    corrupt = [moment.number for moment in read if moment.corrupt]
     promised = max(info.frames - start, 1) if max_frames is None else min(info.frames - start, max_frames)
-    if info.path.is_file() and promised - count > 1:  # one may be cut off by an edit list
-        warnings.warn(f"{info.path} promises {promised} frames and gives {count}; it seems to be cut off", stacklevel=3)
+    said = list(info.remarks)
+    if info.path.is_file() and promised - count > 1:
+        said.append(f"{info.path} promises {promised} frames and gives {count}; it seems to be cut off")
     if count < min_frames:
         part = "" if start == 0 and max_frames is None else f" from start={start} with max_frames={max_frames}"
         raise ValueError(
             f"{info.path} gives {count} frame{'' if count == 1 else 's'}{part}; at least {min_frames} are needed"
             + (", because tracking goes from one frame to another" if min_frames == 2 else "")
         )
+    if corrupt and len(corrupt) == count:
+        raise ValueError(f"{info.path} is damaged: the decoder calls all of its {count} frames corrupt")
+    if corrupt:
+        names = ", ".join(map(str, corrupt[:MOST_NAMED])) + (", ..." if len(corrupt) > MOST_NAMED else "")
+        said.append(f"{info.path}: the decoder calls {len(corrupt)} of {count} frames corrupt: {names}")
+    _warn_of(said, stacklevel=4)
+
+
+def _warn_of(sentences: Iterable[str], stacklevel: int = 3) -> None:
+    for sentence in sentences:
+        warnings.warn(sentence, UserWarning, stacklevel=stacklevel)
 
 
 def _existing(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     if not path.exists():
-        raise ValueError(f"there is no file or folder {path}; {_ACCEPTED}")
+        raise ValueError(f"there is no file or folder {path}; {ACCEPTED}")
     return path
-
-
-def _open_container(path: Path) -> av.container.InputContainer:
-    import av
-
-    try:
-        # only local containers of moving pictures: a playlist could open other files, a text file decodes as a terminal
-        container = av.open(str(path.absolute()), options={"format_whitelist": _CONTAINER_FORMATS})
-    except av.error.FFmpegError as error:
-        if isinstance(error, OSError):
-            raise ValueError(f"{path} cannot be opened: {error.strerror}") from error
-        if path.suffix.lower() in _PICTURE_SUFFIXES:
-            raise ValueError(f"{path} is a single picture, one frame; at least 2 are needed; {_ACCEPTED}") from error
-        raise ValueError(f"{path} is not a video that can be read, or it is damaged; {_ACCEPTED}") from error
-    if not container.streams.video:
-        container.close()
-        raise ValueError(f"{path} holds no moving picture (sound only?); {_ACCEPTED}")
-    return container
-
-
-def _count_packets(path: Path) -> int:
-    """Number of coded pictures, for containers whose header does not say (gif, webm); nothing is decoded."""
-    with _open_container(path) as container:
-        return sum(1 for packet in container.demux(container.streams.video[0]) if packet.size)
-
-
-def _decode(container: av.container.InputContainer, path: Path) -> Iterator[av.VideoFrame]:
-    import av
-
-    stream = container.streams.video[0]
-    stream.thread_type = "AUTO"
-    count = 0
-    try:
-        for frame in container.decode(stream):
-            yield frame
-            count += 1
-    except av.error.FFmpegError as error:
-        raise ValueError(
-            f"{path} is damaged: frame {count} cannot be decoded; `start` and `max_frames` can read the sound part"
-        ) from error
-
-
-def _file_frames(path: Path, start: int, size: tuple[int, int] | None) -> Iterator[np.ndarray]:
-    with _open_container(path) as container:
-        for index, frame in enumerate(_decode(container, path)):
-            if index < start:
-                continue
-            turns = frame.rotation // 90
-            if size is None:
-                size = (frame.width, frame.height) if turns % 2 else (frame.height, frame.width)
-            height, width = reversed(size) if turns % 2 else size
-            if (frame.height, frame.width) == (height, width):
-                pixels = frame.to_ndarray(format="rgb24")
-            else:
-                pixels = frame.reformat(width, height, "rgb24", interpolation="AREA").to_ndarray()
-            yield np.ascontiguousarray(np.rot90(pixels, turns)) if turns else pixels
-
-
-def _frame_files(folder: Path) -> list[Path]:
-    files = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
-    pictures = [entry for entry in files if entry.suffix.lower() in _PICTURE_SUFFIXES]
-    if not pictures:
-        raise ValueError(f"the folder {folder} holds no png or jpg frames ({len(files)} other files); {_ACCEPTED}")
-    return sorted(pictures, key=_natural_order)
-
-
-def _natural_order(path: Path) -> list[tuple[int, int, str]]:
-    """Sort key by which frame2 comes before frame10."""
-    parts = re.split(r"([0-9]+)", path.name)
-    return [(0, int(part), part) if part.isdecimal() else (1, 0, part.lower()) for part in parts if part]
-
-
-def _read_picture(path: Path) -> np.ndarray:
-    import imageio.v3 as imageio
-
-    try:
-        pixels = imageio.imread(path, plugin="pillow")
-        if pixels.dtype == np.uint16:  # Pillow clips 16-bit grey instead of scaling it
-            pixels = (pixels // 257).astype(np.uint8)
-        else:
-            pixels = imageio.imread(path, plugin="pillow", mode="RGB", rotate=True)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise ValueError(f"the frame {path} cannot be read as a picture ({error})") from error
-    return np.repeat(pixels[..., None], 3, axis=-1) if pixels.ndim == 2 else pixels
-
-
-def _folder_frames(folder: Path, start: int, size: tuple[int, int] | None) -> Iterator[np.ndarray]:
-    pictures = _frame_files(folder)
-    first_shape = None
-    for path in pictures[start:]:
-        pixels = _read_picture(path)
-        if first_shape is None:
-            first_shape = pixels.shape
-        elif pixels.shape != first_shape:
-            height, width = first_shape[:2]
-            raise ValueError(
-                f"{path} has {pixels.shape[0]}x{pixels.shape[1]} pixels, the frames before it {height}x{width}; all"
-                " frames of a folder must have one size"
-            )
-        if size not in (None, pixels.shape[:2]):
-            assert size is not None
-            pixels = resize_frame(pixels, *size)
-        yield pixels

@@ -14,10 +14,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from corrdit.video.reading import DEFAULT_FPS
+from corrdit.video.info import DEFAULT_FPS
 
 if TYPE_CHECKING:
     from av.filter import Graph
+
+
+ENCODER_THREADS = 4
+"""H.264's rate control and the header it writes depend on the number of threads, which else is that of the cores."""
 
 
 class VideoWriter:
@@ -30,8 +34,11 @@ class VideoWriter:
     A frame of odd height or width gets one row or column repeated at its border in mp4 and mov, because yuv420p needs
     even sizes. After an exception, Ctrl-C included, nothing is left behind and an older file is untouched.
 
+    The same frames give the same bytes.
+
     Raises:
-        ValueError: unknown ending, bad rate, frames of different sizes, no frames, a folder that is not empty.
+        ValueError: unknown ending, bad rate, frames of different sizes, no frames, a folder that is not empty, a
+            broken link.
     """
 
     def __init__(self, path: str | os.PathLike[str], fps: float = DEFAULT_FPS) -> None:
@@ -54,9 +61,16 @@ class VideoWriter:
         self._partial: Path | None = None
 
     def __enter__(self) -> VideoWriter:
+        for place in (self.path, self.path.parent):
+            if place.is_symlink() and not place.exists():
+                raise ValueError(
+                    f"cannot write {self.path}: {place} is a link to {os.readlink(place)}, which does not exist; remove"
+                    " the link or give another name"
+                )
         if not self.path.parent.is_dir():
             raise ValueError(f"cannot write {self.path}: the folder {self.path.parent} does not exist")
-        self._partial = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
+        # a name may be as long as the file system takes, so that nothing can be added to it
+        self._partial = Path(tempfile.mkdtemp(prefix=f".{self.path.name[:40]}.", dir=self.path.parent))
         if self._suffix == "":
             (self._partial / "video").mkdir()
         return self
@@ -127,6 +141,7 @@ class _StreamEncoder:
             stream.pix_fmt = "yuv420p"
             stream.options = {"crf": "17", "preset": "medium"}
             context = stream.codec_context
+            context.thread_count = ENCODER_THREADS
             # BT.709, limited range, said in the file: players guess by size otherwise
             context.colorspace = context.color_primaries = context.color_trc = context.color_range = 1
         stream.height, stream.width = height, width

@@ -36,7 +36,8 @@ class AttentionInputs:
     @classmethod
     def of_call(cls, call: AttentionCall) -> AttentionInputs:
         """What of a call is read."""
-        return cls(query=call.query, key=call.key, mask=call.mask, causal=call.causal)
+        attended = call.as_attended()
+        return cls(query=attended.query, key=attended.key, mask=call.mask, causal=call.causal)
 
 
 class GatheredCalls:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from corrdit.integrations.components import INDEX_FILE, loaded_models
 from corrdit.integrations.embedded.preset import WEIGHTS
 
 if TYPE_CHECKING:
@@ -16,7 +17,8 @@ def load_embedded_pipeline(
 ) -> "EmbeddedVideoPipeline":
     """The embedded pipeline from the package, or from a folder written by its `save_pretrained`. Never uses a network.
 
-    Raises FileNotFoundError if the folder holds no pipeline or not all of one, weights as safetensors included.
+    Raises FileNotFoundError if the folder holds no pipeline or not all of one, weights as safetensors included, and
+    ValueError if weights are missing, unknown or of another shape than its configuration says.
     """
     from diffusers.utils import logging
 
@@ -24,7 +26,7 @@ def load_embedded_pipeline(
     from corrdit.integrations.embedded.text import VOCABULARY_FILE
 
     source = WEIGHTS if folder is None else pathlib.Path(folder)
-    if not (source / "model_index.json").is_file():
+    if not (source / INDEX_FILE).is_file():
         raise FileNotFoundError(
             f"{source} holds no diffusers pipeline (no model_index.json); give a folder written by save_pretrained"
         )
@@ -32,13 +34,15 @@ def load_embedded_pipeline(
     words = source / "tokenizer" / VOCABULARY_FILE
     if not words.is_file():
         raise FileNotFoundError(f"{words} does not exist; give a folder as save_pretrained wrote it")
-    # The keyword for a precision changed its name between releases of diffusers; converting afterwards needs none.
     # Five small files need no progress bar.
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         pipe = EmbeddedVideoPipeline.from_pretrained(
-            str(source), local_files_only=True, low_cpu_mem_usage=False, use_safetensors=True
+            str(source),
+            local_files_only=True,
+            use_safetensors=True,
+            **loaded_models(source, dtype=torch.float32, low_cpu_mem_usage=False),
         )
     finally:
         if shown:

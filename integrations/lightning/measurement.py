@@ -52,11 +52,7 @@ class MatchMeasurement:
     ) -> dict[str, torch.Tensor]:
         if grid.frames < 2:
             raise ValueError("correspondence needs at least two latent frames, this forward has one")
-        common: dict[str, Any] = {
-            "key_mask": key_mask,
-            "backend": self.backend,
-            "memory_budget": self.memory_budget,
-        }
+        common: dict[str, Any] = {"key_mask": key_mask, "backend": self.backend, "memory_budget": self.memory_budget}
         match = ops.match(q, k, grid, source=self.source, heads=self.heads, **common)
         returning = [(frame, self.source) for frame in range(grid.frames) if frame != self.source]
         back = ops.hard_displacement(q, k, grid, frames=returning, heads=self.heads, **common)

@@ -21,11 +21,10 @@ from corrdit.integrations.lightning.probe import WorldProbe
 from corrdit.integrations.lightning.reading import layer_indices, layer_list, timed_capture
 from corrdit.integrations.lightning.reports import (
     FOLDER,
+    Report,
     ReportingCallback,
     draw_by_layer,
     log_figures,
-    log_picture,
-    log_table,
 )
 from corrdit.metrics.matching import MatchingHits
 
@@ -83,7 +82,9 @@ class CorrespondenceMonitor(ReportingCallback):
 
     Logged to the module's loggers: `correspondence/train/layer_L/noise_N/accuracy` (and, from batches, `.../score` and
     `.../consistency`, which need no truth), and at the end of training a table and a picture over layers and noise
-    levels, of the latest `history` measurements of each. With several processes the first one's own batches are read.
+    levels, of the latest `history` measurements of each; another `fit` that ends at the same step leaves the files of
+    the first and is `-v1`. With several processes the first one's own batches are read, in which a distributed sampler
+    repeats nothing.
 
     Args:
         layers: indices over all attention blocks, or "all".
@@ -199,10 +200,11 @@ class CorrespondenceMonitor(ReportingCallback):
             {"layer": place[0], "noise": place[1], "accuracy": latest[place].accuracy[0], "points": latest[place].cases}
             for place in sorted(places, key=lambda place: place[0])
         ]
-        log_table(trainer, f"{self.name}/train", rows)
+        report = Report(trainer, f"{self.name}/train")
+        report.table(rows)
         accuracy = {(layer, level.removeprefix("noise_")): latest[layer, level].accuracy[0] for layer, level in places}
         picture = draw_by_layer(accuracy, "matching accuracy", "noise")
-        log_picture(trainer, f"{self.name}/train/accuracy", picture)
+        report.picture("accuracy", picture)
 
     def _due(self, step: int) -> bool:
         return step % self.every == 0 and step != self._measured_at

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.utils.data import BatchSampler, DistributedSampler
 
 from corrdit.arguments import resolved_index, whole_indices
 from corrdit.integrations.diffusers.captures import capture
@@ -83,6 +85,38 @@ def sample_timesteps(call: ForwardCall) -> torch.Tensor:
     if timesteps.ndim == 0 or timesteps.shape[0] != call.batch:
         return timesteps.reshape(-1).max().expand(call.batch)
     return timesteps.reshape(call.batch, -1).amax(dim=1)
+
+
+def repeated_items(loader: object, batch: int) -> list[bool] | None:
+    """Of each item of a process's batch, whether a distributed sampler repeats it to even out the processes.
+
+    torch's sampler appends items from the beginning, so what it repeats stands behind the number of items it has.
+
+    Args:
+        loader: dataloader of the process.
+        batch: number of the batch on this process.
+
+    Returns:
+        Empty where the sampler repeats nothing, or is none of torch's and Lightning's; None where it does, and a batch
+        sampler with an order of its own puts the items where they cannot be found.
+    """
+    batches = getattr(loader, "batch_sampler", None)
+    sampler = getattr(loader if batches is None else batches, "sampler", None)
+    if not isinstance(sampler, DistributedSampler) or type(sampler).__iter__ not in _EVENING_OUT:
+        return []
+    items = len(cast(Sized, sampler.dataset))
+    if sampler.total_size <= items:
+        return []
+    # Lightning wraps the batch sampler of predictions.
+    ordered = getattr(batches, "_batch_sampler", batches)
+    if ordered is not None and type(ordered).__iter__ is not BatchSampler.__iter__:
+        return None
+    size = 1 if ordered is None else ordered.batch_size
+    places = range(sampler.rank, sampler.total_size, sampler.num_replicas)[batch * size : (batch + 1) * size]
+    return [place >= items for place in places]
+
+
+_EVENING_OUT = (DistributedSampler.__iter__, DistributedSamplerWrapper.__iter__)
 
 
 def layer_list(layers: int | Iterable[int] | str) -> list[int] | str:

@@ -55,46 +55,62 @@ def log_figures(trainer: Trainer, figures: Mapping[str, float]) -> None:
         logger.log_metrics(known, step=trainer.global_step)
 
 
-def log_table(trainer: Trainer, name: str, rows: Sequence[Mapping[str, object]]) -> None:
-    """A table to every logger that takes tables, and as CSV in the folder of its name beside the logs.
+class Report:
+    """The table and the pictures of one run of a stage, under names that no earlier run has.
 
-    Weights and Biases gets a table, TensorBoard a text in Markdown.
+    A second run at the same step of training, or into the same folder, is `-v1`, the next `-v2`, as with Lightning's
+    checkpoints, in the names of its files and in the keys that loggers get.
 
     Args:
-        trainer: the Trainer; call on the first process only.
-        name: of the table, `FOLDER/REST`; its file is in that folder.
-        rows: column by name, the same columns in each.
+        trainer: the Trainer; make reports on the first process only.
+        name: of the table, `FOLDER/REST`; files are in that folder, beside the first logger's files or in the Trainer's
+            root folder, and end in the step of training.
     """
-    columns, step = list(rows[0]), trainer.global_step
-    for logger in trainer.loggers:
-        if hasattr(logger, "log_table"):
-            logger.log_table(key=name, columns=columns, data=[list(row.values()) for row in rows], step=step)
-        elif hasattr(logger.experiment, "add_text"):
-            logger.experiment.add_text(name, _markdown(columns, rows), step)
-    with written_beside(_report_file(trainer, name, "csv"), "w") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
 
+    def __init__(self, trainer: Trainer, name: str) -> None:
+        self.trainer, self.name, self.version = trainer, name, ""
+        runs = 0
+        while self._file(name, "csv").exists():
+            runs += 1
+            self.version = f"-v{runs}"
 
-def log_picture(trainer: Trainer, name: str, picture: np.ndarray) -> None:
-    """A picture uint8 `[H, W, 3]` to every logger that takes pictures, and as PNG; the rest as `log_table`."""
-    for logger in trainer.loggers:
-        if hasattr(logger, "log_image"):
-            logger.log_image(key=name, images=[picture], step=trainer.global_step)
-        elif hasattr(logger.experiment, "add_image"):
-            logger.experiment.add_image(name, picture, trainer.global_step, dataformats="HWC")
-    with written_beside(_report_file(trainer, name, "png")) as file:
-        file.write(png_bytes(picture))
+    def table(self, rows: Sequence[Mapping[str, object]]) -> None:
+        """A table to every logger that takes tables, and as CSV.
 
+        Weights and Biases gets a table, TensorBoard a text in Markdown.
 
-def _report_file(trainer: Trainer, name: str, kind: str) -> Path:
-    """`FOLDER/REST` as a file in FOLDER, beside the first logger's files or in the trainer's root folder."""
-    beginning, _, rest = name.partition("/")
-    logs = next((logger.log_dir or logger.save_dir for logger in trainer.loggers), None)
-    folder = Path(logs or trainer.default_root_dir) / beginning
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{rest.replace('/', '_')}_{trainer.global_step:06}.{kind}"
+        Args:
+            rows: column by name, the same columns in each.
+        """
+        columns, step, key = list(rows[0]), self.trainer.global_step, self.name + self.version
+        for logger in self.trainer.loggers:
+            if hasattr(logger, "log_table"):
+                logger.log_table(key=key, columns=columns, data=[list(row.values()) for row in rows], step=step)
+            elif hasattr(logger.experiment, "add_text"):
+                logger.experiment.add_text(key, _markdown(columns, rows), step)
+        with written_beside(self._file(self.name, "csv"), "w") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def picture(self, name: str, picture: np.ndarray) -> None:
+        """A picture uint8 `[H, W, 3]` to every logger that takes pictures, and as PNG; `name` follows the table's."""
+        name = f"{self.name}/{name}"
+        step, key = self.trainer.global_step, name + self.version
+        for logger in self.trainer.loggers:
+            if hasattr(logger, "log_image"):
+                logger.log_image(key=key, images=[picture], step=step)
+            elif hasattr(logger.experiment, "add_image"):
+                logger.experiment.add_image(key, picture, step, dataformats="HWC")
+        with written_beside(self._file(name, "png")) as file:
+            file.write(png_bytes(picture))
+
+    def _file(self, name: str, kind: str) -> Path:
+        beginning, _, rest = name.partition("/")
+        logs = next((logger.log_dir or logger.save_dir for logger in self.trainer.loggers), None)
+        folder = Path(logs or self.trainer.default_root_dir) / beginning
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"{rest.replace('/', '_')}_{self.trainer.global_step:06}{self.version}.{kind}"
 
 
 def draw_by_layer(values: Mapping[tuple[int, Column], float], title: str, column_title: str) -> np.ndarray:

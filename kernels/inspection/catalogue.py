@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -38,19 +39,15 @@ class Entry(NamedTuple):
     heads: str
 
 
-ENTRIES = (
-    Entry("soft_displacement", "none"),
-    Entry("soft_displacement", "logits"),
-    Entry("hard_displacement", "none"),
-    Entry("hard_displacement", "logits"),
-    Entry("hard_displacement", "probabilities"),
-    Entry("match", "logits"),
-    Entry("match", "probabilities"),
-    Entry("cost_rows", "probabilities"),
-    Entry("attention_mass", "probabilities"),
-    Entry("frame_local_attention", "renormalized"),
-    Entry("frame_local_attention", "zeroed"),
-)
+_HEADS = {
+    "soft_displacement": ("none", "logits"),
+    "hard_displacement": ("none", "logits", "probabilities"),
+    "match": ("logits", "probabilities"),
+    "cost_rows": ("probabilities",),
+    "attention_mass": ("probabilities",),
+    "frame_local_attention": ("renormalized", "zeroed"),
+}
+ENTRIES = tuple(Entry(operation, heads) for operation, modes in _HEADS.items() for heads in modes)
 
 
 class Row(NamedTuple):
@@ -80,11 +77,8 @@ class Row(NamedTuple):
             "arch": self.arch,
             "kernel": compiled.kernel,
             "tiles": list(compiled.tiles),
-            "registers": compiled.registers,
-            "spill_bytes": compiled.spill_bytes,
-            "shared_bytes": compiled.shared_bytes,
-            "launchable": compiled.launchable,
-            "tensor_cores": compiled.tensor_cores,
+            **{name: getattr(compiled, name) for name in ("registers", "spill_bytes", "shared_bytes")},
+            **{name: getattr(compiled, name) for name in ("launchable", "tensor_cores")},
             "serialized_products": compiled.serialized,
             "repetition": compiled.repetition,
             "instructions_per_element": None if instructions is None else round(instructions, 3),
@@ -127,7 +121,10 @@ def compile_entry(entry: Entry, dtype: str, head_dim: int, arch: int, precision:
     grid = GRID if entry.operation in ("attention_mass", "frame_local_attention") else GRID.without_text()
     q = meta_heads(HEADS, grid.tokens, head_dim, DTYPES[dtype])
     with float32_precision(precision), recording(arch) as compiled:
-        count = _CALLS[entry.operation](entry.heads, q, grid, compiled)
+        backward = _FORWARDS[entry.operation](entry.heads, q, grid)
+        count = len(compiled)
+        if backward is not None:
+            backward()
     unique: dict[tuple[str, str], Row] = {}
     for index, one in enumerate(compiled):
         pass_name = "forward" if index < count else "backward"
@@ -136,52 +133,45 @@ def compile_entry(entry: Entry, dtype: str, head_dim: int, arch: int, precision:
     return list(unique.values())
 
 
-def _soft_displacement(heads: str, q: Tensor, grid: TokenGrid, compiled: list[Compiled]) -> int:
-    """Each of these calls an operation and returns how many kernels its forward pass launched."""
+def _soft_displacement(heads: str, q: Tensor, grid: TokenGrid) -> Callable[[], object]:
+    """Each of these makes the forward pass of an operation, and gives the backward pass where there is one."""
     folded = heads == "logits"
     options = (_PAIRS, grid.height, grid.width, folded, 0.18, -1, product_precision())
-    found = compute_soft_displacement(q, q, None, None, None, *options)
-    count = len(compiled)
-    compute_soft_displacement_backward(torch.empty_like(found[0]), q, q, None, None, None, found[0], found[1], *options)
-    return count
+    moved, sums, *_ = compute_soft_displacement(q, q, None, None, None, *options)
+    fixed = (torch.empty_like(moved), q, q, None, None, None, moved, sums)
+    return lambda: compute_soft_displacement_backward(*fixed, *options)
 
 
-def _hard_displacement(heads: str, q: Tensor, grid: TokenGrid, compiled: list[Compiled]) -> int:
+def _hard_displacement(heads: str, q: Tensor, grid: TokenGrid) -> None:
     compute_hard_displacement(
         q, q, None, None, None, _PAIRS, grid.height, grid.width, heads, 0.12, -1, product_precision()
     )
-    return len(compiled)
 
 
-def _match(heads: str, q: Tensor, grid: TokenGrid, compiled: list[Compiled]) -> int:
+def _match(heads: str, q: Tensor, grid: TokenGrid) -> None:
     compute_match(q, q, None, None, _PAIRS, grid.height, grid.width, heads, 0.12, True, 1, product_precision())
-    return len(compiled)
 
 
-def _cost_rows(heads: str, q: Tensor, grid: TokenGrid, compiled: list[Compiled]) -> int:
+def _cost_rows(heads: str, q: Tensor, grid: TokenGrid) -> None:
     tokens = torch.empty(64, dtype=torch.int64, device="meta")
     compute_cost_rows(q, q, tokens, None, None, 0, grid.height, grid.width, heads, 0.12, True, product_precision())
-    return len(compiled)
 
 
-def _attention_mass(heads: str, q: Tensor, grid: TokenGrid, compiled: list[Compiled]) -> int:
+def _attention_mass(heads: str, q: Tensor, grid: TokenGrid) -> None:
     tokens = torch.empty(64, dtype=torch.int64, device="meta")
     compute_attention_mass(
         q, q, tokens, None, None, 0, grid.text_tokens, grid.video_start, grid.frames, 0, heads, 0.12,
         product_precision(),
     )  # fmt: skip
-    return len(compiled)
 
 
-def _frame_local_attention(heads: str, q: Tensor, grid: TokenGrid, compiled: list[Compiled]) -> int:
+def _frame_local_attention(heads: str, q: Tensor, grid: TokenGrid) -> Callable[[], object]:
     options = (list(LocalLayout.of(grid, 0)), 0.18, heads == "renormalized", product_precision())
-    found = compute_frame_local_attention(q, q, q, None, *options)
-    count = len(compiled)
-    compute_frame_local_attention_backward(q, q, q, q, None, found[0], found[1], *options)
-    return count
+    attended, sums, *_ = compute_frame_local_attention(q, q, q, None, *options)
+    return lambda: compute_frame_local_attention_backward(q, q, q, q, None, attended, sums, *options)
 
 
-_CALLS = {
+_FORWARDS: dict[str, Callable[[str, Tensor, TokenGrid], Callable[[], object] | None]] = {
     "soft_displacement": _soft_displacement,
     "hard_displacement": _hard_displacement,
     "match": _match,
@@ -208,16 +198,12 @@ def requests(
     Raises:
         ValueError: an operation that does not exist.
     """
-    known = {entry.operation for entry in ENTRIES}
     for name in operations or []:
-        if name not in known:
-            raise ValueError(f"no operation is called {name!r}; there are {', '.join(sorted(known))}")
-    for arch in arches:
-        for dtype in dtypes:
-            for head_dim in head_dims:
-                for entry in ENTRIES:
-                    if operations is None or entry.operation in operations:
-                        yield Request(entry, dtype, head_dim, arch)
+        if name not in _HEADS:
+            raise ValueError(f"no operation is called {name!r}; there are {', '.join(sorted(_HEADS))}")
+    chosen = [entry for entry in ENTRIES if operations is None or entry.operation in operations]
+    for arch, dtype, head_dim, entry in itertools.product(arches, dtypes, head_dims, chosen):
+        yield Request(entry, dtype, head_dim, arch)
 
 
 def sources() -> str:

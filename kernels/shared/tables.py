@@ -40,7 +40,7 @@ def frame_pairs(flat: Sequence[int], frames: int, device: torch.device) -> Frame
 # Never evicted: a captured CUDA graph keeps reading the tables its warm-up made, and they are a few kilobytes each.
 @functools.cache
 def _frame_pairs(flat: tuple[int, ...], frames: int, device: torch.device) -> FramePairTable:
-    pairs = torch.tensor(flat, dtype=torch.int32).reshape(-1, 2)
+    pairs = torch.tensor(flat, dtype=torch.int32, device="cpu").reshape(-1, 2)
     tables = [pairs]
     for column in (0, 1):
         of_frame = pairs[:, column].long()
@@ -52,7 +52,7 @@ def _frame_pairs(flat: tuple[int, ...], frames: int, device: torch.device) -> Fr
 @functools.cache
 def token_segments(segments: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
     """int32 `[G, 2]` (first token, tokens) of stretches of the token axis; kept as long as the process, like pairs."""
-    return torch.tensor(segments, dtype=torch.int32).to(device)
+    return torch.tensor(segments, dtype=torch.int32, device="cpu").to(device)
 
 
 def coordinate_table(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from corrdit import ops
 from corrdit.analysis.counts import match_counts
 from corrdit.analysis.protocols import FEATURE_READINGS, AnalysisOptions
-from corrdit.analysis.results import begin, read_results
+from corrdit.analysis.results import analysis_folder, read_results
 from corrdit.analysis.sources import AnalysisItem
 from corrdit.geometry import sample_matches
 from corrdit.integrations.diffusers import capture
@@ -241,7 +241,7 @@ def test_a_video_too_large_for_the_memory_is_counted_and_other_errors_are_not_ta
     def fail():
         raise error
 
-    begin(tmp_path, {"model": "tiny"})
+    analysis_folder(tmp_path).begin({"model": "tiny"})
     said = analyze_item(tiny, AnalysisItem("large", fail, "exact"), tmp_path, AnalysisOptions(steps=(-1,)))
     assert "not enough memory for it" in said["error"]
     assert read_results(tmp_path).failures == {"large": said["error"]}

@@ -14,10 +14,12 @@ import pytest
 from corrdit.analysis.calibration import calibrate, interval, preset_values, write_preset
 from corrdit.analysis.exports import harmonic_table, table_rows, write_parquet
 from corrdit.analysis.html_report import write_report
-from corrdit.analysis.results import begin, read_results, write_failure, write_result
+from corrdit.analysis.results import analysis_folder, read_results, write_failure, write_result
 from corrdit.analysis.table import MEAN, AnalysisTable, total
 from corrdit.files import write_csv
 from corrdit.metrics import harmonic_mean
+
+COUNTED = ("hits", "cases", "moving_hits", "moving_cases")
 
 
 def shares(s: int, n: int, r: int) -> float:
@@ -126,6 +128,18 @@ def test_interval_leaves_out_videos_without_cases():
     assert interval(np.array([5, 0]), np.array([10, 0])) == (0.5, 0.5)
 
 
+def test_videos_without_cases_are_not_counted_as_those_an_interval_rests_on(make_table):
+    nothing = make_table(shares, seed=5)
+    nothing = replace(nothing, **{name: getattr(nothing, name) * 0 for name in COUNTED})
+    one = calibrate([make_table(shares), nothing])
+    assert one.videos == 1
+    assert "of one video, so without an interval" in one.described()
+    two = calibrate([make_table(shares), make_table(shares, seed=1), nothing])
+    assert two.videos == 2
+    assert "%, 2 videos)" in two.described()
+    assert " found within " in two.described()
+
+
 def test_preset_of_a_calibration_is_read_by_backbone_tracker_guidance_and_transfer(make_table, tmp_path, tiny):
     from corrdit import PointTracker
     from corrdit.integrations.diffusers import Preset, backbone_of
@@ -152,7 +166,7 @@ def test_preset_of_a_calibration_is_read_by_backbone_tracker_guidance_and_transf
 
 
 def test_report_is_one_page_without_links_outside_and_counts_what_failed(make_table, tmp_path):
-    begin(tmp_path, {"model": "a <model>", "options": {"least_motion": 1.5}})
+    analysis_folder(tmp_path).begin({"model": "a <model>", "options": {"least_motion": 1.5}})
     for seed in range(2):
         write_result(tmp_path, f"clip {seed}", make_table(shares, seed=seed))
     write_failure(tmp_path, "broken", ValueError("the queries hold 3 numbers that are NaN"))
@@ -191,7 +205,7 @@ def test_a_report_of_one_step_has_no_curves_and_the_harmonic_mean_is_no_percenta
     captions = []
     for number, table in enumerate((both, last)):
         folder = tmp_path / str(number)
-        begin(folder, {"model": "one"})
+        analysis_folder(folder).begin({"model": "one"})
         write_result(folder, "a", table)
         write_report(folder, read_results(folder))
         captions.append((folder / "report.html").read_text(encoding="utf-8"))
@@ -203,10 +217,10 @@ def test_a_report_of_one_step_has_no_curves_and_the_harmonic_mean_is_no_percenta
 
 
 def test_results_of_other_settings_are_refused_and_failures_alone_are_no_result(tmp_path):
-    begin(tmp_path, {"model": "one"})
-    begin(tmp_path, {"model": "one"})
+    analysis_folder(tmp_path).begin({"model": "one"})
+    analysis_folder(tmp_path).begin({"model": "one"})
     with pytest.raises(ValueError, match="model 'one' \\(now 'two'\\)"):
-        begin(tmp_path, {"model": "two"})
+        analysis_folder(tmp_path).begin({"model": "two"})
     write_failure(tmp_path, "a", ValueError("torn"))
     with pytest.raises(ValueError, match="none of the videos could be analysed \\(1 failed; a: torn"):
         read_results(tmp_path).total()
@@ -218,7 +232,7 @@ def test_results_of_other_settings_are_refused_and_failures_alone_are_no_result(
 def test_results_are_read_one_after_another_so_that_memory_does_not_grow_with_the_videos(
     make_table, tmp_path, monkeypatch
 ):
-    begin(tmp_path, {"model": "one", "options": {"inference_steps": 10}})
+    analysis_folder(tmp_path).begin({"model": "one", "options": {"inference_steps": 10}})
     for number in range(8):
         write_result(tmp_path, f"{number:04}", make_table(shares, seed=number, low_pass=(0.5,)))
     alive: weakref.WeakSet[AnalysisTable] = weakref.WeakSet()
@@ -244,7 +258,7 @@ def test_results_are_read_one_after_another_so_that_memory_does_not_grow_with_th
 
 
 def test_a_damaged_result_is_named(make_table, tmp_path):
-    begin(tmp_path, {"model": "one"})
+    analysis_folder(tmp_path).begin({"model": "one"})
     write_result(tmp_path, "a", make_table(shares))
     file = tmp_path / "videos" / "a" / "analysis.npz"
     content = bytearray(file.read_bytes())

@@ -18,7 +18,7 @@ from corrdit.benchmark.measure import measure_ceilings
 from corrdit.benchmark.plots import write_plots
 from corrdit.benchmark.runner import BOTH, FORWARD, Piece, Settings, pieces, run_piece, surroundings
 from corrdit.benchmark.shapes import DEFAULT_SHAPES, SHAPES, Shape
-from corrdit.reference.frame_local_attention import local_pairs
+from corrdit.reference.frame_local_attention import local_keys
 from corrdit.reference.scores import window_mask
 
 CEILINGS = Ceilings(0.1, 10.0, 2.0)
@@ -208,7 +208,8 @@ def test_work_counts_the_pairs_that_are_seen():
     shape = Shape("odd", 2, 8, 3, 11, 13, 5)
     inside = window_mask(shape.grid.without_text(), floors.WINDOW, None, torch.device("cpu")).sum().item()
     assert floors.window_pairs(shape) == 9 * inside
-    near = local_pairs(shape.grid, 0, torch.device("cpu")).sum().item()
+    every = torch.ones(shape.grid.tokens, shape.grid.tokens)
+    near = sum(every[rows, part].sum().item() for rows, seen in local_keys(shape.grid, 0) for part in seen)
     assert floors.frame_local(zeroed=False)(shape).exponentials == 2 * near
     assert floors.frame_local(zeroed=False)(shape).products == 4 * 16 * near
     assert floors.frame_local(zeroed=True)(shape).exponentials == 2 * shape.grid.tokens**2

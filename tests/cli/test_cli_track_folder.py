@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from corrdit.cli import main
-from corrdit.cli.track_folder import is_folder_of_videos
+from corrdit.cli.track import is_folder_of_videos
 from corrdit.integrations.diffusers.testing.tiny_models import tiny_pipeline
 from corrdit.tracking import Tracks
 from corrdit.video import write_video

@@ -67,6 +67,25 @@ class DenoisingModule(lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
+class SeveralLoadersModule(DenoisingModule):
+    """Validates, tests and predicts on several dataloaders, whose number Lightning gives it."""
+
+    def validation_step(self, batch: dict[str, torch.Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.loss(batch)
+
+    test_step = predict_step = validation_step
+
+
+def single_latents(count: int, batch_size: int | None, seed: int = 0, **options: Any) -> DataLoader:
+    """Random latents `[F, C, h, w]`, each with a timestep of its own, for the loader to put into batches."""
+    source = torch.Generator().manual_seed(seed)
+    items = [
+        {"latents": torch.randn(FRAMES, 4, SIZE, SIZE, generator=source), "timestep": torch.tensor(100 * seed + index)}
+        for index in range(count)
+    ]
+    return DataLoader(items, batch_size=batch_size, **options)
+
+
 def latent_batches(count: int, seed: int = 0, batch_size: int = 2) -> DataLoader:
     """Batches of random latents `[B, F, C, h, w]` with timesteps, and tracks of a video of twice their size."""
     source = torch.Generator().manual_seed(seed)

@@ -41,6 +41,12 @@ def table(folder: pathlib.Path, name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def metrics(folder: pathlib.Path) -> dict[str, float]:
+    """The latest of each figure that a CSVLogger wrote."""
+    with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
+        return {name: float(value) for row in csv.DictReader(file) for name, value in row.items() if value}
+
+
 def processors(transformer: torch.nn.Module) -> list[str]:
     return [type(module.processor).__name__ for module in transformer.modules() if hasattr(module, "processor")]
 
@@ -386,11 +392,30 @@ def test_two_processes_put_their_rows_together(held, tmp_path):
     callback = CorrespondenceCallback(layers=[0, 1], pictures=1)
     trainer(logger, callbacks=[callback]).validate(held.GeneratingModule(), held.seeds(3))
     alone, both = (table(tmp_path / name, "validate_000000.csv") for name in ("one", "two"))
-    # Lightning gives each process as many batches as the other, so the first batch comes twice.
-    assert [row["batch"] for row in both] == ["0", "0", "1", "1", "2", "2", "3", "3"]
-    figures = [[row[name] for name in FIGURES] for row in both]
-    assert figures[:6] == [[row[name] for name in FIGURES] for row in alone]
-    assert figures[6:] == figures[:2]
+    # Lightning gives each process as many batches as the other, so the first batch comes twice and is counted once.
+    assert [row["batch"] for row in both] == ["0", "0", "1", "1", "2", "2"]
+    assert [[row[name] for name in FIGURES] for row in both] == [[row[name] for name in FIGURES] for row in alone]
+    pictures = [path.name for path in (tmp_path / "two" / "correspondence").glob("validate_matches*_000000.png")]
+    assert sorted(pictures) == [f"validate_matches_{batch}_0_000000.png" for batch in (0, 2)]
+
+    logger = CSVLogger(tmp_path, name="one, several", version="")
+    loaders = [held.single_latents(5, 2), held.single_latents(1, 2, seed=1)]
+    trainer(logger, callbacks=[CorrespondenceCallback(layers=[0, 1])]).validate(held.SeveralLoadersModule(), loaders)
+    alone = table(tmp_path / "one, several", "validate_000000.csv")
+    both = table(tmp_path / "two", "validate_000000-v1.csv")
+
+    def by_item(rows):
+        key = ("dataloader_idx", "timestep", "layer")
+        return {tuple(row[name] for name in key): [float(row[name]) for name in FIGURES] for row in rows}
+
+    assert len(both) == len(alone) == 12
+    assert by_item(both).keys() == by_item(alone).keys()
+    for key, figures in by_item(alone).items():
+        assert by_item(both)[key] == pytest.approx(figures, rel=1e-4)
+    logged = [metrics(tmp_path / name) for name in ("one, several", "two")]
+    for loader in (0, 1):
+        name = f"correspondence/validate/step_0/layer_1/motion/dataloader_idx_{loader}"
+        assert logged[1][name] == pytest.approx(logged[0][name], rel=1e-4)
 
 
 def test_pictures_of_many_layers_show_some_of_them():

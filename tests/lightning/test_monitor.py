@@ -324,3 +324,15 @@ def test_numbers_out_of_range_are_refused(make, message):
 def test_latent_frames_of_a_causal_codec():
     assert latent_frames(49, 13) == list(range(0, 49, 4))
     assert latent_frames(5, 5) == [0, 1, 2, 3, 4]
+
+
+def test_another_fit_to_the_same_step_leaves_the_table_of_the_first(held, tmp_path):
+    for _ in range(2):
+        run = trainer(callbacks=[CorrespondenceMonitor(layers=[0], every=1)], default_root_dir=tmp_path)
+        run.fit(held.DenoisingModule(), held.latent_batches(2))
+    names = [path.name for path in (tmp_path / "correspondence").iterdir()]
+    assert sorted(names) == sorted(
+        f"train{name}_000002{version}.{kind}"
+        for version in ("", "-v1")
+        for name, kind in (("", "csv"), ("_accuracy", "png"))
+    )

@@ -21,11 +21,12 @@ def main() -> None:
         devices=processes,
         strategy="ddp",
         logger=CSVLogger(folder, name="", version=""),
-        callbacks=[CorrespondenceCallback(layers=[0, 1], pictures=1)],
+        callbacks=[CorrespondenceCallback(layers=[0, 1], pictures=2)],
         enable_checkpointing=False,
         enable_progress_bar=False,
     )
     trainer.validate(held.GeneratingModule(), held.seeds(3))
+    trainer.validate(held.SeveralLoadersModule(), [held.single_latents(5, 2), held.single_latents(1, 2, seed=1)])
 
 
 if __name__ == "__main__":

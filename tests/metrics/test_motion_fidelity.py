@@ -59,8 +59,24 @@ def test_a_pause_counts_as_the_option_says():
 
 def test_still_below_takes_jitter_for_no_motion():
     jitter = np.random.default_rng(0).normal(0, 1e-4, (3, 6, 2))
-    assert motion_fidelity(jitter, np.zeros((2, 6, 2))) < 1e-9
-    assert motion_fidelity(jitter, np.zeros((2, 6, 2)), still_below=0.01) == 1
+    assert motion_fidelity(jitter, np.zeros((2, 6, 2)), rest_radius=0) < 1e-9
+    assert motion_fidelity(jitter, np.zeros((2, 6, 2)), still_below=0.01, rest_radius=0) == 1
+
+
+@pytest.mark.parametrize("noise", [1e-3, 1e-2, 0.04])
+def test_a_resting_background_is_not_decided_by_the_noise_of_the_tracker(noise):
+    """81 frames: one point in four moves, the others rest."""
+    velocities = [(1.0, 0.5), (0.0, 0.0), (0.0, 0.0), (0.0, 0.0)]
+    clean = moving(*velocities, frames=81) + np.array([40.0, 30.0])
+    one, other = (clean + np.random.default_rng(seed).normal(0, noise, clean.shape) for seed in (1, 2))
+    assert motion_fidelity(one, other) > 0.99
+    # Rest is like rest and unlike motion.
+    assert motion_fidelity(one[1:], other[1:]) == 1
+    assert motion_fidelity(one[1:], other[:1]) == 0
+    # Slow motion that leaves its place is motion: half a pixel in all.
+    slow = moving((0.01, 0.0), frames=81)
+    assert motion_fidelity(slow, moving((0.0, 1.0), frames=81)) < 1e-9
+    assert math.isclose(motion_fidelity(slow, moving((1.0, 0.0), frames=81)), 1)
 
 
 @pytest.mark.parametrize(
@@ -69,6 +85,7 @@ def test_still_below_takes_jitter_for_no_motion():
         (moving((1, 0)), moving((1, 0)), {"variant": "paper"}, "variant must be one of"),
         (moving((1, 0)), moving((1, 0)), {"stationary": "nan"}, "stationary must be one of"),
         (moving((1, 0)), moving((1, 0)), {"still_below": -1}, "still_below"),
+        (moving((1, 0)), moving((1, 0)), {"rest_radius": -1}, "rest_radius"),
         (moving((1, 0), frames=5), moving((1, 0), frames=6), {}, "generated has 5 frames and reference 6"),
         (moving((1, 0), (0, 1)), moving((1, 0)), {"variant": "released"}, "2 generated and 1 reference"),
         (moving((1, 0), frames=1), moving((1, 0), frames=1), {}, "two frames"),

@@ -137,20 +137,54 @@ def test_rows_without_keys_give_zero(backend, heads):
         assert all(gradient.isfinite().all() for gradient in gradients)
 
 
-def test_a_nan_under_the_mask_reaches_nothing():
+@BACKENDS
+@HEADS
+@pytest.mark.parametrize("spoiling", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_under_the_mask_reaches_nothing(backend, heads, spoiling):
     q, k, v = tensors()
     mask = torch.ones(2, GRID.tokens, dtype=torch.bool)
-    removed = [GRID.token(0, 1, 1), GRID.token(2, 3, 0)]
+    removed = [0, GRID.token(0, 1, 1), GRID.token(2, 3, 0)]
     mask[:, removed] = False
+    options = {"key_mask": mask, "backend": backend}
     results = []
-    for value in (0.0, float("nan")):
+    for value in (0.0, spoiling):
         k[:, :, removed] = v[:, :, removed] = value
         inputs = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
-        moved = ops.soft_displacement(*inputs[:2], GRID, key_mask=mask, window=2, backend="streaming")
-        attended = ops.frame_local_attention(*inputs, GRID, key_mask=mask, backend="streaming")
-        results.append([moved, attended, *torch.autograd.grad(moved.sum() + attended.square().sum(), inputs)])
+        moved = [
+            ops.soft_displacement(*inputs[:2], GRID, heads=heads, window=window, **options) for window in (None, 2)
+        ]
+        attended = [
+            part
+            for renormalize in (True, False)
+            for part in ops.frame_local_attention(*inputs, GRID, renormalize=renormalize, return_lse=True, **options)
+        ]
+        loss = sum(result.square().sum() for result in (*moved, *attended))
+        found = [*ops.match(*inputs[:2], GRID, heads=heads, refine=1, **options)]
+        found += [ops.hard_displacement(*inputs[:2], GRID, heads=heads, window=w, **options) for w in (None, 2)]
+        found.append(ops.cost_rows(*inputs[:2], GRID, [3], heads=heads, **options))
+        found += ops.attention_mass(*inputs[:2], GRID, [3], heads=heads, **options)
+        results.append([*moved, *attended, *found, *torch.autograd.grad(loss, inputs)])
     for clean, spoiled in zip(*results, strict=True):
         assert torch.equal(clean, spoiled)
+
+
+@BACKENDS
+@pytest.mark.parametrize("spoiling", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("renormalize", [True, False])
+@pytest.mark.parametrize("span", [0, 1])
+def test_a_token_that_a_query_does_not_see_does_not_reach_it(backend, spoiling, renormalize, span):
+    """Without renormalisation an unseen key counts in the softmax, but its value counts nowhere."""
+    results = []
+    rows = GRID.frame_slice(0)
+    for value in (0.0, spoiling):
+        q, k, v = tensors()
+        v[:, :, GRID.frame_slice(2)] = value
+        if renormalize:
+            k[:, :, GRID.frame_slice(2)] = value
+        attended = ops.frame_local_attention(q, k, v, GRID, renormalize=renormalize, span=span, backend=backend)
+        assert attended[:, :, GRID.frame_slice(2)].isfinite().all() == (value == 0.0)
+        results.append(attended[:, :, rows])
+    assert torch.equal(*results)
 
 
 @BACKENDS

@@ -15,7 +15,15 @@ from collections.abc import Iterator
 ROOT = pathlib.Path(__file__).parents[2]
 
 FLOORS = (
-    ("corrdit.arguments", "corrdit.files", "corrdit.memory", "corrdit.moved", "corrdit.version"),
+    (
+        "corrdit.arguments",
+        "corrdit.files",
+        "corrdit.memory",
+        "corrdit.moved",
+        "corrdit.pipelines",
+        "corrdit.surroundings",
+        "corrdit.version",
+    ),
     ("corrdit.grid", "corrdit.geometry", "corrdit.array_files"),
     ("corrdit.problem",),
     ("corrdit.reference", "corrdit.streaming", "corrdit.kernels"),
@@ -26,6 +34,7 @@ FLOORS = (
     ("corrdit.data",),
     ("corrdit.runs",),
     ("corrdit.analysis", "corrdit.evaluation", "corrdit.benchmark"),
+    ("corrdit.integrations.components",),
     ("corrdit.integrations", "corrdit.integrations.embedded"),
     ("corrdit.integrations.diffusers",),
     ("corrdit.integrations.diffusers.testing",),

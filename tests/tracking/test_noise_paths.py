@@ -9,7 +9,7 @@ from pixel_backbone import PixelBackbone, moving_texture
 from corrdit import PointTracker
 from corrdit.integrations.diffusers import Preset, ReadingPreset
 from corrdit.testing import tiny_backbone
-from corrdit.tracking.chunks import anchored_chunks
+from corrdit.tracking.chunks import anchored_chunks, frame_blocks
 from corrdit.tracking.readings import Reading, latents_at_steps, read_tokens
 
 VIDEO = moving_texture(7, (4, 0))
@@ -115,11 +115,13 @@ def test_other_models_get_none():
 
 
 def test_frames_of_a_chunk_lie_the_interval_apart():
-    chunks = anchored_chunks(9, 0, frames_per_chunk=4, schedule="interleaved", interval=2)
+    chunks = anchored_chunks(frame_blocks(9, 0, None)[0], 0, frames_per_chunk=4, schedule="interleaved", interval=2)
     assert [chunk.targets for chunk in chunks[:2]] == [(1, 3, 5), (2, 4, 6)]
     assert {frame for chunk in chunks for frame in chunk.targets} == set(range(1, 9))
-    released = anchored_chunks(9, 0, frames_per_chunk=4, schedule="interleaved")
-    assert released == anchored_chunks(9, 0, frames_per_chunk=4, schedule="interleaved", interval=9 // 3)
+    released = anchored_chunks(frame_blocks(9, 0, None)[0], 0, frames_per_chunk=4, schedule="interleaved")
+    assert released == anchored_chunks(
+        frame_blocks(9, 0, None)[0], 0, frames_per_chunk=4, schedule="interleaved", interval=9 // 3
+    )
     backbone, *_ = tracked(schedule="interleaved", interval=3)
     assert backbone.forwards[0] == 3
 

@@ -9,7 +9,7 @@ from pixel_backbone import STRIDE, PixelBackbone, moving_texture
 
 from corrdit import PointTracker
 from corrdit.integrations.diffusers import Preset, ReadingPreset
-from corrdit.tracking.chunks import Chunk, anchored_chunks, chained_chunks, last_visits
+from corrdit.tracking.chunks import Chunk, anchored_chunks, chained_chunks, frame_blocks, last_visits
 from corrdit.tracking.encoding import working_size
 from corrdit.tracking.following import ChunkCost, CostAccumulator
 from corrdit.tracking.options import PRESETS
@@ -146,7 +146,7 @@ def test_overlaps_average_costs_not_positions():
 
 
 def test_released_schedule_for_fifty_frames():
-    chunks = anchored_chunks(50, 0, frames_per_chunk=13, schedule="interleaved")
+    chunks = anchored_chunks(frame_blocks(50, 0, None)[0], 0, frames_per_chunk=13, schedule="interleaved")
     assert [chunk.targets[0] for chunk in chunks] == [1, 2, 3, 4, 5]
     assert chunks[0].targets == tuple(range(1, 46, 4))
     assert chunks[4].targets == tuple(range(5, 50, 4))
@@ -156,7 +156,7 @@ def test_released_schedule_for_fifty_frames():
 @pytest.mark.parametrize("schedule", ["spread", "interleaved", "consecutive"])
 def test_chunks_cover_the_video_within_their_size(frames, schedule):
     for anchor in {0, frames // 2, frames - 1}:
-        chunks = anchored_chunks(frames, anchor, schedule=schedule)
+        chunks = anchored_chunks(frame_blocks(frames, anchor, None)[0], anchor, schedule=schedule)
         covered = {frame for chunk in chunks for frame in chunk.targets}
         assert covered == set(range(frames)) - {anchor}
         assert all(len(chunk.frames) <= 13 and chunk.source == anchor for chunk in chunks)
@@ -179,6 +179,13 @@ def test_refined_peak_is_the_weighted_mean_clipped_at_the_border():
     torch.testing.assert_close(xy, torch.tensor([[2.25, 1.0], [0.0, 0.0], [0.0, 0.0]]))
     torch.testing.assert_close(score, torch.tensor([0.6, 0.5, 0.0]))
     assert refined_peaks(cost, 0)[0][0].tolist() == [2.0, 1.0]
+
+
+def test_a_refinement_beyond_the_frame_takes_the_frame():
+    cost = torch.rand(3, 4, 7, generator=torch.Generator().manual_seed(1))
+    for far in (8, 10**9):
+        for wanted, found in zip(refined_peaks(cost, 7), refined_peaks(cost, far), strict=True):
+            assert torch.equal(wanted, found)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +212,8 @@ def test_bad_queries_are_named(queries, message):
     [
         (moving_texture(1, (0, 0)), "at least two"),
         (np.zeros((3, 8, 8), np.uint8), "frames, height, width, 3"),
-        (np.zeros((3, 8, 8, 3), np.float32), "must be uint8"),
+        (np.full((3, 8, 8, 3), 255, np.float32), "must be uint8"),
+        (np.zeros((3, 8, 8, 3), np.int64), "must be uint8"),
     ],
 )
 def test_bad_videos_are_named(video, message):

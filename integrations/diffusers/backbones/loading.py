@@ -12,10 +12,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 
+from corrdit.integrations.components import INDEX_FILE, loaded_models, pipeline_class, read_index
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.backbones.presets import PUBLISHED_MODELS, Preset, checked_preset, published_preset
 from corrdit.integrations.diffusers.backbones.table import FAMILIES
@@ -23,7 +24,6 @@ from corrdit.integrations.diffusers.layouts import Pipeline, layout_of
 
 ENTRY_POINT_GROUP = "corrdit.backbones"
 EMBEDDED = "embedded"
-INDEX_FILE = "model_index.json"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -191,12 +191,7 @@ def _from_folder(folder: pathlib.Path, device: torch.device, dtype: torch.dtype 
         raise ValueError(
             f"{folder} holds no diffusers pipeline (no model_index.json); give a folder of save_pretrained"
         )
-    try:
-        index = json.loads(index_file.read_text(encoding="utf-8"))
-        index["_class_name"]
-    except (json.JSONDecodeError, TypeError, KeyError) as error:
-        raise ValueError(f"{index_file} is not a model index as save_pretrained writes it: {error!r}") from error
-    pipe = _load_pipeline(str(folder), index, device, dtype or _default_dtype(str(folder), device))
+    pipe = _load_pipeline(folder, str(folder), device, dtype or _default_dtype(str(folder), device))
     preset_file = folder / "preset.json"
     preset = Preset.from_file(preset_file) if preset_file.is_file() else None
     return backbone_of(pipe, name=str(folder), preset=preset)
@@ -210,9 +205,11 @@ def _from_hub(hub_id: str, device: torch.device, dtype: torch.dtype | None) -> B
     if not offline:
         _check_reachable(hub_id)
     try:
-        index_file = hf_hub_download(hub_id, INDEX_FILE, local_files_only=offline)
-        index = json.loads(pathlib.Path(index_file).read_text(encoding="utf-8"))
-        pipe = _load_pipeline(hub_id, index, device, dtype or _default_dtype(hub_id, device), offline=offline)
+        index_file = pathlib.Path(hf_hub_download(hub_id, INDEX_FILE, local_files_only=offline))
+        kind = pipeline_class(hub_id, str(read_index(index_file.parent)["_class_name"]))
+        with _quiet_loading():
+            folder = pathlib.Path(kind.download(hub_id, local_files_only=offline))
+        pipe = _load_pipeline(folder, hub_id, device, dtype or _default_dtype(hub_id, device))
     except OSError as error:
         reason = "offline (HF_HUB_OFFLINE is set) and it is not in the local cache" if offline else str(error)
         raise ValueError(
@@ -245,23 +242,20 @@ def _check_reachable(hub_id: str) -> None:
         ) from error
 
 
-def _load_pipeline(
-    source: str, index: dict[str, Any], device: torch.device, dtype: torch.dtype, offline: bool = True
-) -> Pipeline:
-    import diffusers
-
-    class_name = index["_class_name"]
+def _load_pipeline(folder: pathlib.Path, source: str, device: torch.device, dtype: torch.dtype) -> Pipeline:
+    index = read_index(folder)
+    class_name = str(index["_class_name"])
     if class_name == "EmbeddedVideoPipeline":
-        return _embedded_pipeline(device, dtype, source)
-    if not hasattr(diffusers, class_name):
-        raise ValueError(f"{source} is a {class_name}, which this diffusers ({diffusers.__version__}) does not have")
-    absent = {key: None for key, value in index.items() if isinstance(value, list) and value[0] is None}
+        return _embedded_pipeline(device, dtype, str(folder))
+    kind = pipeline_class(source, class_name)
+    absent = {name: None for name, entry in index.items() if isinstance(entry, list) and entry[0] is None}
+    low_memory = importlib.util.find_spec("accelerate") is not None
     with _quiet_loading():
-        pipe = getattr(diffusers, class_name).from_pretrained(
-            source,
+        pipe = kind.from_pretrained(
+            str(folder),
             torch_dtype=dtype,
-            local_files_only=offline,
-            low_cpu_mem_usage=True if importlib.util.find_spec("accelerate") else None,
+            local_files_only=True,
+            **loaded_models(folder, dtype=dtype, low_cpu_mem_usage=low_memory),
             **absent,
         )
     pipe.set_progress_bar_config(disable=True)

@@ -107,6 +107,7 @@ class SubstituteAttention:
 
     def __call__(self, call: AttentionCall, full_attention: Attention) -> Tensor:
         """The answer, `[B, H, N, D]`."""
+        call = call.as_attended()
         query, key, value = call.query, call.key, call.value
         batch, heads, tokens, _ = query.shape
         grid = self._grid_of(tokens, key.shape[2], call.causal)
@@ -115,18 +116,23 @@ class SubstituteAttention:
         self.samples += batch
         key_mask = key_mask_of(call.mask, batch, tokens)
         if self._heads is None:
-            return self._attention(query, key, value, grid, scale=call.scale, key_mask=key_mask)
+            return self._perturbed(query, key, value, grid, scale=call.scale, key_mask=key_mask)
         chosen = list(self._heads)
         others = [head for head in range(heads) if head not in self._heads]
-        own = (tensor[:, chosen] for tensor in (query, key, value))
+        own = (query[:, chosen], key[:, chosen], value[:, chosen])
         output = query.new_empty(*query.shape[:-1], value.shape[-1])
-        output[:, chosen] = self._attention(*own, grid, scale=call.scale, key_mask=key_mask)
+        output[:, chosen] = self._perturbed(*own, grid, scale=call.scale, key_mask=key_mask)
         if others:
             rest = call.changed(query[:, others], key[:, others], value[:, others])
             if call.mask is not None and call.mask.ndim > 2 and call.mask.shape[-3] > 1:
                 rest = rest.masked(call.mask[..., others, :, :])
             output[:, others] = full_attention(rest)
         return output
+
+    def _perturbed(self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, **options: object) -> Tensor:
+        """The other attention, in the precision of its tensors: autocast has said which that is."""
+        with torch.autocast(q.device.type, enabled=False):
+            return self._attention(q, k, v, grid, **options)
 
     def _grid_of(self, tokens: int, keys: int, causal: bool) -> TokenGrid:
         """The grid of one call, in which a family may have dropped a sample's text padding (Mochi)."""

@@ -56,6 +56,18 @@ class AttentionCall:
         kwargs = {**dict(zip(OPTIONS, self.args, strict=False)), **self.kwargs, "attn_mask": mask}
         return AttentionCall(self.query, self.key, self.value, (), kwargs, self.dispatched)
 
+    def as_attended(self) -> AttentionCall:
+        """The same call with query, key and value as attention computes with them: under autocast in its dtype.
+
+        A model may give some of them in float32, such as rotated queries, and leave the cast to attention.
+        """
+        kind = self.query.device.type
+        if not torch.is_autocast_enabled(kind):
+            return self
+        dtype = torch.get_autocast_dtype(kind)
+        wide = torch.float64
+        return self.changed(*(t if t.dtype == wide else t.to(dtype) for t in (self.query, self.key, self.value)))
+
     @property
     def mask(self) -> Tensor | None:
         """The attention mask, broadcastable to `[B, H, N, N]`.

@@ -169,7 +169,16 @@ def _until_read(forward: Forward, args: tuple[object, ...], kwargs: Arguments) -
 
 @contextlib.contextmanager
 def frozen(transformer: torch.nn.Module) -> Iterator[None]:
-    """Weights without gradients inside the block."""
+    """Weights without gradients inside the block.
+
+    Raises:
+        ValueError: weights made in inference mode, through which no gradient goes.
+    """
+    if any(weight.is_inference() for weight in transformer.parameters()):
+        raise ValueError(
+            f"the weights of this {type(transformer).__name__} were made in inference mode, where nothing can be "
+            "optimised through them; load the model outside torch.inference_mode()"
+        )
     trained = [weight for weight in transformer.parameters() if weight.requires_grad]
     for weight in trained:
         weight.requires_grad_(False)

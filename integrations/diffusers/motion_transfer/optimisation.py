@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -110,6 +111,17 @@ def optimised(
     return {name: leaf.detach() for name, leaf in leaves.items()}, losses
 
 
+@contextlib.contextmanager
+def _nothing_cast_kept() -> Iterator[None]:
+    """Inside, autocast casts anew every time: a kept cast of a leaf would outlive the step that changes the leaf."""
+    kept = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(kept)
+
+
 def _finite(tensors: Leaves) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
 
@@ -135,12 +147,13 @@ def _gradients(
     """Loss and gradients; in half precision the scale of the loss falls until the gradients fit."""
     while True:
         scale = memory.loss_scale if half_precision else 1.0
-        with torch.enable_grad():
+        with torch.enable_grad(), _nothing_cast_kept():
             loss = loss_of(leaves)
             value = float(loss.detach())
             if not math.isfinite(value):
                 return value, {}
-            found = torch.autograd.grad(loss * scale, list(leaves.values()))
+            with torch.autocast(loss.device.type, enabled=False):  # the backward pass has the precision of the forward
+                found = torch.autograd.grad(loss * scale, list(leaves.values()))
         gradients = {name: gradient / scale for name, gradient in zip(leaves, found, strict=True)}
         if scale <= 1 or all(bool(torch.isfinite(gradient).all()) for gradient in gradients.values()):
             return value, gradients

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +23,7 @@ from corrdit.integrations.diffusers.processors import Operation
 from corrdit.integrations.diffusers.transfer_settings import TransferSettings
 from corrdit.tracking.encoding import working_size
 from corrdit.tracking.tracker import TOKENS_PER_FRAME
+from corrdit.video.frames import VideoLike, as_frames
 
 FLAT_BELOW = 2
 """A frame whose pixels differ by no more than this (of 255) shows nothing."""
@@ -50,7 +50,7 @@ class ReferenceMotion:
 
 def prepared_frames(
     backbone: Backbone,
-    video: Any,
+    video: VideoLike,
     *,
     num_frames: int | None = None,
     height: int | None = None,
@@ -60,7 +60,7 @@ def prepared_frames(
 
     Args:
         backbone: whose codec and token grid the video has to fit.
-        video: uint8 `[T, H, W, 3]`, or the path of a video file or of a folder of frames.
+        video: all that `corrdit.video.as_frames` takes.
         num_frames: frames wanted; None for as many as the video has, the codec can stand for and the model's token
             budget holds: that of one chunk of its preset.
         height, width: size wanted; None for both for the nearest to the video's that fits, within the preset's tokens
@@ -73,13 +73,7 @@ def prepared_frames(
         ValueError: not such a video, fewer than two latent frames, frames that show nothing at all, or a size that is
             not a multiple of a token.
     """
-    if isinstance(video, (str, os.PathLike)):
-        from corrdit.video import read_video
-
-        video = read_video(video, min_frames=1).frames
-    frames = torch.as_tensor(np.stack(video) if isinstance(video, list) else video)
-    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != torch.uint8 or not frames.numel():
-        raise ValueError(f"the reference must be uint8 [T, H, W, 3], got {frames.dtype} {list(frames.shape)}")
+    frames = torch.as_tensor(as_frames(video, name="reference")[:])
     size = _fitting_size(backbone, frames, height, width)
     frames = _at_size(_at_length(backbone, frames, num_frames, size), size)
     spread = frames.flatten(1).amax(1).int() - frames.flatten(1).amin(1).int()

@@ -12,9 +12,11 @@ import torch
 from corrdit.arguments import whole_number
 from corrdit.array_files import content_digest
 from corrdit.integrations.diffusers.backbones.base import Backbone
+from corrdit.integrations.diffusers.backbones.loading import backbone_of
 from corrdit.integrations.diffusers.backbones.presets import published_preset
 from corrdit.integrations.diffusers.fingerprint import weights_fingerprint
 from corrdit.integrations.diffusers.host.forwards import Arguments
+from corrdit.integrations.diffusers.layouts import Pipeline
 from corrdit.integrations.diffusers.motion_transfer.guided_run import GuidedRun, StepReport
 from corrdit.integrations.diffusers.motion_transfer.plan import TransferPlan, transfer_plan
 from corrdit.integrations.diffusers.motion_transfer.reference import (
@@ -30,9 +32,11 @@ from corrdit.integrations.diffusers.transfer_settings import (
     changed_settings,
     resolved_blocks,
 )
+from corrdit.surroundings import ordinary_defaults
+from corrdit.video.frames import VideoLike
 
-Reference: TypeAlias = np.ndarray | torch.Tensor | str | os.PathLike[str]
-"""A reference video: its frames, or the path of a video file or of a folder of frames."""
+Reference: TypeAlias = VideoLike
+"""A reference video, as `corrdit.video.as_frames` takes it."""
 
 Announce: TypeAlias = Callable[[str, TransferPlan], None]
 """`announce(phase, plan)` as a phase begins."""
@@ -66,7 +70,7 @@ class MotionTransfer:
     Source: DiTFlow, "Video Motion Transfer with Diffusion Transformers" (arXiv 2412.07776).
 
     Args:
-        backbone: as `corrdit.load_backbone` gives it.
+        backbone: as `corrdit.load_backbone` gives it, or a pipeline that is loaded.
         block: attention layer, or several, whose motion is compared; None for the settings'.
         settings: to start from; None for the published ones of a model of this shape, or a starting point.
         changes: settings to change, by name; see `TransferSettings`.
@@ -80,12 +84,14 @@ class MotionTransfer:
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: Backbone | Pipeline,
         *,
         block: int | Iterable[int] | None = None,
         settings: TransferSettings | None = None,
         **changes: Any,
     ) -> None:
+        if not isinstance(backbone, Backbone) and hasattr(backbone, "transformer"):
+            backbone = backbone_of(backbone)
         if not isinstance(backbone, Backbone):
             raise ValueError(f"MotionTransfer needs a backbone of corrdit.load_backbone, got {type(backbone).__name__}")
         if block is not None:
@@ -98,6 +104,7 @@ class MotionTransfer:
         self.backbone = backbone
         self.settings = changed_settings(chosen, resolved)
 
+    @ordinary_defaults()
     def __call__(
         self,
         reference: Reference | None,
@@ -117,8 +124,8 @@ class MotionTransfer:
         """Generate one video.
 
         Args:
-            reference: uint8 `[T, H, W, 3]`, or the path of a video file or of a folder of frames; None with `stored`,
-                or for the method "backbone".
+            reference: a path, a list of PIL images, or uint8 or floating-point (0 to 1) frames `[T, H, W, 3]` or
+                `[T, 3, H, W]`; None with `stored`, or for the method "backbone".
             prompt: for the new video.
             stored: motion optimised in an earlier run (`TransferResult.optimised` or the file it was saved to),
                 injected at its steps and at its size; nothing is optimised.
@@ -181,6 +188,7 @@ class MotionTransfer:
             os.remove(state_file)
         return result
 
+    @ordinary_defaults()
     def reference_motion(
         self,
         reference: Reference,
