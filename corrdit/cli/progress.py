@@ -36,11 +36,14 @@ def progress_bar(description: str) -> Iterator[Report]:
         task = progress.add_task(description, total=None, note="")
 
         def report(done: int, total: int | None, note: str | None = None, phase: str | None = None) -> None:
+            nonlocal task
             if not console.is_terminal:
                 lines.report(done, total, note, phase)
                 return
             if phase is not None:
-                progress.reset(task, description=phase, note="")
+                progress.refresh()  # the last phase's last state is seen
+                progress.remove_task(task)
+                task = progress.add_task(phase, total=None, note="")
             progress.update(task, completed=done, total=total)
             if note is not None:
                 progress.update(task, note=note)

@@ -26,10 +26,12 @@ from typing import TYPE_CHECKING
 
 from corrdit.cli.devices import add_device_options, checked_device
 from corrdit.cli.model_options import add_preset_option, checked_preset, loaded_backbone
-from corrdit.cli.progress import progress_bar
+from corrdit.cli.progress import Report, progress_bar
 from corrdit.files import OutputFolder
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
     from jsonargparse import ArgumentParser, Namespace
 
@@ -120,14 +122,6 @@ def run(arguments: Namespace) -> int:
     place = Path(arguments.output).absolute()
     state_file = place.parent / f".{place.name}.transfer-state.safetensors"
     with OutputFolder(arguments.output) as folder, progress_bar("preparing") as show:
-        planned: list[TransferPlan] = []
-
-        def announce(phase: str, plan: TransferPlan) -> None:
-            if not planned:
-                planned.append(plan)
-                print(f"corrdit transfer: {plan}", file=sys.stderr, flush=True)
-            show(0, plan.steps if phase == "denoising" else None, phase=phase)
-
         result = transfer(
             reference,
             arguments.prompt,
@@ -139,7 +133,7 @@ def run(arguments: Namespace) -> int:
             state_file=state_file,
             keep_state=True,
             report=lambda done, steps, losses: show(done, steps, _loss_in_words(losses)),
-            announce=announce,
+            announce=_announcer(show),
         )
         measured: dict[str, float] = {}
         if arguments.metrics and result.reference is not None:
@@ -166,6 +160,19 @@ def run(arguments: Namespace) -> int:
     for name in names:
         print(f"  {Path(arguments.output) / name}")
     return 0
+
+
+def _announcer(show: Report) -> Callable[[str, TransferPlan], None]:
+    """Says what will be done as the first phase begins, and moves the bar on to each."""
+    said: list[TransferPlan] = []
+
+    def announce(phase: str, plan: TransferPlan) -> None:
+        if not said:
+            said.append(plan)
+            print(f"corrdit transfer: {plan}", file=sys.stderr, flush=True)
+        show(0, plan.steps if phase == "denoising" else None, phase=phase)
+
+    return announce
 
 
 def _reference(arguments: Namespace) -> tuple[np.ndarray | None, float]:

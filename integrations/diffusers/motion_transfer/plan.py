@@ -71,7 +71,10 @@ def transfer_plan(
     (dy, dx), pixels = backbone.token_stride, backbone.spatial_compression
     rows, columns = height // dy, width // dx
     latent_frames = len(backbone.latent_frame_map(frames))
-    shrink = min(1.0, (PROBED_TOKENS / PROBED_FRAMES / (rows * columns)) ** 0.5)
+    config = config_of(backbone.transformer)
+    # Learned positions are those of one size.
+    fixed = getattr(config, "use_learned_positional_embeddings", False)
+    shrink = 1.0 if fixed else min(1.0, (PROBED_TOKENS / PROBED_FRAMES / (rows * columns)) ** 0.5)
     small = [max(1, int(side * shrink)) for side in (rows, columns)]
     channels = backbone.latent_channels * backbone.frames_per_token
     latents = torch.zeros(PROBED_FRAMES, channels, small[0] * dy // pixels, small[1] * dx // pixels)
@@ -80,7 +83,6 @@ def transfer_plan(
         began = time.perf_counter()
         float(backbone.predict(latents, 500.0).flatten()[0])  # waits for the device
         seconds.append(time.perf_counter() - began)
-    config = config_of(backbone.transformer)
     weights = sum(weight.numel() for weight in backbone.transformer.parameters())
     width_of_attention = int(config.num_attention_heads) * int(config.attention_head_dim) * backbone.layers
 

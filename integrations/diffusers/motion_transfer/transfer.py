@@ -161,14 +161,10 @@ class MotionTransfer:
         else:
             self._check_no_reference(motion, num_frames)
         size = self._size(frames, **wanted)
-        plan = None
-        if announce is not None:
-            optimises = motion is None and self.settings.optimises
-            plan = transfer_plan(self.backbone, self.settings, size, optimises=optimises, reads=frames is not None)
+        begins = self._announcer(announce, size, optimises=motion is None, reads=frames is not None)
         prepared = None
         if frames is not None:
-            if announce is not None and plan is not None:
-                announce("reading the reference", plan)
+            begins("reading the reference")
             with torch.inference_mode(False):
                 prepared = reference_motion(self.backbone, frames, self.settings)
         arguments = self._pipeline_arguments(prompt, size, pipeline_arguments)
@@ -178,8 +174,7 @@ class MotionTransfer:
         run = GuidedRun(
             self.backbone, self.settings, prepared, state, generator, stored=motion, finished_step=save, report=report
         )  # fmt: skip
-        if announce is not None and plan is not None:
-            announce("denoising", plan)
+        begins("denoising")
         # Lightning predicts in inference mode, whose tensors can have no gradients.
         with torch.inference_mode(False), torch.no_grad(), run.attached():
             output = self.backbone.pipe(generator=generator, **arguments)
@@ -189,6 +184,16 @@ class MotionTransfer:
         return result
 
     @ordinary_defaults()
+    def _announcer(
+        self, announce: Announce | None, size: tuple[int, int, int], *, optimises: bool, reads: bool
+    ) -> Callable[[str], None]:
+        """`begins(phase)` for the phases of a run."""
+        if announce is None:
+            return lambda phase: None
+        optimises = optimises and self.settings.optimises
+        plan = transfer_plan(self.backbone, self.settings, size, optimises=optimises, reads=reads)
+        return lambda phase: announce(phase, plan)
+
     def reference_motion(
         self,
         reference: Reference,
