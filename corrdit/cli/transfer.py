@@ -16,20 +16,25 @@ A run that is killed goes on after its last finished denoising step when the sam
 
 from __future__ import annotations
 
+import functools
 import math
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from corrdit.cli.devices import OptionTable, add_options, checked_device, given_options, named
 from corrdit.cli.model_options import add_model_options, checked_preset, loaded_backbone
-from corrdit.cli.terminal import progress_bar
+from corrdit.cli.terminal import Report, progress_bar
 from corrdit.files import OutputFolder
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
     from jsonargparse import ArgumentParser, Namespace
 
+    from corrdit.integrations.diffusers.motion_transfer.plan import TransferPlan
     from corrdit.integrations.diffusers.motion_transfer.result import TransferResult
 
 HELP = "give a new video the motion of a reference"
@@ -66,7 +71,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_model_options(parser)
     parser.add_argument("--stored", default=None, metavar="FILE", help="inject the motion of an earlier transfer")
     parser.add_argument("--seed", type=int, default=0, help="of the initial noise")
-    parser.add_argument("--num-frames", type=int | None, default=None, metavar="N", help="frames of the new video")
+    parser.add_argument(
+        "--num-frames",
+        type=int | None,
+        default=None,
+        metavar="N",
+        help="of the new video; what fits the model if left out",
+    )
     parser.add_argument("--height", type=int | None, default=None, help="of the new video; goes with --width")
     parser.add_argument("--width", type=int | None, default=None, help="of the new video; goes with --height")
     parser.add_argument("--start", type=int, default=0, metavar="N", help="skip the first N frames of the reference")
@@ -104,20 +115,25 @@ def run(arguments: Namespace) -> int:
     # Beside the output folder, which appears only with its results.
     place = Path(arguments.output).absolute()
     state_file = place.parent / f".{place.name}.transfer-state.safetensors"
-    with OutputFolder(arguments.output) as folder:
-        with progress_bar("denoising") as show:
-            result = transfer(
-                reference,
-                arguments.prompt,
-                stored=stored,
-                **named(arguments, "seed", "num_frames", "height", "width"),
-                state_file=state_file,
-                keep_state=True,
-                report=lambda done, steps, losses: show(done, steps, _loss_in_words(losses)),
-            )
-        measured = fidelity_of(result, PointTracker(backbone).track) if arguments.metrics else {}
+    with OutputFolder(arguments.output) as folder, progress_bar("preparing") as show:
+        result = transfer(
+            reference,
+            arguments.prompt,
+            stored=stored,
+            **named(arguments, "seed", "num_frames", "height", "width"),
+            state_file=state_file,
+            keep_state=True,
+            report=lambda done, steps, losses: show(done, steps, _loss_in_words(losses)),
+            announce=_announcer(show),
+        )
+        measured: dict[str, float] = {}
+        if arguments.metrics and result.reference is not None:
+            show(0, None, phase="tracking both videos")
+            measured = fidelity_of(result, functools.partial(PointTracker(backbone).track, progress=show))
         if similarity is not None:
+            show(0, None, phase="comparing with the prompt")
             measured["image_quality"] = similarity(result.video, arguments.prompt)
+        show(0, None, phase="writing the results")
         names = write_transfer(
             folder,
             result,
@@ -135,6 +151,19 @@ def run(arguments: Namespace) -> int:
     for name in names:
         print(f"  {Path(arguments.output) / name}")
     return 0
+
+
+def _announcer(show: Report) -> Callable[[str, TransferPlan], None]:
+    """Says what will be done as the first phase begins, and moves the bar on to each."""
+    said: list[TransferPlan] = []
+
+    def announce(phase: str, plan: TransferPlan) -> None:
+        if not said:
+            said.append(plan)
+            print(f"corrdit transfer: {plan}", file=sys.stderr, flush=True)
+        show(0, plan.steps if phase == "denoising" else None, phase=phase)
+
+    return announce
 
 
 def _reference(arguments: Namespace) -> tuple[np.ndarray | None, float]:
