@@ -102,10 +102,7 @@ def adherence(pipe: EmbeddedVideoPipeline, videos: torch.Tensor, group: int) -> 
             total += (predicted[0] - target).square().mean(dim=(1, 2, 3, 4))
         errors.append(total)
     own, others = errors[0], torch.stack(errors[1:])
-    return {
-        "adherence": (others > own).float().mean(dim=0),
-        "margin": ((others - own) / own).mean(dim=0),
-    }
+    return {"adherence": (others > own).float().mean(dim=0), "margin": ((others - own) / own).mean(dim=0)}
 
 
 def made_shard(

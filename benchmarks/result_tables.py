@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from experiment import RESULTS, Record, new_parser, read_json
 
-from corrdit.files import written_beside
+from corrdit.files import markdown_table, written_beside
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
@@ -71,12 +71,6 @@ PERTURBED = {
 }
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Markdown, with a line end."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
-
-
 def percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
@@ -92,7 +86,7 @@ def matching(result: Record) -> str:
     found = result["training_size"]["summary"]
     kinds = [kind for kind in MATCHING if all(kind in row for row in found.values())]
     rows = ([timestep, *(percent(row[kind]["share"]) for kind in kinds)] for timestep, row in found.items())
-    return table(["timestep", *(MATCHING[kind] for kind in kinds)], rows)
+    return markdown_table(["timestep", *(MATCHING[kind] for kind in kinds)], rows)
 
 
 def tracking(result: Record, variants: Iterable[str] = TRACKERS) -> str:
@@ -102,7 +96,7 @@ def tracking(result: Record, variants: Iterable[str] = TRACKERS) -> str:
         [TRACKERS[variant], *(f"{100 * measured[variant][figure][0]:.1f}" for figure in TRACKER_FIGURES)]
         for variant in variants
     )
-    return table(head, rows)
+    return markdown_table(head, rows)
 
 
 def summary(result: Record) -> str:
@@ -116,7 +110,7 @@ def transfer(result: Record) -> str:
         row = measured[key]
         above = interval(row["fidelity_above_backbone"], "+") if "fidelity_above_backbone" in row else ""
         rows.append([name, interval(row["fidelity"]), above, f"{row['direction_error']['mean']:.0f}°"])
-    return table(["method", "motion fidelity", "above no transfer", "direction error"], rows)
+    return markdown_table(["method", "motion fidelity", "above no transfer", "direction error"], rows)
 
 
 def guidance(result: Record) -> str:
@@ -143,7 +137,7 @@ def guidance(result: Record) -> str:
                 f"{change['adherence'][0]:+.3f}",
             ]
         )
-    return table(head, rows)
+    return markdown_table(head, rows)
 
 
 TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {

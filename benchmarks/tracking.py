@@ -13,20 +13,24 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
+import importlib.util
 import json
 import pathlib
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from experiment import Record, facts_apart, interval, kept, new_parser, share_of, weights_digest, write_json
-from tracking_trackers import TRACKERS, Variant, variants
 
-from corrdit import load_backbone
+from corrdit import PointTracker, Tracks, load_backbone
 from corrdit.data.tapvid import TapVidSample
 from corrdit.evaluation.scoring import evaluate_video
 from corrdit.integrations.diffusers.backbones.base import Backbone
+from corrdit.integrations.diffusers.feature_backbone import FeatureBackbone
 from corrdit.integrations.embedded.world import WorldConfig, generate
+from corrdit.tracking.baselines import nearest_patches, standing_still
+from corrdit.tracking.pseudo_truth import lucas_kanade
 
 SEEDS = {"report": 2_000_000_000, "tune": 2_050_000_000}
 FIGURES = (
@@ -36,6 +40,82 @@ FIGURES = (
     *(f"pts_within_{threshold}" for threshold in (1, 2, 4, 8, 16)),
 )
 COMPARED = ("average_pts_within_thresh", "average_jaccard")
+Track = Callable[[np.ndarray, np.ndarray], Tracks]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row: a tracker of `TRACKERS` with options."""
+
+    name: str
+    kind: str
+    options: Record
+
+
+def _features(backbone: Backbone, options: Record) -> Track:
+    given = dict(options)
+    read = FeatureBackbone(backbone, given.pop("feature"))
+    layer = given.pop("layer", backbone.preset.reading.layer)
+    return PointTracker(read, layer=layer, head_weights=(), heads="logits", **given).track
+
+
+TRACKERS: dict[str, Callable[[Backbone, Record], Track]] = {
+    "tracker": lambda backbone, options: PointTracker(backbone, **options).track,
+    "features": _features,
+    "patches": lambda backbone, options: nearest_patches,
+    "still": lambda backbone, options: lambda video, queries: standing_still(queries, len(video)),
+    "lucas-kanade": lambda backbone, options: lucas_kanade,
+}
+
+
+def released_temperature(backbone: Backbone) -> float:
+    """The released tracking code scales products by the number of heads to the -1/2 in place of their size."""
+    config = backbone.transformer.config
+    return float((config.attention_head_dim / config.num_attention_heads) ** 0.5)
+
+
+def variants(backbone: Backbone) -> list[Variant]:
+    """All rows for a backbone; its preset's own options for the tracker are the default that rows change."""
+    own = dict(backbone.preset.described()["tracking"])
+    mean = {**own, "layers": (), "layer": backbone.preset.reading.layer, "head_weights": ()}
+    mean.pop("layers")
+    published = {"preset": "published", "temperature": released_temperature(backbone)}
+    filtered = [(f"low-pass {spread:g}", {"low_pass": spread}) for spread in (0.4, 0.8)]
+    changed: list[tuple[str, Record]] = [
+        ("default", {}),
+        ("mean over all heads of one layer", {**mean, "heads": "logits"}),
+        ("mean of softmaxes over its heads", {**mean, "heads": "probabilities"}),
+        ("mean of softmaxes, heads as default", {"heads": "probabilities"}),
+        ("median over heads of positions", {"combine": "median"}),
+        ("temperature 4", {"temperature": 4.0}),
+        *filtered,
+        ("two timesteps", {"steps": (-1, -4)}),
+        ("noisy latents", {"noise": True}),
+        ("noisy latents, step -4", {"noise": True, "step": -4}),
+        ("inverted latents", {"inversion": "ddim"}),
+        ("inverted latents, step -4", {"inversion": "ddim", "step": -4}),
+        ("one direction", {"bidirectional": False}),
+        ("no sub-token refinement", {"refine": 0}),
+        ("refinement radius 2", {"refine": 2}),
+        ("every frame by itself", {"path_spread": 0.0}),
+        ("no crops", {"crops": ()}),
+        ("crops at 1/2", {"crops": (0.5,)}),
+        ("crops at 1/2 and 1/4", {"crops": (0.5, 0.25)}),
+        ("visibility by the whole frame only", {"crop_tolerance": 100.0}),
+        ("everything visible", {"visibility": "all"}),
+        ("published procedure", published),
+        ("published, frames not 256 x 256 first", {**published, "resize_first": None}),
+        ("published, products by head size", {"preset": "published"}),
+    ]
+    rows = [Variant(name, "tracker", options) for name, options in changed]
+    rows += [
+        Variant(f"features, {feature}", "features", {"feature": feature, "temperature": 8.0, "bidirectional": True})
+        for feature in ("attention output", "projected output")
+    ]
+    rows += [Variant("nearest patch of 7 x 7", "patches", {}), Variant("standing still", "still", {})]
+    if importlib.util.find_spec("cv2") is not None:
+        rows.append(Variant("Lucas-Kanade", "lucas-kanade", {}))
+    return rows
 
 
 def parsed_arguments() -> argparse.Namespace:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -13,7 +14,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -48,6 +49,7 @@ def written_beside(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[I
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist; make it first")
     beside = path.parent / _part_name(path.name)
+    remover = _begun(functools.partial(beside.unlink, missing_ok=True))
     try:
         with open(beside, "xb" if mode == "wb" else "x", encoding=None if mode == "wb" else "utf-8") as file:
             yield file
@@ -58,6 +60,24 @@ def written_beside(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[I
         with contextlib.suppress(FileNotFoundError):
             beside.unlink()
         raise
+    finally:
+        _removers.remove(remover)
+
+
+def remove_own_unfinished() -> None:
+    """Remove what this process has begun to write and not finished, for one that is about to end without unwinding."""
+    for remove in list(_removers):
+        with contextlib.suppress(OSError):
+            remove()
+
+
+_removers: list[Callable[[], None]] = []
+"""Of the unfinished files and folders of this process."""
+
+
+def _begun(remover: Callable[[], None]) -> Callable[[], None]:
+    _removers.append(remover)
+    return remover
 
 
 class OutputFolder:
@@ -102,6 +122,7 @@ class OutputFolder:
                 f"cannot write into the output folder {self.path}: {error.strerror}; give one that can be written"
             ) from error
         self._hidden = hidden
+        self._remover = _begun(functools.partial(self._remove, hidden))
         return hidden
 
     def __exit__(
@@ -109,6 +130,7 @@ class OutputFolder:
     ) -> None:
         hidden, self._hidden = self._hidden, None
         assert hidden is not None
+        _removers.remove(self._remover)
         try:
             if error is None:
                 self._publish(hidden)
@@ -253,6 +275,12 @@ def file_digest(path: str | os.PathLike[str]) -> str:
         while block := contents.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown, with a line end."""
+    lines = (columns, ["---"] * len(columns), *rows)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def write_csv(path: str | os.PathLike[str], rows: Sequence[Mapping[str, object]]) -> None:

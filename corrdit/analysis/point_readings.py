@@ -76,9 +76,7 @@ def read_attention(
         found = match(q, k, grid, heads=heads, key_mask=key_mask).xy
         placed = sample_matches(found, points.to(found), stride, geometry=options.geometry)
         positions.append(placed.cpu() if heads == "probabilities" else placed[0].cpu())
-        mass = ops.attention_mass(
-            q, k, grid, tokens, heads=heads, key_mask=key_mask, backend=backend, memory_budget=budget
-        )
+        mass = ops.attention_mass(q, k, grid, tokens, heads=heads, key_mask=key_mask, **options.execution)
         masses.append([part.cpu() if heads == "probabilities" else part[0].cpu() for part in mass])
     video = grid.video_slice
     video_mask = None if key_mask is None else key_mask[:, video]
@@ -112,16 +110,7 @@ def read_features(
     if options.similarity == "cosine":
         features = F.normalize(features, dim=-1)
     folded = features.unflatten(-1, (heads, -1)).transpose(1, 2)
-    found = ops.match(
-        folded,
-        folded,
-        grid,
-        heads="logits",
-        bidirectional=False,
-        scale=1.0,
-        backend=options.backend,
-        memory_budget=options.memory_budget,
-    ).xy
+    found = ops.match(folded, folded, grid, heads="logits", bidirectional=False, scale=1.0, **options.execution).xy
     return sample_matches(found, points.to(found), stride, geometry=options.geometry).cpu()
 
 

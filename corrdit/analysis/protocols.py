@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from corrdit.arguments import choice, whole_number
+from corrdit.arguments import choice, resolved_index, whole_number
 from corrdit.geometry import GEOMETRIES
 
 FEATURE_READINGS = ("attention output", "projected output")
@@ -109,6 +109,11 @@ class AnalysisOptions:
         if not self.least_motion >= 0:
             raise ValueError(f"least_motion must be a distance in tokens of at least 0, got {self.least_motion}")
 
+    @property
+    def execution(self) -> dict[str, Any]:
+        """`backend` and `memory_budget`, as the operations take them."""
+        return {"backend": self.backend, "memory_budget": self.memory_budget}
+
     def thresholds_for(self, stride: tuple[int, int]) -> tuple[float, ...]:
         """Thresholds in pixels for tokens of `stride` (dy, dx) pixels."""
         return self.thresholds or tuple(share * min(stride) for share in TOKEN_THRESHOLDS)
@@ -153,15 +158,9 @@ def resolved(name: str, wanted: Iterable[int] | None, count: int, owner: str) ->
     Raises:
         ValueError: an index outside.
     """
-    if wanted is None:
-        return tuple(range(count))
-    for index in wanted:
-        if not -count <= index < count:
-            raise ValueError(
-                f"{name} {index} is outside {owner}, which has {count} ({name}s 0 to {count - 1}, or -{count} to -1 "
-                "from the last)"
-            )
-    return tuple(sorted({index % count for index in wanted}))
+    indices = range(count) if wanted is None else wanted
+    among = f"{owner}, which has {count}"
+    return tuple(sorted({resolved_index(name, index, count, among) for index in indices}))
 
 
 def _distinct(name: str, value: object) -> tuple[int, ...]:

@@ -63,16 +63,8 @@ def attention_picture(
         options: `bidirectional`, `backend` and `memory_budget` are used.
     """
     tokens = point_tokens(points, grid, stride, "nearest")
-    rows = ops.cost_rows(
-        q,
-        k,
-        grid,
-        tokens,
-        bidirectional=options.bidirectional,
-        key_mask=key_mask,
-        backend=options.backend,
-        memory_budget=options.memory_budget,
-    )
+    both = options.bidirectional
+    rows = ops.cost_rows(q, k, grid, tokens, bidirectional=both, key_mask=key_mask, **options.execution)
     shown = [index for index in text_tokens if index < grid.text_tokens]
     chosen = q[:, :, [grid.text_slice.start + index for index in shown]].float()
     logits = torch.einsum("bhtd,bhnd->bhtn", chosen, k.float()) * q.shape[-1] ** -0.5

@@ -8,7 +8,7 @@ input is read and every output written once. The floor is the largest of the thr
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from corrdit.benchmark.shapes import Shape
 
@@ -60,12 +60,7 @@ class Work:
     results: float
 
     def __add__(self, other: Work) -> Work:
-        return Work(
-            self.products + other.products,
-            self.exponentials + other.exponentials,
-            self.elements + other.elements,
-            self.results + other.results,
-        )
+        return Work(*(one + more for one, more in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from corrdit.benchmark.comparisons import BASELINES, COMPARISONS
 from corrdit.benchmark.floors import Ceilings
 from corrdit.benchmark.runner import BOTH, FORWARD, Row
 from corrdit.benchmark.shapes import Shape
-from corrdit.files import written_beside
+from corrdit.files import markdown_table, written_beside
 
 FILE = "table.md"
 RELEASED = "materialized"
@@ -77,12 +77,9 @@ def _head(rows: Sequence[Row]) -> list[str]:
 
 def _brief(rows: Sequence[Row]) -> list[str]:
     shape = largest_shape(rows)
-    lines = [
-        f"## In brief: {shape.name} ({shape.label})",
-        "",
-        "| operation | pass | floor | corrdit | memory | of the limit | fastest other way | the released way |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    columns = ["operation", "pass", "floor", "corrdit", "memory", "of the limit"]
+    columns += ["fastest other way", "the released way"]
+    lines = []
     for operation in COMPARISONS:
         for passes in (FORWARD, BOTH):
             here = _at(rows, shape.name, operation, passes)
@@ -94,21 +91,15 @@ def _brief(rows: Sequence[Row]) -> list[str]:
             fastest = min(timed, key=lambda row: row["milliseconds"]["median"], default=None)
             released = next((row for row in others if row["competitor"] == RELEASED), None)
             floor = f"{milliseconds(own['floor_milliseconds'])}, {own['bound']}"
-            lines.append(
-                f"| {operation} | {passes} | {floor} | {_time(own)} | {_memory(own)} | {_share(own)} "
-                f"| {_compared(fastest, own, name=True)} | {_compared(released, own, name=False)} |"
-            )
-    return [*lines, ""]
+            others_cells = (_compared(fastest, own, name=True), _compared(released, own, name=False))
+            lines.append((operation, passes, floor, _time(own), _memory(own), _share(own), *others_cells))
+    return [f"## In brief: {shape.name} ({shape.label})", "", markdown_table(columns, lines)]
 
 
 def _full(rows: Sequence[Row], shape_name: str) -> list[str]:
     shape = shape_of(next(row for row in rows if row["shape"]["name"] == shape_name))
-    lines = [
-        f"## {shape.name} ({shape.label})",
-        "",
-        "| operation | way | forward | memory | of the limit | forward and backward | memory | of the limit |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    columns = ["operation", "way", *(word for passes in (FORWARD, BOTH) for word in (passes, "memory", "of the limit"))]
+    lines = []
     for operation in COMPARISONS:
         here = [row for passes in (FORWARD, BOTH) for row in _at(rows, shape.name, operation, passes)]
         for number, competitor in enumerate(dict.fromkeys(row["competitor"] for row in here)):
@@ -118,8 +109,8 @@ def _full(rows: Sequence[Row], shape_name: str) -> list[str]:
             for passes in (FORWARD, BOTH):
                 row = by_pass.get(passes)
                 cells += ["", "", ""] if row is None else [_time(row), _memory(row), _share(row)]
-            lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, ""]
+            lines.append(cells)
+    return [f"## {shape.name} ({shape.label})", "", markdown_table(columns, lines)]
 
 
 def _at(rows: Sequence[Row], shape: str, operation: str, passes: str) -> list[Row]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import os
+import pathlib
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,13 +19,14 @@ from corrdit.benchmark.comparisons import COMPARISONS, Baseline, Results, Scene
 from corrdit.benchmark.environment import environment
 from corrdit.benchmark.floors import Ceilings, Floor, floor_of
 from corrdit.benchmark.measure import Call, peak_extra_bytes, time_interleaved
-from corrdit.benchmark.shapes import Shape
+from corrdit.benchmark.shapes import SHAPES, Shape
 from corrdit.memory import is_out_of_memory
 from corrdit.ops.backends import backend_name
 
 Row = dict[str, Any]
 FORWARD, BOTH = "forward", "forward and backward"
 LEAST_ROUNDS = 3
+RESULTS_FILE = "results.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,6 +235,55 @@ class _Measurement:
         if self.settings.device.type == "cuda" and self.broken is None:
             torch.cuda.empty_cache()
         return _left_out(status, reason)
+
+
+def key_of(row: Row) -> tuple[str, str, str, str]:
+    """Operation, shape, pass and competitor: what a row is about."""
+    return row["operation"], row["shape"]["name"], row["pass"], row["competitor"]
+
+
+def read_rows(path: pathlib.Path) -> list[Row]:
+    """The rows of a file, none where it does not exist.
+
+    Raises:
+        ValueError: it is no file of results.
+    """
+    if not path.exists():
+        return []
+    try:
+        rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        for row in rows:
+            key_of(row)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} holds no rows that corrdit bench wrote ({type(error).__name__}: {error}); "
+            "give another folder to --output"
+        ) from error
+    return rows
+
+
+def merged(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
+    """New rows in place of old ones of the same key, in the order of shapes and operations."""
+    rows = {key_of(row): row for row in [*old, *new]}
+    order = (list(SHAPES), list(COMPARISONS), [FORWARD, BOTH])
+
+    def place(row: Row) -> list[int]:
+        names = (row["shape"]["name"], row["operation"], row["pass"])
+        return [known.index(name) if name in known else len(known) for name, known in zip(names, order, strict=True)]
+
+    return sorted(rows.values(), key=place)
+
+
+def missing(piece: Piece, settings: Settings, rows: Sequence[Row], where: Row) -> list[str]:
+    """Competitors of a piece without a row that was measured in the same surroundings: commit, device, versions."""
+    measured = {key_of(row) for row in rows if all(row.get(name) == value for name, value in where.items())}
+    about = (piece.operation, piece.shape.name, piece.passes)
+    return [name for name in piece.competitors(settings) if (*about, name) not in measured]
+
+
+def failed_rows(rows: Sequence[Row]) -> list[Row]:
+    """Our own rows without a time."""
+    return [row for row in rows if row["competitor"].startswith("corrdit ") and "left_out" in row]
 
 
 def _left_out(status: str, reason: str) -> Row:

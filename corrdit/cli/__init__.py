@@ -9,12 +9,10 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
-import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from types import FrameType
 from typing import TYPE_CHECKING, Protocol
 
 from corrdit.cli import (
@@ -32,6 +30,7 @@ from corrdit.cli import (
     transfer,
     world,
 )
+from corrdit.cli.signals import handle_signals
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -76,11 +75,7 @@ def entry_point() -> None:
     """The console script `corrdit`."""
     for variable in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
         os.environ.setdefault(variable, "error")
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        # `nohup` has SIGHUP ignored, which it stays.
-        if signal.getsignal(number) != signal.SIG_IGN:
-            with contextlib.suppress(ValueError):  # not the main thread
-                signal.signal(number, _terminate)
+    handle_signals()
     sys.exit(main())
 
 
@@ -188,8 +183,3 @@ def _one_line_warnings(command: str) -> Iterator[None]:
             warnings.simplefilter("ignore", category)
         warnings.showwarning = show
         yield
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    """SIGTERM and SIGHUP leave by an exception, so that half-written files are removed on the way out."""
-    raise SystemExit(128 + number)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from types import UnionType
 from typing import TYPE_CHECKING
 
-from corrdit.cli.devices import add_device_options, add_run_options
-from corrdit.cli.model_options import add_preset_option
+from corrdit.cli.devices import OptionTable, add_options, add_run_options, given_options
+from corrdit.cli.model_options import add_model_options
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
     from corrdit.integrations.diffusers.backbones.base import Backbone
 
 SOURCES = ("world", "videos", "tapvid", "difftrack", "prompts")
-_OPTIONS: dict[str, tuple[UnionType | type, str]] = {
+_OPTIONS: OptionTable = {
     "inference_steps": (int, "steps of the schedule that --steps counts"),
     "per_head": (bool, "read every head by itself too"),
     "low_pass": (list[float], "also match through low-pass filters of so many tokens, such as [0.5,1]"),
@@ -40,9 +39,7 @@ _OPTIONS: dict[str, tuple[UnionType | type, str]] = {
 
 def add_analysis_options(parser: ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results, made if need be")
-    parser.add_argument("--model", default="embedded", help="embedded, a local diffusers folder, or a hub id")
-    add_device_options(parser)
-    add_preset_option(parser)
+    add_model_options(parser)
     source = parser.add_argument_group("what is analysed")
     source.add_argument("--world", type=int | None, default=None, metavar="N", help="so many generated videos")
     source.add_argument("--videos", default=None, metavar="DIR", help="folder of videos")
@@ -66,8 +63,7 @@ def add_analysis_options(parser: ArgumentParser) -> None:
     parser.add_argument("--calibrate", action="store_true", help="also write preset.json")
     add_run_options(parser)
     group = parser.add_argument_group("ways of measuring (default: what --protocol says)")
-    for name, (kind, text) in _OPTIONS.items():
-        group.add_argument(f"--{name.replace('_', '-')}", type=kind | None, default=None, help=text)
+    add_options(group, _OPTIONS)
 
 
 def resolved_options(arguments: Namespace, backbone: Backbone, inference_steps: int | None = None) -> AnalysisOptions:
@@ -80,7 +76,7 @@ def resolved_options(arguments: Namespace, backbone: Backbone, inference_steps: 
     """
     from corrdit.analysis.protocols import analysis_options
 
-    given = {name: arguments[name] for name in _OPTIONS if arguments[name] is not None}
+    given = given_options(arguments, _OPTIONS)
     given |= {name: tuple(given[name]) for name in ("thresholds", "low_pass") if name in given}
     if arguments.layers != "all":
         given["layers"] = _numbers("--layers", arguments.layers)

@@ -30,7 +30,7 @@ from corrdit.cli.analysis_options import SOURCES, add_analysis_options, resolved
 from corrdit.cli.devices import trainer_devices
 from corrdit.cli.lightning_runs import command_trainer, predict, quiet_lightning
 from corrdit.cli.model_options import checked_preset, loaded_backbone
-from corrdit.cli.progress import Report, progress_bar
+from corrdit.cli.terminal import Report, progress_bar
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -49,7 +49,7 @@ add_arguments = add_analysis_options
 
 def run(arguments: Namespace) -> int:
     """Analyse what is left to analyse and write the report; 2 where a video failed, with the report of the others."""
-    from corrdit.analysis.exports import require_pyarrow
+    from corrdit.analysis.html_report import require_pyarrow
 
     began = time.perf_counter()
     _check(arguments)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from corrdit.benchmark import measure, plots, row_file, runner
+from corrdit.benchmark import measure, plots, runner
 from corrdit.benchmark.comparisons import BASELINES, COMPARISONS
 from corrdit.benchmark.environment import device_name
 from corrdit.benchmark.floors import H200, Ceilings
@@ -20,7 +20,8 @@ from corrdit.benchmark.report import memory, milliseconds, percent, write_table
 from corrdit.benchmark.runner import Piece, Row, Settings
 from corrdit.benchmark.shapes import SHAPES, Shape, default_shapes
 from corrdit.cli.devices import usable_devices
-from corrdit.cli.tables import print_table
+from corrdit.cli.terminal import print_table
+from corrdit.files import write_json
 from corrdit.ops.backends import BACKENDS
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -51,8 +52,8 @@ def _measure(
 ) -> int:
     start = time.monotonic()
     where = runner.surroundings(settings)
-    rows = row_file.read_rows(output / row_file.FILE) if output is not None and arguments.resume else []
-    left = {piece: names for piece in todo if (names := row_file.missing(piece, settings, rows, where))}
+    rows = runner.read_rows(output / runner.RESULTS_FILE) if output is not None and arguments.resume else []
+    left = {piece: names for piece in todo if (names := runner.missing(piece, settings, rows, where))}
     if len(left) < len(todo):
         print(f"{len(todo) - len(left)} of {len(todo)} measurements are in {output} already", flush=True)
     if left:
@@ -78,14 +79,14 @@ def _written(new: Iterator[Row], rows: list[Row], output: pathlib.Path | None) -
             fresh.append(row)
             yield row
     finally:
-        rows[:] = row_file.merged(rows, fresh)
+        rows[:] = runner.merged(rows, fresh)
         if output is not None and fresh:
-            row_file.write_rows(output / row_file.FILE, " ".join(["corrdit", *sys.argv[1:]]), rows)
+            write_json(output / runner.RESULTS_FILE, {"command": " ".join(["corrdit", *sys.argv[1:]]), "rows": rows})
 
 
 def _status(rows: Sequence[Row], todo: Sequence[Piece], unfinished: int) -> int:
     asked = {(piece.operation, piece.shape.name) for piece in todo}
-    failed = [row for row in row_file.failed_rows(rows) if (row["operation"], row["shape"]["name"]) in asked]
+    failed = [row for row in runner.failed_rows(rows) if (row["operation"], row["shape"]["name"]) in asked]
     for row in failed:
         print(f"corrdit bench: {_line(row)}", file=sys.stderr)
     if unfinished:
@@ -95,14 +96,14 @@ def _status(rows: Sequence[Row], todo: Sequence[Piece], unfinished: int) -> int:
 
 
 def _write_report(rows: Sequence[Row], output: pathlib.Path) -> None:
-    for path in [output / row_file.FILE, write_table(rows, output), *plots.write_plots(rows, output)]:
+    for path in [output / runner.RESULTS_FILE, write_table(rows, output), *plots.write_plots(rows, output)]:
         print(path, flush=True)
 
 
 def _redraw(output: pathlib.Path | None) -> int:
-    rows = [] if output is None else row_file.read_rows(output / row_file.FILE)
+    rows = [] if output is None else runner.read_rows(output / runner.RESULTS_FILE)
     if output is None or not rows:
-        raise ValueError(f"--redraw needs --output DIR with the {row_file.FILE} of an earlier run, got {output}")
+        raise ValueError(f"--redraw needs --output DIR with the {runner.RESULTS_FILE} of an earlier run, got {output}")
     _write_report(rows, output)
     return SUCCESS
 
@@ -116,9 +117,9 @@ def _checked_output(arguments: argparse.Namespace) -> pathlib.Path | None:
     output = pathlib.Path(arguments.output)
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output} is a file; give a folder, which is made if need be")
-    if (output / row_file.FILE).exists() and not (arguments.resume or arguments.redraw or arguments.plan):
+    if (output / runner.RESULTS_FILE).exists() and not (arguments.resume or arguments.redraw or arguments.plan):
         raise ValueError(
-            f"{output / row_file.FILE} is there already; add --resume to go on with it, or name another folder"
+            f"{output / runner.RESULTS_FILE} is there already; add --resume to go on with it, or name another folder"
         )
     output.mkdir(parents=True, exist_ok=True)
     if not os.access(output, os.W_OK):

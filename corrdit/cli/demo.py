@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from corrdit.cli.model_options import add_model_options, loaded_backbone
-from corrdit.cli.progress import progress_bar
-from corrdit.cli.tables import print_table
+from corrdit.cli.terminal import print_table, progress_bar
 from corrdit.files import OutputFolder
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results, made if need be")
     parser.add_argument("--seed", type=int, default=9, help="of the clip")
     parser.add_argument("--points", type=int, default=16, metavar="N", help="N x N points on the first frame")
-    add_model_options(parser)
+    add_model_options(parser, preset=False)
 
 
 def run(arguments: Namespace) -> int:

@@ -1,14 +1,18 @@
-"""Options that say where a command runs, shared by all that have them, and their checks."""
+"""Options that say where and how a command runs, and tables of options, shared by all that have them; their checks."""
 
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 if TYPE_CHECKING:
+    from argparse import _ArgumentGroup as ArgumentGroup
+
     import torch
     from jsonargparse import ArgumentParser, Namespace
 
+OptionTable = dict[str, tuple[Any, str]]
+"""Type and help text of options by their names as arguments of a function."""
 DTYPES = ("float32", "bfloat16", "float16")
 PLACEMENTS = ("device", "offload", "offload_layers", "shards")
 """Those of `corrdit.integrations.diffusers.placement`."""
@@ -45,6 +49,22 @@ def add_run_options(parser: ArgumentParser, *, on_broken: str = "report") -> Non
         default=on_broken,
         help="report names what cannot be done and goes on without it; raise stops there",
     )
+
+
+def add_options(parser: ArgumentParser | ArgumentGroup, options: OptionTable, words: str = "") -> None:
+    """One option for each entry, unset unless it is given; `words` go after each text."""
+    for name, (kind, text) in options.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind | None, default=None, help=text + words)
+
+
+def given_options(arguments: Namespace, options: OptionTable) -> dict[str, Any]:
+    """The options of a table that were given, by name."""
+    return {name: arguments[name] for name in options if arguments[name] is not None}
+
+
+def named(arguments: Namespace, *names: str) -> dict[str, Any]:
+    """Arguments by name, for a function that has them under the same names."""
+    return {name: arguments[name] for name in names}
 
 
 def take_earlier_names(arguments: Namespace, **names: str) -> None:

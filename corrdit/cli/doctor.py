@@ -14,7 +14,7 @@ import os
 import platform
 import re
 
-from corrdit.cli.tables import print_table
+from corrdit.cli.terminal import print_table
 
 HELP = "show versions, devices and backends, and why a backend cannot run"
 

@@ -23,10 +23,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from corrdit.cli.devices import add_device_options, add_run_options, trainer_devices
+from corrdit.cli.devices import add_run_options, named, trainer_devices
 from corrdit.cli.lightning_runs import command_trainer, predict, quiet_lightning
-from corrdit.cli.model_options import add_preset_option, checked_preset
-from corrdit.cli.tables import print_table
+from corrdit.cli.model_options import add_model_options, checked_preset
+from corrdit.cli.terminal import print_table
 from corrdit.cli.tracker_options import add_tracker_options, given_tracker_options
 
 if TYPE_CHECKING:
@@ -82,9 +82,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--config", action=NamedConfig, metavar="NAME|FILE", help=f"{names}, or a YAML file")
     parser.add_argument("--data", required=True, metavar="PATH", help="file or folder of the data set")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results, made if need be")
-    parser.add_argument("--model", default="embedded", help="embedded, a local diffusers folder, or a hub id")
-    add_device_options(parser)
-    add_preset_option(parser)
+    add_model_options(parser)
     kinds = "; ".join(f"{name}: {kind.description}" for name, kind in TRACKER_KINDS.items())
     parser.add_argument(
         "--trackers",
@@ -132,26 +130,15 @@ def run(arguments: Namespace) -> int:
     with quiet_lightning():
         from corrdit.integrations.lightning import EvaluationModule, TapVidDataModule
 
-        data = TapVidDataModule(
-            arguments.data,
-            mode=arguments.mode,
-            stride=arguments.query_stride,
-            start=arguments.start,
-            end=arguments.end,
-            max_frames=arguments.max_frames,
-        )
+        cut = named(arguments, "mode", "start", "end", "max_frames")
+        data = TapVidDataModule(arguments.data, stride=arguments.query_stride, **cut)
         module = EvaluationModule(
             arguments.model,
-            output=arguments.output,
             model_preset=preset,
             trackers=trackers,
             tracker_options=options,
-            dtype=arguments.dtype,
-            placement=arguments.placement,
             on_broken="report" if arguments.skip_broken else arguments.on_broken,
-            queries_at_once=arguments.queries_at_once,
-            save_tracks=arguments.save_tracks,
-            pictures=arguments.pictures,
+            **named(arguments, "output", "dtype", "placement", "queries_at_once", "save_tracks", "pictures"),
         )
         trainer = _trainer(arguments)
         try:

@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from corrdit.cli.devices import add_device_options, add_run_options, take_earlier_names, trainer_devices
+from corrdit.cli.devices import add_run_options, named, take_earlier_names, trainer_devices
 from corrdit.cli.lightning_runs import command_trainer, predict, quiet_lightning
-from corrdit.cli.model_options import add_preset_option, checked_preset, loaded_backbone
+from corrdit.cli.model_options import add_model_options, checked_preset, loaded_backbone
 from corrdit.files import OutputFolder, write_json
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="?", default=None, metavar="PROMPT", help="what the video shows")
     parser.add_argument("--prompts", default=None, metavar="FILE", help="text file with one prompt a line")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results, made if need be")
-    parser.add_argument("--model", default="embedded", help="embedded, a local diffusers folder, or a hub id")
+    add_model_options(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the noise; further videos get the numbers after it")
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="with --prompts: videos for each prompt")
     parser.add_argument("--frames", type=int | None, default=None, metavar="N", help="frames; the model's if left out")
@@ -75,8 +75,6 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--pipeline", type=dict | None, default=None, metavar="JSON", help="further arguments of the pipeline's call"
     )
     parser.add_argument("--fps", type=float, default=8.0, help="frames per second of the files")
-    add_device_options(parser)
-    add_preset_option(parser)
     add_run_options(parser, on_broken="raise")
     parser.add_argument("--devices", type=int | None, default=None, help="now --processes; goes in corrdit 0.3")
     parser.add_argument("--vbench", action="store_true", help="also lay the videos out for VBench's own tool")
@@ -131,18 +129,13 @@ def _many(arguments: Namespace) -> int:
 
     began = time.perf_counter()
     devices = trainer_devices(arguments, unset="auto")
-    data = PromptDataModule(arguments.prompts, samples=arguments.samples, seed=arguments.seed, output=arguments.output)
+    data = PromptDataModule(arguments.prompts, **named(arguments, "samples", "seed", "output"))
     module = GenerationModule(
         arguments.model,
-        output=arguments.output,
         model_preset=checked_preset(arguments.preset),
         call=_call(arguments),
         guidance=_guidance(arguments),
-        fps=arguments.fps,
-        dtype=arguments.dtype,
-        vbench=arguments.vbench,
-        placement=arguments.placement,
-        on_broken=arguments.on_broken,
+        **named(arguments, "output", "fps", "dtype", "vbench", "placement", "on_broken"),
     )
     with quiet_lightning():
         trainer = command_trainer(several=arguments.processes > 1, **devices)
@@ -187,15 +180,11 @@ def _guidance(arguments: Namespace) -> dict[str, Any] | None:
     published = arguments.cag_variant == "published"
     return {
         "layers": None if arguments.cag_layers is None else _numbers("layers", arguments.cag_layers),
-        "scale": arguments.cag_scale,
-        "start": arguments.cag_start,
-        "stop": arguments.cag_stop,
         "renormalize": None if published else _VARIANTS[arguments.cag_variant],
         "preset": "published" if published else None,
-        "span": arguments.cag_span,
-        "perturbation": arguments.cag_perturbation,
         "heads": None if arguments.cag_heads is None else _numbers("heads", arguments.cag_heads),
-        "adaptive_scale": arguments.cag_adaptive_scale,
+        **{name: arguments[f"cag_{name}"] for name in ("scale", "start", "stop", "span")},
+        **{name: arguments[f"cag_{name}"] for name in ("perturbation", "adaptive_scale")},
     }
 
 

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from corrdit.integrations.diffusers.backbones.presets import Preset
 
 
-def add_model_options(parser: ArgumentParser) -> None:
+def add_model_options(parser: ArgumentParser, *, preset: bool = True) -> None:
+    """--model, where it runs and, if asked for, --preset."""
     parser.add_argument("--model", default="embedded", help="embedded, a local diffusers folder, or a hub id")
     add_device_options(parser)
-
-
-def add_preset_option(parser: ArgumentParser) -> None:
+    if not preset:
+        return
     parser.add_argument(
         "--preset",
         default="default",

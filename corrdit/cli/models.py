@@ -10,7 +10,7 @@ import json
 from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING
 
-from corrdit.cli.tables import print_table
+from corrdit.cli.terminal import print_table
 
 if TYPE_CHECKING:
     from corrdit.integrations.diffusers import Preset

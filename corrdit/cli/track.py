@@ -20,11 +20,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from corrdit.cli.devices import add_run_options, trainer_devices
+from corrdit.cli.devices import add_run_options, named, trainer_devices
 from corrdit.cli.lightning_runs import command_trainer, predict, quiet_lightning
-from corrdit.cli.model_options import add_model_options, add_preset_option, checked_preset, loaded_backbone
+from corrdit.cli.model_options import add_model_options, checked_preset, loaded_backbone
 from corrdit.cli.points import check_points_spec, read_points
-from corrdit.cli.progress import progress_bar
+from corrdit.cli.terminal import progress_bar
 from corrdit.cli.tracker_options import add_tracker_options, given_tracker_options
 from corrdit.files import OutputFolder, file_digest
 
@@ -42,7 +42,6 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results, made if need be")
     add_model_options(parser)
     parser.add_argument("--points", default="grid:16", metavar="grid:N|FILE.csv", help="the points to follow")
-    add_preset_option(parser)
     parser.add_argument("--start", type=int, default=0, metavar="N", help="skip the first N frames")
     parser.add_argument("--max-frames", type=int | None, default=None, metavar="N", help="read at most N frames")
     parser.add_argument(
@@ -72,9 +71,7 @@ def run(arguments: Namespace) -> int:
         )
     check_points_spec(arguments.points)
     preset = checked_preset(arguments.preset)
-    video = StreamedVideo(
-        arguments.video, start=arguments.start, max_frames=arguments.max_frames, max_side=arguments.max_side
-    )
+    video = StreamedVideo(arguments.video, **named(arguments, "start", "max_frames", "max_side"))
     height, width = video.info.height, video.info.width
     queries = read_points(arguments.points, frames=len(video), height=height, width=width)
     with OutputFolder(arguments.output) as folder:
@@ -82,9 +79,7 @@ def run(arguments: Namespace) -> int:
         with progress_bar("tracking") as report:
             tracks = track_at_size(tracker, video, queries, (height, width), progress=report)
         with progress_bar("drawing") as report:
-            write_track_results(
-                folder, video, tracks, queries, start=arguments.start, trail=arguments.trail, progress=report
-            )
+            write_track_results(folder, video, tracks, queries, trail=arguments.trail, progress=report)
     visible = 100 * float(tracks.visible.float().mean())
     print(
         f"{len(queries)} points through {len(video)} frames of {height} x {width} in"
@@ -124,18 +119,11 @@ def track_folder(arguments: Namespace, preset: Preset | str | None) -> int:
         data = VideoDataModule(arguments.video, output=arguments.output)
         module = TrackingModule(
             arguments.model,
-            output=arguments.output,
             queries=lambda frames, height, width: read_points(spec, frames=frames, height=height, width=width),
             queries_description=spec if spec.startswith("grid:") else f"points of sha256 {file_digest(spec)}",
             model_preset=preset,
             options=given_tracker_options(arguments),
-            dtype=arguments.dtype,
-            start=arguments.start,
-            max_frames=arguments.max_frames,
-            max_side=arguments.max_side,
-            trail=arguments.trail,
-            placement=arguments.placement,
-            on_broken=arguments.on_broken,
+            **named(arguments, "output", "dtype", "placement", "on_broken", "start", "max_frames", "max_side", "trail"),
         )
         module.check_settings()  # before Lightning starts processes that would each say it
         trainer = command_trainer(several=arguments.processes > 1, **devices)

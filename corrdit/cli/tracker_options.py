@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from corrdit.cli.devices import OptionTable, add_options, given_options
+
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
-_OPTIONS: dict[str, tuple[Any, str]] = {
+_OPTIONS: OptionTable = {
     "layer": (int, "attention block whose queries and keys are matched, counted from 0 (see `corrdit models`)"),
     "layers": (tuple[int, ...], "several blocks in place of --layer, such as [4,5]"),
     "step": (int, "denoising step, counted from 0 or from the end by a negative number"),
@@ -40,7 +42,7 @@ _OPTIONS: dict[str, tuple[Any, str]] = {
     "refine": (int, "radius in tokens within which a match is refined; 0 keeps the best token"),
     "crops": (
         tuple[float, ...],
-        "scales of crops in which points are looked at again, such as [0.5,0.25]; [] for none",
+        "scales of crops in which points are looked at again, as [0.5,0.25]; [] for none",
     ),
     "crop_tokens": (int, "tokens of a crop's side"),
     "path_spread": (float, "tokens from the path so far within which a match is preferred; 0: every frame by itself"),
@@ -55,10 +57,9 @@ _OPTIONS: dict[str, tuple[Any, str]] = {
 def add_tracker_options(parser: ArgumentParser) -> None:
     """One option for each field of `TrackerOptions`, all of them unset."""
     group = parser.add_argument_group("tracker options (default: what --preset and the model say)")
-    for name, (kind, text) in _OPTIONS.items():
-        group.add_argument(f"--{name.replace('_', '-')}", type=kind | None, default=None, help=text)
+    add_options(group, _OPTIONS)
 
 
 def given_tracker_options(arguments: Namespace) -> dict[str, Any]:
     """The options that were given, by their names in `TrackerOptions`."""
-    return {name: arguments[name] for name in _OPTIONS if arguments[name] is not None}
+    return given_options(arguments, _OPTIONS)

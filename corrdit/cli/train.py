@@ -9,6 +9,8 @@ from __future__ import annotations
 import pathlib
 from typing import TYPE_CHECKING
 
+from corrdit.cli.devices import named
+
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
@@ -16,7 +18,6 @@ HELP = "train the embedded model on generated videos"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Declare the command's arguments."""
     parser.add_argument("--output", required=True, help="folder for checkpoints, metrics.csv and the exported pipeline")
     parser.add_argument(
         "--recipe",
@@ -55,13 +56,7 @@ def run(arguments: Namespace) -> int:
     refuse_other_folder(exported)
     if not arguments.export_only:
         module = train(
-            config,
-            output,
-            resume=arguments.resume,
-            checkpoint_every=arguments.checkpoint_every,
-            threads=arguments.threads,
-            processes=arguments.processes,
-            minutes=arguments.minutes,
+            config, output, **named(arguments, "resume", "checkpoint_every", "threads", "processes", "minutes")
         )
         if not module.trainer.is_global_zero:
             return 0

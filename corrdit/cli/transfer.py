@@ -16,27 +16,31 @@ A run that is killed goes on after its last finished denoising step when the sam
 
 from __future__ import annotations
 
+import functools
 import math
+import sys
 import time
 from pathlib import Path
-from types import UnionType
 from typing import TYPE_CHECKING
 
-from corrdit.cli.devices import add_device_options, checked_device
-from corrdit.cli.model_options import add_preset_option, checked_preset, loaded_backbone
-from corrdit.cli.progress import progress_bar
+from corrdit.cli.devices import OptionTable, add_options, checked_device, given_options, named
+from corrdit.cli.model_options import add_model_options, checked_preset, loaded_backbone
+from corrdit.cli.terminal import Report, progress_bar
 from corrdit.files import OutputFolder
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
     from jsonargparse import ArgumentParser, Namespace
 
+    from corrdit.integrations.diffusers.motion_transfer.plan import TransferPlan
     from corrdit.integrations.diffusers.motion_transfer.result import TransferResult
 
 HELP = "give a new video the motion of a reference"
 USAGE = "REFERENCE PROMPT --output DIR [--model embedded] [--method ditflow] [options]"
 
-_SETTINGS: dict[str, tuple[UnionType | type, str]] = {
+_SETTINGS: OptionTable = {
     "method": (str, "ditflow, smm, moft, motionclone, injection or backbone"),
     "optimise": (str, "latent or embedding"),
     "blocks": (list[int] | int, "attention layers whose motion is compared, such as [15]"),
@@ -64,10 +68,16 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("reference", metavar="REFERENCE", help="video file, folder of frames, or none (with --stored)")
     parser.add_argument("prompt", metavar="PROMPT", help="what the new video shows")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results, made if need be")
-    parser.add_argument("--model", default="embedded", help="embedded, a local diffusers folder, or a hub id")
+    add_model_options(parser)
     parser.add_argument("--stored", default=None, metavar="FILE", help="inject the motion of an earlier transfer")
     parser.add_argument("--seed", type=int, default=0, help="of the initial noise")
-    parser.add_argument("--num-frames", type=int | None, default=None, metavar="N", help="frames of the new video")
+    parser.add_argument(
+        "--num-frames",
+        type=int | None,
+        default=None,
+        metavar="N",
+        help="of the new video; what fits the model if left out",
+    )
     parser.add_argument("--height", type=int | None, default=None, help="of the new video; goes with --width")
     parser.add_argument("--width", type=int | None, default=None, help="of the new video; goes with --height")
     parser.add_argument("--start", type=int, default=0, metavar="N", help="skip the first N frames of the reference")
@@ -80,11 +90,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--clip", default=None, metavar="MODEL", help="also measure the prompt's cosine by this CLIP (folder or hub id)"
     )
-    add_device_options(parser)
-    add_preset_option(parser)
-    for name, (kind, text) in _SETTINGS.items():
-        option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, type=kind | None, default=None, help=f"{text}; the model's preset if left out")
+    add_options(parser, _SETTINGS, "; the model's preset if left out")
 
 
 def run(arguments: Namespace) -> int:
@@ -105,28 +111,29 @@ def run(arguments: Namespace) -> int:
     similarity = None
     if arguments.clip is not None:
         similarity = PromptSimilarity(arguments.clip, checked_device(arguments.device))
-    changes = {name: getattr(arguments, name) for name in _SETTINGS if getattr(arguments, name) is not None}
-    transfer = MotionTransfer(backbone, **changes)
+    transfer = MotionTransfer(backbone, **given_options(arguments, _SETTINGS))
     # Beside the output folder, which appears only with its results.
     place = Path(arguments.output).absolute()
     state_file = place.parent / f".{place.name}.transfer-state.safetensors"
-    with OutputFolder(arguments.output) as folder:
-        with progress_bar("denoising") as show:
-            result = transfer(
-                reference,
-                arguments.prompt,
-                stored=stored,
-                seed=arguments.seed,
-                num_frames=arguments.num_frames,
-                height=arguments.height,
-                width=arguments.width,
-                state_file=state_file,
-                keep_state=True,
-                report=lambda done, steps, losses: show(done, steps, _loss_in_words(losses)),
-            )
-        measured = fidelity_of(result, PointTracker(backbone).track) if arguments.metrics else {}
+    with OutputFolder(arguments.output) as folder, progress_bar("preparing") as show:
+        result = transfer(
+            reference,
+            arguments.prompt,
+            stored=stored,
+            **named(arguments, "seed", "num_frames", "height", "width"),
+            state_file=state_file,
+            keep_state=True,
+            report=lambda done, steps, losses: show(done, steps, _loss_in_words(losses)),
+            announce=_announcer(show),
+        )
+        measured: dict[str, float] = {}
+        if arguments.metrics and result.reference is not None:
+            show(0, None, phase="tracking both videos")
+            measured = fidelity_of(result, functools.partial(PointTracker(backbone).track, progress=show))
         if similarity is not None:
+            show(0, None, phase="comparing with the prompt")
             measured["image_quality"] = similarity(result.video, arguments.prompt)
+        show(0, None, phase="writing the results")
         names = write_transfer(
             folder,
             result,
@@ -146,6 +153,19 @@ def run(arguments: Namespace) -> int:
     return 0
 
 
+def _announcer(show: Report) -> Callable[[str, TransferPlan], None]:
+    """Says what will be done as the first phase begins, and moves the bar on to each."""
+    said: list[TransferPlan] = []
+
+    def announce(phase: str, plan: TransferPlan) -> None:
+        if not said:
+            said.append(plan)
+            print(f"corrdit transfer: {plan}", file=sys.stderr, flush=True)
+        show(0, plan.steps if phase == "denoising" else None, phase=phase)
+
+    return announce
+
+
 def _reference(arguments: Namespace) -> tuple[np.ndarray | None, float]:
     """The reference's frames, or None, and the rate of the new video."""
     from corrdit.integrations.diffusers.motion_transfer.reference import at_rate
@@ -162,7 +182,7 @@ def _reference(arguments: Namespace) -> tuple[np.ndarray | None, float]:
         return None, arguments.fps or DEFAULT_FPS
     # How few frames are too few, the model says.
     video = read_video(arguments.reference, start=arguments.start, max_frames=arguments.max_frames, min_frames=1)
-    return at_rate(video.frames, video.fps, arguments.fps)
+    return at_rate(video.frames, video.fps, arguments.fps, video.times)
 
 
 def _loss_in_words(losses: list[float]) -> str | None:

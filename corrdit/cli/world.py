@@ -16,7 +16,7 @@ import csv
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from corrdit.cli.progress import progress_bar
+from corrdit.cli.terminal import progress_bar
 from corrdit.files import OutputFolder
 
 if TYPE_CHECKING:

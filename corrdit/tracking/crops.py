@@ -110,7 +110,9 @@ class CropLevel:
             report()
         every = torch.arange(self.grid_size[0] * self.grid_size[1])
         rows = cost_rows(pair, self.reading, every, source=source)
-        back = _best_source(rows, self.grid_size) if self.way_back else None
+        back = None
+        if self.way_back:  # `[B, F, h, w, 2]` the source token (x, y) that each target token fits best
+            back = TokenGrid(1, *self.grid_size).coordinates()[rows.mean(1).argmax(1)]
         places = (centers - origins) / self.stride - 0.5
         rows = _rows_at(rows, places[:, source], self.grid_size)
         found = {}
@@ -153,12 +155,6 @@ def _rows_at(rows: Tensor, place: Tensor, grid_size: tuple[int, int]) -> Tensor:
     batch = torch.arange(len(rows))[:, None]
     chosen = rows.transpose(1, 2)[batch, around]
     return (chosen * share[:, :, None, None, None, None]).sum(1)
-
-
-def _best_source(rows: Tensor, grid_size: tuple[int, int]) -> Tensor:
-    """`[B, F, h, w, 2]` the source token (x, y) that each target token fits best, from `[B, V, S, F, h, w]`."""
-    best = rows.mean(1).argmax(1)
-    return TokenGrid(1, *grid_size).coordinates()[best]
 
 
 def _joined(parts: list[Located]) -> Located:

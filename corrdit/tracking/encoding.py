@@ -83,10 +83,6 @@ def resized(video: Tensor, height: int, width: int, *, antialias: bool = True) -
     if tuple(video.shape[1:3]) == (height, width):
         return video
     frames = torch.nn.functional.interpolate(
-        video.permute(0, 3, 1, 2).float(),
-        size=(height, width),
-        mode="bilinear",
-        antialias=antialias,
-        align_corners=False,
+        video.permute(0, 3, 1, 2).float(), (height, width), mode="bilinear", antialias=antialias, align_corners=False
     )
     return frames.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)

@@ -109,7 +109,6 @@ def write_track_results(
     tracks: Tracks,
     queries: np.ndarray,
     *,
-    start: int = 0,
     pictures: bool = True,
     trail: int = 16,
     progress: Progress | None = None,
@@ -121,18 +120,16 @@ def write_track_results(
         video: the frames the tracks were made from; pictures are drawn over the file's own frames.
         tracks: in pixels of the file.
         queries: float `[P, 3]` (frame, x, y) in pixels of the file.
-        start: frames of the file that `video` skips.
         pictures: whether to draw.
         trail: frames of path drawn behind a point.
         progress: called with (frames drawn, frames in all).
     """
-    from corrdit.video import iterate_frames
     from corrdit.visualization import TrackStyle, write_track_pictures
 
     folder = Path(folder)
     if pictures:
         write_track_pictures(
-            iterate_frames(video.info.path, start=start, max_frames=len(video)),
+            video.at_size(video.info.height, video.info.width),
             tracks,
             (video.info.height, video.info.width),
             queries=queries,
@@ -142,4 +139,4 @@ def write_track_results(
             style=TrackStyle(trail=trail),
             progress=progress,
         )
-    tracks.save(folder / RESULT_FILE, queries=queries)
+    tracks.save(folder / RESULT_FILE, queries=queries, hdr=video.info.hdr)

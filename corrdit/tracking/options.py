@@ -16,11 +16,7 @@ INVERSIONS = ("ddim", "released")
 IMAGES = ("first", "all")
 VISIBILITIES = ("consistency", "all")
 COMBINATIONS = ("costs", "median")
-
-
 HEADS = ("probabilities", "logits", "features")
-
-
 Options: TypeAlias = Mapping[str, Any]
 """Of the tracker, by name."""
 
@@ -243,16 +239,8 @@ class TrackerOptions(ReadingOptions):
         choice("geometry", self.geometry, GEOMETRIES)
         choice("visibility", self.visibility, VISIBILITIES)
         whole_number("refine", self.refine, 0)
-        for name, minimum in (
-            ("frames_per_chunk", 2),
-            ("height", 1),
-            ("width", 1),
-            ("tokens_per_frame", 1),
-            ("crop_tokens", 2),
-            ("frames_per_block", 1),
-            ("interval", 1),
-            ("stride", 1),
-        ):
+        frames_and_tokens = {"frames_per_chunk": 2, "frames_per_block": 1, "tokens_per_frame": 1, "crop_tokens": 2}
+        for name, minimum in {**frames_and_tokens, "height": 1, "width": 1, "interval": 1, "stride": 1}.items():
             if getattr(self, name) is not None:
                 whole_number(name, getattr(self, name), minimum)
         if (self.height is None) != (self.width is None):

@@ -114,12 +114,20 @@ class PointTracker:
         frames, height, width = (int(size) for size in clip.shape[:3])
         table = check_queries(queries, frames, height, width)
         anchors = sorted({int(frame) for frame in table[:, 0]})
-        settings = self._settings(frames, height, width)
-        done = _Counter(progress)
-        following = Following(self.backbone, settings, clip, report=done.add)
+        done = total = 0
+
+        def count() -> None:
+            nonlocal done
+            done += 1
+            if progress is not None:
+                progress(done, total)
+
+        following = Following(self.backbone, self._settings(frames, height, width), clip, report=count)
         plans = {anchor: self._blocks(frames, anchor) for anchor in anchors}
         chosen = {anchor: (table[:, 0] == anchor).nonzero()[:, 0] for anchor in anchors}
-        done.start(sum(following.passes(len(chosen[anchor]), blocks) for anchor, blocks in plans.items()))
+        total = sum(following.passes(len(chosen[anchor]), blocks) for anchor, blocks in plans.items())
+        if progress is not None:
+            progress(0, total)
         xy = torch.empty(frames, len(table), 2)
         visible = torch.zeros(frames, len(table), dtype=torch.bool)
         score = torch.zeros(frames, len(table))
@@ -232,21 +240,3 @@ def _checked_backbone(given: object) -> TrackingBackbone:
         kind = f"the class {backbone.__name__}" if isinstance(backbone, type) else repr(backbone)[:80]
         raise TypeError(f"backbone must be what corrdit.load_backbone returns or a pipeline of diffusers, got {kind}")
     return cast(TrackingBackbone, backbone)
-
-
-class _Counter:
-    """Counts forward passes; `progress` hears how many are done and how many there are."""
-
-    def __init__(self, progress: Progress | None) -> None:
-        self._progress = progress
-        self._done = self._total = 0
-
-    def start(self, total: int) -> None:
-        self._total = total
-        if self._progress is not None:
-            self._progress(0, total)
-
-    def add(self) -> None:
-        self._done += 1
-        if self._progress is not None:
-            self._progress(self._done, self._total)

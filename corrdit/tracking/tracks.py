@@ -68,12 +68,13 @@ class Tracks:
         """The arrays by name: xy float32 `[T, P, 2]`, visible bool `[T, P]`, score float32 `[T, P]`."""
         return {"xy": self.xy.numpy(), "visible": self.visible.numpy(), "score": self.score.numpy()}
 
-    def save(self, path: str | os.PathLike[str], *, queries: object = None) -> None:
+    def save(self, path: str | os.PathLike[str], *, queries: object = None, hdr: str | None = None) -> None:
         """Write `xy`, `visible`, `score` (and `queries`) as a compressed .npz file, beside and then renamed.
 
         Args:
             path: the file, with its full name; nothing is appended to it.
             queries: float `[P, 3]` (frame, x, y) in pixels, stored along when given.
+            hdr: "PQ" or "HLG" of a video of high dynamic range (`VideoInfo.hdr`), stored along when given.
 
         Raises:
             ValueError: `queries` of another shape than `[P, 3]`.
@@ -85,6 +86,8 @@ class Tracks:
             if table.shape != (self.points, 3):
                 raise ValueError(f"queries must have shape [points, 3] = [{self.points}, 3], got {_shape(table)}")
             arrays["queries"] = table.numpy()
+        if hdr is not None:
+            arrays["hdr"] = np.array(hdr)
         write_arrays(path, arrays)
 
     @classmethod

@@ -134,8 +134,8 @@ def _count_packets(path: Path) -> int:
 def _decoded(container: av.container.InputContainer, stream: VideoStream, path: Path) -> Iterator[FileFrame]:
     import av
 
-    # Threads that share out frames hand these on before it is known whether they are corrupt.
-    stream.thread_type = "SLICE"
+    # Threads hand frames on before it is known whether they are corrupt, or do not look.
+    stream.thread_type = "NONE"
     aspect = _pixel_aspect(stream, path)
     rate = float(stream.average_rate or stream.guessed_rate or DEFAULT_FPS)
     count = 0

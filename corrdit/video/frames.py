@@ -134,7 +134,7 @@ def _one_layout(given: object, name: str, channels_last: bool) -> Frames:
             f" {ACCEPTED_FRAMES}"
         )
     if batched or not last:
-        array = given if isinstance(given, np.ndarray) else np.asarray(given[:])  # type: ignore[index]
+        array = given if isinstance(given, np.ndarray) else np.asarray(cast(Frames, given)[:])
         array = array[0] if batched else array
         given = array if last else array.transpose(0, 2, 3, 1)
     return cast(Frames, given)

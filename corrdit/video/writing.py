@@ -20,10 +20,6 @@ if TYPE_CHECKING:
     from av.filter import Graph
 
 
-ENCODER_THREADS = 4
-"""H.264's rate control and the header it writes depend on the number of threads, which else is that of the cores."""
-
-
 class VideoWriter:
     """Write frames one after another; the file (or folder) appears under its name when the `with` block ends well.
 
@@ -141,7 +137,8 @@ class _StreamEncoder:
             stream.pix_fmt = "yuv420p"
             stream.options = {"crf": "17", "preset": "medium"}
             context = stream.codec_context
-            context.thread_count = ENCODER_THREADS
+            # several threads make other bytes on a machine of other cores, and not the same ones every time
+            context.thread_count = 1
             # BT.709, limited range, said in the file: players guess by size otherwise
             context.colorspace = context.color_primaries = context.color_trc = context.color_range = 1
         stream.height, stream.width = height, width

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 from corrdit.video import resize_frame
 
@@ -47,7 +49,8 @@ def draw_attention_maps(
     for index, (frame, weights) in enumerate(zip(frames, np.asarray(maps, dtype=np.float64), strict=True)):
         low, high = weights.min(), weights.max()
         share = (weights - low) / max(high - low, 1e-12)
-        share = _enlarged(share**gain, size)[..., None]
+        # Bilinear between token centres.
+        share = F.interpolate(torch.from_numpy(share**gain)[None, None], size, mode="bilinear")[0, 0].numpy()[..., None]
         grey = resize_frame(frame, *size).astype(np.float64).mean(-1, keepdims=True).repeat(3, -1) * _FADE
         colour = 255 * colormaps["inferno"](share[..., 0])[..., :3]
         picture = grey * (1 - 0.75 * share) + colour * (0.25 + 0.75 * share) * (0.35 + 0.65 * share)
@@ -69,20 +72,6 @@ def draw_components(components: np.ndarray, size: tuple[int, int]) -> list[np.nd
     column = (np.arange(size[1]) * components.shape[2]) // size[1]
     pixels = (255 * np.asarray(components, dtype=np.float64).clip(0, 1) + 0.5).astype(np.uint8)
     return [np.ascontiguousarray(picture[row][:, column]) for picture in pixels]
-
-
-def _enlarged(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """`[h, w]` to `size`, bilinear between token centres."""
-    placed = [
-        np.clip((np.arange(length) + 0.5) * count / length - 0.5, 0, count - 1)
-        for length, count in zip(size, values.shape, strict=True)
-    ]
-    for axis, place in enumerate(placed):
-        low = np.floor(place).astype(int)
-        high = np.minimum(low + 1, values.shape[axis] - 1)
-        share = np.expand_dims(place - low, 1 - axis)
-        values = np.take(values, low, axis) * (1 - share) + np.take(values, high, axis) * share
-    return values
 
 
 def _marked(picture: np.ndarray, marks: list[tuple[np.ndarray, str]]) -> np.ndarray:

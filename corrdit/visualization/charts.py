@@ -29,7 +29,6 @@ def draw_heatmaps(
     columns: Sequence[object],
     row_title: str,
     column_title: str,
-    shared: bool = False,
     percent: bool = True,
 ) -> np.ndarray:
     """Draw tables as colours, the largest entry of each framed.
@@ -38,7 +37,6 @@ def draw_heatmaps(
         panels: values `[len(rows), len(columns)]` by title; NaN is drawn grey.
         rows, columns: labels of the entries.
         row_title, column_title: of the axes.
-        shared: one colour scale for all panels.
         percent: whether values are shares, which are written as percentages.
 
     Returns:
@@ -63,12 +61,10 @@ def draw_heatmaps(
     width = min(6.0, max(3.4, 0.42 * len(columns) + 1.6))
     height = min(7.0, max(2.2, 0.32 * len(rows) + 1.3))
     figure = Figure(figsize=(width * side_by_side, height * down), dpi=_DPI, layout="constrained", facecolor="white")
-    every = np.concatenate([table.ravel() for table in tables.values()])
-    common = _limits(every) if shared else None
     axes = figure.subplots(down, side_by_side, squeeze=False)
     for place, (title, table) in enumerate(tables.items()):
         axis = axes[place // side_by_side, place % side_by_side]
-        image = _panel(axis, table, title, common or _limits(table), rows, columns, percent)
+        image = _panel(axis, table, title, _limits(table), rows, columns, percent)
         axis.set_xlabel(column_title, color=INK, fontsize=9)
         axis.set_ylabel(row_title, color=INK, fontsize=9)
         figure.colorbar(image, ax=axis, shrink=0.9, format="%g %%" if percent else "%g").ax.tick_params(labelsize=7)
@@ -130,7 +126,6 @@ def draw_curves(
     title: str,
     x_title: str,
     y_title: str,
-    percent: bool = True,
     reference: tuple[str, float] | None = None,
 ) -> np.ndarray:
     """Draw several curves with direct labels, the first x on the left: noise, and the clean video on the right.
@@ -138,8 +133,7 @@ def draw_curves(
     Args:
         x: places of the points.
         curves: at most `MOST_CURVES` rows of values, by label; NaN leaves a gap.
-        title, x_title, y_title: what is shown.
-        percent: whether values are shares, which are written as percentages.
+        title, x_title, y_title: what is shown; values are shares, which are written as percentages.
         reference: label and value of a dashed level to compare with.
 
     Returns:
@@ -157,17 +151,16 @@ def draw_curves(
 
     figure = Figure(figsize=(7.2, 3.6), dpi=_DPI, layout="constrained", facecolor="white")
     axis = figure.subplots()
-    factor = 100 if percent else 1
     for colour, (label, values) in zip(_COLOURS, curves.items(), strict=False):
         marker = "o" if len(x) <= 30 else None
-        axis.plot(x, factor * np.asarray(values), color=colour, label=label, linewidth=1.8, marker=marker, markersize=4)
+        axis.plot(x, 100 * np.asarray(values), color=colour, label=label, linewidth=1.8, marker=marker, markersize=4)
     if reference is not None:
-        axis.axhline(factor * reference[1], color=INK, linewidth=1, linestyle=(0, (4, 3)), label=reference[0])
+        axis.axhline(100 * reference[1], color=INK, linewidth=1, linestyle=(0, (4, 3)), label=reference[0])
     if x[0] > x[-1]:
         axis.invert_xaxis()
     axis.set_title(title, color=INK, fontsize=10, loc="left")
     axis.set_xlabel(x_title, color=INK, fontsize=9)
-    axis.set_ylabel(f"{y_title} (%)" if percent else y_title, color=INK, fontsize=9)
+    axis.set_ylabel(f"{y_title} (%)", color=INK, fontsize=9)
     axis.tick_params(labelsize=8, colors=INK)
     axis.grid(axis="y", color="#e3e6ea", linewidth=0.8)
     for side in ("top", "right"):

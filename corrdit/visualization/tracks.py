@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -13,10 +13,6 @@ from torch import Tensor
 from corrdit.video import VideoWriter, resize_frame
 from corrdit.visualization.colours import position_colours
 from corrdit.visualization.sheet import cell_size, contact_sheet, sheet_frames
-
-if TYPE_CHECKING:
-    from matplotlib.collections import Collection
-    from matplotlib.transforms import Transform
 
 _SMALLEST_SIDE = 240
 _ENLARGED_SIDE = 320
@@ -107,16 +103,12 @@ class TrackPainter:
         if self.style.fade:
             grey = 0.75 * picture.mean(-1, keepdims=True)
             picture += self.style.fade * (grey - picture)
-        layer = self._render(index)
-        alpha = layer[..., 3:].astype(np.float32) / 255
-        return (picture * (1 - alpha) + layer[..., :3] * alpha + 0.5).astype(np.uint8)
-
-    def _render(self, index: int) -> np.ndarray:
-        """The tracks alone, uint8 `[h, w, 4]`, not premultiplied."""
         canvas = _Canvas(*self.size)
         self._add_trails(canvas, index)
         self._add_dots(canvas, index)
-        return canvas.pixels()
+        layer = canvas.pixels()
+        alpha = layer[..., 3:].astype(np.float32) / 255
+        return (picture * (1 - alpha) + layer[..., :3] * alpha + 0.5).astype(np.uint8)
 
     def _add_trails(self, canvas: _Canvas, index: int) -> None:
         first = max(0, index - self.style.trail)
@@ -285,8 +277,14 @@ class _Canvas:
         """`segments [N, 2, 2]` (start and end, (x, y)), `colours [N, 4]`."""
         from matplotlib.collections import LineCollection
 
-        lines = LineCollection(list(segments), colors=colours, linewidths=(width, width), capstyle="butt", snap=False)
-        self._add(lines, len(segments), transform=self._downwards)
+        look: dict[str, Any] = {
+            "linewidths": (width, width),
+            "capstyle": "butt",
+            "snap": False,
+            "transform": self._downwards,
+        }
+        if len(segments):
+            self._figure.add_artist(LineCollection(list(segments), colors=colours, **look), clip=False)
 
     def rings(self, centres: np.ndarray, radius: float, colours: np.ndarray, width: float) -> None:
         """`centres [N, 2]` (x, y), `colours [N, 4]`."""
@@ -304,12 +302,7 @@ class _Canvas:
     def _circles(self, centres: np.ndarray, radius: float, **properties: Any) -> None:
         from matplotlib.collections import CircleCollection
 
-        area = np.full(max(len(centres), 2), np.pi * radius**2)
-        circles = CircleCollection(area, offsets=centres, offset_transform=self._downwards, snap=False, **properties)
-        self._add(circles, len(centres))
-
-    def _add(self, collection: Collection, count: int, transform: Transform | None = None) -> None:
-        if count:
-            if transform is not None:
-                collection.set_transform(transform)
-            self._figure.add_artist(collection, clip=False)
+        area, place = np.full(max(len(centres), 2), np.pi * radius**2), self._downwards
+        if len(centres):
+            circles = CircleCollection(area, offsets=centres, offset_transform=place, snap=False, **properties)
+            self._figure.add_artist(circles, clip=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from corrdit.arguments import resolved_index, whole_indices
-from corrdit.integrations.diffusers.compatibility import check_processor, check_transformer
+from corrdit.integrations.diffusers.compatibility import check_processor, check_transformer, what_skips
 from corrdit.integrations.diffusers.host.attention import processors_wrapped
 from corrdit.integrations.diffusers.host.forwards import Arguments, leaving_after, transformers_of, watched_forwards
 from corrdit.integrations.diffusers.host.steps import PipelineSteps, TransformerSteps, branches_of
@@ -73,7 +73,8 @@ def capture(
         ValueError: for what cannot be read (unknown or unsupported model, parallelism, feature caches, whole-model
             compilation, attention that a processor neither sends through diffusers' dispatcher nor computes by
             scaled_dot_product_attention), indices out of range, a model already captured, and, when the block ends
-            without an exception, a requested result that never came.
+            without an exception, a requested result that never came, with what left it out where that is known (a
+            cache, a replaced forward). With `steps=None` a run that was interrupted (`pipe._interrupt`) is no error.
     """
     if not isinstance(model, torch.nn.Module) and hasattr(model, "pipe"):
         model = model.pipe
@@ -144,6 +145,8 @@ class Capture(Mapping[tuple[int, int], Any]):
         self._operations = self._resolved_layers(operations)
         self._results: dict[tuple[int, int], Any] = {}
         self._fired: set[tuple[int, int]] = set()
+        self._awaited: set[int] = set()
+        self._skipped: dict[tuple[int, int], str | None] = {}
         self._calls_seen = 0
         self._counter: PipelineSteps | TransformerSteps = TransformerSteps()
         self._open: ExitStack | None = None
@@ -154,6 +157,8 @@ class Capture(Mapping[tuple[int, int], Any]):
         self._counter = TransformerSteps() if self._pipe is None else PipelineSteps(self._pipe)
         self._calls_seen = 0
         self._fired.clear()
+        self._awaited.clear()
+        self._skipped.clear()
         for transformer, layout in self._models:
             self._check(transformer, layout)
         with ExitStack() as stack:
@@ -226,6 +231,7 @@ class Capture(Mapping[tuple[int, int], Any]):
 
     def _attach(self, transformer: torch.nn.Module, layout: TransformerLayout, stack: ExitStack) -> None:
         processors: dict[int, CorrespondenceProcessor] = {}
+        modules = layout.attention_modules(transformer)
 
         def reading(layer: int, inner: object) -> CorrespondenceProcessor:
             processors[layer] = CorrespondenceProcessor(without_leftover(inner), None, None)
@@ -233,7 +239,7 @@ class Capture(Mapping[tuple[int, int], Any]):
             stack.callback(processors[layer].release)
             return processors[layer]
 
-        stack.enter_context(processors_wrapped(layout.attention_modules(transformer), self._operations, reading))
+        stack.enter_context(processors_wrapped(modules, self._operations, reading))
         stop = False
         if self._early_exit:
             stop = stack.enter_context(leaving_after(transformer, layout, max(self._operations)))
@@ -246,6 +252,7 @@ class Capture(Mapping[tuple[int, int], Any]):
             try:
                 for processor in processors.values():
                     processor.collect_compiled()
+                self._note_skipped(transformer, modules, output is not None)
             finally:
                 for processor in processors.values():
                     processor.disarm()
@@ -276,6 +283,7 @@ class Capture(Mapping[tuple[int, int], Any]):
         self._calls_seen += 1
         step = self._counter.step
         rows = self._rows(layout, call) if self._wanted(step) else ()
+        self._awaited = set(self._operations) if rows else set()
         if not rows:
             return {}
         return {
@@ -287,6 +295,7 @@ class Capture(Mapping[tuple[int, int], Any]):
                 keep_graph=self._keep_graph,
                 deliver=functools.partial(self._deliver, step, layer),
                 stop=stop and layer == max(self._operations),
+                batch=call.batch,
             )
             for layer, operations in self._operations.items()
         }
@@ -294,6 +303,7 @@ class Capture(Mapping[tuple[int, int], Any]):
     def _deliver(self, step: int, layer: int, result: Any) -> None:
         key = (step, layer)
         self._fired.add(key)
+        self._awaited.discard(layer)
         if self._callback is not None:
             self._callback(step, layer, result)
             return
@@ -308,11 +318,29 @@ class Capture(Mapping[tuple[int, int], Any]):
             result = {**earlier, **result}
         self._results[key] = result
 
+    def _note_skipped(self, transformer: torch.nn.Module, modules: Sequence[torch.nn.Module], returned: bool) -> None:
+        """Layers that a forward was to read, and which it went past; one that an exception ended skipped nothing."""
+        left_early = self._early_exit and max(self._operations) not in self._awaited
+        skipped, self._awaited = self._awaited, set()
+        if not (returned or left_early):
+            return
+        for layer in skipped:
+            self._skipped[self._counter.step, layer] = what_skips(transformer, modules[layer])
+
     def _check_fired(self) -> None:
-        wanted = self._steps
-        if wanted is not None and self._counter.count is not None:
-            count = self._counter.count
+        if self._skipped:
+            causes = sorted({cause for cause in self._skipped.values() if cause is not None})
+            reason = _SKIPPED.format(f"{' and '.join(causes)} left them out") if causes else _REPLACED
+            raise ValueError(f"the capture never fired for {_keys(sorted(self._skipped))}: {reason}")
+        wanted, count = self._steps, self._counter.count
+        if wanted is not None and count is not None:
             wanted = [step % count for step in wanted if -count <= step < count] if self._calls_seen else wanted
+        elif count is not None and self._calls_seen and self._counter.step + 1 < count and not self._interrupted:
+            raise ValueError(
+                f"the capture never fired for steps {self._counter.step + 1} to {count - 1}: {self._ended()}, before "
+                f"its {count} steps were done (something that calls the transformer at some steps only, for instance a "
+                "step cache); give the steps that run, or switch it off for the capture"
+            )
         missing = [
             (step, layer)
             for layer in self._operations
@@ -326,15 +354,30 @@ class Capture(Mapping[tuple[int, int], Any]):
         if not self._calls_seen:
             return "the transformer did not run inside the block; call the pipeline or the transformer there"
         if any(step is not None and step > self._counter.step for step, _ in missing):
-            return f"the run ended after step {self._counter.step}"
+            return self._ended()
         if self._branch == "uncond":
             return "the run used no classifier-free guidance, so it has no unconditional branch; raise guidance_scale"
-        return (
-            "the layer ran without this processor (something replaced the attention processors inside the block, for "
-            "instance fuse_qkv_projections(), or the run stopped early)"
-        )
+        return _REPLACED
+
+    @property
+    def _interrupted(self) -> bool:
+        return bool(getattr(self._pipe, "interrupt", False))
+
+    def _ended(self) -> str:
+        interrupted = "; it was interrupted after step {0}" if self._interrupted else ""
+        return ("the run ended after step {0}" + interrupted).format(self._counter.step)
 
 
-def _keys(missing: list[tuple[int | None, int]]) -> str:
+_SKIPPED = (
+    "{}, so their queries and keys do not exist; switch it off for the capture (transformer.disable_cache() for the "
+    "caches of diffusers)"
+)
+_REPLACED = (
+    "the layer ran without this processor (something replaced the attention processors inside the block, for instance "
+    "fuse_qkv_projections(), or left layers out)"
+)
+
+
+def _keys(missing: Sequence[tuple[int | None, int]]) -> str:
     shown = [f"layer {layer}" if step is None else f"(step {step}, layer {layer})" for step, layer in missing[:6]]
     return ", ".join(shown) + (f" and {len(missing) - 6} more" if len(missing) > 6 else "")

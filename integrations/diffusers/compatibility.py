@@ -22,6 +22,12 @@ SKIPPING_HOOKS = {
 }
 """Modules of `diffusers.hooks` whose hooks leave out blocks or attention, by the name users know."""
 
+CACHING_PACKAGES = {"cache_dit": "cache-dit", "para_attn": "ParaAttention"}
+"""Packages that replace forwards by ones that leave blocks out, by the name users know."""
+
+_HOSTS = ("accelerate", "corrdit", "diffusers", "peft", "torch")
+"""Packages whose functions round a forward run it."""
+
 PARALLEL_HOOKS = {"context_parallel": "context parallelism", "tensor_parallel": "tensor parallelism"}
 
 
@@ -100,6 +106,41 @@ def is_offloaded(transformer: torch.nn.Module) -> bool:
 def has_compiled_blocks(transformer: torch.nn.Module) -> bool:
     """Whether some block was compiled in place."""
     return any(module._compiled_call_impl is not None for module in transformer.modules())
+
+
+def what_skips(transformer: torch.nn.Module, attention: torch.nn.Module) -> str | None:
+    """What can have kept an attention module of a transformer from running: a cache or a replaced forward, by name."""
+    for module in transformer.modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        for hook in () if registry is None else registry.hooks.values():
+            origin = type(hook).__module__.rpartition(".")[2]
+            if origin in SKIPPING_HOOKS:
+                return SKIPPING_HOOKS[origin]
+    holders = (module for module in transformer.modules() if module is transformer or attention in module.modules())
+    return next((cause for cause in map(_replacement, holders) if cause is not None), None)
+
+
+def _replacement(module: torch.nn.Module) -> str | None:
+    """What replaced the forward of a module or of its class, by name; None where it is its own.
+
+    Where it is from its globals say, because `functools.wraps` rewrites its `__module__`.
+    """
+    own = {kind.__module__ for kind in type(module).__mro__}
+    forward: object = module.forward
+    while forward is not None:
+        inner: object = getattr(forward, "__func__", None) or getattr(forward, "func", None)
+        if inner is not None:
+            forward = inner
+            continue
+        origin = str(getattr(forward, "__globals__", {}).get("__name__", ""))
+        package = origin.partition(".")[0]
+        if origin in own:
+            return None
+        if package not in _HOSTS:
+            name = CACHING_PACKAGES.get(package) or f"{origin}.{getattr(forward, '__name__', forward)}"
+            return f"{name}, which replaced the forward of {type(module).__name__},"
+        forward = getattr(forward, "__wrapped__", None)
+    return None
 
 
 def _check_hooks(hooks: Iterable[object]) -> None:

@@ -40,6 +40,7 @@ class ReadRequest:
         keep_graph: whether results stay attached to the autograd graph.
         deliver: takes the result.
         stop: whether nothing after this layer is needed.
+        batch: samples of the forward; attention over fewer (a cache dropped a branch) is not read. None for any.
     """
 
     grid: TokenGrid
@@ -49,6 +50,7 @@ class ReadRequest:
     keep_graph: bool
     deliver: Callable[[object], None]
     stop: bool = False
+    batch: int | None = None
 
 
 class CorrespondenceProcessor(DelegatingProcessor):
@@ -232,6 +234,8 @@ class CorrespondenceProcessor(DelegatingProcessor):
         self._fired = True
 
     def _fire(self, request: ReadRequest, inputs: AttentionInputs) -> None:
+        if request.batch is not None and len(inputs.query) < request.batch:
+            return
         results: dict[str | None, object] = {}
         with _operation_context(request, inputs.query):
             for branch, rows in request.rows:

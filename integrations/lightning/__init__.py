@@ -6,9 +6,9 @@ from corrdit.integrations.lightning.data_modules import VideoDataModule
 from corrdit.integrations.lightning.evaluation import EvaluationModule
 from corrdit.integrations.lightning.generation import GenerationModule, PromptDataModule
 from corrdit.integrations.lightning.guidance_callback import GuidanceCallback
+from corrdit.integrations.lightning.measurement import WorldProbe
 from corrdit.integrations.lightning.modules import TrackingModule, tracking_report
 from corrdit.integrations.lightning.monitor import CorrespondenceMonitor
-from corrdit.integrations.lightning.probe import WorldProbe
 from corrdit.integrations.lightning.tapvid_data import TapVidDataModule
 from corrdit.integrations.lightning.transfer import TransferDataModule, TransferModule
 

@@ -139,9 +139,7 @@ class TrackingModule(ResumableModule[Mapping[str, str]]):
         queries = self._queries(len(video), *size)
         tracks = track_at_size(self._tracker, video, queries, size)
         with self.results.result(name, inputs, last=RESULT_FILE) as result:
-            write_track_results(
-                result.folder, video, tracks, queries, start=self.start, pictures=self.pictures, trail=self.trail
-            )
+            write_track_results(result.folder, video, tracks, queries, pictures=self.pictures, trail=self.trail)
             result.facts.update(frames=tracks.frames, points=tracks.points)
         return result.facts
 

@@ -16,8 +16,7 @@ from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.backbones.loading import backbone_of
 from corrdit.integrations.diffusers.host.forwards import transformers_of
 from corrdit.integrations.lightning.discovery import VideoModel, find_held_model, find_video_model
-from corrdit.integrations.lightning.measurement import MatchMeasurement, first_frame_hits, summed_hits
-from corrdit.integrations.lightning.probe import WorldProbe
+from corrdit.integrations.lightning.measurement import MatchMeasurement, WorldProbe, first_frame_hits, summed_hits
 from corrdit.integrations.lightning.reading import layer_indices, layer_list, timed_capture
 from corrdit.integrations.lightning.reports import (
     FOLDER,
@@ -234,15 +233,10 @@ class CorrespondenceMonitor(ReportingCallback):
             raise ValueError(f"truth must give a BatchTruth of the {samples} samples the transformer ran, got {given}")
         for layer, timesteps, result in self._results:
             frames = latent_frames(truth.tracks.shape[1], result["match_xy"].shape[1] + 1)
+            tracks, visible = truth.tracks[:, frames].float().cpu(), truth.visible[:, frames].cpu()
+            size, limits = (truth.height, truth.width), (self.threshold, self.least_motion)
             for sample, match_xy in enumerate(result["match_xy"]):
-                hits = first_frame_hits(
-                    match_xy,
-                    truth.tracks[sample, frames].float().cpu(),
-                    truth.visible[sample, frames].cpu(),
-                    size=(truth.height, truth.width),
-                    threshold=self.threshold,
-                    least_motion=self.least_motion,
-                )
+                hits = first_frame_hits(match_xy, tracks[sample], visible[sample], size, *limits)
                 yield (layer, self._level(timesteps[sample])), hits
 
     def _without_truth(self) -> dict[str, float]:

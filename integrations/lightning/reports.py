@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -12,13 +11,15 @@ from typing import TypeVar
 import numpy as np
 from lightning.pytorch import Trainer
 
-from corrdit.files import written_beside
+from corrdit.files import markdown_table, write_csv, written_beside
 from corrdit.integrations.lightning.reading import BatchCallback
 from corrdit.visualization.charts import draw_heatmaps
 from corrdit.visualization.colours import position_colours
 from corrdit.visualization.figures import figure_pixels, png_bytes
+from corrdit.visualization.sheet import sheet_frames
 
 Column = TypeVar("Column", int, str)
+SHOWN_FRAMES = 6
 FOLDER = "correspondence"
 """Beginning of the names of what is logged, and folder of its files, unless a callback is given another."""
 
@@ -87,11 +88,12 @@ class Report:
             if hasattr(logger, "log_table"):
                 logger.log_table(key=key, columns=columns, data=[list(row.values()) for row in rows], step=step)
             elif hasattr(logger.experiment, "add_text"):
-                logger.experiment.add_text(key, _markdown(columns, rows), step)
-        with written_beside(self._file(self.name, "csv"), "w") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
+                cells = [
+                    [f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()]
+                    for row in rows
+                ]
+                logger.experiment.add_text(key, markdown_table(columns, cells), step)
+        write_csv(self._file(self.name, "csv"), rows)
 
     def picture(self, name: str, picture: np.ndarray) -> None:
         """A picture uint8 `[H, W, 3]` to every logger that takes pictures, and as PNG; `name` follows the table's."""
@@ -123,15 +125,12 @@ def draw_by_layer(values: Mapping[tuple[int, Column], float], title: str, column
     )
 
 
-def draw_matches(
-    match_xy: Mapping[str, np.ndarray], title: str, most_frames: int = 6, most_rows: int = 12
-) -> np.ndarray:
+def draw_matches(match_xy: Mapping[str, np.ndarray], title: str, most_rows: int = 12) -> np.ndarray:
     """Where tokens go: each token of the source frame has a colour by the place of its match.
 
     Args:
         match_xy: `[F - 1, h, w, 2]` by the name of a row, in tokens.
         title: over the picture.
-        most_frames: target frames shown, evenly chosen.
         most_rows: entries shown, evenly chosen.
 
     Returns:
@@ -140,8 +139,8 @@ def draw_matches(
     from matplotlib.figure import Figure
 
     frames, height, width = next(iter(match_xy.values())).shape[:3]
-    shown = _evenly(frames, most_frames)
-    match_xy = {name: match_xy[name] for name in np.array(list(match_xy))[_evenly(len(match_xy), most_rows)]}
+    shown, names = sheet_frames(frames, SHOWN_FRAMES), list(match_xy)
+    match_xy = {names[row]: match_xy[names[row]] for row in sheet_frames(len(names), most_rows)}
     own = np.stack(np.meshgrid(np.arange(width), np.arange(height)), -1)
     colours = position_colours(own.reshape(-1, 2), height, width).reshape(height, width, 3)
     size = (1.2 * (len(shown) + 1) + 1.0, (1.2 * height / width + 0.25) * len(match_xy) + 0.8)
@@ -158,16 +157,3 @@ def draw_matches(
         axes.set_title(label, fontsize=7)
     figure.suptitle(title, fontsize=9)
     return figure_pixels(figure)
-
-
-def _evenly(count: int, most: int) -> np.ndarray:
-    """At most `most` of the indices below `count`, the first and the last among them."""
-    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
-
-
-def _markdown(columns: Sequence[str], rows: Sequence[Mapping[str, object]]) -> str:
-    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    for row in rows:
-        cells = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values())
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)

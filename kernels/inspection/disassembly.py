@@ -7,7 +7,6 @@ import pathlib
 import re
 import subprocess
 import tempfile
-from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -55,18 +54,14 @@ class MainLoop(NamedTuple):
     inner_products: float | None
 
 
-def _tool(name: str) -> str:
+def _run(name: str, *options: str, cubin: bytes) -> str:
     path = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     if not path.is_file():
         raise FileNotFoundError(f"the triton package has no {name} at {path}; install a triton wheel for Linux")
-    return str(path)
-
-
-def _run(name: str, *options: str, cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        done = subprocess.run([_tool(name), *options, file.name], capture_output=True, text=True, check=False)
+        done = subprocess.run([str(path), *options, file.name], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{name} cannot read the compiled kernel: {done.stderr.strip()}")
     return done.stdout
@@ -119,25 +114,18 @@ class Disassembly:
                 labels[label.group(1)] = len(self.instructions)
             elif found := _INSTRUCTION.match(line):
                 self.instructions.append(Instruction(*found.groups()))
-        self.loops = sorted(self._find_loops(labels))
-
-    def _find_loops(self, labels: dict[str, int]) -> set[Loop]:
         ends: dict[int, int] = {}
         for index, instruction in enumerate(self.instructions):
             target = re.search(r"\.L_\w+", instruction.operands) if instruction.family == "BRA" else None
             if target and labels.get(target.group(0), index + 1) < index:
                 start = labels[target.group(0)]
                 ends[start] = max(ends.get(start, 0), index)
-        return {Loop(start, end) for start, end in ends.items()}
+        self.loops = sorted(Loop(start, end) for start, end in ends.items())
 
     def count(self, family: str, loop: Loop | None = None) -> int:
         """Instructions of one family (a name, with modifiers if given) in a loop, or in the whole kernel."""
         part = self.instructions if loop is None else self.instructions[loop.first : loop.last + 1]
         return sum(family in (i.name, i.family) for i in part)
-
-    def families(self, loop: Loop | None = None) -> Counter[str]:
-        part = self.instructions if loop is None else self.instructions[loop.first : loop.last + 1]
-        return Counter(i.family for i in part)
 
     def uses_tensor_cores(self) -> bool:
         return any(instruction.family in _TENSOR_CORE for instruction in self.instructions)

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from corrdit.analysis.calibration import calibrate, interval, preset_values, write_preset
-from corrdit.analysis.exports import harmonic_table, table_rows, write_parquet
-from corrdit.analysis.html_report import write_report
+from corrdit.analysis.html_report import harmonic_table, table_rows, write_parquet, write_report
 from corrdit.analysis.results import analysis_folder, read_results, write_failure, write_result
 from corrdit.analysis.table import MEAN, AnalysisTable, total
 from corrdit.files import write_csv

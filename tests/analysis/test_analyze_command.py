@@ -163,7 +163,7 @@ def test_bad_input_is_one_line(with_tiny, tmp_path, capsys, given, message):
 
 def test_parquet_is_refused_before_the_work_where_it_cannot_be_written(with_tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    monkeypatch.setattr("corrdit.analysis.exports.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("corrdit.analysis.html_report.importlib.util.find_spec", lambda name: None)
     assert analyze("--world", 1, "--output", tmp_path / "out", "--parquet") == 2
     assert "pip install pyarrow" in capsys.readouterr().err
     assert with_tiny == []

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from corrdit.benchmark import measure, plots, row_file, runner
+from corrdit.benchmark import measure, plots, runner
 from corrdit.benchmark.floors import Ceilings
 from corrdit.benchmark.shapes import SHAPES, Shape
 from corrdit.cli import main
@@ -145,12 +145,12 @@ def test_folders_that_will_not_do(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main([*FEW, "--output", str(tmp_path / "file")]) == 2
     assert "is a file; give a folder" in capsys.readouterr().err
-    (tmp_path / row_file.FILE).write_text("{}")
+    (tmp_path / runner.RESULTS_FILE).write_text("{}")
     assert main([*FEW, "--output", str(tmp_path)]) == 2
     assert "is there already; add --resume" in capsys.readouterr().err
     assert main([*FEW, "--output", str(tmp_path), "--resume"]) == 2
     assert "holds no rows that corrdit bench wrote" in capsys.readouterr().err
-    assert (tmp_path / row_file.FILE).read_text() == "{}"
+    assert (tmp_path / runner.RESULTS_FILE).read_text() == "{}"
 
 
 def test_shapes_that_do_not_fit_in_memory(monkeypatch, capsys):

@@ -181,3 +181,21 @@ def test_reader_that_goes_away() -> None:
     done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert done.stderr == ""
+
+
+def test_the_end_of_a_forked_worker_is_not_the_end_of_the_command() -> None:
+    code = """
+import os, signal, time
+from corrdit.cli.signals import SECONDS_TO_UNWIND, handle_signals
+handle_signals()
+worker = os.fork()
+if worker == 0:
+    time.sleep(60)
+time.sleep(1)
+os.kill(worker, signal.SIGTERM)
+assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == 143
+time.sleep(SECONDS_TO_UNWIND + 1)
+print("alive")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr

@@ -1,13 +1,20 @@
 """corrdit transfer on an embedded pipeline with random weights."""
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from corrdit.cli import main
+from corrdit.cli.signals import SECONDS_TO_UNWIND
 from corrdit.video import read_video, write_video
 from corrdit.visualization import write_comparison_page
 
@@ -171,3 +178,96 @@ def test_prompts_and_references_that_cannot_serve(model, reference, tmp_path):
         transfer.reference_motion(np.concatenate([video, video[:, :, :2]], axis=2))
     with pytest.warns(UserWarning, match="has 4 frames and 6 are wanted"):
         assert len(transfer.reference_motion(video, num_frames=6).frames) == 6
+
+
+@pytest.fixture(scope="module")
+def large_reference(tmp_path_factory):
+    """24 frames of 480 x 720, which are 518,400 tokens of the embedded model."""
+    path = tmp_path_factory.mktemp("large") / "clip.mp4"
+    picture = np.random.default_rng(0).integers(0, 255, (30, 45, 3), dtype=np.uint8).repeat(16, 0).repeat(16, 1)
+    write_video(path, [np.roll(picture, 4 * frame, axis=1) for frame in range(24)], 24)
+    return str(path)
+
+
+def test_default_sizes_are_within_the_token_budget_of_the_preset(large_reference):
+    from corrdit import load_backbone
+    from corrdit.integrations.diffusers.motion_transfer.reference import prepared_frames
+
+    backbone = load_backbone("embedded")
+    video = read_video(large_reference).frames
+    with (
+        pytest.warns(UserWarning, match="first 8 of the reference's 24 frames"),
+        pytest.warns(UserWarning, match="480 x 720 are resized to 80 x 120"),
+    ):
+        assert prepared_frames(backbone, video).shape == (8, 80, 120, 3)
+    with pytest.warns(UserWarning, match="resized to 40 x 60"):
+        assert prepared_frames(backbone, video, height=40, width=60).shape == (24, 40, 60, 3)
+    with pytest.warns(UserWarning, match="resized to 80 x 120"):
+        assert prepared_frames(backbone, video, num_frames=24).shape == (24, 80, 120, 3)
+
+
+def test_what_will_be_done_is_said_first_and_every_phase_has_a_line(model, reference, tmp_path, capsys):
+    output = str(tmp_path / "out")
+    assert main(["transfer", reference, "a red disc", "--model", model, "--output", output, *SHORT]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    plan = "4 frames of 16 x 16, 64 tokens at once; 2 denoising steps, 1 of them guided with 2 optimisation steps each"
+    assert re.fullmatch(f"corrdit transfer: {plan}; about \\d+ s", lines[0])
+    assert lines[1:] == ["reading the reference", "denoising", "tracking both videos", "writing the results"]
+
+
+def test_the_time_said_grows_with_the_work(model):
+    from corrdit import MotionTransfer, load_backbone
+    from corrdit.integrations.diffusers.motion_transfer.plan import transfer_plan
+
+    backbone = load_backbone(model)
+    settings = MotionTransfer(backbone, block=1).settings
+    small, large = (
+        transfer_plan(backbone, settings, size, optimises=True, reads=True) for size in ((8, 80, 120), (24, 480, 720))
+    )
+    assert (small.tokens, large.tokens) == (4800, 518400)
+    # 108 times the tokens, whose attention grows with the square.
+    assert large.seconds > 1000 * small.seconds
+    assert " min" in str(large)
+
+
+def test_lines_take_the_place_of_the_bar_where_there_is_no_terminal(capsys, monkeypatch):
+    from corrdit.cli import progress
+
+    clock = [0.0]
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    with progress.progress_bar("counting") as report:
+        for done in range(5):
+            clock[0] = 6.0 * done
+            report(done, 4, "note")
+    assert capsys.readouterr().err.splitlines() == ["counting 2/4, note", "counting 4/4, note"]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_end_a_forward_pass_of_half_a_million_tokens(model, large_reference, tmp_path, number, status):
+    size = ["--height", "480", "--width", "720", "--num-frames", "24"]
+    # A suite that a shell runs in the background inherits an ignored SIGINT, and so would the command.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "from corrdit.cli import entry_point; entry_point()"
+    command = [sys.executable, "-c", code, "transfer", large_reference]
+    process = subprocess.Popen(
+        [*command, "disc", "--model", model, "--output", str(tmp_path / "made" / "out"), *SHORT, *size],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        assert process.stderr is not None
+        assert any(line == "reading the reference\n" for line in process.stderr)
+        time.sleep(8)
+        assert process.poll() is None
+        began = time.monotonic()
+        process.send_signal(number)
+        error = process.communicate(timeout=60)[1]
+        assert process.returncode == status
+        # Ten seconds are promised; a machine that is busy with other tests takes longer to end a process.
+        assert SECONDS_TO_UNWIND <= 5
+        assert time.monotonic() - began < 20
+        assert "nothing unfinished was left behind" in error
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        process.kill()

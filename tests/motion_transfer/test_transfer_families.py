@@ -157,3 +157,18 @@ def test_no_step_is_guided_behind_the_share(case, method):
     transfer(video, report=lambda done, steps, losses: after.append(len(forwards)), **arguments)
     _, *by_step = np.diff([0, *after]).tolist()
     assert by_step == [3 if method == "ditflow" else 2, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "name", ["cogvideox", "cogvideox-rotary", "cogvideox-image", "hunyuanvideo", "wan", "wan-image", "ltx", "mochi"]
+)
+def test_every_family_can_be_planned(name, case):
+    from corrdit.integrations.diffusers.motion_transfer.plan import transfer_plan
+
+    backbone, video, _ = case(name)
+    settings = MotionTransfer(backbone, block=1).settings
+    plan = transfer_plan(backbone, settings, video.shape[:3], optimises=True, reads=True)
+    grid = backbone.encode_video(video)
+    rows, columns = (side // stride for side, stride in zip(video.shape[1:3], backbone.token_stride, strict=True))
+    assert plan.tokens == len(grid) * rows * columns
+    assert 0 < plan.seconds < 3600

@@ -167,3 +167,17 @@ def test_a_pipeline_in_place_of_a_backbone():
 def test_what_is_no_backbone_is_named(backbone):
     with pytest.raises(TypeError, match=r"backbone must be what corrdit\.load_backbone returns or a pipeline"):
         PointTracker(backbone)
+
+
+def test_a_rate_that_varies_is_resampled_by_the_time_of_each_frame():
+    pytest.importorskip("diffusers")
+    from corrdit.integrations.diffusers.motion_transfer.reference import at_rate
+
+    frames = np.broadcast_to(np.arange(5, dtype=np.uint8)[:, None, None, None], (5, 4, 4, 3))
+    times = 7 + np.array([0.0, 0.1, 0.2, 0.65, 0.9])
+    with pytest.warns(UserWarning, match="5 frames at 5 a second are resampled to 10 at 10"):
+        resampled, rate = at_rate(frames, 5.0, 10.0, times)
+    assert resampled[:, 0, 0, 0].tolist() == [0, 1, 2, 2, 2, 3, 3, 3, 4, 4]
+    assert rate == 10
+    even, _ = at_rate(frames, 5.0, None, times)
+    assert even is frames

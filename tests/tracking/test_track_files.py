@@ -58,3 +58,15 @@ def test_results_inside_the_folder_are_passed_over(tmp_path):
     assert find_videos(tmp_path, without=tmp_path / "out") == ["a.mp4"]
     with pytest.raises(ValueError, match="holds no videos"):
         find_videos(tmp_path / "out", without=tmp_path / "out" / "a.mp4")
+
+
+def test_videos_and_pictures_in_one_folder_are_named(tmp_path):
+    (tmp_path / "a").mkdir()
+    for name in ("tracks.mp4", "tracks.png"):
+        (tmp_path / "a" / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"a holds videos \(tracks\.mp4\) and pictures \(tracks\.png\)"):
+        find_videos(tmp_path)
+    with pytest.raises(ValueError, match="holds videos"):
+        find_videos(tmp_path / "a")
+    (tmp_path / "b.mp4").write_bytes(b"")
+    assert find_videos(tmp_path, without=tmp_path / "a") == ["b.mp4"]

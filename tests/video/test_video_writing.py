@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -126,3 +128,53 @@ def test_full_disk(tmp_path: Path, suffix: str) -> None:
         with pytest.raises(OSError, match="No space left"):
             write_video(disk / f"noise{suffix}", noise)
         assert list(disk.iterdir()) == []
+
+
+ON_ONE_CORE = """
+import os, sys
+import numpy as np
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+from corrdit.video import write_video
+rng = np.random.default_rng(0)
+write_video(sys.argv[1], rng.integers(0, 255, (8, 240, 320, 3), dtype=np.uint8))
+"""
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".gif"])
+def test_the_same_frames_give_the_same_bytes(tmp_path: Path, suffix: str) -> None:
+    frames = np.random.default_rng(0).integers(0, 255, (8, 240, 320, 3), dtype=np.uint8)
+    for name in ("one", "two"):
+        write_video(tmp_path / f"{name}{suffix}", frames)
+    assert (tmp_path / f"one{suffix}").read_bytes() == (tmp_path / f"two{suffix}").read_bytes()
+    if hasattr(os, "sched_setaffinity"):
+        subprocess.run([sys.executable, "-c", ON_ONE_CORE, str(tmp_path / f"core{suffix}")], check=True, timeout=120)
+        assert (tmp_path / f"one{suffix}").read_bytes() == (tmp_path / f"core{suffix}").read_bytes()
+
+
+def test_the_number_of_cores_does_not_matter(tmp_path: Path) -> None:
+    """The encoder writes the number of its threads into the file, which must not be that of the machine's cores."""
+    write_video(tmp_path / "bars.mp4", np.zeros((3, 240, 320, 3), np.uint8))
+    assert b" threads=1 " in (tmp_path / "bars.mp4").read_bytes()
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif", ""])
+def test_a_name_as_long_as_the_file_system_takes(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / ("n" * (250 - len(suffix)) + suffix)
+    write_video(path, colour_bars(2))
+    assert len(read_video(path).frames) == 2
+    assert list(tmp_path.iterdir()) == [path]
+    path = tmp_path / ("ü" * 120 + suffix)
+    write_video(path, colour_bars(2))
+    assert len(read_video(path).frames) == 2
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ""])
+def test_a_broken_link_is_named(tmp_path: Path, suffix: str) -> None:
+    link = tmp_path / f"link{suffix}"
+    link.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=rf"link{suffix} is a link to .*nowhere, which does not exist"):
+        write_video(link, colour_bars(2))
+    assert link.is_symlink()
+    (tmp_path / "folder").symlink_to(tmp_path / "gone")
+    with pytest.raises(ValueError, match=r"folder is a link to .*gone, which does not exist"):
+        write_video(tmp_path / "folder" / f"bars{suffix}", colour_bars(2))

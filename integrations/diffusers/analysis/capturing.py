@@ -70,21 +70,16 @@ class ReadingCapture(Capture):
                 "features cannot be read from compiled blocks; leave features out or do not compile the transformer"
             )
         super().__enter__()
+        assert self._open is not None
         try:
-            self._watch_features()
+            for transformer, layout in self._models if self._feature_operation is not None else ():
+                for layer, module in enumerate(layout.attention_modules(transformer)):
+                    if layer in self._operations:
+                        self._open.callback(self._watched(transformer, layer, module).remove)
         except BaseException:
             self.close()
             raise
         return self
-
-    def _watch_features(self) -> None:
-        if self._feature_operation is None:
-            return
-        assert self._open is not None
-        for transformer, layout in self._models:
-            for layer, module in enumerate(layout.attention_modules(transformer)):
-                if layer in self._operations:
-                    self._open.callback(self._watched(transformer, layer, module).remove)
 
     def requests(self, layout: TransformerLayout, call: ForwardCall, stop: bool) -> dict[int, ReadRequest]:
         """As the base class; also notes which samples of the running forward are wanted."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from corrdit.analysis.counts import TrueTracks
-from corrdit.analysis.point_readings import AttentionReading, read_features
+from corrdit.analysis.point_readings import AttentionReading
 from corrdit.analysis.protocols import AnalysisOptions, resolved
 from corrdit.analysis.table import AnalysisTable
 from corrdit.grid import TokenGrid
@@ -121,9 +121,7 @@ class _GridReader:
 
     def __init__(self, backbone: Backbone, options: AnalysisOptions, mode: str) -> None:
         self.backbone, self.options, self.mode = backbone, options, mode
-        self.points = torch.zeros(0, 2)
-        self.size = (0, 0)
-        self.frames = 0
+        self.points, self.size, self.frames = torch.zeros(0, 2), (0, 0), 0
 
     def attention(self, q: Tensor, k: Tensor, grid: TokenGrid, key_mask: Tensor | None) -> AttentionReading:
         """The operation on queries and keys."""
@@ -131,12 +129,13 @@ class _GridReader:
             stride = self.backbone.token_stride
             self.frames, self.size = grid.frames, (grid.height * stride[0], grid.width * stride[1])
             self.points = torch.from_numpy(starting_points(self.mode, *self.size)[:, 1:])
-        return reading_operations(self.backbone, self.points, self.options)[0](q, k, grid, key_mask)
+            self.operations = reading_operations(self.backbone, self.points, self.options)
+        return self.operations[0](q, k, grid, key_mask)
 
-    def features(self, values: Tensor, grid: TokenGrid) -> Tensor:
+    def features(self, values: Tensor, grid: TokenGrid) -> object:
         """The operation on features, which come after queries and keys."""
-        stride, heads = self.backbone.token_stride, self.backbone.heads
-        return read_features(values, grid, heads=heads, points=self.points, stride=stride, options=self.options)
+        assert self.operations[1] is not None
+        return self.operations[1](values, grid)
 
     def truth(self, video: np.ndarray, tracks: Tracks) -> TrueTracks:
         """Pseudo-truth at the size of the token grid.

@@ -23,7 +23,7 @@ from corrdit.tracking.readings import image_given
 from corrdit.tracking.tracks import Tracks
 from corrdit.video import resize_frame
 from corrdit.visualization.attention_maps import draw_attention_maps, draw_components
-from corrdit.visualization.sheet import contact_sheet
+from corrdit.visualization.sheet import contact_sheet, sheet_frames
 from corrdit.visualization.tracks import TrackStyle, draw_tracks
 
 SHOWN_FRAMES = 6
@@ -130,8 +130,7 @@ class _Painter:
     def __init__(self, found: VideoPictures, name: str, where: str) -> None:
         self.found, self.place = found, f"video {name}, {where}"
         groups = found.encoded.truth.frame_map
-        count = len(groups)
-        self.latents = sorted({round(place) for place in np.linspace(0, count - 1, min(count, SHOWN_FRAMES))})
+        self.latents = sheet_frames(len(groups), SHOWN_FRAMES)
         # A latent frame is shown as the middle one of the video frames it stands for.
         self.frame_numbers = [groups[latent][len(groups[latent]) // 2] for latent in self.latents]
         self.frames = found.encoded.frames[self.frame_numbers]
@@ -139,8 +138,7 @@ class _Painter:
         self.size = (max(1, round(WIDTH * height / width)), WIDTH)
         self.labels = [f"frame {number}" for number in self.frame_numbers]
         truth = found.encoded.truth
-        scale = np.array(found.encoded.scale)
-        xy = truth.xy.numpy() / scale
+        xy = truth.xy.numpy() / np.array(found.encoded.scale)
         self.truth = np.where(truth.visible.numpy()[..., None], xy, np.nan)[self.frame_numbers]
 
     def attention(self) -> list[Picture]:
@@ -171,9 +169,7 @@ class _Painter:
     def components(self) -> list[Picture]:
         """One sheet: frames, queries, keys, features."""
         values = {"queries": self.found.attention.queries, "keys": self.found.attention.keys}
-        values |= {
-            name: self.found.features[name].components for name in FEATURE_READINGS if name in self.found.features
-        }
+        values |= {name: picture.components for name, picture in self.found.features.items()}
         rows = [("video", [resize_frame(frame, *self.size) for frame in self.frames])]
         rows += [(kind, draw_components(maps.numpy()[self.latents], self.size)) for kind, maps in values.items()]
         caption = (

@@ -21,8 +21,12 @@ from corrdit.integrations.diffusers.motion_transfer.methods import method_of
 from corrdit.integrations.diffusers.motion_transfer.observation import attention_observed, features_observed
 from corrdit.integrations.diffusers.processors import Operation
 from corrdit.integrations.diffusers.transfer_settings import TransferSettings
+from corrdit.tracking.encoding import working_size
+from corrdit.tracking.tracker import TOKENS_PER_FRAME
 from corrdit.video.frames import VideoLike, as_frames
 
+EVEN_WITHIN = 0.1
+"""Share of a frame's time by which times may differ that are rounded in the file."""
 FLAT_BELOW = 2
 """A frame whose pixels differ by no more than this (of 255) shows nothing."""
 
@@ -59,8 +63,10 @@ def prepared_frames(
     Args:
         backbone: whose codec and token grid the video has to fit.
         video: all that `corrdit.video.as_frames` takes.
-        num_frames: frames wanted; None for as many as the video has and the codec can stand for.
-        height, width: size wanted; None for the nearest to the video's that fits.
+        num_frames: frames wanted; None for as many as the video has, the codec can stand for and the model's token
+            budget holds: that of one chunk of its preset.
+        height, width: size wanted; None for both for the nearest to the video's that fits, within the preset's tokens
+            of a frame.
 
     Returns:
         uint8 `[num_frames, height, width, 3]`.
@@ -70,8 +76,8 @@ def prepared_frames(
             not a multiple of a token.
     """
     frames = torch.as_tensor(as_frames(video, name="reference")[:])
-    frames = _at_length(backbone, frames, num_frames)
-    frames = _at_size(backbone, frames, height, width)
+    size = _fitting_size(backbone, frames, height, width)
+    frames = _at_size(_at_length(backbone, frames, num_frames, size), size)
     spread = frames.flatten(1).amax(1).int() - frames.flatten(1).amin(1).int()
     flat = (spread <= FLAT_BELOW).nonzero().flatten().tolist()
     if len(flat) == len(frames):
@@ -81,13 +87,16 @@ def prepared_frames(
     return frames.numpy()
 
 
-def at_rate(frames: np.ndarray, rate: float, wanted: float | None) -> tuple[np.ndarray, float]:
+def at_rate(
+    frames: np.ndarray, rate: float, wanted: float | None, times: np.ndarray | None = None
+) -> tuple[np.ndarray, float]:
     """A video at another frame rate, by the nearest frames in time; says by a warning what was changed.
 
     Args:
         frames: `[T, H, W, 3]`.
         rate: of them, frames a second.
         wanted: the rate they shall have; None for their own.
+        times: float `[T]` ascending, when each is shown, in seconds, where the rate varies; None for an even rate.
 
     Returns:
         The frames, and their rate.
@@ -97,12 +106,17 @@ def at_rate(frames: np.ndarray, rate: float, wanted: float | None) -> tuple[np.n
     """
     if wanted is not None and not (math.isfinite(wanted) and wanted > 0):
         raise ValueError(f"fps must be above 0, got {wanted}")
-    if wanted is None or wanted == rate:
+    steps = None if times is None else np.diff(times)
+    if steps is None or not len(steps) or np.ptp(steps) <= EVEN_WITHIN / rate:
+        times = None
+    if wanted is None or (wanted == rate and times is None):
         return frames, rate
     count = max(1, round(len(frames) / rate * wanted))
-    times = np.clip(np.round(np.arange(count) * rate / wanted), 0, len(frames) - 1)
+    nearest = np.clip(np.round(np.arange(count) * rate / wanted), 0, len(frames) - 1).astype(int)
+    if times is not None:
+        nearest = np.abs(times - times[0] - (np.arange(count) / wanted)[:, None]).argmin(1)
     _say(f"the reference's {len(frames)} frames at {rate:g} a second are resampled to {count} at {wanted:g}")
-    return frames[times.astype(int)], wanted
+    return frames[nearest], wanted
 
 
 @torch.no_grad()
@@ -157,7 +171,15 @@ def codec_latents(backbone: Backbone, latents: Tensor) -> Tensor:
     return latents.reshape(1, frames * joined, -1, height, width)
 
 
-def _at_length(backbone: Backbone, frames: Tensor, num_frames: int | None) -> Tensor:
+def _tokens_of_a_frame(backbone: Backbone) -> int:
+    """The most the model is given by itself, as for tracking."""
+    own, (dy, dx) = backbone.preset.reading, backbone.token_stride
+    if own.tokens_per_frame is None and own.height and own.width:
+        return (own.height // dy) * (own.width // dx)
+    return own.tokens_per_frame or TOKENS_PER_FRAME
+
+
+def _at_length(backbone: Backbone, frames: Tensor, num_frames: int | None, size: tuple[int, int]) -> Tensor:
     given = len(frames)
     ratio = backbone.temporal_compression
     wanted = given if num_frames is None else whole_number("num_frames", num_frames, 1)
@@ -172,6 +194,16 @@ def _at_length(backbone: Backbone, frames: Tensor, num_frames: int | None) -> Te
             f"the reference has {given} frames, of which {backbone.name} makes one latent frame, and one frame has no "
             f"motion; give at least {1 + ratio * max(1, 2 * backbone.frames_per_token - 1)} frames"
         )
+    if num_frames is None:
+        (dy, dx), joined = backbone.token_stride, backbone.frames_per_token
+        budget = backbone.preset.reading.frames_per_chunk * _tokens_of_a_frame(backbone)
+        most = (max(2, budget // ((size[0] // dy) * (size[1] // dx))) * joined - 1) * ratio + 1
+        if fitting > most:
+            _say(
+                f"the first {most} of the reference's {given} frames are used, as many as {backbone.name} is given at "
+                f"once; num_frames={fitting} takes more of them, in more time and memory"
+            )
+            return frames[:most]
     if given < fitting:
         _say(f"the reference has {given} frames and {fitting} are wanted; its frames are repeated evenly")
         return frames[torch.linspace(0, given - 1, fitting).round().long()]
@@ -180,11 +212,13 @@ def _at_length(backbone: Backbone, frames: Tensor, num_frames: int | None) -> Te
     return frames[:fitting]
 
 
-def _at_size(backbone: Backbone, frames: Tensor, height: int | None, width: int | None) -> Tensor:
-    own = (int(frames.shape[1]), int(frames.shape[2]))
+def _fitting_size(backbone: Backbone, frames: Tensor, height: int | None, width: int | None) -> tuple[int, int]:
+    rows, columns = int(frames.shape[1]), int(frames.shape[2])
+    if height is None and width is None:
+        return working_size(rows, columns, backbone.token_stride, _tokens_of_a_frame(backbone))
     size = []
     for name, given, actual, stride in zip(
-        ("height", "width"), (height, width), own, backbone.token_stride, strict=True
+        ("height", "width"), (height, width), (rows, columns), backbone.token_stride, strict=True
     ):
         nearest = max(stride, round(actual / stride) * stride)
         target = nearest if given is None else whole_number(name, given, 1)
@@ -194,7 +228,12 @@ def _at_size(backbone: Backbone, frames: Tensor, height: int | None, width: int 
                 f"{max(stride, round(target / stride) * stride)}"
             )
         size.append(target)
-    if tuple(size) == own:
+    return size[0], size[1]
+
+
+def _at_size(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    own = tuple(frames.shape[1:3])
+    if size == own:
         return frames
     _say(f"the reference's frames of {own[0]} x {own[1]} are resized to {size[0]} x {size[1]}")
     images = frames.permute(0, 3, 1, 2)

@@ -18,6 +18,7 @@ from corrdit.integrations.diffusers.fingerprint import weights_fingerprint
 from corrdit.integrations.diffusers.host.forwards import Arguments
 from corrdit.integrations.diffusers.layouts import Pipeline
 from corrdit.integrations.diffusers.motion_transfer.guided_run import GuidedRun, StepReport
+from corrdit.integrations.diffusers.motion_transfer.plan import TransferPlan, transfer_plan
 from corrdit.integrations.diffusers.motion_transfer.reference import (
     ReferenceMotion,
     prepared_frames,
@@ -36,6 +37,9 @@ from corrdit.video.frames import VideoLike
 
 Reference: TypeAlias = VideoLike
 """A reference video, as `corrdit.video.as_frames` takes it."""
+
+Announce: TypeAlias = Callable[[str, TransferPlan], None]
+"""`announce(phase, plan)` as a phase begins."""
 
 
 def settings_for(backbone: Backbone) -> TransferSettings:
@@ -114,6 +118,7 @@ class MotionTransfer:
         state_file: str | os.PathLike[str] | None = None,
         keep_state: bool = False,
         report: StepReport | None = None,
+        announce: Announce | None = None,
         **pipeline_arguments: Any,
     ) -> TransferResult:
         """Generate one video.
@@ -125,12 +130,15 @@ class MotionTransfer:
             stored: motion optimised in an earlier run (`TransferResult.optimised` or the file it was saved to),
                 injected at its steps and at its size; nothing is optimised.
             seed: of the initial noise.
-            num_frames: None for as many as the reference has and the codec can stand for.
-            height, width: in pixels; None for the settings', or the nearest to the reference's.
+            num_frames: None for as many as the reference has, the codec can stand for and the model's token budget
+                holds, which is that of one chunk of its preset.
+            height, width: in pixels; None for the settings', or the nearest to the reference's within the preset's
+                tokens of a frame.
             state_file: keeps the run's state after each denoising step. A run that was killed goes on from there, with
                 the same result; the file is removed once the video is there.
             keep_state: leave the file where it is, for a caller that removes it when the video is in safety.
             report: `report(finished steps, steps, losses of the step)`.
+            announce: `announce(phase, plan)` as each phase begins, "reading the reference" and "denoising".
             pipeline_arguments: further arguments of the pipeline's call, for instance `image` or `prompt_embeds`.
 
         Raises:
@@ -147,12 +155,18 @@ class MotionTransfer:
         if motion is not None:
             motion.check_fits(self.backbone.name, self.settings.steps, **wanted)
             wanted = motion.size
-        prepared = None
+        frames = None
         if reference is not None:
-            prepared = self.reference_motion(reference, **wanted)
+            frames = self._prepared_frames(reference, **wanted)
         else:
             self._check_no_reference(motion, num_frames)
-        size = self._size(prepared, **wanted)
+        size = self._size(frames, **wanted)
+        begins = self._announcer(announce, size, optimises=motion is None, reads=frames is not None)
+        prepared = None
+        if frames is not None:
+            begins("reading the reference")
+            with torch.inference_mode(False):
+                prepared = reference_motion(self.backbone, frames, self.settings)
         arguments = self._pipeline_arguments(prompt, size, pipeline_arguments)
         state = self._state(state_file, prepared, prompt, seed, size, motion, pipeline_arguments)
         generator = torch.Generator().manual_seed(seed)
@@ -160,6 +174,7 @@ class MotionTransfer:
         run = GuidedRun(
             self.backbone, self.settings, prepared, state, generator, stored=motion, finished_step=save, report=report
         )  # fmt: skip
+        begins("denoising")
         # Lightning predicts in inference mode, whose tensors can have no gradients.
         with torch.inference_mode(False), torch.no_grad(), run.attached():
             output = self.backbone.pipe(generator=generator, **arguments)
@@ -169,6 +184,16 @@ class MotionTransfer:
         return result
 
     @ordinary_defaults()
+    def _announcer(
+        self, announce: Announce | None, size: tuple[int, int, int], *, optimises: bool, reads: bool
+    ) -> Callable[[str], None]:
+        """`begins(phase)` for the phases of a run."""
+        if announce is None:
+            return lambda phase: None
+        optimises = optimises and self.settings.optimises
+        plan = transfer_plan(self.backbone, self.settings, size, optimises=optimises, reads=reads)
+        return lambda phase: announce(phase, plan)
+
     def reference_motion(
         self,
         reference: Reference,
@@ -178,12 +203,17 @@ class MotionTransfer:
         width: int | None = None,
     ) -> ReferenceMotion:
         """The motion of a reference at the settings' blocks, without a generation; arguments as for a call."""
-        rows, columns = self.settings.size or (None, None)
-        frames = prepared_frames(
-            self.backbone, reference, num_frames=num_frames, height=height or rows, width=width or columns
-        )
+        frames = self._prepared_frames(reference, num_frames=num_frames, height=height, width=width)
         with torch.inference_mode(False):
             return reference_motion(self.backbone, frames, self.settings)
+
+    def _prepared_frames(
+        self, reference: Reference, *, num_frames: int | None, height: int | None, width: int | None
+    ) -> np.ndarray:
+        rows, columns = self.settings.size or (None, None)
+        return prepared_frames(
+            self.backbone, reference, num_frames=num_frames, height=height or rows, width=width or columns
+        )
 
     def _check_no_reference(self, motion: StoredMotion | None, num_frames: int | None) -> None:
         if self.settings.injection_blocks and self.settings.method != "backbone":
@@ -214,11 +244,11 @@ class MotionTransfer:
                 )
 
     def _size(
-        self, prepared: ReferenceMotion | None, num_frames: int | None, height: int | None, width: int | None
+        self, reference: np.ndarray | None, num_frames: int | None, height: int | None, width: int | None
     ) -> tuple[int, int, int]:
         """Frames, rows and columns of the new video."""
-        if prepared is not None:
-            frames, rows, columns, _ = prepared.frames.shape
+        if reference is not None:
+            frames, rows, columns, _ = reference.shape
             return (frames, rows, columns)
         default = self.settings.size or (None, None)
         rows, columns = height or default[0], width or default[1]

@@ -51,10 +51,7 @@ class HeldOut:
 
 
 def held_out_videos(
-    pipe: EmbeddedVideoPipeline,
-    config: WorldConfig,
-    seeds: Sequence[int],
-    working: tuple[int, int] | None = None,
+    pipe: EmbeddedVideoPipeline, config: WorldConfig, seeds: Sequence[int], working: tuple[int, int] | None = None
 ) -> HeldOut:
     """Generate videos and their truth.
 

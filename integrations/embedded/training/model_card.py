@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from corrdit.files import markdown_table
+
 Json = Mapping[str, Any]
 """What a JSON or YAML file holds."""
 _CARD = """\
@@ -89,13 +91,12 @@ def _table(title: str, table: Json) -> str:
         f"frame to all others, {table['videos']} held-out videos, 95 % bootstrap interval over videos. Standing still",
         "scores 0 on these points.\n",
         *([_REFINED] if any("refined" in kind for kind in kinds) else []),
-        "| t of 1000 | " + " | ".join(kinds) + " |",
-        "| --- " * (len(kinds) + 1) + "|",
     ]
+    body = []
     for timestep, rows in table["summary"].items():
         cells = [str(timestep)]
         for row in (rows[kind] for kind in kinds):
             where = "" if row["reading"] == "patches" else f"<br>{row['reading'].split('query-key ')[-1]}"
             cells.append(f"{row['share']:.3f} ({row['low']:.3f} to {row['high']:.3f}){where}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        body.append(cells)
+    return "\n".join([*lines, markdown_table(["t of 1000", *kinds], body).rstrip("\n")])

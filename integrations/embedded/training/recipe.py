@@ -55,8 +55,7 @@ def load_recipe(name: str, steps: int | None = None) -> TrainingConfig:
 
 def newest_checkpoint(output: pathlib.Path) -> pathlib.Path:
     """The checkpoint with the most steps in a run's folder. Raises FileNotFoundError if there is none."""
-    found = _checkpoints(output)
-    if not found:
+    if not (found := _checkpoints(output)):
         raise FileNotFoundError(f"{output / _CHECKPOINTS} holds no step-*.ckpt; train first, without --resume")
     return max(found, key=lambda path: (int(path.stem.split("-")[1]), path.stat().st_mtime))
 
@@ -128,7 +127,7 @@ def train(
     _check_numbers(config, checkpoint_every, threads, processes, minutes, stop_after)
     if output.exists() and not output.is_dir():
         raise ValueError(f"the output folder {output} is a file; give a folder, which is made if need be")
-    if not resume and checkpoint_exists(output):
+    if not resume and _checkpoints(output):
         raise ValueError(f"{output} already holds checkpoints; resume that run or give another folder")
     checkpoint = newest_checkpoint(output) if resume else None
     if checkpoint is not None:
@@ -174,11 +173,6 @@ def _check_numbers(
         raise ValueError(f"minutes must be more than 0 and at most {_MOST_MINUTES:.0f}, got {minutes!r}")
     if config.batch_size % processes:
         raise ValueError(f"batch_size {config.batch_size} cannot be shared evenly by {processes} processes")
-
-
-def checkpoint_exists(output: pathlib.Path) -> bool:
-    """Whether a run's folder holds any checkpoint."""
-    return bool(_checkpoints(output))
 
 
 def load_checkpoint(checkpoint: pathlib.Path) -> EmbeddedTraining:
