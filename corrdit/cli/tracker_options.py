@@ -61,4 +61,8 @@ def add_tracker_options(parser: ArgumentParser) -> None:
 
 def given_tracker_options(arguments: Namespace) -> dict[str, Any]:
     """The options that were given, by their names in `TrackerOptions`."""
-    return {name: arguments[name] for name in _OPTIONS if arguments[name] is not None}
+    given = {name: arguments[name] for name in _OPTIONS if arguments[name] is not None}
+    for name in ("layers", "steps"):
+        if name in given and not given[name]:
+            raise ValueError(f"--{name} [] names none; give at least one, such as --{name} [4,5], or leave it out")
+    return given

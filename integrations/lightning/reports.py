@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 from lightning.pytorch import Trainer
 
-from corrdit.files import written_beside
+from corrdit.files import write_csv, written_beside
 from corrdit.integrations.lightning.reading import BatchCallback
 from corrdit.visualization.charts import draw_heatmaps
 from corrdit.visualization.colours import position_colours
@@ -71,10 +70,7 @@ def log_table(trainer: Trainer, name: str, rows: Sequence[Mapping[str, object]])
             logger.log_table(key=name, columns=columns, data=[list(row.values()) for row in rows], step=step)
         elif hasattr(logger.experiment, "add_text"):
             logger.experiment.add_text(name, _markdown(columns, rows), step)
-    with written_beside(_report_file(trainer, name, "csv"), "w") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(_report_file(trainer, name, "csv"), rows)
 
 
 def log_picture(trainer: Trainer, name: str, picture: np.ndarray) -> None:
