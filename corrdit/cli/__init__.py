@@ -194,7 +194,7 @@ def _parser_words(message: str, actions: Sequence[Action]) -> str:
         if action.option_strings and action.metavar
     }
     if required := re.search(r"the following arguments are required: (.*)", message):
-        return f"{', '.join(shown.get(name, names.get(name, name)) for name in required[1].split(', '))} is required"
+        return f"{', '.join(shown.get(name, name) for name in required[1].split(', '))} is required"
     message = re.sub(r'Parser key "([\w.]+)"', lambda found: names.get(found[1], found[1]), message)
     unknown = re.search(r"unrecognized arguments: (--[\w-]+)|Option '([\w-]+)' is not accepted", message)
     if unknown is None:
