@@ -6,7 +6,7 @@ import difflib
 import math
 import numbers
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import SupportsIndex
 
 import numpy as np
@@ -80,9 +80,9 @@ def real_array(name: str, array: np.ndarray) -> np.ndarray:
 
 
 def entries(name: str, values: object) -> list[object]:
-    """The entries of a list or of anything else that can be walked through."""
+    """The entries of a list or of anything else that can be walked through, a text or a dictionary apart."""
     try:
-        if isinstance(values, Iterable):
+        if isinstance(values, Iterable) and not isinstance(values, (str, bytes, Mapping)):
             return list(values)
     except TypeError:  # a tensor without axes has `__iter__`, but cannot be iterated
         pass

@@ -24,6 +24,9 @@ _DAMAGE = (
 )
 """What numpy raises at such a file, and the libraries beneath it."""
 
+_LARGEST_INFLATED, _LARGEST_FACTOR = 2**26, 500
+"""Bytes, and how many times those of the file, above which its arrays are refused."""
+
 
 def read_arrays(
     path: str | os.PathLike[str], required: Iterable[str], *, what: str, optional: Iterable[str] = ()
@@ -46,12 +49,21 @@ def read_arrays(
             if isinstance(archive, np.ndarray):
                 raise ValueError("it holds a single array")
             with archive:
+                _refuse_inflated(archive)
                 missing = [name for name in required if name not in archive.files]
                 if missing:
                     raise ValueError(f"it lacks {', '.join(missing)} and holds {', '.join(archive.files) or 'nothing'}")
                 return {name: archive[name] for name in (*required, *optional) if name in archive.files}
     except _DAMAGE as error:
         raise ValueError(f"{os.fspath(path)} is not {what}: {error}") from error
+
+
+def _refuse_inflated(archive: np.lib.npyio.NpzFile) -> None:
+    """Nothing is read of a small file that says it holds very much."""
+    entries = archive.zip.infolist() if archive.zip is not None else []
+    whole, packed = sum(entry.file_size for entry in entries), sum(entry.compress_size for entry in entries)
+    if whole > _LARGEST_INFLATED and whole > _LARGEST_FACTOR * packed:
+        raise ValueError(f"its {packed} bytes inflate to {whole}, which no recorded values do")
 
 
 def read_array(path: str | os.PathLike[str]) -> np.ndarray:

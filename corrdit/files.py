@@ -24,6 +24,7 @@ _MACHINE = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
 _PART = re.compile(r"\..*\.(?P<machine>[0-9a-f]{6})-(?P<process>\d{1,9})-[0-9a-f]{4}\.part", re.DOTALL)
 _PART_OF_EARLIER_VERSIONS = re.compile(r"\.part-.*|\..*\d+-[0-9a-f]+\.part", re.DOTALL)
 _SECONDS_OF_OTHER_MACHINES = 24 * 3600
+_MOST_ALIASES = 20
 """So long unfinished files of other machines, whose processes cannot be asked for, are left alone."""
 
 
@@ -100,6 +101,8 @@ class OutputFolder:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, last: str | None = None, whole: bool = False) -> None:
+        if not os.fspath(path):
+            raise ValueError("the output folder is an empty name; give a folder, which is made if need be")
         self.path = Path(path)
         self._last, self._whole = last, whole
         self._made: list[Path] = []
@@ -283,9 +286,31 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
+def refuse_nested_aliases(contents: str | bytes, name: str) -> None:
+    """Refuse YAML whose aliases may stand for more than memory holds; what is no YAML is for its reader to say.
+
+    Raises:
+        ValueError: more aliases than settings have.
+    """
+    import yaml
+
+    with contextlib.suppress(yaml.YAMLError, UnicodeDecodeError):
+        aliases = sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(contents, yaml.SafeLoader))
+        if aliases > _MOST_ALIASES:
+            raise ValueError(f"{name} has {aliases} YAML aliases (at most {_MOST_ALIASES}); write its values out")
+
+
 def write_csv(path: str | os.PathLike[str], rows: Sequence[Mapping[str, object]]) -> None:
-    """Write rows with the columns of the first one, beside and then renamed; None becomes an empty cell."""
+    """Write rows with the columns of the first one, beside and then renamed; None becomes an empty cell.
+
+    Texts that a spreadsheet would take for a formula, names of videos among them, get an apostrophe before them.
+    """
     with written_beside(path, "w") as file:
         writer = csv.DictWriter(file, list(rows[0]) if rows else [], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({name: _no_formula(value) for name, value in row.items()} for row in rows)
+
+
+def _no_formula(cell: object) -> object:
+    """OWASP, "CSV Injection"."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell

@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
+import re
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from corrdit.cli import (
@@ -30,9 +32,12 @@ from corrdit.cli import (
     transfer,
     world,
 )
-from corrdit.cli.signals import handle_signals
+from corrdit.cli.signals import Stopped, handle_signals
+from corrdit.files import refuse_nested_aliases
 
 if TYPE_CHECKING:
+    from argparse import Action
+
     from jsonargparse import ArgumentParser, Namespace
 
 
@@ -58,6 +63,8 @@ COMMANDS = {name: module.HELP for name, module in MODULES.items()}
 """What each command does, in one line."""
 
 _SUCCESS, _FAILURE, _BAD_INPUT, _INTERRUPTED = 0, 1, 2, 130
+_LIST = re.compile(r"\b(tuple|list)\[")
+_NUMBERS = re.compile(r"-?[\d.]+(,-?[\d.]+)+")
 _OVERVIEW = """\
 usage: corrdit COMMAND [options]
        corrdit --version
@@ -106,6 +113,9 @@ def _run_guarded(command: str, arguments: list[str], debug: bool) -> int:
         status = _run(command, arguments)
         sys.stdout.flush()
         return status
+    except Stopped as stop:
+        print(f"corrdit {command}: stopped by {stop.name}; nothing unfinished was left behind", file=sys.stderr)
+        return int(stop.code)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else _SUCCESS if stop.code is None else _BAD_INPUT
     except BrokenPipeError:
@@ -140,17 +150,64 @@ def _run(command: str, arguments: list[str]) -> int:
         exit_on_error=False,
     )
     module.add_arguments(parser)
+    options = {name: action for action in parser._actions for name in action.option_strings}
     if not any("--config" in action.option_strings for action in parser._actions):
         parser.add_argument("--config", action="config", help="YAML file with values for these options")
-    return int(module.run(parser.parse_args(arguments)))
+    for before, after in zip(arguments, [*arguments[1:], ""], strict=False):
+        config = Path(after if before == "--config" else before.removeprefix("--config="))
+        if before.startswith("--config") and config.is_file():
+            refuse_nested_aliases(config.read_bytes(), str(config))
+    try:
+        parsed = parser.parse_args(_with_joined_values(arguments, options))
+    except Exception as error:
+        raise ValueError(_parser_words(_one_line(error), parser._actions)) from error
+    return int(module.run(parsed))
+
+
+def _with_joined_values(arguments: Sequence[str], options: Mapping[str, Action]) -> list[str]:
+    """Values that begin with a minus joined to their option, and 1,2 put in brackets where a list is meant."""
+    lists = {name for name, action in options.items() if _LIST.search(str(getattr(action, "_typehint", "")))}
+    joined: list[str] = []
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        before = joined[-1] if joined else ""
+        if name in lists and _NUMBERS.fullmatch(value):
+            joined.append(f"{name}=[{value}]")
+        elif before in lists and _NUMBERS.fullmatch(argument):
+            joined[-1] = f"{before}=[{argument}]"
+        elif before in options and re.match(r"-[\d.]", argument):
+            joined[-1] = f"{before}={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
+def _parser_words(message: str, actions: Sequence[Action]) -> str:
+    """What the parser refused, by the options as they are typed, with the nearest one for one that does not exist."""
+    names = {action.dest: (action.option_strings or [str(action.metavar or action.dest)])[-1] for action in actions}
+    shown = {
+        action.dest: f"{names[action.dest]} {action.metavar}"
+        for action in actions
+        if action.option_strings and action.metavar
+    }
+    if required := re.search(r"the following arguments are required: (.*)", message):
+        return f"{', '.join(shown.get(name, name) for name in required[1].split(', '))} is required"
+    message = re.sub(r'Parser key "([\w.]+)"', lambda found: names.get(found[1], found[1]), message)
+    unknown = re.search(r"unrecognized arguments: (--[\w-]+)|Option '([\w-]+)' is not accepted", message)
+    if unknown is None:
+        return message
+    near = difflib.get_close_matches((unknown[1] or f"--{unknown[2]}"), [*names.values()], n=1)
+    return f"{message}; did you mean {near[0]}?" if near else message
 
 
 def _is_bad_input(error: Exception) -> bool:
     from argparse import ArgumentError
 
     from corrdit.memory import is_out_of_memory
+    from corrdit.ops.backends import BackendUnavailableError
 
-    return isinstance(error, (ValueError, OSError, ImportError, ArgumentError)) or is_out_of_memory(error)
+    bad = (ValueError, OSError, ImportError, ArgumentError, BackendUnavailableError)
+    return isinstance(error, bad) or is_out_of_memory(error)
 
 
 def _one_line(error: BaseException) -> str:

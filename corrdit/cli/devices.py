@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from argparse import ArgumentTypeError
 from typing import TYPE_CHECKING, Any, TypedDict
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 OptionTable = dict[str, tuple[Any, str]]
 """Type and help text of options by their names as arguments of a function."""
 DTYPES = ("float32", "bfloat16", "float16")
+_SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "float": "float32"}
 PLACEMENTS = ("device", "offload", "offload_layers", "shards")
 """Those of `corrdit.integrations.diffusers.placement`."""
 
@@ -28,7 +30,12 @@ class TrainerDevices(TypedDict):
 def add_device_options(parser: ArgumentParser) -> None:
     """--device, --dtype and --placement."""
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, mps ...; the model decides if left out")
-    parser.add_argument("--dtype", choices=DTYPES, default=None, help="precision of the model; its own if left out")
+    parser.add_argument(
+        "--dtype",
+        type=_dtype_name,
+        default=None,
+        help=f"{', '.join(DTYPES)}: precision of the model; its own if left out",
+    )
     parser.add_argument(
         "--placement",
         choices=PLACEMENTS,
@@ -36,6 +43,16 @@ def add_device_options(parser: ArgumentParser) -> None:
         help="for a model too large for one GPU: offload its parts or its layers to the computer's memory, or spread it"
         " in shards over all GPUs of one process",
     )
+
+
+def _dtype_name(name: str) -> str:
+    """One of `DTYPES`, from that or from a short form of it."""
+    from corrdit.arguments import choice
+
+    try:
+        return choice("--dtype", _SHORT_DTYPES.get(name.removeprefix("torch."), name.removeprefix("torch.")), DTYPES)
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from error
 
 
 def add_run_options(parser: ArgumentParser, *, on_broken: str = "report") -> None:
@@ -110,7 +127,22 @@ def checked_device(name: str | None) -> torch.device | None:
         raise ValueError(f"--device {name} is not a device; accepted are {', '.join(usable_devices())}") from error
     if device.type != "meta" and f"{device.type}:{device.index or 0}" in usable_devices(indexed=True):
         return device
-    raise ValueError(f"--device {name} is not usable here; accepted are {', '.join(usable_devices())}")
+    why = f" ({_why_no_cuda()})" if device.type == "cuda" else ""
+    raise ValueError(f"--device {name} is not usable here; accepted are {', '.join(usable_devices())}{why}")
+
+
+def _why_no_cuda() -> str:
+    import torch
+
+    if count := torch.cuda.device_count():
+        return f"there are {count} CUDA devices, counted from 0"
+    if torch.version.cuda is None:
+        return f"this torch, {torch.__version__}, is built without CUDA; install one with it"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return str(error).strip().split("\n")[0]
+    return "torch sees no CUDA device; is one hidden by CUDA_VISIBLE_DEVICES?"
 
 
 def checked_dtype(name: str | None) -> torch.dtype | None:

@@ -17,6 +17,15 @@ _handled = threading.Event()
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+class Stopped(SystemExit):
+    """By a signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.code: int = 128 + number
+        self.name = signal.Signals(number).name
+
+
 def handle_signals() -> None:
     """Have signals leave by an exception, so that half-written files are removed on the way out.
 
@@ -45,7 +54,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
     _handled.set()
     if number == signal.SIGINT:
         raise KeyboardInterrupt
-    raise SystemExit(128 + number)
+    raise Stopped(number)
 
 
 def _watch(reading: int) -> None:

@@ -62,4 +62,8 @@ def add_tracker_options(parser: ArgumentParser) -> None:
 
 def given_tracker_options(arguments: Namespace) -> dict[str, Any]:
     """The options that were given, by their names in `TrackerOptions`."""
-    return given_options(arguments, _OPTIONS)
+    given = given_options(arguments, _OPTIONS)
+    for name in ("layers", "steps"):
+        if name in given and not given[name]:
+            raise ValueError(f"--{name} [] names none; give at least one, such as --{name} [4,5], or leave it out")
+    return given

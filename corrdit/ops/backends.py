@@ -59,6 +59,10 @@ def select_backend(backend: str, q: Tensor, beyond: str | None = None) -> Backen
     return _module(name)
 
 
+class BackendUnavailableError(RuntimeError):
+    """The backend that was asked for cannot run on this machine or on such tensors' device."""
+
+
 def backend_name(backend: str, q: Tensor, beyond: str | None = None) -> str:
     """What a name stands for: "triton", "streaming" or "reference".
 
@@ -74,7 +78,7 @@ def backend_name(backend: str, q: Tensor, beyond: str | None = None) -> str:
     if backend == "auto":
         return _fixed_choice(q.device.type, q.dtype, unfit)
     if backend == "triton" and (reason := unfit or _fixed_reason(q.device.type)):
-        kind = ValueError if unfit else RuntimeError
+        kind = ValueError if unfit else BackendUnavailableError
         raise kind(f'backend="triton" cannot run: {reason}; use backend="streaming" or backend="auto"')
     return backend
 

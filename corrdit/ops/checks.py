@@ -65,8 +65,7 @@ def check_tensors(grid: TokenGrid, q: Tensor, k: Tensor, v: Tensor | None) -> No
             raise ValueError(f"{name} must be a tensor [batch, heads, tokens, head_dim], got {type(tensor).__name__}")
         if tensor.ndim != 4 or 0 in tensor.shape:
             raise ValueError(f"{name} must be [batch, heads, tokens, head_dim], none empty, got {list(tensor.shape)}")
-        if tensor.is_meta:
-            raise ValueError(f"{name} is on the meta device, where tensors have no values; give it on a real device")
+        check_readable(name, tensor)
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
         if (q.shape[0], q.shape[3]) != (tensor.shape[0], tensor.shape[3]) or q.shape[1] % tensor.shape[1]:
@@ -79,6 +78,14 @@ def check_tensors(grid: TokenGrid, q: Tensor, k: Tensor, v: Tensor | None) -> No
                 raise ValueError(f"q and {name} must have the same {what}, got {here} and {there}")
     if v is not None and v.shape != k.shape:
         raise ValueError(f"k and v must have the same shape, got {list(k.shape)} and {list(v.shape)}")
+
+
+def check_readable(name: str, tensor: Tensor) -> None:
+    """A tensor with a number in every place."""
+    if tensor.is_meta:
+        raise ValueError(f"{name} is on the meta device, where tensors have no values; give it on a real device")
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name} is a sparse tensor ({tensor.layout}); give it dense, as {name}.to_dense()")
 
 
 def _query_axis(
@@ -154,6 +161,7 @@ def check_key_mask(key_mask: Tensor | None, k: Tensor, axis: TokenAxis, grid: To
         )
     if key_mask.device != k.device:
         raise ValueError(f"key_mask is on {key_mask.device}, q on {k.device}; they must be on one device")
+    check_readable("key_mask", key_mask)
     if shape == expected:
         return key_mask
     start = min(frame * grid.tokens_per_frame + held.first for frame, held in axis.frames.items()) + grid.video_start
@@ -188,6 +196,7 @@ def check_heads(heads: str, head_weights: Tensor | Iterable[float] | None, q: Te
 
 def _weights_of_tensor(weights: Tensor, count: int) -> Tensor:
     """`[H]` normalised to sum 1."""
+    check_readable("head_weights", weights)
     if list(weights.shape) != [count] or weights.is_complex():
         raise ValueError(
             f"head_weights must have one real weight a head, [{count}], got {list(weights.shape)} {weights.dtype}"
@@ -233,6 +242,7 @@ def check_frame_tokens(
     """int64 `[P]` flat token indices row * width + column within the source frame, all of which q holds."""
     held = held_source(problem, source)
     if isinstance(tokens, Tensor):
+        check_readable("tokens", tokens)
         integral = not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
         if tokens.ndim != 1 or tokens.numel() == 0 or not integral:
             raise ValueError(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias
 
-from corrdit.arguments import choice, whole_number
+from corrdit.arguments import choice, entries, finite_number, flag, whole_indices, whole_number
 from corrdit.geometry import GEOMETRIES
 from corrdit.ops.backends import BACKENDS
 from corrdit.tracking.chunks import SCHEDULES
@@ -164,16 +164,25 @@ class ReadingOptions:
         for name in ("inference_steps", "memory_budget"):
             if getattr(self, name) is not None:
                 whole_number(name, getattr(self, name), 1)
-        for name, kind in (("head_weights", float), ("layers", int), ("steps", int)):
-            given = getattr(self, name)
-            if isinstance(given, Iterable):
-                object.__setattr__(self, name, tuple(kind(value) for value in given))
+        for name in ("layers", "steps"):
+            given = entries(name, getattr(self, name))
+            object.__setattr__(self, name, tuple(whole_indices(name, given)) if given else ())
+        if self.head_weights is not None:
+            weights = entries("head_weights", self.head_weights)
+            object.__setattr__(self, "head_weights", tuple(finite_number("head_weights", each) for each in weights))
+        for name in ("noise", "bidirectional"):
+            if getattr(self, name) is not None:
+                flag(name, getattr(self, name))
+        if self.memory_budget is not None and self.backend in ("triton", "reference"):
+            raise ValueError(
+                f'memory_budget is for backend="streaming" or "auto"; backend="{self.backend}" would ignore it'
+            )
         for one, several in (("layer", "layers"), ("step", "steps")):
             if getattr(self, one) is not None and getattr(self, several):
                 raise ValueError(f"{one} and {several} were both given; drop one of them")
-        if not 0 < self.temperature < float("inf"):
+        if not finite_number("temperature, a factor above 0,", self.temperature) > 0:
             raise ValueError(f"temperature must be a factor above 0, got {self.temperature}")
-        if not 0 <= self.low_pass < float("inf"):
+        if not finite_number("low_pass", self.low_pass) >= 0:
             raise ValueError(f"low_pass must be a standard deviation in tokens of at least 0, got {self.low_pass}")
 
 
@@ -248,7 +257,7 @@ class TrackerOptions(ReadingOptions):
         if self.height is not None and self.tokens_per_frame is not None:
             raise ValueError("height and width fix the tokens of a frame; drop tokens_per_frame or the two")
         for name in ("tolerance", "crop_tolerance", "path_spread"):
-            if not getattr(self, name) >= 0:
+            if not finite_number(name, getattr(self, name)) >= 0:
                 raise ValueError(f"{name} must be a distance in tokens of at least 0, got {getattr(self, name)}")
         if self.resize_first is not None:
             size = tuple(self.resize_first)
@@ -257,8 +266,10 @@ class TrackerOptions(ReadingOptions):
             for name, value in zip(("height", "width"), size, strict=True):
                 whole_number(f"{name} of resize_first", value, 1)
             object.__setattr__(self, "resize_first", size)
-        if isinstance(self.crops, Iterable):
-            object.__setattr__(self, "crops", tuple(float(scale) for scale in self.crops))
+        for name in ("average_overlap", "antialias"):
+            flag(name, getattr(self, name))
+        scales = entries("crops", self.crops)
+        object.__setattr__(self, "crops", tuple(finite_number("a scale of crops", scale) for scale in scales))
         for scale in self.crops:
             if not 0 < scale <= 1:
                 raise ValueError(f"crops must be scales above 0 and at most 1, such as 0.5, got {scale}")

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from corrdit.arguments import resolved_index, whole_indices
+from corrdit.arguments import flag, resolved_index, whole_indices
 from corrdit.integrations.diffusers.compatibility import check_processor, check_transformer, what_skips
 from corrdit.integrations.diffusers.host.attention import processors_wrapped
 from corrdit.integrations.diffusers.host.forwards import Arguments, leaving_after, transformers_of, watched_forwards
@@ -131,8 +131,8 @@ class Capture(Mapping[tuple[int, int], Any]):
             )
         self._branch = branch or ("cond" if self._pipe is not None else None)
         self._steps = steps
-        self._named, self._callback, self._keep_graph = named, callback, keep_graph
-        if self._pipe is not None and early_exit:
+        self._named, self._callback, self._keep_graph = named, callback, flag("keep_graph", keep_graph)
+        if self._pipe is not None and flag("early_exit", early_exit):
             raise ValueError(
                 "early_exit would leave the pipeline without a prediction; capture pipe.transformer instead"
             )
@@ -141,7 +141,7 @@ class Capture(Mapping[tuple[int, int], Any]):
                 f"steps {steps}: a bare transformer does not say how many steps there are, so they cannot be counted "
                 "from the last; give non-negative steps, or capture the pipeline"
             )
-        self._early_exit = early_exit
+        self._early_exit = flag("early_exit", early_exit)
         self._operations = self._resolved_layers(operations)
         self._results: dict[tuple[int, int], Any] = {}
         self._fired: set[tuple[int, int]] = set()

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from corrdit.arguments import choice, whole_number
+from corrdit.arguments import choice, finite_number, flag, whole_number
 from corrdit.motion.flow_loss import FLOW_LOSSES
 from corrdit.motion.smm import SMM_LOSSES
 
@@ -20,6 +20,9 @@ OPTIMISED = ("latent", "embedding")
 OPTIMISERS = ("adam", "adamw", "sgd")
 FLOW_REFERENCES = ("argmax", "soft")
 FLOW_HEADS = ("logits", "features", "probabilities")
+
+LARGEST_SCALE = 1e4
+"""Of a guidance, classifier-free or not; predictions of 16 bits overflow before."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +134,10 @@ class TransferSettings:
             raise ValueError(f"guided_share is a share of the steps, 0 to 1, got {self.guided_share!r}")
         if not 0 < self.motion_channels <= 1:
             raise ValueError(f"motion_channels is a share above 0 and at most 1, got {self.motion_channels!r}")
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise ValueError(f"temperature must be above 0, got {self.temperature!r}")
+        finite_number("temperature", self.temperature, above=0)
+        flag("gradient_checkpointing", self.gradient_checkpointing)
+        if self.guidance_scale is not None:
+            finite_number("guidance_scale", self.guidance_scale, most=LARGEST_SCALE)
         if self.method == "injection" and not self.injection_blocks:
             raise ValueError('method "injection" needs injection_blocks; DiTFlow takes block 0: injection_blocks=(0,)')
 
@@ -192,7 +197,7 @@ def resolved_blocks(name: str, blocks: Iterable[int], layers: int, model: str) -
 
 
 def _whole_numbers(name: str, value: int | Iterable[int]) -> tuple[int, ...]:
-    entries = tuple(value) if isinstance(value, Iterable) else (value,)
+    entries = tuple(value) if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)) else (value,)
     return tuple(whole_number(f"{name} (counted from the last where negative)", entry, -10_000) for entry in entries)
 
 

@@ -11,7 +11,7 @@ from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransf
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from torch import Tensor
 
-from corrdit.arguments import whole_number
+from corrdit.arguments import finite_number, whole_number
 from corrdit.files import written_beside
 from corrdit.integrations.embedded.codec import HaarVideoCodec
 from corrdit.integrations.embedded.preset import PRESET_FILE
@@ -86,6 +86,8 @@ class EmbeddedVideoPipeline(CogVideoXPipeline):
         for name in ("height", "width", "num_frames", "num_inference_steps", "max_sequence_length"):
             if given.get(name) is not None:
                 whole_number(name, given[name], 1)
+        if given.get("guidance_scale") is not None:
+            finite_number("guidance_scale", given["guidance_scale"])
         if given.get("num_videos_per_prompt", 1) != 1:
             raise ValueError(
                 f"num_videos_per_prompt must be 1, got {given['num_videos_per_prompt']!r}; give a list of prompts for "

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from corrdit.arguments import whole_number
+from corrdit.arguments import flag, whole_number
 from corrdit.data.tapvid import TapVidSample
 from corrdit.evaluation import EvaluationResults, TrackerSummary, chosen_trackers, evaluate_video, write_tables
 from corrdit.evaluation.results import EvaluationSettings
@@ -81,7 +81,7 @@ class EvaluationModule(ResumableModule[TapVidItem]):
         self.evaluated = EvaluationResults(output)
         self.choices: list[TrackerChoice] = chosen_trackers(trackers, tracker_options)
         self.labels = [choice.label for choice in self.choices]
-        self.save_tracks = save_tracks
+        self.save_tracks = flag("save_tracks", save_tracks)
         self.queries_at_once = None if queries_at_once is None else whole_number("queries_at_once", queries_at_once, 1)
         self.pictures = whole_number("pictures", pictures, 0)
         self._trackers: dict[str, Track] = {}

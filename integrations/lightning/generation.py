@@ -9,7 +9,7 @@ from typing import TypedDict
 
 import torch
 
-from corrdit.arguments import whole_number
+from corrdit.arguments import flag, whole_number
 from corrdit.files import read_json, read_prompts
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.backbones.presets import Preset, default_layers
@@ -175,7 +175,7 @@ class GenerationModule(ResumableModule[PromptItem]):
     ) -> None:
         self.call = dict(call or {})
         self.guidance = None if guidance is None else dict(guidance)
-        self.fps, self.vbench = checked_rate(fps), vbench
+        self.fps, self.vbench = checked_rate(fps), flag("vbench", vbench)
         super().__init__(
             model,
             generation_results(output),

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 import torch
 
+from corrdit.arguments import flag
 from corrdit.evaluation import evaluate_video
 from corrdit.files import file_digest
 from corrdit.integrations.diffusers.backbones.base import Backbone
@@ -90,7 +91,7 @@ class TrackingModule(ResumableModule[Mapping[str, str]]):
     ) -> None:
         self.queries, self.preset, self.options = queries, preset, dict(options or {})
         self.start, self.max_frames, self.max_side = start, max_frames, max_side
-        self.pictures, self.trail = pictures, trail
+        self.pictures, self.trail = flag("pictures", pictures), trail
         settings = {
             "queries": queries_description or _description(queries),
             "preset": preset,

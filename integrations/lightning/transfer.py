@@ -12,6 +12,7 @@ from typing import TypedDict
 import numpy as np
 import torch
 
+from corrdit.arguments import flag
 from corrdit.array_files import content_digest
 from corrdit.files import file_digest
 from corrdit.integrations.diffusers.backbones.base import Backbone
@@ -167,7 +168,7 @@ class TransferModule(ResumableModule[Pair]):
         on_broken: str = "report",
     ) -> None:
         self.changes, self.call = dict(settings or {}), dict(call or {})
-        self.fps, self.measure, self.clip = fps, measure, clip
+        self.fps, self.measure, self.clip = fps, flag("measure", measure), clip
         super().__init__(
             model,
             transfer_results(output),

@@ -170,7 +170,11 @@ def test_signals_leave_nothing_behind(tmp_path: Path, clip: Path, number: signal
     assert time.monotonic() - began < 20
     assert (
         error
-        == {130: "corrdit track: stopped by Ctrl-C; nothing unfinished was left behind\n", 143: "", 129: ""}[status]
+        == {
+            130: "corrdit track: stopped by Ctrl-C; nothing unfinished was left behind\n",
+            143: "corrdit track: stopped by SIGTERM; nothing unfinished was left behind\n",
+            129: "corrdit track: stopped by SIGHUP; nothing unfinished was left behind\n",
+        }[status]
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["harness.py"]
 

@@ -65,6 +65,13 @@ class Backbone(FrameEncoder):
         layer = self.preset.reading.layer
         if not -self.layers <= layer < self.layers:
             raise ValueError(f"the preset of {name} reads layer {layer}, but there are {self.layers} layers")
+        weights = self.preset.reading.head_weights
+        if weights is not None and len(weights) != self.heads:
+            raise ValueError(
+                f"the preset of {name} weighs {len(weights)} heads (head_weights), but it has {self.heads}"
+            )
+        if (head := self.preset.reading.head) is not None and head >= self.heads:
+            raise ValueError(f"the preset of {name} reads head {head}, but there are {self.heads} heads")
         self._empty_prompt: dict[str, torch.Tensor] | None = None
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ import torch
 from corrdit.arguments import choice, resolved_index, whole_indices, whole_number
 from corrdit.integrations.diffusers.guidance.perturbations import AttentionFunction, frame_local, identity_attention
 from corrdit.integrations.diffusers.layouts import config_of
+from corrdit.integrations.diffusers.transfer_settings import LARGEST_SCALE
 from corrdit.ops.backends import BACKENDS
 
 PERTURBATIONS = ("cross_frame", "identity", "skip")
@@ -37,8 +37,11 @@ class GuidanceOptions:
     def __post_init__(self) -> None:
         for name in ("scale", "adaptive_scale"):
             value = getattr(self, name)
-            if not _is_number(value) or not math.isfinite(value) or value < 0:
-                raise ValueError(f"{name} must be a finite number of 0 or more, got {value!r}; 0 switches it off")
+            if not _is_number(value) or not 0 <= value <= LARGEST_SCALE:
+                raise ValueError(
+                    f"{name} must be a finite number of 0 or more and at most {LARGEST_SCALE:g}, got {value!r}; 0 "
+                    "switches it off"
+                )
         for name in ("start", "stop"):
             value = getattr(self, name)
             if not _is_number(value) or not 0 <= value <= 1:

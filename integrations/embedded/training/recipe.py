@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, Timer
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 from corrdit.arguments import whole_number
-from corrdit.files import OutputFolder
+from corrdit.files import OutputFolder, refuse_nested_aliases
 from corrdit.integrations.embedded.pipeline import build_pipeline
 from corrdit.integrations.embedded.preset import PRESET_FILE
 from corrdit.integrations.embedded.training.model_card import Json, model_card
@@ -43,6 +43,7 @@ def load_recipe(name: str, steps: int | None = None) -> TrainingConfig:
         contents = pathlib.Path(name).read_bytes()
     else:
         raise ValueError(f"no recipe {name!r}: give one of {', '.join(names)} or the path of a YAML file")
+    refuse_nested_aliases(contents, f"the recipe {name!r}")
     try:
         values = yaml.safe_load(contents)
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -1,0 +1,82 @@
+"""Wrong values on the command line: refused by the option's name, with status 2."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from corrdit.cli import main
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", "[]"], "--steps [] names none"),
+        (["--layers", "[]"], "--layers [] names none"),
+        (["--layers", "45"], "--layers"),
+        (["--layers", "[4.7]"], "--layers"),
+        (["--layrs", "[4]"], "unrecognized arguments: --layrs [4]; did you mean --layers?"),
+        (["--dtype", "float8"], "--dtype must be one of float32, bfloat16, float16, got 'float8'"),
+        (["--device", "cuda"], "--device cuda is not usable here; accepted are cpu ("),
+    ],
+)
+def test_wrong_values_are_refused_by_name(
+    refused: Callable[..., str], drifting_tracker: Any, clip: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
+    assert message in refused("track", clip, "--output", tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_without_a_name_is_refused(
+    clip: Path, drifting_tracker: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["track", str(clip), "--output="]) == 2
+    assert "the output folder is an empty name" in capsys.readouterr().err
+
+
+def test_what_is_required_is_named_as_it_is_typed(clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["track", str(clip)]) == 2
+    assert "--output DIR is required" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        (b"[: {", "parsing"),
+        (b"- 1", "config"),
+        (b"layrs: [1]", "Option 'layrs' is not accepted; did you mean --layers?"),
+        (b"start: [1, 2]", "--start"),
+        (b"\xff\xfe\x00", "decode"),
+        (b"start: {a: 1}", "--start"),
+        (b"a: &a [x]\nb: [" + b"*a, " * 30 + b"]", "30 YAML aliases"),
+    ],
+)
+@pytest.mark.parametrize("command", ["track", "evaluate", "train"])
+def test_wrong_configurations_are_bad_input(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], contents: bytes, message: str, command: str
+) -> None:
+    file = tmp_path / "options.yaml"
+    file.write_bytes(contents)
+    assert main([command, "--config", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    if command == "track":
+        assert message in error
+
+
+@pytest.mark.parametrize("given", [["--steps", "-1,-2"], ["--steps=-1,-2"], ["--steps", "[-1,-2]"]])
+def test_lists_of_numbers_from_the_end(clip: Path, tmp_path: Path, drifting_tracker: Any, given: list[str]) -> None:
+    assert main(["track", str(clip), "--output", str(tmp_path / "out"), *given]) == 0
+    assert tuple(drifting_tracker.asked["steps"]) == (-1, -2)
+
+
+def test_short_names_of_precisions(clip: Path, tmp_path: Path, drifting_tracker: Any) -> None:
+    assert main(["track", str(clip), "--output", str(tmp_path / "out"), "--dtype", "bf16"]) == 0
+
+
+def test_a_backend_that_cannot_run_here_is_bad_input(
+    clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["track", str(clip), "--output", str(tmp_path / "out"), "--backend", "triton"]) == 2
+    assert 'backend="triton" cannot run' in capsys.readouterr().err
