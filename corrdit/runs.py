@@ -103,13 +103,13 @@ class ResultFolder:
             return {}
         except ValueError as error:
             raise ValueError(
-                f"{file} is not a settings file, not a file of {self.what} ({error}); remove it or give another "
-                "output folder"
+                f"{file} is not a settings file, not a file of {self.what} ({error}); give another output "
+                "folder, or remove it with the results"
             ) from error
 
     def check_settings(self, settings: Mapping[str, object]) -> None:
-        """Raises ValueError where the folder holds results that were made with other settings."""
-        if earlier := self.settings():
+        """Raises ValueError where the folder holds results that were made with other settings, or nobody knows how."""
+        if earlier := self._known_settings():
             refuse_other_settings(self.path, earlier, json.loads(json.dumps(settings, default=str)))
 
     def begin(
@@ -130,13 +130,13 @@ class ResultFolder:
         if joined is None:
             self.check_settings(settings)
         else:
-            joined(self.settings())
+            joined(self._known_settings())
         self.path.mkdir(parents=True, exist_ok=True)
         with _locked(self.path):
             if joined is None:
                 self.check_settings(settings)
             else:
-                settings = joined(self.settings())
+                settings = joined(self._known_settings())
             write_json(self.path / SETTINGS_FILE, json.loads(json.dumps(settings, default=str)))
         for folder, _, _ in os.walk(self.path):
             remove_unfinished(Path(folder))
@@ -244,6 +244,17 @@ class ResultFolder:
             return None
         except ValueError as error:
             return f"it failed, and {file} is damaged ({error})"
+
+    def _known_settings(self) -> dict[str, object]:
+        """Settings; raises ValueError where they are gone, but results that were made with them are not."""
+        earlier = self.settings()
+        record = None if earlier else next(self.path.glob(self._record.format(name="**/*")), None)
+        if record is not None:
+            raise ValueError(
+                f"{self.path} holds results ({record.relative_to(self.path)}), but no {SETTINGS_FILE} that says how "
+                "they were made; give another output folder, or remove them"
+            )
+        return earlier
 
     def _finish(self, name: str, facts: Mapping[str, object], inputs: Inputs, files: Mapping[Path, str]) -> None:
         made: dict[str, object] = {

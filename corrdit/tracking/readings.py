@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, NamedTuple, Protocol, cast
@@ -67,8 +68,8 @@ class Reading(ReadingOptions):
                 f"head_weights has {len(given)} weights, but the layer has {heads} heads{together}; give one for each"
             )
         spread = given if len(given) == heads * layers else given * layers
-        if min(spread) < 0 or max(spread) <= 0:
-            raise ValueError("head_weights are all zero or some are negative; at least one head must count")
+        if not all(0 <= weight < math.inf for weight in spread) or not any(spread):
+            raise ValueError(f"head_weights must be finite, not negative and not all zero, got {list(spread)}")
         parts = tuple(spread[start : start + heads] for start in range(0, heads * layers, heads))
         if self.fusion == "channels" and len(set(parts)) > 1:
             raise ValueError('fusion="channels" joins heads of equal number: give head_weights for one layer')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -111,3 +112,39 @@ def test_the_spelling_before_it_had_parts_still_works():
         assert replace(old, frames_per_chunk=4).reading == ReadingPreset(1, head_weights=(0.0, 1.0), frames_per_chunk=4)
     with pytest.raises(AttributeError, match="depth"):
         _ = old.depth
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"tracking": -1}, "tracking of a Preset must be TrackerOptions, got -1"),
+        ({"guidance": {"scale": 2.0}}, "guidance of a Preset must be GuidancePreset, got {'scale': 2.0}"),
+        ({"transfer": {"steps": 2}}, "transfer of a Preset must be TransferSettings | None, got {'steps': 2}"),
+        ({"source": 3}, "source of a Preset must be str, got 3"),
+    ],
+)
+def test_parts_of_another_kind_are_refused(part, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Preset(ReadingPreset(1), **part)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"scale": "x"}, "scale must be a number, got 'x'"),
+        ({"scale": float("nan")}, "scale must be finite, got nan"),
+        ({"renormalize": "no"}, "renormalize must be True or False, got 'no'"),
+    ],
+)
+def test_guidance_of_a_file_is_checked(entry, message):
+    with pytest.raises(ValueError, match=message):
+        Preset.from_mapping({"layer": 1, "guidance": entry})
+
+
+def test_a_head_that_counts_nan_times_is_refused():
+    """It counted nothing, in silence."""
+    preset = Preset.from_mapping({"layer": 1, "head_weights": [float("nan"), 1.0]})
+    with pytest.raises(
+        ValueError, match=r"head_weights must be finite, not negative and not all zero, got \[nan, 1.0\]"
+    ):
+        PointTracker(backbone_of(tiny_pipeline("cogvideox"), preset=preset))

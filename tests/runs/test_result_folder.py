@@ -167,3 +167,18 @@ def test_a_whole_folder_is_replaced(tmp_path: Path) -> None:
             (folder / f"{text}.txt").write_text(text)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["new.txt"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("left", [None, "{}"])
+@pytest.mark.parametrize("joined", [None, lambda earlier: {"points": 4}], ids=["same", "joined"])
+def test_results_whose_settings_are_gone_are_not_taken_for_others(tmp_path, left, joined):
+    """They would be taken for those of any settings."""
+    folder = ResultFolder(tmp_path / "run")
+    folder.begin({"points": 3})
+    folder.finish("clips/a.mp4", {})
+    (tmp_path / "run" / "settings.json").unlink()
+    if left is not None:
+        (tmp_path / "run" / "settings.json").write_text(left)
+    with pytest.raises(ValueError, match=r"run holds results .*a.mp4.json.*, but no settings.json that says how"):
+        ResultFolder(tmp_path / "run").begin({"points": 4}, joined=joined)
+    assert folder.record("clips/a.mp4") == {}

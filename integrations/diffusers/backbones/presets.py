@@ -13,10 +13,12 @@ import pathlib
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from types import NoneType
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 from torch import nn
 
+from corrdit.arguments import finite_number, flag
 from corrdit.files import written_beside
 from corrdit.integrations.diffusers.layouts import config_of, layout_of
 from corrdit.integrations.diffusers.transfer_settings import TransferSettings, changed_settings
@@ -51,6 +53,9 @@ class GuidancePreset:
         renormalize: whether keys are removed before the softmax; None as DiffTrack's released code: not with
             classifier-free guidance, and without it.
         source: where the settings come from.
+
+    Raises:
+        ValueError: an entry of another type or out of range.
     """
 
     layers: tuple[int, ...] | None = None
@@ -58,6 +63,12 @@ class GuidancePreset:
     classifier_free_scale: float = 6.0
     renormalize: bool | None = DEFAULT_RENORMALIZE
     source: str = "given"
+
+    def __post_init__(self) -> None:
+        for name in ("scale", "classifier_free_scale"):
+            finite_number(name, getattr(self, name))
+        if self.renormalize is not None:
+            flag("renormalize", self.renormalize)
 
 
 @dataclass(frozen=True, init=False)
@@ -101,7 +112,11 @@ class Preset:
             named = not tracking or {"layer", "layers"} & tracking.keys()
             tracking = changed_options(TrackerOptions(layers=() if named else (reading.layer,)), tracking)
         parts = (reading, tracking or TrackerOptions(), guidance or GuidancePreset(), transfer, source)
-        for field, part in zip(fields(self), parts, strict=True):
+        kinds: list[tuple[type, ...]]
+        kinds = [(ReadingPreset,), (TrackerOptions,), (GuidancePreset,), (TransferSettings, NoneType), (str,)]
+        for field, part, kind in zip(fields(self), parts, kinds, strict=True):
+            if not isinstance(part, kind):
+                raise ValueError(f"{field.name} of a Preset must be {field.type}, got {part!r}")
             object.__setattr__(self, field.name, part)
 
     def __getattr__(self, name: str) -> object:
