@@ -29,7 +29,7 @@ def frame_local_attention(
         weight = masked_softmax(logits, allowed)
         if not renormalize:
             weight = _joined(weight, seen, 3)
-        values = _joined(v, seen, 2).to(dtype)
+        values = _joined(v, seen, 2).to(weight.dtype)
         attended[:, :, rows] = torch.einsum("bhqk,bhkd->bhqd", weight, values).to(q.dtype)
         if lse is not None:
             lse[:, :, rows] = log_sum_exp(logits, allowed)

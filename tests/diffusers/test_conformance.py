@@ -212,3 +212,9 @@ def test_the_checked_model_is_left_as_it_was():
     assert all(torch.equal(value, before[name]) for name, value in backbone.transformer.state_dict().items())
     assert not backbone.transformer.gradient_checkpointing
     assert all(parameter.grad is None for parameter in backbone.transformer.parameters())
+
+
+def test_memory_is_measured_beside_sparse_tensors_of_the_caller():
+    held = torch.eye(2).to_sparse()
+    assert failures("wan", only=("memory",)) == set()
+    assert held.is_sparse

@@ -155,7 +155,8 @@ def _tensor_bytes() -> int:
     gc.collect()
     sizes: dict[int, int] = {}
     for candidate in gc.get_objects():
-        if type(candidate) in (torch.Tensor, torch.nn.Parameter):
+        # Sparse tensors, which the caller may hold, have no storage to ask for.
+        if type(candidate) in (torch.Tensor, torch.nn.Parameter) and candidate.layout == torch.strided:
             storage = candidate.untyped_storage()
             sizes[storage.data_ptr()] = storage.nbytes()
     return sum(sizes.values())
