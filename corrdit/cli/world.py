@@ -71,6 +71,8 @@ def run(arguments: Namespace) -> int:
                 report(index + 1, arguments.videos)
         if arguments.tapvid:
             write_tapvid(folder / "world.pkl", annotated)
+        # Another call may have finished its set in the meantime.
+        _refuse_other_videos(Path(arguments.output), arguments)
     size = f"{config.frames} frames of {config.height} x {config.width}"
     print(f"{arguments.videos} videos of {size}: {arguments.output}")
     return 0

@@ -9,6 +9,8 @@ import pytest
 
 from corrdit.cli import main
 from corrdit.data import TapVidSet
+from corrdit.integrations.embedded import world
+from corrdit.integrations.embedded.world import Clip, WorldConfig, clips
 
 SMALL = ("--frames", "2", "--height", "33", "--width", "47", "--points", "3")
 
@@ -29,6 +31,25 @@ def test_a_smaller_set_is_not_written_over_a_larger_one(refused: Callable[..., s
     (tmp_path / "world" / "0000.npz").write_bytes(before["0000.npz"][:200])
     assert main([*output, "--videos", "3", "--tapvid"]) == 0
     assert (tmp_path / "world" / "0000.npz").read_bytes() == before["0000.npz"]
+
+
+def test_a_set_that_another_call_finished_meanwhile_is_not_replaced(
+    refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = ("world", "--output", str(tmp_path / "world"), *SMALL, "--videos", "1")
+    drawn = clips.generate
+
+    def slow(seeds: list[int], config: WorldConfig) -> list[Clip]:
+        if not (tmp_path / "world").exists():
+            monkeypatch.setattr(world, "generate", drawn)
+            assert main([*output, "--seed", "5"]) == 0
+            capsys.readouterr()
+        return drawn(seeds, config)
+
+    monkeypatch.setattr(world, "generate", slow)
+    assert "other settings: seed 5 (now 6)" in refused(*output, "--seed", "6")
+    assert [path.name for path in tmp_path.iterdir()] == ["world"]
+    assert main([*output, "--seed", "5"]) == 0
 
 
 @pytest.mark.parametrize(
