@@ -135,7 +135,8 @@ class _StreamEncoder:
         else:
             height, width = height + height % 2, width + width % 2
             stream.pix_fmt = "yuv420p"
-            stream.options = {"crf": "17", "preset": "medium"}
+            # the macroblock tree reads memory that x264 has not written, and the bytes would be other ones every time
+            stream.options = {"crf": "17", "preset": "medium", "mbtree": "0"}
             context = stream.codec_context
             # several threads make other bytes on a machine of other cores, and not the same ones every time
             context.thread_count = 1
