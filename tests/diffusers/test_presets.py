@@ -144,5 +144,5 @@ def test_guidance_of_a_file_is_checked(entry, message):
 def test_a_head_that_counts_nan_times_is_refused():
     """It counted nothing, in silence."""
     preset = Preset.from_mapping({"layer": 1, "head_weights": [float("nan"), 1.0]})
-    with pytest.raises(ValueError, match="head_weights must be finite.*nan"):
+    with pytest.raises(ValueError, match=r"head_weights must be finite.*nan"):
         PointTracker(backbone_of(tiny_pipeline("cogvideox"), preset=preset))
