@@ -188,7 +188,9 @@ def _leave_out(block: torch.nn.Module, original: Forward, args: tuple[object, ..
     hidden = metadata._get_parameter_from_args_kwargs(metadata.hidden_states_argument_name, args, kwargs)
     if metadata.return_encoder_hidden_states_index is None:
         return hidden
-    text = metadata._get_parameter_from_args_kwargs(metadata.encoder_hidden_states_argument_name, args, kwargs)
+    # In older versions of diffusers the text had this one name in every block.
+    name = getattr(metadata, "encoder_hidden_states_argument_name", "encoder_hidden_states")
+    text = metadata._get_parameter_from_args_kwargs(name, args, kwargs)
     return (hidden, text) if metadata.return_hidden_states_index == 0 else (text, hidden)
 
 
