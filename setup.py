@@ -57,7 +57,7 @@ def version() -> str:
 
 
 def long_description() -> str:
-    """The README without its pictures and with the words of links into the checkout only: a registry has no such files."""
+    """The README without pictures and links into the checkout, whose files a registry has not."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     text = re.sub(r"^!\[.*\n\n?", "", text, flags=re.MULTILINE)
     text = re.sub(r"^<!--.*-->\n", "", text, flags=re.MULTILINE)
