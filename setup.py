@@ -34,6 +34,7 @@ EXTRAS = {
     "tensorboard": ["tensorboard>=2.16,<3"],
     "parquet": ["pyarrow>=15,<27"],
     "opencv": ["opencv-python-headless>=4.9,<6"],
+    "docs": ["mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.27,<2"],
     "test": [
         "pytest>=8,<10",
         "pytest-xdist>=3.5,<4",
