@@ -63,7 +63,7 @@ class Backbone(FrameEncoder):
         self.heads = int(self.config.num_attention_heads)
         self.preset = preset or preset_for(self.family, self.layers, self.heads)
         layer = self.preset.reading.layer
-        if not -self.layers <= layer < self.layers:
+        if layer >= self.layers:
             raise ValueError(f"the preset of {name} reads layer {layer}, but there are {self.layers} layers")
         weights = self.preset.reading.head_weights
         if weights is not None and len(weights) != self.heads:
