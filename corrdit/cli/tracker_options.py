@@ -18,7 +18,7 @@ _OPTIONS: OptionTable = {
     "inference_steps": (int, "steps of the schedule that --step counts"),
     "noise": (bool, "give the latents the noise of that step"),
     "seed": (int, "of that noise"),
-    "inversion": (str, "bring latents to the noisy steps by inversion: ddim, or released (a step too far)"),
+    "inversion": (str, "bring latents to the noisy steps by inversion: ddim, or released (DiffTrack)"),
     "denoise_from": (int, "step to which latents are brought, and from which they are denoised to --step or --steps"),
     "image": (str, "frames an image-to-video model is given: first, or all (as released)"),
     "heads": (str, "what is averaged over heads: probabilities, logits, or features for none"),

@@ -110,9 +110,9 @@ class ReadingOptions:
         noise: whether the latents get the noise of that step (from `seed`); otherwise they stay clean.
         seed: of the noise.
         inversion: "ddim" brings the clean latents to the noisy steps along the model's own path with the empty prompt
-            (models of flow matching by Euler steps), in place of noise; "released" is DiffTrack's code, which goes a
-            step too far. Costs a whole forward pass for every step from the cleanest to the one asked for. None for
-            neither.
+            (models of flow matching by Euler steps), in place of noise; "released" is DiffTrack's code, which asks at
+            the timestep it leaves instead of the one it arrives at. Costs a whole forward pass for every step from the
+            cleanest to the one asked for. None for neither.
         denoise_from: a step to which the latents are brought, by `inversion` or `noise` or left clean, and from which
             they are denoised to the steps that are read; DiffTrack's released script does so from the noisiest of
             several. None brings them to every step by itself.
