@@ -27,6 +27,7 @@ _OPTIONS: OptionTable = {
     "temperature": (float, "factor of the attention logits; larger makes matches sharper"),
     "low_pass": (float, "standard deviation in tokens of a low-pass filter on queries and keys; 0 for none"),
     "bidirectional": (bool, "use the softmax over source tokens too"),
+    "rounding": (str, "none, or bfloat16: costs as in DiffTrack's released runs, where near candidates tie"),
     "backend": (str, "of the attention operations: auto, triton, streaming or reference"),
     "memory_budget": (int, "bytes an attention operation may use beyond its inputs and outputs"),
     "frames_per_chunk": (int, "frames in one forward pass, the query's frame included"),

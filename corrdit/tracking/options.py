@@ -10,6 +10,7 @@ from corrdit.arguments import choice, entries, finite_number, flag, whole_indice
 from corrdit.geometry import GEOMETRIES
 from corrdit.ops.backends import BACKENDS
 from corrdit.tracking.chunks import SCHEDULES
+from corrdit.tracking.released_costs import ROUNDINGS
 
 FUSIONS = ("heads", "channels")
 INVERSIONS = ("ddim", "released")
@@ -126,6 +127,8 @@ class ReadingOptions:
         temperature: factor of the logits.
         low_pass: standard deviation in tokens of a low-pass filter on queries and keys; 0 for none.
         bidirectional: whether the backward softmax takes part in the cost.
+        rounding: "none", or "bfloat16": costs in the arithmetic of DiffTrack's released runs, where near candidates tie
+            and the lowest index wins, see `corrdit.tracking.released_costs`. For geometry="released" alone.
         backend: of the operations, see `corrdit.ops`.
         memory_budget: bytes an operation may use beyond inputs and outputs (streaming).
     """
@@ -147,6 +150,7 @@ class ReadingOptions:
     temperature: float = 1.0
     low_pass: float = 0.0
     bidirectional: bool = True
+    rounding: str = "none"
     backend: str = "auto"
     memory_budget: int | None = None
 
@@ -155,6 +159,12 @@ class ReadingOptions:
         choice("fusion", self.fusion, FUSIONS)
         choice("combine", self.combine, COMBINATIONS)
         choice("image", self.image, IMAGES)
+        plain_mean = self.heads in (None, "probabilities") and not self.head_weights and self.combine == "costs"
+        if choice("rounding", self.rounding, ROUNDINGS) != "none" and not plain_mean:
+            raise ValueError(
+                'rounding="bfloat16" takes the plain mean of all heads, as the released code; give '
+                'heads="probabilities", head_weights=() and combine="costs" with it'
+            )
         if self.inversion is not None:
             choice("inversion", self.inversion, INVERSIONS)
         if self.inversion is not None and self.noise:
@@ -273,6 +283,8 @@ class TrackerOptions(ReadingOptions):
         for scale in self.crops:
             if not 0 < scale <= 1:
                 raise ValueError(f"crops must be scales above 0 and at most 1, such as 0.5, got {scale}")
+        if self.rounding != "none" and self.geometry != "released":
+            raise ValueError(f'rounding={self.rounding!r} is for geometry="released"; give both, or preset="published"')
         if self.geometry == "released":
             if self.refine or self.path_spread:
                 text = "reads whole-token matches; give refine=0 and path_spread=0 with it"
