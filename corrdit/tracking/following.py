@@ -17,6 +17,7 @@ from corrdit.tracking.options import TrackerOptions
 from corrdit.tracking.peaks import Located, locate, refined_peaks
 from corrdit.tracking.queries import Frames
 from corrdit.tracking.readings import ReadBackbone, Reading, cost_rows, matches_back, read_tokens
+from corrdit.tracking.released_costs import tied_best
 
 Found = tuple[Tensor, Tensor, Tensor]
 Blocks = list[list[Chunk]]
@@ -266,7 +267,10 @@ class Following:
     def _read_matches(self, points: Tensor, cost: FrameCost) -> Found:
         """Positions in one target frame as DiffTrack's released code reads them from the matches of all tokens."""
         position = points * self.to_encoded
-        best, height = refined_peaks(cost.rows.mean(0), 0)
+        rows, tied = cost.rows.mean(0), None
+        if self.reading.rounding != "none":
+            tied = tied_best(rows.flatten(1), len(self.reading.layers) * len(self.reading.timesteps))
+        best, height = refined_peaks(rows, 0, best=tied)
         xy = sample_matches(best.unflatten(0, self.grid_size), position, self.stride, geometry="released")
         reading = pixels_to_tokens(position, self.stride, geometry="released", grid_size=self.grid_size)
         score = sample_map(height.unflatten(0, self.grid_size)[..., None], reading)[..., 0]

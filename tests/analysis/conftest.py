@@ -59,9 +59,9 @@ def make_table() -> Any:
             table.hits[s, n, r] = (share * cases / 2, share * cases)
             table.moving_hits[s, n, r] = (share * moving / 2, share * moving)
         table.cases[:], table.moving_cases[:] = cases, moving
-        for name in ("confidence", "text", "own", "cross"):
+        for name in ("confidence", "confidence_text", "confidence_own", "text", "own", "cross"):
             getattr(table, name)[:] = random.random(getattr(table, name).shape) * 10
-        table.confidence_cases[:], table.attention_cases[:] = 40, 20
+        table.confidence_cases[:], table.point_cases[:], table.attention_cases[:] = 40, 25, 20
         return table
 
     return build

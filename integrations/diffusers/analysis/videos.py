@@ -33,7 +33,7 @@ class EncodedVideo:
 
     Args:
         latents: `[F, C, h, w]`.
-        truth: of the points that are visible in the first frame.
+        truth: of the points that are visible in the first frame, or of all where hidden ones count.
         frames: the chosen frames, uint8 `[T, H, W, 3]`, at their own size.
         scale: (x, y) factor from pixels of the video to pixels of the encoded frames.
     """
@@ -81,7 +81,7 @@ def encoded_video(
         backbone: of `load_backbone`.
         video: uint8 `[T, H, W, 3]`.
         xy: `[T, P, 2]`, true (x, y) in pixels of the video.
-        visible: bool `[T, P]`; points not visible in the first frame are left out.
+        visible: bool `[T, P]`; points not visible in the first frame are left out, unless they count.
         options: see `AnalysisOptions`.
 
     Raises:
@@ -97,7 +97,7 @@ def encoded_video(
     if len(xy) != len(video):
         raise ValueError(f"the video has {len(video)} frames, its tracks have {len(xy)}; they must agree")
     chosen = _chosen_frames(backbone, len(video), options)
-    frames, points = video[chosen], visible[0]
+    frames, points = video[chosen], np.ones_like(visible[0]) if options.count_hidden_starts else visible[0]
     height, width = encoded_size(backbone, video.shape[1], video.shape[2], options)
     encode = backbone.encode_frames if options.latents == "frames" else backbone.encode_video
     latents = encode(frames, height=height, width=width)
@@ -200,7 +200,7 @@ def score_reading(
     positions, first = (reading, table.readings.index(name)) if isinstance(reading, Tensor) else (reading.positions, 0)
     table.put_matches(step, layer, first, _counted(table, positions, truth, options))
     if not isinstance(reading, Tensor):
-        table.put_attention(step, layer, attention_sums(reading, truth))
+        table.put_attention(step, layer, attention_sums(reading, truth, options.average))
 
 
 def score_standing_still(table: AnalysisTable, truth: TrueTracks, frames: int, options: AnalysisOptions) -> None:
