@@ -76,7 +76,9 @@ def video_pictures(
     encoded = encoded_video(backbone, given.video, given.xy, given.visible, options)
     points = telling_points(encoded.truth.xy, encoded.truth.visible)
     stride = backbone.token_stride
-    text, words, indices = _prompted(backbone, given.prompt)
+    text, every, places = prompt_words(backbone, given.prompt)
+    shown = _telling(every)
+    words, indices = tuple(every[n] for n in shown), [places[n] for n in shown]
     plain = replace(options, per_head=True)
 
     def operation(
@@ -221,16 +223,18 @@ def telling_points(xy: Tensor, visible: Tensor, count: int = SHOWN_POINTS) -> Te
     return torch.tensor(chosen)
 
 
-def _prompted(backbone: Backbone, prompt: str) -> tuple[dict[str, Tensor] | None, tuple[str, ...], list[int]]:
-    """Text arguments of the prompt (None for the empty one), its first words and their places among the tokens."""
+def prompt_words(backbone: Backbone, prompt: str) -> tuple[dict[str, Tensor] | None, list[str], list[int]]:
+    """Text arguments of the prompt (None for the empty one), its words and their places among the text tokens."""
     tokenizer = getattr(backbone.pipe, "tokenizer", None)
     if not prompt or tokenizer is None or getattr(backbone.pipe, "text_encoder", None) is None:
-        return None, (), []
+        return None, [], []
     identifiers = np.asarray(tokenizer(prompt).input_ids).reshape(-1).tolist()
     special = set(getattr(tokenizer, "all_special_ids", ()))
     places = [place for place, identifier in enumerate(identifiers) if identifier not in special]
     words = [str(tokenizer.decode([identifiers[place]])) for place in places]
-    # Short words are mostly articles and prepositions.
-    telling = sorted(range(len(places)), key=lambda place: -len(words[place]))[:SHOWN_WORDS]
-    order = sorted(telling)
-    return backbone.encoded_prompt(prompt), tuple(words[n] for n in order), [places[n] for n in order]
+    return backbone.encoded_prompt(prompt), words, places
+
+
+def _telling(words: Sequence[str]) -> list[int]:
+    """The longest words, in their order: short ones are mostly articles and prepositions."""
+    return sorted(sorted(range(len(words)), key=lambda place: -len(words[place]))[:SHOWN_WORDS])
