@@ -18,6 +18,7 @@ from corrdit.integrations.diffusers.layouts import (
     Arguments,
     Config,
     Pipeline,
+    Text,
     TransformerLayout,
     config_of,
     has_layout,
@@ -126,7 +127,7 @@ class Backbone(FrameEncoder):
         self,
         latents: torch.Tensor,
         timestep: float,
-        text: Mapping[str, torch.Tensor],
+        text: Text,
         image: torch.Tensor | None = None,
     ) -> Arguments:
         """The transformer's arguments for latents `[B, F, C, h, w]`, C and F as the codec counts them.
@@ -137,22 +138,25 @@ class Backbone(FrameEncoder):
             text: the text arguments by name.
             image: `[B, 1 or F, C, h, w]`, clean ones, of a model that takes an image; None for the first of `latents`.
         """
+        times = self.times(latents, timestep, image)
         return {
             "hidden_states": self.arranged(self.conditioned(latents, image)),
-            "timestep": self.times(latents, timestep),
+            "timestep": times,
             **text,
-            **self.further_arguments(latents, image),
+            **self.further_arguments(latents, times, text, image),
         }
 
     def conditioned(self, latents: torch.Tensor, image: torch.Tensor | None) -> torch.Tensor:
         """Latents `[B, F, C + ..., h, w]` with the channels a model is given beside the noisy ones."""
         return latents
 
-    def times(self, latents: torch.Tensor, timestep: float) -> torch.Tensor:
+    def times(self, latents: torch.Tensor, timestep: float, image: torch.Tensor | None) -> torch.Tensor:
         """The timestep of each sample as the pipeline gives it."""
         return torch.full((len(latents),), timestep, device=latents.device)
 
-    def further_arguments(self, latents: torch.Tensor, image: torch.Tensor | None) -> Arguments:
+    def further_arguments(
+        self, latents: torch.Tensor, times: torch.Tensor, text: Text, image: torch.Tensor | None
+    ) -> Arguments:
         """What the transformer is given beside latents, timestep and text."""
         return {}
 
@@ -359,7 +363,7 @@ class Backbone(FrameEncoder):
             for name, value in moved.items()
         }
 
-    def text_with(self, text: Mapping[str, torch.Tensor], prompt_embeds: torch.Tensor) -> dict[str, torch.Tensor]:
+    def text_with(self, text: Text, prompt_embeds: torch.Tensor) -> dict[str, torch.Tensor]:
         """Text arguments with other embeddings, all of whose tokens take part."""
         changed = {**text, "encoder_hidden_states": prompt_embeds.to(self.dtype)}
         if (mask := text.get("encoder_attention_mask")) is not None:

@@ -50,7 +50,8 @@ def load_backbone(
     Raises:
         FileNotFoundError: no such preset file.
         ValueError: an unknown name (with what is accepted), a folder without a pipeline, a hub id that is not on this
-            machine while offline or cannot be fetched, a model that is not supported, with the reason, a preset that
+            machine while offline or cannot be fetched, a model that is not supported, with the reason, or for whose
+            pipeline a package is missing (OpenCV for ConsisID, cosmos_guardrail for Cosmos), a preset that
             is none or names a layer the model does not have, or a device or dtype that cannot be used.
     """
     chosen = checked_preset(preset)
@@ -250,14 +251,18 @@ def _load_pipeline(folder: pathlib.Path, source: str, device: torch.device, dtyp
     kind = pipeline_class(source, class_name)
     absent = {name: None for name, entry in index.items() if isinstance(entry, list) and entry[0] is None}
     low_memory = importlib.util.find_spec("accelerate") is not None
-    with _quiet_loading():
-        pipe = kind.from_pretrained(
-            str(folder),
-            torch_dtype=dtype,
-            local_files_only=True,
-            **loaded_models(folder, dtype=dtype, low_cpu_mem_usage=low_memory),
-            **absent,
-        )
+    try:
+        with _quiet_loading():
+            pipe = kind.from_pretrained(
+                str(folder),
+                torch_dtype=dtype,
+                local_files_only=True,
+                **loaded_models(folder, dtype=dtype, low_cpu_mem_usage=low_memory),
+                **absent,
+            )
+    except ImportError as error:
+        missing = " ".join(str(error).split())
+        raise ValueError(f"{source} is a {class_name}, for which a package is missing: {missing}") from error
     pipe.set_progress_bar_config(disable=True)
     placed: Pipeline = pipe.to(device)
     return placed

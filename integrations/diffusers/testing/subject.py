@@ -108,7 +108,7 @@ class Subject:
         shape = (batch, frames, channels, rows * patch_h, columns * patch_w)
         text = {}
         for name, blank in backbone.blank_prompt().items():
-            if name.endswith("attention_mask"):
+            if "attention_mask" in name:
                 value = torch.ones_like(blank).expand(batch, -1).clone()
                 value[1:, -MASKED_TEXT_TOKENS:] = 0
             else:
@@ -144,7 +144,7 @@ class Subject:
     @torch.no_grad()
     def prediction(self) -> torch.Tensor:
         """The transformer's output."""
-        return self.transformer(**self.arguments(), return_dict=False)[0]
+        return self.transformer(**self.arguments())[0]
 
     def captured(self, operation: Operation | None = None, **options: Any) -> Capture:
         """A capture of every layer by `small_scalar`, unless another operation or other layers are given."""
