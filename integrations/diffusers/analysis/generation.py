@@ -79,6 +79,7 @@ def analyze_generation(
             that are NaN, a video whose frames are not those of the latents, or no point that can be scored.
     """
     options = options or AnalysisOptions()
+    backbone.check_use("analysis")
     arguments = _arguments(backbone, prompt, options, call or {})
     inference_steps = arguments["num_inference_steps"]
     steps = resolved("step", options.steps, inference_steps, f"the run of {inference_steps} steps")
@@ -113,7 +114,7 @@ def _arguments(backbone: Backbone, prompt: str, options: AnalysisOptions, call: 
     check_call(backbone.pipe, call)
     steps = int(call.get("num_inference_steps") or options.inference_steps or backbone.preset.reading.inference_steps)
     words = {"prompt": prompt} if prompt else {}
-    return {**call, **words, "num_inference_steps": steps, "output_type": "np"}
+    return {**backbone.call_options, **call, **words, "num_inference_steps": steps, "output_type": "np"}
 
 
 class _GridReader:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -44,12 +45,19 @@ class Backbone(FrameEncoder):
     Attributes:
         layout: where its transformers keep their attention.
         text_option: name of the option of the transformer that says how many channels a prompt's embeddings have.
+        limits: why its models cannot be used for something, by its name: "tracking", "analysis" (of a generation),
+            "guidance" or "transfer". Nothing stands there for what they can be used for.
+        partly: likewise, what holds for some of the models only.
+        call_options: arguments that make its pipelines denoise every frame of a video at every step.
         layers: number of attention layers, over all blocks.
         heads: attention heads.
     """
 
     layout: ClassVar[type[TransformerLayout]]
     text_option: ClassVar[str] = "text_embed_dim"
+    limits: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    partly: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    call_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     def __init__(self, pipe: Pipeline, *, name: str, preset: Preset | None = None) -> None:
         self.pipe = pipe
@@ -77,6 +85,11 @@ class Backbone(FrameEncoder):
     def family(self) -> str:
         """Name of the family."""
         return self.layout.family
+
+    def check_use(self, use: str) -> None:
+        """Raises ValueError, with the reason, where `limits` has one against this use."""
+        if use in self.limits:
+            raise ValueError(f"{self.name} cannot be used for {use}: {self.limits[use]}")
 
     @property
     def config(self) -> Config:

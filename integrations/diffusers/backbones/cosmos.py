@@ -8,6 +8,7 @@ share of noise as timestep; of Cosmos 1 scaled as EDM scales them (Karras et al.
 from __future__ import annotations
 
 import math
+from types import MappingProxyType
 
 import torch
 
@@ -26,6 +27,17 @@ class CosmosBackbone(FlowMatchingBackbone):
     """Cosmos, text to video, and video to world, whose given latents take the place of noisy ones."""
 
     layout = CosmosLayout
+    partly = MappingProxyType(
+        {
+            "transfer": "the pipeline of Cosmos 1 takes two steps of its scheduler for one; that of Predict2 computes with "
+            'its latents beside the transformer, so only optimise="embedding" is open to it'
+        }
+    )
+
+    def check_use(self, use: str) -> None:
+        super().check_use(use)
+        if use == "transfer" and self.generation == 1:
+            raise ValueError(f"{self.name} cannot be used for transfer: {self.partly[use]}")
 
     @property
     def generation(self) -> int:

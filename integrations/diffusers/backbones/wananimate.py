@@ -11,11 +11,15 @@ from corrdit.integrations.diffusers.backbones.wan import WanBackbone
 from corrdit.integrations.diffusers.family_layouts import WanAnimateLayout
 from corrdit.integrations.diffusers.layouts import Arguments, Text
 
+_BEHIND = "its pipeline denoises a character before the video's frames, in segments as long as segment_frame_length"
+_LIMITS = {"analysis": _BEHIND, "transfer": _BEHIND}
+
 
 class WanAnimateBackbone(WanBackbone):
     """Wan Animate; run on a video by itself its first frame is the character, and pose and face are blank."""
 
     layout = WanAnimateLayout
+    limits = _LIMITS
 
     def further_arguments(
         self, latents: torch.Tensor, times: torch.Tensor, text: Text, image: torch.Tensor | None

@@ -113,8 +113,7 @@ class GuidedRun:
         scheduler = kind.from_config(
             own.config, **({"timestep_spacing": self._settings.timestep_spacing} if spaced else {})
         )
-        step = scheduler.step
-        scheduler.step = functools.wraps(step)(functools.partial(self._scheduler_step, scheduler, step))
+        scheduler.step = _SteeredStep(scheduler, functools.partial(self._scheduler_step, scheduler, scheduler.step))
         return scheduler
 
     def _forward(self, transformer: Module, own: Forward, args: tuple[object, ...], kwargs: Arguments) -> object:
@@ -125,7 +124,7 @@ class GuidedRun:
         self._counter.advance(call)
         step = self._counter.step
         if step < self.state.finished:
-            return (torch.zeros_like(arguments["hidden_states"]),)
+            return _Skipped(arguments, self._split(arguments["hidden_states"])[0])
         self._inside = True
         try:
             if self._counter.call == 0:
@@ -327,6 +326,32 @@ class GuidedRun:
 
     def _joined(self, latents: Tensor, condition: Tensor | None) -> Tensor:
         return latents if condition is None else torch.cat([latents, condition], dim=self._backbone.channel_axis)
+
+
+class _SteeredStep:
+    """A scheduler's step as a run has it; that of a copy (LTX-2's for its audio) is the copy's own."""
+
+    def __init__(self, scheduler: Any, step: Callable[..., object]) -> None:
+        functools.update_wrapper(self, scheduler.step)
+        self._scheduler, self._step = scheduler, step
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        return self._step(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> object:
+        return type(self._scheduler).step.__get__(memo[id(self._scheduler)])
+
+
+class _Skipped(tuple[Tensor, ...]):
+    """What a forward returns in a step that is walked through: zeros, which the pipeline's step does not take."""
+
+    def __new__(cls, arguments: Arguments, latents: Tensor) -> _Skipped:
+        streams = [latents, *(arguments[name] for name in ("audio_hidden_states",) if name in arguments)]
+        return super().__new__(cls, map(torch.zeros_like, streams))
+
+    @property
+    def sample(self) -> Tensor:
+        return self[0]
 
 
 def _shapes(shapes: Mapping[str, torch.Size]) -> str:

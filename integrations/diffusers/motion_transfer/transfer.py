@@ -79,7 +79,8 @@ class MotionTransfer:
         settings: in use, blocks counted from 0.
 
     Raises:
-        ValueError: an unknown setting, a value out of range, or a block the model does not have.
+        ValueError: an unknown setting, a value out of range, a block the model does not have, or a model whose
+            pipeline nothing can be transferred through.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class MotionTransfer:
             backbone = backbone_of(backbone)
         if not isinstance(backbone, Backbone):
             raise ValueError(f"MotionTransfer needs a backbone of corrdit.load_backbone, got {type(backbone).__name__}")
+        backbone.check_use("transfer")
         if block is not None:
             changes["blocks"] = block
         chosen = changed_settings(settings or settings_for(backbone), changes)
@@ -271,7 +273,7 @@ class MotionTransfer:
         refused = [name for name in further if name in _OWN_ARGUMENTS]
         if refused:
             raise ValueError(f"{', '.join(refused)} cannot be given to the pipeline: seed and settings say how it runs")
-        return {**chosen, **dict(settings.pipeline_options), **further}
+        return {**chosen, **self.backbone.call_options, **dict(settings.pipeline_options), **further}
 
     def _state(
         self,

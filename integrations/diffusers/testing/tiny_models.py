@@ -14,6 +14,7 @@ import diffusers
 import torch
 
 from corrdit.integrations.diffusers.backbones.base import Backbone
+from corrdit.integrations.diffusers.backbones.chronoedit import ChronoEditBackbone
 from corrdit.integrations.diffusers.backbones.loading import backbone_of
 from corrdit.integrations.diffusers.testing import tiny_families as families
 from corrdit.integrations.diffusers.testing import tiny_pipelines as pipelines
@@ -145,7 +146,9 @@ _MODELS = {
     ),
     "wanvace": TinyModel("WanVACEPipeline", families.wanvace, prompts),
     "wananimate": TinyModel("WanAnimatePipeline", families.wananimate, families.animated_prompts),
-    "chronoedit": TinyModel("ChronoEditPipeline", families.chronoedit, partial(_cond, tokens=512)),
+    "chronoedit": TinyModel(
+        "ChronoEditPipeline", families.chronoedit, partial(_cond, tokens=512, **ChronoEditBackbone.call_options)
+    ),
     "anyflow": TinyModel("AnyFlowPipeline", families.anyflow, prompts),
     "skyreelsv2": TinyModel("SkyReelsV2Pipeline", families.skyreelsv2, prompts),
     "ltx": TinyModel("LTXPipeline", pipelines.ltx, masked_prompts, height=128),
