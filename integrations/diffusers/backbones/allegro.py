@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 
 from corrdit.integrations.diffusers.backbones.flow_matching import MaskedTextBackbone
+from corrdit.integrations.diffusers.backbones.presets import Preset
 from corrdit.integrations.diffusers.family_layouts import AllegroLayout
-from corrdit.integrations.diffusers.layouts import Arguments, Text
+from corrdit.integrations.diffusers.layouts import Arguments, Pipeline, Text
 
 
 class AllegroBackbone(MaskedTextBackbone):
@@ -18,6 +19,12 @@ class AllegroBackbone(MaskedTextBackbone):
     layout = AllegroLayout
     text_option = "caption_channels"
     first_frame_alone = False
+
+    def __init__(self, pipe: Pipeline, *, name: str, preset: Preset | None = None) -> None:
+        super().__init__(pipe, name=name, preset=preset)
+        # Without it the codec decodes nothing.
+        if pipe.vae is not None:
+            pipe.vae.enable_tiling()
 
     def normalized(self, latents: torch.Tensor) -> torch.Tensor:
         return latents * self.pipe.vae.config.scaling_factor

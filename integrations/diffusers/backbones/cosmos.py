@@ -29,8 +29,8 @@ class CosmosBackbone(FlowMatchingBackbone):
     layout = CosmosLayout
     partly = MappingProxyType(
         {
-            "transfer": "the pipeline of Cosmos 1 takes two steps of its scheduler for one; that of Predict2 computes with "
-            'its latents beside the transformer, so only optimise="embedding" is open to it'
+            "transfer": "the pipeline of Cosmos 1 takes two steps of its scheduler for one; that of Predict2 computes "
+            'with its latents beside the transformer, so only optimise="embedding" is open to it'
         }
     )
 

@@ -16,7 +16,7 @@ from typing import TypedDict
 
 import torch
 
-from corrdit.integrations.components import INDEX_FILE, loaded_models, pipeline_class, read_index
+from corrdit.integrations.components import INDEX_FILE, loaded_models, missing_package, pipeline_class, read_index
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.backbones.presets import PUBLISHED_MODELS, Preset, checked_preset, published_preset
 from corrdit.integrations.diffusers.backbones.table import FAMILIES
@@ -261,8 +261,7 @@ def _load_pipeline(folder: pathlib.Path, source: str, device: torch.device, dtyp
                 **absent,
             )
     except ImportError as error:
-        missing = " ".join(str(error).split())
-        raise ValueError(f"{source} is a {class_name}, for which a package is missing: {missing}") from error
+        raise missing_package(source, class_name, error) from error
     pipe.set_progress_bar_config(disable=True)
     placed: Pipeline = pipe.to(device)
     return placed

@@ -33,6 +33,7 @@ class TinyModel:
         height: of the smallest video that makes a grid of 4 x 4 tokens.
         frames: of a video for it.
         guidance: name of its guidance scale; None where the pipeline holds a guider.
+        variant: whether it differs little from another one.
     """
 
     pipeline: str
@@ -41,6 +42,7 @@ class TinyModel:
     height: int = 64
     frames: int = 9
     guidance: str | None = "guidance_scale"
+    variant: bool = False
 
 
 def tiny_pipeline(name: str, *, seed: int = 0) -> diffusers.DiffusionPipeline:
@@ -118,7 +120,9 @@ _MODELS = {
         "CogVideoXImageToVideoPipeline", pipelines.cogvideox_image, partial(_short_prompts, image=True)
     ),
     "consisid": TinyModel("ConsisIDPipeline", families.consisid, partial(_short_prompts, image=True)),
-    "consisid-face": TinyModel("ConsisIDPipeline", partial(families.consisid, **families.FACE), families.face_prompts),
+    "consisid-face": TinyModel(
+        "ConsisIDPipeline", partial(families.consisid, **families.FACE), families.face_prompts, variant=True
+    ),
     "hunyuanvideo": TinyModel(
         "HunyuanVideoPipeline",
         pipelines.hunyuanvideo,
@@ -134,15 +138,17 @@ _MODELS = {
         partial(families.motifvideo, num_single_layers=3, num_decoder_layers=1),
         masked_prompts,
         guidance=None,
+        variant=True,
     ),
     "wan": TinyModel("WanPipeline", pipelines.wan, prompts),
     "wan-2.2": TinyModel("WanPipeline", partial(pipelines.wan, boundary_ratio=0.875), prompts),
-    "wan-2.2-ti2v": TinyModel("WanPipeline", partial(pipelines.wan, expand_timesteps=True), prompts),
+    "wan-2.2-ti2v": TinyModel("WanPipeline", partial(pipelines.wan, expand_timesteps=True), prompts, variant=True),
     "wan-image": TinyModel("WanImageToVideoPipeline", pipelines.wan_image, _cond),
     "wan-2.1-image": TinyModel(
         "WanImageToVideoPipeline",
         partial(pipelines.wan_image, **pipelines.IMAGE_ENCODER),
         partial(_cond, tokens=512),
+        variant=True,
     ),
     "wanvace": TinyModel("WanVACEPipeline", families.wanvace, prompts),
     "wananimate": TinyModel("WanAnimatePipeline", families.wananimate, families.animated_prompts),
@@ -163,7 +169,7 @@ _MODELS = {
     "easyanimate": TinyModel("EasyAnimatePipeline", families.easyanimate, masked_prompts),
     "kandinsky5": TinyModel("Kandinsky5T2VPipeline", families.kandinsky5, families.kandinsky5_prompts),
     "cosmos": TinyModel("CosmosTextToWorldPipeline", families.cosmos, prompts, frames=17),
-    "cosmos-2": TinyModel("Cosmos2VideoToWorldPipeline", families.cosmos2, _cond),
+    "cosmos-2": TinyModel("Cosmos2VideoToWorldPipeline", families.cosmos2, _cond, variant=True),
     "cosmos-2.5": TinyModel("Cosmos2_5_PredictBasePipeline", families.cosmos25, prompts),
 }
 TINY_MODELS = {name: model for name, model in _MODELS.items() if model.pipeline in dir(diffusers)}
