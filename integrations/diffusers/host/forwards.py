@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +15,8 @@ from corrdit.integrations.diffusers.compatibility import has_compiled_blocks, is
 from corrdit.integrations.diffusers.layouts import ForwardCall, TransformerLayout, forward_arguments
 
 _ABSENT = object()
+_blocks: weakref.WeakKeyDictionary[torch.nn.Module, list[OneThread]] = weakref.WeakKeyDictionary()
+"""In which transformers are at the moment."""
 Arguments = dict[str, Any]
 """Of a forward, by name."""
 Forward = Callable[..., Any]
@@ -67,19 +71,66 @@ def watched_forwards(
         layout: of its family.
         before: `before(call, arguments by name)`.
         after: `after(output)`, with None after an exception; what it returns, unless None, is the output.
+
+    Raises:
+        ValueError: as `OneThread`; and out of the transformer, where a second thread calls it.
     """
 
     def begin(module: torch.nn.Module, args: tuple[object, ...], kwargs: Arguments) -> None:
+        thread.check()
         arguments = forward_arguments(transformer, args, kwargs)
         before(layout.read_call(transformer, arguments), arguments)
 
     def end(module: torch.nn.Module, args: tuple[object, ...], output: object) -> object:
-        return after(output)
+        # It follows a refused forward of another thread, too.
+        return after(output) if thread.calls() else None
 
     with contextlib.ExitStack() as stack:
+        thread = stack.enter_context(OneThread(transformer))
         stack.callback(transformer.register_forward_pre_hook(RemovableHook(begin), with_kwargs=True).remove)
         stack.callback(transformer.register_forward_hook(RemovableHook(end), always_call=True).remove)
         yield
+
+
+class OneThread(contextlib.AbstractContextManager["OneThread"]):
+    """A block in which the forwards of a transformer come from one thread, whichever calls it first.
+
+    Of another thread, the steps and results of its run would be taken for those of the first.
+
+    Raises:
+        ValueError: on entering, where another thread has entered one and not left it.
+    """
+
+    def __init__(self, transformer: torch.nn.Module) -> None:
+        self._transformer = transformer
+        self._entered = threading.get_ident()
+        self._caller: int | None = None
+
+    def __enter__(self) -> OneThread:
+        blocks = _blocks.setdefault(self._transformer, [])
+        if any(block._entered != self._entered for block in blocks):
+            raise self._refusal()
+        blocks.append(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        _blocks[self._transformer].remove(self)
+
+    def calls(self) -> bool:
+        """Whether it is this thread whose forwards belong to the block."""
+        self._caller = threading.get_ident() if self._caller is None else self._caller
+        return self._caller == threading.get_ident()
+
+    def check(self) -> None:
+        """Raises ValueError in another thread."""
+        if not self.calls():
+            raise self._refusal()
+
+    def _refusal(self) -> ValueError:
+        return ValueError(
+            f"this {type(self._transformer).__name__} is in use in another thread (by a capture, a guidance or a "
+            "transfer), and serves one at a time; let that end first, or load the model once for each thread"
+        )
 
 
 @contextlib.contextmanager
