@@ -63,8 +63,8 @@ class BackendUnavailableError(RuntimeError):
     """The backend that was asked for cannot run on this machine or on such tensors' device."""
 
 
-def backend_name(backend: str, q: Tensor, k: Tensor, problem: PairProblem) -> str:
-    """What a name stands for: "triton", "streaming" or "reference".
+def backend_name(backend: str, q: Tensor, k: Tensor | None = None, problem: PairProblem | None = None) -> str:
+    """What a name stands for: "triton", "streaming" or "reference"; for the problem or for plain tensors like q.
 
     Raises:
         ValueError: an unknown name, "triton" for what the kernels do not take, or a memory budget for a backend that
@@ -72,8 +72,10 @@ def backend_name(backend: str, q: Tensor, k: Tensor, problem: PairProblem) -> st
         RuntimeError: "triton" where triton or a CUDA device is missing.
     """
     choice("backend", backend, BACKENDS)
-    check_budget(backend, problem.memory_budget)
-    unfit = unfit_tensor(q.dtype, q.shape[-1]) or beyond_kernels(problem, q, k)
+    unfit = unfit_tensor(q.dtype, q.shape[-1])
+    if problem is not None and k is not None:
+        check_budget(backend, problem.memory_budget)
+        unfit = unfit or beyond_kernels(problem, q, k)
     if backend == "auto":
         return _fixed_choice(q.device.type, q.dtype, unfit)
     if backend == "triton" and (reason := unfit or _fixed_reason(q.device.type)):

@@ -542,3 +542,34 @@ def test_a_guidance_scale_that_is_no_number_is_refused(pipeline, generation, sco
     context = capture(pipe, layers=0, operation=scores) if block == "capture" else CrossAttentionGuidance(pipe, 1)
     with pytest.raises(ValueError, match="guidance_scale must be finite, got nan"), context:
         pipe(**{**generation(name, steps=2), "guidance_scale": float("nan")})
+
+
+@pytest.mark.parametrize("block", ["capture", "early exit", "cross_frame", "skip"])
+def test_a_model_saved_inside_a_block_needs_nothing_of_ours(pipeline, generation, scores, block):
+    """A pickle, and with it `torch.save`, names no module of this package; the model in it is as it was before."""
+    pipe = pipeline("wan")
+    given, output = {}, {}
+
+    def note(module, args, kwargs, result):
+        given.update(kwargs)
+        output["plain"] = result[0]
+
+    keep = pipe.transformer.register_forward_hook(note, with_kwargs=True)
+    pipe(**generation("wan", steps=1))
+    keep.remove()
+    contexts = {
+        "capture": capture(pipe, layers=1, operation=scores),
+        "early exit": capture(pipe.transformer, layers=1, operation=scores, early_exit=True),
+        "cross_frame": CrossAttentionGuidance(pipe, 1),
+        "skip": CrossAttentionGuidance(pipe, 1, perturbation="skip"),
+    }
+    context = contexts[block].__enter__()
+    saved, duplicate = pickle.dumps(pipe.transformer), copy.deepcopy(pipe.transformer)
+    # As after an exception: nothing came of the capture.
+    context.__exit__(InterruptedError, None, None)
+    assert b"corrdit" not in saved
+    assert {type(processor) for processor in duplicate.attn_processors.values()} == {
+        type(processor) for processor in pipe.transformer.attn_processors.values()
+    }
+    with torch.no_grad():
+        torch.testing.assert_close(duplicate(**given)[0], output["plain"], rtol=0, atol=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ class EarlyExit(Exception):
 
 
 class RemovableHook:
-    """A forward hook that a pickled or copied module does not take along."""
+    """A forward hook that does nothing in a pickled or copied module, which is loaded without this package too."""
 
     def __init__(self, function: Callable[..., object]) -> None:
         self._function = function
@@ -37,16 +38,28 @@ class RemovableHook:
     def __call__(self, *args: object) -> object:
         return self._function(*args)
 
-    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
-        return (_hook_of_a_copy, ())
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, str]]:
+        # What the standard library has that takes all arguments and does nothing.
+        return (getattr, (contextlib.nullcontext(), "__exit__"))
 
 
-def _hook_of_a_copy() -> Callable[..., None]:
-    return _do_nothing
+class ReplacedForward:
+    """A forward in place of another, which a pickled or copied module has again.
 
+    Args:
+        original: what it stands for.
+        replacement: computes its output.
+    """
 
-def _do_nothing(*args: object) -> None:
-    """What a hook becomes in a copy of the model."""
+    def __init__(self, original: Forward, replacement: Replacement) -> None:
+        functools.update_wrapper(self, original)
+        self._original, self._replacement = original, replacement
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        return self._replacement(self._original, args, kwargs)
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[list[Forward], int]]:
+        return (operator.getitem, ([self._original], 0))
 
 
 def transformers_of(model: object) -> list[torch.nn.Module]:
@@ -165,13 +178,7 @@ def replaced_forward(module: torch.nn.Module, replacement: Replacement) -> Itera
     """
     registry = getattr(module, "_diffusers_hook", None)
     holder: Any = registry._fn_refs[0] if registry is not None and registry._fn_refs else module
-    original = holder.forward
-
-    @functools.wraps(original)
-    def forward(*args: object, **kwargs: object) -> object:
-        return replacement(original, args, kwargs)
-
-    with _attribute(holder, "forward", forward), uncompiled(module):
+    with _attribute(holder, "forward", ReplacedForward(holder.forward, replacement)), uncompiled(module):
         yield
 
 
