@@ -8,6 +8,7 @@ from typing import Any
 
 from corrdit.arguments import choice, resolved_index, whole_number
 from corrdit.geometry import GEOMETRIES
+from corrdit.ops.backends import check_budget
 from corrdit.tracking.released_costs import ROUNDINGS
 
 FEATURE_READINGS = ("attention output", "projected output")
@@ -106,9 +107,10 @@ class AnalysisOptions:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, _distinct(name, value))
-        for name, minimum in (("inference_steps", 1), ("max_frames", 2), ("tokens_per_frame", 1)):
+        for name, minimum in (("inference_steps", 1), ("max_frames", 2), ("tokens_per_frame", 1), ("memory_budget", 1)):
             if getattr(self, name) is not None:
                 whole_number(name, getattr(self, name), minimum)
+        check_budget(self.backend, self.memory_budget)
         if self.thresholds is not None:
             given = tuple(float(threshold) for threshold in self.thresholds)
             if not given or not all(0 < threshold < float("inf") for threshold in given):

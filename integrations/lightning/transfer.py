@@ -209,8 +209,10 @@ class TransferModule(ResumableModule[Pair]):
         if self._similarity is not None:
             measured["image_quality"] = self._similarity(result.video, prompt)
         with self.results.result(name, inputs) as made:
+            known = {} if video.info.hdr is None else {"hdr": video.info.hdr}
+            settings = self._transfer.settings
             write_transfer(
-                made.folder, result, backbone, self._transfer.settings, prompt=prompt, fps=fps, measured=measured
+                made.folder, result, backbone, settings, prompt=prompt, fps=fps, measured=measured, known=known
             )
             made.facts.update(sample)
         for left in self.output.glob(f".{glob.escape(short_name(name))}.*.transfer-state.safetensors"):

@@ -19,7 +19,14 @@ from torch import Tensor
 from torch.nn import Module
 
 from corrdit.integrations.diffusers.backbones.base import Backbone
-from corrdit.integrations.diffusers.host.forwards import Arguments, Forward, frozen, replaced_forward, transformers_of
+from corrdit.integrations.diffusers.host.forwards import (
+    Arguments,
+    Forward,
+    OneThread,
+    frozen,
+    replaced_forward,
+    transformers_of,
+)
 from corrdit.integrations.diffusers.host.steps import PipelineSteps, branches_of, rows_of
 from corrdit.integrations.diffusers.layouts import ForwardCall, forward_arguments
 from corrdit.integrations.diffusers.motion_transfer.attention_editing import KeysValues, injected, keys_values_of
@@ -94,8 +101,9 @@ class GuidedRun:
             stack.callback(setattr, pipe, "scheduler", own)
             pipe.scheduler = scheduler
             for transformer in transformers_of(pipe):
+                thread = stack.enter_context(OneThread(transformer))
                 stack.enter_context(frozen(transformer))
-                through = functools.partial(self._forward, transformer)
+                through = functools.partial(self._forward, transformer, thread)
                 stack.enter_context(replaced_forward(transformer, through))
             yield
 
@@ -117,7 +125,15 @@ class GuidedRun:
         scheduler.step = functools.wraps(step)(functools.partial(self._scheduler_step, scheduler, step))
         return scheduler
 
-    def _forward(self, transformer: Module, own: Forward, args: tuple[object, ...], kwargs: Arguments) -> object:
+    def _forward(
+        self,
+        transformer: Module,
+        thread: OneThread,
+        own: Forward,
+        args: tuple[object, ...],
+        kwargs: Arguments,
+    ) -> object:
+        thread.check()
         if self._inside:
             return own(*args, **kwargs)
         arguments = forward_arguments(transformer, args, kwargs)
