@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from corrdit.array_files import content_digest
-from corrdit.files import OutputFolder, file_digest, read_json, remove_unfinished, write_json
+from corrdit.files import OutputFolder, file_digest, output_folder, read_json, remove_unfinished, write_json
 
 SETTINGS_FILE = "settings.json"
 FAILURE_FILE = "failed.json"
@@ -87,7 +87,7 @@ class ResultFolder:
         failure: str = f"{{name}}/{FAILURE_FILE}",
         results: str = "{name}",
     ) -> None:
-        self.path, self.what = Path(path), what
+        self.path, self.what = output_folder(path), what
         self._record, self._failure, self._results = record, failure, results
 
     def settings(self) -> dict[str, object]:

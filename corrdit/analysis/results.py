@@ -163,11 +163,12 @@ def read_results(output: str | os.PathLike[str], names: Iterable[str] | None = N
     Raises:
         ValueError: not the folder of an analysis; later, when a damaged result is read.
     """
-    folder = analysis_folder(output)
-    settings, root = folder.settings(), folder.path / VIDEOS_FOLDER
-    if not settings:
+    folder = None if os.path.isfile(output) else analysis_folder(output)
+    settings = {} if folder is None else folder.settings()
+    if folder is None or not settings:
         raise ValueError(f"{os.fspath(output)} holds no analysis (no {SETTINGS_FILE}); give the folder of one")
     if names is None:
+        root = folder.path / VIDEOS_FOLDER
         files = [file for kind in (RESULT_FILE, FAILURE_FILE) for file in root.rglob(kind)]
         names = sorted({file.parent.relative_to(root).as_posix() for file in files})
     done: list[str] = []

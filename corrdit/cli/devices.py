@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
 OptionTable = dict[str, tuple[Any, str]]
 """Type and help text of options by their names as arguments of a function."""
-DTYPES = ("float32", "bfloat16", "float16")
-_SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "float": "float32"}
 PLACEMENTS = ("device", "offload", "offload_layers", "shards")
 """Those of `corrdit.integrations.diffusers.placement`."""
 
@@ -29,6 +27,8 @@ class TrainerDevices(TypedDict):
 
 def add_device_options(parser: ArgumentParser) -> None:
     """--device, --dtype and --placement."""
+    from corrdit.arguments import DTYPES
+
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, mps ...; the model decides if left out")
     parser.add_argument(
         "--dtype",
@@ -46,11 +46,11 @@ def add_device_options(parser: ArgumentParser) -> None:
 
 
 def _dtype_name(name: str) -> str:
-    """One of `DTYPES`, from that or from a short form of it."""
-    from corrdit.arguments import choice
+    """As `dtype_name`, for the parser."""
+    from corrdit.arguments import dtype_name
 
     try:
-        return choice("--dtype", _SHORT_DTYPES.get(name.removeprefix("torch."), name.removeprefix("torch.")), DTYPES)
+        return dtype_name("--dtype", name)
     except ValueError as error:
         raise ArgumentTypeError(str(error)) from error
 
@@ -146,7 +146,7 @@ def _why_no_cuda() -> str:
 
 
 def checked_dtype(name: str | None) -> torch.dtype | None:
-    """The `torch.dtype` of a name of `DTYPES`, or None for None."""
+    """The `torch.dtype` of the name of a precision, or None for None."""
     import torch
 
     if name is None:

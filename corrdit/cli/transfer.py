@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from corrdit.cli.devices import OptionTable, add_options, checked_device, given_options, named
 from corrdit.cli.model_options import add_model_options, checked_preset, loaded_backbone
 from corrdit.cli.terminal import Report, progress_bar
-from corrdit.files import OutputFolder
+from corrdit.files import OutputFolder, output_folder, short_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -105,8 +105,7 @@ def run(arguments: Namespace) -> int:
     preset = checked_preset(arguments.preset)
     stored = StoredMotion.load(arguments.stored) if arguments.stored is not None else None
     reference, fps = _reference(arguments)
-    if arguments.output and Path(arguments.output).is_file():
-        raise ValueError(f"the output folder {arguments.output} is a file; give a folder, which is made if need be")
+    output_folder(arguments.output)
     backbone = loaded_backbone(arguments, preset)
     similarity = None
     if arguments.clip is not None:
@@ -114,7 +113,7 @@ def run(arguments: Namespace) -> int:
     transfer = MotionTransfer(backbone, **given_options(arguments, _SETTINGS))
     # Beside the output folder, which appears only with its results.
     place = Path(arguments.output).absolute()
-    state_file = place.parent / f".{place.name}.transfer-state.safetensors"
+    state_file = place.parent / f".{short_name(place.name)}.transfer-state.safetensors"
     with OutputFolder(arguments.output) as folder, progress_bar("preparing") as show:
         result = transfer(
             reference,

@@ -68,6 +68,8 @@ class ReadingPreset:
             raise ValueError(f"heads must be one of {', '.join((*HEADS, 'none'))}, got {self.heads!r}")
         if not isinstance(self.noise, bool):
             raise ValueError(f"noise must be true or false, got {self.noise!r}")
+        if (self.height is None) != (self.width is None):
+            raise ValueError("height and width of the encoded frames go together; give both or neither")
         weights = self.head_weights
         if weights is not None:
             numbers = isinstance(weights, (list, tuple)) and all(type(weight) in (int, float) for weight in weights)
@@ -83,7 +85,7 @@ class ReadingPreset:
 
 
 _WHOLE_NUMBERS = {
-    "layer": None,
+    "layer": 0,
     "step": None,
     "head": 0,
     "inference_steps": 1,

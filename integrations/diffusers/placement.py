@@ -44,7 +44,7 @@ def placed_backbone(
         ValueError: what `load_backbone` refuses, a placement that needs a GPU where there is none, or a backbone that
             is loaded already and should be placed.
     """
-    name = named_dtype(dtype)
+    name = loading.named_dtype(dtype)
     precision: torch.dtype | None = None if name is None else getattr(torch, name)
     if not isinstance(model, (str, os.PathLike)):
         if placement != "device":
@@ -63,20 +63,6 @@ def placed_backbone(
     if placement != "device":
         place(backbone.pipe, placement, device)
     return backbone
-
-
-def named_dtype(dtype: torch.dtype | str | None) -> str | None:
-    """The name of a type of torch, such as "bfloat16"; None for None.
-
-    Raises:
-        ValueError: no such type.
-    """
-    if dtype is None:
-        return None
-    name = str(dtype).removeprefix("torch.")
-    if not isinstance(getattr(torch, name, None), torch.dtype):
-        raise ValueError(f"dtype must be the name of a type of torch such as 'bfloat16', or the type, got {dtype!r}")
-    return name
 
 
 def preset_for_loading(

@@ -12,9 +12,10 @@ import lightning
 import torch
 
 from corrdit.integrations.diffusers.backbones.base import Backbone
+from corrdit.integrations.diffusers.backbones.loading import named_dtype
 from corrdit.integrations.diffusers.backbones.presets import Preset
 from corrdit.integrations.diffusers.fingerprint import model_facts
-from corrdit.integrations.diffusers.placement import PLACEMENTS, named_dtype, placed_backbone, preset_for_loading
+from corrdit.integrations.diffusers.placement import PLACEMENTS, placed_backbone, preset_for_loading
 from corrdit.integrations.lightning.data_modules import Sample, on_first_process
 from corrdit.runs import ResultFolder, check_on_broken
 

@@ -68,7 +68,10 @@ class RunState:
         Raises:
             ValueError: another file, or the state of a run with another reference, prompt, model or settings.
         """
-        tensors, metadata = read_safetensors(path)
+        try:
+            tensors, metadata = read_safetensors(path)
+        except ValueError as error:
+            raise ValueError(f"{error}; it held the state of a transfer, remove it to begin anew") from error
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{os.fspath(path)} holds no state of a transfer; give another place for it")
         if metadata["fingerprint"] != fingerprint:

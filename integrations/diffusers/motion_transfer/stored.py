@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from corrdit.files import written_beside
+from corrdit.files import parsed_json, written_beside
 
 FORMAT = "corrdit motion 1"
 
@@ -90,7 +90,10 @@ class StoredMotion:
         tensors, metadata = read_safetensors(path)
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{path} holds no stored motion of a transfer; give a file that a transfer saved")
-        return cls(**json.loads(metadata["facts"]), tensors=nested(tensors))
+        try:
+            return cls(**parsed_json(metadata["facts"]), tensors=nested(tensors))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged: {error}; give a file that a transfer saved") from error
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
