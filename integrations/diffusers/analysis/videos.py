@@ -73,7 +73,13 @@ def empty_table(
 
 
 def encoded_video(
-    backbone: Backbone, video: np.ndarray, xy: np.ndarray, visible: np.ndarray, options: AnalysisOptions
+    backbone: Backbone,
+    video: np.ndarray,
+    xy: np.ndarray,
+    visible: np.ndarray,
+    options: AnalysisOptions,
+    *,
+    starts: np.ndarray | None = None,
 ) -> EncodedVideo:
     """Choose frames, encode them, and carry the tracks over.
 
@@ -83,6 +89,7 @@ def encoded_video(
         xy: `[T, P, 2]`, true (x, y) in pixels of the video.
         visible: bool `[T, P]`; points not visible in the first frame are left out, unless they count.
         options: see `AnalysisOptions`.
+        starts: `[P, 2]`, the queries in place of the positions in the first frame.
 
     Raises:
         ValueError: a video or tracks of another layout or length, no point that can be scored, or latents that are NaN.
@@ -111,6 +118,7 @@ def encoded_video(
         xy=torch.from_numpy(xy[chosen][:, points]) * torch.tensor(scale),
         visible=torch.from_numpy(visible[chosen][:, points]),
         frame_map=tuple(map(tuple, groups)),
+        starts=None if starts is None else torch.from_numpy(starts[points]) * torch.tensor(scale),
     )
     return EncodedVideo(latents, truth, frames, scale)
 
@@ -122,6 +130,7 @@ def analyze_video(
     visible: np.ndarray,
     options: AnalysisOptions | None = None,
     *,
+    starts: np.ndarray | None = None,
     progress: Progress | None = None,
     on_reading: OnReading | None = None,
 ) -> AnalysisTable:
@@ -131,7 +140,7 @@ def analyze_video(
     layers and steps.
 
     Args:
-        backbone, video, xy, visible, options: as for `encoded_video`.
+        backbone, video, xy, visible, options, starts: as for `encoded_video`.
         progress: called with (steps done, steps in all).
         on_reading: `on_reading(step, layer, name, reading)`, called as each comes; name is "attention" or one of
             `corrdit.analysis.FEATURE_READINGS`.
@@ -142,7 +151,7 @@ def analyze_video(
     """
     options = options or AnalysisOptions()
     table = analysis_axes(backbone, options)
-    encoded = encoded_video(backbone, video, xy, visible, options)
+    encoded = encoded_video(backbone, video, xy, visible, options, starts=starts)
     score_standing_still(table, encoded.truth, len(encoded.latents), options)
     timesteps = dict(zip(table.steps, table.timesteps, strict=True))
     given = given_latents(backbone, encoded.latents, timesteps, options)
