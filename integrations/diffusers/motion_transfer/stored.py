@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from corrdit.array_files import read_safetensors
 from corrdit.files import written_beside
 
 FORMAT = "corrdit motion 1"
@@ -91,24 +92,6 @@ class StoredMotion:
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{path} holds no stored motion of a transfer; give a file that a transfer saved")
         return cls(**json.loads(metadata["facts"]), tensors=nested(tensors))
-
-
-def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file.
-
-    Raises:
-        ValueError: not a safetensors file.
-        FileNotFoundError: no file.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{os.fspath(path)} does not exist")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{os.fspath(path)} is not a whole safetensors file: {error}") from error
 
 
 def flattened(tensors: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
