@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from corrdit.array_files import read_safetensors
 from corrdit.files import written_beside
 from corrdit.integrations.diffusers.motion_transfer.optimisation import LARGEST_LOSS_SCALE, OptimiserMemory
-from corrdit.integrations.diffusers.motion_transfer.stored import flattened, nested, read_safetensors
+from corrdit.integrations.diffusers.motion_transfer.stored import flattened, nested
 
 FORMAT = "corrdit transfer state 1"
 
