@@ -49,6 +49,9 @@ class NoisePath(Protocol):
     def moved(self, latents: Tensor, output: Tensor, start: int, end: int) -> Tensor:
         """Latents at level `start` brought to level `end` by the transformer's output."""
 
+    def clean(self, latents: Tensor, output: Tensor, level: int) -> Tensor:
+        """The clean latents that the output predicts for latents at a level."""
+
 
 class DDIMPath:
     """Between the levels of a scheduler with `alphas_cumprod`.
@@ -64,12 +67,18 @@ class DDIMPath:
         self.alphas = torch.cat([alphas, clean]).tolist()
 
     def moved(self, latents: Tensor, output: Tensor, start: int, end: int) -> Tensor:
-        signal, noise = self.alphas[start] ** 0.5, (1 - self.alphas[start]) ** 0.5
-        if self.prediction == "v_prediction":
-            original, direction = signal * latents - noise * output, signal * output + noise * latents
-        else:
-            original, direction = (latents - noise * output) / signal, output
+        original, direction = self._parts(latents, output, start)
         return self.alphas[end] ** 0.5 * original + (1 - self.alphas[end]) ** 0.5 * direction
+
+    def clean(self, latents: Tensor, output: Tensor, level: int) -> Tensor:
+        return self._parts(latents, output, level)[0]
+
+    def _parts(self, latents: Tensor, output: Tensor, level: int) -> tuple[Tensor, Tensor]:
+        """Clean latents and noise."""
+        signal, noise = self.alphas[level] ** 0.5, (1 - self.alphas[level]) ** 0.5
+        if self.prediction == "v_prediction":
+            return signal * latents - noise * output, signal * output + noise * latents
+        return (latents - noise * output) / signal, output
 
 
 class EulerPath:
@@ -84,6 +93,9 @@ class EulerPath:
 
     def moved(self, latents: Tensor, output: Tensor, start: int, end: int) -> Tensor:
         return latents + (self.sigmas[end] - self.sigmas[start]) * output
+
+    def clean(self, latents: Tensor, output: Tensor, level: int) -> Tensor:
+        return latents + (self.sigmas[-1] - self.sigmas[level]) * output
 
 
 def noise_path(scheduler: Scheduler, *, name: str) -> NoisePath:
