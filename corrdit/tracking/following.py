@@ -165,8 +165,8 @@ class Following:
             tied = tied_best(rows.flatten(1), len(reading.layers) * len(reading.timesteps))
         best, height = refined_peaks(rows, 0, best=tied)
         xy = sample_matches(best.unflatten(0, self.grid_size), position, self.stride, geometry="released")
-        reading = pixels_to_tokens(position, self.stride, geometry="released", grid_size=self.grid_size)
-        score = sample_map(height.unflatten(0, self.grid_size)[..., None], reading)[..., 0]
+        read_at = pixels_to_tokens(position, self.stride, geometry="released", grid_size=self.grid_size)
+        score = sample_map(height.unflatten(0, self.grid_size)[..., None], read_at)[..., 0]
         return xy / self.to_encoded, torch.ones(len(xy), dtype=torch.bool), score
 
     def _point_costs(self, points: Tensor, tokens: Tensor, cost: FrameCost) -> FrameCost:
