@@ -19,7 +19,14 @@ from torch import Tensor
 from torch.nn import Module
 
 from corrdit.integrations.diffusers.backbones.base import Backbone
-from corrdit.integrations.diffusers.host.forwards import Arguments, Forward, frozen, replaced_forward, transformers_of
+from corrdit.integrations.diffusers.host.forwards import (
+    Arguments,
+    Forward,
+    frozen,
+    replaced_forward,
+    transformers_of,
+    weights_kept_for_backward,
+)
 from corrdit.integrations.diffusers.host.steps import PipelineSteps, branches_of, rows_of
 from corrdit.integrations.diffusers.layouts import ForwardCall, forward_arguments
 from corrdit.integrations.diffusers.motion_transfer.attention_editing import KeysValues, injected, keys_values_of
@@ -81,6 +88,7 @@ class GuidedRun:
         self._counter = PipelineSteps(backbone.pipe)
         self._inside = False
         self._shift: Tensor | None = None
+        self._loop_dtype: torch.dtype | None = None
         self._unshifted: Tensor | None = None
         self._keys_values: KeysValues = {}
         self._positions: PositionalTables | None = None
@@ -93,10 +101,11 @@ class GuidedRun:
         with contextlib.ExitStack() as stack:
             stack.callback(setattr, pipe, "scheduler", own)
             pipe.scheduler = scheduler
+            stack.enter_context(weights_kept_for_backward(pipe))
             for transformer in transformers_of(pipe):
                 stack.enter_context(frozen(transformer))
                 through = functools.partial(self._forward, transformer)
-                stack.enter_context(replaced_forward(transformer, through))
+                stack.enter_context(replaced_forward(transformer, through, round_hooks=True))
             yield
 
     def _scheduler(self) -> Any:
@@ -272,9 +281,15 @@ class GuidedRun:
             bound = inspect.signature(own).bind(*args, **kwargs)
             sample = bound.arguments["sample"]
             self._check_same_latents(sample)
-            bound.arguments["sample"] = (sample.float() + self._shift.to(sample.device)).to(sample.dtype)
+            # Float32 through the step, as in the released code: bfloat16 would round changes of a thousandth away.
+            self._loop_dtype = sample.dtype
+            wide = torch.promote_types(sample.dtype, torch.float32)
+            bound.arguments["sample"] = sample.to(wide) + self._shift.to(sample.device, wide)
             args, kwargs = bound.args, bound.kwargs
-        outputs = own(*args, **kwargs)
+        outputs: Any = own(*args, **kwargs)
+        if self._loop_dtype is not None:
+            # Schedulers of several steps keep the wide sample for the next one.
+            outputs = (outputs[0].to(self._loop_dtype), *outputs[1:])
         self.state.finished = index + 1
         self.state.outputs = tuple(outputs)
         self.state.scheduler = scheduler_variables(scheduler)
