@@ -27,6 +27,7 @@ from corrdit.integrations.diffusers.host.forwards import (
     frozen,
     replaced_forward,
     transformers_of,
+    weights_kept_for_backward,
 )
 from corrdit.integrations.diffusers.host.steps import PipelineSteps, branches_of, rows_of
 from corrdit.integrations.diffusers.inversion import noise_path
@@ -105,6 +106,7 @@ class GuidedRun:
         self._counter = PipelineSteps(backbone.pipe)
         self._inside = False
         self._shift: Tensor | None = None
+        self._loop_dtype: torch.dtype | None = None
         self._unshifted: Tensor | None = None
         self._injected: AttentionParts = {}
         self._positions: PositionalTables | None = None
@@ -121,11 +123,12 @@ class GuidedRun:
         with contextlib.ExitStack() as stack:
             stack.callback(setattr, pipe, "scheduler", own)
             pipe.scheduler = scheduler
+            stack.enter_context(weights_kept_for_backward(pipe))
             for transformer in transformers_of(pipe):
                 thread = stack.enter_context(OneThread(transformer))
                 stack.enter_context(frozen(transformer))
                 through = functools.partial(self._forward, transformer, thread)
-                stack.enter_context(replaced_forward(transformer, through))
+                stack.enter_context(replaced_forward(transformer, through, round_hooks=True))
             yield
 
     def _forward(
@@ -360,13 +363,19 @@ class GuidedRun:
             bound = inspect.signature(own).bind(*args, **kwargs)
             sample = bound.arguments["sample"]
             self._check_same_latents(sample)
+            # Float32 through the step, as in the released code: bfloat16 would round changes of a thousandth away.
+            self._loop_dtype = sample.dtype
+            wide = torch.promote_types(sample.dtype, torch.float32)
             if self._minimise is not None:
-                begun = sample if self._shift is None else (sample.float() + self._shift.to(sample.device))
+                begun = sample if self._shift is None else sample.to(wide) + self._shift.to(sample.device, wide)
                 bound.arguments["model_output"] = self._minimise(begun, bound.arguments["model_output"])
             assert self._shift is not None
-            bound.arguments["sample"] = (sample.float() + self._shift.to(sample.device)).to(sample.dtype)
+            bound.arguments["sample"] = sample.to(wide) + self._shift.to(sample.device, wide)
             args, kwargs = bound.args, bound.kwargs
-        outputs = own(*args, **kwargs)
+        outputs: Any = own(*args, **kwargs)
+        if self._loop_dtype is not None:
+            # Schedulers of several steps keep the wide sample for the next one.
+            outputs = (outputs[0].to(self._loop_dtype), *outputs[1:])
         self.state.finished = index + 1
         self.state.outputs = tuple(outputs)
         self.state.scheduler = scheduler_variables(scheduler)
