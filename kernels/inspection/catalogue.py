@@ -139,7 +139,7 @@ def _soft_displacement(heads: str, q: Tensor, grid: TokenGrid) -> Callable[[], o
     options = (_PAIRS, grid.height, grid.width, folded, 0.18, -1, product_precision())
     moved, sums, *_ = compute_soft_displacement(q, q, None, None, None, *options)
     fixed = (torch.empty_like(moved), q, q, None, None, None, moved, sums)
-    return lambda: compute_soft_displacement_backward(*fixed, *options)
+    return lambda: compute_soft_displacement_backward(*fixed, *options, [True, True])
 
 
 def _hard_displacement(heads: str, q: Tensor, grid: TokenGrid) -> None:
@@ -168,7 +168,9 @@ def _attention_mass(heads: str, q: Tensor, grid: TokenGrid) -> None:
 def _frame_local_attention(heads: str, q: Tensor, grid: TokenGrid) -> Callable[[], object]:
     options = (list(LocalLayout.of(grid, 0)), 0.18, heads == "renormalized", product_precision())
     attended, sums, *_ = compute_frame_local_attention(q, q, q, None, *options)
-    return lambda: compute_frame_local_attention_backward(q, q, q, q, None, attended, sums, *options)
+    return lambda: compute_frame_local_attention_backward(
+        q, q, q, q, None, attended, sums, *options, [True, True]
+    )
 
 
 _FORWARDS: dict[str, Callable[[str, Tensor, TokenGrid], Callable[[], object] | None]] = {
