@@ -1,13 +1,14 @@
 """Gradient of soft displacement of logits averaged over heads: dlogit in chunks, and plain matrix products of them.
 
-The dq tile of the folded axis H * D fits neither registers nor shared memory, so a chunk of dlogit goes into a workspace
-of fixed size. One sample of q and k is copied to `[N, H * D]` once (not at all where it lies so already), and two matrix
-products of two axes each add the chunk to float32 sums of dq and dk: products batched over heads would read the chunk
-from memory once for every head.
+The dq tile of the folded axis H * D fits neither registers nor shared memory, so a chunk of dlogit goes into a
+workspace of fixed size. One sample of q and k is copied to `[N, H * D]` once (not at all where it lies so already), and
+two matrix products of two axes each add the chunk to float32 sums of dq and dk: products batched over heads would read
+the chunk from memory once for every head.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -99,7 +100,7 @@ def key_runs(pairs: Sequence[int], longest: int) -> list[_KeyRun]:
         starts = [part * run.length // parts for part in range(parts + 1)]
         cut += [
             _KeyRun(run.first_pair + start, run.query_frame, run.key_frame + start, stop - start)
-            for start, stop in zip(starts[:-1], starts[1:], strict=True)
+            for start, stop in itertools.pairwise(starts)
         ]
     return cut
 

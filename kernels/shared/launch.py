@@ -17,7 +17,7 @@ from corrdit.kernels.shared.primitives import INTERPRETED
 LOG2_E = 1.4426950408889634
 
 # What `ahead_of_time` puts here is called in place of every launch, and names the architecture to compile for.
-Compiler = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
+Compiler = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]
 _compiler: tuple[str, Compiler] | None = None
 
 
@@ -88,7 +88,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, tiles: configs.T
     """Runs `kernel` over `grid` on the device of its first argument."""
     options.update(num_warps=tiles.warps, num_stages=tiles.stages)
     if _compiler is not None:
-        _compiler[1](kernel, arguments, options)
+        _compiler[1](kernel, grid, arguments, options)
         return
     device = arguments[0].device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():

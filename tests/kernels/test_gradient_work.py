@@ -1,4 +1,4 @@
-"""What the gradients launch and which products they take, on tensors without memory at the shape of a published model."""
+"""What the gradients launch and which products they take, on tensors without memory at a published model's shape."""
 
 from __future__ import annotations
 

@@ -97,7 +97,9 @@ def test_soft_displacement_takes_a_fixed_workspace_and_sums(shape, folded_heads,
     moved, statistics = compute(compute_soft_displacement, q, k, None, mask, None, *options)
     gradient = torch.empty_like(moved)
     backward = extra_bytes(
-        lambda: compute_soft_displacement_backward(gradient, q, k, None, mask, None, moved, statistics, *options, [True, True])
+        lambda: compute_soft_displacement_backward(
+            gradient, q, k, None, mask, None, moved, statistics, *options, [True, True]
+        )
     )
     # Gradient planes and shift of each row.
     allowed = 22 * statistics.numel() + 8 * MIB
