@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from corrdit.cli.devices import add_run_options, named, take_earlier_names, trainer_devices
 from corrdit.cli.lightning_runs import command_trainer, predict, quiet_lightning
-from corrdit.cli.model_options import add_model_options, checked_preset, loaded_backbone
+from corrdit.cli.model_options import add_model_options, checked_preset, chosen_placement, loaded_backbone
 from corrdit.files import OutputFolder, write_json
 
 if TYPE_CHECKING:
@@ -145,7 +145,8 @@ def _many(arguments: Namespace) -> int:
         model_preset=checked_preset(arguments.preset),
         call=_call(arguments),
         guidance=_guidance(arguments),
-        **named(arguments, "output", "fps", "dtype", "vbench", "placement", "on_broken"),
+        placement=chosen_placement(arguments),
+        **named(arguments, "output", "fps", "dtype", "vbench", "on_broken"),
     )
     with quiet_lightning():
         trainer = command_trainer(several=arguments.processes > 1, **devices)

@@ -12,6 +12,8 @@ writes  into the folder --output, all of them or none:
         motion.safetensors  the optimised latents or embeddings, for --stored
         metrics.json        settings, losses, motion fidelity and, with --clip, the prompt's cosine
 A run that is killed goes on after its last finished denoising step when the same command is given again.
+CogVideoX-2B and 5B run on a GPU as DiTFlow released them, unless --placement and the options beside it say otherwise:
+parts offloaded, the codec in tiles and slices, gradient checkpointing.
 """
 
 from __future__ import annotations
@@ -96,6 +98,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(arguments: Namespace) -> int:
     from corrdit.integrations.diffusers.motion_transfer import MotionTransfer, StoredMotion
     from corrdit.integrations.diffusers.motion_transfer.results_on_disk import METRICS_FILE, fidelity_of, write_transfer
+    from corrdit.integrations.diffusers.placement import released_placement
     from corrdit.motion import PromptSimilarity
     from corrdit.runs import refuse_other_record
     from corrdit.tracking import PointTracker
@@ -107,7 +110,8 @@ def run(arguments: Namespace) -> int:
     stored = StoredMotion.load(arguments.stored) if arguments.stored is not None else None
     reference, fps, known = _reference(arguments)
     output_folder(arguments.output)
-    backbone = loaded_backbone(arguments, preset)
+    released = released_placement(arguments.model, checked_device(arguments.device))
+    backbone = loaded_backbone(arguments, preset, released)
     similarity = None
     if arguments.clip is not None:
         similarity = PromptSimilarity(arguments.clip, checked_device(arguments.device))

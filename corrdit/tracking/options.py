@@ -10,6 +10,7 @@ from corrdit.arguments import choice, entries, finite_number, flag, whole_indice
 from corrdit.geometry import GEOMETRIES
 from corrdit.ops.backends import BACKENDS, check_budget
 from corrdit.tracking.chunks import SCHEDULES
+from corrdit.tracking.released_costs import ROUNDINGS
 
 FUSIONS = ("heads", "channels")
 INVERSIONS = ("ddim", "released")
@@ -112,9 +113,9 @@ class ReadingOptions:
         noise: whether the latents get the noise of that step (from `seed`); otherwise they stay clean.
         seed: of the noise.
         inversion: "ddim" brings the clean latents to the noisy steps along the model's own path with the empty prompt
-            (models of flow matching by Euler steps), in place of noise; "released" is DiffTrack's code, which goes a
-            step too far. Costs a whole forward pass for every step from the cleanest to the one asked for. None for
-            neither.
+            (models of flow matching by Euler steps), in place of noise; "released" is DiffTrack's code, which asks at
+            the timestep it leaves instead of the one it arrives at. Costs a whole forward pass for every step from the
+            cleanest to the one asked for. None for neither.
         denoise_from: a step to which the latents are brought, by `inversion` or `noise` or left clean, and from which
             they are denoised to the steps that are read; DiffTrack's released script does so from the noisiest of
             several. None brings them to every step by itself.
@@ -128,6 +129,8 @@ class ReadingOptions:
         temperature: factor of the logits.
         low_pass: standard deviation in tokens of a low-pass filter on queries and keys; 0 for none.
         bidirectional: whether the backward softmax takes part in the cost.
+        rounding: "none", or "bfloat16": costs in the arithmetic of DiffTrack's released runs, where near candidates tie
+            and the lowest index wins, see `corrdit.tracking.released_costs`. For geometry="released" alone.
         backend: of the operations, see `corrdit.ops`.
         memory_budget: bytes an operation may use beyond inputs and outputs (streaming).
     """
@@ -149,6 +152,7 @@ class ReadingOptions:
     temperature: float = 1.0
     low_pass: float = 0.0
     bidirectional: bool = True
+    rounding: str = "none"
     backend: str = "auto"
     memory_budget: int | None = None
 
@@ -157,6 +161,12 @@ class ReadingOptions:
         choice("fusion", self.fusion, FUSIONS)
         choice("combine", self.combine, COMBINATIONS)
         choice("image", self.image, IMAGES)
+        plain_mean = self.heads in (None, "probabilities") and not self.head_weights and self.combine == "costs"
+        if choice("rounding", self.rounding, ROUNDINGS) != "none" and not plain_mean:
+            raise ValueError(
+                'rounding="bfloat16" takes the plain mean of all heads, as the released code; give '
+                'heads="probabilities", head_weights=() and combine="costs" with it'
+            )
         if self.inversion is not None:
             choice("inversion", self.inversion, INVERSIONS)
         if self.inversion is not None and self.noise:
@@ -272,6 +282,8 @@ class TrackerOptions(ReadingOptions):
         for scale in self.crops:
             if not 0 < scale <= 1:
                 raise ValueError(f"crops must be scales above 0 and at most 1, such as 0.5, got {scale}")
+        if self.rounding != "none" and self.geometry != "released":
+            raise ValueError(f'rounding={self.rounding!r} is for geometry="released"; give both, or preset="published"')
         if self.geometry == "released":
             if self.refine or self.path_spread:
                 text = "reads whole-token matches; give refine=0 and path_spread=0 with it"

@@ -15,6 +15,7 @@ from corrdit.evaluation import evaluate_video
 from corrdit.files import file_digest
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.backbones.presets import Preset
+from corrdit.integrations.diffusers.placement import Placement
 from corrdit.integrations.lightning.data_modules import tracking_results
 from corrdit.integrations.lightning.resumable import Model, ResumableModule
 from corrdit.integrations.lightning.tapvid_data import TapVidDataModule, TapVidItem, sample_of
@@ -60,7 +61,8 @@ class TrackingModule(ResumableModule[Mapping[str, str]]):
         max_side: frames are shrunk to at most this many pixels on the longer side while they are read.
         pictures: whether to draw `tracks.mp4` and `tracks.png`.
         trail: frames of path drawn behind a point.
-        placement: where a model too large for one GPU goes, see `corrdit.integrations.diffusers.placement`.
+        placement: where the parts of the model lie and in what form, or the word for where; see
+            `corrdit.integrations.diffusers.placement.Placement`.
         on_broken: "report" writes `failed.json` for a video that cannot be read or tracked and goes on; "raise" stops.
 
     Raises:
@@ -86,7 +88,7 @@ class TrackingModule(ResumableModule[Mapping[str, str]]):
         max_side: int | None = 720,
         pictures: bool = True,
         trail: int = 16,
-        placement: str = "device",
+        placement: Placement | str = "device",
         on_broken: str = "report",
     ) -> None:
         self.queries, self.preset, self.options = queries, preset, dict(options or {})

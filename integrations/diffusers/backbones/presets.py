@@ -20,7 +20,7 @@ from torch import nn
 
 from corrdit.arguments import choice, finite_number, flag
 from corrdit.files import parsed_json, written_beside
-from corrdit.integrations.diffusers.layouts import config_of, layout_of
+from corrdit.integrations.diffusers.layouts import layout_of
 from corrdit.integrations.diffusers.transfer_settings import TransferSettings, changed_settings
 from corrdit.tracking.options import PUBLISHED_TRACKING, ReadingPreset, TrackerOptions, changed_options
 
@@ -285,6 +285,7 @@ _DITFLOW = TransferSettings(
     guidance_scale=7.0,
     negative_prompt=PUBLISHED_NEGATIVE_PROMPT,
     injection_blocks=(0,),
+    gradient_checkpointing=True,
     size=(480, 720),
     scheduler="CogVideoXDDIMScheduler",
     source="DiTFlow's released code",
@@ -362,7 +363,7 @@ def guidance_preset(transformer: nn.Module) -> GuidancePreset | None:
         ValueError: a transformer that is not known.
     """
     layout = layout_of(transformer)
-    layers, heads = len(layout.attention_modules(transformer)), int(config_of(transformer).num_attention_heads)
+    layers, heads = len(layout.attention_modules(transformer)), layout.heads(transformer)
     preset = published_preset(layout.family, layers, heads)
     return None if preset is None or preset.guidance.layers is None else preset.published().guidance
 

@@ -171,12 +171,14 @@ def watched_output(block: torch.nn.Module, see: Callable[[Any], object]) -> Iter
 
 
 @contextlib.contextmanager
-def replaced_forward(module: torch.nn.Module, replacement: Replacement) -> Iterator[None]:
+def replaced_forward(module: torch.nn.Module, replacement: Replacement, *, round_hooks: bool = False) -> Iterator[None]:
     """Inside, the module computes `replacement(original, args, kwargs)`, uncompiled; the hooks round it still run.
 
-    Where diffusers' hooks (group offloading) wrap the forward, what they wrap is replaced, so that they run, too.
+    Where diffusers' hooks (group offloading) wrap the forward, what they wrap is replaced, so that they run, too. With
+    `round_hooks` they are part of the original instead: a replacement that runs the module several times needs them
+    round each, or the first run would take the weights away from the others.
     """
-    registry = getattr(module, "_diffusers_hook", None)
+    registry = None if round_hooks else getattr(module, "_diffusers_hook", None)
     holder: Any = registry._fn_refs[0] if registry is not None and registry._fn_refs else module
     with _attribute(holder, "forward", ReplacedForward(holder.forward, replacement)), uncompiled(module):
         yield
@@ -245,6 +247,26 @@ def frozen(transformer: torch.nn.Module) -> Iterator[None]:
     finally:
         for weight in trained:
             weight.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def weights_kept_for_backward(model: object) -> Iterator[None]:
+    """Inside, a backward pass later finds the weights of a model as they were in its forward.
+
+    Autograd saves a weight as the parameter itself, whose contents the hooks of group offloading and layerwise casting
+    exchange behind each forward. An alias of the contents stays as it is.
+    """
+    exchanged = any(hasattr(part, "_diffusers_hook") for own in transformers_of(model) for part in own.modules())
+    with (
+        torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, _itself)
+        if exchanged
+        else contextlib.nullcontext()
+    ):
+        yield
+
+
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 @contextlib.contextmanager
