@@ -64,13 +64,15 @@ def run(arguments: argparse.Namespace) -> int:
     from corrdit.arguments import dtype_name
     from corrdit.kernels.inspection.ahead_of_time import ARCHITECTURES
     from corrdit.kernels.inspection.catalogue import compile_entry, requests, sources
-    from corrdit.kernels.requirements import DTYPES, HEAD_DIMS
+    from corrdit.kernels.requirements import DTYPES, HEAD_DIMS, unwritable_cache
 
     # Everything is looked at before the first kernel is compiled.
     arches = [_compute_capability(name, [str(arch) for arch in ARCHITECTURES]) for name in arguments.arch]
     accepted = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
     dtypes = [dtype_name("--dtype", name, accepted) for name in arguments.dtype]
     _check("--head-dim", arguments.head_dim, range(HEAD_DIMS[0], HEAD_DIMS[1] + 1))
+    if reason := unwritable_cache():
+        raise ValueError(reason)
     wanted = list(requests(arches, dtypes, arguments.head_dim, arguments.op, arguments.variant))
     output = None if arguments.output is None else pathlib.Path(arguments.output)
     digest = f"{sources()} {arguments.precision}"
