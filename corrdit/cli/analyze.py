@@ -15,6 +15,7 @@ writes  into the folder --output, where a stopped run goes on:
         videos.csv        one row for each video
         videos/NAME/      analysis.npz, the counts of one video, or failed.json, why there are none
         pictures/NAME/    the first --pictures videos at chosen steps and layers: sheets as PNG, all frames as mp4
+        released/         with --protocol published: the tables in the formats of DiffTrack's released scripts
         preset.json       with --calibrate: the layer, step and head that match best, for `corrdit calibrate` too
         dataset/          videos that were generated, tracks and visibility in the layout of DiffTrack's data set
 """
