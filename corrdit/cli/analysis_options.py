@@ -32,6 +32,10 @@ _OPTIONS: OptionTable = {
     "bidirectional": (bool, "use the softmax over source tokens too"),
     "rounding": (str, "of matches: none, or bfloat16 (as in DiffTrack's released runs, where near candidates tie)"),
     "latents": (str, "of given videos: frames (each a latent of its own) or video (temporally compressed)"),
+    "posterior": (str, "latents of the codec: mode (the most likely), or sample (drawn, as released)"),
+    "encoded_size": (tuple[int, int], "size [height,width] in pixels at which given videos are encoded"),
+    "resize_first": (tuple[int, int], "size [height,width] they are brought to before that, as [256,256]"),
+    "antialias": (bool, "resize them with antialiasing"),
     "noise": (str, "of given videos: noised (to each step's timestep), inverted (DDIM, to each step) or clean"),
     "seed": (int, "of noise, of generated videos (42 for sets in DiffTrack's layout), and of the world"),
     "max_frames": (int, "most latent frames of a given video that are read"),
@@ -161,6 +165,7 @@ def settings_of(arguments: Namespace, options: AnalysisOptions, backbone: Backbo
     return {
         "model": arguments.model,
         "dtype": arguments.dtype,
+        "tiled": arguments.tiled,
         "source": source_of(arguments),
         "protocol": arguments.protocol,
         "options": options.described(),

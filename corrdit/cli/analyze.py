@@ -135,6 +135,7 @@ def _analyze_in_processes(
             source=source_of(arguments),
             dtype=arguments.dtype,
             placement="device" if on_cpu else arguments.placement,
+            tiled=arguments.tiled,
             on_broken=arguments.on_broken,
         )
         module.settings["model"] = arguments.model

@@ -45,6 +45,15 @@ def add_device_options(parser: ArgumentParser) -> None:
     )
 
 
+def add_tiling_option(parser: ArgumentParser) -> None:
+    """--tiled."""
+    parser.add_argument(
+        "--tiled",
+        action="store_true",
+        help="have the codec work in tiles and slices: less memory, slightly other values (as DiffTrack's scripts)",
+    )
+
+
 def _dtype_name(name: str) -> str:
     """As `dtype_name`, for the parser."""
     from corrdit.arguments import dtype_name

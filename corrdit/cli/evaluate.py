@@ -138,7 +138,7 @@ def run(arguments: Namespace) -> int:
             trackers=trackers,
             tracker_options=options,
             on_broken="report" if arguments.skip_broken else arguments.on_broken,
-            **named(arguments, "output", "dtype", "placement", "queries_at_once", "save_tracks", "pictures"),
+            **named(arguments, "output", "dtype", "placement", "tiled", "queries_at_once", "save_tracks", "pictures"),
         )
         trainer = _trainer(arguments)
         try:

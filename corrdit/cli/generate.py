@@ -135,7 +135,7 @@ def _many(arguments: Namespace) -> int:
         model_preset=checked_preset(arguments.preset),
         call=_call(arguments),
         guidance=_guidance(arguments),
-        **named(arguments, "output", "fps", "dtype", "vbench", "placement", "on_broken"),
+        **named(arguments, "output", "fps", "dtype", "vbench", "placement", "tiled", "on_broken"),
     )
     with quiet_lightning():
         trainer = command_trainer(several=arguments.processes > 1, **devices)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from corrdit.cli.devices import add_device_options, checked_device, checked_dtype, usable_devices
+from corrdit.cli.devices import add_device_options, add_tiling_option, checked_device, checked_dtype, usable_devices
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -18,6 +18,7 @@ def add_model_options(parser: ArgumentParser, *, preset: bool = True) -> None:
     """--model, where it runs and, if asked for, --preset."""
     parser.add_argument("--model", default="embedded", help="embedded, a local diffusers folder, or a hub id")
     add_device_options(parser)
+    add_tiling_option(parser)
     if not preset:
         return
     parser.add_argument(
@@ -57,12 +58,20 @@ def loaded_backbone(arguments: Namespace, preset: Preset | str | None = None) ->
     import torch
 
     from corrdit.integrations.diffusers.backbones import loading
-    from corrdit.integrations.diffusers.placement import placed_backbone
+    from corrdit.integrations.diffusers.placement import placed_backbone, tile
 
     device, dtype = checked_device(arguments.device), checked_dtype(arguments.dtype)
     if arguments.placement != "device":
         first = torch.device(usable_devices()[:2][-1])  # a GPU where there is one
         return placed_backbone(
-            arguments.model, device=device or first, dtype=dtype, placement=arguments.placement, preset=preset
+            arguments.model,
+            device=device or first,
+            dtype=dtype,
+            placement=arguments.placement,
+            tiled=arguments.tiled,
+            preset=preset,
         )
-    return loading.load_backbone(arguments.model, device=device, dtype=dtype, preset=preset)
+    backbone = loading.load_backbone(arguments.model, device=device, dtype=dtype, preset=preset)
+    if arguments.tiled:
+        tile(backbone.pipe)
+    return backbone

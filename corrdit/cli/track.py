@@ -123,7 +123,18 @@ def track_folder(arguments: Namespace, preset: Preset | str | None) -> int:
             queries_description=spec if spec.startswith("grid:") else f"points of sha256 {file_digest(spec)}",
             model_preset=preset,
             options=given_tracker_options(arguments),
-            **named(arguments, "output", "dtype", "placement", "on_broken", "start", "max_frames", "max_side", "trail"),
+            **named(
+                arguments,
+                "output",
+                "dtype",
+                "placement",
+                "tiled",
+                "on_broken",
+                "start",
+                "max_frames",
+                "max_side",
+                "trail",
+            ),
         )
         module.check_settings()  # before Lightning starts processes that would each say it
         trainer = command_trainer(several=arguments.processes > 1, **devices)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from corrdit.tracking.queries import Frames
 from corrdit.tracking.readings import ReadBackbone, Reading, cost_rows, matches_back, read_tokens
 from corrdit.tracking.released_costs import tied_best
 
+POSTERIOR_SEED = 2**40
+"""Seeds of the codec's noise are far from those of the noise that latents are given."""
 Found = tuple[Tensor, Tensor, Tensor]
 Blocks = list[list[Chunk]]
 
@@ -229,15 +231,17 @@ class Following:
                 found[frame] = (xy, visible if seen is None else visible & seen, score)
         return found
 
-    def _encoded(self, part: Tensor) -> Tensor:
+    def _encoded(self, part: Tensor, numbers: list[int]) -> Tensor:
         """Latents `[t, C, lh, lw]`, every frame a latent of its own."""
         options, (height, width) = self.options, self.settings.encoded
+        further: dict[str, Any] = {}
+        if options.posterior == "sample":
+            further["posterior_seeds"] = [POSTERIOR_SEED + 1_000_003 * self.reading.seed + frame for frame in numbers]
         if not options.antialias:
-            plain = {"first": options.resize_first, "antialias": False}
-            return self.backbone.encode_frames(part, height=height, width=width, **plain)
-        if options.resize_first is not None:
+            further |= {"first": options.resize_first, "antialias": False}
+        elif options.resize_first is not None:
             part = resized(part, *options.resize_first)
-        return self.backbone.encode_frames(part, height=height, width=width)
+        return self.backbone.encode_frames(part, height=height, width=width, **further)
 
     def _noise(self, frames: tuple[int, ...], latents: Tensor) -> Tensor | None:
         """Noise of the reading: every frame's own, whatever chunk it is in."""

@@ -4,6 +4,8 @@
 transformer and codec in the computer's memory and moves each to the device while it runs. `"offload_layers"`:
 diffusers' sequential offloading, the same for every layer; slow, and needs the least. `"shards"`: accelerate spreads
 the transformer's blocks over all GPUs that one process sees (one process a machine: `--processes 1`).
+
+And how the codec, whose memory grows with the size of the frames, works in parts.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ def placed_backbone(
     device: torch.device,
     dtype: torch.dtype | str | None,
     placement: str,
+    tiled: bool = False,
     preset: Preset | str | None = None,
     on_loaded: Callable[[Backbone], None] | None = None,
 ) -> Backbone:
@@ -37,6 +40,7 @@ def placed_backbone(
         device: of the process.
         dtype: a type of torch or its name; None for the model's own (bfloat16 where parts are offloaded or spread).
         placement: one of `PLACEMENTS`.
+        tiled: whether the codec works in tiles and slices, which takes less memory and gives slightly other values.
         preset: for `corrdit.load_backbone`.
         on_loaded: called with the backbone while all its weights are in memory.
 
@@ -62,7 +66,22 @@ def placed_backbone(
         on_loaded(backbone)
     if placement != "device":
         place(backbone.pipe, placement, device)
+    if tiled:
+        tile(backbone.pipe)
     return backbone
+
+
+def tile(pipe: DiffusionPipeline) -> None:
+    """Have the codec of a pipeline work in tiles and slices, as DiffTrack's released scripts do.
+
+    Raises:
+        ValueError: a codec that cannot.
+    """
+    missing = [name for name in ("enable_tiling", "enable_slicing") if not hasattr(pipe.vae, name)]
+    if missing:
+        raise ValueError(f"the codec {type(pipe.vae).__name__} has no {missing[0]}; leave tiled out")
+    pipe.vae.enable_tiling()
+    pipe.vae.enable_slicing()
 
 
 def preset_for_loading(

@@ -71,6 +71,7 @@ class AnalysisModule(ResumableModule[Item]):
         source: what the videos are, kept in the settings.
         dtype: precision of the model, as torch's type or by its name.
         placement: where a model too large for one GPU goes, see `corrdit.integrations.diffusers.placement`.
+        tiled: whether the codec works in tiles and slices, see there.
         on_broken: "report" writes `failed.json` for a video that cannot be analysed and goes on; "raise" stops.
 
     Raises:
@@ -89,6 +90,7 @@ class AnalysisModule(ResumableModule[Item]):
         source: object = None,
         dtype: torch.dtype | str | None = None,
         placement: str = "device",
+        tiled: bool = False,
         on_broken: str = "report",
     ) -> None:
         self.options = analysis_options(protocol, dict(options or {}))
@@ -99,6 +101,7 @@ class AnalysisModule(ResumableModule[Item]):
             model_preset=model_preset,
             dtype=dtype,
             placement=placement,
+            tiled=tiled,
             on_broken=on_broken,
         )
 

@@ -45,6 +45,7 @@ class EvaluationModule(ResumableModule[TapVidItem]):
         tracker_options: options of all trackers that read the model.
         dtype: precision of the model, as torch's type or by its name.
         placement: where a model too large for one GPU goes, see `corrdit.integrations.diffusers.placement`.
+        tiled: whether the codec works in tiles and slices, see there.
         on_broken: "raise" ends the run at a video that cannot be evaluated; "report" goes on. Both name it in the
             tables. Until 0.3 these may be called "stop" and "skip".
         queries_at_once: most queries a tracker is given together; None for all.
@@ -68,6 +69,7 @@ class EvaluationModule(ResumableModule[TapVidItem]):
         tracker_options: Mapping[str, object] | None = None,
         dtype: torch.dtype | str | None = None,
         placement: str = "device",
+        tiled: bool = False,
         on_broken: str = "raise",
         queries_at_once: int | None = QUERIES_AT_ONCE,
         save_tracks: bool = True,
@@ -92,6 +94,7 @@ class EvaluationModule(ResumableModule[TapVidItem]):
             model_preset=model_preset,
             dtype=dtype,
             placement=placement,
+            tiled=tiled,
             on_broken=on_broken,
         )
 

@@ -149,6 +149,7 @@ class GenerationModule(ResumableModule[PromptItem]):
         dtype: precision of the model, as torch's type or by its name.
         vbench: also copy the videos into `output/vbench`, named as VBench's tool expects.
         placement: where a model too large for one GPU goes, see `corrdit.integrations.diffusers.placement`.
+        tiled: whether the codec works in tiles and slices, see there.
         on_broken: "raise" stops at a video that cannot be generated; "report" writes `failed.json` and goes on.
 
     Raises:
@@ -171,6 +172,7 @@ class GenerationModule(ResumableModule[PromptItem]):
         dtype: torch.dtype | str | None = None,
         vbench: bool = False,
         placement: str = "device",
+        tiled: bool = False,
         on_broken: str = "raise",
     ) -> None:
         self.call = dict(call or {})
@@ -183,6 +185,7 @@ class GenerationModule(ResumableModule[PromptItem]):
             model_preset=model_preset,
             dtype=dtype,
             placement=placement,
+            tiled=tiled,
             on_broken=on_broken,
         )
 

@@ -61,6 +61,7 @@ class TrackingModule(ResumableModule[Mapping[str, str]]):
         pictures: whether to draw `tracks.mp4` and `tracks.png`.
         trail: frames of path drawn behind a point.
         placement: where a model too large for one GPU goes, see `corrdit.integrations.diffusers.placement`.
+        tiled: whether the codec works in tiles and slices, see there.
         on_broken: "report" writes `failed.json` for a video that cannot be read or tracked and goes on; "raise" stops.
 
     Raises:
@@ -87,6 +88,7 @@ class TrackingModule(ResumableModule[Mapping[str, str]]):
         pictures: bool = True,
         trail: int = 16,
         placement: str = "device",
+        tiled: bool = False,
         on_broken: str = "report",
     ) -> None:
         self.queries, self.preset, self.options = queries, preset, dict(options or {})
@@ -107,6 +109,7 @@ class TrackingModule(ResumableModule[Mapping[str, str]]):
             model_preset=model_preset,
             dtype=dtype,
             placement=placement,
+            tiled=tiled,
             on_broken=on_broken,
         )
         self._metric = TapVidMetric()

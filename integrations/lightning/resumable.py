@@ -11,6 +11,7 @@ from typing import Generic
 import lightning
 import torch
 
+from corrdit.arguments import flag
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.backbones.loading import named_dtype
 from corrdit.integrations.diffusers.backbones.presets import Preset
@@ -36,6 +37,7 @@ class ResumableModule(lightning.LightningModule, Generic[Sample]):
         model_preset: for `corrdit.load_backbone`: a `Preset` or a preset.json in place of the model's own.
         dtype: precision of the model, as torch's type or by its name; None for its own.
         placement: where a model too large for one GPU goes, see `corrdit.integrations.diffusers.placement`.
+        tiled: whether the codec works in tiles and slices, see there.
         on_broken: "report" writes down a sample that cannot be made and goes on; "raise" stops.
 
     Raises:
@@ -55,6 +57,7 @@ class ResumableModule(lightning.LightningModule, Generic[Sample]):
         model_preset: Preset | str | os.PathLike[str] | None = None,
         dtype: torch.dtype | str | None = None,
         placement: str = "device",
+        tiled: bool = False,
         on_broken: str = "report",
     ) -> None:
         super().__init__()
@@ -62,10 +65,11 @@ class ResumableModule(lightning.LightningModule, Generic[Sample]):
             raise ValueError(f"placement must be one of {', '.join(map(repr, PLACEMENTS))}, got {placement!r}")
         self.on_broken = check_on_broken(on_broken)
         self.model, self.results, self.placement = model, results, placement
+        self.tiled = flag("tiled", tiled)
         self.model_dtype = named_dtype(dtype)
         self.model_preset = preset_for_loading(model, model_preset)
         name = os.fspath(model) if isinstance(model, (str, os.PathLike)) else getattr(model, "name", str(model))
-        self.settings: dict[str, object] = {"model": name, "dtype": self.model_dtype, **settings}
+        self.settings: dict[str, object] = {"model": name, "dtype": self.model_dtype, "tiled": tiled, **settings}
 
     @property
     def output(self) -> Path:
@@ -114,6 +118,7 @@ class ResumableModule(lightning.LightningModule, Generic[Sample]):
             device=self.trainer.strategy.root_device,
             dtype=self.model_dtype,
             placement=self.placement,
+            tiled=self.tiled,
             preset=self.model_preset,
             on_loaded=lambda loaded: facts.update(model_facts(loaded)),
         )

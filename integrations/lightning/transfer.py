@@ -143,6 +143,7 @@ class TransferModule(ResumableModule[Pair]):
         measure: track both videos and measure motion fidelity.
         clip: folder or hub id of a CLIP model that measures the prompt's cosine as well; None for none.
         placement: where a model too large for one GPU goes, see `corrdit.integrations.diffusers.placement`.
+        tiled: whether the codec works in tiles and slices, see there.
         on_broken: "report" writes `failed.json` for a pair that cannot be transferred and goes on; "raise" stops.
 
     Raises:
@@ -165,6 +166,7 @@ class TransferModule(ResumableModule[Pair]):
         measure: bool = True,
         clip: str | os.PathLike[str] | None = None,
         placement: str = "device",
+        tiled: bool = False,
         on_broken: str = "report",
     ) -> None:
         self.changes, self.call = dict(settings or {}), dict(call or {})
@@ -176,6 +178,7 @@ class TransferModule(ResumableModule[Pair]):
             model_preset=model_preset,
             dtype=dtype,
             placement=placement,
+            tiled=tiled,
             on_broken=on_broken,
         )
         self._similarity: Callable[[np.ndarray, str], float] | None = None
