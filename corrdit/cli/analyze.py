@@ -37,7 +37,7 @@ from corrdit.cli.analysis_options import (
     settings_of,
     source_of,
 )
-from corrdit.cli.devices import trainer_devices
+from corrdit.cli.devices import named, trainer_devices
 from corrdit.cli.lightning_runs import command_trainer, predict, quiet_lightning
 from corrdit.cli.model_options import checked_preset, loaded_backbone
 from corrdit.cli.terminal import Report, progress_bar
@@ -103,7 +103,9 @@ def _analyze_here(arguments: Namespace, backbone: Backbone, items: Iterable[Item
     folder.begin(settings_of(arguments, options, backbone))
     if arguments.tapvid is not None:
         items = tapvid_items(
-            arguments.tapvid, on_broken=lambda name, error: write_failure(arguments.output, name, error)
+            arguments.tapvid,
+            on_broken=lambda name, error: write_failure(arguments.output, name, error),
+            **named(arguments, "first_frames", "incomplete"),
         )
     total = len(items) if isinstance(items, list) else None
     with progress_bar("steps") as report:
@@ -157,7 +159,8 @@ def _items(arguments: Namespace) -> Iterable[Item]:
     if arguments.tapvid is not None:
         if not Path(arguments.tapvid).exists():
             raise ValueError(f"--tapvid {arguments.tapvid} does not exist; give a TAP-Vid file or a folder of shards")
-        return sources.tapvid_items(arguments.tapvid, on_broken=lambda name, error: None)
+        cut = named(arguments, "first_frames", "incomplete")
+        return sources.tapvid_items(arguments.tapvid, on_broken=lambda name, error: None, **cut)
     if arguments.difftrack is not None:
         return _set_items(arguments)
     if arguments.prompts is not None:

@@ -45,13 +45,14 @@ class TapVidSet:
     Args:
         path: a pickle (DAVIS, RGB-Stacking), a folder of shards `NNNN_of_NNNN.pkl` (Kinetics), or a folder that
             `corrdit world` wrote (`NNNN.npz`).
+        incomplete: whether shards may be missing.
 
     Raises:
         FileNotFoundError: no such file or folder.
         ValueError: a folder with neither shards nor generated videos, or with some shards missing.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, incomplete: bool = False) -> None:
         refuse_address(path)
         self.path = Path(path)
         self._loaded: tuple[str, Sequence[tuple[str, object]]] | None = None
@@ -63,7 +64,7 @@ class TapVidSet:
         self._in_folder = True
         self._sharded = any(self.path.glob(SHARD_PATTERN))
         if self._sharded:
-            self.files = [file.name for file in shard_files(self.path)]
+            self.files = [file.name for file in shard_files(self.path, incomplete=incomplete)]
         else:
             self.files = sorted(file.name for file in self.path.glob("*.npz"))
         if not self.files:
