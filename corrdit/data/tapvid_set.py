@@ -46,6 +46,7 @@ class TapVidSet:
     Args:
         path: a pickle (DAVIS, RGB-Stacking), a folder of shards `NNNN_of_NNNN.pkl` (Kinetics), a folder that
             `corrdit world` wrote (`NNNN.npz`), or one of `corrdit.data.annotated_clips`.
+        incomplete: whether shards may be missing.
 
     Attributes:
         annotated: whether these are clips of `corrdit.data.annotated_clips`.
@@ -55,7 +56,7 @@ class TapVidSet:
         ValueError: a folder with neither shards nor generated videos, or with some shards missing.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, incomplete: bool = False) -> None:
         refuse_address(path)
         self.path = Path(path)
         self.annotated = False
@@ -68,7 +69,7 @@ class TapVidSet:
         self._in_folder = True
         self._sharded = any(self.path.glob(SHARD_PATTERN))
         if self._sharded:
-            self.files = [file.name for file in shard_files(self.path)]
+            self.files = [file.name for file in shard_files(self.path, incomplete=incomplete)]
         else:
             self.files = sorted(file.name for file in self.path.glob("*.npz"))
             if not self.files:

@@ -184,14 +184,25 @@ def test_equal_prompts_are_numbered_as_samples_of_one(pipe: Any, tmp_path: Path)
     assert len(list((tmp_path / "vbench" / "plain").iterdir())) == 6
 
 
-def test_prompts_too_long_for_vbench_stop_before_anything_is_generated(pipe: Any, tmp_path: Path) -> None:
-    module = GenerationModule(backbone_of(pipe), output=tmp_path / "out", call=CALL, vbench=True)
-    with pytest.raises(ValueError, match="too long for the name of a file"):
-        trainer().predict(module, PromptDataModule([PROMPTS[0], "ü" * 120]))
-    assert not (tmp_path / "out").exists()
-    module = GenerationModule(backbone_of(pipe), output=tmp_path / "out", call=CALL, vbench=True)
-    trainer().predict(module, PromptDataModule(["x" * 200]))
-    assert len(list((tmp_path / "out" / "vbench" / "plain").iterdir())) == 1
+def test_long_prompts_are_cut_in_vbenchs_layout_and_listed(pipe: Any, tmp_path: Path) -> None:
+    """Two long prompts that begin alike keep files of their own, and the list says whose each is."""
+    prompts = ["ü" * 120, "ü" * 119 + "/o", "x" * 200]
+    module = GenerationModule(backbone_of(pipe), output=tmp_path, call=CALL, vbench=True)
+    trainer().predict(module, PromptDataModule(prompts))
+    names = {path.name for path in (tmp_path / "vbench" / "plain").iterdir()}
+    assert len(names) == 3
+    assert all(len(name.encode()) <= 220 for name in names)
+    assert f"{prompts[2]}-0.mp4" in names
+    listed = json.loads((tmp_path / "vbench" / "prompts.json").read_text(encoding="utf-8"))
+    assert set(listed) == names
+    assert sorted(listed.values()) == sorted(prompts)
+    assert comparison.vbench_name("a/b", 3) == "a-b-3.mp4"
+
+
+def test_all_prompts_may_have_one_seed() -> None:
+    data = PromptDataModule(["a", "b"], samples=2, seed=42, same_seed=True)
+    assert [item["seed"] for item in data.items] == [42, 43, 42, 43]
+    assert [item["seed"] for item in PromptDataModule(["a", "b"], seed=42).items] == [42, 43]
 
 
 def test_a_broken_result_is_named(pipe: Any, tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import inspect
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import numpy as np
 import torch
 
 from corrdit.arguments import finite_number, whole_number
-from corrdit.files import written_beside
+from corrdit.files import write_json, written_beside
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.compatibility import check_takes_prompt
 from corrdit.integrations.diffusers.guidance.cross_attention import CrossAttentionGuidance
@@ -169,16 +171,14 @@ def generation_facts(generated: GeneratedVideo, fps: float) -> dict[str, object]
 def vbench_name(prompt: str, sample: int) -> str:
     """The name by which VBench's tool finds video `sample` of a prompt; a slash in the prompt becomes a dash.
 
-    Raises:
-        ValueError: a prompt too long for the name of a file.
+    A prompt too long for the name of a file is cut, with eight digits of its digest behind it.
     """
-    name = f"{prompt.replace('/', '-')}-{sample}.mp4"
-    if len(name.encode()) > LONGEST_NAME:
-        raise ValueError(
-            f"the prompt {prompt[:40]!r}... is too long for the name of a file, by which VBench's tool knows it: "
-            f"{len(name.encode())} bytes of at most {LONGEST_NAME}; shorten it, or leave vbench out"
-        )
-    return name
+    whole = prompt.replace("/", "-")
+    room = LONGEST_NAME - len(f"-{sample}.mp4")
+    if len(whole.encode()) > room:
+        digest = hashlib.sha256(prompt.encode()).hexdigest()[:8]
+        whole = f"{whole.encode()[: room - 9].decode(errors='ignore')}-{digest}"
+    return f"{whole}-{sample}.mp4"
 
 
 def export_for_vbench(
@@ -193,9 +193,6 @@ def export_for_vbench(
         root: folder for the export, made if need be.
         prompt: the words, which VBench looks up by the name of the file.
         sample: number of the video among those of its prompt.
-
-    Raises:
-        ValueError: a prompt too long for the name of a file.
     """
     source, name = Path(result), vbench_name(prompt, sample)
     both = (source / PLAIN_FILE).is_file()
@@ -207,6 +204,22 @@ def export_for_vbench(
             shutil.copyfileobj(original, copy)
         copied.append(target / name)
     return copied
+
+
+def list_for_vbench(root: str | os.PathLike[str], prompts: Iterable[tuple[str, int]]) -> Path:
+    """Write `root/vbench/prompts.json`, the prompt of each video that `export_for_vbench` has copied, by its name.
+
+    VBench's own tool looks prompts up by names; those that were cut it has to be told (`--prompt_file`).
+
+    Args:
+        root: folder of the export.
+        prompts: with the number of the video among those of each prompt.
+    """
+    folder = Path(root) / VBENCH_FOLDER
+    names = {vbench_name(prompt, sample): prompt for prompt, sample in prompts}
+    there = {name: prompt for name, prompt in names.items() if any(folder.glob(f"*/{glob.escape(name)}"))}
+    write_json(folder / "prompts.json", there)
+    return folder / "prompts.json"
 
 
 def generated_frames(pipe: Pipeline, arguments: Mapping[str, object], seed: int) -> np.ndarray:
