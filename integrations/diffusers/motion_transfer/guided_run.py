@@ -47,7 +47,7 @@ from corrdit.integrations.diffusers.motion_transfer.run_state import (
 )
 from corrdit.integrations.diffusers.motion_transfer.schedule import run_scheduler
 from corrdit.integrations.diffusers.motion_transfer.step_reference import StepReference, timestep_of
-from corrdit.integrations.diffusers.motion_transfer.stored import StoredMotion
+from corrdit.integrations.diffusers.motion_transfer.stored import StoredMotion, mixed
 from corrdit.integrations.diffusers.transfer_settings import TransferSettings
 
 StepReport = Callable[[int, int, list[float]], None]
@@ -305,7 +305,11 @@ class GuidedRun:
                 f"{_shapes(expected)}; generate with the model and size it was made with"
             )
         device = conditional["hidden_states"].device
-        self._use({name: tensor.to(device) for name, tensor in found.items()})
+        chosen = {name: tensor.to(device) for name, tensor in found.items()}
+        if self._reader.region is not None:
+            inside = self._latents.region(self._reader.region)
+            chosen = mixed(chosen, own, self._reader.region, inside)
+        self._use(chosen)
 
     def _loss(self, transformer: Module, arguments: Arguments, call: ForwardCall, wanted: Mapping[int, Any]) -> Tensor:
         assert self._objective.reads is not None

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from corrdit.files import written_beside
@@ -123,20 +124,30 @@ def composed(inside: StoredMotion, outside: StoredMotion, tokens: Tensor, latent
             "with the same settings, size and seed"
         )
     outside.check_fits(inside.model, inside.steps)
-    by_token = tokens.flatten().float()
-
-    def mixed(one: Tensor, other: Tensor) -> Tensor:
-        share = latents.to(one)
-        if inside.kind != "latent":
-            axis = next(axis for axis, length in enumerate(one.shape) if length == len(by_token))
-            share = by_token.to(one).reshape([-1 if at == axis else 1 for at in range(one.ndim)])
-        return share * one + (1 - share) * other
-
-    tensors = {
-        step: {name: mixed(tensor, outside.tensors[step][name]) for name, tensor in by_name.items()}
-        for step, by_name in inside.tensors.items()
-    }
+    tensors = {step: mixed(by_name, outside.tensors[step], tokens, latents) for step, by_name in inside.tensors.items()}
     return dataclasses.replace(inside, tensors=tensors)
+
+
+def mixed(
+    inside: Mapping[str, Tensor], outside: Mapping[str, Tensor], tokens: Tensor, latents: Tensor
+) -> dict[str, Tensor]:
+    """Latents or embeddings of one step, by name, those of a region from one and the others from another.
+
+    Args:
+        inside, outside: the same names and shapes.
+        tokens: bool `[F, h, w]`, the region.
+        latents: the region as the transformer's latents, 1 inside.
+    """
+    chosen = {}
+    for name, own in inside.items():
+        if name == "latent":
+            share = latents.to(own)
+        else:
+            # A table has one axis of all video tokens.
+            axis = next(axis for axis, length in enumerate(own.shape) if length == tokens.numel())
+            share = tokens.flatten().to(own).reshape([-1 if at == axis else 1 for at in range(own.ndim)])
+        chosen[name] = torch.where(share > 0, own, outside[name].to(own))
+    return chosen
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
