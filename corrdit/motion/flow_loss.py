@@ -14,7 +14,7 @@ from torch.nn import functional
 from corrdit import ops, streaming
 from corrdit.arguments import whole_number
 from corrdit.grid import TokenGrid
-from corrdit.ops.backends import backend_name, beyond_kernels, full_precision, select_backend
+from corrdit.ops.backends import backend_name, full_precision, select_backend
 from corrdit.ops.displacement import by_heads, displacement_problem
 
 FLOW_LOSSES = ("released", "paper", "pairs")
@@ -104,11 +104,11 @@ def attention_flow_loss(
         raise ValueError(f"reference must be a tensor of displacements {shape}, got {given}")
     reference = reference.to(q.device)
     counted, divisor = _counted(reference, variant, weights)
-    name = backend_name(backend, q, beyond_kernels(problem, q, k))
+    name = backend_name(backend, q, k, problem)
     differentiated = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
     if name != "streaming" or heads == "probabilities" or reference.requires_grad or not differentiated:
         with full_precision(q):
-            rows, _ = select_backend(name, q).soft_displacement(q, k, problem)
+            rows, _ = select_backend(backend, q, k, problem).soft_displacement(q, k, problem)
         return flow_loss(by_heads(rows, problem, axes), reference, variant=variant, weights=weights)
     rows = reference.reshape(q.shape[0], -1, problem.rows, 2)
     if counted is not None:

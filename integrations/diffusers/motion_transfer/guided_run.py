@@ -20,9 +20,16 @@ from torch import Tensor
 from torch.nn import Module
 
 from corrdit.integrations.diffusers.backbones.base import Backbone
-from corrdit.integrations.diffusers.host.forwards import Arguments, Forward, frozen, replaced_forward, transformers_of
+from corrdit.integrations.diffusers.host.forwards import (
+    Arguments,
+    Forward,
+    OneThread,
+    frozen,
+    replaced_forward,
+    transformers_of,
+    weights_kept_for_backward,
+)
 from corrdit.integrations.diffusers.host.steps import PipelineSteps, branches_of, rows_of
-from corrdit.integrations.diffusers.inversion import noise_path
 from corrdit.integrations.diffusers.layouts import ForwardCall, forward_arguments
 from corrdit.integrations.diffusers.motion_transfer.attention_editing import (
     AttentionParts,
@@ -38,7 +45,8 @@ from corrdit.integrations.diffusers.motion_transfer.optimisation import (
     LossFunction,
     optimised,
 )
-from corrdit.integrations.diffusers.motion_transfer.predicted import CleanPrediction, StepCalls, along
+from corrdit.integrations.diffusers.motion_transfer.predicted import StepCalls
+from corrdit.integrations.diffusers.motion_transfer.prediction_loss import prediction_loss
 from corrdit.integrations.diffusers.motion_transfer.reference import ReferenceMotion
 from corrdit.integrations.diffusers.motion_transfer.run_state import (
     RunState,
@@ -46,7 +54,7 @@ from corrdit.integrations.diffusers.motion_transfer.run_state import (
     scheduler_variables,
 )
 from corrdit.integrations.diffusers.motion_transfer.schedule import run_scheduler
-from corrdit.integrations.diffusers.motion_transfer.step_reference import StepReference, timestep_of
+from corrdit.integrations.diffusers.motion_transfer.step_reference import StepReference
 from corrdit.integrations.diffusers.motion_transfer.stored import StoredMotion, mixed
 from corrdit.integrations.diffusers.transfer_settings import TransferSettings
 
@@ -98,6 +106,7 @@ class GuidedRun:
         self._counter = PipelineSteps(backbone.pipe)
         self._inside = False
         self._shift: Tensor | None = None
+        self._loop_dtype: torch.dtype | None = None
         self._unshifted: Tensor | None = None
         self._injected: AttentionParts = {}
         self._positions: PositionalTables | None = None
@@ -114,13 +123,23 @@ class GuidedRun:
         with contextlib.ExitStack() as stack:
             stack.callback(setattr, pipe, "scheduler", own)
             pipe.scheduler = scheduler
+            stack.enter_context(weights_kept_for_backward(pipe))
             for transformer in transformers_of(pipe):
+                thread = stack.enter_context(OneThread(transformer))
                 stack.enter_context(frozen(transformer))
-                through = functools.partial(self._forward, transformer)
-                stack.enter_context(replaced_forward(transformer, through))
+                through = functools.partial(self._forward, transformer, thread)
+                stack.enter_context(replaced_forward(transformer, through, round_hooks=True))
             yield
 
-    def _forward(self, transformer: Module, own: Forward, args: tuple[object, ...], kwargs: Arguments) -> object:
+    def _forward(
+        self,
+        transformer: Module,
+        thread: OneThread,
+        own: Forward,
+        args: tuple[object, ...],
+        kwargs: Arguments,
+    ) -> object:
+        thread.check()
         if self._inside:
             return own(*args, **kwargs)
         arguments = forward_arguments(transformer, args, kwargs)
@@ -241,30 +260,12 @@ class GuidedRun:
             prediction: of the pipeline for them.
         """
         predicted = self._calls.combined(prediction)
-        scheduler = self._backbone.pipe.scheduler
-        path = noise_path(scheduler, name=self._backbone.name)
-        here = CleanPrediction(self._backbone, path, step, timestep_of(call))
-        maps = functools.partial(self._latents.maps, grid=call.grid)
-        mean = None
-        if step > 0 and self._objective.velocity_kept < 1:
-            begun = self.state.noise if self.state.start is None else self.state.start
-            assert begun is not None
-            first = CleanPrediction(self._backbone, path, 0, float(scheduler.timesteps[0]))
-            mean = maps(here.normal(sample.float()) - first.normal(begun.to(sample.device).float()))
-            mean = mean / (here.sigma - first.sigma)
-        known = [(sample.float(), prediction)]
-
-        def loss_of(leaves: Leaves) -> Tensor:
-            latents = leaves["latent"]
-            with torch.no_grad():
-                outputs = [output for at, output in known if torch.equal(at, latents)]
-                output = outputs[0] if outputs else predicted(latents)
-                velocity = maps(here.velocity(latents.float(), output.float()))
-                if mean is not None:
-                    velocity = along(velocity, mean, self._objective.velocity_kept)
-            clean = here.clean(maps(latents), velocity)
-            return self._objective.loss(self._reader.prediction(clean, call.grid), wanted)
-
+        begun = self.state.noise if self.state.start is None else self.state.start
+        assert begun is not None
+        loss_of = prediction_loss(
+            self._backbone, self._objective, self._reader, call, step,
+            begun=begun, known=(sample, prediction), predicted=predicted, wanted=wanted,
+        )  # fmt: skip
         found = self._minimised({"latent": sample}, loss_of, step, half=False)
         result = predicted(found["latent"])
         self._use(found)
@@ -348,13 +349,19 @@ class GuidedRun:
             bound = inspect.signature(own).bind(*args, **kwargs)
             sample = bound.arguments["sample"]
             self._check_same_latents(sample)
+            # Float32 through the step, as in the released code: bfloat16 would round changes of a thousandth away.
+            self._loop_dtype = sample.dtype
+            wide = torch.promote_types(sample.dtype, torch.float32)
             if self._minimise is not None:
-                begun = sample if self._shift is None else (sample.float() + self._shift.to(sample.device))
+                begun = sample if self._shift is None else sample.to(wide) + self._shift.to(sample.device, wide)
                 bound.arguments["model_output"] = self._minimise(begun, bound.arguments["model_output"])
             assert self._shift is not None
-            bound.arguments["sample"] = (sample.float() + self._shift.to(sample.device)).to(sample.dtype)
+            bound.arguments["sample"] = sample.to(wide) + self._shift.to(sample.device, wide)
             args, kwargs = bound.args, bound.kwargs
-        outputs = own(*args, **kwargs)
+        outputs: Any = own(*args, **kwargs)
+        if self._loop_dtype is not None:
+            # Schedulers of several steps keep the wide sample for the next one.
+            outputs = (outputs[0].to(self._loop_dtype), *outputs[1:])
         self.state.finished = index + 1
         self.state.outputs = tuple(outputs)
         self.state.scheduler = scheduler_variables(scheduler)

@@ -91,7 +91,7 @@ def transfer_plan(
         float(backbone.predict(latents, 500.0).flatten()[0])  # waits for the device
         seconds.append(time.perf_counter() - began)
     weights = sum(weight.numel() for weight in backbone.transformer.parameters())
-    width_of_attention = int(config.num_attention_heads) * int(config.attention_head_dim) * backbone.layers
+    width_of_attention = backbone.heads * backbone.layout().head_width(backbone.transformer) * backbone.layers
 
     def work(frames: int, rows: int, columns: int) -> float:
         text = backbone.with_text(TokenGrid(frames, rows, columns)).text_tokens

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from corrdit.array_files import read_safetensors
 from corrdit.files import written_beside
 from corrdit.integrations.diffusers.motion_transfer.optimisation import LARGEST_LOSS_SCALE, OptimiserMemory
-from corrdit.integrations.diffusers.motion_transfer.stored import flattened, nested, read_safetensors
+from corrdit.integrations.diffusers.motion_transfer.stored import flattened, nested
 
 FORMAT = "corrdit transfer state 2"
 
@@ -70,7 +71,10 @@ class RunState:
         Raises:
             ValueError: another file, or the state of a run with another reference, prompt, model or settings.
         """
-        tensors, metadata = read_safetensors(path)
+        try:
+            tensors, metadata = read_safetensors(path)
+        except ValueError as error:
+            raise ValueError(f"{error}; it held the state of a transfer, remove it to begin anew") from error
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{os.fspath(path)} holds no state of a transfer; give another place for it")
         if metadata["fingerprint"] != fingerprint:

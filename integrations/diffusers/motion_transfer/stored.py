@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from corrdit.files import written_beside
+from corrdit.array_files import read_safetensors
+from corrdit.files import parsed_json, written_beside
 
 FORMAT = "corrdit motion 1"
 
@@ -97,7 +98,10 @@ class StoredMotion:
         tensors, metadata = read_safetensors(path)
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{path} holds no stored motion of a transfer; give a file that a transfer saved")
-        return cls(**json.loads(metadata["facts"]), tensors=nested(tensors))
+        try:
+            return cls(**parsed_json(metadata["facts"]), tensors=nested(tensors))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged: {error}; give a file that a transfer saved") from error
 
 
 def composed(inside: StoredMotion, outside: StoredMotion, tokens: Tensor, latents: Tensor) -> StoredMotion:
@@ -148,24 +152,6 @@ def mixed(
             share = tokens.flatten().to(own).reshape([-1 if at == axis else 1 for at in range(own.ndim)])
         chosen[name] = torch.where(share > 0, own, outside[name].to(own))
     return chosen
-
-
-def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file.
-
-    Raises:
-        ValueError: not a safetensors file.
-        FileNotFoundError: no file.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{os.fspath(path)} does not exist")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{os.fspath(path)} is not a whole safetensors file: {error}") from error
 
 
 def flattened(tensors: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
