@@ -291,26 +291,14 @@ class GuidedRun:
 
     def _take_stored(self, transformer: Module, conditional: Arguments, call: ForwardCall, step: int) -> None:
         assert self._stored is not None
-        found = self._stored.tensors.get(step)
-        if found is None:
+        if step not in self._stored.tensors:
             return
         if self._stored.kind == "latent":
             own: Mapping[str, Tensor] = {"latent": self._latents.split(conditional["hidden_states"])[0]}
         else:
             own = self._positional(transformer, conditional, call).original
-        expected = {name: tensor.shape for name, tensor in own.items()}
-        given = {name: tensor.shape for name, tensor in found.items()}
-        if given != expected:
-            raise ValueError(
-                f"the stored {self._stored.kind} of step {step} has shapes {_shapes(given)}, this model and size need "
-                f"{_shapes(expected)}; generate with the model and size it was made with"
-            )
-        device = conditional["hidden_states"].device
-        chosen = {name: tensor.to(device) for name, tensor in found.items()}
-        if self._reader.region is not None:
-            inside = self._latents.region(self._reader.region)
-            chosen = mixed(chosen, own, self._reader.region, inside)
-        self._use(chosen)
+        found, region = self._stored.at(step, own), self._reader.region
+        self._use(found if region is None else mixed(found, own, region, self._latents.region(region)))
 
     def _loss(self, transformer: Module, arguments: Arguments, call: ForwardCall, wanted: Mapping[int, Any]) -> Tensor:
         assert self._objective.reads is not None
@@ -394,7 +382,3 @@ class GuidedRun:
                 f"motion is transferred to one video at a time, but the pipeline denoises {videos}; give one prompt"
             )
         return rows
-
-
-def _shapes(shapes: Mapping[str, torch.Size]) -> str:
-    return ", ".join(f"{name} {list(shape)}" for name, shape in sorted(shapes.items()))

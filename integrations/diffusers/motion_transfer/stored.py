@@ -50,6 +50,25 @@ class StoredMotion:
         """The denoising steps from the first to the last that something is stored for."""
         return range(min(self.tensors), max(self.tensors) + 1) if self.tensors else range(0)
 
+    def at(self, step: int, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What is stored of a step, where the run's own tensors are.
+
+        Args:
+            step: one that something is stored for.
+            own: what of the run it takes the place of, by name.
+
+        Raises:
+            ValueError: other names or shapes than the run's.
+        """
+        found = self.tensors[step]
+        given, expected = ({name: tensor.shape for name, tensor in one.items()} for one in (found, own))
+        if given != expected:
+            raise ValueError(
+                f"the stored {self.kind} of step {step} has shapes {_shapes(given)}, this model and size need "
+                f"{_shapes(expected)}; generate with the model and size it was made with"
+            )
+        return {name: tensor.to(own[name].device) for name, tensor in found.items()}
+
     def check_fits(
         self,
         model: str,
@@ -152,6 +171,10 @@ def mixed(
             share = tokens.flatten().to(own).reshape([-1 if at == axis else 1 for at in range(own.ndim)])
         chosen[name] = torch.where(share > 0, own, outside[name].to(own))
     return chosen
+
+
+def _shapes(shapes: Mapping[str, torch.Size]) -> str:
+    return ", ".join(f"{name} {list(shape)}" for name, shape in sorted(shapes.items()))
 
 
 def flattened(tensors: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
