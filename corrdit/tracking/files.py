@@ -106,7 +106,8 @@ def track_at_size(
     extent = np.array([video.shape[2], video.shape[1]], dtype=np.float32)
     factor = extent / np.array(size[::-1], dtype=np.float32)
     shrunk = given.copy()
-    shrunk[:, 1:] = _kept_inside(given[:, 1:], factor, size)
+    # The product is rounded, and points on the border stay inside.
+    shrunk[:, 1:] = np.minimum(given[:, 1:] * factor, np.array(size[::-1], dtype=np.float32) * factor)
     tracks = tracker.track(video, shrunk, progress=progress, resume=resume)
     xy = tracks.xy / torch.from_numpy(factor)
     xy[given[:, 0].astype(int), np.arange(len(given))] = torch.from_numpy(given[:, 1:])
