@@ -7,7 +7,6 @@ taken.
 
 from __future__ import annotations
 
-import json
 import math
 import pathlib
 import re
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 
 from corrdit.arguments import nearest
+from corrdit.files import parsed_json
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
@@ -198,7 +198,7 @@ def _stored_shapes(folder: pathlib.Path) -> Shapes:
                 (length,) = struct.unpack("<Q", opened.read(8))
                 if length > file.stat().st_size:
                     raise ValueError("its header is longer than the file")
-                header = json.loads(opened.read(length))
+                header = parsed_json(opened.read(length).decode())
             shapes |= {name: list(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
         except (struct.error, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{file} is not a safetensors file, or a damaged one: {error}") from error
@@ -261,8 +261,8 @@ def _numbers(entries: object, name: str = "an entry") -> Iterator[tuple[str, flo
 
 def _read_json(file: pathlib.Path, what: str) -> dict[str, object]:
     try:
-        contents = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        contents = parsed_json(file.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{file} is not {what}: {error}") from error
     if not isinstance(contents, dict):
         raise ValueError(f"{file} is not {what}: it holds a {type(contents).__name__}")

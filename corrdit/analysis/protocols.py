@@ -8,6 +8,8 @@ from typing import Any
 
 from corrdit.arguments import choice, resolved_index, whole_number
 from corrdit.geometry import GEOMETRIES
+from corrdit.ops.backends import check_budget
+from corrdit.tracking.released_costs import ROUNDINGS
 
 FEATURE_READINGS = ("attention output", "projected output")
 """Intermediate features: heads joined before the attention's output projection, and what comes out of it."""
@@ -22,6 +24,8 @@ _CHOICES = {
     "similarity": ("cosine", "dot"),
     "latents": ("frames", "video"),
     "noise": ("noised", "inverted", "clean"),
+    "average": ("pooled", "released"),
+    "rounding": ROUNDINGS,
 }
 
 
@@ -37,7 +41,7 @@ class AnalysisOptions:
         low_pass: standard deviations in tokens of low-pass filters on queries and keys (see
             `corrdit.tracking.filtering`); the mean over heads is also read through each of them.
         features: whether intermediate features are matched too.
-        thresholds: largest distances of a hit in pixels of the encoded frames; None for 1/4 to 4 tokens.
+        thresholds: a hit is nearer than this, in pixels of the encoded frames; None for 1/4 to 4 tokens.
         least_motion: in tokens; points that moved farther from their place in the first frame are also counted apart,
             because points that stand still are matched well by a map that never moves.
         geometry: "centers" (token centres) or "released" (DiffTrack's reading of match maps), see
@@ -48,7 +52,13 @@ class AnalysisOptions:
             of the video frames it stands for and interpolates linearly; "released" stretches them evenly.
         similarity: of features: "cosine", or "dot" (released).
         count_query_frame: whether the query frame, where every point is right, counts as a match (released).
+        count_hidden_starts: whether points hidden in the first frame count where they are seen later (released).
+        average: "pooled" counts every position of every video the same. "released" is DiffTrack's: the confidence of a
+            point is its mean over the frames that show it (0 for none) and all points are in their mean, and what is
+            reported, best and harmonic mean included, is the mean of the videos' own figures.
         bidirectional: whether the softmax over source tokens takes part in query-key matching.
+        rounding: of matches, "none" or "bfloat16": the arithmetic of DiffTrack's released runs, in which near
+            candidates tie, see `corrdit.tracking.released_costs`. Filtered readings stay unrounded.
         latents: of given videos: "frames" (every frame a latent of its own, as the tracker reads) or "video"
             (temporally compressed as the model was trained; released).
         noise: of given videos: "noised" (fresh noise to the timestep of each step), "inverted" (along the model's own
@@ -78,7 +88,10 @@ class AnalysisOptions:
     time: str = "codec"
     similarity: str = "cosine"
     count_query_frame: bool = False
+    count_hidden_starts: bool = False
+    average: str = "pooled"
     bidirectional: bool = True
+    rounding: str = "none"
     latents: str = "frames"
     noise: str = "noised"
     seed: int = 0
@@ -94,9 +107,10 @@ class AnalysisOptions:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, _distinct(name, value))
-        for name, minimum in (("inference_steps", 1), ("max_frames", 2), ("tokens_per_frame", 1)):
+        for name, minimum in (("inference_steps", 1), ("max_frames", 2), ("tokens_per_frame", 1), ("memory_budget", 1)):
             if getattr(self, name) is not None:
                 whole_number(name, getattr(self, name), minimum)
+        check_budget(self.backend, self.memory_budget)
         if self.thresholds is not None:
             given = tuple(float(threshold) for threshold in self.thresholds)
             if not given or not all(0 < threshold < float("inf") for threshold in given):
@@ -133,6 +147,8 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
         "time": "released",
         "similarity": "dot",
         "count_query_frame": True,
+        "count_hidden_starts": True,
+        "average": "released",
         "latents": "video",
     },
 }

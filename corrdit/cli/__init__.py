@@ -161,6 +161,8 @@ def _run(command: str, arguments: list[str]) -> int:
         parsed = parser.parse_args(_with_joined_values(arguments, options))
     except Exception as error:
         raise ValueError(_parser_words(_one_line(error), parser._actions)) from error
+    if parsed.get("output") == "":
+        raise ValueError("--output is an empty name; give that of a folder or file, which is made if need be")
     return int(module.run(parsed))
 
 

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
 OptionTable = dict[str, tuple[Any, str]]
 """Type and help text of options by their names as arguments of a function."""
-DTYPES = ("float32", "bfloat16", "float16")
-_SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "float": "float32"}
 PLACEMENTS = ("device", "offload", "offload_groups", "offload_layers", "shards")
 WEIGHTS = ("own", "float8", "int8")
 """Both those of `corrdit.integrations.diffusers.placement`."""
@@ -30,6 +28,8 @@ class TrainerDevices(TypedDict):
 
 def add_device_options(parser: ArgumentParser) -> None:
     """--device, --dtype, --placement and how the model is made to fit."""
+    from corrdit.arguments import DTYPES
+
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, mps ...; the model decides if left out")
     parser.add_argument(
         "--dtype",
@@ -60,11 +60,11 @@ def add_device_options(parser: ArgumentParser) -> None:
 
 
 def _dtype_name(name: str) -> str:
-    """One of `DTYPES`, from that or from a short form of it."""
-    from corrdit.arguments import choice
+    """As `dtype_name`, for the parser."""
+    from corrdit.arguments import dtype_name
 
     try:
-        return choice("--dtype", _SHORT_DTYPES.get(name.removeprefix("torch."), name.removeprefix("torch.")), DTYPES)
+        return dtype_name("--dtype", name)
     except ValueError as error:
         raise ArgumentTypeError(str(error)) from error
 

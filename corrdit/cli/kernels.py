@@ -26,11 +26,20 @@ _COLUMNS = (
     ("registers", 10), ("spill_bytes", 12), ("shared_bytes", 13), ("launchable", 11), ("tensor_cores", 13),
     ("instructions_per_element", 24),
 )  # fmt: skip
+_CARDS = {
+    **dict.fromkeys(("a100", "a30"), "80"),
+    **dict.fromkeys(("l4", "l40", "l40s", "rtx4090"), "89"),
+    **dict.fromkeys(("h100", "h200", "gh200"), "90"),
+    **dict.fromkeys(("b100", "b200", "gb200"), "100"),
+}
+"""NVIDIA's compute capabilities, https://developer.nvidia.com/cuda-gpus."""
 _KEY = ("op", "heads", "dtype", "head_dim", "arch")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--arch", type=int, nargs="+", default=[90], help="compute capabilities: 80, 89, 90, 100")
+    parser.add_argument(
+        "--arch", nargs="+", default=["90"], help="compute capabilities (80, 89, 90, 100) or cards (a100, h100, ...)"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
     parser.add_argument("--output", type=str, default=None, help="a JSON file that collects the rows")
     parser.add_argument("--op", nargs="+", default=None, help="only these operations")
@@ -42,15 +51,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     # Compiling is what is asked for: interpreted kernels cannot be compiled.
     os.environ.pop("TRITON_INTERPRET", None)
+    from corrdit.arguments import dtype_name
     from corrdit.kernels.inspection.catalogue import compile_entry, requests, sources
     from corrdit.kernels.requirements import DTYPES, HEAD_DIMS
     from corrdit.kernels.shared.configs import ARCHITECTURES
 
     # Everything is looked at before the first kernel is compiled.
-    _check("--arch", arguments.arch, [int(name.replace(".", "")) for name in ARCHITECTURES])
-    _check("--dtype", arguments.dtype, [str(dtype).removeprefix("torch.") for dtype in DTYPES])
+    arches = [_compute_capability(name, [name.replace(".", "") for name in ARCHITECTURES]) for name in arguments.arch]
+    accepted = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    dtypes = [dtype_name("--dtype", name, accepted) for name in arguments.dtype]
     _check("--head-dim", arguments.head_dim, range(HEAD_DIMS[0], HEAD_DIMS[1] + 1))
-    wanted = list(requests(arguments.arch, arguments.dtype, arguments.head_dim, arguments.op))
+    wanted = list(requests(arches, dtypes, arguments.head_dim, arguments.op))
     output = None if arguments.output is None else pathlib.Path(arguments.output)
     digest = f"{sources()} {arguments.precision}"
     rows = [] if output is None else _rows_of(output, digest)
@@ -70,18 +81,34 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _compute_capability(name: str, accepted: Sequence[str]) -> int:
+    """90 for "90", "9.0", "sm_90" or "h100"."""
+    from corrdit.arguments import nearest
+
+    word = name.lower()
+    number = _CARDS.get(word, word.removeprefix("sm_").replace(".", ""))
+    if number not in accepted:
+        raise ValueError(
+            f"--arch must be one of {', '.join(accepted)} (compute capabilities) or {', '.join(_CARDS)}, got {name}"
+            f"{nearest(word, [*accepted, *_CARDS])}"
+        )
+    return int(number)
+
+
 def _line(row: dict[str, object]) -> str:
     return "".join(str(row[name]).ljust(width) for name, width in _COLUMNS).rstrip()
 
 
 def _rows_of(output: pathlib.Path, digest: str) -> list[dict[str, object]]:
     """The rows a file holds if they are of these sources; none where there is no file or it is of others."""
+    from corrdit.files import parsed_json
+
     if not output.exists():
         return []
     try:
-        held = json.loads(output.read_text(encoding="utf-8"))
+        held = parsed_json(output.read_text(encoding="utf-8"))
         return list(held["rows"]) if held["sources"] == digest else []
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--output {output} holds something else than rows of this command; name another") from error
 
 

@@ -22,7 +22,9 @@ import numpy as np
 
 from corrdit.arguments import choice, whole_number
 from corrdit.data.restricted_pickle import load_arrays
+from corrdit.files import refuse_address
 from corrdit.tracking.tracks import Tracks
+from corrdit.video.info import FRAME_SUFFIXES, VIDEO_SUFFIXES
 
 QUERY_MODES = ("first", "strided", "frame_0")
 PUBLISHED_STRIDE = 5
@@ -191,7 +193,7 @@ def read_tapvid(
     files = [(shard, f"{shard.stem}/") for shard in shard_files(path)] if path.is_dir() else [(path, "")]
     for file, prefix in files:
         try:
-            entries = named_entries(file, load_arrays(file))
+            entries = file_entries(file)
         except ValueError as error:
             if on_broken is None:
                 raise
@@ -225,8 +227,15 @@ def shard_files(path: Path) -> list[Path]:
     return shards
 
 
-def named_entries(file: Path, contents: object) -> list[tuple[str, object]]:
-    """Names and raw contents of the videos in what a file holds; ValueError where it is no TAP-Vid file."""
+def file_entries(file: Path) -> list[tuple[str, object]]:
+    """Names and raw contents of the videos of a file; ValueError where it is no TAP-Vid file."""
+    refuse_address(file)
+    if file.suffix.lower() in VIDEO_SUFFIXES + FRAME_SUFFIXES:
+        raise ValueError(
+            f"{file} is a video or a picture; a TAP-Vid file is a pickle of videos with annotated points (.pkl), and "
+            "without annotations nothing can be scored (`corrdit track` follows points through a video)"
+        )
+    contents = load_arrays(file)
     if isinstance(contents, dict) and contents and all(isinstance(entry, dict) for entry in contents.values()):
         return [(str(name), contents[name]) for name in sorted(contents, key=str)]
     if isinstance(contents, (list, tuple)) and contents:

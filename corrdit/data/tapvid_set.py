@@ -14,9 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from corrdit.array_files import content_digest, read_arrays
-from corrdit.data.restricted_pickle import load_arrays
-from corrdit.data.tapvid import SHARD_PATTERN, TapVidVideo, annotated_video, named_entries, shard_files
-from corrdit.files import file_digest
+from corrdit.data.tapvid import SHARD_PATTERN, TapVidVideo, annotated_video, file_entries, shard_files
+from corrdit.files import file_digest, refuse_address
 
 WORLD_ARRAYS = ("video", "xy", "visible")
 
@@ -53,6 +52,7 @@ class TapVidSet:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        refuse_address(path)
         self.path = Path(path)
         self._loaded: tuple[str, Sequence[tuple[str, object]]] | None = None
         if not self.path.is_dir():
@@ -116,7 +116,7 @@ class TapVidSet:
         if self._loaded is None or self._loaded[0] != file:
             self._loaded = None  # the old file goes before the new one comes
             path = self.path / file if self._in_folder else self.path
-            self._loaded = (file, named_entries(path, load_arrays(path)))
+            self._loaded = (file, file_entries(path))
         return self._loaded[1]
 
 

@@ -55,7 +55,8 @@ def capture(
 
     Args:
         model: a diffusers video pipeline (or a backbone, for its pipeline), or a bare transformer. Blocks may be
-            compiled one by one; their queries and keys then live until the end of the forward.
+            compiled one by one; their queries and keys then live until the end of the forward. Inside the block its
+            forwards come from one thread; a model that several threads share is loaded once for each.
         layers: indices over all attention blocks in the order they run (HunyuanVideo: dual, then single);
             negative ones count from the last.
         steps: denoising steps of the pipeline's loop, negative ones counted from the last; None for every step.

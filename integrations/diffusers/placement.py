@@ -124,7 +124,7 @@ def placed_backbone(
         ImportError: weights that need a package which is not installed.
     """
     wanted, device = placement_of(placement), device or torch.device("cpu")
-    name = named_dtype(dtype)
+    name = loading.named_dtype(dtype)
     precision: torch.dtype | None = None if name is None else getattr(torch, name)
     if wanted.weights == "int8" and importlib.util.find_spec("torchao") is None:
         raise ImportError('weights="int8" needs torchao, which is not installed; pip install torchao')
@@ -144,20 +144,6 @@ def placed_backbone(
     if wanted != Placement():
         place(backbone.pipe, wanted, device)
     return backbone
-
-
-def named_dtype(dtype: torch.dtype | str | None) -> str | None:
-    """The name of a type of torch, such as "bfloat16"; None for None.
-
-    Raises:
-        ValueError: no such type.
-    """
-    if dtype is None:
-        return None
-    name = str(dtype).removeprefix("torch.")
-    if not isinstance(getattr(torch, name, None), torch.dtype):
-        raise ValueError(f"dtype must be the name of a type of torch such as 'bfloat16', or the type, got {dtype!r}")
-    return name
 
 
 def preset_for_loading(

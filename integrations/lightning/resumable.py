@@ -12,11 +12,11 @@ import lightning
 import torch
 
 from corrdit.integrations.diffusers.backbones.base import Backbone
+from corrdit.integrations.diffusers.backbones.loading import named_dtype
 from corrdit.integrations.diffusers.backbones.presets import Preset
 from corrdit.integrations.diffusers.fingerprint import model_facts
 from corrdit.integrations.diffusers.placement import (
     Placement,
-    named_dtype,
     placed_backbone,
     placement_of,
     preset_for_loading,

@@ -14,7 +14,7 @@ import torch
 
 from corrdit.arguments import flag
 from corrdit.array_files import content_digest
-from corrdit.files import file_digest
+from corrdit.files import file_digest, refuse_address, short_name
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.backbones.presets import Preset
 from corrdit.integrations.diffusers.motion_transfer.reference import at_rate
@@ -200,7 +200,7 @@ class TransferModule(ResumableModule[Pair]):
         inputs = pair_inputs(sample)
         frames, fps = at_rate(video.frames, video.fps, self.fps)
         # Of these inputs, so that a run begins anew where they are others.
-        state = self.output / f".{name}.{content_digest(sample, inputs)[:8]}.transfer-state.safetensors"
+        state = self.output / f".{short_name(name)}.{content_digest(sample, inputs)[:8]}.transfer-state.safetensors"
         result = self._transfer(frames, prompt, seed=sample["seed"], state_file=state, keep_state=True, **self.call)
         backbone = self._transfer.backbone
         measured: dict[str, float] = {}
@@ -211,11 +211,13 @@ class TransferModule(ResumableModule[Pair]):
         if self._similarity is not None:
             measured["image_quality"] = self._similarity(result.video, prompt)
         with self.results.result(name, inputs) as made:
+            known = {} if video.info.hdr is None else {"hdr": video.info.hdr}
+            settings = self._transfer.settings
             write_transfer(
-                made.folder, result, backbone, self._transfer.settings, prompt=prompt, fps=fps, measured=measured
+                made.folder, result, backbone, settings, prompt=prompt, fps=fps, measured=measured, known=known
             )
             made.facts.update(sample)
-        for left in self.output.glob(f".{glob.escape(name)}.*.transfer-state.safetensors"):
+        for left in self.output.glob(f".{glob.escape(short_name(name))}.*.transfer-state.safetensors"):
             left.unlink(missing_ok=True)
         return measured
 
@@ -260,6 +262,7 @@ def _pair(row: dict[str, str], number: int, path: Path) -> Pair:
     if name.startswith(".") or Path(name).name != name:
         raise ValueError(f"{path}, row {number + 1}: {name!r} is no name of a folder")
     video = Path(row["video"].strip())
+    refuse_address(video)
     # Absolute, so that a run that goes on from another folder finds its pairs again.
     place = os.path.abspath(path.parent / video)
     return {"name": name, "video": place, "prompt": row["prompt"].strip(), "seed": int(seed)}

@@ -250,18 +250,21 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch, tmp_path):
     ("name", "options", "message"),
     [
         ("embedded", {"device": "gpu"}, "device 'gpu' cannot be used on this machine"),
-        (
-            "embedded",
-            {"dtype": "float16"},
-            "a floating-point torch dtype such as torch.bfloat16, or None, got 'float16'",
-        ),
-        ("embedded", {"dtype": torch.int8}, "a floating-point torch dtype"),
+        ("embedded", {"dtype": "float61"}, "dtype must be one of .*, got 'float61'; did you mean float64"),
+        ("embedded", {"dtype": torch.int8}, "dtype must be one of float32, bfloat16, float16, float64, got 'int8'"),
+        ("embeded", {}, "unknown model 'embeded'; did you mean embedded"),
+        ("cogvideox2b", {}, "unknown model 'cogvideox2b'; did you mean cogvideox-2b"),
         (None, {}, "a string or a path, got a NoneType"),
     ],
 )
 def test_wrong_arguments(name, options, message):
     with pytest.raises(ValueError, match=message):
         load_backbone(name, **options)
+
+
+@pytest.mark.parametrize("name", ["bf16", "torch.bfloat16", "bfloat16"])
+def test_a_dtype_by_its_name(name):
+    assert load_backbone("embedded", dtype=name).dtype == torch.bfloat16
 
 
 def test_folders_without_a_pipeline(tmp_path):

@@ -7,18 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from corrdit.integrations.diffusers import processors
-from corrdit.integrations.diffusers.backbones import cogvideox, hunyuanvideo, ltx, mochi, wan
+from corrdit.integrations.diffusers import family_layouts, processors
 from corrdit.integrations.diffusers.host import attention
 from corrdit.integrations.diffusers.testing.conformance import CHECKS, GENERATION_CHECK
 from corrdit.testing import TINY_MODELS, check_backbone, tiny_backbone, tiny_generation
 
 LAYOUTS = {
-    "cogvideox": cogvideox.CogVideoXLayout,
-    "hunyuanvideo": hunyuanvideo.HunyuanVideoLayout,
-    "wan": wan.WanLayout,
-    "ltx": ltx.LTXLayout,
-    "mochi": mochi.MochiLayout,
+    "cogvideox": family_layouts.CogVideoXLayout,
+    "hunyuanvideo": family_layouts.HunyuanVideoLayout,
+    "wan": family_layouts.WanLayout,
+    "ltx": family_layouts.LTXLayout,
+    "mochi": family_layouts.MochiLayout,
 }
 FAMILIES = tuple(LAYOUTS)
 

@@ -262,7 +262,7 @@ def test_lightning_cli_builds_both_from_a_file(davis, tmp_path, monkeypatch):
     "make, message",
     [
         (lambda folder: EvaluationModule(output=folder, on_broken="ignore"), "on_broken must be one of"),
-        (lambda folder: EvaluationModule(output=folder, dtype="float12"), "dtype must be the name"),
+        (lambda folder: EvaluationModule(output=folder, dtype="float12"), "dtype must be one of"),
         (lambda folder: EvaluationModule(output=folder, placement="moon"), "placement must be one of"),
         (lambda folder: EvaluationModule(output=folder, trackers="best"), "unknown tracker"),
         (lambda folder: EvaluationModule(output=folder, model_preset=folder / "absent"), "there is no preset file"),

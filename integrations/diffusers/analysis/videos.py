@@ -33,7 +33,7 @@ class EncodedVideo:
 
     Args:
         latents: `[F, C, h, w]`.
-        truth: of the points that are visible in the first frame.
+        truth: of the points that are visible in the first frame, or of all where hidden ones count.
         frames: the chosen frames, uint8 `[T, H, W, 3]`, at their own size.
         scale: (x, y) factor from pixels of the video to pixels of the encoded frames.
     """
@@ -73,7 +73,13 @@ def empty_table(
 
 
 def encoded_video(
-    backbone: Backbone, video: np.ndarray, xy: np.ndarray, visible: np.ndarray, options: AnalysisOptions
+    backbone: Backbone,
+    video: np.ndarray,
+    xy: np.ndarray,
+    visible: np.ndarray,
+    options: AnalysisOptions,
+    *,
+    starts: np.ndarray | None = None,
 ) -> EncodedVideo:
     """Choose frames, encode them, and carry the tracks over.
 
@@ -81,8 +87,9 @@ def encoded_video(
         backbone: of `load_backbone`.
         video: uint8 `[T, H, W, 3]`.
         xy: `[T, P, 2]`, true (x, y) in pixels of the video.
-        visible: bool `[T, P]`; points not visible in the first frame are left out.
+        visible: bool `[T, P]`; points not visible in the first frame are left out, unless they count.
         options: see `AnalysisOptions`.
+        starts: `[P, 2]`, the queries in place of the positions in the first frame.
 
     Raises:
         ValueError: a video or tracks of another layout or length, no point that can be scored, or latents that are NaN.
@@ -97,7 +104,7 @@ def encoded_video(
     if len(xy) != len(video):
         raise ValueError(f"the video has {len(video)} frames, its tracks have {len(xy)}; they must agree")
     chosen = _chosen_frames(backbone, len(video), options)
-    frames, points = video[chosen], visible[0]
+    frames, points = video[chosen], np.ones_like(visible[0]) if options.count_hidden_starts else visible[0]
     height, width = encoded_size(backbone, video.shape[1], video.shape[2], options)
     encode = backbone.encode_frames if options.latents == "frames" else backbone.encode_video
     latents = encode(frames, height=height, width=width)
@@ -111,6 +118,7 @@ def encoded_video(
         xy=torch.from_numpy(xy[chosen][:, points]) * torch.tensor(scale),
         visible=torch.from_numpy(visible[chosen][:, points]),
         frame_map=tuple(map(tuple, groups)),
+        starts=None if starts is None else torch.from_numpy(starts[points]) * torch.tensor(scale),
     )
     return EncodedVideo(latents, truth, frames, scale)
 
@@ -122,6 +130,7 @@ def analyze_video(
     visible: np.ndarray,
     options: AnalysisOptions | None = None,
     *,
+    starts: np.ndarray | None = None,
     progress: Progress | None = None,
     on_reading: OnReading | None = None,
 ) -> AnalysisTable:
@@ -131,7 +140,7 @@ def analyze_video(
     layers and steps.
 
     Args:
-        backbone, video, xy, visible, options: as for `encoded_video`.
+        backbone, video, xy, visible, options, starts: as for `encoded_video`.
         progress: called with (steps done, steps in all).
         on_reading: `on_reading(step, layer, name, reading)`, called as each comes; name is "attention" or one of
             `corrdit.analysis.FEATURE_READINGS`.
@@ -142,7 +151,7 @@ def analyze_video(
     """
     options = options or AnalysisOptions()
     table = analysis_axes(backbone, options)
-    encoded = encoded_video(backbone, video, xy, visible, options)
+    encoded = encoded_video(backbone, video, xy, visible, options, starts=starts)
     score_standing_still(table, encoded.truth, len(encoded.latents), options)
     timesteps = dict(zip(table.steps, table.timesteps, strict=True))
     given = given_latents(backbone, encoded.latents, timesteps, options)
@@ -200,7 +209,7 @@ def score_reading(
     positions, first = (reading, table.readings.index(name)) if isinstance(reading, Tensor) else (reading.positions, 0)
     table.put_matches(step, layer, first, _counted(table, positions, truth, options))
     if not isinstance(reading, Tensor):
-        table.put_attention(step, layer, attention_sums(reading, truth))
+        table.put_attention(step, layer, attention_sums(reading, truth, options.average))
 
 
 def score_standing_still(table: AnalysisTable, truth: TrueTracks, frames: int, options: AnalysisOptions) -> None:

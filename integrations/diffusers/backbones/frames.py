@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from corrdit.integrations.diffusers.backbones.presets import Preset
-from corrdit.integrations.diffusers.layouts import Pipeline
+from corrdit.integrations.diffusers.layouts import Arguments, Pipeline
 
 
 def prepared_frames(
@@ -199,6 +199,25 @@ class FrameEncoder(abc.ABC):
         own = self.preset.reading
         size, stride = (height or own.height, width or own.width), self.token_stride
         return prepared_frames(video, size, stride=stride, name=self.name, first=first, antialias=antialias)
+
+    @property
+    def decoder_arguments(self) -> Arguments:
+        """What the codec's decoder is given beside the latents."""
+        return {}
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """The video that latents `[F, C, h, w]` of `encode_video` stand for, float `[T, 3, H, W]` in about -1..1."""
+        frames, _, height, width = latents.shape
+        given = latents.to(self.device).float().reshape(1, frames * self.frames_per_token, -1, height, width)
+        given = given.transpose(1, 2)
+        # Normalisation scales and shifts, so its values for 0 and 1 say how to undo it.
+        offset = self.normalized(torch.zeros_like(given))
+        scale = self.normalized(torch.ones_like(given)) - offset
+        video = self.pipe.vae.decode(
+            ((given - offset) / scale).to(self.pipe.vae.dtype), **self.decoder_arguments, return_dict=False
+        )[0]
+        return video[0].transpose(0, 1).float()
 
     @torch.no_grad()
     def _encode(self, clips: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from typing import TypedDict
 
 import torch
 
+from corrdit.arguments import DTYPES, dtype_name, nearest
 from corrdit.integrations.components import INDEX_FILE, loaded_models, pipeline_class, read_index
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.backbones.presets import PUBLISHED_MODELS, Preset, checked_preset, published_preset
@@ -32,7 +33,7 @@ def load_backbone(
     name: str | os.PathLike[str],
     *,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     preset: Preset | str | os.PathLike[str] | None = None,
 ) -> Backbone:
     """A video diffusion model ready to be read.
@@ -42,7 +43,8 @@ def load_backbone(
             registered under the entry-point group `corrdit.backbones`; a folder written by a pipeline's
             `save_pretrained`, with an optional `preset.json`; or a hub id such as "THUDM/CogVideoX-2b".
         device: where to put it; None for the CPU.
-        dtype: precision; None for float32 on the CPU and the published precision (or bfloat16) elsewhere.
+        dtype: precision, as torch's type or by its name ("bfloat16", "bf16"); None for float32 on the CPU and the
+            published precision (or bfloat16) elsewhere.
         preset: settings in place of the model's own ("default"): a `Preset`, a file that `corrdit calibrate` wrote, or
             "published" for DiffTrack's and DiTFlow's released procedures, with the settings that are published for a
             model of this shape, if any.
@@ -58,9 +60,10 @@ def load_backbone(
         raise ValueError(
             f"name must be a string or a path, got a {type(name).__name__}; backbone_of takes a pipeline that is loaded"
         )
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"dtype must be a floating-point torch dtype such as torch.bfloat16, or None, got {dtype!r}")
-    backbone = _loaded(os.fspath(name), _usable_device(device), dtype)
+    precision = named_dtype(dtype)
+    backbone = _loaded(
+        os.fspath(name), _usable_device(device), None if precision is None else getattr(torch, precision)
+    )
     if chosen is None:
         return backbone
     own = backbone.preset
@@ -69,6 +72,15 @@ def load_backbone(
     elif chosen.transfer is None and own.transfer is not None:
         chosen = replace(chosen, transfer=chosen.moved_to_layer(own.transfer))
     return backbone_of(backbone.pipe, name=backbone.name, preset=chosen)
+
+
+def named_dtype(dtype: torch.dtype | str | None) -> str | None:
+    """The name of a precision, such as "bfloat16", from it, a short form of it or torch's type; None for None.
+
+    Raises:
+        ValueError: no precision of a model.
+    """
+    return None if dtype is None else dtype_name("dtype", dtype, (*DTYPES, "float64"))
 
 
 def _loaded(text: str, device: torch.device, dtype: torch.dtype | None) -> Backbone:
@@ -82,7 +94,7 @@ def _loaded(text: str, device: torch.device, dtype: torch.dtype | None) -> Backb
         return _from_folder(folder, device, dtype)
     hub_id = PUBLISHED_MODELS[text.lower()].hub_id if text.lower() in PUBLISHED_MODELS else text
     if folder.is_absolute() or text.startswith(".") or not _HUB_ID.fullmatch(hub_id):
-        raise ValueError(f"unknown model {text!r}; accepted are {_accepted()}")
+        raise ValueError(f"unknown model {text!r}{_nearest_model(text)}; accepted are {_accepted()}")
     return _from_hub(hub_id, device, dtype)
 
 
@@ -212,8 +224,11 @@ def _from_hub(hub_id: str, device: torch.device, dtype: torch.dtype | None) -> B
         pipe = _load_pipeline(folder, hub_id, device, dtype or default_dtype(hub_id, device))
     except OSError as error:
         reason = "offline (HF_HUB_OFFLINE is set) and it is not in the local cache" if offline else str(error)
+        known = hub_id in {model.hub_id for model in PUBLISHED_MODELS.values()}
+        near = "" if known else _nearest_model(hub_id)
         raise ValueError(
-            f"cannot load {hub_id}: {reason}; without a network there are {EMBEDDED!r} and folders of save_pretrained"
+            f"cannot load {hub_id}: {reason}{near}; without a network there are {EMBEDDED!r} and folders of "
+            "save_pretrained"
         ) from error
     return backbone_of(pipe, name=hub_id)
 
@@ -299,6 +314,14 @@ def _families() -> str:
     return ", ".join(sorted(FAMILIES))
 
 
+def _names() -> list[str]:
+    return [EMBEDDED, *PUBLISHED_MODELS, *_third_party()]
+
+
+def _nearest_model(text: str) -> str:
+    """The end of a message, by names and hub ids."""
+    return nearest(text, [*_names(), *(model.hub_id for model in PUBLISHED_MODELS.values())])
+
+
 def _accepted() -> str:
-    names = [EMBEDDED, *PUBLISHED_MODELS, *_third_party()]
-    return f"{', '.join(names)}, a folder written by save_pretrained, or a hub id such as THUDM/CogVideoX-2b"
+    return f"{', '.join(_names())}, a folder written by save_pretrained, or a hub id such as THUDM/CogVideoX-2b"

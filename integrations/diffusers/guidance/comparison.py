@@ -107,10 +107,10 @@ def generate(
     check_generation(pipe, call or {})
     arguments = {**(call or {}), "prompt": prompt, "output_type": "np"}
     if guidance is None:
-        return GeneratedVideo(prompt, seed, _frames(pipe, arguments, seed), sample=sample)
+        return GeneratedVideo(prompt, seed, generated_frames(pipe, arguments, seed), sample=sample)
     with CrossAttentionGuidance(model, **guidance):
-        video = _frames(pipe, arguments, seed)
-    return GeneratedVideo(prompt, seed, video, _frames(pipe, arguments, seed), sample)
+        video = generated_frames(pipe, arguments, seed)
+    return GeneratedVideo(prompt, seed, video, generated_frames(pipe, arguments, seed), sample)
 
 
 def side_by_side(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -192,7 +192,8 @@ def export_for_vbench(
     return copied
 
 
-def _frames(pipe: Pipeline, arguments: Mapping[str, object], seed: int) -> np.ndarray:
+def generated_frames(pipe: Pipeline, arguments: Mapping[str, object], seed: int) -> np.ndarray:
+    """uint8 `[T, H, W, 3]` of a call whose output type is "np", the noise drawn on the CPU."""
     generator = torch.Generator("cpu").manual_seed(seed)
     frames = np.asarray(pipe(**arguments, generator=generator).frames[0])
     return np.round(frames * 255).clip(0, 255).astype(np.uint8)
