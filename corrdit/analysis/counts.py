@@ -24,6 +24,7 @@ class TrueTracks:
         xy: float `[T, P, 2]`, (x, y) in pixels of the encoded frames; the place in frame 0 is the query.
         visible: bool `[T, P]`.
         frame_map: for each latent frame the video frames it stands for.
+        starts: float `[P, 2]`, the queries in place of the positions in frame 0.
 
     Raises:
         ValueError: shapes that do not fit together, numbers that are not finite where a point is visible, no point
@@ -33,6 +34,7 @@ class TrueTracks:
     xy: Tensor
     visible: Tensor
     frame_map: tuple[tuple[int, ...], ...]
+    starts: Tensor | None = None
 
     def __post_init__(self) -> None:
         xy, visible = torch.as_tensor(self.xy).float(), torch.as_tensor(self.visible)
@@ -50,11 +52,16 @@ class TrueTracks:
             raise ValueError(f"the frame map names the frames {frames}, but the tracks have frames 0 to {len(xy) - 1}")
         object.__setattr__(self, "xy", torch.nan_to_num(xy))
         object.__setattr__(self, "visible", visible)
+        if self.starts is not None:
+            starts = torch.as_tensor(self.starts).float()
+            if starts.shape != xy.shape[1:]:
+                raise ValueError(f"starts must be [{xy.shape[1]}, 2], one for each point, got {list(starts.shape)}")
+            object.__setattr__(self, "starts", starts)
 
     @property
     def queries(self) -> Tensor:
-        """`[P, 2]` places in the first frame."""
-        return self.xy[0]
+        """`[P, 2]` places in the first frame from which points are matched."""
+        return self.xy[0] if self.starts is None else self.starts
 
 
 class MatchCounts(NamedTuple):
@@ -116,7 +123,7 @@ def match_counts(
     if not options.count_query_frame:
         counted = counted.clone()
         counted[0] = False
-    tokens = (truth.xy - truth.queries) / torch.tensor([stride[1], stride[0]])
+    tokens = (truth.xy - truth.xy[0]) / torch.tensor([stride[1], stride[0]])
     moving = counted & (tokens.norm(dim=-1) > options.least_motion)
     within = torch.stack([error < threshold for threshold in thresholds], dim=1)
     return MatchCounts(

@@ -14,6 +14,9 @@ from corrdit.runs import FAILURE_FILE, SETTINGS_FILE, Inputs, ResultFolder
 
 RESULT_FILE = "analysis.npz"
 VIDEOS_FOLDER = "videos"
+PICTURES_FOLDER = "pictures"
+DATASET_FOLDER = "dataset"
+"""Generated videos with their tracks, in the layout of DiffTrack's data set."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from corrdit.arguments import choice, entries, finite_number, flag, whole_indices, whole_number
 from corrdit.geometry import GEOMETRIES
-from corrdit.ops.backends import BACKENDS
+from corrdit.ops.backends import BACKENDS, check_budget
 from corrdit.tracking.chunks import SCHEDULES
 from corrdit.tracking.released_costs import ROUNDINGS
 
@@ -17,6 +17,7 @@ INVERSIONS = ("ddim", "released")
 IMAGES = ("first", "all")
 VISIBILITIES = ("consistency", "all")
 COMBINATIONS = ("costs", "median")
+POSTERIORS = ("mode", "sample")
 HEADS = ("probabilities", "logits", "features")
 Options: TypeAlias = Mapping[str, Any]
 """Of the tracker, by name."""
@@ -185,10 +186,7 @@ class ReadingOptions:
         for name in ("noise", "bidirectional"):
             if getattr(self, name) is not None:
                 flag(name, getattr(self, name))
-        if self.memory_budget is not None and self.backend in ("triton", "reference"):
-            raise ValueError(
-                f'memory_budget is for backend="streaming" or "auto"; backend="{self.backend}" would ignore it'
-            )
+        check_budget(self.backend, self.memory_budget)
         for one, several in (("layer", "layers"), ("step", "steps")):
             if getattr(self, one) is not None and getattr(self, several):
                 raise ValueError(f"{one} and {several} were both given; drop one of them")
@@ -217,6 +215,8 @@ class TrackerOptions(ReadingOptions):
         resize_first: (height, width) to which frames are resized before that (DiffTrack's evaluation: 256 x 256).
         antialias: whether frames are resized with antialiasing; DiffTrack's evaluation does without, and without
             rounding between its two sizes.
+        posterior: "mode" (the codec's most likely latents) or "sample" (drawn with `seed`, as DiffTrack's released code
+            draws them; every frame its own).
         refine: radius in tokens of the cost-weighted mean round the best token; 0 for the best token itself.
         crops: scales at which points are looked at again, one after another, in crops of the frames round them: the
             span of a token in the crop, relative to that in the whole frame. See `corrdit.tracking.crops`; the cost
@@ -244,6 +244,7 @@ class TrackerOptions(ReadingOptions):
     tokens_per_frame: int | None = None
     resize_first: tuple[int, int] | None = None
     antialias: bool = True
+    posterior: str = "mode"
     refine: int = 1
     crops: tuple[float, ...] = ()
     crop_tokens: int = 8
@@ -259,6 +260,8 @@ class TrackerOptions(ReadingOptions):
         choice("schedule", self.schedule, SCHEDULES)
         choice("geometry", self.geometry, GEOMETRIES)
         choice("visibility", self.visibility, VISIBILITIES)
+        if choice("posterior", self.posterior, POSTERIORS) == "sample" and self.crops:
+            raise ValueError('posterior="sample" is for whole frames; give crops=() with it')
         whole_number("refine", self.refine, 0)
         frames_and_tokens = {"frames_per_chunk": 2, "frames_per_block": 1, "tokens_per_frame": 1, "crop_tokens": 2}
         for name, minimum in {**frames_and_tokens, "height": 1, "width": 1, "interval": 1, "stride": 1}.items():

@@ -168,7 +168,8 @@ def explore(
     table = analysis_axes(backbone, options)
     seen = np.ones((len(frames), 1), dtype=bool)
     encoded = encoded_video(backbone, frames, np.zeros((len(frames), 1, 2), np.float32), seen, options)
-    text, words, places = prompt_words(backbone, prompt)
+    words, places = prompt_words(backbone, prompt)
+    text = backbone.encoded_prompt(prompt) if words else None
     read: dict[tuple[int, int], tuple[Tensor, Tensor, TokenGrid, Tensor | None]] = {}
     timesteps = dict(zip(table.steps, table.timesteps, strict=True))
     for done, (step, latents) in enumerate(given_latents(backbone, encoded.latents, timesteps, options), start=1):
