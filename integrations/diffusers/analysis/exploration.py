@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -22,6 +23,10 @@ from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.tracking.peaks import refined_peaks
 from corrdit.tracking.readings import image_given
 from corrdit.video import as_frames
+from corrdit.video.frames import VideoLike
+
+Read = tuple[Tensor, Tensor, TokenGrid, Tensor | None]
+"""Queries, keys, their grid and the mask of the keys."""
 
 
 class Setting(NamedTuple):
@@ -62,6 +67,7 @@ class Exploration:
         frames: uint8 `[F, H, W, 3]`, the frames that were read, at their own size.
         layers, steps: what was read.
         heads: of a layer.
+        preferred_layer: the one of the backbone's preset, or the last that was read.
         words: of the prompt.
     """
 
@@ -70,7 +76,7 @@ class Exploration:
         backbone: Backbone,
         frames: np.ndarray,
         scale: tuple[float, float],
-        read: Mapping[tuple[int, int], tuple[Tensor, Tensor, TokenGrid, Tensor | None]],
+        read: Mapping[tuple[int, int], Read],
         words: Sequence[str],
         places: Sequence[int],
         options: AnalysisOptions,
@@ -79,6 +85,8 @@ class Exploration:
         self.layers = tuple(sorted({layer for layer, _ in read}))
         self.steps = tuple(sorted({step for _, step in read}))
         self.heads = backbone.heads
+        preset = backbone.preset.reading.layer % backbone.layers
+        self.preferred_layer = preset if preset in self.layers else self.layers[-1]
         self.words = tuple(words)
         self._places, self._scale, self._read, self._options = tuple(places), scale, read, options
         self._stride = backbone.token_stride
@@ -134,9 +142,13 @@ class Exploration:
         return logits.softmax(-1).mean(0)[[grid.text_slice.start + place for place in places]].cpu()
 
 
+def _keep(read: dict[tuple[int, int], Read], step: int, layer: int, name: str, result: Read) -> None:
+    read[layer, step] = result
+
+
 def explore(
     backbone: Backbone,
-    video: object,
+    video: VideoLike,
     *,
     layers: Iterable[int] | None = None,
     steps: Iterable[int] | None = None,
@@ -164,13 +176,14 @@ def explore(
         steps=(backbone.preset.reading.step,) if steps is None else tuple(steps),
         features=False,
     )
-    frames = as_frames(video)
+    given = as_frames(video)
+    frames = np.asarray(given[0 : len(given)])
     table = analysis_axes(backbone, options)
     seen = np.ones((len(frames), 1), dtype=bool)
     encoded = encoded_video(backbone, frames, np.zeros((len(frames), 1, 2), np.float32), seen, options)
     words, places = prompt_words(backbone, prompt)
     text = backbone.encoded_prompt(prompt) if words else None
-    read: dict[tuple[int, int], tuple[Tensor, Tensor, TokenGrid, Tensor | None]] = {}
+    read: dict[tuple[int, int], Read] = {}
     timesteps = dict(zip(table.steps, table.timesteps, strict=True))
     for done, (step, latents) in enumerate(given_latents(backbone, encoded.latents, timesteps, options), start=1):
         reading_forward(
@@ -180,7 +193,7 @@ def explore(
             layers=table.layers,
             operation=lambda q, k, grid, key_mask: (q.clone(), k.clone(), grid, key_mask),
             feature_operation=None,
-            deliver=lambda layer, name, result, step=step: read.__setitem__((layer, step), result),
+            deliver=functools.partial(_keep, read, step),
             text=text,
             image=image_given(backbone, encoded.latents).get("image"),
         )
