@@ -41,6 +41,28 @@ def refuse_other_settings(
         )
 
 
+def refuse_other_record(file: Path, now: Mapping[str, object]) -> None:
+    """For a folder of one result: it stays unless what its record says of how it was made is so now.
+
+    Args:
+        file: the record, in JSON; nothing is refused where there is none.
+        now: how the result will be made; a record of an earlier version may know less.
+
+    Raises:
+        ValueError: the folder holds a result that was made otherwise, or a record that cannot be read.
+    """
+    try:
+        earlier = read_json(file)
+    except FileNotFoundError:
+        return
+    except ValueError as error:
+        raise ValueError(
+            f"{file} says nothing of the result it lies with ({error}); give another output folder, or remove it"
+        ) from error
+    plain = json.loads(json.dumps(now, default=str))
+    refuse_other_settings(file.parent, earlier, {name: plain[name] for name in plain if name in earlier})
+
+
 def check_on_broken(value: str) -> str:
     """The value; raises ValueError unless it is one of `ON_BROKEN`."""
     if value not in ON_BROKEN:

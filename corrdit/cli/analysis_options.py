@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from corrdit.cli.devices import OptionTable, add_options, add_run_options, add_shards_option, given_options
-from corrdit.cli.model_options import add_model_options
+from corrdit.cli.model_options import add_model_options, chosen_placement
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -174,7 +174,7 @@ def settings_of(arguments: Namespace, options: AnalysisOptions, backbone: Backbo
     return {
         "model": arguments.model,
         "dtype": arguments.dtype,
-        "tiled": arguments.tiled,
+        **chosen_placement(arguments).described(),
         "source": source_of(arguments),
         "protocol": arguments.protocol,
         "options": options.described(),

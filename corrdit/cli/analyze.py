@@ -39,7 +39,7 @@ from corrdit.cli.analysis_options import (
 )
 from corrdit.cli.devices import named, trainer_devices
 from corrdit.cli.lightning_runs import command_trainer, predict, quiet_lightning
-from corrdit.cli.model_options import checked_preset, loaded_backbone
+from corrdit.cli.model_options import checked_preset, chosen_placement, loaded_backbone
 from corrdit.cli.terminal import Report, progress_bar
 
 if TYPE_CHECKING:
@@ -136,8 +136,7 @@ def _analyze_in_processes(
             options={name: getattr(options, name) for name in options.described()},
             source=source_of(arguments),
             dtype=arguments.dtype,
-            placement="device" if on_cpu else arguments.placement,
-            tiled=arguments.tiled,
+            placement="device" if on_cpu else chosen_placement(arguments),
             on_broken=arguments.on_broken,
         )
         module.settings["model"] = arguments.model

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 OptionTable = dict[str, tuple[Any, str]]
 """Type and help text of options by their names as arguments of a function."""
-PLACEMENTS = ("device", "offload", "offload_layers", "shards")
-"""Those of `corrdit.integrations.diffusers.placement`."""
+PLACEMENTS = ("device", "offload", "offload_groups", "offload_layers", "shards")
+WEIGHTS = ("own", "float8", "int8")
+"""Both those of `corrdit.integrations.diffusers.placement`."""
 
 
 class TrainerDevices(TypedDict):
@@ -26,7 +27,7 @@ class TrainerDevices(TypedDict):
 
 
 def add_device_options(parser: ArgumentParser) -> None:
-    """--device, --dtype and --placement."""
+    """--device, --dtype, --placement and how the model is made to fit."""
     from corrdit.arguments import DTYPES
 
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, mps ...; the model decides if left out")
@@ -39,18 +40,22 @@ def add_device_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--placement",
         choices=PLACEMENTS,
-        default="device",
-        help="for a model too large for one GPU: offload its parts or its layers to the computer's memory, or spread it"
-        " in shards over all GPUs of one process",
+        default=None,
+        help="for a model too large for one GPU: offload its parts, blocks or layers to the computer's"
+        " memory, or spread it in shards over all GPUs of one process; all of it on the device if left out",
     )
-
-
-def add_tiling_option(parser: ArgumentParser) -> None:
-    """--tiled."""
     parser.add_argument(
-        "--tiled",
-        action="store_true",
-        help="have the codec work in tiles and slices: less memory, slightly other values (as DiffTrack's scripts)",
+        "--codec-tiling", type=bool | None, default=None, help="encode and decode frames in tiles; far less memory"
+    )
+    parser.add_argument(
+        "--codec-slicing", type=bool | None, default=None, help="encode and decode the videos of a batch one by one"
+    )
+    parser.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        default=None,
+        help="of the transformer: own precision, float8 (cast layer by layer) or int8 (torchao); the last two take half"
+        " of bfloat16",
     )
 
 
@@ -159,16 +164,6 @@ def _why_no_cuda() -> str:
     except (RuntimeError, AssertionError) as error:
         return str(error).strip().split("\n")[0]
     return "torch sees no CUDA device; is one hidden by CUDA_VISIBLE_DEVICES?"
-
-
-def checked_dtype(name: str | None) -> torch.dtype | None:
-    """The `torch.dtype` of the name of a precision, or None for None."""
-    import torch
-
-    if name is None:
-        return None
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
 
 
 def usable_devices(indexed: bool = False) -> list[str]:

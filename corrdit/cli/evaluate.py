@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from corrdit.cli.devices import add_run_options, add_shards_option, named, trainer_devices
 from corrdit.cli.lightning_runs import command_trainer, predict, quiet_lightning
-from corrdit.cli.model_options import add_model_options, checked_preset
+from corrdit.cli.model_options import add_model_options, checked_preset, chosen_placement
 from corrdit.cli.terminal import print_table
 from corrdit.cli.tracker_options import add_tracker_options, given_tracker_options
 
@@ -142,17 +142,8 @@ def run(arguments: Namespace) -> int:
             trackers=trackers,
             tracker_options=options,
             on_broken="report" if arguments.skip_broken else arguments.on_broken,
-            **named(
-                arguments,
-                "output",
-                "dtype",
-                "placement",
-                "tiled",
-                "queries_at_once",
-                "save_tracks",
-                "pictures",
-                "trail",
-            ),
+            placement=chosen_placement(arguments),
+            **named(arguments, "output", "dtype", "queries_at_once", "save_tracks", "pictures", "trail"),
         )
         trainer = _trainer(arguments)
         try:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from corrdit.cli.devices import add_run_options, named, take_earlier_names, trainer_devices
 from corrdit.cli.lightning_runs import command_trainer, predict, quiet_lightning
-from corrdit.cli.model_options import add_model_options, checked_preset, loaded_backbone
+from corrdit.cli.model_options import add_model_options, checked_preset, chosen_placement, loaded_backbone
 from corrdit.files import OutputFolder, write_json
 
 if TYPE_CHECKING:
@@ -104,6 +104,7 @@ def run(arguments: Namespace) -> int:
 def _one(arguments: Namespace) -> int:
     from corrdit.integrations.diffusers.backbones.presets import default_layers
     from corrdit.integrations.diffusers.guidance import comparison
+    from corrdit.runs import SETTINGS_FILE, refuse_other_record
 
     if not arguments.prompt.strip():
         raise ValueError("PROMPT is empty; say what the video shows")
@@ -115,13 +116,19 @@ def _one(arguments: Namespace) -> int:
     began = time.perf_counter()
     call, guidance, preset = _call(arguments), _guidance(arguments), checked_preset(arguments.preset)
     fps = comparison.checked_rate(arguments.fps)
+    if (Path(arguments.output) / SETTINGS_FILE).exists():
+        raise ValueError(
+            f"{arguments.output} holds the videos of a run with --prompts; give a single PROMPT another output folder"
+        )
     with OutputFolder(arguments.output) as folder:
         backbone = loaded_backbone(arguments, preset)
         if guidance is not None and guidance["layers"] is None:
             guidance["layers"] = default_layers(backbone)
+        details = {"model": backbone.name, "call": call, "guidance": guidance}
+        now = {**details, **named(arguments, "prompt", "seed"), "fps": fps}
+        refuse_other_record(Path(arguments.output) / comparison.DETAILS_FILE, now)
         generated = comparison.generate(backbone, arguments.prompt, arguments.seed, call, guidance)
         files = [*comparison.write_generated(folder, generated, fps=fps), folder / comparison.DETAILS_FILE]
-        details = {"model": backbone.name, "call": call, "guidance": guidance}
         write_json(files[-1], {**comparison.generation_facts(generated, fps), **details})
     frames, height, width, _ = generated.video.shape
     layers = "" if guidance is None else f", guided in layers {', '.join(map(str, guidance['layers']))}"
@@ -132,8 +139,11 @@ def _one(arguments: Namespace) -> int:
 
 
 def _many(arguments: Namespace) -> int:
+    from corrdit.integrations.diffusers.guidance.comparison import DETAILS_FILE
     from corrdit.integrations.lightning import GenerationModule, PromptDataModule
 
+    if (Path(arguments.output) / DETAILS_FILE).exists():
+        raise ValueError(f"{arguments.output} holds the video of a single PROMPT; give --prompts another output folder")
     began = time.perf_counter()
     devices = trainer_devices(arguments, unset="auto")
     data = PromptDataModule(arguments.prompts, **named(arguments, "samples", "seed", "same_seed", "output"))
@@ -142,7 +152,8 @@ def _many(arguments: Namespace) -> int:
         model_preset=checked_preset(arguments.preset),
         call=_call(arguments),
         guidance=_guidance(arguments),
-        **named(arguments, "output", "fps", "dtype", "vbench", "placement", "tiled", "on_broken"),
+        placement=chosen_placement(arguments),
+        **named(arguments, "output", "fps", "dtype", "vbench", "on_broken"),
     )
     with quiet_lightning():
         trainer = command_trainer(several=arguments.processes > 1, **devices)

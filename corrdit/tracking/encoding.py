@@ -48,6 +48,10 @@ class FrameStore:
         while len(self._kept) > max(self._most, len(asked)):
             self._kept.popitem(last=False)
 
+    def keep(self, made: Tensor) -> None:
+        """Take what was made of every frame of the video, as `of` gave it."""
+        self._kept.update(enumerate(made.unbind()))
+
     def of(self, frames: Iterable[int]) -> Tensor:
         """`[t, ...]` of frames in the order given."""
         asked = list(frames)

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from corrdit.arguments import choice, entries, finite_number, flag, whole_indices, whole_number
 from corrdit.geometry import GEOMETRIES
-from corrdit.ops.backends import BACKENDS
+from corrdit.ops.backends import BACKENDS, check_budget
 from corrdit.tracking.chunks import SCHEDULES
 from corrdit.tracking.released_costs import ROUNDINGS
 
@@ -18,6 +18,8 @@ IMAGES = ("first", "all")
 VISIBILITIES = ("consistency", "all")
 COMBINATIONS = ("costs", "median")
 POSTERIORS = ("mode", "sample")
+POSTERIOR_SEED = 2**40
+"""Seeds of the codec's noise are far from those of the noise that latents are given."""
 HEADS = ("probabilities", "logits", "features")
 Options: TypeAlias = Mapping[str, Any]
 """Of the tracker, by name."""
@@ -186,10 +188,7 @@ class ReadingOptions:
         for name in ("noise", "bidirectional"):
             if getattr(self, name) is not None:
                 flag(name, getattr(self, name))
-        if self.memory_budget is not None and self.backend in ("triton", "reference"):
-            raise ValueError(
-                f'memory_budget is for backend="streaming" or "auto"; backend="{self.backend}" would ignore it'
-            )
+        check_budget(self.backend, self.memory_budget)
         for one, several in (("layer", "layers"), ("step", "steps")):
             if getattr(self, one) is not None and getattr(self, several):
                 raise ValueError(f"{one} and {several} were both given; drop one of them")

@@ -52,6 +52,9 @@ class NoisePath(Protocol):
     def moved(self, latents: Tensor, output: Tensor, start: int, end: int) -> Tensor:
         """Latents at level `start` brought to level `end` by the transformer's output."""
 
+    def clean(self, latents: Tensor, output: Tensor, level: int) -> Tensor:
+        """The clean latents that the output predicts for latents at a level."""
+
 
 class DDIMPath:
     """Between the levels of a scheduler with `alphas_cumprod`.
@@ -68,19 +71,23 @@ class DDIMPath:
         self.alphas = torch.cat([alphas, clean]).tolist()
 
     def moved(self, latents: Tensor, output: Tensor, start: int, end: int) -> Tensor:
-        return self._moved(latents, output, self.alphas[start], self.alphas[end])
+        original, direction = self._parts(latents, output, self.alphas[start])
+        return self.alphas[end] ** 0.5 * original + (1 - self.alphas[end]) ** 0.5 * direction
 
     def between_timesteps(self, latents: Tensor, output: Tensor, start: int, end: int) -> Tensor:
         """Latents of a timestep of the training schedule brought to another by the transformer's output."""
-        return self._moved(latents, output, self.of_timesteps[start], self.of_timesteps[end])
+        original, direction = self._parts(latents, output, self.of_timesteps[start])
+        return self.of_timesteps[end] ** 0.5 * original + (1 - self.of_timesteps[end]) ** 0.5 * direction
 
-    def _moved(self, latents: Tensor, output: Tensor, now: float, after: float) -> Tensor:
-        signal, noise = now**0.5, (1 - now) ** 0.5
+    def clean(self, latents: Tensor, output: Tensor, level: int) -> Tensor:
+        return self._parts(latents, output, self.alphas[level])[0]
+
+    def _parts(self, latents: Tensor, output: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+        """Clean latents and noise, of latents whose signal has the variance `alpha`."""
+        signal, noise = alpha**0.5, (1 - alpha) ** 0.5
         if self.prediction == "v_prediction":
-            original, direction = signal * latents - noise * output, signal * output + noise * latents
-        else:
-            original, direction = (latents - noise * output) / signal, output
-        return after**0.5 * original + (1 - after) ** 0.5 * direction
+            return signal * latents - noise * output, signal * output + noise * latents
+        return (latents - noise * output) / signal, output
 
 
 class EulerPath:
@@ -95,6 +102,9 @@ class EulerPath:
 
     def moved(self, latents: Tensor, output: Tensor, start: int, end: int) -> Tensor:
         return latents + (self.sigmas[end] - self.sigmas[start]) * output
+
+    def clean(self, latents: Tensor, output: Tensor, level: int) -> Tensor:
+        return latents + (self.sigmas[-1] - self.sigmas[level]) * output
 
 
 def noise_path(scheduler: Scheduler, *, name: str) -> NoisePath:

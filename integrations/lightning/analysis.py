@@ -15,6 +15,7 @@ from corrdit.integrations.diffusers.analysis.running import analyze_item
 from corrdit.integrations.diffusers.analysis.videos import analysis_axes
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.backbones.presets import Preset
+from corrdit.integrations.diffusers.placement import Placement
 from corrdit.integrations.lightning.data_modules import EachOnceDataModule
 from corrdit.integrations.lightning.resumable import Model, ResumableModule
 from corrdit.runs import Inputs, Keywords
@@ -70,8 +71,8 @@ class AnalysisModule(ResumableModule[Item]):
         options: of `corrdit.analysis.AnalysisOptions`, by name, in place of the protocol's.
         source: what the videos are, kept in the settings.
         dtype: precision of the model, as torch's type or by its name.
-        placement: where a model too large for one GPU goes, see `corrdit.integrations.diffusers.placement`.
-        tiled: whether the codec works in tiles and slices, see there.
+        placement: where the parts of the model lie and in what form, or the word for where; see
+            `corrdit.integrations.diffusers.placement.Placement`.
         on_broken: "report" writes `failed.json` for a video that cannot be analysed and goes on; "raise" stops.
 
     Raises:
@@ -89,8 +90,7 @@ class AnalysisModule(ResumableModule[Item]):
         options: Keywords | None = None,
         source: object = None,
         dtype: torch.dtype | str | None = None,
-        placement: str = "device",
-        tiled: bool = False,
+        placement: Placement | str = "device",
         on_broken: str = "report",
     ) -> None:
         self.options = analysis_options(protocol, dict(options or {}))
@@ -101,7 +101,6 @@ class AnalysisModule(ResumableModule[Item]):
             model_preset=model_preset,
             dtype=dtype,
             placement=placement,
-            tiled=tiled,
             on_broken=on_broken,
         )
 

@@ -16,6 +16,7 @@ from corrdit.evaluation.scoring import QUERIES_AT_ONCE, TRAIL, draw_tracks, true
 from corrdit.evaluation.trackers import Track, TrackerChoice
 from corrdit.integrations.diffusers.backbones.presets import Preset
 from corrdit.integrations.diffusers.fingerprint import MODEL_FACTS
+from corrdit.integrations.diffusers.placement import Placement
 from corrdit.integrations.lightning.data_modules import on_first_process
 from corrdit.integrations.lightning.resumable import Model, ResumableModule
 from corrdit.integrations.lightning.tapvid_data import TapVidDataModule, TapVidItem, sample_of
@@ -44,8 +45,8 @@ class EvaluationModule(ResumableModule[TapVidItem]):
         trackers: names, or options by label, as `corrdit.evaluation.chosen_trackers` takes them.
         tracker_options: options of all trackers that read the model.
         dtype: precision of the model, as torch's type or by its name.
-        placement: where a model too large for one GPU goes, see `corrdit.integrations.diffusers.placement`.
-        tiled: whether the codec works in tiles and slices, see there.
+        placement: where the parts of the model lie and in what form, or the word for where; see
+            `corrdit.integrations.diffusers.placement.Placement`.
         on_broken: "raise" ends the run at a video that cannot be evaluated; "report" goes on. Both name it in the
             tables. Until 0.3 these may be called "stop" and "skip".
         queries_at_once: most queries a tracker is given together; None for all.
@@ -69,8 +70,7 @@ class EvaluationModule(ResumableModule[TapVidItem]):
         trackers: str | Sequence[str] | Mapping[str, Mapping[str, object] | None] = ("ours",),
         tracker_options: Mapping[str, object] | None = None,
         dtype: torch.dtype | str | None = None,
-        placement: str = "device",
-        tiled: bool = False,
+        placement: Placement | str = "device",
         on_broken: str = "raise",
         queries_at_once: int | None = QUERIES_AT_ONCE,
         save_tracks: bool = True,
@@ -97,7 +97,6 @@ class EvaluationModule(ResumableModule[TapVidItem]):
             model_preset=model_preset,
             dtype=dtype,
             placement=placement,
-            tiled=tiled,
             on_broken=on_broken,
         )
 

@@ -24,6 +24,7 @@ from corrdit.integrations.diffusers.guidance.comparison import (
     write_generated,
 )
 from corrdit.integrations.diffusers.guidance.cross_attention import CrossAttentionGuidance
+from corrdit.integrations.diffusers.placement import Placement
 from corrdit.integrations.lightning.data_modules import EachOnceDataModule
 from corrdit.integrations.lightning.guidance_callback import GuidanceCallback
 from corrdit.integrations.lightning.resumable import Model, ResumableModule
@@ -150,8 +151,8 @@ class GenerationModule(ResumableModule[PromptItem]):
         fps: frames per second of the files.
         dtype: precision of the model, as torch's type or by its name.
         vbench: also copy the videos into `output/vbench`, named as VBench's tool expects, with a list of what is cut.
-        placement: where a model too large for one GPU goes, see `corrdit.integrations.diffusers.placement`.
-        tiled: whether the codec works in tiles and slices, see there.
+        placement: where the parts of the model lie and in what form, or the word for where; see
+            `corrdit.integrations.diffusers.placement.Placement`.
         on_broken: "raise" stops at a video that cannot be generated; "report" writes `failed.json` and goes on.
 
     Raises:
@@ -173,8 +174,7 @@ class GenerationModule(ResumableModule[PromptItem]):
         fps: float = 8.0,
         dtype: torch.dtype | str | None = None,
         vbench: bool = False,
-        placement: str = "device",
-        tiled: bool = False,
+        placement: Placement | str = "device",
         on_broken: str = "raise",
     ) -> None:
         self.call = dict(call or {})
@@ -187,7 +187,6 @@ class GenerationModule(ResumableModule[PromptItem]):
             model_preset=model_preset,
             dtype=dtype,
             placement=placement,
-            tiled=tiled,
             on_broken=on_broken,
         )
 

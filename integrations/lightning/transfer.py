@@ -20,6 +20,7 @@ from corrdit.integrations.diffusers.backbones.presets import Preset
 from corrdit.integrations.diffusers.motion_transfer.reference import at_rate
 from corrdit.integrations.diffusers.motion_transfer.results_on_disk import fidelity_of, write_transfer
 from corrdit.integrations.diffusers.motion_transfer.transfer import MotionTransfer
+from corrdit.integrations.diffusers.placement import Placement
 from corrdit.integrations.lightning.data_modules import EachOnceDataModule
 from corrdit.integrations.lightning.resumable import Model, ResumableModule
 from corrdit.runs import Inputs, Keywords, ResultFolder
@@ -142,8 +143,8 @@ class TransferModule(ResumableModule[Pair]):
         dtype: precision of the model, as torch's type or by its name.
         measure: track both videos and measure motion fidelity.
         clip: folder or hub id of a CLIP model that measures the prompt's cosine as well; None for none.
-        placement: where a model too large for one GPU goes, see `corrdit.integrations.diffusers.placement`.
-        tiled: whether the codec works in tiles and slices, see there.
+        placement: where the parts of the model lie and in what form, or the word for where; see
+            `corrdit.integrations.diffusers.placement.Placement`.
         on_broken: "report" writes `failed.json` for a pair that cannot be transferred and goes on; "raise" stops.
 
     Raises:
@@ -165,8 +166,7 @@ class TransferModule(ResumableModule[Pair]):
         dtype: torch.dtype | str | None = None,
         measure: bool = True,
         clip: str | os.PathLike[str] | None = None,
-        placement: str = "device",
-        tiled: bool = False,
+        placement: Placement | str = "device",
         on_broken: str = "report",
     ) -> None:
         self.changes, self.call = dict(settings or {}), dict(call or {})
@@ -178,7 +178,6 @@ class TransferModule(ResumableModule[Pair]):
             model_preset=model_preset,
             dtype=dtype,
             placement=placement,
-            tiled=tiled,
             on_broken=on_broken,
         )
         self._similarity: Callable[[np.ndarray, str], float] | None = None
@@ -212,8 +211,10 @@ class TransferModule(ResumableModule[Pair]):
         if self._similarity is not None:
             measured["image_quality"] = self._similarity(result.video, prompt)
         with self.results.result(name, inputs) as made:
+            known = {} if video.info.hdr is None else {"hdr": video.info.hdr}
+            settings = self._transfer.settings
             write_transfer(
-                made.folder, result, backbone, self._transfer.settings, prompt=prompt, fps=fps, measured=measured
+                made.folder, result, backbone, settings, prompt=prompt, fps=fps, measured=measured, known=known
             )
             made.facts.update(sample)
         for left in self.output.glob(f".{glob.escape(short_name(name))}.*.transfer-state.safetensors"):

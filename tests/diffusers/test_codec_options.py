@@ -1,4 +1,4 @@
-"""The codec in tiles and slices, and its posterior sampled: by the tracker, by name and from the command line."""
+"""The codec's posterior sampled: every frame from a seed of its own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from corrdit import PointTracker
-from corrdit.integrations.diffusers.placement import placed_backbone, tile
 from corrdit.testing import tiny_backbone
 from corrdit.tracking.options import TrackerOptions
 
@@ -31,7 +30,9 @@ def test_the_tracker_samples_every_frame_by_itself():
     (seeds,) = asked
     assert seeds == [2**40 + 3 * 1_000_003 + frame for frame in range(5)]
     again = PointTracker(backbone, **given, seed=3, frames_per_block=2, frames_per_chunk=2).track(VIDEO, QUERIES)
-    assert [seed for part in asked[1:] for seed in part] == seeds  # whatever is encoded together, a frame keeps its seed
+    assert [
+        seed for part in asked[1:] for seed in part
+    ] == seeds  # whatever is encoded together, a frame keeps its seed
     assert tracks.xy.shape == again.xy.shape
     with pytest.raises(ValueError, match='posterior="sample" is for whole frames'):
         TrackerOptions(posterior="sample", crops=(0.5,))
@@ -45,22 +46,3 @@ def test_seeds_are_one_for_each_frame():
     assert not torch.allclose(mode, drawn, atol=1e-3)
     one = backbone.encode_frames(VIDEO[2:3], posterior_seeds=[7])
     torch.testing.assert_close(one[0], drawn[2], atol=1e-4, rtol=1e-4)
-
-
-def test_a_tiled_codec():
-    plain = tiny_backbone("cogvideox-rotary")
-    assert not plain.pipe.vae.use_tiling
-    tiled = placed_backbone(
-        tiny_backbone("cogvideox-rotary"), device=torch.device("cpu"), dtype=None, placement="device", tiled=True
-    )
-    assert tiled.pipe.vae.use_tiling
-    assert tiled.pipe.vae.use_slicing
-    large = np.tile(VIDEO[:1], (1, 2, 2, 1))
-    tiled.pipe.vae.tile_sample_min_height = tiled.pipe.vae.tile_sample_min_width = 96
-    tiled.pipe.vae.tile_latent_min_height = tiled.pipe.vae.tile_latent_min_width = 12
-    whole, parts = plain.encode_frames(large), tiled.encode_frames(large)
-    assert whole.shape == parts.shape
-    assert 0 < (whole - parts).abs().mean() < whole.std()
-    tiled.pipe.vae = torch.nn.Linear(1, 1)
-    with pytest.raises(ValueError, match="the codec Linear has no enable_tiling"):
-        tile(tiled.pipe)

@@ -15,6 +15,7 @@ from corrdit.data import TapVidSet, read_tapvid, write_tapvid_shards
 from corrdit.data.restricted_pickle import load_arrays
 from corrdit.evaluation import EvaluationResults
 from corrdit.integrations.diffusers.fingerprint import model_facts
+from corrdit.integrations.diffusers.placement import Placement
 from corrdit.integrations.diffusers.testing.tiny_models import tiny_backbone
 from corrdit.integrations.lightning import EvaluationModule, TapVidDataModule
 from corrdit.integrations.lightning.data_modules import EachOnceSampler, Samples
@@ -93,7 +94,8 @@ def test_the_model_is_asked_as_the_tracker_asks_it(world, backbone, trainer, tmp
         assert record["figures"]["average_jaccard"] == expected["average_jaccard"][0]
     settings = json.loads((tmp_path / "settings.json").read_text())
     assert settings["trackers"]["released"] == {
-        "kind": "released", "model": "tiny cogvideox-rotary", "dtype": None, **model_facts(backbone), **MODEL_OPTIONS
+        "kind": "released", "model": "tiny cogvideox-rotary", "dtype": None, **Placement().described(),
+        **model_facts(backbone), **MODEL_OPTIONS,
     }  # fmt: skip
 
 

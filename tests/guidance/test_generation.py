@@ -287,6 +287,8 @@ def test_command_for_one_prompt(folder: str, pipe: Any, tmp_path: Path, capsys: 
         assert np.abs(read_video(out / name).frames.astype(int) - frames).mean() < 12
     assert main(["generate", PROMPTS[0], "--output", str(tmp_path / "plain"), *options]) == 0
     assert sorted(path.name for path in (tmp_path / "plain").iterdir()) == ["generation.json", "video.mp4"]
+    assert main(["generate", "another", "--output", str(tmp_path / "plain"), *options]) == 2
+    assert "holds results made with other settings: prompt" in capsys.readouterr().err
 
 
 def test_command_for_a_file_of_prompts(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -299,7 +301,14 @@ def test_command_for_a_file_of_prompts(folder: str, tmp_path: Path, capsys: pyte
     assert "2 of 2 videos generated" in capsys.readouterr().out
     assert sorted(path.name for path in out.iterdir()) == ["0000", "0001", "settings.json"]
     assert main(arguments) == 0
-    assert "0 of 2 videos generated" in capsys.readouterr().out
+    again = capsys.readouterr()
+    assert "0 of 2 videos generated" in again.out
+    assert not again.err, "nothing of Lightning's about an empty loader"
+    assert main(["generate", "a disc", "--output", str(out), "--model", folder]) == 2
+    assert "holds the videos of a run with --prompts" in capsys.readouterr().err
+    (out / "settings.json").rename(out / "generation.json")
+    assert main(arguments) == 2
+    assert "holds the video of a single PROMPT" in capsys.readouterr().err
 
 
 @pytest.mark.slow

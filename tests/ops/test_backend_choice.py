@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
 import pytest
 import torch
 
+from corrdit import TokenGrid, ops
 from corrdit.kernels import requirements
+from corrdit.motion import attention_flow_loss
 from corrdit.ops import backends
 
 
@@ -48,4 +51,23 @@ def test_auto_takes_streaming_on_the_cpu():
 def test_triton_by_name_refuses_a_head_dim_it_does_not_take(monkeypatch, head_dim):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(ValueError, match=rf"head_dim 8 to 256, got {head_dim}; use backend=\"streaming\""):
-        backends.select_backend("triton", torch.zeros(1, 1, 4, head_dim))
+        ops.soft_displacement(q := torch.zeros(1, 1, 4, head_dim), q, TokenGrid(1, 2, 2), backend="triton")
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize(
+    "operation",
+    [
+        ops.soft_displacement,
+        ops.hard_displacement,
+        ops.match,
+        functools.partial(ops.cost_rows, tokens=[0]),
+        functools.partial(ops.attention_mass, tokens=[0]),
+        lambda q, k, grid, **options: ops.frame_local_attention(q, k, k, grid, **options),
+        lambda q, k, grid, **options: attention_flow_loss(q, k, grid, torch.ones(1, 2, 2, 2, 2, 2), **options),
+    ],
+)
+def test_a_budget_that_a_backend_would_ignore_is_refused(operation, backend):
+    q = torch.zeros(1, 1, 8, 8)
+    with pytest.raises(ValueError, match=f'memory_budget is for .*; backend="{backend}" would ignore it'):
+        operation(q, q, TokenGrid(2, 2, 2), backend=backend, memory_budget=1 << 20)

@@ -13,6 +13,7 @@ from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.backbones.frames import FrameEncoder, conditioning_latents
 from corrdit.integrations.diffusers.backbones.presets import Preset, preset_for
 from corrdit.integrations.diffusers.captures import Capture
+from corrdit.integrations.diffusers.fingerprint import weights_fingerprint
 from corrdit.integrations.diffusers.inversion import Path, Scheduler, denoised_latents, inverted_latents
 from corrdit.integrations.diffusers.layouts import (
     Arguments,
@@ -290,6 +291,10 @@ class Backbone(FrameEncoder):
         arguments = self.forward_arguments(latents, timestep, image=image)
         output = self.transformer_at(timestep)(**arguments)[0]
         return self.output_latents(output, self._batched(latents)).reshape(latents.shape).float()
+
+    def fingerprint(self) -> str:
+        """What tells these weights from others: `corrdit.integrations.diffusers.fingerprint.weights_fingerprint`."""
+        return weights_fingerprint(self.pipe)
 
     def with_features(self, feature: str = "attention output") -> FeatureBackbone:
         """This model with the output of an attention layer in place of its queries and keys.

@@ -85,7 +85,7 @@ def named_dtype(dtype: torch.dtype | str | None) -> str | None:
 
 def _loaded(text: str, device: torch.device, dtype: torch.dtype | None) -> Backbone:
     if text == EMBEDDED:
-        return _embedded(device, dtype)
+        return _embedded(device, dtype or default_dtype(text, device))
     registered = _third_party().get(text)
     if registered is not None:
         return _from_entry_point(registered, device, dtype)
@@ -160,10 +160,10 @@ def backbone_of(pipe: Pipeline, *, name: str | None = None, preset: Preset | Non
     raise ValueError(f"{type(transformer).__name__} can be captured but is no backbone; backbones are {_families()}")
 
 
-def _embedded(device: torch.device, dtype: torch.dtype | None) -> Backbone:
+def _embedded(device: torch.device, dtype: torch.dtype) -> Backbone:
     from corrdit.integrations.embedded import read_preset
 
-    pipe = _embedded_pipeline(device, dtype or torch.float32)
+    pipe = _embedded_pipeline(device, dtype)
     return backbone_of(pipe, name=EMBEDDED, preset=Preset.from_mapping(read_preset()))
 
 
@@ -203,7 +203,7 @@ def _from_folder(folder: pathlib.Path, device: torch.device, dtype: torch.dtype 
         raise ValueError(
             f"{folder} holds no diffusers pipeline (no model_index.json); give a folder of save_pretrained"
         )
-    pipe = _load_pipeline(folder, str(folder), device, dtype or _default_dtype(str(folder), device))
+    pipe = _load_pipeline(folder, str(folder), device, dtype or default_dtype(folder, device))
     preset_file = folder / "preset.json"
     preset = Preset.from_file(preset_file) if preset_file.is_file() else None
     return backbone_of(pipe, name=str(folder), preset=preset)
@@ -221,7 +221,7 @@ def _from_hub(hub_id: str, device: torch.device, dtype: torch.dtype | None) -> B
         kind = pipeline_class(hub_id, str(read_index(index_file.parent)["_class_name"]))
         with _quiet_loading():
             folder = pathlib.Path(kind.download(hub_id, local_files_only=offline))
-        pipe = _load_pipeline(folder, hub_id, device, dtype or _default_dtype(hub_id, device))
+        pipe = _load_pipeline(folder, hub_id, device, dtype or default_dtype(hub_id, device))
     except OSError as error:
         reason = "offline (HF_HUB_OFFLINE is set) and it is not in the local cache" if offline else str(error)
         known = hub_id in {model.hub_id for model in PUBLISHED_MODELS.values()}
@@ -297,11 +297,13 @@ def _quiet_loading() -> Iterator[None]:
             library.enable_progress_bar()
 
 
-def _default_dtype(source: str, device: torch.device) -> torch.dtype:
-    if device.type == "cpu":
+def default_dtype(name: str | os.PathLike[str], device: torch.device) -> torch.dtype:
+    """The precision a model is loaded with where none is asked for; `name` and `device` as for `load_backbone`."""
+    if device.type == "cpu" or name == EMBEDDED:
         return torch.float32
-    published = {model.hub_id: model.dtype for model in PUBLISHED_MODELS.values()}
-    return getattr(torch, published.get(source, "bfloat16"))
+    published = {known: model.dtype for short, model in PUBLISHED_MODELS.items() for known in (short, model.hub_id)}
+    text = os.fspath(name)
+    return getattr(torch, published.get(text, published.get(text.lower(), "bfloat16")))
 
 
 def _third_party() -> dict[str, EntryPoint]:

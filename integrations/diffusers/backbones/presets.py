@@ -285,6 +285,7 @@ _DITFLOW = TransferSettings(
     guidance_scale=7.0,
     negative_prompt=PUBLISHED_NEGATIVE_PROMPT,
     injection_blocks=(0,),
+    gradient_checkpointing=True,
     size=(480, 720),
     scheduler="CogVideoXDDIMScheduler",
     source="DiTFlow's released code",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import warnings
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from corrdit.array_files import read_safetensors
 from corrdit.files import parsed_json, written_beside
 
 FORMAT = "corrdit motion 1"
@@ -41,6 +43,11 @@ class StoredMotion:
     def size(self) -> dict[str, int | None]:
         """Frames, height and width by name."""
         return {"num_frames": self.num_frames, "height": self.height, "width": self.width}
+
+    @property
+    def window(self) -> range:
+        """The denoising steps from the first to the last that something is stored for."""
+        return range(min(self.tensors), max(self.tensors) + 1) if self.tensors else range(0)
 
     def check_fits(
         self,
@@ -96,22 +103,44 @@ class StoredMotion:
             raise ValueError(f"{path} is damaged: {error}; give a file that a transfer saved") from error
 
 
-def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file.
+def composed(inside: StoredMotion, outside: StoredMotion, tokens: Tensor, latents: Tensor) -> StoredMotion:
+    """The motion of one video in a region and that of another outside it.
+
+    Args:
+        inside: stored for the region.
+        outside: stored for what is outside, by a run of the same kind, model, steps, size and seed.
+        tokens: bool `[F, h, w]`, the region.
+        latents: the region as the transformer's latents, 1 inside.
+
+    Returns:
+        At the steps of both, the one's optimised latents or embeddings inside and the other's outside.
 
     Raises:
-        ValueError: not a safetensors file.
-        FileNotFoundError: no file.
+        ValueError: two that do not go together.
     """
-    from safetensors import SafetensorError, safe_open
+    facts = [{"kind": one.kind, "steps": one.steps, **one.size, "at": one.window} for one in (inside, outside)]
+    differing = [name for name in facts[0] if facts[0][name] != facts[1][name]]
+    if differing:
+        name = differing[0]
+        raise ValueError(
+            f"the two stored motions do not go together: {name} is {facts[0][name]} and {facts[1][name]}; store both "
+            "with the same settings, size and seed"
+        )
+    outside.check_fits(inside.model, inside.steps)
+    by_token = tokens.flatten().float()
 
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{os.fspath(path)} does not exist")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{os.fspath(path)} is not a whole safetensors file: {error}") from error
+    def mixed(one: Tensor, other: Tensor) -> Tensor:
+        share = latents.to(one)
+        if inside.kind != "latent":
+            axis = next(axis for axis, length in enumerate(one.shape) if length == len(by_token))
+            share = by_token.to(one).reshape([-1 if at == axis else 1 for at in range(one.ndim)])
+        return share * one + (1 - share) * other
+
+    tensors = {
+        step: {name: mixed(tensor, outside.tensors[step][name]) for name, tensor in by_name.items()}
+        for step, by_name in inside.tensors.items()
+    }
+    return dataclasses.replace(inside, tensors=tensors)
 
 
 def flattened(tensors: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
