@@ -42,6 +42,8 @@ class TapVidVideo:
         video: uint8 `[T, H, W, 3]`, RGB.
         points: float64 `[N, T, 2]`, (x, y) as shares of width and height, the origin at the top left corner.
         occluded: bool `[N, T]`.
+        reach: float64 `[T, 2]`, distance in x and y, as shares of width and height, within which PCK calls a point
+            correct; NaN in frames without one, None where no frame has one.
 
     Raises:
         ValueError: shapes or types that do not fit, NaN where a point is visible, positions that are no shares.
@@ -51,6 +53,7 @@ class TapVidVideo:
     video: np.ndarray
     points: np.ndarray
     occluded: np.ndarray
+    reach: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         video, points, occluded = np.asarray(self.video), np.asarray(self.points), np.asarray(self.occluded)
@@ -85,7 +88,8 @@ class TapVidVideo:
         frames = whole_number("frames", frames, 1)
         if frames >= len(self.video):
             return self
-        return TapVidVideo(self.name, self.video[:frames], self.points[:, :frames], self.occluded[:, :frames])
+        reach = None if self.reach is None else self.reach[:frames]
+        return TapVidVideo(self.name, self.video[:frames], self.points[:, :frames], self.occluded[:, :frames], reach)
 
     def sample(self, mode: str = "first", *, stride: int = PUBLISHED_STRIDE) -> TapVidSample:
         """Queries as the protocol chooses them.
@@ -118,6 +122,7 @@ class TapVidVideo:
             occluded=self.occluded[point],
             point=point,
             metric_mode="strided" if mode == "strided" else "first",
+            reach=None if self.reach is None else self.reach * [self.video.shape[2], self.video.shape[1]],
         )
 
 
@@ -133,6 +138,7 @@ class TapVidSample:
         occluded: bool `[Q, T]`.
         point: int64 `[Q]`, the annotated point each query belongs to.
         metric_mode: the `query_mode` of `corrdit.metrics.tapvid` that fits: "first" or "strided".
+        reach: float64 `[T, 2]`, of PCK in x and y, in pixels of the video; NaN where a frame has none, or None.
     """
 
     name: str
@@ -142,6 +148,7 @@ class TapVidSample:
     occluded: np.ndarray
     point: np.ndarray
     metric_mode: str
+    reach: np.ndarray | None = None
 
     def metric_arguments(self, predicted: Tracks) -> dict[str, Any]:
         """What `corrdit.metrics.tapvid` takes, in frames of 256 x 256, with a batch axis of one.

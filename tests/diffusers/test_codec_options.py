@@ -1,4 +1,4 @@
-"""The codec's posterior sampled: every frame from a seed of its own."""
+"""The codec in tiles and slices, and its posterior sampled: by the tracker, by name and from the command line."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from corrdit import PointTracker
+from corrdit.integrations.diffusers.placement import Placement, place
 from corrdit.testing import tiny_backbone
 from corrdit.tracking.options import TrackerOptions
 
@@ -46,3 +47,21 @@ def test_seeds_are_one_for_each_frame():
     assert not torch.allclose(mode, drawn, atol=1e-3)
     one = backbone.encode_frames(VIDEO[2:3], posterior_seeds=[7])
     torch.testing.assert_close(one[0], drawn[2], atol=1e-4, rtol=1e-4)
+
+
+def test_a_tiled_codec():
+    plain = tiny_backbone("cogvideox-rotary")
+    assert not plain.pipe.vae.use_tiling
+    tiled, parts = tiny_backbone("cogvideox-rotary"), Placement(codec_tiling=True, codec_slicing=True)
+    place(tiled.pipe, parts, torch.device("cpu"))
+    assert tiled.pipe.vae.use_tiling
+    assert tiled.pipe.vae.use_slicing
+    large = np.tile(VIDEO[:1], (1, 2, 2, 1))
+    tiled.pipe.vae.tile_sample_min_height = tiled.pipe.vae.tile_sample_min_width = 96
+    tiled.pipe.vae.tile_latent_min_height = tiled.pipe.vae.tile_latent_min_width = 12
+    whole, parts = plain.encode_frames(large), tiled.encode_frames(large)
+    assert whole.shape == parts.shape
+    assert 0 < (whole - parts).abs().mean() < whole.std()
+    tiled.pipe.vae = torch.nn.Linear(1, 1)
+    with pytest.raises(ValueError, match="Linear"):
+        place(tiled.pipe, Placement(codec_tiling=True), torch.device("cpu"))

@@ -14,7 +14,9 @@ import lightning
 import numpy as np
 import pytest
 import torch
+from diffusers import LTXImageToVideoPipeline
 
+from corrdit import MotionTransfer
 from corrdit.cli import generate as command
 from corrdit.cli import main
 from corrdit.integrations.diffusers import backbone_of
@@ -130,6 +132,29 @@ def test_bad_settings_stop_before_anything_is_written(
     with pytest.raises(ValueError, match=message):
         trainer().predict(module, PromptDataModule(PROMPTS))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_pipeline_that_reads_no_prompt_is_refused() -> None:
+    pipe = tiny_pipeline("ltx")
+    for call in (
+        lambda: comparison.generate(pipe, "a dog", 0, CALL),
+        lambda: MotionTransfer(backbone_of(pipe), block=1)(np.zeros((9, 64, 64, 3), np.uint8), "a dog"),
+    ):
+        with pytest.raises(ValueError, match="LTXPipeline has no text_encoder, so it cannot generate from a prompt"):
+            call()
+
+
+def test_an_image_to_video_model_without_an_image_is_refused() -> None:
+    pipe, embeds = LTXImageToVideoPipeline(**tiny_pipeline("ltx").components), {"prompt_embeds": torch.zeros(1)}
+    with pytest.raises(ValueError, match="makes a video of an image, and none is given"):
+        comparison.generate(pipe, "a dog", 0, embeds)
+    comparison.check_generation(pipe, {"image": object(), **embeds})
+
+
+def test_scales_that_are_none_are_refused(pipe: Any) -> None:
+    for value in (float("nan"), float("inf"), "6", 1e300):
+        with pytest.raises(ValueError, match="guidance_scale must be"):
+            comparison.generate(pipe, "a dog", 0, {"guidance_scale": value})
 
 
 def test_prompts_from_a_file(tmp_path: Path) -> None:

@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from corrdit.arguments import whole_number
+from corrdit.arguments import finite_number, whole_number
 from corrdit.files import write_json, written_beside
 from corrdit.integrations.diffusers.backbones.base import Backbone
+from corrdit.integrations.diffusers.compatibility import check_takes_prompt
 from corrdit.integrations.diffusers.guidance.cross_attention import CrossAttentionGuidance
 from corrdit.integrations.diffusers.layouts import Pipeline
+from corrdit.integrations.diffusers.transfer_settings import LARGEST_SCALE
 
 VIDEO_FILE = "video.mp4"
 PLAIN_FILE = "plain.mp4"
@@ -29,6 +31,7 @@ GAP_PIXELS = 8
 VBENCH_FOLDER = "vbench"
 LONGEST_NAME = 220
 """Bytes of a file's name; file systems take 255, of which writing beside it needs some."""
+SCALES = ("guidance_scale", "guidance_scale_2", "true_cfg_scale", "guidance_rescale")
 COUNTS = ("num_inference_steps", "num_frames", "height", "width")
 SET_FOR_EVERY_VIDEO = ("prompt", "generator", "output_type", "return_dict", "num_videos_per_prompt")
 """Arguments of a pipeline's call that `generate` gives itself, or that change what the call returns."""
@@ -54,8 +57,10 @@ class GeneratedVideo:
 
 
 def check_call(pipe: object, arguments: Mapping[str, object]) -> None:
-    """Raises ValueError for an argument that the pipeline's call does not take, or a size or number of none."""
-    accepted = set(inspect.signature(type(pipe).__call__).parameters) - {"self"}
+    """Raises ValueError for an argument that the pipeline's call does not take, a size or scale that is none, an image
+    that is needed and not given, and a pipeline that cannot read a prompt."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    accepted = set(parameters) - {"self"}
     for name in arguments:
         if name not in accepted:
             raise ValueError(
@@ -64,6 +69,18 @@ def check_call(pipe: object, arguments: Mapping[str, object]) -> None:
     for name in COUNTS:
         if arguments.get(name) is not None:
             whole_number(name, arguments[name], 1)
+    for name in SCALES:
+        if arguments.get(name) is not None:
+            finite_number(name, arguments[name], most=LARGEST_SCALE)
+    if arguments.get("prompt_embeds") is None:
+        check_takes_prompt(pipe)
+    image = parameters.get("image")
+    needed = image is not None and (image.default is image.empty or "ImageToVideo" in type(pipe).__name__)
+    if needed and arguments.get("image") is None:
+        raise ValueError(
+            f"{type(pipe).__name__} makes a video of an image, and none is given; give image in Python, or a "
+            "text-to-video model (of the commands, only analyze --prompts has an option --image)"
+        )
 
 
 def check_generation(pipe: object, call: Mapping[str, object]) -> None:
