@@ -47,6 +47,9 @@ def test_every_score_is_the_released_one(case):
         assert found[name].shape == expected[name].shape, name
         error = np.abs(found[name].numpy() - expected[name]).max() / np.abs(expected[name]).max()
         assert error < 1e-5, (name, error)
+    precise = released_scores(q.double(), k.double(), grid, points, visibility)
+    assert precise["confidence_cross"].dtype == torch.float64
+    assert abs(float(precise["confidence_cross"]) / float(expected["confidence_cross"]) - 1) < 1e-5
 
 
 def test_the_published_protocol_puts_them_into_the_table(case):
