@@ -46,6 +46,7 @@ _OPTIONS: OptionTable = {
     ),
     "crop_tokens": (int, "tokens of a crop's side"),
     "path_spread": (float, "tokens from the path so far within which a match is preferred; 0: every frame by itself"),
+    "update": (float, "share by which a point's features become those of where it was found, frame by frame; 0: never"),
     "frames_per_block": (int, "frames followed together, which bounds the memory for long videos"),
     "geometry": (str, "how tokens and pixels correspond: centers or released"),
     "visibility": (str, "consistency (the match back must lead to the query) or all (every point is called visible)"),

@@ -213,6 +213,9 @@ class TrackerOptions(ReadingOptions):
         path_spread: distance in tokens (standard deviation) from the path so far within which a match is preferred, see
             `corrdit.tracking.peaks`; 0 matches every frame by itself. Keeps the cost maps of all frames, two bytes
             a point, frame and token. "chained" has no use for it.
+        update: share by which the features of a point become those of the place where it was found, in each frame whose
+            match leads back (HeFT's moving average); 0 keeps those of its own frame. Within a block of frames; for
+            heads="probabilities" of schedules with the query's frame in every chunk.
         frames_per_block: frames followed together, so that memory does not grow with the video; None for all.
         geometry: "centers" (token centres) or "released" (DiffTrack's reading of match maps).
         visibility: "consistency" (matching back leads to the query) or "all" (every point is called visible).
@@ -236,6 +239,7 @@ class TrackerOptions(ReadingOptions):
     crops: tuple[float, ...] = ()
     crop_tokens: int = 8
     path_spread: float = 3.0
+    update: float = 0.0
     frames_per_block: int | None = 120
     geometry: str = "centers"
     visibility: str = "consistency"
@@ -259,6 +263,8 @@ class TrackerOptions(ReadingOptions):
         for name in ("tolerance", "crop_tolerance", "path_spread"):
             if not finite_number(name, getattr(self, name)) >= 0:
                 raise ValueError(f"{name} must be a distance in tokens of at least 0, got {getattr(self, name)}")
+        if finite_number("update", self.update, least=0, most=1):
+            self._check_update()
         if self.resize_first is not None:
             size = tuple(self.resize_first)
             if len(size) != 2:
@@ -280,6 +286,17 @@ class TrackerOptions(ReadingOptions):
             if self.crops or self.combine != "costs":
                 text = 'takes the costs of whole frames; give crops=() and combine="costs"'
                 raise ValueError(f'geometry="released" {text}')
+
+    def _check_update(self) -> None:
+        wrong = {
+            'schedule="chained"': self.schedule == "chained",
+            'combine="median"': self.combine == "median",
+            'visibility="all"': self.visibility == "all",
+            'geometry="released"': self.geometry == "released",
+            f"heads={self.heads!r}": self.heads not in (None, "probabilities"),
+        }
+        if named := [name for name, given in wrong.items() if given]:
+            raise ValueError(f"update={self.update} cannot be had with {named[0]}; give update=0, or another of these")
 
 
 PUBLISHED_TRACKING = TrackerOptions(
