@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 from corrdit.arguments import whole_number
 from corrdit.cli.devices import add_run_options, named, trainer_devices
 from corrdit.cli.lightning_runs import command_trainer, predict, quiet_lightning
-from corrdit.cli.model_options import add_model_options, checked_preset, loaded_backbone
+from corrdit.cli.model_options import add_model_options, checked_preset, chosen_placement, loaded_backbone
 from corrdit.cli.points import check_points_spec, read_points
 from corrdit.cli.terminal import progress_bar
 from corrdit.cli.tracker_options import add_tracker_options, given_tracker_options
@@ -173,7 +173,8 @@ def track_folder(arguments: Namespace, preset: Preset | str | None) -> int:
             queries_description=spec if spec.startswith("grid:") else f"points of sha256 {file_digest(spec)}",
             model_preset=preset,
             options=given_tracker_options(arguments),
-            **named(arguments, "output", "dtype", "placement", "on_broken", "start", "max_frames", "max_side", "trail"),
+            placement=chosen_placement(arguments),
+            **named(arguments, "output", "dtype", "on_broken", "start", "max_frames", "max_side", "trail"),
         )
         module.check_settings()  # before Lightning starts processes that would each say it
         trainer = command_trainer(several=arguments.processes > 1, **devices)

@@ -14,6 +14,7 @@ from corrdit.tracking.chunks import Chunk, last_visits
 from corrdit.tracking.crops import CropLevel
 from corrdit.tracking.peaks import Located, locate, refined_peaks
 from corrdit.tracking.queries import Frames
+from corrdit.tracking.released_costs import tied_best
 from corrdit.tracking.updating import FeatureAverage, feature_costs, features_at
 
 Found = tuple[Tensor, Tensor, Tensor]
@@ -247,10 +248,14 @@ class Following:
     def _read_matches(self, points: Tensor, cost: FrameCost) -> Found:
         """Positions in one target frame as DiffTrack's released code reads them from the matches of all tokens."""
         position = points * self.to_encoded
-        best, height = refined_peaks(cost.rows.mean(0), 0)
+        rows, tied = cost.rows.mean(0), None
+        reading = self.reader.settings.reading
+        if reading.rounding != "none":
+            tied = tied_best(rows.flatten(1), len(reading.layers) * len(reading.timesteps))
+        best, height = refined_peaks(rows, 0, best=tied)
         xy = sample_matches(best.unflatten(0, self.grid_size), position, self.stride, geometry="released")
-        reading = pixels_to_tokens(position, self.stride, geometry="released", grid_size=self.grid_size)
-        score = sample_map(height.unflatten(0, self.grid_size)[..., None], reading)[..., 0]
+        read_at = pixels_to_tokens(position, self.stride, geometry="released", grid_size=self.grid_size)
+        score = sample_map(height.unflatten(0, self.grid_size)[..., None], read_at)[..., 0]
         return xy / self.to_encoded, torch.ones(len(xy), dtype=torch.bool), score
 
     def _point_costs(self, points: Tensor, tokens: Tensor, cost: FrameCost) -> FrameCost:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from corrdit.files import refuse_address
 from corrdit.video.containers import file_frames, file_info
 from corrdit.video.folders import folder_frames, folder_info
 from corrdit.video.info import ACCEPTED, Moment, Video, VideoInfo
@@ -247,6 +248,7 @@ def _warn_of(sentences: Iterable[str], stacklevel: int = 3) -> None:
 
 
 def _existing(path: str | os.PathLike[str]) -> Path:
+    refuse_address(path)
     path = Path(path)
     if not path.exists():
         raise ValueError(f"there is no file or folder {path}; {ACCEPTED}")
