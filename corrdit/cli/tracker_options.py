@@ -26,6 +26,8 @@ _OPTIONS: OptionTable = {
     "combine": (str, "costs, or median: the median of the positions that every head finds by itself"),
     "temperature": (float, "factor of the attention logits; larger makes matches sharper"),
     "low_pass": (float, "standard deviation in tokens of a low-pass filter on queries and keys; 0 for none"),
+    "matched": (str, "what is matched with keys: queries, or keys (by their cosine)"),
+    "channels_out": (tuple[int, ...], "channels of the heads that are left out, such as [0,1]; [] for none"),
     "bidirectional": (bool, "use the softmax over source tokens too"),
     "rounding": (str, "none, or bfloat16: costs as in DiffTrack's released runs, where near candidates tie"),
     "backend": (str, "of the attention operations: auto, triton, streaming or reference"),

@@ -18,6 +18,7 @@ IMAGES = ("first", "all")
 VISIBILITIES = ("consistency", "all")
 COMBINATIONS = ("costs", "median")
 POSTERIORS = ("mode", "sample")
+MATCHED = ("queries", "keys")
 HEADS = ("probabilities", "logits", "features")
 Options: TypeAlias = Mapping[str, Any]
 """Of the tracker, by name."""
@@ -129,6 +130,9 @@ class ReadingOptions:
             in x and in y counts).
         temperature: factor of the logits.
         low_pass: standard deviation in tokens of a low-pass filter on queries and keys; 0 for none.
+        matched: "queries" (queries with keys) or "keys" (keys with keys, by their cosine, as HeFT does).
+        channels_out: channels of a head that are left out; HeFT leaves out the fastest of each axis of the rotary
+            embedding.
         bidirectional: whether the backward softmax takes part in the cost.
         rounding: "none", or "bfloat16": costs in the arithmetic of DiffTrack's released runs, where near candidates tie
             and the lowest index wins, see `corrdit.tracking.released_costs`. For geometry="released" alone.
@@ -152,6 +156,8 @@ class ReadingOptions:
     combine: str = "costs"
     temperature: float = 1.0
     low_pass: float = 0.0
+    matched: str = "queries"
+    channels_out: tuple[int, ...] = ()
     bidirectional: bool = True
     rounding: str = "none"
     backend: str = "auto"
@@ -177,7 +183,8 @@ class ReadingOptions:
         for name in ("inference_steps", "memory_budget"):
             if getattr(self, name) is not None:
                 whole_number(name, getattr(self, name), 1)
-        for name in ("layers", "steps"):
+        choice("matched", self.matched, MATCHED)
+        for name in ("layers", "steps", "channels_out"):
             given = entries(name, getattr(self, name))
             object.__setattr__(self, name, tuple(whole_indices(name, given)) if given else ())
         if self.head_weights is not None:
