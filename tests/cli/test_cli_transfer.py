@@ -22,6 +22,7 @@ SHORT = ["--steps", "2", "--guided-share", "0.5", "--optimisation-steps", "2", "
 FILES = {
     "result.mp4",
     "reference.mp4",
+    "comparison.mp4",
     "flow.npz",
     "flow_1_colours.png",
     "flow_1_arrows.png",
