@@ -132,6 +132,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> int:
+    from corrdit.array_files import content_digest
     from corrdit.integrations.diffusers.motion_transfer import MotionTransfer, StoredMotion
     from corrdit.integrations.diffusers.motion_transfer.results_on_disk import METRICS_FILE, fidelity_of, write_transfer
     from corrdit.integrations.diffusers.placement import released_placement
@@ -145,6 +146,8 @@ def run(arguments: Namespace) -> int:
     preset = checked_preset(arguments.preset)
     stored = StoredMotion.load(arguments.stored) if arguments.stored is not None else None
     reference, fps, known = _reference(arguments)
+    region = _region(arguments)
+    known["region"] = region if region is None or isinstance(region, list) else content_digest(region)
     output_folder(arguments.output)
     released = released_placement(arguments.model, checked_device(arguments.device))
     backbone = loaded_backbone(arguments, preset, released)
@@ -162,7 +165,7 @@ def run(arguments: Namespace) -> int:
             reference,
             arguments.prompt,
             stored=stored,
-            region=_region(arguments),
+            region=region,
             elsewhere=arguments.elsewhere,
             **named(arguments, "seed", "num_frames", "height", "width"),
             state_file=state_file,
@@ -221,8 +224,9 @@ def _reference(arguments: Namespace) -> tuple[np.ndarray | None, float, dict[str
     if arguments.fps is not None and not arguments.fps > 0:
         raise ValueError(f"--fps must be above 0, got {arguments.fps}")
     known: dict[str, object] = {"call": named(arguments, "num_frames", "height", "width", "fps", "format")}
-    if arguments.stored is not None:
-        known["stored"] = file_digest(arguments.stored)
+    for name in ("stored", "elsewhere"):
+        if arguments[name] is not None:
+            known[name] = file_digest(arguments[name])
     if arguments.reference == "none":
         if arguments.stored is None and arguments.method not in WITHOUT_REFERENCE:
             raise ValueError(

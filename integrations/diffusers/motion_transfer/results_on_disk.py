@@ -140,6 +140,7 @@ def _write_comparison(folder: Path, result: TransferResult, backbone: Backbone, 
     shown = [colours[of_frame.get(frame, len(colours) - 1)] for frame in range(len(result.reference))]
     # A folder of frames would be a video nobody can play beside the others.
     name = f"comparison.{'mp4' if file_format == 'frames' else file_format}"
+    panels: dict[str, np.ndarray | list[np.ndarray]]
     panels = {"reference": result.reference, "result": result.video, "motion of the reference since frame 0": shown}
     caption = f"colour: direction of the motion flow, full from {largest:.1f} tokens on"
     write_side_by_side(folder / name, panels, fps, caption=caption)
