@@ -29,6 +29,7 @@ from corrdit.cli import (
     generate,
     kernels,
     models,
+    plan,
     track,
     train,
     transfer,
@@ -58,7 +59,7 @@ class Command(Protocol):
 
 _IN_ORDER: tuple[Command, ...] = (
     *(track, demo, explore, analyze, calibrate, evaluate, train, generate, transfer, world),
-    *(bench, kernels, models, doctor),
+    *(plan, bench, kernels, models, doctor),
 )
 MODULES = {module.__name__.rpartition(".")[2]: module for module in _IN_ORDER}
 COMMANDS = {name: module.HELP for name, module in MODULES.items()}
