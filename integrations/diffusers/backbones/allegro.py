@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from corrdit.integrations.diffusers.backbones.base import NO_IMAGE
 from corrdit.integrations.diffusers.backbones.flow_matching import MaskedTextBackbone
 from corrdit.integrations.diffusers.backbones.presets import Preset
 from corrdit.integrations.diffusers.family_layouts import AllegroLayout
@@ -17,6 +18,8 @@ class AllegroBackbone(MaskedTextBackbone):
     """Allegro, text to video."""
 
     layout = AllegroLayout
+    pipelines = ("AllegroPipeline",)
+    limits = NO_IMAGE
     text_option = "caption_channels"
     first_frame_alone = False
 
