@@ -8,6 +8,7 @@ freed. `host.attention` says how the call is seen.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -187,6 +188,11 @@ class CorrespondenceProcessor(DelegatingProcessor):
         """
         check_processor(self.inner)
         self._request = request
+
+    def leave_when_read(self) -> None:
+        """End the forward that follows once this layer has handed over its queries and keys."""
+        if self._request is not None:
+            self._request = dataclasses.replace(self._request, stop=True)
 
     def disarm(self) -> None:
         """Pass everything through."""
