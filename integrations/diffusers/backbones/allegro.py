@@ -6,9 +6,11 @@ Source: diffusers, `AllegroTransformer3DModel` and `AllegroPipeline`.
 from __future__ import annotations
 
 import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from corrdit.integrations.diffusers.backbones.base import NO_IMAGE
 from corrdit.integrations.diffusers.backbones.flow_matching import MaskedTextBackbone
+from corrdit.integrations.diffusers.backbones.frames import Posterior
 from corrdit.integrations.diffusers.backbones.presets import Preset
 from corrdit.integrations.diffusers.family_layouts import AllegroLayout
 from corrdit.integrations.diffusers.layouts import Arguments, Pipeline, Text
@@ -40,9 +42,9 @@ class AllegroBackbone(MaskedTextBackbone):
         rotary = self.pipe._prepare_rotary_positional_embeddings(batch, *size, frames, self.device)
         return {"image_rotary_emb": rotary}
 
-    def moments(self, clips: torch.Tensor) -> torch.Tensor:
+    def posterior(self, clips: torch.Tensor) -> Posterior:
         """As the codec's own encoder; its tiles, without which it encodes nothing, leave out what no tile fits."""
         vae = self.pipe.vae
         latents = vae.encoder(clips).transpose(1, 2)
         moments = vae.quant_conv(latents.flatten(0, 1)).unflatten(0, latents.shape[:2]).transpose(1, 2)
-        return moments.chunk(2, dim=1)[0]
+        return DiagonalGaussianDistribution(moments)

@@ -7,9 +7,10 @@ image and a mask beside them.
 from __future__ import annotations
 
 import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from corrdit.integrations.diffusers.backbones.flow_matching import FlowMatchingBackbone
-from corrdit.integrations.diffusers.backbones.frames import with_image_and_mask
+from corrdit.integrations.diffusers.backbones.frames import Posterior, with_image_and_mask
 from corrdit.integrations.diffusers.family_layouts import HunyuanVideo15Layout
 
 
@@ -47,6 +48,7 @@ class HunyuanVideo15Backbone(FlowMatchingBackbone):
     def conditioned(self, latents: torch.Tensor, image: torch.Tensor | None) -> torch.Tensor:
         return with_image_and_mask(latents, image)
 
-    def moments(self, clips: torch.Tensor) -> torch.Tensor:
+    def posterior(self, clips: torch.Tensor) -> Posterior:
         # The codec's attention takes a single clip.
-        return torch.cat(list(map(super().moments, clips.split(1))))
+        parts = [self.pipe.vae.encode(clip).latent_dist.parameters for clip in clips.split(1)]
+        return DiagonalGaussianDistribution(torch.cat(parts))

@@ -16,6 +16,7 @@ from corrdit.array_files import content_digest
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.backbones.loading import backbone_of
 from corrdit.integrations.diffusers.backbones.presets import published_preset
+from corrdit.integrations.diffusers.compatibility import check_takes_prompt
 from corrdit.integrations.diffusers.fingerprint import weights_fingerprint
 from corrdit.integrations.diffusers.host.forwards import Arguments
 from corrdit.integrations.diffusers.layouts import Pipeline
@@ -274,6 +275,8 @@ class MotionTransfer:
         """Pipelines cut prompts that are too long without an error."""
         if not isinstance(prompt, str):
             raise ValueError(f"the prompt must be one string, got {type(prompt).__name__}")
+        if "prompt_embeds" not in further:
+            check_takes_prompt(self.backbone.pipe)
         tokenizer = getattr(self.backbone.pipe, "tokenizer", None)
         negative = further.get("negative_prompt", self.settings.negative_prompt)
         for name, text in (("prompt", prompt), ("negative prompt", negative)):
