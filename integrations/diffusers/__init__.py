@@ -8,6 +8,7 @@ from corrdit.integrations.diffusers.guidance.cross_attention import CrossAttenti
 from corrdit.integrations.diffusers.layouts import TransformerLayout, register_layout
 from corrdit.integrations.diffusers.motion_transfer.transfer import MotionTransfer
 from corrdit.integrations.diffusers.processors import CorrespondenceProcessor
+from corrdit.integrations.diffusers.text_attention import text_maps
 from corrdit.tracking.options import ReadingPreset
 
 __all__ = [
@@ -25,4 +26,5 @@ __all__ = [
     "capture",
     "load_backbone",
     "register_layout",
+    "text_maps",
 ]

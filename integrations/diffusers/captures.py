@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -34,6 +35,7 @@ from corrdit.integrations.diffusers.processors import (
     named_operations,
     without_leftover,
 )
+from corrdit.integrations.diffusers.text_attention import TextAttention
 
 BRANCHES = ("cond", "uncond", "both")
 CaptureCallback = Callable[[int, int, Any], None]
@@ -50,6 +52,7 @@ def capture(
     keep_graph: bool = False,
     early_exit: bool = False,
     on_skip: str = "error",
+    attention: str = "self",
 ) -> Capture:
     """Run an operation on the queries and keys of chosen layers at chosen steps, changing nothing else.
 
@@ -81,6 +84,10 @@ def capture(
         on_skip: what is done where a step cache or a replaced forward left out a layer that was to be read: "error", or
             "compute" to run the model's own forward beside it, without gradients, up to the last such layer. The run
             itself stays as it is with the cache, to the bit.
+        attention: "self", or "cross" for attention from the video to the text: then q is `[B, H, F * S, D]` of the
+            video, k `[B, H, T, D]` of the text's tokens as the model has them (padding included), key_mask `[B, T]` and
+            grid a `corrdit.grid.CrossGrid`. In families whose text lies in the token axis of self-attention these are
+            parts of it, and a softmax over the T keys is the model's, renormalised over the text.
 
     Returns:
         A context manager which is a mapping from (step, layer), both non-negative, to results.
@@ -104,6 +111,7 @@ def capture(
         keep_graph=keep_graph,
         early_exit=early_exit,
         on_skip=on_skip,
+        attention=attention,
     )
 
 
@@ -122,6 +130,7 @@ class Capture(Mapping[tuple[int, int], Any]):
         keep_graph: as for `capture`.
         early_exit: as for `capture`.
         on_skip: as for `capture`.
+        attention: as for `capture`.
     """
 
     def __init__(
@@ -136,6 +145,7 @@ class Capture(Mapping[tuple[int, int], Any]):
         keep_graph: bool = False,
         early_exit: bool = False,
         on_skip: str = "error",
+        attention: str = "self",
     ) -> None:
         if branch is not None and branch not in BRANCHES:
             raise ValueError(f'branch must be "cond", "uncond" or "both", got {branch!r}')
@@ -161,6 +171,7 @@ class Capture(Mapping[tuple[int, int], Any]):
                 "from the last; give non-negative steps, or capture the pipeline"
             )
         self._early_exit = flag("early_exit", early_exit)
+        self._of_text = choice("attention", attention, ("self", "cross")) == "cross"
         self._computes = choice("on_skip", on_skip, ("error", "compute")) == "compute"
         self._operations = self._resolved_layers(operations)
         self._results: dict[tuple[int, int], Any] = {}
@@ -237,7 +248,7 @@ class Capture(Mapping[tuple[int, int], Any]):
 
     def _check(self, transformer: torch.nn.Module, layout: TransformerLayout) -> None:
         check_transformer(transformer, caches=self._computes)
-        for module in layout.attention_modules(transformer):
+        for module in self._modules(layout, transformer):
             if getattr(module.processor, "captured", False):
                 raise ValueError(
                     f"this {type(transformer).__name__} is already being captured; give all layers, steps and "
@@ -247,7 +258,7 @@ class Capture(Mapping[tuple[int, int], Any]):
 
     def _attach(self, transformer: torch.nn.Module, layout: TransformerLayout, stack: ExitStack) -> None:
         processors: dict[int, CorrespondenceProcessor] = {}
-        modules = layout.attention_modules(transformer)
+        modules = self._modules(layout, transformer)
 
         def reading(layer: int, inner: object) -> CorrespondenceProcessor:
             processors[layer] = CorrespondenceProcessor(without_leftover(inner), None, None)
@@ -265,7 +276,7 @@ class Capture(Mapping[tuple[int, int], Any]):
         def before(call: ForwardCall, arguments: Arguments) -> None:
             given[:] = [arguments] if self._computes else []
             for layer, request in self.requests(layout, call, stop).items():
-                processors[layer].arm(request)
+                processors[layer].arm(self._reading(layout, request, call, arguments))
 
         def after(output: object) -> None:
             try:
@@ -281,6 +292,19 @@ class Capture(Mapping[tuple[int, int], Any]):
                     processor.disarm()
 
         stack.enter_context(watched_forwards(transformer, layout, before, after))
+
+    def _modules(self, layout: TransformerLayout, transformer: torch.nn.Module) -> list[Any]:
+        """The attention modules that are read from."""
+        return TextAttention(layout).modules(transformer) if self._of_text else layout.attention_modules(transformer)
+
+    def _reading(
+        self, layout: TransformerLayout, request: ReadRequest, call: ForwardCall, arguments: Arguments
+    ) -> ReadRequest:
+        if not self._of_text:
+            return request
+        text = TextAttention(layout)
+        operations = text.operations(request.operations)
+        return dataclasses.replace(request, grid=text.grid(call, arguments), operations=operations)
 
     def _rows(self, layout: TransformerLayout, call: ForwardCall) -> tuple[tuple[str | None, slice], ...]:
         """The branches of this call that are wanted and where they are in the batch."""
