@@ -26,9 +26,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from corrdit.cli.devices import add_run_options, named, trainer_devices
+from corrdit.cli.devices import add_run_options, add_shards_option, named, trainer_devices
 from corrdit.cli.lightning_runs import command_trainer, predict, quiet_lightning
-from corrdit.cli.model_options import add_model_options, checked_preset
+from corrdit.cli.model_options import add_model_options, checked_preset, chosen_placement
 from corrdit.cli.terminal import print_table
 from corrdit.cli.tracker_options import add_tracker_options, given_tracker_options
 
@@ -114,6 +114,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--save-tracks", type=bool, default=True, help="keep the tracks beside the figures")
     parser.add_argument("--pictures", type=int, default=0, metavar="N", help="draw the tracks of the first N videos")
+    parser.add_argument(
+        "--trail", type=int, default=15, metavar="N", help="past frames whose path is drawn behind a point"
+    )
+    add_shards_option(parser)
     add_tracker_options(parser)
 
 
@@ -135,14 +139,15 @@ def run(arguments: Namespace) -> int:
         from corrdit.integrations.lightning import EvaluationModule, TapVidDataModule
 
         cut = named(arguments, "mode", "start", "end", "max_frames")
-        data = TapVidDataModule(arguments.data, stride=arguments.query_stride, **cut)
+        data = TapVidDataModule(arguments.data, stride=arguments.query_stride, incomplete=arguments.incomplete, **cut)
         module = EvaluationModule(
             arguments.model,
             model_preset=preset,
             trackers=trackers,
             tracker_options=options,
             on_broken="report" if arguments.skip_broken else arguments.on_broken,
-            **named(arguments, "output", "dtype", "placement", "queries_at_once", "save_tracks", "pictures"),
+            placement=chosen_placement(arguments),
+            **named(arguments, "output", "dtype", "queries_at_once", "save_tracks", "pictures", "trail"),
         )
         trainer = _trainer(arguments)
         try:

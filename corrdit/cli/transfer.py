@@ -12,6 +12,8 @@ writes  into the folder --output, all of them or none:
         motion.safetensors  the optimised latents or embeddings, for --stored
         metrics.json        settings, losses, motion fidelity and, with --clip, the prompt's cosine
 A run that is killed goes on after its last finished denoising step when the same command is given again.
+CogVideoX-2B and 5B run on a GPU as DiTFlow released them, unless --placement and the options beside it say otherwise:
+parts offloaded, the codec in tiles and slices, gradient checkpointing.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from typing import TYPE_CHECKING
 from corrdit.cli.devices import OptionTable, add_options, checked_device, given_options, named
 from corrdit.cli.model_options import add_model_options, checked_preset, loaded_backbone
 from corrdit.cli.terminal import Report, progress_bar
-from corrdit.files import OutputFolder
+from corrdit.files import OutputFolder, file_digest, output_folder, short_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -95,8 +97,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> int:
     from corrdit.integrations.diffusers.motion_transfer import MotionTransfer, StoredMotion
-    from corrdit.integrations.diffusers.motion_transfer.results_on_disk import fidelity_of, write_transfer
+    from corrdit.integrations.diffusers.motion_transfer.results_on_disk import METRICS_FILE, fidelity_of, write_transfer
+    from corrdit.integrations.diffusers.placement import released_placement
     from corrdit.motion import PromptSimilarity
+    from corrdit.runs import refuse_other_record
     from corrdit.tracking import PointTracker
 
     began = time.perf_counter()
@@ -104,17 +108,19 @@ def run(arguments: Namespace) -> int:
         raise ValueError("--height and --width go together; give both or none")
     preset = checked_preset(arguments.preset)
     stored = StoredMotion.load(arguments.stored) if arguments.stored is not None else None
-    reference, fps = _reference(arguments)
-    if arguments.output and Path(arguments.output).is_file():
-        raise ValueError(f"the output folder {arguments.output} is a file; give a folder, which is made if need be")
-    backbone = loaded_backbone(arguments, preset)
+    reference, fps, known = _reference(arguments)
+    output_folder(arguments.output)
+    released = released_placement(arguments.model, checked_device(arguments.device))
+    backbone = loaded_backbone(arguments, preset, released)
     similarity = None
     if arguments.clip is not None:
         similarity = PromptSimilarity(arguments.clip, checked_device(arguments.device))
     transfer = MotionTransfer(backbone, **given_options(arguments, _SETTINGS))
+    now = {"model": backbone.name, "settings": transfer.settings.described(), **known}
+    refuse_other_record(Path(arguments.output) / METRICS_FILE, {**now, **named(arguments, "prompt", "seed")})
     # Beside the output folder, which appears only with its results.
     place = Path(arguments.output).absolute()
-    state_file = place.parent / f".{place.name}.transfer-state.safetensors"
+    state_file = place.parent / f".{short_name(place.name)}.transfer-state.safetensors"
     with OutputFolder(arguments.output) as folder, progress_bar("preparing") as show:
         result = transfer(
             reference,
@@ -143,6 +149,7 @@ def run(arguments: Namespace) -> int:
             fps=fps,
             file_format=arguments.format,
             measured=measured,
+            known=known,
         )
     # The results are in their place: whoever is killed before goes on with the state.
     state_file.unlink(missing_ok=True)
@@ -166,23 +173,28 @@ def _announcer(show: Report) -> Callable[[str, TransferPlan], None]:
     return announce
 
 
-def _reference(arguments: Namespace) -> tuple[np.ndarray | None, float]:
-    """The reference's frames, or None, and the rate of the new video."""
+def _reference(arguments: Namespace) -> tuple[np.ndarray | None, float, dict[str, object]]:
+    """The reference's frames, or None, the rate of the new video, and what metrics.json says of them."""
+    from corrdit.array_files import content_digest
     from corrdit.integrations.diffusers.motion_transfer.reference import at_rate
     from corrdit.video import read_video
     from corrdit.video.info import DEFAULT_FPS
 
     if arguments.fps is not None and not arguments.fps > 0:
         raise ValueError(f"--fps must be above 0, got {arguments.fps}")
+    known: dict[str, object] = {"call": named(arguments, "num_frames", "height", "width", "fps", "format")}
+    if arguments.stored is not None:
+        known["stored"] = file_digest(arguments.stored)
     if arguments.reference == "none":
         if arguments.stored is None:
             raise ValueError(
                 "REFERENCE none goes with --stored FILE, the motion of an earlier transfer; give that file"
             )
-        return None, arguments.fps or DEFAULT_FPS
+        return None, arguments.fps or DEFAULT_FPS, known
     # How few frames are too few, the model says.
     video = read_video(arguments.reference, start=arguments.start, max_frames=arguments.max_frames, min_frames=1)
-    return at_rate(video.frames, video.fps, arguments.fps, video.times)
+    known |= {"reference": content_digest(video.frames)} | ({} if video.info.hdr is None else {"hdr": video.info.hdr})
+    return *at_rate(video.frames, video.fps, arguments.fps, video.times), known
 
 
 def _loss_in_words(losses: list[float]) -> str | None:

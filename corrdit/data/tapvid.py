@@ -22,7 +22,9 @@ import numpy as np
 
 from corrdit.arguments import choice, whole_number
 from corrdit.data.restricted_pickle import load_arrays
+from corrdit.files import refuse_address
 from corrdit.tracking.tracks import Tracks
+from corrdit.video.info import FRAME_SUFFIXES, VIDEO_SUFFIXES
 
 QUERY_MODES = ("first", "strided", "frame_0")
 PUBLISHED_STRIDE = 5
@@ -176,7 +178,10 @@ class TapVidSample:
 
 
 def read_tapvid(
-    path: str | os.PathLike[str], *, on_broken: Callable[[str, ValueError], None] | None = None
+    path: str | os.PathLike[str],
+    *,
+    on_broken: Callable[[str, ValueError], None] | None = None,
+    incomplete: bool = False,
 ) -> Iterator[TapVidVideo]:
     """The videos of a TAP-Vid file or folder of shards, one after another.
 
@@ -188,6 +193,7 @@ def read_tapvid(
         path: a pickle (DAVIS, RGB-Stacking) or a folder of shards `NNNN_of_NNNN.pkl` (Kinetics).
         on_broken: called with the name and the error of a video or shard that cannot be read, which is then left out;
             without it the error is raised.
+        incomplete: whether shards may be missing.
 
     Raises:
         FileNotFoundError: no such file or folder.
@@ -195,10 +201,14 @@ def read_tapvid(
             `on_broken` is not given.
     """
     path = Path(path)
-    files = [(shard, f"{shard.stem}/") for shard in shard_files(path)] if path.is_dir() else [(path, "")]
+    files = (
+        [(shard, f"{shard.stem}/") for shard in shard_files(path, incomplete=incomplete)]
+        if path.is_dir()
+        else [(path, "")]
+    )
     for file, prefix in files:
         try:
-            entries = named_entries(file, load_arrays(file))
+            entries = file_entries(file)
         except ValueError as error:
             if on_broken is None:
                 raise
@@ -216,24 +226,31 @@ def read_tapvid(
             yield video
 
 
-def shard_files(path: Path) -> list[Path]:
-    """All shards of a folder in order; ValueError where there are none or some are missing."""
+def shard_files(path: Path, *, incomplete: bool = False) -> list[Path]:
+    """All shards of a folder in order; ValueError where there are none, or some are missing and may not be."""
     shards = sorted(path.glob(SHARD_PATTERN))
     if not shards:
         raise ValueError(f"{path} holds no shards named like 0000_of_0010.pkl; give a TAP-Vid file or such a folder")
     expected = int(shards[0].stem.split("_of_")[1])
     names = [f"{index:04}_of_{expected:04}" for index in range(expected)]
     missing = [name for name in names if path / f"{name}.pkl" not in shards]
-    if missing or len(shards) != expected:
+    if (missing and not incomplete) or len(shards) + len(missing) != expected:
         raise ValueError(
             f"{path} holds {len(shards)} of {expected} shards; missing are {', '.join(missing) or 'none'}, and shards "
-            "of different sets must not share a folder"
+            "of different sets must not share a folder; --incomplete (incomplete=True) takes those that are there"
         )
     return shards
 
 
-def named_entries(file: Path, contents: object) -> list[tuple[str, object]]:
-    """Names and raw contents of the videos in what a file holds; ValueError where it is no TAP-Vid file."""
+def file_entries(file: Path) -> list[tuple[str, object]]:
+    """Names and raw contents of the videos of a file; ValueError where it is no TAP-Vid file."""
+    refuse_address(file)
+    if file.suffix.lower() in VIDEO_SUFFIXES + FRAME_SUFFIXES:
+        raise ValueError(
+            f"{file} is a video or a picture; a TAP-Vid file is a pickle of videos with annotated points (.pkl), and "
+            "without annotations nothing can be scored (`corrdit track` follows points through a video)"
+        )
+    contents = load_arrays(file)
     if isinstance(contents, dict) and contents and all(isinstance(entry, dict) for entry in contents.values()):
         return [(str(name), contents[name]) for name in sorted(contents, key=str)]
     if isinstance(contents, (list, tuple)) and contents:

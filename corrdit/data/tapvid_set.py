@@ -15,9 +15,8 @@ import numpy as np
 
 from corrdit.array_files import content_digest, read_arrays
 from corrdit.data.annotated_clips import annotated_clip, annotated_files, annotated_name, clip_files
-from corrdit.data.restricted_pickle import load_arrays
-from corrdit.data.tapvid import SHARD_PATTERN, TapVidVideo, annotated_video, named_entries, shard_files
-from corrdit.files import file_digest
+from corrdit.data.tapvid import SHARD_PATTERN, TapVidVideo, annotated_video, file_entries, shard_files
+from corrdit.files import file_digest, refuse_address
 
 WORLD_ARRAYS = ("video", "xy", "visible")
 
@@ -47,6 +46,7 @@ class TapVidSet:
     Args:
         path: a pickle (DAVIS, RGB-Stacking), a folder of shards `NNNN_of_NNNN.pkl` (Kinetics), a folder that
             `corrdit world` wrote (`NNNN.npz`), or one of `corrdit.data.annotated_clips`.
+        incomplete: whether shards may be missing.
 
     Attributes:
         annotated: whether these are clips of `corrdit.data.annotated_clips`.
@@ -56,7 +56,8 @@ class TapVidSet:
         ValueError: a folder with neither shards nor generated videos, or with some shards missing.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, incomplete: bool = False) -> None:
+        refuse_address(path)
         self.path = Path(path)
         self.annotated = False
         self._loaded: tuple[str, Sequence[tuple[str, object]]] | None = None
@@ -68,7 +69,7 @@ class TapVidSet:
         self._in_folder = True
         self._sharded = any(self.path.glob(SHARD_PATTERN))
         if self._sharded:
-            self.files = [file.name for file in shard_files(self.path)]
+            self.files = [file.name for file in shard_files(self.path, incomplete=incomplete)]
         else:
             self.files = sorted(file.name for file in self.path.glob("*.npz"))
             if not self.files:
@@ -131,7 +132,7 @@ class TapVidSet:
         if self._loaded is None or self._loaded[0] != file:
             self._loaded = None  # the old file goes before the new one comes
             path = self.path / file if self._in_folder else self.path
-            self._loaded = (file, named_entries(path, load_arrays(path)))
+            self._loaded = (file, file_entries(path))
         return self._loaded[1]
 
 

@@ -148,8 +148,15 @@ def track_in_parts(track: Track, video: np.ndarray, queries: np.ndarray, queries
     return Tracks(*joined)
 
 
-def draw_tracks(folder: str | os.PathLike[str], sample: TapVidSample, tracks: Tracks) -> None:
-    """Write `VIDEO.mp4` and the contact sheet `VIDEO.png` into a folder, which is made if need be."""
+def draw_tracks(folder: str | os.PathLike[str], sample: TapVidSample, tracks: Tracks, *, trail: int = TRAIL) -> None:
+    """Write `VIDEO.mp4` and the contact sheet `VIDEO.png` into a folder, which is made if need be.
+
+    Args:
+        folder: for both.
+        sample: the video.
+        tracks: of its queries.
+        trail: past frames whose path is drawn behind a point.
+    """
     name = file_name(sample.name)
     with OutputFolder(folder) as hidden:
         write_track_pictures(
@@ -160,7 +167,7 @@ def draw_tracks(folder: str | os.PathLike[str], sample: TapVidSample, tracks: Tr
             fps=FRAMES_A_SECOND,
             video_path=hidden / f"{name}.mp4",
             sheet_path=hidden / f"{name}.png",
-            style=TrackStyle(trail=TRAIL),
+            style=TrackStyle(trail=trail),
         )
 
 

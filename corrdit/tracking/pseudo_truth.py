@@ -46,6 +46,28 @@ def starting_points(mode: str, height: int, width: int) -> np.ndarray:
     return np.stack((np.zeros_like(x), x, y), axis=-1).reshape(-1, 3).astype(np.float32)
 
 
+def starting_grid_of(xy: np.ndarray, visible: np.ndarray, height: int, width: int) -> np.ndarray | None:
+    """The starting grid that tracks were begun from, as the tracks of DiffTrack's sets were.
+
+    Their first positions are the tracker's and lie up to a pixel or two beside the grid, from which the released code
+    starts.
+
+    Args:
+        xy: `[P, 2]` (x, y) in pixels, first positions.
+        visible: bool `[P]`.
+        height, width: of the frame in pixels.
+
+    Returns:
+        float32 `[P, 2]`, or None where the tracks were not begun from such a grid.
+    """
+    for mode, side in STARTING_GRIDS.items():
+        if len(xy) == side**2:
+            grid = starting_points(mode, height, width)[:, 1:]
+            near = np.abs(xy - grid).max(-1) <= width / 180
+            return grid if near[visible].all() else None
+    return None
+
+
 STARTING_GRIDS = {"object": 20, "scene": 10}
 """Points a side by the kind of video."""
 

@@ -14,6 +14,7 @@ from corrdit import ops
 from corrdit.grid import TokenGrid
 from corrdit.tracking.filtering import low_pass
 from corrdit.tracking.options import ReadingOptions
+from corrdit.tracking.released_costs import bfloat16_rows
 
 SMALL_FRAME = 256
 """Tokens of a frame up to which whole cost maps on a CPU cost less than streaming over their rows."""
@@ -236,8 +237,13 @@ def _capture(weights: Sequence[float], grid_size: tuple[int, int], spread: float
 def cost_rows(pair: TokenPair, reading: Reading, tokens: Tensor, *, source: int) -> Tensor:
     """Cost maps on the CPU, float32 `[B, V, R, F, h, w]`, of R tokens of the source frame.
 
-    V is the number of heads for a reading with votes, 1 otherwise.
+    V is the number of heads for a reading with votes, 1 otherwise. With rounding the source frame has costs of 0.
     """
+    if reading.rounding != "none":
+        return bfloat16_rows(
+            pair.q, pair.k, pair.grid, tokens, source=source, scale=pair.scale, bidirectional=reading.bidirectional,
+            key_mask=pair.key_mask,
+        )  # fmt: skip
     rows = ops.cost_rows(pair.q, pair.k, pair.grid, tokens, source=source, **_common(pair, reading))
     return (rows if reading.votes else rows.unsqueeze(1)).float().cpu()
 

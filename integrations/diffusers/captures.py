@@ -13,7 +13,13 @@ import torch
 from corrdit.arguments import flag, resolved_index, whole_indices
 from corrdit.integrations.diffusers.compatibility import check_processor, check_transformer, what_skips
 from corrdit.integrations.diffusers.host.attention import processors_wrapped
-from corrdit.integrations.diffusers.host.forwards import Arguments, leaving_after, transformers_of, watched_forwards
+from corrdit.integrations.diffusers.host.forwards import (
+    Arguments,
+    leaving_after,
+    transformers_of,
+    watched_forwards,
+    weights_kept_for_backward,
+)
 from corrdit.integrations.diffusers.host.steps import PipelineSteps, TransformerSteps, branches_of
 from corrdit.integrations.diffusers.layouts import ForwardCall, TransformerLayout, layout_of
 from corrdit.integrations.diffusers.processors import (
@@ -49,7 +55,8 @@ def capture(
 
     Args:
         model: a diffusers video pipeline (or a backbone, for its pipeline), or a bare transformer. Blocks may be
-            compiled one by one; their queries and keys then live until the end of the forward.
+            compiled one by one; their queries and keys then live until the end of the forward. Inside the block its
+            forwards come from one thread; a model that several threads share is loaded once for each.
         layers: indices over all attention blocks in the order they run (HunyuanVideo: dual, then single);
             negative ones count from the last.
         steps: denoising steps of the pipeline's loop, negative ones counted from the last; None for every step.
@@ -163,6 +170,8 @@ class Capture(Mapping[tuple[int, int], Any]):
             self._check(transformer, layout)
         with ExitStack() as stack:
             for transformer, layout in self._models:
+                if self._keep_graph:
+                    stack.enter_context(weights_kept_for_backward(transformer))
                 self._attach(transformer, layout, stack)
             self._open = stack.pop_all()
         return self

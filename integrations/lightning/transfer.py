@@ -14,12 +14,13 @@ import torch
 
 from corrdit.arguments import flag
 from corrdit.array_files import content_digest
-from corrdit.files import file_digest
+from corrdit.files import file_digest, refuse_address, short_name
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.backbones.presets import Preset
 from corrdit.integrations.diffusers.motion_transfer.reference import at_rate
 from corrdit.integrations.diffusers.motion_transfer.results_on_disk import fidelity_of, write_transfer
 from corrdit.integrations.diffusers.motion_transfer.transfer import MotionTransfer
+from corrdit.integrations.diffusers.placement import Placement
 from corrdit.integrations.lightning.data_modules import EachOnceDataModule
 from corrdit.integrations.lightning.resumable import Model, ResumableModule
 from corrdit.runs import Inputs, Keywords, ResultFolder
@@ -142,7 +143,8 @@ class TransferModule(ResumableModule[Pair]):
         dtype: precision of the model, as torch's type or by its name.
         measure: track both videos and measure motion fidelity.
         clip: folder or hub id of a CLIP model that measures the prompt's cosine as well; None for none.
-        placement: where a model too large for one GPU goes, see `corrdit.integrations.diffusers.placement`.
+        placement: where the parts of the model lie and in what form, or the word for where; see
+            `corrdit.integrations.diffusers.placement.Placement`.
         on_broken: "report" writes `failed.json` for a pair that cannot be transferred and goes on; "raise" stops.
 
     Raises:
@@ -164,7 +166,7 @@ class TransferModule(ResumableModule[Pair]):
         dtype: torch.dtype | str | None = None,
         measure: bool = True,
         clip: str | os.PathLike[str] | None = None,
-        placement: str = "device",
+        placement: Placement | str = "device",
         on_broken: str = "report",
     ) -> None:
         self.changes, self.call = dict(settings or {}), dict(call or {})
@@ -198,7 +200,7 @@ class TransferModule(ResumableModule[Pair]):
         inputs = pair_inputs(sample)
         frames, fps = at_rate(video.frames, video.fps, self.fps)
         # Of these inputs, so that a run begins anew where they are others.
-        state = self.output / f".{name}.{content_digest(sample, inputs)[:8]}.transfer-state.safetensors"
+        state = self.output / f".{short_name(name)}.{content_digest(sample, inputs)[:8]}.transfer-state.safetensors"
         result = self._transfer(frames, prompt, seed=sample["seed"], state_file=state, keep_state=True, **self.call)
         backbone = self._transfer.backbone
         measured: dict[str, float] = {}
@@ -209,11 +211,13 @@ class TransferModule(ResumableModule[Pair]):
         if self._similarity is not None:
             measured["image_quality"] = self._similarity(result.video, prompt)
         with self.results.result(name, inputs) as made:
+            known = {} if video.info.hdr is None else {"hdr": video.info.hdr}
+            settings = self._transfer.settings
             write_transfer(
-                made.folder, result, backbone, self._transfer.settings, prompt=prompt, fps=fps, measured=measured
+                made.folder, result, backbone, settings, prompt=prompt, fps=fps, measured=measured, known=known
             )
             made.facts.update(sample)
-        for left in self.output.glob(f".{glob.escape(name)}.*.transfer-state.safetensors"):
+        for left in self.output.glob(f".{glob.escape(short_name(name))}.*.transfer-state.safetensors"):
             left.unlink(missing_ok=True)
         return measured
 
@@ -258,6 +262,7 @@ def _pair(row: dict[str, str], number: int, path: Path) -> Pair:
     if name.startswith(".") or Path(name).name != name:
         raise ValueError(f"{path}, row {number + 1}: {name!r} is no name of a folder")
     video = Path(row["video"].strip())
+    refuse_address(video)
     # Absolute, so that a run that goes on from another folder finds its pairs again.
     place = os.path.abspath(path.parent / video)
     return {"name": name, "video": place, "prompt": row["prompt"].strip(), "seed": int(seed)}

@@ -71,6 +71,12 @@ def test_a_transfer_writes_all_of_its_files(model, reference, tmp_path, capsys):
     assert facts["settings"]["blocks"] == [1]
     assert "4 frames of 16 x 16" in capsys.readouterr().out
     assert [file.name for file in output.parent.iterdir()] == ["out"]
+    command = ["transfer", reference, "a red disc", "--model", model, "--output", str(output), *SHORT]
+    for changed, message in ((["--seed", "1"], "seed 0 (now 1)"), (["--fps", "4"], "'fps': None")):
+        assert main([*command, *changed]) == 2, "another transfer takes another folder"
+        assert f"{output} holds results made with other settings" in (said := capsys.readouterr().err)
+        assert message in said
+    assert json.loads((output / "metrics.json").read_text()) == facts
 
     again = tmp_path / "again"
     stored = ["--stored", str(output / "motion.safetensors"), "--metrics", "false", "--format", "gif"]

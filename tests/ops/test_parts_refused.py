@@ -50,6 +50,8 @@ def test_what_cannot_be_merged():
         ([result, result.half()], [lse, lse], "one shape, dtype and device"),
         ([result], [lse[:1]], r"without the last axis, \[2, 3\], got \[1, 3\]"),
         ([result.long()], [lse], "results must be floating-point tensors, got torch.int64"),
+        ([result], [lse.double()], "must be torch.float32 there, as the operations return them, got torch.float64"),
+        ([result.half()], [lse.half()], "must be torch.float32 there, .* got torch.float16"),
         ([result], [None], "lses must be floating-point tensors, got NoneType"),
     ):
         with pytest.raises(ValueError, match=names):

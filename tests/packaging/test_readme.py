@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import pathlib
 import re
 import shlex
 
 import pytest
+import yaml
 
 ROOT = pathlib.Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -106,6 +107,21 @@ def test_make_targets_named_in_the_readme_exist():
 def test_no_page_installs_from_an_index():
     for page in PAGES:
         assert not re.search(r"pip install [^\n]*\bcorrdit\b", page.read_text(encoding="utf-8")), page
+
+
+def test_site_has_every_page_and_its_api_every_public_name():
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    listed = re.findall(r"[\w-]+\.md", str(site["nav"]))
+    assert sorted(listed) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
+    spec = importlib.util.spec_from_file_location("site_hooks", ROOT / "docs" / "site_hooks.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    api = hooks.on_page_markdown((ROOT / "docs" / "api.md").read_text(encoding="utf-8"))
+    assert {"::: corrdit.ops.match.match", "::: corrdit.metrics.tapvid.tapvid"} <= set(api.splitlines())
+    for module, name in re.findall(r"^::: ([\w.]+)\.(\w+)$", api, re.MULTILINE):
+        assert hasattr(importlib.import_module(module), name)
+    outside = hooks.on_page_markdown("see [the card](../integrations/card.md) and [this](results.md)")
+    assert outside == "see the card (`integrations/card.md`) and [this](results.md)"
 
 
 def test_changelog_lists_every_name_that_moved():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ def write_transfer(
     fps: float,
     file_format: str = "mp4",
     measured: dict[str, float] | None = None,
+    known: Mapping[str, object] | None = None,
 ) -> list[str]:
     """Write the new video, the reference beside it, the loss curve, the motion flow with pictures, and the measures.
 
@@ -74,6 +75,7 @@ def write_transfer(
         fps: frames a second of the videos.
         file_format: "mp4", "gif", or "frames" for folders of PNG files.
         measured: further measures for metrics.json.
+        known: what else metrics.json says, such as `hdr` of the reference, as `corrdit.video.VideoInfo` has it.
 
     Returns:
         Names of what was written; metrics.json is the last.
@@ -98,6 +100,7 @@ def write_transfer(
         "settings": settings.described(),
         "losses": losses,
         **(measured or {}),
+        **(known or {}),
     }
     with written_beside(folder / METRICS_FILE, "w") as file:
         json.dump(facts, file, indent=2)
