@@ -18,7 +18,7 @@ from torch import Tensor
 
 from corrdit import ops
 from corrdit.grid import TokenGrid
-from corrdit.kernels import float32_precision
+from corrdit.problem import float32_precision
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 # ||error|| / ||exact|| that a result and a gradient may have. A softmax weight keeps eleven bits, and so does a result
