@@ -25,6 +25,7 @@ from corrdit.cli import (
     demo,
     doctor,
     evaluate,
+    explore,
     generate,
     kernels,
     models,
@@ -56,7 +57,7 @@ class Command(Protocol):
 
 
 _IN_ORDER: tuple[Command, ...] = (
-    *(track, demo, analyze, calibrate, evaluate, train, generate, transfer, world),
+    *(track, demo, explore, analyze, calibrate, evaluate, train, generate, transfer, world),
     *(bench, kernels, models, doctor),
 )
 MODULES = {module.__name__.rpartition(".")[2]: module for module in _IN_ORDER}

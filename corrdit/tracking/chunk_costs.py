@@ -140,11 +140,19 @@ class ChunkReader:
         """Cost rows of tokens `[R]` of the source frame, ascending, and if asked for the way back."""
         held, reading, source = self.read(chunk), self.settings.reading, chunk.frames.index(chunk.source)
         rows = cost_rows(held.pair, reading, tokens, source=source)[0]
-        if way_back and held.back is None:
-            held = held._replace(back=matches_back(held.pair, reading, source=source)[0])
-            if self.keep:
-                self.held[chunk] = held
-        return ChunkCost(tokens, rows, held.back if way_back else None)
+        return ChunkCost(tokens, rows, self._back(chunk, held) if way_back else None)
+
+    def back(self, chunk: Chunk) -> Tensor:
+        """float `[F, h, w, 2]` for each token of every frame of a chunk its best token (x, y) in the source frame."""
+        return self._back(chunk, self.read(chunk))
+
+    def _back(self, chunk: Chunk, held: HeldChunk) -> Tensor:
+        if held.back is not None:
+            return held.back
+        back = matches_back(held.pair, self.settings.reading, source=chunk.frames.index(chunk.source))[0]
+        if self.keep:
+            self.held[chunk] = held._replace(back=back)
+        return back
 
     def _encoded(self, part: Tensor, numbers: list[int]) -> Tensor:
         """Latents `[t, C, lh, lw]` of frames by their numbers, every frame a latent of its own."""

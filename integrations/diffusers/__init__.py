@@ -6,6 +6,7 @@ from corrdit.integrations.diffusers.backbones.presets import GuidancePreset, Pre
 from corrdit.integrations.diffusers.captures import Capture, capture
 from corrdit.integrations.diffusers.guidance.cross_attention import CrossAttentionGuidance
 from corrdit.integrations.diffusers.layouts import TransformerLayout, register_layout
+from corrdit.integrations.diffusers.motion_transfer.objectives import MotionObjective
 from corrdit.integrations.diffusers.motion_transfer.transfer import MotionTransfer
 from corrdit.integrations.diffusers.processors import CorrespondenceProcessor
 from corrdit.tracking.options import ReadingPreset
@@ -16,6 +17,7 @@ __all__ = [
     "CorrespondenceProcessor",
     "CrossAttentionGuidance",
     "GuidancePreset",
+    "MotionObjective",
     "MotionTransfer",
     "Preset",
     "ReadingPreset",

@@ -254,6 +254,9 @@ class Capture(Mapping[tuple[int, int], Any]):
             stop = stack.enter_context(leaving_after(transformer, layout, max(self._operations)))
 
         def before(call: ForwardCall, arguments: Arguments) -> None:
+            if self._keep_graph:
+                # Autocast keeps the casts of what is optimised, and does not see that a step has changed it in place.
+                torch.clear_autocast_cache()
             for layer, request in self.requests(layout, call, stop).items():
                 processors[layer].arm(request)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,11 +16,13 @@ from corrdit.integrations.diffusers.backbones.presets import default_layers
 from corrdit.integrations.diffusers.captures import capture
 from corrdit.integrations.diffusers.guidance.cross_attention import CrossAttentionGuidance
 from corrdit.integrations.diffusers.motion_transfer.guided_run import GuidedRun
-from corrdit.integrations.diffusers.motion_transfer.reference import ReferenceMotion, clean_timestep, codec_latents, read_motion
+from corrdit.integrations.diffusers.motion_transfer.reference import (
+    ReferenceMotion,
+    read_motion,
+)
 from corrdit.integrations.diffusers.motion_transfer.run_state import RunState
 from corrdit.integrations.diffusers.planning.fake_model import FakeModel
 from corrdit.integrations.diffusers.transfer_settings import TransferSettings
-from corrdit.tracking.queries import grid_points
 from corrdit.tracking.readings import cost_rows, matches_back, read_tokens
 from corrdit.tracking.tracker import PointTracker
 
