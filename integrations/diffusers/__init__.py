@@ -9,6 +9,7 @@ from corrdit.integrations.diffusers.layouts import TransformerLayout, register_l
 from corrdit.integrations.diffusers.motion_transfer.objectives import MotionObjective
 from corrdit.integrations.diffusers.motion_transfer.transfer import MotionTransfer
 from corrdit.integrations.diffusers.processors import CorrespondenceProcessor
+from corrdit.integrations.diffusers.text_attention import text_maps
 from corrdit.tracking.options import ReadingPreset
 
 __all__ = [
@@ -27,4 +28,5 @@ __all__ = [
     "capture",
     "load_backbone",
     "register_layout",
+    "text_maps",
 ]
