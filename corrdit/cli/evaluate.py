@@ -183,7 +183,7 @@ def _report_videos(results: EvaluationResults, labels: list[str], names: list[st
     rows = []
     for name in names:
         for label in labels:
-            record = results.record(label, name)
+            record: Mapping[str, Any] | None = results.record(label, name)
             if record is None or record["figures"] is None:
                 continue
             figures, ends, pck = record["figures"], record["points_interval"], record["pck"]

@@ -11,12 +11,9 @@ from torch import Tensor
 
 from corrdit.tracking.chunks import Chunk
 from corrdit.tracking.encoding import FrameStore, resized
-from corrdit.tracking.options import TrackerOptions
+from corrdit.tracking.options import POSTERIOR_SEED, TrackerOptions
 from corrdit.tracking.queries import Frames
 from corrdit.tracking.readings import ReadBackbone, Reading, TokenPair, cost_rows, matches_back, read_tokens
-
-POSTERIOR_SEED = 2**40
-"""Seeds of the codec's noise are far from those of the noise that latents are given."""
 
 
 class ChunkCost(NamedTuple):
@@ -158,12 +155,12 @@ class ChunkReader:
         return back
 
     def _encoded(self, part: Tensor, numbers: list[int]) -> Tensor:
-        """Latents `[t, C, lh, lw]`, every frame a latent of its own."""
+        """Latents `[t, C, lh, lw]` of frames by their numbers, every frame a latent of its own."""
         options, (height, width) = self.settings.options, self.settings.encoded
         further: dict[str, Any] = {}
         if options.posterior == "sample":
-            seed = POSTERIOR_SEED + 1_000_003 * self.settings.reading.seed
-            further["posterior_seeds"] = [seed + frame for frame in numbers]
+            first = POSTERIOR_SEED + 1_000_003 * self.settings.reading.seed
+            further["posterior_seeds"] = [first + frame for frame in numbers]
         if not options.antialias:
             further |= {"first": options.resize_first, "antialias": False}
         elif options.resize_first is not None:

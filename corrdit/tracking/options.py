@@ -18,6 +18,8 @@ IMAGES = ("first", "all")
 VISIBILITIES = ("consistency", "all")
 COMBINATIONS = ("costs", "median")
 POSTERIORS = ("mode", "sample")
+POSTERIOR_SEED = 2**40
+"""Seeds of the codec's noise are far from those of the noise that latents are given."""
 MATCHED = ("queries", "keys")
 HEADS = ("probabilities", "logits", "features")
 Options: TypeAlias = Mapping[str, Any]

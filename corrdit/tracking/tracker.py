@@ -155,7 +155,7 @@ class PointTracker:
     def reading_of(self, video: Frames, *, keep: bool) -> VideoReading:
         """One of `video [T, H, W, 3]` of which nothing is read yet; for `VideoReading.load`."""
         frames, height, width = (int(size) for size in video.shape[:3])
-        settings = self._settings(frames, height, width)
+        settings = self.settings_of(frames, height, width)
         if keep:
             settings = replace(settings, frames_kept=frames)
         return VideoReading(self.backbone, settings, video, functools.partial(self._blocks, frames), keep=keep)
@@ -187,7 +187,8 @@ class PointTracker:
         blocks = frame_blocks(frames, anchor, most)
         return [anchored_chunks(block, anchor, frames_per_chunk=size, **given) for block in blocks]
 
-    def _settings(self, frames: int, height: int, width: int) -> Settings:
+    def settings_of(self, frames: int, height: int, width: int) -> Settings:
+        """What is read of a video of so many frames and pixels, and how."""
         kept = frames if self.options.frames_per_block is None else self.options.frames_per_block + 1
         if self.options.schedule == "chained":
             kept = self._chosen("frames_per_chunk")

@@ -195,12 +195,13 @@ class WorldDataModule(lightning.LightningDataModule):
         super().__init__()
         self.config = config
         self.photographs = photographs
+        GeneratedBatches(config, photographs=photographs)  # refuses a recipe that shows photographs without any
 
     def train_dataloader(self) -> DataLoader:
         """One endless epoch; batches come whole from the dataset."""
         run = self.trainer
-        place = (0, 0, 1) if run is None else (run.global_step, run.global_rank, run.world_size)
-        batches = GeneratedBatches(self.config, *place, self.photographs)
+        step, rank, processes = (0, 0, 1) if run is None else (run.global_step, run.global_rank, run.world_size)
+        batches = GeneratedBatches(self.config, step, rank, processes, self.photographs)
         return DataLoader(batches, batch_size=None, num_workers=self.config.workers)
 
 
