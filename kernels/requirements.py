@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import torch
 
@@ -21,6 +22,20 @@ def unfit_tensor(dtype: torch.dtype, head_dim: int | None) -> str | None:
     return None
 
 
+def unwritable_cache() -> str | None:
+    """Why triton cannot keep what it compiles, None where it can."""
+    place = os.environ.get("TRITON_CACHE_DIR")
+    if not place:
+        home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")
+        place = os.path.join(home, ".triton", "cache")
+    existing = os.path.abspath(place)
+    while not os.path.lexists(existing):
+        existing = os.path.dirname(existing)
+    if os.path.isdir(existing) and os.access(existing, os.W_OK | os.X_OK):
+        return None
+    return f"triton cannot write its cache {place}; set TRITON_CACHE_DIR to a folder that can be written"
+
+
 def unfit_machine(device: str, interpreted: bool) -> str | None:
     """Why the kernels cannot run here on tensors of a kind of device.
 
@@ -36,6 +51,8 @@ def unfit_machine(device: str, interpreted: bool) -> str | None:
             f"the tensors are on {device}, the kernels need a CUDA device (or TRITON_INTERPRET=1, set before triton is "
             "imported, for CPU tensors)"
         )
+    if reason := unwritable_cache():
+        return reason
     if torch.version.hip is not None:
         return "the kernels are tuned and tested for NVIDIA devices only, this PyTorch is built for AMD"
     if torch.cuda.get_device_capability() < (8, 0):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import linecache
 import os
 import re
 import sys
@@ -209,7 +210,19 @@ def _is_bad_input(error: Exception) -> bool:
     from corrdit.ops.backends import BackendUnavailableError
 
     bad = (ValueError, OSError, ImportError, ArgumentError, BackendUnavailableError)
-    return isinstance(error, bad) or is_out_of_memory(error)
+    return isinstance(error, bad) or is_out_of_memory(error) or _is_refusal(error)
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether a TypeError says what was given and what is accepted, and is not a mistake in the code."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    if not isinstance(error, TypeError) or place is None:
+        return False
+    ours = str(place.tb_frame.f_globals.get("__name__")).partition(".")[0] == "corrdit"
+    line = linecache.getline(place.tb_frame.f_code.co_filename, place.tb_lineno)
+    return ours and line.lstrip().startswith("raise TypeError")
 
 
 def _one_line(error: BaseException) -> str:

@@ -9,12 +9,14 @@ writes  into the folder --output, all of them or none:
         tracks.npz  xy [frames, points, 2] in pixels, visible and score [frames, points], queries [points, 3]
         tracks.mp4  the video with dots and trails coloured by start position; points that are hidden are hollow
         tracks.png  a contact sheet of it
+        a run of a video longer than --frames-per-block that was stopped goes on when the same command is given again
         for a folder of videos these three in DIR/VIDEO of each, as each is done: a run that was stopped goes on when
         the same command is given again; DIR/VIDEO/failed.json says why a video could not be tracked (status 2)
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -59,7 +61,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> int:
     from corrdit.tracking import PointTracker
-    from corrdit.tracking.files import track_at_size, write_track_results
+    from corrdit.tracking.files import PARTS, track_at_size, write_track_results
     from corrdit.video import StreamedVideo
 
     began = time.perf_counter()
@@ -74,12 +76,14 @@ def run(arguments: Namespace) -> int:
     video = StreamedVideo(arguments.video, **named(arguments, "start", "max_frames", "max_side"))
     height, width = video.info.height, video.info.width
     queries = read_points(arguments.points, frames=len(video), height=height, width=width)
+    parts = Path(arguments.output) / PARTS
     with OutputFolder(arguments.output) as folder:
         tracker = PointTracker(loaded_backbone(arguments, preset), **given_tracker_options(arguments))
         with progress_bar("tracking") as report:
-            tracks = track_at_size(tracker, video, queries, (height, width), progress=report)
+            tracks = track_at_size(tracker, video, queries, (height, width), progress=report, resume=parts)
         with progress_bar("drawing") as report:
             write_track_results(folder, video, tracks, queries, trail=arguments.trail, progress=report)
+    shutil.rmtree(parts, ignore_errors=True)
     visible = 100 * float(tracks.visible.float().mean())
     print(
         f"{len(queries)} points through {len(video)} frames of {height} x {width} in"

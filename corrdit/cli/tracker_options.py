@@ -40,6 +40,7 @@ _OPTIONS: OptionTable = {
     "tokens_per_frame": (int, "most tokens a frame is encoded to, in place of a size"),
     "resize_first": (tuple[int, int], "size [height,width] frames are brought to before they are encoded"),
     "antialias": (bool, "resize frames with antialiasing"),
+    "posterior": (str, "latents of the codec: mode (the most likely), or sample (drawn, as released)"),
     "refine": (int, "radius in tokens within which a match is refined; 0 keeps the best token"),
     "crops": (
         tuple[float, ...],

@@ -103,7 +103,8 @@ def is_scored(record: Record) -> bool:
 
 
 def write_tables(output: str | os.PathLike[str]) -> list[TrackerSummary]:
-    """Write `table.json` and `table.csv` (one row a tracker) and `videos.csv` (one row a video and tracker).
+    """Write `table.json` and `table.csv` (one row a tracker) and `videos.csv` (one row a video and tracker, with the
+    interval over its points and PCK).
 
     The tables depend on nothing but the results, so that the same results give the same bytes however many processes
     made them.
@@ -165,12 +166,16 @@ def _video_row(label: str, video: str, record: Record | None, failure: str | Non
         status = "scored" if is_scored(record) else "no visible points"
     found = record or {}
     figures = found.get("figures") or {}
+    low, high = found.get("points_interval") or (None, None)
     return {
         "tracker": label,
         "video": video,
         "status": status,
         **{name: found.get(name) for name in ("frames", "height", "width", "queries")},
         **{name: figures.get(name) for name in METRIC_NAMES},
+        "average_pts_within_thresh_low": low,
+        "average_pts_within_thresh_high": high,
+        "pck": found.get("pck"),
         "error": failure if record is None else None,
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from corrdit.tracking.encoding import FrameStore, resized
 from corrdit.tracking.options import TrackerOptions
 from corrdit.tracking.queries import Frames
 from corrdit.tracking.readings import ReadBackbone, Reading, TokenPair, cost_rows, matches_back, read_tokens
+
+POSTERIOR_SEED = 2**40
+"""Seeds of the codec's noise are far from those of the noise that latents are given."""
 
 
 class ChunkCost(NamedTuple):
@@ -146,15 +149,18 @@ class ChunkReader:
                 self.held[chunk] = held
         return ChunkCost(tokens, rows, held.back if way_back else None)
 
-    def _encoded(self, part: Tensor) -> Tensor:
+    def _encoded(self, part: Tensor, numbers: list[int]) -> Tensor:
         """Latents `[t, C, lh, lw]`, every frame a latent of its own."""
         options, (height, width) = self.settings.options, self.settings.encoded
+        further: dict[str, Any] = {}
+        if options.posterior == "sample":
+            seed = POSTERIOR_SEED + 1_000_003 * self.settings.reading.seed
+            further["posterior_seeds"] = [seed + frame for frame in numbers]
         if not options.antialias:
-            plain = {"first": options.resize_first, "antialias": False}
-            return self.backbone.encode_frames(part, height=height, width=width, **plain)
-        if options.resize_first is not None:
+            further |= {"first": options.resize_first, "antialias": False}
+        elif options.resize_first is not None:
             part = resized(part, *options.resize_first)
-        return self.backbone.encode_frames(part, height=height, width=width)
+        return self.backbone.encode_frames(part, height=height, width=width, **further)
 
     def _noise(self, frames: tuple[int, ...], latents: Tensor) -> Tensor | None:
         """Noise of the reading: every frame's own, whatever chunk it is in."""

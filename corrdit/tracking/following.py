@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,44 @@ from corrdit.tracking.released_costs import tied_best
 
 Found = tuple[Tensor, Tensor, Tensor]
 Blocks = list[list[Chunk]]
+
+
+class End(NamedTuple):
+    """Where a block left off, in one frame: `tokens [P, 2]` before any crop, xy `[P, 2]` in pixels, visible `[P]`."""
+
+    tokens: Tensor
+    xy: Tensor
+    visible: Tensor
+
+
+Ends = dict[int, End]
+"""By frame."""
+
+
+class BlockTracks(NamedTuple):
+    """Tracks of P points through the n target frames of a block.
+
+    Attributes:
+        frames: ascending.
+        xy: float32 `[n, P, 2]` in pixels of the video.
+        visible: bool `[n, P]`.
+        score: float32 `[n, P]`.
+        last: of the frames, the one farthest from the anchor.
+        tokens: float32 `[P, 2]`, places in it as a block that goes on from there needs them.
+    """
+
+    frames: tuple[int, ...]
+    xy: Tensor
+    visible: Tensor
+    score: Tensor
+    last: int
+    tokens: Tensor
+
+    @property
+    def end(self) -> Ends:
+        """What the next block needs."""
+        place = self.frames.index(self.last)
+        return {self.last: End(self.tokens, self.xy[place], self.visible[place])}
 
 
 class Following:
@@ -57,19 +97,32 @@ class Following:
         crops = sum(level.batches(points, chunk) for level in self.levels for chunk in chunks)
         return self.reader.passes(chunks) + self.reader.settings.reading.passes * crops
 
-    def follow(self, points: Tensor, blocks: Blocks) -> dict[int, Found]:
-        """For every target frame xy `[P, 2]` in pixels, visible `[P]` and score `[P]` of points `[P, 2]`."""
+    def start(self, points: Tensor, anchor: int) -> Ends:
+        """What is known before any block: points `[P, 2]` in pixels of the video, in the anchor's frame."""
+        return {anchor: End(self.tokens_of(points), points, torch.ones(len(points), dtype=torch.bool))}
+
+    def follow(self, points: Tensor, chunks: list[Chunk], ends: Ends) -> BlockTracks:
+        """Places of points `[P, 2]` of the anchor's frame, in pixels, in the target frames of a block.
+
+        Args:
+            points: `[P, 2]` in pixels of the video.
+            chunks: of one block.
+            ends: of the blocks before; those of the anchor and of the frame next to the block are looked at.
+        """
+        coarse: dict[int, Tensor] = {}
         if self.options.schedule == "chained":
-            return self._follow_chained(points, blocks[0])
-        if self.options.geometry == "released":
-            return self._follow_released(points, [chunk for chunks in blocks for chunk in chunks])
-        found: dict[int, Found] = {}
-        coarse = {blocks[0][0].source: self.tokens_of(points)}
-        for chunks in blocks:
+            found = self._follow_chained(chunks[0], ends)
+        elif self.options.geometry == "released":
+            found = self._follow_released(points, chunks)
+        else:
+            coarse = {frame: end.tokens for frame, end in ends.items()}
             self.load(chunks)
-            located = self._follow_block(points, chunks, coarse)
-            found.update(self._look_closer(points, chunks, located))
-        return found
+            found = self._look_closer(points, chunks, self._follow_block(points, chunks, coarse))
+        frames = tuple(sorted(found))
+        xy, visible, score = (torch.stack([found[frame][part] for frame in frames]) for part in range(3))
+        farthest = frames[-1] if frames[-1] > chunks[0].source else frames[0]
+        tokens = coarse[farthest] if farthest in coarse else self.tokens_of(xy[frames.index(farthest)])
+        return BlockTracks(frames, xy, visible, score, farthest, tokens)
 
     def load(self, chunks: list[Chunk]) -> None:
         """Make what is needed of the frames of these chunks, in the order of the video."""
@@ -133,20 +186,17 @@ class Following:
             seen = {frame: seen[frame] & _consistent(place, tolerance) for frame, place in located.items()}
         return {frame: (place.xy, seen[frame], place.score) for frame, place in located.items()}
 
-    def _follow_chained(self, points: Tensor, chunks: list[Chunk]) -> dict[int, Found]:
-        """Each chunk starts from the positions found in the last frame of the one before."""
-        found: dict[int, Found] = {}
-        for chunk in chunks:
-            start, seen = (found[chunk.source][:2]) if chunk.source in found else (points, None)
-            cost = self._chunk_cost(chunk, start)
-            accumulator = CostAccumulator(last_visits([chunk]), average=False)
-            located = {}
-            for frame, frame_cost in accumulator.add(0, chunk, cost):
-                result = self._locate(self.tokens_of(start), self._point_costs(start, cost.tokens, frame_cost), None)
-                located[frame] = result._replace(xy=self._pixels(result.xy))
-            for frame, (xy, visible, score) in self._look_closer(start, [chunk], located).items():
-                found[frame] = (xy, visible if seen is None else visible & seen, score)
-        return found
+    def _follow_chained(self, chunk: Chunk, ends: Ends) -> dict[int, Found]:
+        """A chunk starts from the positions found in the last frame of the one before."""
+        _, start, seen = ends[chunk.source]
+        cost = self._chunk_cost(chunk, start)
+        accumulator = CostAccumulator(last_visits([chunk]), average=False)
+        located = {}
+        for frame, frame_cost in accumulator.add(0, chunk, cost):
+            result = self._locate(self.tokens_of(start), self._point_costs(start, cost.tokens, frame_cost), None)
+            located[frame] = result._replace(xy=self._pixels(result.xy))
+        found = self._look_closer(start, [chunk], located)
+        return {frame: (xy, visible & seen, score) for frame, (xy, visible, score) in found.items()}
 
     def _chunk_cost(self, chunk: Chunk, points: Tensor) -> ChunkCost:
         """Cost rows of the source tokens that the points need, and the way back."""

@@ -17,6 +17,7 @@ INVERSIONS = ("ddim", "released")
 IMAGES = ("first", "all")
 VISIBILITIES = ("consistency", "all")
 COMBINATIONS = ("costs", "median")
+POSTERIORS = ("mode", "sample")
 HEADS = ("probabilities", "logits", "features")
 Options: TypeAlias = Mapping[str, Any]
 """Of the tracker, by name."""
@@ -214,6 +215,8 @@ class TrackerOptions(ReadingOptions):
         resize_first: (height, width) to which frames are resized before that (DiffTrack's evaluation: 256 x 256).
         antialias: whether frames are resized with antialiasing; DiffTrack's evaluation does without, and without
             rounding between its two sizes.
+        posterior: "mode" (the codec's most likely latents) or "sample" (drawn with `seed`, as DiffTrack's released code
+            draws them; every frame its own).
         refine: radius in tokens of the cost-weighted mean round the best token; 0 for the best token itself.
         crops: scales at which points are looked at again, one after another, in crops of the frames round them: the
             span of a token in the crop, relative to that in the whole frame. See `corrdit.tracking.crops`; the cost
@@ -241,6 +244,7 @@ class TrackerOptions(ReadingOptions):
     tokens_per_frame: int | None = None
     resize_first: tuple[int, int] | None = None
     antialias: bool = True
+    posterior: str = "mode"
     refine: int = 1
     crops: tuple[float, ...] = ()
     crop_tokens: int = 8
@@ -256,6 +260,8 @@ class TrackerOptions(ReadingOptions):
         choice("schedule", self.schedule, SCHEDULES)
         choice("geometry", self.geometry, GEOMETRIES)
         choice("visibility", self.visibility, VISIBILITIES)
+        if choice("posterior", self.posterior, POSTERIORS) == "sample" and self.crops:
+            raise ValueError('posterior="sample" is for whole frames; give crops=() with it')
         whole_number("refine", self.refine, 0)
         frames_and_tokens = {"frames_per_chunk": 2, "frames_per_block": 1, "tokens_per_frame": 1, "crop_tokens": 2}
         for name, minimum in {**frames_and_tokens, "height": 1, "width": 1, "interval": 1, "stride": 1}.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterable
 from dataclasses import fields, replace
 from typing import Any, Protocol, cast
@@ -91,7 +92,14 @@ class PointTracker:
                 raise ValueError(f"layer must be from 0 to {backbone.layers - 1} for this backbone, got {layer}")
         self._check_served()
 
-    def track(self, video: VideoLike, queries: object, *, progress: Progress | None = None) -> Tracks:
+    def track(
+        self,
+        video: VideoLike,
+        queries: object,
+        *,
+        progress: Progress | None = None,
+        resume: str | os.PathLike[str] | None = None,
+    ) -> Tracks:
         """Where the query points are in every frame of the video.
 
         Args:
@@ -100,6 +108,8 @@ class PointTracker:
             queries: `[P, 3]` (frame, x, y), frame a whole number, x and y in pixels from the frame's top left corner;
                 or "grid:16" for 16 x 16 points on the first frame.
             progress: called with (forward passes done, forward passes in all).
+            resume: a folder for the tracks of each block of frames (`frames_per_block`) as it is done, from which a run
+                that was stopped goes on. For a video that is given as a path.
 
         Returns:
             `Tracks(xy [T, P, 2] in pixels, visible [T, P], score [T, P])`. At its own query frame a point is visible,
@@ -108,9 +118,9 @@ class PointTracker:
         Raises:
             TypeError: what is no video.
             ValueError: the video has fewer than two frames, another layout or values out of range, or a query lies
-                outside it.
+                outside it; `resume` holds blocks of another video, model, set of points or options.
         """
-        return self._opened(video, keep=False).track(queries, progress=progress)
+        return self._opened(video, keep=False).track(queries, progress=progress, resume=resume)
 
     def read(self, video: VideoLike, *, frames: Iterable[int] = (0,), progress: Progress | None = None) -> VideoReading:
         """A video read once, to be asked for any number of points as often as wanted.
@@ -155,9 +165,11 @@ class PointTracker:
         options = self.options
         size = self._chosen("frames_per_chunk")
         if options.schedule == "chained":
-            return [chained_chunks(frames, anchor, frames_per_chunk=size)]
+            return [[chunk] for chunk in chained_chunks(frames, anchor, frames_per_chunk=size)]
         given: dict[str, Any] = {"schedule": options.schedule, "stride": options.stride, "interval": options.interval}
-        blocks = frame_blocks(frames, anchor, options.frames_per_block)
+        # The released reading joins what all chunks say of a frame.
+        most = None if options.geometry == "released" else options.frames_per_block
+        blocks = frame_blocks(frames, anchor, most)
         return [anchored_chunks(block, anchor, frames_per_chunk=size, **given) for block in blocks]
 
     def _settings(self, frames: int, height: int, width: int) -> Settings:

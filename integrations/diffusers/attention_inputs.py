@@ -46,7 +46,7 @@ class GatheredCalls:
     Args:
         batch: samples in the layer's input.
         grid: the layer's token axis, padded text included.
-        text_mask: `[B, T]`, True for the text tokens that take part, where the family drops the others.
+        text_mask: `[B, T]`, True for the text tokens that take part, where the family may drop the others.
     """
 
     def __init__(self, batch: int, grid: TokenGrid, *, text_mask: torch.Tensor | None = None) -> None:
@@ -79,7 +79,7 @@ class GatheredCalls:
             raise ValueError("this attention is causal; correspondence is read from full attention only")
         grid = self._grid
         expected = grid.tokens
-        if self._text_mask is not None and self._text_mask.shape[1] == grid.text_tokens:
+        if tokens != expected and self._text_mask is not None and self._text_mask.shape[1] == grid.text_tokens:
             expected = grid.video_tokens + int(self._text_mask[self.samples].sum())
         if tokens != expected:
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias, cast
 
@@ -13,6 +14,8 @@ from corrdit.grid import TokenGrid
 
 Arguments: TypeAlias = dict[str, Any]
 """What a transformer is given, by name."""
+Text: TypeAlias = Mapping[str, torch.Tensor]
+"""Those of them that stand for the prompt."""
 
 
 class Config(Protocol):

@@ -52,6 +52,20 @@ def check_transformer(transformer: torch.nn.Module) -> None:
             _check_hooks(registry.hooks.values())
 
 
+def check_takes_prompt(pipe: object) -> None:
+    """Refuses a pipeline that was saved or loaded without what reads a prompt, which a tracker does without.
+
+    Raises:
+        ValueError: no text encoder, or no tokenizer.
+    """
+    for name in ("text_encoder", "tokenizer"):
+        if hasattr(pipe, name) and getattr(pipe, name) is None:
+            raise ValueError(
+                f"this {type(pipe).__name__} has no {name}, so it cannot generate from a prompt; load the model with "
+                "it, or in Python call the pipeline with prompt_embeds"
+            )
+
+
 def check_processor(processor: object) -> None:
     """Refuses an attention processor whose backend or parallelism hides queries and keys.
 

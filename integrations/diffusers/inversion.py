@@ -32,6 +32,7 @@ class Scheduler(Protocol):
     """Of diffusers, its timesteps set."""
 
     timesteps: Tensor
+    sigmas: Tensor
 
     def __getattr__(self, name: str) -> Any: ...
 

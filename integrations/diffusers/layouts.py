@@ -14,6 +14,7 @@ from corrdit.integrations.diffusers.block_layouts import (
     Config,
     ForwardCall,
     Pipeline,
+    Text,
     TransformerLayout,
     config_of,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "Config",
     "ForwardCall",
     "Pipeline",
+    "Text",
     "TransformerLayout",
     "config_of",
     "forward_arguments",

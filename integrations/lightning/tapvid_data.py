@@ -44,6 +44,7 @@ class TapVidDataModule(EachOnceDataModule[TapVidItem]):
         start: number of the first video.
         end: number of the video after the last one; None for all. A shard that cannot be read counts as one video.
         max_frames: videos are cut after so many frames; None keeps them whole.
+        incomplete: whether shards may be missing.
 
     Attributes:
         names: of all videos from `start` to `end`, once `setup` has run.
@@ -62,10 +63,11 @@ class TapVidDataModule(EachOnceDataModule[TapVidItem]):
         start: int = 0,
         end: int | None = None,
         max_frames: int | None = None,
+        incomplete: bool = False,
     ) -> None:
         if mode not in QUERY_MODES:
             raise ValueError(f"mode must be one of {', '.join(map(repr, QUERY_MODES))}, got {mode!r}")
-        self.videos = TapVidSet(path)
+        self.videos = TapVidSet(path, incomplete=incomplete)
         self.mode, self.stride = mode, whole_number("stride", stride, 1)
         self.start = whole_number("start", start, 0)
         self.end = None if end is None else whole_number("end", end, 1)

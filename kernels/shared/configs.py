@@ -42,7 +42,7 @@ _LARGE = {
         256: Tiles(16, 128, 256, 8, 2),
     },
     "folded_forward": {256: Tiles(128, 256, 64, 8, 3)},
-    "folded_gradient": {256: Tiles(128, 128, 64, 8, 3)},
+    "folded_gradient": {256: Tiles(128, 128, 32, 8, 4)},
     "statistics": {256: Tiles(128, 128, 64, 8, 3)},
     "correspondence": {256: Tiles(64, 128, 64, 8, 2)},
     "refinement": {256: Tiles(64, 16, 64, 4, 1)},

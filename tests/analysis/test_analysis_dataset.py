@@ -125,6 +125,18 @@ def test_tapvid_and_world_items(moving_video, tmp_path):
         world_items(0)
 
 
+def test_tapvid_videos_are_cut_and_shorter_ones_left_out(moving_video, tmp_path):
+    video, xy, visible = moving_video
+    points = xy.transpose(1, 0, 2) / 64
+    whole = TapVidVideo("long", video, points, ~visible.T)
+    write_tapvid(tmp_path / "set.pkl", [whole, TapVidVideo("short", video[:3], points[:, :3], ~visible.T[:, :3])])
+    with pytest.warns(UserWarning, match="short has 3 frames of 4 and is left out"):
+        (item,) = tapvid_items(tmp_path / "set.pkl", first_frames=4)
+    loaded = item.load()
+    assert (item.name, loaded.video.shape, loaded.xy.shape[0]) == ("long", (4, 64, 64, 3), 4)
+    assert np.array_equal(loaded.visible, visible[:4])
+
+
 def test_trackers_that_cannot_run_say_what_to_do(monkeypatch, moving_video):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install opencv-python-headless"):

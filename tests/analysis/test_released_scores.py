@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +16,7 @@ from corrdit.analysis.counts import TrueTracks, attention_sums
 from corrdit.analysis.html_report import harmonic_table, table_rows
 from corrdit.analysis.point_readings import read_attention
 from corrdit.analysis.protocols import analysis_options
+from corrdit.analysis.released_tables import write_released_tables
 from corrdit.analysis.results import AnalysisResults
 from corrdit.metrics.harmonic import harmonic_mean
 
@@ -117,6 +120,50 @@ def test_published_figures_are_means_of_videos_and_pooled_ones_are_not(make_tabl
     assert {"confidence", "confidence_text", "confidence_own", "attention_text"} < row.keys()
     choice = AnalysisResults({"options": {"average": "released"}}, tables, {}).calibration()
     assert choice.best.accuracy == pytest.approx(published.accuracy(choice.threshold, moving=True).max())
+
+
+def test_tables_are_written_in_the_released_formats(make_table, tmp_path):
+    """Read back as the released scripts read them, and worked out from the files alone."""
+    shares = (lambda s, n, r: 0.1 * (s + n + 1), lambda s, n, r: 0.9 - 0.1 * s - 0.05 * n * n)
+    tables = {
+        name: make_table(share, seed=n) for n, (name, share) in enumerate(zip(("000", "005"), shares, strict=True))
+    }
+    found = write_released_tables(tmp_path, tables)
+    names = ["harmonic_mean.csv", "total_attention_score.csv", "total_confidence_score.csv", "total_feat_acc.csv"]
+    assert [file.name for file in found] == [*names, "total_qk_acc.csv"]
+    root = tmp_path / "released"
+    lines = (root / "005" / "qk_acc.txt").read_text(encoding="utf-8").splitlines()
+    assert lines[1] == "Layer 1: 85.0000, 75.0000"
+    assert (root / "005" / "feat_acc.txt").is_file()
+    # As `parse_instance_values` reads lines: every number, the layer's too.
+    texts = [(root / name / "qk_acc.txt").read_text(encoding="utf-8").splitlines() for name in tables]
+    numbers = [[re.findall(r"[-+]?\d*\.\d+|\d+", line) for line in lines] for lines in texts]
+    parsed = np.array(numbers, dtype=float)
+    total = np.loadtxt(root / "total_qk_acc.csv", delimiter=",")
+    np.testing.assert_allclose(total, parsed.mean(0), atol=5e-5)
+    assert total[:, 0].tolist() == [0, 1, 2]
+    sheets = {}
+    for file, score in (("confidence_score", "confidence_score"), ("attention_score", "attention_score")):
+        with open(root / f"total_{file}.csv", encoding="utf-8") as rows:
+            header, *body = csv.reader(rows)
+        assert header == ["timestep", "type", "layer0", "layer1", "layer2"]
+        assert [row[:2] for row in body[:4]] == [
+            ["timestep3", "self"],
+            ["", "cross"],
+            ["", "text"],
+            ["timestep9", "self"],
+        ]
+        sheets[file] = np.array([row[2:] for row in body if row[1] == "cross"], dtype=float)
+        each = [np.round(getattr(table, score)("cross")[..., 0], 4) for table in tables.values()]
+        np.testing.assert_allclose(sheets[file], np.mean(each, axis=0))
+    harmonic = np.loadtxt(root / "harmonic_mean.csv", delimiter=",")
+    expected = harmonic_mean(total[:, 1:].T, sheets["confidence_score"], sheets["attention_score"])
+    np.testing.assert_allclose(harmonic, expected)
+    assert harmonic.shape == (2, 3)
+    write_released_tables(tmp_path, {"000": tables["000"]})
+    assert not (root / "005").exists()
+    with pytest.raises(ValueError, match="no result to write"):
+        write_released_tables(tmp_path, {})
 
 
 def test_a_video_without_cases_is_in_no_mean(make_table):

@@ -73,6 +73,8 @@ def test_a_released_set_is_generated_again_with_one_seed_and_a_stopped_run_goes_
     )
     stored = read_video(dataset / "videos" / "001.mp4").frames
     assert np.abs(stored.astype(float) - made.frames[0] * 255).mean() < 8  # as far as mp4 keeps it
+    assert {file.name for file in (output / "released").iterdir()} > {"000", "001", "total_qk_acc.csv"}
+    assert (output / "released" / "001" / "confidence_score.csv").is_file()
     results = read_results(output)
     assert (results.settings["protocol"], results.settings["options"]["average"]) == ("published", "released")
     visible = np.load(released_set / "visibility" / "000.npy")

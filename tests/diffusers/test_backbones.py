@@ -17,7 +17,8 @@ from corrdit.integrations.diffusers.backbones import loading
 from corrdit.integrations.diffusers.backbones.presets import preset_for
 from corrdit.testing import TINY_MODELS, tiny_backbone, tiny_pipeline
 
-SIZES = {"ltx": (64, 96)}
+EVERY = [pytest.param(name, marks=pytest.mark.slow) if model.variant else name for name, model in TINY_MODELS.items()]
+SIZES = {"ltx": (64, 96), "ltx2": (64, 96)}
 VIDEO = np.random.default_rng(0).integers(0, 256, (6, 50, 70, 3), dtype=np.uint8)
 
 
@@ -31,10 +32,9 @@ def grid_of(q, k, grid, key_mask):
 
 
 @pytest.mark.filterwarnings("ignore:.*no text encoder")
-@pytest.mark.parametrize("name", TINY_MODELS)
-def test_saved_pipelines_load_and_run(name, tmp_path):
-    tiny_pipeline(name).save_pretrained(tmp_path)
-    backbone = load_backbone(tmp_path)
+@pytest.mark.parametrize("name", EVERY)
+def test_saved_pipelines_load_and_run(name, saved_model):
+    backbone = load_backbone(saved_model(name))
     original = tiny_backbone(name)
     latents = encoded(backbone, name)
     assert torch.equal(latents, encoded(original, name))
@@ -50,7 +50,7 @@ def test_saved_pipelines_load_and_run(name, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*no text encoder")
-@pytest.mark.parametrize("name", TINY_MODELS)
+@pytest.mark.parametrize("name", EVERY)
 def test_encoded_videos_follow_the_latent_frame_map(name):
     backbone = tiny_backbone(name)
     height, width = SIZES.get(name, (48, 64))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -19,6 +20,7 @@ from corrdit.integrations.diffusers.layouts import (
     Arguments,
     Config,
     Pipeline,
+    Text,
     TransformerLayout,
     config_of,
     has_layout,
@@ -44,12 +46,19 @@ class Backbone(FrameEncoder):
     Attributes:
         layout: where its transformers keep their attention.
         text_option: name of the option of the transformer that says how many channels a prompt's embeddings have.
+        limits: why its models cannot be used for something, by its name: "tracking", "analysis" (of a generation),
+            "guidance" or "transfer". Nothing stands there for what they can be used for.
+        partly: likewise, what holds for some of the models only.
+        call_options: arguments that make its pipelines denoise every frame of a video at every step.
         layers: number of attention layers, over all blocks.
         heads: attention heads.
     """
 
     layout: ClassVar[type[TransformerLayout]]
     text_option: ClassVar[str] = "text_embed_dim"
+    limits: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    partly: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    call_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     def __init__(self, pipe: Pipeline, *, name: str, preset: Preset | None = None) -> None:
         self.pipe = pipe
@@ -77,6 +86,11 @@ class Backbone(FrameEncoder):
     def family(self) -> str:
         """Name of the family."""
         return self.layout.family
+
+    def check_use(self, use: str) -> None:
+        """Raises ValueError, with the reason, where `limits` has one against this use."""
+        if use in self.limits:
+            raise ValueError(f"{self.name} cannot be used for {use}: {self.limits[use]}")
 
     @property
     def config(self) -> Config:
@@ -127,7 +141,7 @@ class Backbone(FrameEncoder):
         self,
         latents: torch.Tensor,
         timestep: float,
-        text: Mapping[str, torch.Tensor],
+        text: Text,
         image: torch.Tensor | None = None,
     ) -> Arguments:
         """The transformer's arguments for latents `[B, F, C, h, w]`, C and F as the codec counts them.
@@ -138,22 +152,25 @@ class Backbone(FrameEncoder):
             text: the text arguments by name.
             image: `[B, 1 or F, C, h, w]`, clean ones, of a model that takes an image; None for the first of `latents`.
         """
+        times = self.times(latents, timestep, image)
         return {
             "hidden_states": self.arranged(self.conditioned(latents, image)),
-            "timestep": self.times(latents, timestep),
+            "timestep": times,
             **text,
-            **self.further_arguments(latents, image),
+            **self.further_arguments(latents, times, text, image),
         }
 
     def conditioned(self, latents: torch.Tensor, image: torch.Tensor | None) -> torch.Tensor:
         """Latents `[B, F, C + ..., h, w]` with the channels a model is given beside the noisy ones."""
         return latents
 
-    def times(self, latents: torch.Tensor, timestep: float) -> torch.Tensor:
+    def times(self, latents: torch.Tensor, timestep: float, image: torch.Tensor | None) -> torch.Tensor:
         """The timestep of each sample as the pipeline gives it."""
         return torch.full((len(latents),), timestep, device=latents.device)
 
-    def further_arguments(self, latents: torch.Tensor, image: torch.Tensor | None) -> Arguments:
+    def further_arguments(
+        self, latents: torch.Tensor, times: torch.Tensor, text: Text, image: torch.Tensor | None
+    ) -> Arguments:
         """What the transformer is given beside latents, timestep and text."""
         return {}
 
@@ -364,7 +381,7 @@ class Backbone(FrameEncoder):
             for name, value in moved.items()
         }
 
-    def text_with(self, text: Mapping[str, torch.Tensor], prompt_embeds: torch.Tensor) -> dict[str, torch.Tensor]:
+    def text_with(self, text: Text, prompt_embeds: torch.Tensor) -> dict[str, torch.Tensor]:
         """Text arguments with other embeddings, all of whose tokens take part."""
         changed = {**text, "encoder_hidden_states": prompt_embeds.to(self.dtype)}
         if (mask := text.get("encoder_attention_mask")) is not None:

@@ -12,7 +12,7 @@ import torch
 
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.family_layouts import CogVideoXLayout
-from corrdit.integrations.diffusers.layouts import Arguments, TransformerLayout
+from corrdit.integrations.diffusers.layouts import Arguments, Text, TransformerLayout
 
 
 class CogVideoXBackbone(Backbone):
@@ -35,7 +35,9 @@ class CogVideoXBackbone(Backbone):
     def normalized(self, latents: torch.Tensor) -> torch.Tensor:
         return latents * self.pipe.vae_scaling_factor_image
 
-    def further_arguments(self, latents: torch.Tensor, image: torch.Tensor | None) -> Arguments:
+    def further_arguments(
+        self, latents: torch.Tensor, times: torch.Tensor, text: Text, image: torch.Tensor | None
+    ) -> Arguments:
         frames, height, width = latents.shape[1], latents.shape[3], latents.shape[4]
         self._check_size(height, width)
         arguments: Arguments = {"image_rotary_emb": None}

@@ -9,7 +9,7 @@ import torch
 
 from corrdit.integrations.diffusers.backbones.flow_matching import FlowMatchingBackbone
 from corrdit.integrations.diffusers.family_layouts import HunyuanVideoLayout
-from corrdit.integrations.diffusers.layouts import Arguments
+from corrdit.integrations.diffusers.layouts import Arguments, Text
 
 EMBEDDED_GUIDANCE = 6000.0
 """The guidance the distilled model is given as a number: 6, times 1000, the pipeline's default."""
@@ -34,7 +34,9 @@ class HunyuanVideoBackbone(FlowMatchingBackbone):
         text = {"encoder_hidden_states": embeds, "encoder_attention_mask": mask, "pooled_projections": pooled}
         return {name: value.to(self.dtype) for name, value in text.items()}
 
-    def further_arguments(self, latents: torch.Tensor, image: torch.Tensor | None) -> Arguments:
+    def further_arguments(
+        self, latents: torch.Tensor, times: torch.Tensor, text: Text, image: torch.Tensor | None
+    ) -> Arguments:
         if not self.config.guidance_embeds:
             return {}
         return {"guidance": latents.new_full((len(latents),), EMBEDDED_GUIDANCE)}

@@ -17,7 +17,7 @@ from typing import TypedDict
 import torch
 
 from corrdit.arguments import DTYPES, dtype_name, nearest
-from corrdit.integrations.components import INDEX_FILE, loaded_models, pipeline_class, read_index
+from corrdit.integrations.components import INDEX_FILE, loaded_models, missing_package, pipeline_class, read_index
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.backbones.presets import PUBLISHED_MODELS, Preset, checked_preset, published_preset
 from corrdit.integrations.diffusers.backbones.table import FAMILIES
@@ -265,14 +265,17 @@ def _load_pipeline(folder: pathlib.Path, source: str, device: torch.device, dtyp
     kind = pipeline_class(source, class_name)
     absent = {name: None for name, entry in index.items() if isinstance(entry, list) and entry[0] is None}
     low_memory = importlib.util.find_spec("accelerate") is not None
-    with _quiet_loading():
-        pipe = kind.from_pretrained(
-            str(folder),
-            torch_dtype=dtype,
-            local_files_only=True,
-            **loaded_models(folder, dtype=dtype, low_cpu_mem_usage=low_memory),
-            **absent,
-        )
+    try:
+        with _quiet_loading():
+            pipe = kind.from_pretrained(
+                str(folder),
+                torch_dtype=dtype,
+                local_files_only=True,
+                **loaded_models(folder, dtype=dtype, low_cpu_mem_usage=low_memory),
+                **absent,
+            )
+    except ImportError as error:
+        raise missing_package(source, class_name, error) from error
     pipe.set_progress_bar_config(disable=True)
     placed: Pipeline = pipe.to(device)
     return placed

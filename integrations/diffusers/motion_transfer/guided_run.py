@@ -36,7 +36,7 @@ from corrdit.integrations.diffusers.motion_transfer.attention_editing import (
     injected,
 )
 from corrdit.integrations.diffusers.motion_transfer.embeddings import PositionalTables, positional_tables
-from corrdit.integrations.diffusers.motion_transfer.latents import LatentLayout
+from corrdit.integrations.diffusers.motion_transfer.latents import LatentLayout, SkippedOutput
 from corrdit.integrations.diffusers.motion_transfer.objectives import MotionObjective
 from corrdit.integrations.diffusers.motion_transfer.observation import Reader, gradient_checkpointing
 from corrdit.integrations.diffusers.motion_transfer.optimisation import (
@@ -53,7 +53,7 @@ from corrdit.integrations.diffusers.motion_transfer.run_state import (
     restore_scheduler,
     scheduler_variables,
 )
-from corrdit.integrations.diffusers.motion_transfer.schedule import run_scheduler
+from corrdit.integrations.diffusers.motion_transfer.schedule import SteeredStep, run_scheduler
 from corrdit.integrations.diffusers.motion_transfer.step_reference import StepReference
 from corrdit.integrations.diffusers.motion_transfer.stored import StoredMotion, mixed
 from corrdit.integrations.diffusers.transfer_settings import TransferSettings
@@ -118,8 +118,7 @@ class GuidedRun:
         """Steer the pipeline inside the block; it is as it was afterwards."""
         pipe = self._backbone.pipe
         scheduler, own = run_scheduler(self._backbone, self._settings), pipe.scheduler
-        step = scheduler.step
-        scheduler.step = functools.wraps(step)(functools.partial(self._scheduler_step, scheduler, step))
+        scheduler.step = SteeredStep(scheduler, functools.partial(self._scheduler_step, scheduler, scheduler.step))
         with contextlib.ExitStack() as stack:
             stack.callback(setattr, pipe, "scheduler", own)
             pipe.scheduler = scheduler
@@ -147,7 +146,7 @@ class GuidedRun:
         self._counter.advance(call)
         step = self._counter.step
         if step < self.state.finished:
-            return (torch.zeros_like(arguments["hidden_states"]),)
+            return SkippedOutput(arguments, self._latents.split(arguments["hidden_states"])[0])
         self._inside = True
         try:
             if self._counter.call == 0:

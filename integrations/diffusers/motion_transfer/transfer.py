@@ -16,6 +16,7 @@ from corrdit.array_files import content_digest
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.backbones.loading import backbone_of
 from corrdit.integrations.diffusers.backbones.published_transfers import published_transfer
+from corrdit.integrations.diffusers.compatibility import check_takes_prompt
 from corrdit.integrations.diffusers.fingerprint import weights_fingerprint
 from corrdit.integrations.diffusers.host.forwards import Arguments
 from corrdit.integrations.diffusers.layouts import Pipeline
@@ -88,7 +89,8 @@ class MotionTransfer:
         objective: what is optimised or injected.
 
     Raises:
-        ValueError: an unknown setting, a value out of range, or a block the model does not have.
+        ValueError: an unknown setting, a value out of range, a block the model does not have, or a model whose
+            pipeline nothing can be transferred through.
         TypeError: a method that is neither a name nor a `MotionObjective`.
     """
 
@@ -106,6 +108,7 @@ class MotionTransfer:
             raise ValueError(f"MotionTransfer needs a backbone of corrdit.load_backbone, got {type(backbone).__name__}")
         if block is not None:
             changes["blocks"] = block
+        backbone.check_use("transfer")
         chosen = changed_settings(settings or settings_for(backbone, changes.get("method")), changes)
         resolved = {
             name: resolved_blocks(name, getattr(chosen, name), backbone.layers, backbone.name)
@@ -272,6 +275,8 @@ class MotionTransfer:
         """Pipelines cut prompts that are too long without an error."""
         if not isinstance(prompt, str):
             raise ValueError(f"the prompt must be one string, got {type(prompt).__name__}")
+        if "prompt_embeds" not in further:
+            check_takes_prompt(self.backbone.pipe)
         tokenizer = getattr(self.backbone.pipe, "tokenizer", None)
         negative = further.get("negative_prompt", self.settings.negative_prompt)
         for name, text in (("prompt", prompt), ("negative prompt", negative)):
@@ -313,7 +318,7 @@ class MotionTransfer:
         refused = [name for name in further if name in _OWN_ARGUMENTS]
         if refused:
             raise ValueError(f"{', '.join(refused)} cannot be given to the pipeline: seed and settings say how it runs")
-        return {**chosen, **dict(settings.pipeline_options), **further}
+        return {**chosen, **self.backbone.call_options, **dict(settings.pipeline_options), **further}
 
     def _state(
         self,

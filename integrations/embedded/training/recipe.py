@@ -15,10 +15,12 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 
 from corrdit.arguments import whole_number
 from corrdit.files import OutputFolder, refuse_nested_aliases
+from corrdit.integrations.embedded.loading import load_embedded_pipeline
 from corrdit.integrations.embedded.pipeline import build_pipeline
 from corrdit.integrations.embedded.preset import PRESET_FILE
 from corrdit.integrations.embedded.training.model_card import Json, model_card
 from corrdit.integrations.embedded.training.module import EmbeddedTraining, TrainingConfig, WorldDataModule
+from corrdit.integrations.embedded.world.photographs import Photographs
 from corrdit.memory import is_out_of_memory
 from corrdit.runs import refuse_other_settings
 
@@ -107,6 +109,8 @@ def train(
     output: pathlib.Path,
     *,
     resume: bool = False,
+    start: str | pathlib.Path | None = None,
+    photographs: str | pathlib.Path | None = None,
     checkpoint_every: int = 200,
     threads: int | None = None,
     processes: int = 1,
@@ -117,6 +121,9 @@ def train(
 ) -> EmbeddedTraining:
     """Train a recipe in a folder, with checkpoints/step-*.ckpt and logs/part_*/metrics.csv.
 
+    start: the folder of a pipeline, as another run's `pipeline`, whose weights a fresh run begins with; "embedded"
+    for the shipped ones.
+    photographs: a folder of pictures, for a recipe with a share of `pictures`.
     resume: go on from the newest checkpoint; the rest of the run is the same as without the interruption. The recipe
     must be that of the checkpoint, but for `steps` and `workers`.
     processes: data-parallel processes; two with one thread each are faster on two busy cores than one with two threads.
@@ -128,12 +135,18 @@ def train(
     _check_numbers(config, checkpoint_every, threads, processes, minutes, stop_after)
     if output.exists() and not output.is_dir():
         raise ValueError(f"the output folder {output} is a file; give a folder, which is made if need be")
+    if resume and start is not None:
+        raise ValueError("start is where a fresh run begins and resume goes on with an earlier one; give one of them")
     if not resume and _checkpoints(output):
         raise ValueError(f"{output} already holds checkpoints; resume that run or give another folder")
     checkpoint = newest_checkpoint(output) if resume else None
     if checkpoint is not None:
         _check_resumable(config, output, checkpoint)
+    data = WorldDataModule(config, None if photographs is None else Photographs(photographs))
     module = EmbeddedTraining(config)
+    if start is not None:
+        folder = None if str(start) == "embedded" else pathlib.Path(start)
+        module.begin_with(load_embedded_pipeline(folder).transformer)
     if threads is not None:
         torch.set_num_threads(threads)
     trainer = lightning.Trainer(
@@ -151,7 +164,7 @@ def train(
         enable_model_summary=False,
         default_root_dir=output,
     )
-    trainer.fit(module, WorldDataModule(config), ckpt_path=checkpoint, weights_only=True)
+    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     if trainer.global_step % checkpoint_every:
         trainer.save_checkpoint(output / _CHECKPOINTS / f"step-{trainer.global_step}.ckpt")
     return module

@@ -1,0 +1,163 @@
+"""Following memory and work of code that runs on fake tensors: every storage from its making to its end.
+
+Fake tensors (`torch._subclasses.FakeTensorMode`) have shapes, types and lifetimes and no contents, so a model of any
+size runs through the code that would run on a card, autograd included, in seconds. What a card's libraries take beside
+torch's tensors (contexts, convolution workspaces, fragments between tensors) is not in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
+
+aten = torch.ops.aten
+
+KINDS = ("weights", "saved for backward", "activations", "operation", "codec")
+"""What a storage is for. Activations are what is in use and not saved; "operation" is the workspace of corrdit's own
+operations on queries and keys, in both passes."""
+
+_OPERATIONS = ("corrdit.kernels", "corrdit.motion", "corrdit.ops", "corrdit.reference", "corrdit.streaming")
+_DEEPEST = 40
+"""Frames of the stack that are looked at for an operation."""
+_CPU_ATTENTION = {
+    aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: aten._scaled_dot_product_flash_attention_backward,
+}
+"""Attention as fake tensors on the CPU run it, and the operator of a card with the same work and the same results."""
+
+OwnOperator = Callable[..., Any]
+"""Runs in place of an operator, to show what the operator makes inside."""
+
+
+@dataclass
+class PhaseTrace:
+    """What one phase of a task takes.
+
+    Args:
+        peak: bytes at the moment of the most, by kind.
+        flop: floating-point operations (a multiplication and an addition are two).
+    """
+
+    peak: Counter[str] = field(default_factory=Counter)
+    flop: float = 0.0
+
+    @property
+    def total(self) -> int:
+        """Bytes at the moment of the most."""
+        return sum(self.peak.values())
+
+
+class MemoryTrace(TorchDispatchMode):
+    """Counts every storage that is made inside, by what it is for, until it is gone.
+
+    Args:
+        own: functions to run in place of operators, by the operator's name such as "corrdit::soft_displacement".
+        own_flop: work of such operators, by name.
+    """
+
+    def __init__(
+        self,
+        own: Mapping[str, OwnOperator] | None = None,
+        own_flop: Mapping[str, Callable[..., float]] | None = None,
+    ) -> None:
+        super().__init__()
+        self._own, self._own_flop = own or {}, own_flop or {}
+        self._live: Counter[str] = Counter()
+        self._storages: dict[int, list[Any]] = {}
+        self._kind: str | None = None
+        self._in_backward = False
+        self._phase = PhaseTrace()
+
+    @contextlib.contextmanager
+    def phase(self) -> Iterator[PhaseTrace]:
+        """Inside, the peak is that of a new phase; what is alive as it begins counts."""
+        self._phase = PhaseTrace(Counter(self._live))
+        with self:
+            yield self._phase
+
+    @contextlib.contextmanager
+    def kind(self, name: str) -> Iterator[None]:
+        """Inside, new storages are of this kind."""
+        before, self._kind = self._kind, name
+        try:
+            yield
+        finally:
+            self._kind = before
+
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is aten._local_scalar_dense.default:
+            # The value decides about an error or a warning; a number that is finite, true and above 0 passes.
+            return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
+        if func is aten.equal.default:
+            return True
+        self._notice_backward()
+        packet = func._overloadpacket
+        name = func._schema.name
+        if name in self._own:
+            with self, self.kind("operation"):
+                result = self._own[name](*args, **kwargs)
+            self._phase.flop += self._own_flop[name](*args, **kwargs)
+            return result
+        result = func(*args, **kwargs)
+        formula = flop_registry.get(_CPU_ATTENTION.get(packet, packet))
+        if formula is not None:
+            self._phase.flop += formula(*args, **kwargs, out_val=result)
+        for value in tree_iter(result):
+            if isinstance(value, torch.Tensor):
+                self.see(value)
+        return result
+
+    def see(self, tensor: torch.Tensor, kind: str | None = None) -> None:
+        """Count a tensor's storage, if it is new."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._storages:
+            return
+        size = storage.nbytes()
+        kind = kind or self._kind or ("operation" if _in_an_operation() else "activations")
+        self._storages[key] = [size, kind]
+        weakref.finalize(storage, self._gone, key)
+        self._live[kind] += size
+        self._update()
+
+    def _gone(self, key: int) -> None:
+        size, kind = self._storages.pop(key)
+        self._live[kind] -= size
+
+    def _update(self) -> None:
+        if sum(self._live.values()) > self._phase.total:
+            self._phase.peak = Counter(self._live)
+
+    def _notice_backward(self) -> None:
+        """What is alive as a backward pass begins was saved for it."""
+        running = torch._C._current_graph_task_id() != -1
+        if running and not self._in_backward:
+            for entry in self._storages.values():
+                size, kind = entry
+                if kind in ("activations", "operation"):
+                    self._live[kind] -= size
+                    entry[1] = "saved for backward"
+                    self._live["saved for backward"] += size
+        self._in_backward = running
+
+
+def _in_an_operation() -> bool:
+    frame, depth = sys._getframe(2), 0
+    while frame is not None and depth < _DEEPEST:
+        if frame.f_globals.get("__name__", "").startswith(_OPERATIONS):
+            return True
+        frame, depth = frame.f_back, depth + 1  # type: ignore[assignment]
+    return False
