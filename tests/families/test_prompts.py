@@ -116,5 +116,6 @@ def test_prompts_are_encoded_as_the_pipeline_encodes_them(name: str, monkeypatch
     blank = backbone.blank_prompt()
     for argument, value in found.items():
         given = torch.as_tensor(seen[0][argument])
-        torch.testing.assert_close(value.flatten(), given.to(value).flatten(), msg=argument)
+        # LTX-2 guides its audio by itself, in a batch of both branches, the conditional one last.
+        torch.testing.assert_close(value.flatten(), given.to(value).flatten()[-value.numel() :])
         assert blank[argument].shape[-1] == value.shape[-1]
