@@ -58,12 +58,15 @@ ANNOTATED_FIGURES = ("average_pts_within_thresh", "pts_within_1", "pts_within_2"
 METHODS = {
     "backbone": "no transfer",
     "injection": "injection",
+    "query injection": "injection of queries",
     "smm": "SMM, the paper's formula",
     "smm released": "SMM as released",
     "moft": "MOFT",
     "motionclone": "MotionClone",
     "ditflow embeddings": "DiTFlow on positional embeddings",
     "ditflow latents": "DiTFlow on latents",
+    "fastvmt": "DiTFlow with FastVMT's settings",
+    "flowmotion": "FlowMotion",
 }
 PERTURBED = {
     "centre": "layer {centre}, the one that matches, scale 1",
@@ -123,13 +126,22 @@ def annotated(result: Record) -> str:
 
 
 def transfer(result: Record) -> str:
-    measured = result["tables"]["main"]
+    measured, memory = result["tables"]["main"], result["tables"].get("memory", {})
+    known = {key: name for key, name in METHODS.items() if key in measured}
+    # Results of earlier versions have fewer columns.
+    further = all("adherence" in measured[key] for key in known)
+    head = ["method", "motion fidelity", "above no transfer", "direction error"]
+    head += ["adherence", "seconds"] if further else []
+    head += ["peak memory, MB"] if memory else []
     rows = []
-    for key, name in METHODS.items():
+    for key, name in known.items():
         row = measured[key]
         above = interval(row["fidelity_above_backbone"], "+") if "fidelity_above_backbone" in row else ""
-        rows.append([name, interval(row["fidelity"]), above, f"{row['direction_error']['mean']:.0f}°"])
-    return markdown_table(["method", "motion fidelity", "above no transfer", "direction error"], rows)
+        cells = [name, interval(row["fidelity"]), above, f"{row['direction_error']['mean']:.0f}°"]
+        cells += [interval(row["adherence"]), f"{row['seconds']['mean']:.1f}"] if further else []
+        cells += [f"{memory[key]['peak_megabytes']['mean']:.0f}" if key in memory else ""] if memory else []
+        rows.append(cells)
+    return markdown_table(head, rows)
 
 
 def guidance(result: Record) -> str:

@@ -139,3 +139,23 @@ class TokenGrid:
         if not pairs:
             raise ValueError("frames is an empty list; give a (query frame, key frame) pair, or None for all")
         return pairs
+
+
+@dataclass(frozen=True)
+class CrossGrid:
+    """The two token axes of attention from a video to a text.
+
+    Args:
+        frames, height, width: of the query tokens, frame by frame, row by row.
+        keys: text tokens.
+    """
+
+    frames: int
+    height: int
+    width: int
+    keys: int
+
+    @property
+    def video_tokens(self) -> int:
+        """Query tokens."""
+        return self.frames * self.height * self.width

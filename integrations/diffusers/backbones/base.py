@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from corrdit.integrations.diffusers.feature_backbone import FeatureBackbone
 
 
+NO_IMAGE = MappingProxyType({"image": "diffusers has no pipeline that gives it an image"})
+"""Limits of a family without image-to-video models."""
+
+
 class Backbone(FrameEncoder):
     """A diffusers video pipeline seen as encoder, transformer and token grid.
 
@@ -45,9 +49,10 @@ class Backbone(FrameEncoder):
 
     Attributes:
         layout: where its transformers keep their attention.
+        pipelines: names of the classes of diffusers that run its models, those that are given an image last.
         text_option: name of the option of the transformer that says how many channels a prompt's embeddings have.
         limits: why its models cannot be used for something, by its name: "tracking", "analysis" (of a generation),
-            "guidance" or "transfer". Nothing stands there for what they can be used for.
+            "guidance", "transfer" or "image" (to video). Nothing stands there for what they can be used for.
         partly: likewise, what holds for some of the models only.
         call_options: arguments that make its pipelines denoise every frame of a video at every step.
         layers: number of attention layers, over all blocks.
@@ -55,6 +60,7 @@ class Backbone(FrameEncoder):
     """
 
     layout: ClassVar[type[TransformerLayout]]
+    pipelines: ClassVar[tuple[str, ...]] = ()
     text_option: ClassVar[str] = "text_embed_dim"
     limits: ClassVar[Mapping[str, str]] = MappingProxyType({})
     partly: ClassVar[Mapping[str, str]] = MappingProxyType({})
