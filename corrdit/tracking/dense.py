@@ -72,7 +72,7 @@ def dense_tracks(
     y, x = torch.meshgrid(down, across, indexing="ij")
     start = torch.stack((x, y), -1)
     points = torch.cat((torch.full((rows * columns, 1), float(frame)), start.flatten(0, 1)), 1)
-    parts = []
+    parts: list[Tracks] = []
     for part in points.split(together):
         if progress is not None:
             progress(together * len(parts), len(points))
