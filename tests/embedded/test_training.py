@@ -76,6 +76,9 @@ def test_a_run_starts_from_given_weights_and_shows_photographs(tmp_path: pathlib
         torch.testing.assert_close(pipe.transformer.get_parameter(name).data, weight.half().float(), atol=0, rtol=0)
     with pytest.raises(ValueError, match="resume goes on with an earlier one; give one of them"):
         train(config, tmp_path / "run", resume=True, **given)
+    Image.fromarray(noise[::-1]).save(tmp_path / "pictures" / "noise.png")
+    with pytest.raises(ValueError, match=r"other settings: photographs '[0-9a-f]{16}' \(now '[0-9a-f]{16}'\)"):
+        train(config, tmp_path / "run", resume=True, photographs=tmp_path / "pictures", progress=False)
     with pytest.raises(ValueError, match="no photographs were given; give Photographs"):
         train(config, tmp_path / "other", start=tmp_path / "trained", progress=False)
     with pytest.raises(ValueError, match="not of this recipe's layers, heads, head_dim and positions"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import importlib
 from pathlib import Path
 
 import numpy as np
@@ -155,3 +157,15 @@ def test_values_and_folders_that_cannot_be_shown_are_refused(tmp_path: Path, pho
     config = WorldConfig(2, 32, 32, variety=Variety(pictures=1.0, photographs=photographs))
     with pytest.raises(ValueError, match="the scene shows photographs; give the WorldConfig it was drawn for"):
         render([config.scene(0)], WorldConfig(2, 32, 32))
+
+
+def test_fetched_photographs_are_free_and_the_ones_whose_licence_was_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    fetching = importlib.import_module("photographs")
+    free = {"public domain", "CC0-1.0", "CC-BY-2.0", "CC-BY-4.0"}
+    assert {picture.licence for picture in fetching.PHOTOGRAPHS} == free
+    assert all(picture.author for picture in fetching.PHOTOGRAPHS)
+    picture = dataclasses.replace(fetching.PHOTOGRAPHS[0], sha256=hashlib.sha256(b"picture").hexdigest()[:16])
+    assert fetching.checked(picture, b"picture") == b"picture"
+    with pytest.raises(ValueError, match="is another picture than before"):
+        fetching.checked(picture, b"pictures")

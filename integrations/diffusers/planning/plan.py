@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -158,7 +159,7 @@ def plan(
     steps: int | None = None,
     layers: tuple[int, ...] | None = None,
     cag: bool = False,
-    guided: bool = True,
+    guided: bool | None = None,
     preset: Preset | None = None,
     settings: Mapping[str, Any] | None = None,
     search: bool = True,
@@ -179,7 +180,8 @@ def plan(
         steps: of the denoising; None for 50, or the transfer's.
         layers: that are captured or guided; None for the model's own.
         cag: whether a generation is guided by cross-attention guidance.
-        guided: by classifier-free guidance.
+        guided: by classifier-free guidance, which runs two branches; None for what the settings or the pipeline's own
+            scale say.
         preset: of the model; None for its own.
         settings: of a transfer, to change by name.
         search: whether to look for ways that fit each card.
@@ -205,7 +207,8 @@ def plan(
         chosen = chosen if steps is None else replace(chosen, steps=whole_number("steps", steps, 1))
     request = Request(
         task, *size, steps=chosen.steps if chosen else whole_number("steps", steps or 50, 1),
-        layers=layers or default_layers(found.backbone), settings=chosen, guided=guided, cag=cag,
+        layers=layers or default_layers(found.backbone), settings=chosen,
+        guided=_is_guided(found, chosen) if guided is None else guided, cag=cag,
     )  # fmt: skip
     planner = _Planner(found, request, device)
     way = Way(asked, chosen is not None and chosen.gradient_checkpointing)
@@ -331,6 +334,17 @@ def _size(model: FakeModel, *given: int | None) -> tuple[int, int, int]:
         for name, value, own in zip(("frames", "height", "width"), given, known, strict=True)
     )
     return frames, height, width
+
+
+def _is_guided(model: FakeModel, settings: TransferSettings | None) -> bool:
+    """Whether a generation without further arguments runs two branches."""
+    defaults = inspect.signature(type(model.backbone.pipe).__call__).parameters
+    # HunyuanVideo's guidance_scale is an input of the model.
+    name = "true_cfg_scale" if "true_cfg_scale" in defaults else "guidance_scale"
+    scale = defaults[name].default if name in defaults else 1.0
+    if settings is not None and settings.guidance_scale is not None and name == "guidance_scale":
+        scale = settings.guidance_scale
+    return float(scale) > 1
 
 
 def _described(way: Way) -> dict[str, object]:
