@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+from collections.abc import Iterator
 
 import torch
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Smaller ones would be mostly padding, larger ones leave no room for accumulators.
 HEAD_DIMS = (8, 256)
+
+
+PLANNED = "planned"
+"""The kind of device that fake tensors stand on while a run on a GPU is planned, wherever they are."""
+_planned = False
+
+
+@contextlib.contextmanager
+def planned_gpu() -> Iterator[None]:
+    """Within it, tensors stand for those of a GPU that takes the kernels; nothing may be launched."""
+    global _planned  # noqa: PLW0603
+    before, _planned = _planned, True
+    try:
+        yield
+    finally:
+        _planned = before
+
+
+def kind_of_device(tensor: torch.Tensor) -> str:
+    """The type of a tensor's device, or `PLANNED`."""
+    return PLANNED if _planned else tensor.device.type
 
 
 def unfit_tensor(dtype: torch.dtype, head_dim: int | None) -> str | None:
@@ -44,7 +67,7 @@ def unfit_machine(device: str, interpreted: bool) -> str | None:
     """
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if device == "cpu" and interpreted:
+    if device == PLANNED or (device == "cpu" and interpreted):
         return None
     if device != "cuda":
         return (

@@ -108,8 +108,7 @@ def lucas_kanade(video: np.ndarray, queries: np.ndarray) -> Tracks:
     import cv2
 
     def followed(before: np.ndarray, after: np.ndarray, xy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        grey = [cv2.cvtColor(np.ascontiguousarray(frame), cv2.COLOR_RGB2GRAY) for frame in (before, after)]
-        return _followed(cv2, *grey, xy)
+        return _followed(cv2, _grey(cv2, before), _grey(cv2, after), xy)
 
     return _frame_to_frame(video, queries, followed)
 
@@ -126,9 +125,9 @@ def dis_flow(video: np.ndarray, queries: np.ndarray) -> Tracks:
     search = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
 
     def followed(before: np.ndarray, after: np.ndarray, xy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        grey = [cv2.cvtColor(np.ascontiguousarray(frame), cv2.COLOR_RGB2GRAY) for frame in (before, after)]
-        there = xy + _at(search.calc(*grey, None), xy)
-        back = there + _at(search.calc(*grey[::-1], None), there)
+        first, second = _grey(cv2, before), _grey(cv2, after)
+        there = xy + _at(search.calc(first, second, None), xy)
+        back = there + _at(search.calc(second, first, None), there)
         size = torch.tensor([before.shape[1], before.shape[0]])
         inside = ((there >= 0) & (there <= size)).all(-1)
         return there, ((back - xy).norm(dim=-1) <= LARGEST_RETURN) & inside
@@ -162,6 +161,10 @@ def _frame_to_frame(
                 xy[following, chosen] = torch.where(seen[:, None], place, xy[frame, chosen])
                 visible[following, chosen] = seen
     return Tracks(xy=xy, visible=visible, score=visible.float())
+
+
+def _grey(cv2: Any, frame: np.ndarray) -> np.ndarray:
+    return cv2.cvtColor(np.ascontiguousarray(frame), cv2.COLOR_RGB2GRAY)
 
 
 def _at(flow: np.ndarray, xy: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ from corrdit.integrations.diffusers.backbones.presets import GuidancePreset, Pre
 from corrdit.integrations.diffusers.captures import Capture, capture
 from corrdit.integrations.diffusers.guidance.cross_attention import CrossAttentionGuidance
 from corrdit.integrations.diffusers.layouts import TransformerLayout, register_layout
+from corrdit.integrations.diffusers.motion_transfer.objectives import MotionObjective
 from corrdit.integrations.diffusers.motion_transfer.transfer import MotionTransfer
 from corrdit.integrations.diffusers.named_layout import register_named_grid
 from corrdit.integrations.diffusers.processors import CorrespondenceProcessor
@@ -18,6 +19,7 @@ __all__ = [
     "CorrespondenceProcessor",
     "CrossAttentionGuidance",
     "GuidancePreset",
+    "MotionObjective",
     "MotionTransfer",
     "Preset",
     "ReadingPreset",

@@ -90,7 +90,8 @@ def capture(
             parts of it, and a softmax over the T keys is the model's, renormalised over the text.
 
     Returns:
-        A context manager which is a mapping from (step, layer), both non-negative, to results.
+        A context manager which is a mapping from (step, layer) to results; `captured[-1, -1]` counts both from the
+        last, as `steps` and `layers` do.
 
     Raises:
         ValueError: for what cannot be read (unknown or unsupported model, parallelism, feature caches, whole-model
@@ -174,6 +175,7 @@ class Capture(Mapping[tuple[int, int], Any]):
         self._of_text = choice("attention", attention, ("self", "cross")) == "cross"
         self._computes = choice("on_skip", on_skip, ("error", "compute")) == "compute"
         self._operations = self._resolved_layers(operations)
+        self._last_step: int | None = None
         self._results: dict[tuple[int, int], Any] = {}
         self._firings = Firings(self._operations)
         self._counter: PipelineSteps | TransformerSteps = TransformerSteps()
@@ -209,13 +211,20 @@ class Capture(Mapping[tuple[int, int], Any]):
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
         try:
-            return self._results[key]
+            return self._results[self._resolved(key)]
         except KeyError:
             kept = ", ".join(map(str, self._results)) or "none"
             hint = "; results went to the callback" if self._callback is not None else ""
             if not self._firings.calls:
                 hint = "; the model has not run inside the block: with capture(...) as captured: pipe(...)"
             raise KeyError(f"no result for (step, layer) {key}; there are {kept}{hint}") from None
+
+    def _resolved(self, key: tuple[int, int]) -> tuple[int, int]:
+        """The key with a negative step and layer counted from the last, as `steps` and `layers` count them."""
+        step, layer = key
+        if step < 0 and self._last_step is not None:
+            step += 1 + self._last_step
+        return step, layer + self._layers if layer < 0 else layer
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return iter(self._results)
@@ -236,6 +245,7 @@ class Capture(Mapping[tuple[int, int], Any]):
 
     def _resolved_layers(self, operations: Mapping[int, Mapping[str, Operation]]) -> dict[int, Mapping[str, Operation]]:
         count = min(len(layout.attention_modules(transformer)) for transformer, layout in self._models)
+        self._layers = count
         model, resolved = type(self._models[0][0]).__name__, dict[int, Mapping[str, Operation]]()
         for layer, by_name in operations.items():
             index = resolved_index("layer", layer, count, f"{model}, which has {count} attention layers")
@@ -274,6 +284,9 @@ class Capture(Mapping[tuple[int, int], Any]):
         given: list[Arguments] = []
 
         def before(call: ForwardCall, arguments: Arguments) -> None:
+            if self._keep_graph:
+                # Autocast keeps the casts of what is optimised, and does not see that a step has changed it in place.
+                torch.clear_autocast_cache()
             given[:] = [arguments] if self._computes else []
             for layer, request in self.requests(layout, call, stop).items():
                 processors[layer].arm(self._reading(layout, request, call, arguments))
@@ -328,7 +341,8 @@ class Capture(Mapping[tuple[int, int], Any]):
         """Takes note of a call of a transformer, and says what each layer has to hand over in it."""
         self._counter.advance(call)
         self._firings.calls += 1
-        step = self._counter.step
+        step, count = self._counter.step, self._counter.count
+        self._last_step = step if count is None else count - 1
         rows = self._rows(layout, call) if self._wanted(step) else ()
         self._firings.awaited = set(self._operations) if rows else set()
         if not rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -40,19 +41,27 @@ def frame_pairs(flat: Sequence[int], frames: int, device: torch.device) -> Frame
 # Never evicted: a captured CUDA graph keeps reading the tables its warm-up made, and they are a few kilobytes each.
 @functools.cache
 def _frame_pairs(flat: tuple[int, ...], frames: int, device: torch.device) -> FramePairTable:
-    pairs = torch.tensor(flat, dtype=torch.int32, device="cpu").reshape(-1, 2)
-    tables = [pairs]
-    for column in (0, 1):
-        of_frame = pairs[:, column].long()
-        counts = torch.bincount(of_frame, minlength=frames)
-        tables += [torch.cat((counts.new_zeros(1), counts.cumsum(0))), of_frame.argsort(stable=True)]
-    return FramePairTable(*(table.to(device=device, dtype=torch.int32).contiguous() for table in tables))
+    with _no_modes():
+        pairs = torch.tensor(flat, dtype=torch.int32, device="cpu").reshape(-1, 2)
+        tables = [pairs]
+        for column in (0, 1):
+            of_frame = pairs[:, column].long()
+            counts = torch.bincount(of_frame, minlength=frames)
+            tables += [torch.cat((counts.new_zeros(1), counts.cumsum(0))), of_frame.argsort(stable=True)]
+        return FramePairTable(*(table.to(device=device, dtype=torch.int32).contiguous() for table in tables))
 
 
 @functools.cache
 def token_segments(segments: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
     """int32 `[G, 2]` (first token, tokens) of stretches of the token axis; kept as long as the process, like pairs."""
-    return torch.tensor(segments, dtype=torch.int32, device="cpu").to(device)
+    with _no_modes():
+        return torch.tensor(segments, dtype=torch.int32, device="cpu").to(device)
+
+
+def _no_modes() -> contextlib.AbstractContextManager[None]:
+    """Inside, tensors are real: a mode, such as that of fake ones, would leave its own in a cache that outlives it."""
+    guard: contextlib.AbstractContextManager[None] = torch._C._DisableTorchDispatch()
+    return guard
 
 
 def coordinate_table(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:

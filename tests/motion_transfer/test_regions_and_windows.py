@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from corrdit import ops
+from corrdit.integrations.diffusers.backbones.published_transfers import FASTVMT, FLOWMOTION, published_transfer
 from corrdit.integrations.diffusers.motion_transfer import MotionTransfer, StoredMotion, TransferSettings
 from corrdit.integrations.diffusers.motion_transfer.latents import LatentLayout, codec_latents
 from corrdit.integrations.diffusers.motion_transfer.methods import PredictedMotion
@@ -341,3 +342,36 @@ def test_the_differences_of_predictions_are_weighed_by_the_region(case):
         result = MotionTransfer(backbone, block=1, method="flowmotion", **SETTINGS)(video, region=LEFT, **arguments)
     assert result.losses.flatten() == pytest.approx(seen, rel=1e-4)
     assert isinstance(result.optimised, StoredMotion)
+
+
+def test_published_settings_are_those_of_a_models_shape_and_of_the_method():
+    for shape, method, source, method_found in (
+        (("wan", 30, 12), None, "FastVMT", "ditflow"),
+        (("wan", 30, 12), "flowmotion", "FlowMotion", "flowmotion"),
+        (("wan", 30, 12), "moft", "FastVMT", "ditflow"),
+        (("wan", 40, 40), None, "FastVMT", "ditflow"),
+        (("cogvideox", 30, 30), None, "DiTFlow", "ditflow"),
+    ):
+        settings = published_transfer(*shape, method)
+        assert settings.source.startswith(source)
+        assert settings.method == method_found
+    assert published_transfer("ltx", 28, 32) is None
+    wan = published_transfer("wan", 30, 12)
+    assert [wan.rate(7, iteration) for iteration in range(10)] == pytest.approx(np.linspace(0.003, 0.002, 11)[:10])
+    assert wan.guided_window == range(10)
+    assert (wan.span, wan.window, wan.tile, wan.optimiser_interval, wan.strength) == ((0, 3), 10, (3, 4), 3, 0.75)
+
+
+@pytest.mark.parametrize("published", [FASTVMT, FLOWMOTION], ids=["fastvmt", "flowmotion"])
+def test_published_settings_run_on_a_small_model(case, published):
+    backbone, video, arguments = case("wan")
+    options = {"block": 1, "steps": 4, "optimisation_steps": 4, "guided_share": 0.5}
+    result = MotionTransfer(backbone, settings=published, **options)(video, **arguments)
+    assert np.isfinite(result.losses[:, 0]).all()
+    scheduler = run_scheduler(backbone, published)
+    scheduler.set_timesteps(50)
+    sigmas = published.strength * np.linspace(1, 0, 51)[:50]
+    shift = dict(published.scheduler_options)["shift"]
+    # How the last steps are spaced is the scheduler's own.
+    expected = shift * sigmas / (1 + (shift - 1) * sigmas)
+    np.testing.assert_allclose(scheduler.sigmas[:30], expected[:30], atol=0.01)

@@ -234,6 +234,20 @@ class Backbone(FrameEncoder):
         video = self._layout.video_grid(self.transformer, frames * self.frames_per_token, latent_height, latent_width)
         return self.with_text(video)
 
+    def generation_grid(self, height: int, width: int, num_frames: int) -> TokenGrid:
+        """The token axis while a video of this size is generated, in pixels and video frames.
+
+        Raises:
+            ValueError: a size that is not a whole number of tokens.
+        """
+        for name, size, stride in zip(("height", "width"), (height, width), self.token_stride, strict=True):
+            if whole_number(name, size, stride) % stride:
+                raise ValueError(
+                    f"{name} must be a multiple of the {stride} pixels that a token of {self.name} spans, got {size}"
+                )
+        frames = len(self.latent_frame_map(whole_number("num_frames", num_frames, 1)))
+        return self.grid(frames, height // self.spatial_compression, width // self.spatial_compression)
+
     def with_text(self, video: TokenGrid) -> TokenGrid:
         """The grid with the text tokens of the empty prompt where this family puts them."""
         if self.layout.text is None:

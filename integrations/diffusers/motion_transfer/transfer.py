@@ -15,7 +15,7 @@ from corrdit.arguments import whole_number
 from corrdit.array_files import content_digest
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.backbones.loading import backbone_of
-from corrdit.integrations.diffusers.backbones.presets import published_preset
+from corrdit.integrations.diffusers.backbones.published_transfers import published_transfer
 from corrdit.integrations.diffusers.compatibility import check_takes_prompt
 from corrdit.integrations.diffusers.fingerprint import weights_fingerprint
 from corrdit.integrations.diffusers.host.forwards import Arguments
@@ -51,17 +51,17 @@ Announce: TypeAlias = Callable[[str, TransferPlan], None]
 """`announce(phase, plan)` as a phase begins."""
 
 
-def settings_for(backbone: Backbone) -> TransferSettings:
+def settings_for(backbone: Backbone, method: object = None) -> TransferSettings:
     """The settings of the backbone's preset, those published for a model of its shape, or a starting point that says it
     is one.
 
-    A preset that was calibrated on this very model brings its layer along.
+    Where several methods were published for it, they are those for `method`, by its name. A preset that was calibrated
+    on this very model brings its layer along.
     """
     preset = backbone.preset
     if preset.transfer is not None:
         return preset.transfer
-    published = published_preset(backbone.family, backbone.layers, backbone.heads)
-    settings = None if published is None else published.transfer
+    settings = published_transfer(backbone.family, backbone.layers, backbone.heads, method)
     if settings is None:
         source = "a starting point at the published depth; nothing is published for this model"
         settings = TransferSettings(blocks=(backbone.layers // 2,), source=source)
@@ -109,7 +109,7 @@ class MotionTransfer:
         if block is not None:
             changes["blocks"] = block
         backbone.check_use("transfer")
-        chosen = changed_settings(settings or settings_for(backbone), changes)
+        chosen = changed_settings(settings or settings_for(backbone, changes.get("method")), changes)
         resolved = {
             name: resolved_blocks(name, getattr(chosen, name), backbone.layers, backbone.name)
             for name in ("blocks", "injection_blocks")

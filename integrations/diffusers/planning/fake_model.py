@@ -62,7 +62,11 @@ class FakeModel:
 
 
 def fake_model(
-    name: str | os.PathLike[str], *, dtype: torch.dtype | None = None, device: torch.device, preset: Preset | None = None
+    name: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device,
+    preset: Preset | None = None,
 ) -> FakeModel:
     """A model without contents.
 
