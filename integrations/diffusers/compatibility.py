@@ -57,7 +57,7 @@ def check_transformer(transformer: torch.nn.Module, *, caches: bool = False) -> 
 
 
 def embeds_given(arguments: Mapping[str, object], prompt: str = "prompt") -> bool:
-    """Whether a call of a pipeline has embeddings of a prompt; some have several kinds of them (`prompt_embeds_qwen`)."""
+    """Whether a call of a pipeline has embeddings of a prompt; some have several kinds (`prompt_embeds_qwen`)."""
     return any(name.startswith(f"{prompt}_embeds") and value is not None for name, value in arguments.items())
 
 
