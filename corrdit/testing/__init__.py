@@ -1,8 +1,8 @@
 """Checks for backbones, and tiny random models to run them on.
 
 `check_backbone` tells the author of a backbone whether its queries and keys, token order, text position, masks, early
-exit and restoring are right, `given_backbone` makes one of a bare transformer, and `tiny_backbone` builds each
-supported family with random weights, on the CPU, in well under a second.
+exit and restoring are right, `given_backbone` makes one of a bare transformer, and `tiny_backbone` builds each family
+with random weights, on the CPU, in well under a second.
 """
 
 from __future__ import annotations

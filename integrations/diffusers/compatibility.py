@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -56,13 +56,22 @@ def check_transformer(transformer: torch.nn.Module, *, caches: bool = False) -> 
             _check_hooks(registry.hooks.values(), caches)
 
 
-def check_takes_prompt(pipe: object) -> None:
-    """Refuses a pipeline that was saved or loaded without what reads a prompt, which a tracker does without.
+def embeds_given(arguments: Mapping[str, object], prompt: str = "prompt") -> bool:
+    """Whether a call of a pipeline has embeddings of a prompt; some have several kinds (`prompt_embeds_qwen`)."""
+    return any(name.startswith(f"{prompt}_embeds") and value is not None for name, value in arguments.items())
+
+
+def check_takes_prompt(pipe: object, arguments: Mapping[str, object]) -> None:
+    """Refuses a pipeline that was saved or loaded without what reads a prompt, unless embeddings of it are given.
+
+    Args:
+        pipe: that is called.
+        arguments: of the call.
 
     Raises:
         ValueError: no text encoder, or no tokenizer.
     """
-    for name in ("text_encoder", "tokenizer"):
+    for name in () if embeds_given(arguments) else ("text_encoder", "tokenizer"):
         if hasattr(pipe, name) and getattr(pipe, name) is None:
             raise ValueError(
                 f"this {type(pipe).__name__} has no {name}, so it cannot generate from a prompt; load the model with "

@@ -64,10 +64,10 @@ def text_maps(
     q: Tensor,
     k: Tensor,
     grid: CrossGrid,
+    key_mask: Tensor | None = None,
     *,
     tokens: Sequence[int] | None = None,
     heads: str = "mean",
-    key_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """How much each place of a video attends to words, as maps over its frames: an operation for `attention="cross"`.
@@ -82,9 +82,9 @@ def text_maps(
         q: `[B, H, F * S, D]`, of the video.
         k: `[B, H, T, D]`, of the text, or fewer heads (query head i reads key head `i // (H // Hk)`).
         grid: of both.
+        key_mask: bool `[B, T]`, True for the tokens that take part.
         tokens: text tokens wanted; None for all, padding included.
         heads: "mean" over heads, or "none" for each.
-        key_mask: bool `[B, T]`, True for the tokens that take part.
         scale: factor of q.k; None for D**-0.5.
 
     Returns:

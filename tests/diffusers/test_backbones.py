@@ -191,10 +191,6 @@ def test_presets():
     hunyuan = preset_for("hunyuanvideo", 60, 24).reading
     assert (hunyuan.layer, hunyuan.step, hunyuan.inference_steps) == (16, 29, 30)
     assert (hunyuan.height, hunyuan.width, hunyuan.frames_per_chunk) == (480, 720, 13)
-    heft = preset_for("cosmos", 28, 16)
-    assert (heft.reading.layer, heft.reading.step, heft.reading.inference_steps, heft.reading.head) == (18, 34, 35, 6)
-    assert (heft.reading.height, heft.reading.width) == (704, 1280)
-    assert "arXiv 2512.04619" in heft.source
     unknown = preset_for("wan", 40, 40)
     assert unknown.reading.layer == 23
     assert "nothing is published" in unknown.source

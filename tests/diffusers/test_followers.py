@@ -38,6 +38,14 @@ def test_numbers_are_those_of_the_released_code():
     assert heft.tracking.channels_out == (*range(6), *range(44, 50), *range(86, 92))
 
 
+def test_the_default_model_of_heft_is_cosmos():
+    heft = follower_preset("heft", shape("cosmos", 28, 16))
+    reading = heft.reading
+    assert (reading.layer, reading.head, reading.step, reading.inference_steps) == (18, 6, 34, 35)
+    assert (reading.height, reading.width, heft.tracking.tolerance, heft.tracking.update) == (704, 1280, 26 / 16, 0.05)
+    assert heft.tracking.channels_out == (*range(4), *range(44, 48), *range(86, 90))
+
+
 def test_another_model_is_refused_by_name():
     with pytest.raises(ValueError, match=r"'heft' is for CogVideoX-2B \(30 layers of 30 heads\) and Wan2.1-T2V-1.3B"):
         load_backbone("embedded", preset="heft")

@@ -8,7 +8,9 @@ of one head are matched with keys by cosine; in each axis of the rotary embeddin
 left out; a softmax, the mean within `argmax_radius` pixels, and visible is what comes back within `vis_threshold`
 pixels, at 16 pixels a token; features follow the track by `feature_ema_alpha`. It reads latents that are compressed in
 time and interpolates features between frames and pixels; here every frame is a latent of its own and matches are
-refined between tokens, so that its figures are not to be expected. Cosmos-Predict2, its default, is not here.
+refined between tokens, so that its figures are not to be expected. Its default is Cosmos-Predict2 (layers and heads:
+diffusers' `scripts/convert_cosmos_to_diffusers.py`), of whose heads, which pair the halves of the channels, it leaves
+out the same first channels of each axis.
 
 DiTracker, "Repurposing Video Diffusion Transformers for Robust Point Tracking" (arXiv 2512.20606), `train.py` and
 `cotracker/models/core/cotracker/feature_extractor.py`: layer 17, head 2 of CogVideoX-2B at timestep 19 (the last of
@@ -33,7 +35,7 @@ _HEFT = {
     "schedule": "spread",
 }
 _WAN_AXES = (44, 42, 42)
-"""Channels of a head of 128 for time, rows and columns."""
+"""Channels of a head of 128 for time, rows and columns; of Cosmos, too."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,21 @@ def _fastest(axes: tuple[int, ...], share: float) -> tuple[int, ...]:
     )
 
 
-def _heft(layer: int, head: int, size: tuple[int, int], *, visible: float, update: float, **options: object) -> Preset:
+def _heft(
+    layer: int,
+    head: int,
+    size: tuple[int, int],
+    *,
+    visible: float,
+    update: float,
+    steps: int = 50,
+    **options: object,
+) -> Preset:
     tracking = {**_HEFT, "tolerance": visible / _PIXELS_A_TOKEN, "update": update, **options}
     return Preset(
-        ReadingPreset(layer, step=49, inference_steps=50, head=head, noise=True, height=size[0], width=size[1]),
+        ReadingPreset(
+            layer, step=steps - 1, inference_steps=steps, head=head, noise=True, height=size[0], width=size[1]
+        ),
         TrackerOptions(**tracking),  # type: ignore[arg-type]
         source="HeFT's released configuration (arXiv 2512.04619)",
     )
@@ -92,6 +105,13 @@ FOLLOWERS: dict[str, tuple[Follower, ...]] = {
             30,
             12,
             _heft(18, 1, (480, 832), visible=18, update=0.05, channels_out=_fastest(_WAN_AXES, 0.15)),
+        ),
+        Follower(
+            "Cosmos-Predict2-2B-Video2World",
+            "cosmos",
+            28,
+            16,
+            _heft(18, 6, (704, 1280), visible=26, update=0.05, steps=35, channels_out=_fastest(_WAN_AXES, 0.1)),
         ),
     ),
 }

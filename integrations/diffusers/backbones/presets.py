@@ -337,19 +337,6 @@ PUBLISHED_MODELS = {
         "bfloat16",
         _published(16, step=29, inference_steps=30),
     ),
-    # Settings: HeFT's configs/cosmos_config.sh. Layers and heads: diffusers' scripts/convert_cosmos_to_diffusers.py.
-    "cosmos-predict2-2b": PublishedModel(
-        "nvidia/Cosmos-Predict2-2B-Video2World",
-        "cosmos",
-        28,
-        16,
-        "bfloat16",
-        Preset(
-            ReadingPreset(18, step=34, inference_steps=35, head=6, height=704, width=1280),
-            source="HeFT's released tracking (arXiv 2512.04619), whose layer, step, head and size these are; it "
-            "compares keys with keys at chosen rotary frequencies, which is not done here",
-        ),
-    ),
 }
 """By the short name `load_backbone` takes."""
 
