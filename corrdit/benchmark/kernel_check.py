@@ -6,6 +6,7 @@ triton's interpreter, the same cases at a few dozen tokens.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from corrdit import ops
 from corrdit.grid import TokenGrid
-from corrdit.kernels import float32_precision
+from corrdit.problem import float32_precision
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 # ||error|| / ||exact|| that a result and a gradient may have. A softmax weight keeps eleven bits, and so does a result
@@ -251,9 +252,9 @@ def special_findings(device: torch.device) -> Iterator[Finding]:
         return
     for operation, mode in (("soft_displacement", "none"), ("soft_displacement", "logits"), ("match", "probabilities")):
         case = Case(operation, f"heads={mode}, in a captured graph", _GPU_GRID, options={"heads": mode})
-        yield compare(case, device, lambda inputs, case=case: _captured(case, inputs))
+        yield compare(case, device, functools.partial(_captured, case))
         case = replace(case, about=f"heads={mode}, compiled with reduced overhead")
-        yield compare(case, device, lambda inputs, case=case: _compiled(case, inputs))
+        yield compare(case, device, functools.partial(_compiled, case))
     for index in range(torch.cuda.device_count()):
         other = torch.device("cuda", index)
         if other.index != torch.cuda.current_device():

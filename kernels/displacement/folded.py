@@ -101,7 +101,8 @@ def folded_forward(
     frame_tokens, pair_count = height * width, table.pairs.shape[0]
     displacement = torch.empty(batch, 1, pair_count, frame_tokens, 2, dtype=torch.float32, device=q.device)
     statistics = torch.empty(batch, 1, pair_count, frame_tokens, dtype=torch.float32, device=q.device)
-    tiles = choose_tiles("folded_forward", q)
+    guarded = key_mask is not None or window >= 0 or weights is not None
+    tiles = choose_tiles("folded_forward", q, guarded)
     mask = table.pairs if key_mask is None else key_mask
     exponent, factors = folded_scale(heads, scale, weights)
     launch(

@@ -42,7 +42,7 @@ SMALL = Tiles(16, 16, 16, 1, 1)
 LARGE = Tiles(64, 64, 32, 1, 1)
 KERNELS = (
     "soft_forward", "soft_backward_query", "soft_backward_key", "folded_forward", "folded_gradient", "statistics",
-    "correspondence", "refinement", "local_forward", "local_backward_query", "local_backward_key",
+    "correspondence", "best_match", "refinement", "local_forward", "local_backward_query", "local_backward_key",
 )  # fmt: skip
 
 
