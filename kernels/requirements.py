@@ -22,22 +22,23 @@ def unfit_tensor(dtype: torch.dtype, head_dim: int | None) -> str | None:
 
 
 def unfit_machine(device: str, interpreted: bool) -> str | None:
-    """Why the kernels cannot run here on tensors of a kind of device.
+    """Why the kernels cannot run here on tensors of a device.
 
     Args:
+        device: its name: "cpu", "cuda", "cuda:1".
         interpreted: whether triton runs kernels on CPU tensors in this process.
     """
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device == "cpu" and interpreted:
         return None
-    if device != "cuda":
+    if device.partition(":")[0] != "cuda":
         return (
             f"the tensors are on {device}, the kernels need a CUDA device (or TRITON_INTERPRET=1, set before triton is "
             "imported, for CPU tensors)"
         )
     if torch.version.hip is not None:
         return "the kernels are tuned and tested for NVIDIA devices only, this PyTorch is built for AMD"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return f"the kernels need compute capability 8.0 or later, this device has {torch.cuda.get_device_capability()}"
+    if (capability := torch.cuda.get_device_capability(torch.device(device))) < (8, 0):
+        return f"the kernels need compute capability 8.0 or later, {device} has {capability[0]}.{capability[1]}"
     return None

@@ -76,8 +76,8 @@ def backend_name(backend: str, q: Tensor, beyond: str | None = None) -> str:
     choice("backend", backend, BACKENDS)
     unfit = unfit_tensor(q.dtype, q.shape[-1]) or beyond
     if backend == "auto":
-        return _fixed_choice(q.device.type, q.dtype, unfit)
-    if backend == "triton" and (reason := unfit or _fixed_reason(q.device.type)):
+        return _fixed_choice(str(q.device), q.dtype, unfit)
+    if backend == "triton" and (reason := unfit or _fixed_reason(str(q.device))):
         kind = ValueError if unfit else BackendUnavailableError
         raise kind(f'backend="triton" cannot run: {reason}; use backend="streaming" or backend="auto"')
     return backend
@@ -125,7 +125,7 @@ def _automatic(device: str, dtype: torch.dtype, unfit: str | None) -> str:
     take: float64, head_dim outside 8 to 256, a part of the tokens or heads, AMD devices and compute capability below
     8.0.
     """
-    if device != "cuda":
+    if device.partition(":")[0] != "cuda":
         return "streaming"
     reason = unfit or _fixed_reason(device)
     if reason:

@@ -62,7 +62,7 @@ def compile_only(architecture: str, compiler: Compiler) -> Iterator[None]:
 def check_device(tensor: Tensor) -> None:
     """Raises a RuntimeError that names the reason where the kernels cannot run on a tensor's device."""
     kind = tensor.device.type
-    if _compiler is None and (reason := unfit_machine(kind, bool(INTERPRETED.value))):
+    if _compiler is None and (reason := unfit_machine(str(tensor.device), bool(INTERPRETED.value))):
         raise RuntimeError(f'the Triton kernels got {kind} tensors: {reason}; use backend="streaming"')
 
 

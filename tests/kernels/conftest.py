@@ -57,8 +57,11 @@ def where_kernels_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """`corrdit.ops` takes the kernels for CPU tensors where they are interpreted; else tensors are made on the GPU."""
     if not ON_GPU:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with torch.device(DEVICE):
         yield
+        return
+    torch.set_default_device(DEVICE)
+    yield
+    torch.set_default_device(None)
 
 
 @pytest.fixture(autouse=True)
