@@ -46,6 +46,15 @@ TRACKERS = {
     "standing still": "standing still",
 }
 TRACKER_FIGURES = ("average_jaccard", "average_pts_within_thresh", "pts_within_1", "pts_within_2", "occlusion_accuracy")
+ANNOTATED = {
+    "default": "corrdit, default",
+    "finer tokens": "32 x 32 tokens, temperature 2, spread 2, one crop",
+    "standing still": "standing still",
+    "Lucas-Kanade": "Lucas-Kanade (OpenCV, pyramidal)",
+    "DIS flow": "DIS flow (OpenCV)",
+    "XFeat": "XFeat, the nearest descriptor, no tracker",
+}
+ANNOTATED_FIGURES = ("average_pts_within_thresh", "pts_within_1", "pts_within_2", "pts_within_8")
 METHODS = {
     "backbone": "no transfer",
     "injection": "injection",
@@ -106,6 +115,16 @@ def summary(result: Record) -> str:
     return tracking(result, ("default", "published procedure", "Lucas-Kanade", "standing still"))
 
 
+def annotated(result: Record) -> str:
+    head = ["clip", "tracker", "points within thresholds", "over points", "within 1 px", "within 2 px", "within 8 px"]
+    rows = []
+    for row in result["rows"]:
+        figures = [f"{100 * row['figures'][name]:.1f}" for name in ANNOTATED_FIGURES]
+        low, high = (f"{100 * end:.1f}" for end in row["points_interval"])
+        rows.append([row["clip"], ANNOTATED[row["tracker"]], figures[0], f"{low} to {high}", *figures[1:]])
+    return markdown_table(head, rows)
+
+
 def transfer(result: Record) -> str:
     measured, memory = result["tables"]["main"], result["tables"].get("memory", {})
     known = {key: name for key, name in METHODS.items() if key in measured}
@@ -155,6 +174,7 @@ def guidance(result: Record) -> str:
 TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "matching": ("embedded_matching.json", matching),
     "tracking": ("tracking.json", tracking),
+    "annotated": ("annotated_clips.json", annotated),
     "summary": ("tracking.json", summary),
     "transfer": ("transfer_quality.json", transfer),
     "guidance": ("guidance_quality.json", guidance),

@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+from collections.abc import Iterator
 
 import torch
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Smaller ones would be mostly padding, larger ones leave no room for accumulators.
 HEAD_DIMS = (8, 256)
+
+
+PLANNED = "planned"
+"""The kind of device that fake tensors stand on while a run on a GPU is planned, wherever they are."""
+_planned = False
+
+
+@contextlib.contextmanager
+def planned_gpu() -> Iterator[None]:
+    """Within it, tensors stand for those of a GPU that takes the kernels; nothing may be launched."""
+    global _planned  # noqa: PLW0603
+    before, _planned = _planned, True
+    try:
+        yield
+    finally:
+        _planned = before
+
+
+def device_of(tensor: torch.Tensor) -> str:
+    """The name of a tensor's device, such as "cuda:1", or `PLANNED`."""
+    return PLANNED if _planned else str(tensor.device)
 
 
 def unfit_tensor(dtype: torch.dtype, head_dim: int | None) -> str | None:
@@ -37,16 +60,17 @@ def unwritable_cache() -> str | None:
 
 
 def unfit_machine(device: str, interpreted: bool) -> str | None:
-    """Why the kernels cannot run here on tensors of a kind of device.
+    """Why the kernels cannot run here on tensors of a device.
 
     Args:
+        device: its name: "cpu", "cuda", "cuda:1".
         interpreted: whether triton runs kernels on CPU tensors in this process.
     """
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if device == "cpu" and interpreted:
+    if device == PLANNED or (device == "cpu" and interpreted):
         return None
-    if device != "cuda":
+    if device.partition(":")[0] != "cuda":
         return (
             f"the tensors are on {device}, the kernels need a CUDA device (or TRITON_INTERPRET=1, set before triton is "
             "imported, for CPU tensors)"
@@ -55,6 +79,6 @@ def unfit_machine(device: str, interpreted: bool) -> str | None:
         return reason
     if torch.version.hip is not None:
         return "the kernels are tuned and tested for NVIDIA devices only, this PyTorch is built for AMD"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return f"the kernels need compute capability 8.0 or later, this device has {torch.cuda.get_device_capability()}"
+    if (capability := torch.cuda.get_device_capability(torch.device(device))) < (8, 0):
+        return f"the kernels need compute capability 8.0 or later, {device} has {capability[0]}.{capability[1]}"
     return None

@@ -9,8 +9,9 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 
-if importlib.util.find_spec("triton"):
+if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     # Triton settles at its first import, which may be diffusers' in any test, whether it can interpret kernels, as
     # tests/kernels does. The variable goes at once: nothing else is to take the kernels for CPU tensors.
     os.environ["TRITON_INTERPRET"] = "1"

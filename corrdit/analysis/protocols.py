@@ -121,12 +121,12 @@ class AnalysisOptions:
         for name, minimum in (("inference_steps", 1), ("max_frames", 2), ("tokens_per_frame", 1), ("memory_budget", 1)):
             if getattr(self, name) is not None:
                 whole_number(name, getattr(self, name), minimum)
-        check_budget(self.backend, self.memory_budget)
         for name in ("encoded_size", "resize_first"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _size(name, getattr(self, name)))
         if self.encoded_size is not None and self.tokens_per_frame is not None:
             raise ValueError("encoded_size fixes the tokens of a frame; drop tokens_per_frame or encoded_size")
+        check_budget(self.backend, self.memory_budget)
         if self.thresholds is not None:
             given = tuple(float(threshold) for threshold in self.thresholds)
             if not given or not all(0 < threshold < float("inf") for threshold in given):

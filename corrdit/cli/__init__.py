@@ -25,9 +25,11 @@ from corrdit.cli import (
     demo,
     doctor,
     evaluate,
+    explore,
     generate,
     kernels,
     models,
+    plan,
     track,
     train,
     transfer,
@@ -56,13 +58,15 @@ class Command(Protocol):
 
 
 _IN_ORDER: tuple[Command, ...] = (
-    *(track, demo, analyze, calibrate, evaluate, train, generate, transfer, world),
-    *(bench, kernels, models, doctor),
+    *(track, demo, explore, analyze, calibrate, evaluate, train, generate, transfer, world),
+    *(plan, bench, kernels, models, doctor),
 )
 MODULES = {module.__name__.rpartition(".")[2]: module for module in _IN_ORDER}
 COMMANDS = {name: module.HELP for name, module in MODULES.items()}
 """What each command does, in one line."""
 
+# Commands whose options are argparse's own: they start where torch, triton and numpy alone are installed.
+_PLAIN = ("bench", "kernels")
 _SUCCESS, _FAILURE, _BAD_INPUT, _INTERRUPTED = 0, 1, 2, 130
 _LIST = re.compile(r"\b(tuple|list)\[")
 _NUMBERS = re.compile(r"-?[\d.]+(,-?[\d.]+)+")
@@ -136,12 +140,26 @@ def _run_guarded(command: str, arguments: list[str], debug: bool) -> int:
     return status
 
 
+def _run_plainly(module: Command, command: str, arguments: list[str]) -> int:
+    """A command of plain options where jsonargparse is not installed: a machine that only measures kernels."""
+    from argparse import ArgumentParser, RawDescriptionHelpFormatter
+
+    parser = ArgumentParser(
+        prog=f"corrdit {command}", description=module.__doc__, formatter_class=RawDescriptionHelpFormatter
+    )
+    module.add_arguments(parser)  # type: ignore[arg-type]
+    return int(module.run(parser.parse_args(arguments)))  # type: ignore[arg-type]
+
+
 def _run(command: str, arguments: list[str]) -> int:
     from argparse import RawDescriptionHelpFormatter
-
-    from jsonargparse import ArgumentParser, DefaultHelpFormatter
+    from importlib.util import find_spec
 
     module = MODULES[command]
+    if command in _PLAIN and find_spec("jsonargparse") is None:
+        return _run_plainly(module, command, arguments)
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
     parser = ArgumentParser(
         prog=f"corrdit {command}",
         usage=f"corrdit {command} {getattr(module, 'USAGE', '[options]')}",

@@ -139,7 +139,7 @@ def _analyze_in_processes(
             placement="device" if on_cpu else chosen_placement(arguments),
             on_broken=arguments.on_broken,
         )
-        module.settings["model"] = arguments.model
+        module.settings |= {"model": arguments.model, **chosen_placement(arguments).described()}
         trainer = command_trainer(several=True, **devices)
         predict(trainer, module, AnalysisDataModule(items, output=arguments.output))
         trainer.strategy.barrier("every process has done its videos")

@@ -27,16 +27,21 @@ class TrainerDevices(TypedDict):
 
 
 def add_device_options(parser: ArgumentParser) -> None:
-    """--device, --dtype, --placement and how the model is made to fit."""
+    """--device, --dtype and `add_fitting_options`."""
     from corrdit.arguments import DTYPES
 
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, mps ...; the model decides if left out")
     parser.add_argument(
         "--dtype",
-        type=_dtype_name,
+        type=dtype_name,
         default=None,
         help=f"{', '.join(DTYPES)}: precision of the model; its own if left out",
     )
+    add_fitting_options(parser)
+
+
+def add_fitting_options(parser: ArgumentParser) -> None:
+    """--placement, --codec-tiling, --codec-slicing and --weights: how a model is made to fit."""
     parser.add_argument(
         "--placement",
         choices=PLACEMENTS,
@@ -66,7 +71,7 @@ def add_shards_option(parser: ArgumentParser | ArgumentGroup) -> None:
     )
 
 
-def _dtype_name(name: str) -> str:
+def dtype_name(name: str) -> str:
     """As `dtype_name`, for the parser."""
     from corrdit.arguments import dtype_name
 
@@ -76,7 +81,7 @@ def _dtype_name(name: str) -> str:
         raise ArgumentTypeError(str(error)) from error
 
 
-def add_run_options(parser: ArgumentParser, *, on_broken: str = "report") -> None:
+def add_run_options(parser: ArgumentParser | ArgumentGroup, *, on_broken: str = "report") -> None:
     """--processes and --on-broken, for commands that make many results."""
     parser.add_argument(
         "--processes", type=int, default=1, metavar="N", help="share the work out over N processes or GPUs"

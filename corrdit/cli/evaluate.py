@@ -14,6 +14,7 @@ writes  into the folder --output:
                                    intervals, and how many videos are in them or left out, and why
         videos.csv                 the figures of all videos, with intervals over their points; PCK at .2 sqrt(mask
                                    area) where masks lie beside joints
+        splits.csv                 the figures of points that move little or much, and of those that come back
         pictures/TRACKER/VIDEO.mp4 and .png  with --pictures: the tracks, and the true ones in pictures/truth
 """
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 HELP = "evaluate trackers on TAP-Vid or on generated videos"
 USAGE = "--data PATH --output DIR [--config NAME|FILE] [--trackers ours,released,...] [options]"
+TABLES = ("table.json", "table.csv", "videos.csv", "splits.csv")
 _EARLIER = {"trainer.devices": "processes", "trainer.num_nodes": "machines", "trainer.accelerator": "device"}
 _COLUMNS = {
     "average_jaccard": "AJ",
@@ -104,6 +106,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--start", type=int, default=0, metavar="N", help="number of the first video")
     parser.add_argument("--end", type=int | None, default=None, metavar="N", help="number of the video after the last")
     parser.add_argument("--max-frames", type=int | None, default=None, metavar="N", help="cut videos after N frames")
+    parser.add_argument(
+        "--corruption",
+        type=str | None,
+        default=None,
+        metavar="KIND:STRENGTH",
+        help="make the frames worse: blur, noise or jpeg, of strength 1 to 5 as in ImageNet-C, such as blur:3",
+    )
     add_run_options(parser, on_broken="raise")
     parser.add_argument("--machines", type=int, default=1, metavar="N", help="that take part and all see --output")
     parser.add_argument("--skip-broken", action="store_true", help="now --on-broken report; goes in corrdit 0.3")
@@ -138,7 +147,7 @@ def run(arguments: Namespace) -> int:
     with quiet_lightning():
         from corrdit.integrations.lightning import EvaluationModule, TapVidDataModule
 
-        cut = named(arguments, "mode", "start", "end", "max_frames")
+        cut = named(arguments, "mode", "start", "end", "max_frames", "corruption")
         data = TapVidDataModule(arguments.data, stride=arguments.query_stride, incomplete=arguments.incomplete, **cut)
         module = EvaluationModule(
             arguments.model,
@@ -165,7 +174,7 @@ def run(arguments: Namespace) -> int:
     broken = {name for summary in summaries for name in summary.broken}
     evaluated = len(set(data.pending) - broken)
     print(f"{evaluated} of {len(data.names)} videos evaluated now, in {time.perf_counter() - began:.1f} s")
-    print("\n".join(f"  {Path(arguments.output) / name}" for name in ("table.json", "table.csv", "videos.csv")))
+    print("\n".join(f"  {Path(arguments.output) / name}" for name in TABLES))
     return 0
 
 
@@ -174,7 +183,7 @@ def _report_videos(results: EvaluationResults, labels: list[str], names: list[st
     rows = []
     for name in names:
         for label in labels:
-            record = results.record(label, name)
+            record: Mapping[str, Any] | None = results.record(label, name)
             if record is None or record["figures"] is None:
                 continue
             figures, ends, pck = record["figures"], record["points_interval"], record["pck"]

@@ -1,12 +1,17 @@
 """Compile every Triton kernel ahead of time, without a GPU, and read its cost from the machine code.
 
+With --check nothing is compiled ahead: every operation runs in every mode and with every option, forward and backward,
+and is compared with float64, on a CUDA device, or under triton's interpreter without one. It needs torch, triton and
+numpy alone. Exit status 1 at the first wrong result.
+
 reads   nothing; with --output results.json, what that file already holds of the same kernel sources
 writes  to standard output a table, or with --json one JSON object a line: op, pass ("forward" or "backward"), heads,
         variant ("plain", or a call with a "mask", a "window", "weights" of the heads, or a "large frame"), dtype,
         head_dim, arch, kernel, tiles (rows, columns, dims, warps, stages), registers, spill_bytes, shared_bytes,
         launchable, tensor_cores (in every matrix product; true where there is none), serialized_products, repetition
-        (threads that compute each score), resident_blocks (of a multiprocessor), tile_use and wave_use (shares of
-        tiles, and of places for blocks, that have work), triton (its version), instructions_per_element (of the main
+        (threads that compute each score), resident_blocks (of a multiprocessor), overlap (share of the exponentials
+        taken while a product is under way), tile_use and wave_use (shares of tiles, and of places for blocks, that
+        have work), triton (its version), instructions_per_element (of the main
         loop), cycles_per_element (of each unit), and for soft displacement of single heads floor_cycles_per_element;
         with --output the same in a file, with the command, the commit and the versions, written anew after each call
         so that a run can be stopped and taken up again
@@ -22,12 +27,15 @@ import sys
 from collections.abc import Sequence
 
 HELP = "compile every Triton kernel without a GPU and show registers, spills and instructions"
-USAGE = "[--arch 80 90 ...] [--json] [--output FILE] [--op OP ...] [--variant V ...] [--dtype T ...] [--head-dim D ...]"
+USAGE = (
+    "[--arch 80 90 ...] [--json] [--output FILE] [--op OP ...] [--variant V ...] [--dtype T ...] [--head-dim D ...]\n"
+    "       corrdit kernels --check [--device cuda]"
+)
 _COLUMNS = (
     ("op", 22), ("pass", 9), ("heads", 14), ("variant", 12), ("kernel", 22), ("dtype", 9), ("head_dim", 9),
     ("arch", 5),
     ("registers", 10), ("spill_bytes", 12), ("shared_bytes", 13), ("launchable", 11), ("tensor_cores", 13),
-    ("serialized_products", 20), ("resident_blocks", 16), ("tile_use", 9), ("wave_use", 9),
+    ("serialized_products", 20), ("resident_blocks", 16), ("overlap", 8), ("tile_use", 9), ("wave_use", 9),
     ("instructions_per_element", 24),
 )  # fmt: skip
 _CARDS = {
@@ -43,6 +51,8 @@ _KEY = ("op", "heads", "variant", "dtype", "head_dim", "arch")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--check", action="store_true", help="compare every kernel with float64 where it runs")
+    parser.add_argument("--device", type=str, default=None, help="of --check: cuda, cuda:1, or cpu (interpreted)")
     parser.add_argument(
         "--arch",
         nargs="+",
@@ -59,6 +69,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.check:
+        return _check_results(arguments.device)
+    if arguments.device is not None:
+        raise ValueError("--device says where --check runs; compiling ahead of time takes --arch")
     # Compiling is what is asked for: interpreted kernels cannot be compiled.
     os.environ.pop("TRITON_INTERPRET", None)
     from corrdit.arguments import dtype_name
@@ -105,6 +119,32 @@ def _compute_capability(name: str, accepted: Sequence[str]) -> int:
             f"{nearest(word, [*accepted, *_CARDS])}"
         )
     return int(number)
+
+
+def _check_results(name: str | None) -> int:
+    import torch
+
+    from corrdit.cli.devices import checked_device
+
+    device = checked_device(name) or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        os.environ.pop("TRITON_INTERPRET", None)
+        torch.cuda.set_device(device)
+    else:
+        os.environ["TRITON_INTERPRET"] = "1"
+    from corrdit.benchmark.environment import device_name
+    from corrdit.benchmark.kernel_check import findings
+
+    print(f"every kernel against float64 on {device_name(device)}, largest error as a share of what is allowed")
+    count = 0
+    for finding in findings(device):
+        count += 1
+        print(f"{finding.error:8.3f}  {finding.name}", flush=True)
+        if finding.wrong is not None:
+            print(f"corrdit kernels: wrong: {finding.name}: {finding.wrong}", file=sys.stderr)
+            return 1
+    print(f"{count} cases are right")
+    return 0
 
 
 def _line(row: dict[str, object]) -> str:

@@ -72,7 +72,7 @@ def _joints_clip(annotation: Path) -> TapVidVideo:
     occluded = np.ones((joints, len(video)), dtype=bool)
     reach = np.full((len(video), 2), np.nan)
     for number, places, visible, mask in entries:
-        if number >= len(video) or len(places) != joints:
+        if not 0 <= number < len(video) or len(places) != joints:
             raise ValueError(
                 f"{annotation}: frame {number} with {len(places)} joints does not fit a video of {len(video)} frames "
                 f"and {joints} joints"

@@ -1,9 +1,9 @@
 """TAP-Vid: reading and writing its files, and choosing queries as its protocol does.
 
 Doersch et al., "TAP-Vid: A Benchmark for Tracking Any Point in a Video" (2022). Files are pickles: DAVIS a dict by
-video name, RGB-Stacking a list, Kinetics a folder of shards `0000_of_0010.pkl`, each a list. A video holds `video`
-(uint8 frames or jpeg files), `points` `[N, T, 2]` as (x, y) shares of the frame's width and height, and `occluded`
-`[N, T]`.
+video name, RGB-Stacking a list, Kinetics a folder of shards `0000_of_0010.pkl`, each a list, RoboTAP a folder of dicts.
+A video holds `video` (uint8 frames or jpeg files), `points` `[N, T, 2]` as (x, y) shares of the frame's width and
+height, and `occluded` `[N, T]`.
 
 The metric takes query points as (t, y, x) in a frame of 256 x 256; everything else here is (frame, x, y) in pixels of
 the video. `TapVidSample.metric_arguments` is the one place that converts.
@@ -190,7 +190,8 @@ def read_tapvid(
     `0003_of_0010/0017`.
 
     Args:
-        path: a pickle (DAVIS, RGB-Stacking) or a folder of shards `NNNN_of_NNNN.pkl` (Kinetics).
+        path: a pickle (DAVIS, RGB-Stacking), or a folder of shards `NNNN_of_NNNN.pkl` (Kinetics) or of pickles by any
+            other name (RoboTAP: `robotap_split0.pkl` ...).
         on_broken: called with the name and the error of a video or shard that cannot be read, which is then left out;
             without it the error is raised.
         incomplete: whether shards may be missing.
@@ -201,11 +202,9 @@ def read_tapvid(
             `on_broken` is not given.
     """
     path = Path(path)
-    files = (
-        [(shard, f"{shard.stem}/") for shard in shard_files(path, incomplete=incomplete)]
-        if path.is_dir()
-        else [(path, "")]
-    )
+    files = [(path, "")]
+    if path.is_dir():
+        files = [(file, f"{file.stem}/") for file in pickle_files(path, incomplete=incomplete)]
     for file, prefix in files:
         try:
             entries = file_entries(file)
@@ -224,6 +223,14 @@ def read_tapvid(
                 on_broken(prefix + name, error)
                 continue
             yield video
+
+
+def pickle_files(path: Path, *, incomplete: bool = False) -> list[Path]:
+    """The shards of a folder, or where there are none its pickles by their names; ValueError as `shard_files`."""
+    others = sorted(path.glob("*.pkl"))
+    if any(path.glob(SHARD_PATTERN)) or not others:
+        return shard_files(path, incomplete=incomplete)
+    return others
 
 
 def shard_files(path: Path, *, incomplete: bool = False) -> list[Path]:

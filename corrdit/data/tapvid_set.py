@@ -15,7 +15,7 @@ import numpy as np
 
 from corrdit.array_files import content_digest, read_arrays
 from corrdit.data.annotated_clips import annotated_clip, annotated_files, annotated_name, clip_files
-from corrdit.data.tapvid import SHARD_PATTERN, TapVidVideo, annotated_video, file_entries, shard_files
+from corrdit.data.tapvid import TapVidVideo, annotated_video, file_entries, pickle_files
 from corrdit.files import file_digest, refuse_address
 
 WORLD_ARRAYS = ("video", "xy", "visible")
@@ -44,8 +44,8 @@ class TapVidSet:
     """The videos of a TAP-Vid file, a folder of shards or a folder of generated videos.
 
     Args:
-        path: a pickle (DAVIS, RGB-Stacking), a folder of shards `NNNN_of_NNNN.pkl` (Kinetics), a folder that
-            `corrdit world` wrote (`NNNN.npz`), or one of `corrdit.data.annotated_clips`.
+        path: a pickle (DAVIS, RGB-Stacking), a folder of shards `NNNN_of_NNNN.pkl` (Kinetics) or of other pickles
+            (RoboTAP), a folder that `corrdit world` wrote (`NNNN.npz`), or one of `corrdit.data.annotated_clips`.
         incomplete: whether shards may be missing.
 
     Attributes:
@@ -67,17 +67,18 @@ class TapVidSet:
             self.files, self._in_folder, self._sharded = [self.path.name], False, False
             return
         self._in_folder = True
-        self._sharded = any(self.path.glob(SHARD_PATTERN))
+        self._sharded = any(self.path.glob("*.pkl"))
         if self._sharded:
-            self.files = [file.name for file in shard_files(self.path, incomplete=incomplete)]
+            self.files = [file.name for file in pickle_files(self.path, incomplete=incomplete)]
         else:
             self.files = sorted(file.name for file in self.path.glob("*.npz"))
             if not self.files:
                 self.files, self.annotated = annotated_files(self.path), True
         if not self.files:
             raise ValueError(
-                f"{path} holds neither shards named like 0000_of_0010.pkl nor videos of `corrdit world` (0000.npz) nor "
-                "annotated clips (NAME.json beside NAME.mp4, NAME_flow_gt.png); give such a folder or a TAP-Vid file"
+                f"{path} holds neither pickles (shards named like 0000_of_0010.pkl, or others) nor videos of `corrdit "
+                "world` (0000.npz) nor annotated clips (NAME.json beside NAME.mp4, NAME_flow_gt.png); give such a "
+                "folder or a TAP-Vid file"
             )
 
     def index(self) -> list[TapVidEntry]:

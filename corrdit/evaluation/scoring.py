@@ -14,6 +14,7 @@ import torch
 from corrdit.arguments import whole_number
 from corrdit.data.tapvid import METRIC_SIZE, TapVidSample
 from corrdit.evaluation.results import file_name
+from corrdit.evaluation.splits import split_sums
 from corrdit.evaluation.trackers import Track
 from corrdit.files import OutputFolder
 from corrdit.memory import first_line, is_out_of_memory
@@ -73,7 +74,11 @@ def evaluate_video(track: Track, sample: TapVidSample, *, queries_at_once: int |
         ) from error
     figures = tapvid(**sample.metric_arguments(tracks))
     values = {name: None if math.isnan(value[0]) else float(value[0]) for name, value in figures.items()}
-    points = {"points_interval": points_interval(sample, tracks), "pck": share_of_correct_keypoints(sample, tracks)}
+    points = {
+        "points_interval": points_interval(sample, tracks),
+        "pck": share_of_correct_keypoints(sample, tracks),
+        "splits": split_sums(sample, tracks),
+    }
     seconds = round(time.perf_counter() - began, 3)
     return Outcome({**record, "seconds": seconds, "figures": values, **points}, tracks)
 

@@ -7,11 +7,12 @@ import importlib.util
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from corrdit.tracking import PointTracker
 from corrdit.tracking.baselines import nearest_patches, standing_still
 from corrdit.tracking.options import PRESETS, changed_options
+from corrdit.tracking.point_prompts import PointPromptTracker, PromptedBackbone
 from corrdit.tracking.pseudo_truth import Tracker, dis_flow, lucas_kanade
 from corrdit.tracking.tracker import TrackingBackbone
 from corrdit.tracking.xfeat import PACKAGE, xfeat
@@ -67,6 +68,10 @@ def _feature_tracker(backbone: ModelBackbone | None, options: Options) -> Track:
     return PointTracker(read, **given).track
 
 
+def _prompt_tracker(backbone: ModelBackbone | None, options: Options) -> Track:
+    return PointPromptTracker(cast(PromptedBackbone, _given(backbone)), **options).track
+
+
 def _given(backbone: ModelBackbone | None) -> ModelBackbone:
     if backbone is None:
         raise ValueError("this tracker reads a video transformer and none was given; give what load_backbone returns")
@@ -111,6 +116,12 @@ TRACKER_KINDS: dict[str, TrackerKind] = {
         True,
         functools.partial(_check_model_options, "default", besides="feature"),
         _feature_tracker,
+    ),
+    "point_prompts": TrackerKind(
+        "a dot on the first frame that the model regenerates with the video (one generation a point: slow)",
+        True,
+        functools.partial(_check_keywords, PointPromptTracker.__init__),
+        _prompt_tracker,
     ),
     "patches": TrackerKind(
         "the patch of pixels that looks most alike",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from corrdit.tracking.crops import CropLevel
 from corrdit.tracking.peaks import Located, locate, refined_peaks
 from corrdit.tracking.queries import Frames
 from corrdit.tracking.released_costs import tied_best
+from corrdit.tracking.updating import FeatureAverage, feature_costs, features_at
 
 Found = tuple[Tensor, Tensor, Tensor]
 Blocks = list[list[Chunk]]
@@ -97,6 +99,13 @@ class Following:
         crops = sum(level.batches(points, chunk) for level in self.levels for chunk in chunks)
         return self.reader.passes(chunks) + self.reader.settings.reading.passes * crops
 
+    def bytes_a_point(self, blocks: Blocks) -> int:
+        """About what the cost maps of one more point take."""
+        frames = max(len({frame for chunk in block for frame in chunk.targets}) for block in blocks)
+        kept = 2 * frames if self.options.path_spread else 0
+        chunk = 16 * max(len(chunk.frames) for block in blocks for chunk in block)
+        return (kept + chunk) * self.grid_size[0] * self.grid_size[1]
+
     def start(self, points: Tensor, anchor: int) -> Ends:
         """What is known before any block: points `[P, 2]` in pixels of the video, in the anchor's frame."""
         return {anchor: End(self.tokens_of(points), points, torch.ones(len(points), dtype=torch.bool))}
@@ -145,6 +154,8 @@ class Following:
 
         `coarse` holds the positions in tokens of the anchor and of the frames followed so far and is added to.
         """
+        if self.options.update:
+            return self._follow_updated(points, chunks, coarse)
         accumulator = CostAccumulator(last_visits(chunks), average=self.options.average_overlap)
         located: dict[int, Located] = {}
         maps: dict[int, FrameCost] = {}
@@ -167,12 +178,40 @@ class Following:
         """From the anchor outwards in time, each frame's match near the path so far preferred; in tokens."""
         located: dict[int, Located] = {}
         place = self.tokens_of(points)
-        after = sorted(frame for frame in maps if frame > anchor)
-        before = sorted((frame for frame in maps if frame < anchor), reverse=True)
-        for frame in (*after, *before):
-            located[frame] = self._locate(place, maps[frame], coarse[frame - 1 if frame > anchor else frame + 1])
+        for frame in _outwards(maps, anchor):
+            located[frame] = self._locate(place, maps[frame], coarse[_before(frame, anchor)])
             coarse[frame] = located[frame].xy
         return located
+
+    def _follow_updated(self, points: Tensor, chunks: list[Chunk], coarse: dict[int, Tensor]) -> dict[int, Located]:
+        """As `_follow_block`, with features of the points that are updated where the match leads back.
+
+        The features of a point are those of the four tokens round it, and are updated at the same distances from the
+        place that is found. A frame that several chunks hold is looked for in the first of them.
+        """
+        anchor, place, reading = chunks[0].source, self.tokens_of(points), self.reader.settings.reading
+        chunk_of = {frame: chunk for chunk in reversed(chunks) for frame in chunk.targets}
+        pairs = {chunk: self.reader.read(chunk).pair for chunk in chunks}
+        around, share = bilinear_tokens(place, self.grid_size)
+        corners = torch.stack((around % self.grid_size[1], around // self.grid_size[1]), -1).to(place)
+        located: dict[int, Located] = {}
+        for side in (1, -1):
+            seen = FeatureAverage(self.options.update)
+            for frame in _outwards(chunk_of, anchor):
+                if (frame - anchor) * side < 0:
+                    continue
+                chunk = chunk_of[frame]
+                pair, target, source = pairs[chunk], chunk.frames.index(frame), chunk.frames.index(anchor)
+                features = seen.of(features_at(pair, corners.flatten(0, 1), source))
+                rows = feature_costs(pair, reading, features, source=source, target=target)
+                rows = (rows.unflatten(0, (-1, 4)) * share[..., None, None]).sum(1)
+                back = self.reader.back(chunk)[target]
+                found = self._locate(place, FrameCost(rows[None], back), coarse.get(_before(frame, anchor)))
+                there = found.xy.unsqueeze(1) + (corners - place.unsqueeze(1))
+                trusted = _consistent(found, self.options.tolerance).repeat_interleave(4)
+                seen.see(features_at(pair, there.flatten(0, 1), target), trusted)
+                located[frame], coarse[frame] = found, found.xy
+        return {frame: result._replace(xy=self._pixels(result.xy)) for frame, result in located.items()}
 
     def _look_closer(self, points: Tensor, chunks: list[Chunk], located: dict[int, Located]) -> dict[int, Found]:
         """The positions at the finest level, and whether the match back agreed at all of them."""
@@ -236,6 +275,16 @@ class Following:
 
     def _pixels(self, tokens: Tensor) -> Tensor:
         return tokens_to_pixels(tokens, self.stride) / self.to_encoded
+
+
+def _outwards(frames: Iterable[int], anchor: int) -> list[int]:
+    """Frames after the anchor, then those before it, each away from it."""
+    return sorted(frames, key=lambda frame: (frame < anchor, abs(frame - anchor)))
+
+
+def _before(frame: int, anchor: int) -> int:
+    """The neighbour of a frame on the anchor's side."""
+    return frame - 1 if frame > anchor else frame + 1
 
 
 def _consistent(located: Located, tolerance: float) -> Tensor:

@@ -6,6 +6,7 @@ A tracker is any callable `(video uint8 [T, H, W, 3], queries float [P, 3] (fram
 from __future__ import annotations
 
 import importlib.util
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from corrdit.tracking.tracks import Tracks
 Tracker = Callable[[np.ndarray, np.ndarray], Tracks]
 COTRACKER_REPOSITORY = "facebookresearch/co-tracker"
 COTRACKER_MODEL = "cotracker3_offline"
+COTRACKER_WEIGHTS = "scaled_offline.pth"
 LARGEST_RETURN = 1.0
 """Pixels by which following a point there and back may miss its start for the point to count as seen."""
 
@@ -108,8 +110,7 @@ def lucas_kanade(video: np.ndarray, queries: np.ndarray) -> Tracks:
     import cv2
 
     def followed(before: np.ndarray, after: np.ndarray, xy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        grey = [cv2.cvtColor(np.ascontiguousarray(frame), cv2.COLOR_RGB2GRAY) for frame in (before, after)]
-        return _followed(cv2, *grey, xy)
+        return _followed(cv2, _grey(cv2, before), _grey(cv2, after), xy)
 
     return _frame_to_frame(video, queries, followed)
 
@@ -126,9 +127,9 @@ def dis_flow(video: np.ndarray, queries: np.ndarray) -> Tracks:
     search = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
 
     def followed(before: np.ndarray, after: np.ndarray, xy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        grey = [cv2.cvtColor(np.ascontiguousarray(frame), cv2.COLOR_RGB2GRAY) for frame in (before, after)]
-        there = xy + _at(search.calc(*grey, None), xy)
-        back = there + _at(search.calc(*grey[::-1], None), there)
+        first, second = _grey(cv2, before), _grey(cv2, after)
+        there = xy + _at(search.calc(first, second, None), xy)
+        back = there + _at(search.calc(second, first, None), there)
         size = torch.tensor([before.shape[1], before.shape[0]])
         inside = ((there >= 0) & (there <= size)).all(-1)
         return there, ((back - xy).norm(dim=-1) <= LARGEST_RETURN) & inside
@@ -162,6 +163,10 @@ def _frame_to_frame(
                 xy[following, chosen] = torch.where(seen[:, None], place, xy[frame, chosen])
                 visible[following, chosen] = seen
     return Tracks(xy=xy, visible=visible, score=visible.float())
+
+
+def _grey(cv2: Any, frame: np.ndarray) -> np.ndarray:
+    return cv2.cvtColor(np.ascontiguousarray(frame), cv2.COLOR_RGB2GRAY)
 
 
 def _at(flow: np.ndarray, xy: torch.Tensor) -> torch.Tensor:
@@ -200,6 +205,13 @@ def cotracker(video: np.ndarray, queries: np.ndarray) -> Tracks:
         tracks, visible = model(clip, queries=given[None].to(device))[:2]
     xy, seen = tracks[0].cpu().float() + 0.5, visible[0].cpu().bool()
     return Tracks(xy=xy, visible=seen, score=seen.float())
+
+
+def cotracker_is_here() -> bool:
+    """Whether torch's hub has CoTracker's code and weights on this machine, so that nothing needs a network."""
+    hub = pathlib.Path(torch.hub.get_dir())
+    code = any(hub.glob(f"{COTRACKER_REPOSITORY.replace('/', '_')}_*/hubconf.py"))
+    return code and (hub / "checkpoints" / COTRACKER_WEIGHTS).is_file()
 
 
 TRACKERS: dict[str, Tracker] = {"lucas-kanade": lucas_kanade, "cotracker": cotracker, "patches": nearest_patches}

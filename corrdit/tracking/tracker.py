@@ -14,6 +14,7 @@ from corrdit.pipelines import backbone_of_pipeline
 from corrdit.surroundings import ordinary_defaults
 from corrdit.tracking.chunk_costs import Settings
 from corrdit.tracking.chunks import anchored_chunks, chained_chunks, frame_blocks
+from corrdit.tracking.dense import DenseTracks
 from corrdit.tracking.encoding import resized, working_size
 from corrdit.tracking.following import Blocks
 from corrdit.tracking.options import PRESETS, Options, ReadingOptions, ReadingPreset, TrackerOptions, changed_options
@@ -142,10 +143,19 @@ class PointTracker:
         reading.read(frames, progress=progress)
         return reading
 
+    def dense(
+        self, video: VideoLike, frame: int = 0, *, every: int = 1, progress: Progress | None = None
+    ) -> DenseTracks:
+        """Where every pixel of a frame goes: `read(video, frames=[frame]).dense(frame, every=every)`.
+
+        With `crops` every point is looked at again by itself; `crops=()` is meant for this.
+        """
+        return self.read(video, frames=[frame]).dense(frame, every=every, progress=progress)
+
     def reading_of(self, video: Frames, *, keep: bool) -> VideoReading:
         """One of `video [T, H, W, 3]` of which nothing is read yet; for `VideoReading.load`."""
         frames, height, width = (int(size) for size in video.shape[:3])
-        settings = self._settings(frames, height, width)
+        settings = self.settings_of(frames, height, width)
         if keep:
             settings = replace(settings, frames_kept=frames)
         return VideoReading(self.backbone, settings, video, functools.partial(self._blocks, frames), keep=keep)
@@ -156,7 +166,12 @@ class PointTracker:
 
     def _check_served(self) -> None:
         """Refuses, before any video, steps, weights, sizes and chunks that fit neither the backbone nor each other."""
-        self._reading().layer_weights(self.backbone.heads)
+        reading = self._reading()
+        reading.layer_weights(self.backbone.heads)
+        if self.options.update and reading.heads != "probabilities":
+            raise ValueError(
+                f'update={self.options.update} is for heads="probabilities"; the preset has {reading.heads!r}'
+            )
         self._blocks(2, 0)
         if self.options.height is not None:
             self._encoded_size(self.options.height, self.options.height)
@@ -172,7 +187,8 @@ class PointTracker:
         blocks = frame_blocks(frames, anchor, most)
         return [anchored_chunks(block, anchor, frames_per_chunk=size, **given) for block in blocks]
 
-    def _settings(self, frames: int, height: int, width: int) -> Settings:
+    def settings_of(self, frames: int, height: int, width: int) -> Settings:
+        """What is read of a video of so many frames and pixels, and how."""
         kept = frames if self.options.frames_per_block is None else self.options.frames_per_block + 1
         if self.options.schedule == "chained":
             kept = self._chosen("frames_per_chunk")

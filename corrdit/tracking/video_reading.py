@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from corrdit.arguments import resolved_index, whole_indices
+from corrdit.arguments import resolved_index, whole_indices, whole_number
 from corrdit.array_files import content_digest, read_safetensors
 from corrdit.files import file_digest, written_beside
 from corrdit.geometry import bilinear_tokens
@@ -19,6 +19,7 @@ from corrdit.grid import TokenGrid
 from corrdit.surroundings import ordinary_defaults
 from corrdit.tracking.chunk_costs import ChunkReader, CostAccumulator, HeldChunk, Settings
 from corrdit.tracking.chunks import Chunk, last_visits
+from corrdit.tracking.dense import DenseTracks, dense_tracks
 from corrdit.tracking.encoding import FrameStore
 from corrdit.tracking.following import Blocks, Following
 from corrdit.tracking.queries import Frames, check_queries
@@ -29,6 +30,9 @@ from corrdit.video import StreamedVideo
 
 Progress = Callable[[int, int], None]
 FORMAT = "corrdit video reading 1"
+DENSE_BYTES = 2**28
+"""Of cost maps, for the points of a dense reading that are followed together."""
+
 _HOW_COMPUTED = ("backend", "memory_budget")
 """Options of reading that do not say what is read."""
 
@@ -177,6 +181,24 @@ class VideoReading:
         maps[chunks[0].source] = _at_point(source, place, share[0])
         return maps
 
+    def dense(self, frame: int = 0, *, every: int = 1, progress: Progress | None = None) -> DenseTracks:
+        """Where every pixel of a frame goes: `track` of a regular grid of its points, so many at a time.
+
+        Args:
+            frame: whose pixels are followed, negative ones from the end.
+            every: pixels from one point to the next, in x and y.
+            progress: called with (points done, points in all).
+
+        Returns:
+            `DenseTracks(displacement [T, H // every, W // every, 2] in pixels, visible [T, H // every, W // every])`.
+
+        Raises:
+            ValueError: a frame that the video does not have, or `every` below 1.
+        """
+        frame = resolved_index("frame", frame, self.shape[0], f"the video's {self.shape[0]} frames")
+        together = max(1, DENSE_BYTES // self._following.bytes_a_point(self._blocks(frame)))
+        return dense_tracks(self, frame, whole_number("every", every, 1), together, progress)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all that was read as one safetensors file, beside and then renamed; `load` reads it.
 
@@ -218,13 +240,21 @@ class VideoReading:
         tensors, metadata = read_safetensors(path)
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{os.fspath(path)} holds no reading of a video; give a file that VideoReading.save wrote")
-        facts = json.loads(metadata["facts"])
+        try:
+            return cls._restored(os.fspath(path), tensors, json.loads(metadata["facts"]), tracker)
+        except (KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"{os.fspath(path)} is damaged: {type(error).__name__} {error}") from error
+
+    @staticmethod
+    def _restored(
+        path: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], tracker: ReadingTracker
+    ) -> VideoReading:
         reading = tracker.reading_of(_ShapeOnly(facts["shape"]), keep=True)
-        reading._check_bound(os.fspath(path), facts)
+        reading._check_bound(path, facts)
         device = getattr(tracker.backbone, "device", torch.device("cpu"))
         for name, store in reading._stores():
             if name not in tensors or len(tensors[name]) != reading.shape[0]:
-                raise ValueError(f"{os.fspath(path)} is damaged: it lacks the {name} of its frames")
+                raise ValueError(f"{path} is damaged: it lacks the {name} of its frames")
             store.keep(tensors[name].to(device) if name == "latents" else tensors[name])
         for index, (frames, pair) in enumerate(zip(facts["chunks"], facts["pairs"], strict=True)):
             prefix = f"chunk.{index}."

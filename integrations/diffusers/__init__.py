@@ -8,7 +8,9 @@ from corrdit.integrations.diffusers.guidance.cross_attention import CrossAttenti
 from corrdit.integrations.diffusers.layouts import TransformerLayout, register_layout
 from corrdit.integrations.diffusers.motion_transfer.objectives import MotionObjective
 from corrdit.integrations.diffusers.motion_transfer.transfer import MotionTransfer
+from corrdit.integrations.diffusers.named_layout import register_named_grid
 from corrdit.integrations.diffusers.processors import CorrespondenceProcessor
+from corrdit.integrations.diffusers.text_attention import text_maps
 from corrdit.tracking.options import ReadingPreset
 
 __all__ = [
@@ -27,4 +29,6 @@ __all__ = [
     "capture",
     "load_backbone",
     "register_layout",
+    "register_named_grid",
+    "text_maps",
 ]

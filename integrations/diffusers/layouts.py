@@ -22,6 +22,7 @@ from corrdit.integrations.diffusers.family_layouts import FAMILY_LAYOUTS, REFUSE
 
 __all__ = [
     "FAMILY_LAYOUTS",
+    "REFUSED_TRANSFORMERS",
     "Arguments",
     "BlockLayout",
     "Config",

@@ -16,6 +16,7 @@ from corrdit import MotionTransfer, PointTracker, load_backbone
 from corrdit.analysis.protocols import AnalysisOptions
 from corrdit.integrations.diffusers import Backbone
 from corrdit.integrations.diffusers.analysis import analyze_generation, analyze_video
+from corrdit.integrations.diffusers.backbones.coverage import USES
 from corrdit.integrations.diffusers.backbones.table import BACKBONES
 from corrdit.integrations.diffusers.layouts import forward_arguments
 from corrdit.integrations.diffusers.motion_transfer.embeddings import positional_tables
@@ -29,7 +30,6 @@ LATER = [name for name in TINY_MODELS if name.partition("-")[0] not in FIRST]
 NAMES = [pytest.param(name, marks=pytest.mark.slow) if TINY_MODELS[name].variant else name for name in LATER]
 SHAPED = ("num_inference_steps", "num_frames")
 """Arguments of a call that a transfer gives."""
-USES = ("tracking", "analysis", "guidance", "transfer")
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*no text encoder"),
@@ -156,9 +156,9 @@ def test_decoding_undoes_the_encoding(family: Case) -> None:
     backbone, video = family.backbone, family.video[: family.backbone.fitting_frames(len(family.video))]
     clip = (torch.from_numpy(video).permute(3, 0, 1, 2)[None].float() / 127.5 - 1).to(backbone.dtype)
     with torch.no_grad():
-        codec = backbone.pipe.vae.decode(backbone.moments(clip), **backbone.decoder_arguments, return_dict=False)[0][
-            0
-        ].transpose(0, 1)
+        codec = backbone.pipe.vae.decode(
+            backbone.posterior(clip).mode(), **backbone.decoder_arguments, return_dict=False
+        )[0][0].transpose(0, 1)
     decoded = backbone.decode(backbone.encode_video(video))
     torch.testing.assert_close(decoded, codec, rtol=1e-3, atol=1e-3)
 

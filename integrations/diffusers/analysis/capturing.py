@@ -106,6 +106,7 @@ class ReadingCapture(Capture):
         request = self._running.get(layer)
         if request is None or self._feature_operation is None:
             return
+        assert isinstance(request.grid, TokenGrid)
         for _, rows in request.rows:
             for name, features in (("attention output", before), ("projected output", after)):
                 result = self._feature_operation(video_features(features[rows].detach(), request.grid), request.grid)

@@ -17,7 +17,7 @@ from corrdit.analysis.table import AnalysisTable
 from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.analysis.capturing import FeatureOperation, reading_forward
 from corrdit.integrations.diffusers.backbones.base import Backbone
-from corrdit.tracking.chunk_costs import POSTERIOR_SEED
+from corrdit.tracking.options import POSTERIOR_SEED
 from corrdit.tracking.queries import check_video
 from corrdit.tracking.readings import image_given
 from corrdit.tracking.tracker import TOKENS_PER_FRAME, working_size

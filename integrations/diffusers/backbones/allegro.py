@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
+from corrdit.integrations.diffusers.backbones.base import NO_IMAGE
 from corrdit.integrations.diffusers.backbones.flow_matching import MaskedTextBackbone
 from corrdit.integrations.diffusers.backbones.frames import Posterior
 from corrdit.integrations.diffusers.backbones.presets import Preset
@@ -19,6 +20,8 @@ class AllegroBackbone(MaskedTextBackbone):
     """Allegro, text to video."""
 
     layout = AllegroLayout
+    pipelines = ("AllegroPipeline",)
+    limits = NO_IMAGE
     text_option = "caption_channels"
     first_frame_alone = False
 

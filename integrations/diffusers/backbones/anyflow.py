@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from corrdit.integrations.diffusers.backbones.base import NO_IMAGE
 from corrdit.integrations.diffusers.backbones.wan import WanBackbone
 from corrdit.integrations.diffusers.family_layouts import AnyFlowLayout
 from corrdit.integrations.diffusers.layouts import Arguments, Text
@@ -16,6 +17,8 @@ class AnyFlowBackbone(WanBackbone):
     """AnyFlow, bidirectional; run on a video by itself it is asked for the flow at the time of its latents."""
 
     layout = AnyFlowLayout
+    pipelines = ("AnyFlowPipeline",)
+    limits = NO_IMAGE
 
     def times(self, latents: torch.Tensor, timestep: float, image: torch.Tensor | None) -> torch.Tensor:
         return torch.full(latents.shape[:2], timestep, device=latents.device)

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from corrdit.integrations.diffusers.feature_backbone import FeatureBackbone
 
 
+NO_IMAGE = MappingProxyType({"image": "diffusers has no pipeline that gives it an image"})
+"""Limits of a family without image-to-video models."""
+
+
 class Backbone(FrameEncoder):
     """A diffusers video pipeline seen as encoder, transformer and token grid.
 
@@ -45,9 +49,10 @@ class Backbone(FrameEncoder):
 
     Attributes:
         layout: where its transformers keep their attention.
+        pipelines: names of the classes of diffusers that run its models, those that are given an image last.
         text_option: name of the option of the transformer that says how many channels a prompt's embeddings have.
         limits: why its models cannot be used for something, by its name: "tracking", "analysis" (of a generation),
-            "guidance" or "transfer". Nothing stands there for what they can be used for.
+            "guidance", "transfer" or "image" (to video). Nothing stands there for what they can be used for.
         partly: likewise, what holds for some of the models only.
         call_options: arguments that make its pipelines denoise every frame of a video at every step.
         layers: number of attention layers, over all blocks.
@@ -55,6 +60,7 @@ class Backbone(FrameEncoder):
     """
 
     layout: ClassVar[type[TransformerLayout]]
+    pipelines: ClassVar[tuple[str, ...]] = ()
     text_option: ClassVar[str] = "text_embed_dim"
     limits: ClassVar[Mapping[str, str]] = MappingProxyType({})
     partly: ClassVar[Mapping[str, str]] = MappingProxyType({})
@@ -227,6 +233,20 @@ class Backbone(FrameEncoder):
         """The token axis of a forward of latents `[frames, C, latent_height, latent_width]` with the empty prompt."""
         video = self._layout.video_grid(self.transformer, frames * self.frames_per_token, latent_height, latent_width)
         return self.with_text(video)
+
+    def generation_grid(self, height: int, width: int, num_frames: int) -> TokenGrid:
+        """The token axis while a video of this size is generated, in pixels and video frames.
+
+        Raises:
+            ValueError: a size that is not a whole number of tokens.
+        """
+        for name, size, stride in zip(("height", "width"), (height, width), self.token_stride, strict=True):
+            if whole_number(name, size, stride) % stride:
+                raise ValueError(
+                    f"{name} must be a multiple of the {stride} pixels that a token of {self.name} spans, got {size}"
+                )
+        frames = len(self.latent_frame_map(whole_number("num_frames", num_frames, 1)))
+        return self.grid(frames, height // self.spatial_compression, width // self.spatial_compression)
 
     def with_text(self, video: TokenGrid) -> TokenGrid:
         """The grid with the text tokens of the empty prompt where this family puts them."""

@@ -18,4 +18,5 @@ class ChronoEditBackbone(WanBackbone):
     """ChronoEdit; of two latent frames it takes the second to be far behind the first."""
 
     layout = ChronoEditLayout
+    pipelines = ("ChronoEditPipeline",)
     call_options = MappingProxyType({"enable_temporal_reasoning": True, "num_temporal_reasoning_steps": MANY_STEPS})

@@ -6,6 +6,7 @@ token.
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -19,6 +20,18 @@ class CogVideoXBackbone(Backbone):
     """CogVideoX-2B, 5B, 1.5 and their image-to-video models, whose image condition is the first frame given."""
 
     layout: ClassVar[type[TransformerLayout]] = CogVideoXLayout
+    pipelines: ClassVar[tuple[str, ...]] = (
+        "CogVideoXPipeline",
+        "CogVideoXVideoToVideoPipeline",
+        "CogVideoXFunControlPipeline",
+        "CogVideoXImageToVideoPipeline",
+    )
+    partly = MappingProxyType(
+        {
+            "image": "the 2B model has no weights for it, and no pipeline gives it an image; it can begin at a picture "
+            "repeated as a video (CogVideoXVideoToVideoPipeline)"
+        }
+    )
 
     @property
     def latent_channels(self) -> int:

@@ -5,6 +5,8 @@ Source: diffusers, `ConsisIDTransformer3DModel` and `ConsisIDPipeline`.
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import torch
 
 from corrdit.integrations.diffusers.backbones.cogvideox import CogVideoXBackbone
@@ -19,6 +21,8 @@ class ConsisIDBackbone(CogVideoXBackbone):
     """ConsisID, image to video; run on a video by itself it is given no face (features of zeros)."""
 
     layout = ConsisIDLayout
+    pipelines = ("ConsisIDPipeline",)
+    partly = MappingProxyType({})
 
     def further_arguments(
         self, latents: torch.Tensor, times: torch.Tensor, text: Text, image: torch.Tensor | None

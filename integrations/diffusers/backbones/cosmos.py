@@ -27,6 +27,12 @@ class CosmosBackbone(FlowMatchingBackbone):
     """Cosmos, text to video, and video to world, whose given latents take the place of noisy ones."""
 
     layout = CosmosLayout
+    pipelines = (
+        "CosmosTextToWorldPipeline",
+        "CosmosVideoToWorldPipeline",
+        "Cosmos2VideoToWorldPipeline",
+        "Cosmos2_5_PredictBasePipeline",
+    )
     partly = MappingProxyType(
         {
             "transfer": "the pipeline of Cosmos 1 takes two steps of its scheduler for one; that of Predict2 computes "

@@ -19,6 +19,7 @@ class EasyAnimateBackbone(FlowMatchingBackbone):
     """
 
     layout = EasyAnimateLayout
+    pipelines = ("EasyAnimatePipeline", "EasyAnimateControlPipeline", "EasyAnimateInpaintPipeline")
 
     @property
     def spatial_compression(self) -> int:

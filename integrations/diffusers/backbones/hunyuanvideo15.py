@@ -18,6 +18,7 @@ class HunyuanVideo15Backbone(FlowMatchingBackbone):
     """HunyuanVideo 1.5, text to video, and image to video where an image is given; the image encoder sees none."""
 
     layout = HunyuanVideo15Layout
+    pipelines = ("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline")
     takes_image = True
 
     @property

@@ -17,6 +17,7 @@ class Kandinsky5Backbone(FlowMatchingBackbone):
     """Kandinsky 5, text to video, and image to video where an image is given."""
 
     layout = Kandinsky5Layout
+    pipelines = ("Kandinsky5T2VPipeline", "Kandinsky5I2VPipeline")
     text_option = "in_text_dim"
 
     @property

@@ -26,6 +26,7 @@ class LTXBackbone(MaskedTextBackbone, FlowMatchingBackbone):
     """LTX-Video, text to video."""
 
     layout: ClassVar[type[TransformerLayout]] = LTXLayout
+    pipelines: ClassVar[tuple[str, ...]] = ("LTXPipeline", "LTXImageToVideoPipeline")
     text_option = "caption_channels"
     longest_shift = 1.15
 

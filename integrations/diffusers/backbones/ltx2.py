@@ -19,6 +19,7 @@ class LTX2Backbone(LTXBackbone):
     """LTX-2, text to video; run on a video by itself its streams are apart (`isolate_modalities`)."""
 
     layout = LTX2Layout
+    pipelines = ("LTX2Pipeline", "LTX2ImageToVideoPipeline")
     longest_shift = 2.05
 
     @property

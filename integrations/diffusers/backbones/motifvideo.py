@@ -26,6 +26,7 @@ class MotifVideoBackbone(MaskedTextBackbone, FlowMatchingBackbone):
     """Motif-Video, text to video, and image to video where an image is given."""
 
     layout = MotifVideoLayout
+    pipelines = ("MotifVideoPipeline", "MotifVideoImage2VideoPipeline")
     takes_image = True
 
     @property

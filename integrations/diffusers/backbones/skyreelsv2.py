@@ -19,6 +19,7 @@ class SkyReelsV2Backbone(WanBackbone):
     """SkyReels-V2; every frame is given the same timestep."""
 
     layout = SkyReelsV2Layout
+    pipelines = ("SkyReelsV2Pipeline", "SkyReelsV2ImageToVideoPipeline", "SkyReelsV2DiffusionForcingPipeline")
 
     def further_arguments(
         self, latents: torch.Tensor, times: torch.Tensor, text: Text, image: torch.Tensor | None

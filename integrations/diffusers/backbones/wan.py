@@ -29,6 +29,7 @@ class WanBackbone(FlowMatchingBackbone):
     """
 
     layout: ClassVar[type[TransformerLayout]] = WanLayout
+    pipelines: ClassVar[tuple[str, ...]] = ("WanPipeline", "WanVideoToVideoPipeline", "WanImageToVideoPipeline")
     text_option = "text_dim"
 
     def __init__(self, pipe: Pipeline, *, name: str, preset: Preset | None = None) -> None:

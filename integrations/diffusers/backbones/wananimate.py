@@ -19,6 +19,7 @@ class WanAnimateBackbone(WanBackbone):
     """Wan Animate; run on a video by itself its first frame is the character, and pose and face are blank."""
 
     layout = WanAnimateLayout
+    pipelines = ("WanAnimatePipeline",)
     limits = _LIMITS
 
     def further_arguments(

@@ -16,6 +16,7 @@ class WanVACEBackbone(WanBackbone):
     """Wan VACE; run on a video by itself nothing is given: a grey video, and a mask by which all of it is made."""
 
     layout = WanVACELayout
+    pipelines = ("WanVACEPipeline",)
 
     def further_arguments(
         self, latents: torch.Tensor, times: torch.Tensor, text: Text, image: torch.Tensor | None

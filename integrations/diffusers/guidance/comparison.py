@@ -72,8 +72,7 @@ def check_call(pipe: object, arguments: Mapping[str, object]) -> None:
     for name in SCALES:
         if arguments.get(name) is not None:
             finite_number(name, arguments[name], most=LARGEST_SCALE)
-    if arguments.get("prompt_embeds") is None:
-        check_takes_prompt(pipe)
+    check_takes_prompt(pipe, arguments)
     image = parameters.get("image")
     needed = image is not None and (image.default is image.empty or "ImageToVideo" in type(pipe).__name__)
     if needed and arguments.get("image") is None:

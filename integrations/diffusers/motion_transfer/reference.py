@@ -134,6 +134,14 @@ def reference_motion(
         region: bool `[F, h, w]`, the tokens whose motion is wanted; None for all.
     """
     latents = backbone.encode_video(frames, height=frames.shape[1], width=frames.shape[2])
+    return motion_of_latents(backbone, frames, latents, settings, region=region)
+
+
+@torch.no_grad()
+def motion_of_latents(
+    backbone: Backbone, frames: np.ndarray, latents: Tensor, settings: TransferSettings, *, region: Tensor | None = None
+) -> ReferenceMotion:
+    """`reference_motion` of frames that are encoded already, as latents `[F, C, h, w]`."""
     timestep = clean_timestep(backbone)
     text = source_text(backbone, settings)
     arguments = backbone.call_arguments(codec_latents(backbone, latents), timestep, text)

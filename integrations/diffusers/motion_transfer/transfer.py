@@ -16,7 +16,7 @@ from corrdit.array_files import content_digest
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.backbones.loading import backbone_of
 from corrdit.integrations.diffusers.backbones.published_transfers import published_transfer
-from corrdit.integrations.diffusers.compatibility import check_takes_prompt
+from corrdit.integrations.diffusers.compatibility import check_takes_prompt, embeds_given
 from corrdit.integrations.diffusers.fingerprint import weights_fingerprint
 from corrdit.integrations.diffusers.host.forwards import Arguments
 from corrdit.integrations.diffusers.layouts import Pipeline
@@ -196,6 +196,8 @@ class MotionTransfer:
             begins("reading the reference")
             with torch.inference_mode(False):
                 prepared = reference_motion(self.backbone, frames, self.settings, region=tokens)
+            # Parts that are offloaded lie on the device until another comes; the pipeline begins with its text encoder.
+            getattr(self.backbone.pipe, "maybe_free_model_hooks", bool)()
         arguments = self._pipeline_arguments(prompt, size, pipeline_arguments)
         state = self._state(state_file, prepared, prompt, seed, size, motion, tokens, pipeline_arguments)
         begun = state.finished
@@ -203,7 +205,7 @@ class MotionTransfer:
             warnings.warn(f"the run goes on after denoising step {begun} of {self.settings.steps}", stacklevel=3)
         generator = torch.Generator().manual_seed(seed)
         save: Callable[[RunState], None] | None = None if state_file is None else lambda state: state.save(state_file)
-        words = PromptWords(prompt, getattr(self.backbone.pipe, "tokenizer", None), "prompt_embeds" in arguments)
+        words = PromptWords(prompt, getattr(self.backbone.pipe, "tokenizer", None), embeds_given(arguments))
         run = GuidedRun(
             self.backbone, self.settings, self.objective, prepared, state, generator,
             Reader(self.settings, tokens, words), stored=motion, finished_step=save, report=report,
@@ -275,8 +277,7 @@ class MotionTransfer:
         """Pipelines cut prompts that are too long without an error."""
         if not isinstance(prompt, str):
             raise ValueError(f"the prompt must be one string, got {type(prompt).__name__}")
-        if "prompt_embeds" not in further:
-            check_takes_prompt(self.backbone.pipe)
+        check_takes_prompt(self.backbone.pipe, further)
         tokenizer = getattr(self.backbone.pipe, "tokenizer", None)
         negative = further.get("negative_prompt", self.settings.negative_prompt)
         for name, text in (("prompt", prompt), ("negative prompt", negative)):
@@ -313,7 +314,7 @@ class MotionTransfer:
         if settings.negative_prompt is not None:
             chosen["negative_prompt"] = settings.negative_prompt
         for name in ("prompt", "negative_prompt"):
-            if f"{name}_embeds" in further:
+            if embeds_given(further, name):
                 chosen.pop(name, None)
         refused = [name for name in further if name in _OWN_ARGUMENTS]
         if refused:

@@ -1,1 +1,1 @@
-"""What a task would take of a card, found before anything is loaded: a model of fake tensors runs the task's own code."""
+"""What a task would take of a card, before anything is loaded: the task's own code runs on a model of fake tensors."""

@@ -8,10 +8,11 @@ torch's tensors (contexts, convolution workspaces, fragments between tensors) is
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,13 +23,17 @@ from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
 
-KINDS = ("weights", "saved for backward", "activations", "operation", "codec")
+SAVED = "saved for backward"
+KINDS = ("weights", SAVED, "activations", "operation", "codec")
 """What a storage is for. Activations are what is in use and not saved; "operation" is the workspace of corrdit's own
 operations on queries and keys, in both passes."""
 
-_OPERATIONS = ("corrdit.kernels", "corrdit.motion", "corrdit.ops", "corrdit.reference", "corrdit.streaming")
+_OPERATIONS = ("kernels", "motion", "ops", "reference", "streaming")
+"""Rooms of corrdit."""
 _DEEPEST = 40
 """Frames of the stack that are looked at for an operation."""
+_LARGEST_UNFOLDED = 20480
+"""As torch's `use_mkldnn` has it: batch, channels, frames and rows multiplied."""
 _CPU_ATTENTION = {
     aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: aten._scaled_dot_product_flash_attention_backward,
@@ -63,17 +68,27 @@ class MemoryTrace(TorchDispatchMode):
     Args:
         own: functions to run in place of operators, by the operator's name such as "corrdit::soft_displacement".
         own_flop: work of such operators, by name.
+        weights: tensors that were there before and are not counted.
+        on_cpu: count what torch's convolutions of small volumes take inside on a CPU: the input laid out once for each
+            place of the kernel. Libraries of cards choose their workspace themselves, it is not counted.
     """
 
     def __init__(
         self,
         own: Mapping[str, OwnOperator] | None = None,
         own_flop: Mapping[str, Callable[..., float]] | None = None,
+        *,
+        weights: Iterable[torch.Tensor] = (),
+        on_cpu: bool = False,
     ) -> None:
         super().__init__()
         self._own, self._own_flop = own or {}, own_flop or {}
         self._live: Counter[str] = Counter()
+        self._weights, self._on_cpu = list(weights), on_cpu
         self._storages: dict[int, list[Any]] = {}
+        for tensor in self._weights:
+            self._storages[tensor.untyped_storage()._cdata] = [0, "weights", 0]
+        self._made = self._peak_made = 0
         self._kind: str | None = None
         self._in_backward = False
         self._phase = PhaseTrace()
@@ -81,7 +96,7 @@ class MemoryTrace(TorchDispatchMode):
     @contextlib.contextmanager
     def phase(self) -> Iterator[PhaseTrace]:
         """Inside, the peak is that of a new phase; what is alive as it begins counts."""
-        self._phase = PhaseTrace(Counter(self._live))
+        self._phase, self._peak_made = PhaseTrace(Counter(self._live)), self._made
         with self:
             yield self._phase
 
@@ -118,6 +133,8 @@ class MemoryTrace(TorchDispatchMode):
         for value in tree_iter(result):
             if isinstance(value, torch.Tensor):
                 self.see(value)
+        if self._on_cpu and packet is aten.convolution and _unfolded(args[0]):
+            self._update(math.prod(args[1].shape[1:]) * result[:1, 0].numel() * result.element_size())
         return result
 
     def see(self, tensor: torch.Tensor, kind: str | None = None) -> None:
@@ -128,36 +145,51 @@ class MemoryTrace(TorchDispatchMode):
             return
         size = storage.nbytes()
         kind = kind or self._kind or ("operation" if _in_an_operation() else "activations")
-        self._storages[key] = [size, kind]
+        self._made += 1
+        self._storages[key] = [size, kind, self._made]
         weakref.finalize(storage, self._gone, key)
         self._live[kind] += size
         self._update()
 
     def _gone(self, key: int) -> None:
-        size, kind = self._storages.pop(key)
+        size, kind, _ = self._storages.pop(key)
         self._live[kind] -= size
 
-    def _update(self) -> None:
-        if sum(self._live.values()) > self._phase.total:
-            self._phase.peak = Counter(self._live)
+    def _update(self, inside: int = 0) -> None:
+        """Note a new peak; `inside` are bytes that an operator takes and gives back."""
+        if sum(self._live.values()) + inside > self._phase.total:
+            self._phase.peak, self._peak_made = Counter(self._live), self._made
+            if inside:
+                self._phase.peak[self._kind or "activations"] += inside
 
     def _notice_backward(self) -> None:
         """What is alive as a backward pass begins was saved for it."""
         running = torch._C._current_graph_task_id() != -1
-        if running and not self._in_backward:
+        if running != self._in_backward:
+            # Behind it, what is left was not saved: results and gradients.
+            before, now = (("activations", "operation"), SAVED) if running else ((SAVED,), "activations")
             for entry in self._storages.values():
-                size, kind = entry
-                if kind in ("activations", "operation"):
-                    self._live[kind] -= size
-                    entry[1] = "saved for backward"
-                    self._live["saved for backward"] += size
+                size, kind, made = entry
+                if kind not in before:
+                    continue
+                entry[1] = now
+                # A peak since it was made, as at the end of the forward pass, had it too.
+                for held in (self._live, *((self._phase.peak,) if running and made <= self._peak_made else ())):
+                    held[kind] -= size
+                    held[now] += size
         self._in_backward = running
+
+
+def _unfolded(volume: torch.Tensor) -> bool:
+    """Whether torch convolves a volume on the CPU by itself; larger ones and batches go to oneDNN."""
+    return volume.ndim == 5 and len(volume) == 1 and math.prod(volume.shape[:4]) <= _LARGEST_UNFOLDED
 
 
 def _in_an_operation() -> bool:
     frame, depth = sys._getframe(2), 0
     while frame is not None and depth < _DEEPEST:
-        if frame.f_globals.get("__name__", "").startswith(_OPERATIONS):
+        library, _, module = frame.f_globals.get("__name__", "").partition(".")
+        if library == "corrdit" and module.partition(".")[0] in _OPERATIONS:
             return True
         frame, depth = frame.f_back, depth + 1  # type: ignore[assignment]
     return False

@@ -74,7 +74,9 @@ def _moves(name: str, part: nn.Module, placement: Placement) -> Iterable[tuple[n
     packed = _packed(part, placement) if transformer else []
     stored = {id(holder) for _, holder in packed}
     if placement.parts == "offload_groups" and transformer:
-        blocks = [block for list_ in layout_of(part).block_lists(part) for block in part.get_submodule(list_).children()]
+        blocks = [
+            block for list_ in layout_of(part).block_lists(part) for block in part.get_submodule(list_).children()
+        ]
         inside = {id(module) for block in blocks for module in block.modules()}
         for block in blocks:
             yield block, _weights(block.modules(), stored)

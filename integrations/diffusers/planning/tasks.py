@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -17,11 +20,14 @@ from corrdit.integrations.diffusers.backbones.presets import default_layers
 from corrdit.integrations.diffusers.captures import capture
 from corrdit.integrations.diffusers.guidance.cross_attention import CrossAttentionGuidance
 from corrdit.integrations.diffusers.motion_transfer.guided_run import GuidedRun
-from corrdit.integrations.diffusers.motion_transfer.reference import ReferenceMotion, clean_timestep, codec_latents, read_motion
+from corrdit.integrations.diffusers.motion_transfer.methods import objective_of
+from corrdit.integrations.diffusers.motion_transfer.objectives import MotionObjective
+from corrdit.integrations.diffusers.motion_transfer.observation import Reader
+from corrdit.integrations.diffusers.motion_transfer.reference import ReferenceMotion, motion_of_latents
 from corrdit.integrations.diffusers.motion_transfer.run_state import RunState
+from corrdit.integrations.diffusers.motion_transfer.words import PromptWords
 from corrdit.integrations.diffusers.planning.fake_model import FakeModel
 from corrdit.integrations.diffusers.transfer_settings import TransferSettings
-from corrdit.tracking.queries import grid_points
 from corrdit.tracking.readings import cost_rows, matches_back, read_tokens
 from corrdit.tracking.tracker import PointTracker
 
@@ -34,17 +40,15 @@ class Phase:
 
     Args:
         name: for tables.
-        component: that runs; "" for none, where all are sent back.
-        run: does it, and gives what the later phases keep.
+        component: that runs; "" where all are sent back and none runs.
+        run: does it.
         times: how often the task does it.
-        codec: whether the codec alone decides what it takes.
     """
 
     name: str
     component: str
-    run: Callable[[], object] | None = None
+    run: Callable[[], object] = bool
     times: float = 1
-    codec: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,7 @@ class TaskOnFakes:
                     f"{max(step, round(size / step) * step)}"
                 )
         self._latent_size = (request.height // pixels, request.width // pixels)
+        self._reference: ReferenceMotion | None = None
 
     @property
     def grid(self) -> TokenGrid:
@@ -106,50 +111,44 @@ class TaskOnFakes:
 
     def phases(self) -> list[Phase]:
         """What the task does, in order."""
-        encode = [Phase("text encoding", name, lambda name=name: self._encode_text(name), 2) for name in self._encoders]
-        task = self._request.task
-        if task == "track":
-            return [*self._tracking(encode)]
-        if task == "transfer":
-            return [*self._transferring(encode)]
-        layers = self._request.layers or default_layers(self._backbone)
-        phases = [*encode, Phase("denoising step", "transformer", lambda: self._denoise(layers), self._request.steps)]
-        return [*phases, self._decoding]
+        request = self._request
+        encode = [
+            Phase("text encoding", name, functools.partial(self._encode_text, name), 2) for name in self._encoders
+        ]
+        decode = Phase("decoding", "vae", self._decode)
+        if request.task == "track":
+            chunk = min(self._backbone.preset.reading.frames_per_chunk, request.frames)
+            chunks = max(1, math.ceil((request.frames - 1) / max(1, chunk - 1)))
+            read = Phase("reading a chunk", "transformer", functools.partial(self._read_chunk, chunk), chunks)
+            return [Phase("encoding frames", "vae", self._encode_frames), *encode, read]
+        if request.task != "transfer":
+            return [*encode, Phase("denoising step", "transformer", self._watched_step, request.steps), decode]
+        settings = self._settings
+        guided = len(settings.guided_window) if self._objective.reads is not None else 0
+        phases = [
+            *encode,
+            Phase("encoding the reference", "vae", self._encode_video),
+            Phase("reading the reference", "transformer", self._read_reference),
+            Phase("", ""),
+            *encode,
+            Phase("guided step", "transformer", self._guided_step, guided),
+            Phase("denoising step", "transformer", self._step, settings.steps - guided),
+            decode,
+        ]
+        return [phase for phase in phases if phase.times]
 
     @property
     def _encoders(self) -> list[str]:
         return list(self._model.encoders)
 
     @property
-    def _decoding(self) -> Phase:
-        return Phase("decoding", "vae", self._decode, codec=True)
-
-    def _tracking(self, encode: list[Phase]) -> Iterator[Phase]:
-        """Every frame a latent of its own, the chunks of one query frame, and what is read of each."""
-        chunk = self._backbone.preset.reading.frames_per_chunk
-        frames = self._request.frames
-        chunks = max(1, math.ceil((frames - 1) / max(1, chunk - 1)))
-        yield Phase("encoding frames", "vae", self._encode_frames, codec=True)
-        yield from encode
-        yield Phase("reading a chunk", "transformer", lambda: self._read_chunk(min(chunk, frames)), chunks)
-
-    def _transferring(self, encode: list[Phase]) -> Iterator[Phase]:
-        settings = self._settings
-        guided = settings.guided_steps if settings.optimises else 0
-        yield from encode
-        yield Phase("encoding the reference", "vae", self._encode_video, codec=True)
-        yield Phase("reading the reference", "transformer", self._read_reference)
-        yield Phase("", "")
-        yield from encode
-        if guided:
-            yield Phase("guided step", "transformer", self._guided_step, guided)
-        yield Phase("denoising step", "transformer", lambda: self._denoise(None), settings.steps - guided)
-        yield self._decoding
-
-    @property
     def _settings(self) -> TransferSettings:
         assert self._request.settings is not None
         return self._request.settings
+
+    @property
+    def _objective(self) -> MotionObjective:
+        return objective_of(self._settings)
 
     def _latents(self, batch: int, frames: int | None = None) -> Tensor:
         backbone = self._backbone
@@ -157,42 +156,43 @@ class TaskOnFakes:
         return torch.zeros(batch, frames or self.latent_frames, channels, *self._latent_size, dtype=self._model.dtype)
 
     def _encode_text(self, name: str) -> object:
-        tokens = self._backbone.empty_prompt()["encoder_hidden_states"].shape[1]
+        tokens = int(self._backbone.empty_prompt()["encoder_hidden_states"].shape[1])
         with torch.no_grad():
-            return self._model.encoders[name](torch.zeros(1, min(tokens, 77) if name.endswith("2") else tokens).long())
+            # A second encoder is CLIP's, which takes 77.
+            return self._model.encoders[name](torch.zeros(1, min(tokens, 77), dtype=torch.long))
+
+    def _frames(self) -> Tensor:
+        request = self._request
+        return torch.zeros(request.frames, request.height, request.width, 3, dtype=torch.uint8)
 
     def _encode_frames(self) -> object:
-        request = self._request
-        frames = torch.zeros(request.frames, request.height, request.width, 3, dtype=torch.uint8)
-        return self._backbone.encode_frames(frames, height=request.height, width=request.width)
+        return self._backbone.encode_frames(self._frames(), height=self._request.height, width=self._request.width)
 
     def _encode_video(self) -> object:
-        request = self._request
-        frames = torch.zeros(request.frames, request.height, request.width, 3, dtype=torch.uint8)
-        return self._backbone.encode_video(frames, height=request.height, width=request.width)
+        return self._backbone.encode_video(self._frames(), height=self._request.height, width=self._request.width)
 
     def _decode(self) -> object:
-        latents = self._latents(1)
-        codec = self._backbone.latent_channels
-        latents = latents.reshape(1, -1, codec, *self._latent_size).transpose(1, 2)
+        latents = self._latents(1).reshape(1, -1, self._backbone.latent_channels, *self._latent_size)
         with torch.no_grad():
-            return self._pipe.vae.decode(latents, return_dict=False)[0]
+            return self._pipe.vae.decode(latents.transpose(1, 2), return_dict=False)[0]
 
     def _read_chunk(self, frames: int) -> object:
-        request = self._request
-        tracker = PointTracker(self._backbone, backend=request.backend, height=request.height, width=request.width)
-        reading = tracker.reading
-        rows, columns = (size // step for size, step in zip((request.height, request.width), self._backbone.token_stride, strict=True))
+        request, stride = self._request, self._backbone.token_stride
+        with unset_fake_temporarily():
+            tracker = PointTracker(self._backbone, backend=request.backend, height=request.height, width=request.width)
+            reading = tracker.settings_of(request.frames, request.height, request.width).reading
+        size = (request.height // stride[0], request.width // stride[1])
+        latents = self._latents(1, frames)[0]
         with torch.no_grad():
-            pair = read_tokens(self._backbone, self._latents(1, frames), reading, (rows, columns))
-            tokens = torch.zeros(min(request.points, rows * columns), dtype=torch.long)
+            noise = torch.zeros_like(latents) if reading.noise else None
+            pair = read_tokens(self._backbone, latents, reading, size, noise)
+            tokens = torch.zeros(min(request.points, size[0] * size[1]), dtype=torch.long)
             return cost_rows(pair, reading, tokens, source=0), matches_back(pair, reading, source=0)
 
-    def _denoise(self, layers: tuple[int, ...] | None) -> object:
-        """One step of the loop, both branches; with layers to capture or to guide."""
+    def _watched_step(self) -> object:
+        """A denoising step with layers that are captured or guided."""
         request = self._request
-        if layers is None:
-            return self._step()
+        layers = request.layers or default_layers(self._backbone)
         if request.cag:
             with CrossAttentionGuidance(self._backbone, layers=layers, backend=request.backend):
                 return self._step()
@@ -207,32 +207,39 @@ class TaskOnFakes:
 
     def _step(self) -> object:
         """What the pipeline's loop asks of the transformer in one step."""
-        pipe, backbone = self._pipe, self._backbone
         with unset_fake_temporarily():
-            pipe.scheduler = backbone.stepping_scheduler(self._request.steps)
+            self._pipe.scheduler = self._backbone.stepping_scheduler(self._request.steps)
         return self._call_transformer()
 
     def _call_transformer(self) -> object:
-        pipe, backbone = self._pipe, self._backbone
-        timestep = float(pipe.scheduler.timesteps[0])
-        pipe._current_timestep, pipe._num_timesteps = timestep, 1
-        pipe._guidance_scale = 6.0 if self._request.guided else 1.0
+        backbone, guided = self._backbone, self._request.guided
+        pipe: Any = self._pipe
+        with unset_fake_temporarily():
+            timestep = float(pipe.scheduler.timesteps[0])
+        # What the loop notes down of itself, which tells steps and branches apart.
+        pipe._current_timestep, pipe._num_timesteps, pipe._guidance_scale = timestep, 1, 6.0 if guided else 1.0
         together = backbone.layout.guidance == "batched"
-        branches = 2 if self._request.guided else 1
         with torch.no_grad():
-            arguments = backbone.forward_arguments(self._latents(branches if together else 1), timestep)
-            calls = 1 if together else branches
+            arguments = backbone.forward_arguments(self._latents(2 if guided and together else 1), timestep)
+            calls = 2 if guided and not together else 1
             return [backbone.transformer(**arguments, return_dict=False)[0] for _ in range(calls)]
 
     def _read_reference(self) -> object:
-        return read_motion(self._backbone, self._latents(1)[0], self._settings)
+        frames = np.zeros((0, 0, 0, 3), np.uint8)
+        self._reference = motion_of_latents(self._backbone, frames, self._latents(1)[0], self._settings)
+        return self._reference
 
     def _guided_step(self) -> object:
-        """A guided step of the transfer: the reference's motion, as many optimisation steps as it has, and the step."""
-        latents = self._latents(1)[0]
-        reference = ReferenceMotion(frames=None, latents=latents, **self._reference_parts(latents))
-        run = GuidedRun(self._backbone, self._settings, reference, RunState(""), torch.Generator())
-        with run.attached():
+        """A guided step of the transfer with one step of its optimiser."""
+        if self._reference is None and self._objective.needs_reference:
+            raise RuntimeError("the reference is read before a guided step")
+        settings = replace(self._settings, optimisation_steps=1)
+        run = GuidedRun(
+            self._backbone, settings, self._objective, self._reference, RunState(""), torch.Generator(),
+            Reader(settings, None, PromptWords("", None)),
+        )  # fmt: skip
+        with ExitStack() as stack:
             with unset_fake_temporarily():
-                self._pipe.scheduler.set_timesteps(self._settings.steps)
+                stack.enter_context(run.attached())
+                self._pipe.scheduler.set_timesteps(settings.steps)
             return self._call_transformer()

@@ -263,7 +263,10 @@ def _generated(backbone: Backbone, generation: Mapping[str, object]) -> torch.Te
     source = arguments.get("generator")
     if isinstance(source, torch.Generator):
         arguments["generator"] = torch.Generator(source.device).manual_seed(source.initial_seed())
-    return backbone.pipe(**arguments).frames
+    # Some pipelines draw the latents of an image from the global numbers.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return backbone.pipe(**arguments).frames
 
 
 @torch.no_grad()

@@ -121,6 +121,11 @@ def skyreelsv2(**changes: Any) -> diffusers.DiffusionPipeline:
     return diffusers.SkyReelsV2Pipeline(**wan_parts(wan_transformer("SkyReelsV2Transformer3DModel", **changes)))
 
 
+def skyreelsv2_image() -> diffusers.DiffusionPipeline:
+    transformer = wan_transformer("SkyReelsV2Transformer3DModel", in_channels=IMAGE_CHANNELS, **IMAGE_ENCODER)
+    return diffusers.SkyReelsV2ImageToVideoPipeline(**wan_parts(transformer), **image_encoder())
+
+
 def allegro() -> diffusers.DiffusionPipeline:
     transformer = diffusers.AllegroTransformer3DModel(
         **SIZES,
@@ -161,7 +166,7 @@ PLAIN_GUIDANCE: dict[str, Any] = {
 """Without the further calls of LTX-2's own guidance in each step."""
 
 
-def ltx2() -> diffusers.DiffusionPipeline:
+def ltx2(pipeline: str = "LTX2Pipeline") -> diffusers.DiffusionPipeline:
     from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
 
     transformer = diffusers.LTX2VideoTransformer3DModel(
@@ -190,7 +195,8 @@ def ltx2() -> diffusers.DiffusionPipeline:
     size = {"num_attention_heads": 2, "attention_head_dim": TEXT_CHANNELS // 2, "num_layers": 1}
     streams = {f"{stream}_connector_{name}": value for stream in ("video", "audio") for name, value in size.items()}
     registers = {f"{stream}_connector_num_learnable_registers": None for stream in ("video", "audio")}
-    return diffusers.LTX2Pipeline(
+    kind: type[diffusers.DiffusionPipeline] = getattr(diffusers, pipeline)
+    return kind(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.1),
         vae=codec,
         audio_vae=audio,
@@ -269,7 +275,7 @@ def glyph_prompts(source: torch.Generator) -> dict[str, Any]:
     return found
 
 
-def kandinsky5(**changes: Any) -> diffusers.DiffusionPipeline:
+def kandinsky5(pipeline: str = "Kandinsky5T2VPipeline", **changes: Any) -> diffusers.DiffusionPipeline:
     config = {
         "in_visual_dim": LATENT_CHANNELS,
         "out_visual_dim": LATENT_CHANNELS,
@@ -289,7 +295,8 @@ def kandinsky5(**changes: Any) -> diffusers.DiffusionPipeline:
         if "modulation" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     absent = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-    return diffusers.Kandinsky5T2VPipeline(
+    kind: type[diffusers.DiffusionPipeline] = getattr(diffusers, pipeline)
+    return kind(
         transformer=transformer,
         vae=diffusers.AutoencoderKLHunyuanVideo(**CODEC, layers_per_block=1, norm_num_groups=4),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
@@ -297,8 +304,8 @@ def kandinsky5(**changes: Any) -> diffusers.DiffusionPipeline:
     )
 
 
-def kandinsky5_prompts(source: torch.Generator) -> dict[str, Any]:
-    found = prompts(source, name="prompt_embeds_qwen")
+def kandinsky5_prompts(source: torch.Generator, **further: Any) -> dict[str, Any]:
+    found = prompts(source, name="prompt_embeds_qwen", **further)
     for sign in ("", "negative_"):
         found[f"{sign}prompt_embeds_clip"] = torch.randn(1, 6, generator=source)
         found[f"{sign}prompt_cu_seqlens"] = torch.tensor([0, TEXT_TOKENS], dtype=torch.int32)

@@ -18,7 +18,13 @@ from corrdit.integrations.diffusers.backbones.chronoedit import ChronoEditBackbo
 from corrdit.integrations.diffusers.backbones.loading import backbone_of
 from corrdit.integrations.diffusers.testing import tiny_families as families
 from corrdit.integrations.diffusers.testing import tiny_pipelines as pipelines
-from corrdit.integrations.diffusers.testing.tiny_pipelines import ROTARY, TEXT_TOKENS, masked_prompts, prompts
+from corrdit.integrations.diffusers.testing.tiny_pipelines import (
+    LATENT_CHANNELS,
+    ROTARY,
+    TEXT_TOKENS,
+    masked_prompts,
+    prompts,
+)
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,8 @@ _short_prompts = partial(prompts, max_sequence_length=TEXT_TOKENS)
 _LARGE = {"patch_size_t": 2, "patch_bias": False, "sample_height": 32, "sample_width": 32}
 _cond = partial(prompts, image=True)
 
+_IMAGE_CHANNELS = {"in_channels": 2 * LATENT_CHANNELS}
+
 _MODELS = {
     "cogvideox": TinyModel("CogVideoXPipeline", pipelines.cogvideox, _short_prompts),
     "cogvideox-rotary": TinyModel("CogVideoXPipeline", partial(pipelines.cogvideox, **ROTARY), _short_prompts),
@@ -128,6 +136,13 @@ _MODELS = {
         pipelines.hunyuanvideo,
         partial(masked_prompts, pooled=True),
         guidance="true_cfg_scale",
+    ),
+    "hunyuanvideo-image": TinyModel(
+        "HunyuanSkyreelsImageToVideoPipeline",
+        partial(pipelines.hunyuanvideo, "HunyuanSkyreelsImageToVideoPipeline", **_IMAGE_CHANNELS),
+        partial(masked_prompts, pooled=True, image=True),
+        guidance="true_cfg_scale",
+        variant=True,
     ),
     "hunyuanvideo15": TinyModel(
         "HunyuanVideo15Pipeline", families.hunyuanvideo15, families.glyph_prompts, guidance=None
@@ -157,8 +172,18 @@ _MODELS = {
     ),
     "anyflow": TinyModel("AnyFlowPipeline", families.anyflow, prompts),
     "skyreelsv2": TinyModel("SkyReelsV2Pipeline", families.skyreelsv2, prompts),
+    "skyreelsv2-image": TinyModel(
+        "SkyReelsV2ImageToVideoPipeline", families.skyreelsv2_image, partial(_cond, tokens=512), variant=True
+    ),
     "ltx": TinyModel("LTXPipeline", pipelines.ltx, masked_prompts, height=128),
     "ltx2": TinyModel("LTX2Pipeline", families.ltx2, partial(masked_prompts, **families.PLAIN_GUIDANCE), height=128),
+    "ltx2-image": TinyModel(
+        "LTX2ImageToVideoPipeline",
+        partial(families.ltx2, "LTX2ImageToVideoPipeline"),
+        partial(masked_prompts, image=True, image_crf=0, **families.PLAIN_GUIDANCE),
+        height=128,
+        variant=True,
+    ),
     "mochi": TinyModel("MochiPipeline", pipelines.mochi, masked_prompts, frames=13),
     "allegro": TinyModel(
         "AllegroPipeline",
@@ -168,6 +193,14 @@ _MODELS = {
     ),
     "easyanimate": TinyModel("EasyAnimatePipeline", families.easyanimate, masked_prompts),
     "kandinsky5": TinyModel("Kandinsky5T2VPipeline", families.kandinsky5, families.kandinsky5_prompts),
+    "kandinsky5-image": TinyModel(
+        "Kandinsky5I2VPipeline",
+        partial(families.kandinsky5, "Kandinsky5I2VPipeline", visual_cond=True),
+        partial(families.kandinsky5_prompts, image=True),
+        # Its first frame is brought to the statistics of the five behind it.
+        frames=25,
+        variant=True,
+    ),
     "cosmos": TinyModel("CosmosTextToWorldPipeline", families.cosmos, prompts, frames=17),
     "cosmos-2": TinyModel("Cosmos2VideoToWorldPipeline", families.cosmos2, _cond, variant=True),
     "cosmos-2.5": TinyModel("Cosmos2_5_PredictBasePipeline", families.cosmos25, prompts),

@@ -57,9 +57,9 @@ def cogvideox_image() -> diffusers.DiffusionPipeline:
     return diffusers.CogVideoXImageToVideoPipeline(**parts)
 
 
-def hunyuanvideo() -> diffusers.DiffusionPipeline:
+def hunyuanvideo(pipeline: str = "HunyuanVideoPipeline", **changes: Any) -> diffusers.DiffusionPipeline:
     transformer = diffusers.HunyuanVideoTransformer3DModel(
-        **{**SIZES, "num_layers": 2},
+        **{**SIZES, "num_layers": 2, **changes},
         num_single_layers=2,
         num_refiner_layers=1,
         attention_head_dim=10,
@@ -73,7 +73,8 @@ def hunyuanvideo() -> diffusers.DiffusionPipeline:
     codec = diffusers.AutoencoderKLHunyuanVideo(**CODEC, layers_per_block=1, norm_num_groups=4)
     absent = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0)
-    return diffusers.HunyuanVideoPipeline(transformer=transformer, vae=codec, scheduler=scheduler, **absent)
+    kind: type[diffusers.DiffusionPipeline] = getattr(diffusers, pipeline)
+    return kind(transformer=transformer, vae=codec, scheduler=scheduler, **absent)
 
 
 def wan_transformer(kind: str = "WanTransformer3DModel", **changes: Any) -> torch.nn.Module:

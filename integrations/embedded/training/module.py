@@ -83,7 +83,8 @@ class TrainingConfig:
     shape.
 
     empty_prompts is the share of videos without a prompt, part_prompts of those with the subject or the scene alone.
-    videos, pictures, bending and appearance are the shares of a `Variety` of the world.
+    videos, pictures, bending and appearance are the shares of a `Variety` of the world; photographs is the digest of
+    its pictures, which `train` fills in.
     workers is how many further processes render the videos; 0 renders them between the steps. The videos are the same.
     """
 
@@ -108,6 +109,7 @@ class TrainingConfig:
     pictures: float = 0.0
     bending: float = 0.0
     appearance: float = 0.0
+    photographs: str = ""
     precision: str = "bf16-mixed"
     optimizer: str = "adamw"
     matrix_rate: float = 1.0
@@ -195,12 +197,13 @@ class WorldDataModule(lightning.LightningDataModule):
         super().__init__()
         self.config = config
         self.photographs = photographs
+        GeneratedBatches(config, photographs=photographs)  # refuses a recipe that shows photographs without any
 
     def train_dataloader(self) -> DataLoader:
         """One endless epoch; batches come whole from the dataset."""
         run = self.trainer
-        place = (0, 0, 1) if run is None else (run.global_step, run.global_rank, run.world_size)
-        batches = GeneratedBatches(self.config, *place, self.photographs)
+        step, rank, processes = (0, 0, 1) if run is None else (run.global_step, run.global_rank, run.world_size)
+        batches = GeneratedBatches(self.config, step, rank, processes, self.photographs)
         return DataLoader(batches, batch_size=None, num_workers=self.config.workers)
 
 

@@ -133,20 +133,15 @@ def train(
     damaged checkpoint, for one of another recipe or with more steps, and for numbers out of range.
     """
     _check_numbers(config, checkpoint_every, threads, processes, minutes, stop_after)
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"the output folder {output} is a file; give a folder, which is made if need be")
-    if resume and start is not None:
-        raise ValueError("start is where a fresh run begins and resume goes on with an earlier one; give one of them")
-    if not resume and _checkpoints(output):
-        raise ValueError(f"{output} already holds checkpoints; resume that run or give another folder")
+    _check_beginning(output, resume, start)
+    data = _data(config, photographs)
+    config = data.config
     checkpoint = newest_checkpoint(output) if resume else None
     if checkpoint is not None:
         _check_resumable(config, output, checkpoint)
-    data = WorldDataModule(config, None if photographs is None else Photographs(photographs))
     module = EmbeddedTraining(config)
     if start is not None:
-        folder = None if str(start) == "embedded" else pathlib.Path(start)
-        module.begin_with(load_embedded_pipeline(folder).transformer)
+        module.begin_with(_trained(start))
     if threads is not None:
         torch.set_num_threads(threads)
     trainer = lightning.Trainer(
@@ -168,6 +163,28 @@ def train(
     if trainer.global_step % checkpoint_every:
         trainer.save_checkpoint(output / _CHECKPOINTS / f"step-{trainer.global_step}.ckpt")
     return module
+
+
+def _check_beginning(output: pathlib.Path, resume: bool, start: str | pathlib.Path | None) -> None:
+    """Raises ValueError for a folder in which a run cannot begin or go on as asked for."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"the output folder {output} is a file; give a folder, which is made if need be")
+    if resume and start is not None:
+        raise ValueError("start is where a fresh run begins and resume goes on with an earlier one; give one of them")
+    if not resume and _checkpoints(output):
+        raise ValueError(f"{output} already holds checkpoints; resume that run or give another folder")
+
+
+def _data(config: TrainingConfig, photographs: str | pathlib.Path | None) -> WorldDataModule:
+    """The videos of a recipe, which gets the digest of the photographs."""
+    pictures = None if photographs is None else Photographs(photographs)
+    return WorldDataModule(dataclasses.replace(config, photographs=pictures.digest if pictures else ""), pictures)
+
+
+def _trained(start: str | pathlib.Path) -> torch.nn.Module:
+    """The transformer that a run begins with."""
+    folder = None if str(start) == "embedded" else pathlib.Path(start)
+    return load_embedded_pipeline(folder).transformer
 
 
 def _check_numbers(

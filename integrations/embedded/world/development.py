@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ def _later_scene(scene: Scene, offset: float) -> Scene:
 
 
 def _later(item: Moving, offset: float) -> Moving:
-    changed = {name: _between(getattr(item, name), offset) for name in _OVER_TIME[type(item)]}
+    changed: dict[str, Any] = {name: _between(getattr(item, name), offset) for name in _OVER_TIME[type(item)]}
     deformation = getattr(item, "deformation", None)
     if deformation is not None:
         changed["deformation"] = _later(deformation, offset)

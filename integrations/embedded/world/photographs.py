@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from corrdit.files import file_digest
 
 LONGEST_SIDE = 1024
 """Pixels to which larger photographs are shrunk."""
@@ -24,6 +27,9 @@ class Photographs:
         folder: with .jpg, .png or .webp files, as `benchmarks/photographs.py` fetches them; none of them is looked for
             in folders below.
 
+    Attributes:
+        digest: of all their bytes, in order.
+
     Raises:
         ValueError: a folder without pictures, or a file that is none.
     """
@@ -35,8 +41,8 @@ class Photographs:
                 f"{folder} holds no pictures ({', '.join(SUFFIXES)}); give the folder that benchmarks/photographs.py "
                 "wrote"
             )
-        self.names = tuple(file.name for file in files)
         self.pictures = [_read(file) for file in files]
+        self.digest = hashlib.sha256("".join(file_digest(file) for file in files).encode()).hexdigest()[:16]
 
     def crops(self, seeds: Sequence[int], side: int, share: tuple[float, float]) -> Tensor:
         """Square crops in other colours, float32 [N, 3, side, side] in 0..1; each follows from its seed.

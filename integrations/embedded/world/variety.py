@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,7 +52,8 @@ class Variety:
                 raise ValueError(f"{name} must be a share from 0 to 1, got {share}")
         if self.pictures and self.photographs is None:
             raise ValueError(
-                "pictures of photographs are asked for and no photographs were given; give Photographs(folder)"
+                "pictures of photographs are asked for and no photographs were given; give Photographs(folder), or "
+                "--photographs DIR on the command line"
             )
 
 
@@ -79,7 +81,7 @@ def _varied_camera(rng: np.random.Generator, camera: Camera, variety: Variety, f
 
 def _varied_sprite(rng: np.random.Generator, sprite: Sprite, variety: Variety, changing: bool, faster: float) -> Sprite:
     center = sprite.center.mean(0) + faster * (sprite.center - sprite.center.mean(0))
-    changed = {"center": center}
+    changed: dict[str, Any] = {"center": center}
     if rng.random() < variety.bending:
         changed["deformation"] = _drawn_deformation(rng, len(center), tilt=0.35, steepness=STEEPEST, shortest=1.2)
     if rng.random() < variety.pictures:
