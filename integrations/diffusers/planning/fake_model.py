@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import inspect
 import json
 import os
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from corrdit.integrations.components import INDEX_FILE, pipeline_class, read_index
+from corrdit.integrations.components import INDEX_FILE, component_class, pipeline_class, read_index
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.backbones.checkpoints import CHECKPOINTS, Part, checkpoint_of
 from corrdit.integrations.diffusers.backbones.loading import EMBEDDED, backbone_of, default_dtype
@@ -100,6 +99,8 @@ def fake_model(
             f"unknown model {text!r}; known without weights are {EMBEDDED}, {', '.join(CHECKPOINTS)} and folders with "
             f"{INDEX_FILE} and a config.json for each component"
         )
+    if pipeline == "EmbeddedVideoPipeline":
+        import corrdit.integrations.embedded.pipeline  # noqa: F401  (its parts are found by their modules' names)
     chosen = dtype or default_dtype(text, device)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     built = {part: _built(part, description, chosen, mode) for part, description in parts.items()}
@@ -130,9 +131,9 @@ def _parts_of_folder(folder: pathlib.Path) -> tuple[str, dict[str, Part], dict[s
 
 def _built(name: str, part: Part, dtype: torch.dtype, mode: FakeTensorMode) -> Any:
     """A component; modules with fake weights of the type."""
-    kind: Factory = getattr(importlib.import_module(part.library), part.kind, None)
+    kind: Factory = component_class(part.library, part.kind)
     if kind is None:
-        raise ValueError(f"{name} is a {part.library}.{part.kind}, which this {part.library} does not have")
+        raise ValueError(f"{part.source}: the {name} is a {part.library}.{part.kind}, which is not known here")
     if not issubclass(kind, nn.Module):
         return kind.from_config(dict(part.config)) if hasattr(kind, "from_config") else None
     try:

@@ -21,6 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
+from corrdit import kernels, motion, ops, reference, streaming
+
 aten = torch.ops.aten
 
 SAVED = "saved for backward"
@@ -28,7 +30,7 @@ KINDS = ("weights", SAVED, "activations", "operation", "codec")
 """What a storage is for. Activations are what is in use and not saved; "operation" is the workspace of corrdit's own
 operations on queries and keys, in both passes."""
 
-_OPERATIONS = ("corrdit.kernels", "corrdit.motion", "corrdit.ops", "corrdit.reference", "corrdit.streaming")
+_OPERATIONS = tuple(room.__name__ for room in (kernels, motion, ops, reference, streaming))
 _DEEPEST = 40
 """Frames of the stack that are looked at for an operation."""
 _LARGEST_UNFOLDED = 20480
