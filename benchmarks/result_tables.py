@@ -171,6 +171,36 @@ def guidance(result: Record) -> str:
     return markdown_table(head, rows)
 
 
+def planned_peaks(result: Record) -> str:
+    rows = []
+    for row in result["rows"]:
+        options = ", ".join(f"{name} {value}" for name, value in row["settings"].items()) or "-"
+        sizes = [f"{row[name] / 1e6:.2f}" for name in ("measured_bytes", "planned_bytes")]
+        rows.append([row["model"], row["task"], options, *sizes, f"{100 * row['error']:+.1f} %", row["phase"]])
+    return markdown_table(("model", "task", "options", "measured, MB", "planned, MB", "error", "largest phase"), rows)
+
+
+def planned_checkpoints(result: Record) -> str:
+    rows = []
+    for plan in result["checkpoints"]:
+        checkpointing = "on" if plan["options"]["gradient_checkpointing"] else "off"
+        peaks = {phase["name"]: f"{phase['peak_bytes'] / 2**30:.1f}" for phase in plan["phases"]}
+        shown = [peaks[name] for name in ("encoding the reference", "guided step", "denoising step", "decoding")]
+        fits = [_fit(plan["fits"].get(f"{size} GB")) for size in (16, 24, 48)]
+        rows.append([plan["model"], checkpointing, *shown, *fits, f"{plan['flop'] / 1e15:.0f}"])
+    head = ("checkpoint", "gradient checkpointing", "encoding", "guided step", "denoising step", "decoding")
+    return markdown_table((*head, "16 GB card", "24 GB card", "48 GB card", "PFLOP"), rows)
+
+
+def _fit(found: Record | None) -> str:
+    if found is None:
+        return "-"
+    options = found["options"]
+    words = "all on the card" if options["parts"] == "device" else options["parts"].replace("_", " ")
+    tiles = ", codec in tiles" if options["codec_tiling"] else ""
+    return f"{found['peak_bytes'] / 2**30:.1f}: {words}{tiles}"
+
+
 TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "matching": ("embedded_matching.json", matching),
     "tracking": ("tracking.json", tracking),
@@ -178,6 +208,8 @@ TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "summary": ("tracking.json", summary),
     "transfer": ("transfer_quality.json", transfer),
     "guidance": ("guidance_quality.json", guidance),
+    "planned_peaks": ("plan_memory.json", planned_peaks),
+    "planned_checkpoints": ("plan_memory.json", planned_checkpoints),
 }
 
 

@@ -111,7 +111,7 @@ def loaded_models(folder: pathlib.Path, *, dtype: torch.dtype, low_cpu_mem_usage
     for name, entry in read_index(folder).items():
         if not isinstance(entry, list) or entry[0] is None or not (folder / name).is_dir():
             continue
-        found = _component_class(*entry)
+        found = component_class(*entry)
         if found is None:
             continue
         if hasattr(found, "set_timesteps"):
@@ -121,7 +121,7 @@ def loaded_models(folder: pathlib.Path, *, dtype: torch.dtype, low_cpu_mem_usage
     return models
 
 
-def _component_class(library: str, class_name: str | None) -> type | None:
+def component_class(library: str, class_name: str | None) -> type | None:
     """The class of a component; None in libraries that only the pipeline may import."""
     if library == "transformers":
         import transformers

@@ -10,14 +10,13 @@ import pathlib
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from corrdit.integrations.components import INDEX_FILE, pipeline_class, read_index
+from corrdit.integrations.components import INDEX_FILE, component_class, pipeline_class, read_index
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.backbones.checkpoints import CHECKPOINTS, Part, checkpoint_of
 from corrdit.integrations.diffusers.backbones.loading import EMBEDDED, backbone_of, default_dtype
@@ -100,6 +99,8 @@ def fake_model(
             f"unknown model {text!r}; known without weights are {EMBEDDED}, {', '.join(CHECKPOINTS)} and folders with "
             f"{INDEX_FILE} and a config.json for each component"
         )
+    if pipeline == "EmbeddedVideoPipeline":
+        import corrdit.integrations.embedded.pipeline  # noqa: F401  (its parts are found by their modules' names)
     chosen = dtype or default_dtype(text, device)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     built = {part: _built(part, description, chosen, mode) for part, description in parts.items()}
@@ -128,26 +129,11 @@ def _parts_of_folder(folder: pathlib.Path) -> tuple[str, dict[str, Part], dict[s
     return str(index["_class_name"]), parts, values
 
 
-def _library(part: Part) -> ModuleType:
-    """The library of a component; a file may name no other module to be imported."""
-    import diffusers
-    import transformers
-
-    from corrdit.integrations.embedded import codec, text
-
-    known = {library.__name__: library for library in (diffusers, transformers, codec, text)}
-    if part.library not in known:
-        raise ValueError(
-            f"{part.source} belongs to a class of {part.library}; accepted are those of {', '.join(known)}"
-        )
-    return known[part.library]
-
-
 def _built(name: str, part: Part, dtype: torch.dtype, mode: FakeTensorMode) -> Any:
     """A component; modules with fake weights of the type."""
-    kind: Factory = getattr(_library(part), part.kind, None)
+    kind: Factory = component_class(part.library, part.kind)
     if kind is None:
-        raise ValueError(f"{name} is a {part.library}.{part.kind}, which this {part.library} does not have")
+        raise ValueError(f"{part.source}: the {name} is a {part.library}.{part.kind}, which is not known here")
     if not issubclass(kind, nn.Module):
         return kind.from_config(dict(part.config)) if hasattr(kind, "from_config") else None
     try:

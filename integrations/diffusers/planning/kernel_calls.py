@@ -27,7 +27,7 @@ def kernel_functions() -> dict[str, Callable[..., Any]]:
     from corrdit.kernels.frame_local import attention
     from corrdit.kernels.matching import costs, hard, mass, match
 
-    functions: list[Callable[..., Any]] = [
+    functions: tuple[Callable[..., Any], ...] = (
         soft.compute_soft_displacement,
         soft.compute_soft_displacement_backward,
         attention.compute_frame_local_attention,
@@ -36,7 +36,7 @@ def kernel_functions() -> dict[str, Callable[..., Any]]:
         match.compute_match,
         costs.compute_cost_rows,
         mass.compute_attention_mass,
-    ]
+    )
     return {f"corrdit::{function.__name__.removeprefix('compute_')}": function for function in functions}
 
 

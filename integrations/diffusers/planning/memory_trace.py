@@ -21,6 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
+from corrdit import kernels, motion, ops, reference, streaming
+
 aten = torch.ops.aten
 
 SAVED = "saved for backward"
@@ -28,8 +30,7 @@ KINDS = ("weights", SAVED, "activations", "operation", "codec")
 """What a storage is for. Activations are what is in use and not saved; "operation" is the workspace of corrdit's own
 operations on queries and keys, in both passes."""
 
-_OPERATIONS = ("kernels", "motion", "ops", "reference", "streaming")
-"""Rooms of corrdit."""
+_OPERATIONS = tuple(room.__name__ for room in (kernels, motion, ops, reference, streaming))
 _DEEPEST = 40
 """Frames of the stack that are looked at for an operation."""
 _LARGEST_UNFOLDED = 20480
@@ -188,8 +189,7 @@ def _unfolded(volume: torch.Tensor) -> bool:
 def _in_an_operation() -> bool:
     frame, depth = sys._getframe(2), 0
     while frame is not None and depth < _DEEPEST:
-        library, _, module = frame.f_globals.get("__name__", "").partition(".")
-        if library == "corrdit" and module.partition(".")[0] in _OPERATIONS:
+        if frame.f_globals.get("__name__", "").startswith(_OPERATIONS):
             return True
         frame, depth = frame.f_back, depth + 1  # type: ignore[assignment]
     return False
