@@ -74,7 +74,7 @@ MAIN: dict[str, Record] = {
 REGION = ("ditflow latents", "smm", "moft", "motionclone", "flowmotion")
 STEADY: dict[str, Record] = {
     BACKBONE: {"method": "backbone"},
-    **{f"steady at {rate}": {"method": "steady", "learning_rate": rate} for rate in (0.005, 0.02, 0.05)},
+    **{f"steady at {rate}": {"method": "steady", "learning_rate": rate} for rate in (0.002, 0.005, 0.01)},
 }
 ABLATIONS: dict[str, Record] = {
     **{f"block {block}": {"blocks": (block,)} for block in range(6)},

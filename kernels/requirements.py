@@ -30,9 +30,9 @@ def planned_gpu() -> Iterator[None]:
         _planned = before
 
 
-def kind_of_device(tensor: torch.Tensor) -> str:
-    """The type of a tensor's device, or `PLANNED`."""
-    return PLANNED if _planned else tensor.device.type
+def device_of(tensor: torch.Tensor) -> str:
+    """The name of a tensor's device, such as "cuda:1", or `PLANNED`."""
+    return PLANNED if _planned else str(tensor.device)
 
 
 def unfit_tensor(dtype: torch.dtype, head_dim: int | None) -> str | None:
@@ -60,16 +60,17 @@ def unwritable_cache() -> str | None:
 
 
 def unfit_machine(device: str, interpreted: bool) -> str | None:
-    """Why the kernels cannot run here on tensors of a kind of device.
+    """Why the kernels cannot run here on tensors of a device.
 
     Args:
+        device: its name: "cpu", "cuda", "cuda:1".
         interpreted: whether triton runs kernels on CPU tensors in this process.
     """
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device == PLANNED or (device == "cpu" and interpreted):
         return None
-    if device != "cuda":
+    if device.partition(":")[0] != "cuda":
         return (
             f"the tensors are on {device}, the kernels need a CUDA device (or TRITON_INTERPRET=1, set before triton is "
             "imported, for CPU tensors)"
@@ -78,6 +79,6 @@ def unfit_machine(device: str, interpreted: bool) -> str | None:
         return reason
     if torch.version.hip is not None:
         return "the kernels are tuned and tested for NVIDIA devices only, this PyTorch is built for AMD"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return f"the kernels need compute capability 8.0 or later, this device has {torch.cuda.get_device_capability()}"
+    if (capability := torch.cuda.get_device_capability(torch.device(device))) < (8, 0):
+        return f"the kernels need compute capability 8.0 or later, {device} has {capability[0]}.{capability[1]}"
     return None

@@ -81,7 +81,7 @@ def dtype_name(name: str) -> str:
         raise ArgumentTypeError(str(error)) from error
 
 
-def add_run_options(parser: ArgumentParser, *, on_broken: str = "report") -> None:
+def add_run_options(parser: ArgumentParser | ArgumentGroup, *, on_broken: str = "report") -> None:
     """--processes and --on-broken, for commands that make many results."""
     parser.add_argument(
         "--processes", type=int, default=1, metavar="N", help="share the work out over N processes or GPUs"

@@ -9,8 +9,9 @@ writes  to standard output a table, or with --json one JSON object a line: op, p
         variant ("plain", or a call with a "mask", a "window", "weights" of the heads, or a "large frame"), dtype,
         head_dim, arch, kernel, tiles (rows, columns, dims, warps, stages), registers, spill_bytes, shared_bytes,
         launchable, tensor_cores (in every matrix product; true where there is none), serialized_products, repetition
-        (threads that compute each score), resident_blocks (of a multiprocessor), tile_use and wave_use (shares of
-        tiles, and of places for blocks, that have work), triton (its version), instructions_per_element (of the main
+        (threads that compute each score), resident_blocks (of a multiprocessor), overlap (share of the exponentials
+        taken while a product is under way), tile_use and wave_use (shares of tiles, and of places for blocks, that
+        have work), triton (its version), instructions_per_element (of the main
         loop), cycles_per_element (of each unit), and for soft displacement of single heads floor_cycles_per_element;
         with --output the same in a file, with the command, the commit and the versions, written anew after each call
         so that a run can be stopped and taken up again
@@ -34,7 +35,7 @@ _COLUMNS = (
     ("op", 22), ("pass", 9), ("heads", 14), ("variant", 12), ("kernel", 22), ("dtype", 9), ("head_dim", 9),
     ("arch", 5),
     ("registers", 10), ("spill_bytes", 12), ("shared_bytes", 13), ("launchable", 11), ("tensor_cores", 13),
-    ("serialized_products", 20), ("resident_blocks", 16), ("tile_use", 9), ("wave_use", 9),
+    ("serialized_products", 20), ("resident_blocks", 16), ("overlap", 8), ("tile_use", 9), ("wave_use", 9),
     ("instructions_per_element", 24),
 )  # fmt: skip
 _CARDS = {

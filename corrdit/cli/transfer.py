@@ -2,6 +2,8 @@
 
 reads   REFERENCE: a video file or a folder of frames; the word none with --stored and for methods without a reference
         PROMPT: what the new video shows
+        or TABLE: a CSV file with the columns video and prompt (or caption, subject and scene, a pair for each) and
+        perhaps start, end, step, seed and name; or DiTFlow's prompts.js with --videos DAVIS/JPEGImages/480p
         --stored: motion.safetensors of an earlier transfer, which is injected instead of optimising anything
         --region: where the motion is wanted: a video, picture or folder of frames that is white there, or a box in
         shares of the frame, "[left, top, right, bottom]"
@@ -14,6 +16,9 @@ writes  into the folder --output, all of them or none:
         losses.png          the loss over the guided steps
         motion.safetensors  the optimised latents or embeddings, for --stored
         metrics.json        settings, losses, motion fidelity and, with --clip, the prompt's cosine
+        for a table these in a folder for each pair, as each is done, pair.json with it, and table.csv, table.md and
+        table.json: means over pairs by kind of prompt, with --compare in a folder for each method or value and beside
+        what DiTFlow published. The same command goes on where it was stopped
 A run that is killed goes on after its last finished denoising step when the same command is given again.
 CogVideoX-2B and 5B run on a GPU as DiTFlow released them, unless --placement and the options beside it say otherwise:
 parts offloaded, the codec in tiles and slices, gradient checkpointing.
@@ -21,16 +26,23 @@ parts offloaded, the codec in tiles and slices, gradient checkpointing.
 
 from __future__ import annotations
 
-import functools
 import math
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from corrdit.cli.devices import OptionTable, add_options, checked_device, given_options, named
+from corrdit.cli.devices import (
+    OptionTable,
+    add_options,
+    add_run_options,
+    checked_device,
+    given_options,
+    named,
+)
 from corrdit.cli.model_options import add_model_options, checked_preset, loaded_backbone
 from corrdit.cli.terminal import Report, progress_bar
+from corrdit.cli.transfer_table import TABLE_SUFFIXES, transfer_table
 from corrdit.files import OutputFolder, file_digest, output_folder, short_name
 
 if TYPE_CHECKING:
@@ -46,7 +58,7 @@ if TYPE_CHECKING:
 WITHOUT_REFERENCE = ("steady", "path", "backbone")
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 HELP = "give a new video the motion of a reference"
-USAGE = "REFERENCE PROMPT --output DIR [--model embedded] [--method ditflow] [options]"
+USAGE = "REFERENCE PROMPT | TABLE  --output DIR [--model embedded] [--method ditflow] [options]"
 
 _SETTINGS: OptionTable = {
     "method": (
@@ -93,8 +105,10 @@ _SETTINGS: OptionTable = {
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("reference", metavar="REFERENCE", help="video file, folder of frames, or none")
-    parser.add_argument("prompt", metavar="PROMPT", help="what the new video shows")
+    parser.add_argument(
+        "reference", metavar="REFERENCE", help="video file, folder of frames, none, or a table of pairs"
+    )
+    parser.add_argument("prompt", nargs="?", default=None, metavar="PROMPT", help="what the new video shows")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results, made if need be")
     add_model_options(parser)
     parser.add_argument("--stored", default=None, metavar="FILE", help="inject the motion of an earlier transfer")
@@ -120,6 +134,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--width", type=int | None, default=None, help="of the new video; goes with --height")
     parser.add_argument("--start", type=int, default=0, metavar="N", help="skip the first N frames of the reference")
     parser.add_argument("--max-frames", type=int | None, default=None, metavar="N", help="read at most N frames")
+    parser.add_argument("--stride", type=int | None, default=None, metavar="N", help="take every N-th of these frames")
     parser.add_argument(
         "--fps", type=float | None, default=None, help="rate the reference is resampled to, and of the new video"
     )
@@ -128,27 +143,51 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--clip", default=None, metavar="MODEL", help="also measure the prompt's cosine by this CLIP (folder or hub id)"
     )
+    parser.add_argument(
+        "--tracker",
+        choices=["auto", "cotracker", "ours"],
+        default="auto",
+        help="of motion fidelity: CoTracker from torch's hub, the model itself, or CoTracker where it is here",
+    )
+    group = parser.add_argument_group("with a table of pairs")
+    group.add_argument("--videos", default=None, metavar="DIR", help="where its videos are, such as DAVIS's pictures")
+    group.add_argument(
+        "--compare",
+        choices=["table1", "blocks", "guided-share", "optimisation-steps", "temperature", "optimizer"],
+        default=None,
+        help="do all methods of DiTFlow's table 1, or all values of one of its ablations",
+    )
+    add_run_options(group)
     add_options(parser, _SETTINGS, "; the model's preset if left out")
 
 
 def run(arguments: Namespace) -> int:
     from corrdit.array_files import content_digest
     from corrdit.integrations.diffusers.motion_transfer import MotionTransfer, StoredMotion
-    from corrdit.integrations.diffusers.motion_transfer.results_on_disk import METRICS_FILE, fidelity_of, write_transfer
+    from corrdit.integrations.diffusers.motion_transfer.results_on_disk import (
+        METRICS_FILE,
+        chosen_tracker,
+        fidelity_of,
+        fidelity_tracker,
+        write_transfer,
+    )
     from corrdit.integrations.diffusers.placement import released_placement
     from corrdit.motion import PromptSimilarity
     from corrdit.runs import refuse_other_record
-    from corrdit.tracking import PointTracker
 
     began = time.perf_counter()
+    _check_kind(arguments)
     if (arguments.height is None) != (arguments.width is None):
         raise ValueError("--height and --width go together; give both or none")
+    if _is_table(arguments):
+        return transfer_table(arguments, given_options(arguments, _SETTINGS))
     preset = checked_preset(arguments.preset)
     stored = StoredMotion.load(arguments.stored) if arguments.stored is not None else None
     reference, fps, known = _reference(arguments)
     region = _region(arguments)
     known["region"] = region if region is None or isinstance(region, list) else content_digest(region)
     output_folder(arguments.output)
+    tracker = chosen_tracker(arguments.tracker)
     released = released_placement(arguments.model, checked_device(arguments.device))
     backbone = loaded_backbone(arguments, preset, released)
     similarity = None
@@ -176,7 +215,8 @@ def run(arguments: Namespace) -> int:
         measured: dict[str, float] = {}
         if arguments.metrics and result.reference is not None:
             show(0, None, phase="tracking both videos")
-            measured = fidelity_of(result, functools.partial(PointTracker(backbone).track, progress=show))
+            measured = fidelity_of(result, *fidelity_tracker(tracker, backbone, progress=show))
+            known["tracker"] = tracker
         if similarity is not None:
             show(0, None, phase="comparing with the prompt")
             measured["image_quality"] = similarity(result.video, arguments.prompt)
@@ -201,6 +241,24 @@ def run(arguments: Namespace) -> int:
     return 0
 
 
+def _is_table(arguments: Namespace) -> bool:
+    return Path(arguments.reference).suffix.lower() in TABLE_SUFFIXES
+
+
+def _check_kind(arguments: Namespace) -> None:
+    """Raises ValueError for options of a table with one reference, and for a reference without a prompt."""
+    if _is_table(arguments):
+        return
+    if arguments.prompt is None:
+        raise ValueError("PROMPT is required with one reference: say what the new video shows")
+    given = {"--videos": arguments.videos, "--compare": arguments.compare}
+    given |= {"--processes": None if arguments.processes == 1 else arguments.processes}
+    for option, value in given.items():
+        if value is not None:
+            accepted = ", ".join(TABLE_SUFFIXES)
+            raise ValueError(f"{option} goes with a table of pairs ({accepted}), and {arguments.reference} is none")
+
+
 def _announcer(show: Report) -> Callable[[str, TransferPlan], None]:
     """Says what will be done as the first phase begins, and moves the bar on to each."""
     said: list[TransferPlan] = []
@@ -216,6 +274,7 @@ def _announcer(show: Report) -> Callable[[str, TransferPlan], None]:
 
 def _reference(arguments: Namespace) -> tuple[np.ndarray | None, float, dict[str, object]]:
     """The reference's frames, or None, the rate of the new video, and what metrics.json says of them."""
+    from corrdit.arguments import whole_number
     from corrdit.array_files import content_digest
     from corrdit.integrations.diffusers.motion_transfer.reference import at_rate
     from corrdit.video import read_video
@@ -236,8 +295,10 @@ def _reference(arguments: Namespace) -> tuple[np.ndarray | None, float, dict[str
         return None, arguments.fps or DEFAULT_FPS, known
     # How few frames are too few, the model says.
     video = read_video(arguments.reference, start=arguments.start, max_frames=arguments.max_frames, min_frames=1)
-    known |= {"reference": content_digest(video.frames)} | ({} if video.info.hdr is None else {"hdr": video.info.hdr})
-    return *at_rate(video.frames, video.fps, arguments.fps, video.times), known
+    stride = 1 if arguments.stride is None else whole_number("--stride", arguments.stride, 1)
+    frames, times = video.frames[::stride], None if video.times is None else video.times[::stride]
+    known |= {"reference": content_digest(frames)} | ({} if video.info.hdr is None else {"hdr": video.info.hdr})
+    return *at_rate(frames, video.fps / stride, arguments.fps, times), known
 
 
 def _region(arguments: Namespace) -> np.ndarray | list[Any] | None:
@@ -256,7 +317,9 @@ def _region(arguments: Namespace) -> np.ndarray | list[Any] | None:
         picture = np.atleast_3d(np.asarray(imageio.imread(given)))
         return picture[..., :3].mean(-1) / 255
     video = read_video(given, start=arguments.start, max_frames=arguments.max_frames, min_frames=1)
-    return at_rate(video.frames, video.fps, arguments.fps, video.times)[0].mean(-1) / 255
+    stride = arguments.stride or 1
+    frames, times = video.frames[::stride], None if video.times is None else video.times[::stride]
+    return at_rate(frames, video.fps / stride, arguments.fps, times)[0].mean(-1) / 255
 
 
 def _loss_in_words(losses: list[float]) -> str | None:

@@ -118,7 +118,7 @@ class PointPromptTracker:
         self.backbone = backbone
         self.inference_steps = whole_number("inference_steps", inference_steps, 2)
         self.start = round(self.inference_steps * (1 - finite_number("strength", strength, above=0, most=1)))
-        self.start = min(self.start, self.inference_steps - 2)
+        self.start = min(self.start, self.inference_steps - 1)
         self.weight, self.seed = finite_number("weight", weight, least=0), whole_number("seed", seed, 0)
         self.radius = None if radius is None else finite_number("radius", radius, above=0)
         self.search = None if search is None else finite_number("search", search, above=0)
@@ -165,11 +165,10 @@ class PointPromptTracker:
         )
         generator = torch.Generator().manual_seed(self.seed)
         noise = torch.randn(latents.shape, generator=generator).to(latents)
-        steps, last = self.inference_steps, self.inference_steps - 1
+        steps = self.inference_steps
         noisy = self.backbone.add_noise(latents, noise, self.backbone.timestep(self.start, steps))
         pushed = cast(PromptedBackbone, Counterfactual(self.backbone, latents, unmarked, noise, self.weight))
-        made = dict(type(self.backbone).denoised(pushed, noisy, self.start, [last], steps))[last]
-        # The last step of the schedule is all but free of noise.
+        made = dict(type(self.backbone).denoised(pushed, noisy, self.start, [steps], steps))[steps]
         return self.backbone.decode(made).permute(0, 2, 3, 1).cpu().add(1).div(2).clamp(0, 1)
 
     def _size(self, clip: Tensor) -> tuple[int, int]:

@@ -6,6 +6,7 @@ A tracker is any callable `(video uint8 [T, H, W, 3], queries float [P, 3] (fram
 from __future__ import annotations
 
 import importlib.util
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from corrdit.tracking.tracks import Tracks
 Tracker = Callable[[np.ndarray, np.ndarray], Tracks]
 COTRACKER_REPOSITORY = "facebookresearch/co-tracker"
 COTRACKER_MODEL = "cotracker3_offline"
+COTRACKER_WEIGHTS = "scaled_offline.pth"
 LARGEST_RETURN = 1.0
 """Pixels by which following a point there and back may miss its start for the point to count as seen."""
 
@@ -203,6 +205,13 @@ def cotracker(video: np.ndarray, queries: np.ndarray) -> Tracks:
         tracks, visible = model(clip, queries=given[None].to(device))[:2]
     xy, seen = tracks[0].cpu().float() + 0.5, visible[0].cpu().bool()
     return Tracks(xy=xy, visible=seen, score=seen.float())
+
+
+def cotracker_is_here() -> bool:
+    """Whether torch's hub has CoTracker's code and weights on this machine, so that nothing needs a network."""
+    hub = pathlib.Path(torch.hub.get_dir())
+    code = any(hub.glob(f"{COTRACKER_REPOSITORY.replace('/', '_')}_*/hubconf.py"))
+    return code and (hub / "checkpoints" / COTRACKER_WEIGHTS).is_file()
 
 
 TRACKERS: dict[str, Tracker] = {"lucas-kanade": lucas_kanade, "cotracker": cotracker, "patches": nearest_patches}

@@ -240,13 +240,21 @@ class VideoReading:
         tensors, metadata = read_safetensors(path)
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{os.fspath(path)} holds no reading of a video; give a file that VideoReading.save wrote")
-        facts = json.loads(metadata["facts"])
+        try:
+            return cls._restored(os.fspath(path), tensors, json.loads(metadata["facts"]), tracker)
+        except (KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"{os.fspath(path)} is damaged: {type(error).__name__} {error}") from error
+
+    @staticmethod
+    def _restored(
+        path: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], tracker: ReadingTracker
+    ) -> VideoReading:
         reading = tracker.reading_of(_ShapeOnly(facts["shape"]), keep=True)
-        reading._check_bound(os.fspath(path), facts)
+        reading._check_bound(path, facts)
         device = getattr(tracker.backbone, "device", torch.device("cpu"))
         for name, store in reading._stores():
             if name not in tensors or len(tensors[name]) != reading.shape[0]:
-                raise ValueError(f"{os.fspath(path)} is damaged: it lacks the {name} of its frames")
+                raise ValueError(f"{path} is damaged: it lacks the {name} of its frames")
             store.keep(tensors[name].to(device) if name == "latents" else tensors[name])
         for index, (frames, pair) in enumerate(zip(facts["chunks"], facts["pairs"], strict=True)):
             prefix = f"chunk.{index}."

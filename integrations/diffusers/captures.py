@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -44,7 +44,7 @@ CaptureCallback = Callable[[int, int, Any], None]
 def capture(
     model: Any,
     *,
-    layers: int | Iterable[int],
+    layers: int | Iterable[int] | Literal["all"],
     steps: int | Iterable[int] | None = None,
     operation: Operation | Mapping[str, Operation],
     branch: str | None = None,
@@ -67,7 +67,7 @@ def capture(
             compiled one by one; their queries and keys then live until the end of the forward. Inside the block its
             forwards come from one thread; a model that several threads share is loaded once for each.
         layers: indices over all attention blocks in the order they run (HunyuanVideo: dual, then single);
-            negative ones count from the last.
+            negative ones count from the last; or "all".
         steps: denoising steps of the pipeline's loop, negative ones counted from the last; None for every step.
             For a bare transformer a step is a distinct timestep in the order of calls, and none may be negative.
         operation: `operation(q, k, grid, key_mask) -> tensors` with q, k `[B, H, N, D]` after normalisation and rotary
@@ -104,7 +104,7 @@ def capture(
         model = model.pipe
     return Capture(
         model,
-        operations=dict.fromkeys(whole_indices("layers", layers), named_operations(operation)),
+        operations=dict.fromkeys(_chosen_layers(model, layers), named_operations(operation)),
         steps=None if steps is None else whole_indices("steps", steps),
         named=isinstance(operation, Mapping),
         branch=branch,
@@ -114,6 +114,15 @@ def capture(
         on_skip=on_skip,
         attention=attention,
     )
+
+
+def _chosen_layers(model: Any, layers: int | Iterable[int] | Literal["all"]) -> Iterable[int]:
+    if not isinstance(layers, str):
+        return whole_indices("layers", layers)
+    if layers != "all":
+        raise ValueError(f'layers must be "all" or whole numbers, got {layers!r}')
+    counts = [len(layout_of(transformer).attention_modules(transformer)) for transformer in transformers_of(model)]
+    return range(min(counts, default=0))
 
 
 class Capture(Mapping[tuple[int, int], Any]):

@@ -19,7 +19,7 @@ from corrdit.kernels.displacement.soft_forward import (
     window_kind,
 )
 from corrdit.kernels.shared.launch import choose_tiles, launch, tile_count
-from corrdit.kernels.shared.primitives import accumulate_moments, coordinate_tile, head_scores, wide
+from corrdit.kernels.shared.primitives import accumulate_moments, coordinate_tile, head_scores, weighted_scale, wide
 from corrdit.kernels.shared.tables import FramePairTable, coordinate_table
 from corrdit.problem import product_precision
 
@@ -48,6 +48,7 @@ def folded_forward_kernel(
     first_row = (wide(batch) * pair_count + pair) * frame_tokens
     center_x, center_y = load_centers(center, first_row, rows, kept_rows, width, WINDOW)
     start, end = key_range(center_y, kept_rows, radius, width, frame_tokens, WINDOW)
+    scale = weighted_scale(scale, head_weights, heads, WEIGHTED)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     moments = tl.zeros([BLOCK_M, 16], tl.float32)
     for first in range(start, end, BLOCK_N):
@@ -71,9 +72,14 @@ def folded_forward_kernel(
 def folded_scale(heads: int, scale: float, weights: Tensor | None) -> tuple[float, Tensor | None]:
     """(factor of the exponent, factors of the query heads): the mean over heads is one division by H.
 
-    With weights, head h is multiplied by H * w_h, which keeps its magnitude in the dtype of q.
+    With weights, the queries of head h are multiplied by its weight over the largest, which cannot leave the range of
+    float16, and the exponent by H times the largest: `[H + 1]`, with that last. See `weighted_scale`.
     """
-    return scale / heads, None if weights is None else (weights.to(torch.float32) * heads).contiguous()
+    if weights is None:
+        return scale / heads, None
+    weights = weights.to(torch.float32)
+    largest = weights.amax().reshape(1)
+    return scale / heads, torch.cat((weights / largest, largest * heads))
 
 
 def folded_forward(
@@ -101,7 +107,8 @@ def folded_forward(
     frame_tokens, pair_count = height * width, table.pairs.shape[0]
     displacement = torch.empty(batch, 1, pair_count, frame_tokens, 2, dtype=torch.float32, device=q.device)
     statistics = torch.empty(batch, 1, pair_count, frame_tokens, dtype=torch.float32, device=q.device)
-    tiles = choose_tiles("folded_forward", q)
+    guarded = key_mask is not None or window >= 0 or weights is not None
+    tiles = choose_tiles("folded_forward", q, guarded)
     mask = table.pairs if key_mask is None else key_mask
     exponent, factors = folded_scale(heads, scale, weights)
     launch(

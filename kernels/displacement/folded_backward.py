@@ -21,7 +21,7 @@ from corrdit.kernels.displacement.folded import folded_scale
 from corrdit.kernels.displacement.soft_backward import gradient_rows, load_gradient_rows, logit_gradients
 from corrdit.kernels.displacement.soft_forward import key_range, load_centers, masked_scores, window_kind
 from corrdit.kernels.shared.launch import LOG2_E, choose_tiles, launch, tile_count
-from corrdit.kernels.shared.primitives import coordinate_tile, head_scores, wide
+from corrdit.kernels.shared.primitives import coordinate_tile, head_scores, weighted_scale, wide
 from corrdit.kernels.shared.tables import coordinate_table
 from corrdit.problem import product_precision
 
@@ -54,6 +54,7 @@ def folded_gradient_kernel(
     inside = keys < frame_tokens
     center_x, center_y = load_centers(center, pair, rows, kept_rows, width, WINDOW)
     start, end = key_range(center_y, kept_rows, radius, width, frame_tokens, WINDOW)
+    scale = weighted_scale(scale, head_weights, heads, WEIGHTED)
     stored = kept_rows[:, None] & inside[None, :]
     if (first_key < end) & (first_key + BLOCK_N > start):
         scores = head_scores(
@@ -241,5 +242,7 @@ def folded_backward(
             if output is not None and total is not None:
                 by_head = total.unflatten(1, (q.shape[1], -1)).transpose(0, 1)  # [H, N, D]
                 factor = ranges[sample, 0] * (exponent / LOG2_E)
-                torch.mul(by_head, factor if factors is None else (factor * factors)[:, None, None], out=output[sample])
+                if factors is not None:
+                    factor = (factor * factors[-1] * factors[:-1])[:, None, None]
+                torch.mul(by_head, factor, out=output[sample])
     return dq, dk

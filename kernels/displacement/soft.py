@@ -28,7 +28,7 @@ from corrdit.kernels.shared.launch import (
     unequal_weights,
     wanted_gradients,
 )
-from corrdit.kernels.shared.tables import frame_pairs, window_centers, window_radius
+from corrdit.kernels.shared.tables import frame_pairs, made_outside, window_centers, window_radius
 from corrdit.problem import PairProblem, float32_precision
 
 
@@ -148,13 +148,15 @@ def soft_displacement(q: Tensor, k: Tensor, problem: PairProblem) -> tuple[Tenso
     grid, weights = problem.grid, problem.weights
     q, logit_scale = canonical(q, problem.factor)
     folded = problem.heads == "logits" and q.shape[1] > 1
+    pairs = [frame for pair in problem.pairs for frame in pair]
+    made_outside(pairs, grid.frames, grid.height, grid.width, q)
     displacement, _ = _soft_displacement(
         q,
         k,
         unequal_weights(weights) if folded else None,
         problem.key_mask,
         window_centers(problem),
-        [frame for pair in problem.pairs for frame in pair],
+        pairs,
         grid.height,
         grid.width,
         folded,

@@ -313,7 +313,7 @@ def soft_backward(
         if not wanted[index]:
             continue
         output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        tiles = choose_tiles(name, q)
+        tiles = choose_tiles(name, q, key_mask is not None or window >= 0)
         size = tiles.rows if kernel is soft_backward_query_kernel else tiles.columns
         launch(
             kernel, (frames * tile_count(frame_tokens, size), batch * heads),

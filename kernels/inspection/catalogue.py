@@ -129,6 +129,7 @@ class Row(NamedTuple):
             "serialized_products": compiled.serialized,
             "repetition": compiled.repetition,
             "resident_blocks": compiled.resident_blocks,
+            "overlap": compiled.main_loop and compiled.main_loop.overlap,
             "tile_use": round(self.tile_use, 3),
             "wave_use": round(compiled.wave_use, 3),
             "triton": triton.__version__,

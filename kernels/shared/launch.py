@@ -62,7 +62,7 @@ def compile_only(architecture: str, compiler: Compiler) -> Iterator[None]:
 def check_device(tensor: Tensor) -> None:
     """Raises a RuntimeError that names the reason where the kernels cannot run on a tensor's device."""
     kind = tensor.device.type
-    if _compiler is None and (reason := unfit_machine(kind, bool(INTERPRETED.value))):
+    if _compiler is None and (reason := unfit_machine(str(tensor.device), bool(INTERPRETED.value))):
         raise RuntimeError(f'the Triton kernels got {kind} tensors: {reason}; use backend="streaming"')
 
 
@@ -73,15 +73,15 @@ def check_tensors(*tensors: Tensor) -> None:
             raise ValueError(f'{reason}; use backend="streaming" or backend="reference"')
 
 
-def choose_tiles(kernel: str, tensor: Tensor) -> configs.Tiles:
-    """The tiles of a kernel for q of `[..., D]` on its device."""
+def choose_tiles(kernel: str, tensor: Tensor, guarded: bool = False) -> configs.Tiles:
+    """The tiles of a kernel for q of `[..., D]` on its device; `guarded` as in `configs.tiles`."""
     if _compiler is not None:
         architecture = _compiler[0]
     elif tensor.device.type == "cuda":
         architecture = configs.table_of(torch.cuda.get_device_capability(tensor.device))
     else:
         architecture = configs.INTERPRETER
-    return configs.tiles(kernel, architecture, tensor.shape[-1], tensor.element_size())
+    return configs.tiles(kernel, architecture, tensor.shape[-1], tensor.element_size(), guarded)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, tiles: configs.Tiles, **options: Any) -> None:

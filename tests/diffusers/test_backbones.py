@@ -203,9 +203,12 @@ def test_presets():
 @pytest.mark.filterwarnings("ignore:.*no text encoder")
 def test_preset_beside_the_weights(tmp_path):
     tiny_pipeline("wan").save_pretrained(tmp_path)
-    preset = {"layer": 1, "head_weights": [0.0, 1.0], "frames_per_chunk": 4, "of a later version": True}
+    preset = {"layer": 1, "head_weights": [0.0, 1.0], "frames_per_chunk": 4}
     (tmp_path / "preset.json").write_text(json.dumps(preset))
     assert load_backbone(str(tmp_path)).preset == Preset(ReadingPreset(1, head_weights=(0.0, 1.0), frames_per_chunk=4))
+    (tmp_path / "preset.json").write_text(json.dumps({**preset, "of a later version": True}))
+    with pytest.raises(ValueError, match="must be one of layer, step, .*, got 'of a later version'"):
+        load_backbone(str(tmp_path))
 
 
 def test_entry_points_of_other_packages(monkeypatch):

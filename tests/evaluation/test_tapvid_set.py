@@ -60,11 +60,11 @@ def test_one_shard_is_in_memory_at_a_time(tmp_path):
 
 
 def test_neighbours_of_a_shard_are_read_without_opening_it_again(kinetics, monkeypatch):
-    from corrdit.data import tapvid_set
+    from corrdit.data import tapvid
 
     opened = []
-    load = tapvid_set.load_arrays
-    monkeypatch.setattr(tapvid_set, "load_arrays", lambda path: opened.append(path.name) or load(path))
+    load = tapvid.load_arrays
+    monkeypatch.setattr(tapvid, "load_arrays", lambda path: opened.append(path.name) or load(path))
     videos = TapVidSet(kinetics)
     entries = videos.index()
     assert len(opened) == 3

@@ -42,7 +42,7 @@ SMALL = Tiles(16, 16, 16, 1, 1)
 LARGE = Tiles(64, 64, 32, 1, 1)
 KERNELS = (
     "soft_forward", "soft_backward_query", "soft_backward_key", "folded_forward", "folded_gradient", "statistics",
-    "correspondence", "refinement", "local_forward", "local_backward_query", "local_backward_key",
+    "correspondence", "best_match", "refinement", "local_forward", "local_backward_query", "local_backward_key",
 )  # fmt: skip
 
 
@@ -57,8 +57,11 @@ def where_kernels_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """`corrdit.ops` takes the kernels for CPU tensors where they are interpreted; else tensors are made on the GPU."""
     if not ON_GPU:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with torch.device(DEVICE):
         yield
+        return
+    torch.set_default_device(DEVICE)
+    yield
+    torch.set_default_device(None)
 
 
 @pytest.fixture(autouse=True)

@@ -235,6 +235,8 @@ def test_an_object_follows_its_path():
     transfer = MotionTransfer(backbone, method="path", word="disc", path=path, **options)
     result = transfer(None, "a red disc over grass", num_frames=4, height=32, width=32)
     assert result.losses[0, 2] < result.losses[0, 0]
+    with pytest.raises(ValueError, match="leave region out"):
+        transfer(None, "a red disc over grass", region=(0, 0, 1, 1), num_frames=4, height=32, width=32)
     grid = backbone.grid(4, 16, 16)
     assert path_tokens(path, grid).shape == (4, 8, 8)
     with pytest.raises(ValueError, match="the word 'star' is not in the prompt"):

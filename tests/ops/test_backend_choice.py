@@ -34,7 +34,7 @@ def forget_choices():
     ],
 )
 def test_auto_says_what_it_took_on_a_gpu(monkeypatch, caplog, capability, hip, dtype, head_dim, reason):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
     with caplog.at_level(logging.INFO, logger="corrdit"):
         unfit = requirements.unfit_tensor(dtype, head_dim)
@@ -77,7 +77,7 @@ def test_a_budget_that_a_backend_would_ignore_is_refused(operation, backend):
 def test_a_triton_cache_that_cannot_be_written_is_named(monkeypatch, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     reason = f"triton cannot write its cache {tmp_path / 'file' / 'cache'}; set TRITON_CACHE_DIR to a folder that can"
     assert reason in requirements.unfit_machine("cuda", interpreted=False)
     assert main(["kernels"]) == 2

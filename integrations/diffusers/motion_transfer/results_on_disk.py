@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,27 +10,61 @@ from typing import Any
 
 import numpy as np
 
+from corrdit.arguments import choice
 from corrdit.array_files import write_arrays
 from corrdit.files import written_beside
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.motion_transfer.result import TransferResult
 from corrdit.integrations.diffusers.transfer_settings import TransferSettings
+from corrdit.tracking import PointTracker
+from corrdit.tracking.pseudo_truth import cotracker, cotracker_is_here
 from corrdit.tracking.queries import grid_points
 
 FORMATS = ("mp4", "gif", "frames")
 TRACKED_GRID = 8
+RELEASED_GRID = 55
+FIDELITY_TRACKERS = ("auto", "cotracker", "ours")
+"""What follows the points that motion fidelity compares."""
 METRICS_FILE = "metrics.json"
 
 Track = Callable[[np.ndarray, np.ndarray], Any]
 """`track(video [T, H, W, 3], queries [P, 3]) -> Tracks`."""
 
 
-def fidelity_of(result: TransferResult, track: Track) -> dict[str, float]:
+def chosen_tracker(name: str) -> str:
+    """What "auto" stands for: "cotracker" where it is on this machine, else "ours"; other names as they are.
+
+    Raises:
+        ValueError: an unknown name, or CoTracker where it is not: nothing is downloaded for a measure.
+    """
+    choice("tracker", name, FIDELITY_TRACKERS)
+    here = cotracker_is_here()
+    if name == "cotracker" and not here:
+        raise ValueError(
+            'tracker="cotracker": CoTracker is not on this machine; load facebookresearch/co-tracker, '
+            'cotracker3_offline, once by torch.hub, or take tracker="ours"'
+        )
+    return ("cotracker" if here else "ours") if name == "auto" else name
+
+
+def fidelity_tracker(
+    name: str, backbone: Backbone, progress: Callable[[int, int], None] | None = None
+) -> tuple[Track, int]:
+    """A tracker of `chosen_tracker` with the points a side of its grid: DiTFlow's released 55 for CoTracker."""
+    if name == "cotracker":
+        return cotracker, RELEASED_GRID
+    return functools.partial(PointTracker(backbone).track, progress=progress), TRACKED_GRID
+
+
+def fidelity_of(result: TransferResult, track: Track, grid: int = TRACKED_GRID) -> dict[str, float]:
     """Motion fidelity between a result and its reference, by tracks of a grid of points on the first frame.
+
+    Tracks at rest count as rest, not as the noise of the tracker; as released they do not.
 
     Args:
         result: with a reference.
         track: a point tracker, for instance `PointTracker(backbone).track`.
+        grid: points a side.
 
     Returns:
         "motion_fidelity" (two-sided) and "motion_fidelity_released"; empty without a reference.
@@ -39,7 +74,7 @@ def fidelity_of(result: TransferResult, track: Track) -> dict[str, float]:
     if result.reference is None:
         return {}
     height, width = result.video.shape[1:3]
-    queries = grid_points(TRACKED_GRID, height, width)
+    queries = grid_points(grid, height, width)
     frames = min(len(result.video), len(result.reference))
     made, wanted = (
         np.asarray(track(video[:frames], queries).xy).transpose(1, 0, 2) for video in (result.video, result.reference)

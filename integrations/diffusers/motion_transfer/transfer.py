@@ -196,6 +196,8 @@ class MotionTransfer:
             begins("reading the reference")
             with torch.inference_mode(False):
                 prepared = reference_motion(self.backbone, frames, self.settings, region=tokens)
+            # Parts that are offloaded lie on the device until another comes; the pipeline begins with its text encoder.
+            getattr(self.backbone.pipe, "maybe_free_model_hooks", bool)()
         arguments = self._pipeline_arguments(prompt, size, pipeline_arguments)
         state = self._state(state_file, prepared, prompt, seed, size, motion, tokens, pipeline_arguments)
         begun = state.finished

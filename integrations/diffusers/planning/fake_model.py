@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import inspect
 import json
 import os
@@ -11,6 +10,7 @@ import pathlib
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -128,9 +128,24 @@ def _parts_of_folder(folder: pathlib.Path) -> tuple[str, dict[str, Part], dict[s
     return str(index["_class_name"]), parts, values
 
 
+def _library(part: Part) -> ModuleType:
+    """The library of a component; a file may name no other module to be imported."""
+    import diffusers
+    import transformers
+
+    from corrdit.integrations.embedded import codec, text
+
+    known = {library.__name__: library for library in (diffusers, transformers, codec, text)}
+    if part.library not in known:
+        raise ValueError(
+            f"{part.source} belongs to a class of {part.library}; accepted are those of {', '.join(known)}"
+        )
+    return known[part.library]
+
+
 def _built(name: str, part: Part, dtype: torch.dtype, mode: FakeTensorMode) -> Any:
     """A component; modules with fake weights of the type."""
-    kind: Factory = getattr(importlib.import_module(part.library), part.kind, None)
+    kind: Factory = getattr(_library(part), part.kind, None)
     if kind is None:
         raise ValueError(f"{name} is a {part.library}.{part.kind}, which this {part.library} does not have")
     if not issubclass(kind, nn.Module):

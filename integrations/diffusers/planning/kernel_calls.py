@@ -7,7 +7,6 @@ scores again, and the gradients in both). The kernels may do more.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,27 +18,26 @@ from corrdit.kernels.requirements import planned_gpu
 ARCHITECTURE = "9.0"
 """Whose tiles are taken. A few tables of the kernels' workspace have the size of a tile."""
 
-_COMPUTED = {
-    "soft_displacement": "displacement.soft",
-    "soft_displacement_backward": "displacement.soft",
-    "frame_local_attention": "frame_local.attention",
-    "frame_local_attention_backward": "frame_local.attention",
-    "hard_displacement": "matching.hard",
-    "match": "matching.match",
-    "cost_rows": "matching.costs",
-    "attention_mass": "matching.mass",
-}
-"""Module of the function `compute_NAME` behind the operator `corrdit::NAME`."""
-
 
 def kernel_functions() -> dict[str, Callable[..., Any]]:
     """The host function by operator; empty where triton is not installed."""
     if importlib.util.find_spec("triton") is None:
         return {}
-    return {
-        f"corrdit::{name}": getattr(importlib.import_module(f"corrdit.kernels.{module}"), f"compute_{name}")
-        for name, module in _COMPUTED.items()
-    }
+    from corrdit.kernels.displacement import soft
+    from corrdit.kernels.frame_local import attention
+    from corrdit.kernels.matching import costs, hard, mass, match
+
+    functions: list[Callable[..., Any]] = [
+        soft.compute_soft_displacement,
+        soft.compute_soft_displacement_backward,
+        attention.compute_frame_local_attention,
+        attention.compute_frame_local_attention_backward,
+        hard.compute_hard_displacement,
+        match.compute_match,
+        costs.compute_cost_rows,
+        mass.compute_attention_mass,
+    ]
+    return {f"corrdit::{function.__name__.removeprefix('compute_')}": function for function in functions}
 
 
 def _pairs_of_frames(q: Tensor, pairs: list[int], height: int, width: int) -> float:

@@ -28,7 +28,8 @@ KINDS = ("weights", SAVED, "activations", "operation", "codec")
 """What a storage is for. Activations are what is in use and not saved; "operation" is the workspace of corrdit's own
 operations on queries and keys, in both passes."""
 
-_OPERATIONS = ("corrdit.kernels", "corrdit.motion", "corrdit.ops", "corrdit.reference", "corrdit.streaming")
+_OPERATIONS = ("kernels", "motion", "ops", "reference", "streaming")
+"""Rooms of corrdit."""
 _DEEPEST = 40
 """Frames of the stack that are looked at for an operation."""
 _LARGEST_UNFOLDED = 20480
@@ -187,7 +188,8 @@ def _unfolded(volume: torch.Tensor) -> bool:
 def _in_an_operation() -> bool:
     frame, depth = sys._getframe(2), 0
     while frame is not None and depth < _DEEPEST:
-        if frame.f_globals.get("__name__", "").startswith(_OPERATIONS):
+        library, _, module = frame.f_globals.get("__name__", "").partition(".")
+        if library == "corrdit" and module.partition(".")[0] in _OPERATIONS:
             return True
         frame, depth = frame.f_back, depth + 1  # type: ignore[assignment]
     return False

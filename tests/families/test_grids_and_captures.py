@@ -1,4 +1,4 @@
-"""`TokenGrid.of` says before a generation what a capture finds in it, for every family."""
+"""`TokenGrid.of` says before a generation what a capture finds in it, for every family; results by their places."""
 
 from __future__ import annotations
 
@@ -44,3 +44,12 @@ def test_results_counted_from_the_last():
     assert captured[-3, 0] is captured[0, 0]
     with pytest.raises(KeyError, match=r"no result for \(step, layer\) \(-2, 0\)"):
         captured[-2, 0]
+
+
+def test_all_layers():
+    pipe = tiny_pipeline("wan")
+    with capture(pipe, layers="all", steps=[-1], operation=lambda q, k, grid, key_mask: q.sum()) as captured:
+        pipe(**tiny_generation("wan", steps=2))
+    assert list(captured) == [(1, layer) for layer in range(len(pipe.transformer.blocks))]
+    with pytest.raises(ValueError, match="layers must be \"all\" or whole numbers, got '45'"):
+        capture(pipe, layers="45", operation=lambda q, k, grid, key_mask: q.sum())
