@@ -57,6 +57,7 @@ MAIN: dict[str, Record] = {
     "motionclone": {"method": "motionclone"},
     "ditflow latents": {"method": "ditflow"},
     "ditflow embeddings": {"method": "ditflow", "optimise": "embedding", "learning_rate": 0.02},
+    # The rates of these two are still to be chosen by the part tuning.
     "flowmotion": {"method": "flowmotion", "optimisation_steps": 3},
     # FastVMT's settings at the embedded model's 8 x 8 tokens; its schedule begins at the reference.
     "fastvmt": {
