@@ -34,6 +34,7 @@ EXTRAS = {
     "tensorboard": ["tensorboard>=2.16,<3"],
     "parquet": ["pyarrow>=15,<27"],
     "opencv": ["opencv-python-headless>=4.9,<6"],
+    "explore": ["nicegui>=3.4,<4"],
     "docs": ["mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.27,<2"],
     "test": [
         "pytest>=8,<10",
@@ -42,6 +43,7 @@ EXTRAS = {
         "peft>=0.15,<1",
         "torchmetrics>=1.4,<2",
         "tensorboard>=2.16,<3",
+        "nicegui>=3.4,<4",
         "setuptools>=77,<90",
         "pyarrow>=15,<27",
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 from collections.abc import Iterator
 
 import torch
@@ -29,9 +30,9 @@ def planned_gpu() -> Iterator[None]:
         _planned = before
 
 
-def kind_of_device(tensor: torch.Tensor) -> str:
-    """The type of a tensor's device, or `PLANNED`."""
-    return PLANNED if _planned else tensor.device.type
+def device_of(tensor: torch.Tensor) -> str:
+    """The name of a tensor's device, such as "cuda:1", or `PLANNED`."""
+    return PLANNED if _planned else str(tensor.device)
 
 
 def unfit_tensor(dtype: torch.dtype, head_dim: int | None) -> str | None:
@@ -44,23 +45,40 @@ def unfit_tensor(dtype: torch.dtype, head_dim: int | None) -> str | None:
     return None
 
 
+def unwritable_cache() -> str | None:
+    """Why triton cannot keep what it compiles, None where it can."""
+    place = os.environ.get("TRITON_CACHE_DIR")
+    if not place:
+        home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")
+        place = os.path.join(home, ".triton", "cache")
+    existing = os.path.abspath(place)
+    while not os.path.lexists(existing):
+        existing = os.path.dirname(existing)
+    if os.path.isdir(existing) and os.access(existing, os.W_OK | os.X_OK):
+        return None
+    return f"triton cannot write its cache {place}; set TRITON_CACHE_DIR to a folder that can be written"
+
+
 def unfit_machine(device: str, interpreted: bool) -> str | None:
-    """Why the kernels cannot run here on tensors of a kind of device.
+    """Why the kernels cannot run here on tensors of a device.
 
     Args:
+        device: its name: "cpu", "cuda", "cuda:1".
         interpreted: whether triton runs kernels on CPU tensors in this process.
     """
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device == PLANNED or (device == "cpu" and interpreted):
         return None
-    if device != "cuda":
+    if device.partition(":")[0] != "cuda":
         return (
             f"the tensors are on {device}, the kernels need a CUDA device (or TRITON_INTERPRET=1, set before triton is "
             "imported, for CPU tensors)"
         )
+    if reason := unwritable_cache():
+        return reason
     if torch.version.hip is not None:
         return "the kernels are tuned and tested for NVIDIA devices only, this PyTorch is built for AMD"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return f"the kernels need compute capability 8.0 or later, this device has {torch.cuda.get_device_capability()}"
+    if (capability := torch.cuda.get_device_capability(torch.device(device))) < (8, 0):
+        return f"the kernels need compute capability 8.0 or later, {device} has {capability[0]}.{capability[1]}"
     return None

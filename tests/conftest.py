@@ -9,8 +9,9 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 
-if importlib.util.find_spec("triton"):
+if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     # Triton settles at its first import, which may be diffusers' in any test, whether it can interpret kernels, as
     # tests/kernels does. The variable goes at once: nothing else is to take the kernels for CPU tensors.
     os.environ["TRITON_INTERPRET"] = "1"
@@ -30,3 +31,22 @@ def golden() -> Callable[[str], dict[str, np.ndarray]]:
             return {key: archive[key] for key in archive.files}
 
     return load
+
+
+@pytest.fixture
+def saved_model(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], pathlib.Path]:
+    """Saves a tiny pipeline into a folder, and makes up for packages its pipeline is loaded with."""
+    from corrdit.integrations.diffusers.testing.tiny_families import NoSafetyChecker
+    from corrdit.integrations.diffusers.testing.tiny_models import TINY_MODELS, tiny_pipeline
+
+    def save(name: str) -> pathlib.Path:
+        if name.startswith("consisid"):
+            pytest.importorskip("cv2", reason="diffusers loads ConsisID beside OpenCV only")
+        pipe = tiny_pipeline(name)
+        if name.startswith("cosmos"):
+            monkeypatch.setattr(f"{type(pipe).__module__}.CosmosSafetyChecker", NoSafetyChecker)
+        folder = tmp_path / TINY_MODELS[name].pipeline
+        pipe.save_pretrained(folder)
+        return folder
+
+    return save

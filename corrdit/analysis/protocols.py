@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from corrdit.arguments import choice, resolved_index, whole_number
+from corrdit.arguments import choice, entries, resolved_index, whole_number
 from corrdit.geometry import GEOMETRIES
 from corrdit.ops.backends import check_budget
+from corrdit.tracking.options import POSTERIORS
 from corrdit.tracking.released_costs import ROUNDINGS
 
 FEATURE_READINGS = ("attention output", "projected output")
@@ -26,6 +27,7 @@ _CHOICES = {
     "noise": ("noised", "inverted", "clean"),
     "average": ("pooled", "released"),
     "rounding": ROUNDINGS,
+    "posterior": POSTERIORS,
 }
 
 
@@ -61,6 +63,11 @@ class AnalysisOptions:
             candidates tie, see `corrdit.tracking.released_costs`. Filtered readings stay unrounded.
         latents: of given videos: "frames" (every frame a latent of its own, as the tracker reads) or "video"
             (temporally compressed as the model was trained; released).
+        posterior: of given videos: "mode" (the codec's most likely latents) or "sample" (drawn with `seed`, released).
+        encoded_size: (height, width) in pixels of given videos, in place of a number of tokens; None for the backbone's
+            preset.
+        resize_first: (height, width) to which given videos are resized before that (released: 256 x 256).
+        antialias: whether they are resized with antialiasing (released: without).
         noise: of given videos: "noised" (fresh noise to the timestep of each step), "inverted" (along the model's own
             path, see `corrdit.integrations.diffusers.inversion`; costs a whole forward pass for each step of the
             schedule) or "clean".
@@ -93,6 +100,10 @@ class AnalysisOptions:
     bidirectional: bool = True
     rounding: str = "none"
     latents: str = "frames"
+    posterior: str = "mode"
+    encoded_size: tuple[int, int] | None = None
+    resize_first: tuple[int, int] | None = None
+    antialias: bool = True
     noise: str = "noised"
     seed: int = 0
     max_frames: int | None = None
@@ -110,6 +121,11 @@ class AnalysisOptions:
         for name, minimum in (("inference_steps", 1), ("max_frames", 2), ("tokens_per_frame", 1), ("memory_budget", 1)):
             if getattr(self, name) is not None:
                 whole_number(name, getattr(self, name), minimum)
+        for name in ("encoded_size", "resize_first"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _size(name, getattr(self, name)))
+        if self.encoded_size is not None and self.tokens_per_frame is not None:
+            raise ValueError("encoded_size fixes the tokens of a frame; drop tokens_per_frame or encoded_size")
         check_budget(self.backend, self.memory_budget)
         if self.thresholds is not None:
             given = tuple(float(threshold) for threshold in self.thresholds)
@@ -177,6 +193,13 @@ def resolved(name: str, wanted: Iterable[int] | None, count: int, owner: str) ->
     indices = range(count) if wanted is None else wanted
     among = f"{owner}, which has {count}"
     return tuple(sorted({resolved_index(name, index, count, among) for index in indices}))
+
+
+def _size(name: str, value: object) -> tuple[int, int]:
+    sides = entries(name, value)
+    if len(sides) != 2:
+        raise ValueError(f"{name} must be (height, width) in pixels, got {sides}")
+    return whole_number(f"height of {name}", sides[0], 1), whole_number(f"width of {name}", sides[1], 1)
 
 
 def _distinct(name: str, value: object) -> tuple[int, ...]:

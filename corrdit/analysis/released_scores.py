@@ -42,16 +42,16 @@ def released_scores(
         size: (height, width) of the video in pixels.
 
     Returns:
-        Float32 tensors on the CPU: `confidence_text_points`, `confidence_self_points`, `confidence_cross_points` `[P]`,
-        `attention_text_points`, `attention_self_points`, `attention_cross_points` over the points visible in the first
-        frame, and the mean of each under its name without `_points`.
+        Float32 tensors (float64 for float64 input) on the CPU: `confidence_text_points`, `confidence_self_points`,
+        `confidence_cross_points` `[P]`, `attention_text_points`, `attention_self_points`, `attention_cross_points` over
+        the points visible in the first frame, and the mean of each under its name without `_points`.
 
     Raises:
         ValueError: a batch of several videos, a grid of one frame, or points, visibility or a size that do not fit.
     """
     points, visible, stride = _checked(q, grid, points, visibility, size)
     mass = ops.attention_mass(q, k, grid, point_tokens(points, grid, stride, "released"))
-    text, frames, text_peak, frame_peak = (part[0].float().cpu() for part in mass)
+    text, frames, text_peak, frame_peak = (part[0].cpu() for part in mass)
     start = visible[0]
     shown = visible[1:].unflatten(0, (grid.frames - 1, -1)).all(1).T
     scores = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from corrdit.analysis.dataset import PROMPTS_FILE, DiffTrackEntry, read_difftrack, set_prompts
-from corrdit.arguments import choice
+from corrdit.arguments import choice, whole_number
 from corrdit.array_files import content_digest, read_arrays
 from corrdit.data import TapVidVideo, read_tapvid
 from corrdit.files import file_digest
@@ -141,18 +142,33 @@ def folder_items(
 
 
 def tapvid_items(
-    path: str | os.PathLike[str], *, on_broken: Callable[[str, ValueError], None] | None = None
+    path: str | os.PathLike[str],
+    *,
+    on_broken: Callable[[str, ValueError], None] | None = None,
+    incomplete: bool = False,
+    first_frames: int | None = None,
 ) -> Iterator[AnalysisItem]:
     """The videos of a TAP-Vid file or folder of shards, with the points visible in the first frame; read as they come.
 
-    Arguments and errors: as `corrdit.data.read_tapvid`.
+    Args:
+        path, on_broken, incomplete: as `corrdit.data.read_tapvid`.
+        first_frames: cut videos after so many frames and leave shorter ones out, with a warning (DiffTrack's released
+            analysis: 49). None takes all frames of all videos.
+
+    Raises:
+        FileNotFoundError, ValueError: as `corrdit.data.read_tapvid`.
     """
+    least = 1 if first_frames is None else whole_number("first_frames", first_frames, 2)
 
     def load(video: TapVidVideo) -> AnalysisVideo:
         sample = video.sample("frame_0")
         return AnalysisVideo(sample.video, sample.tracks.transpose(1, 0, 2), ~sample.occluded.T)
 
-    for video in read_tapvid(path, on_broken=on_broken):
+    for video in read_tapvid(path, on_broken=on_broken, incomplete=incomplete):
+        if len(video.video) < least:
+            warnings.warn(f"{video.name} has {len(video.video)} frames of {least} and is left out", stacklevel=2)
+            continue
+        video = video if first_frames is None else video.shortened(first_frames)
         inputs = {"video": content_digest(video.video, video.points, video.occluded)}
         yield AnalysisItem(video.name, functools.partial(load, video), "annotated", inputs.copy)
 

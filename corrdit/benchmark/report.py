@@ -32,8 +32,13 @@ def memory(value: float) -> str:
     return f"{mebi:.0f} MiB" if mebi >= 10 else f"{mebi:.1f} MiB"
 
 
+BELIEVABLE = 1.05
+
+
 def percent(share: float) -> str:
-    return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.2g} %"
+    """A share of a limit; marked where it is so far above 1 that a busy machine must have measured the limit."""
+    shown = f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.2g} %"
+    return shown if share <= BELIEVABLE else f"{shown} (the limit was measured too low)"
 
 
 def write_table(rows: Sequence[Row], folder: pathlib.Path) -> pathlib.Path:

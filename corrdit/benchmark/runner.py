@@ -17,7 +17,7 @@ from corrdit.benchmark import checking
 from corrdit.benchmark.comparisons import COMPARISONS, Baseline, Results, Scene
 from corrdit.benchmark.environment import environment
 from corrdit.benchmark.floors import Ceilings, Floor, floor_of
-from corrdit.benchmark.measure import Call, peak_extra_bytes, time_interleaved
+from corrdit.benchmark.measure import Call, peak_extra_bytes, replay, time_interleaved
 from corrdit.benchmark.shapes import SHAPES, Shape
 from corrdit.files import parsed_json
 from corrdit.memory import is_out_of_memory
@@ -26,6 +26,7 @@ from corrdit.ops.backends import backend_name
 Row = dict[str, Any]
 FORWARD, BOTH = "forward", "forward and backward"
 LEAST_ROUNDS = 3
+_REPLAY = ", replayed"
 RESULTS_FILE = "results.json"
 
 
@@ -171,6 +172,9 @@ class _Measurement:
             seconds, most = max(time.perf_counter() - start, 1e-6), self.settings.rounds
             self._rounds[name] = max(min(LEAST_ROUNDS, most), min(most, int(self.settings.seconds / seconds)))
             self._works[name] = work
+            if baseline is None and self.settings.device.type == "cuda":
+                self._works[name + _REPLAY] = replay(work, self.settings.device)
+                self._rounds[name + _REPLAY] = self._rounds[name]
         except Exception as error:  # whatever a competitor dies of is a result, and the others go on
             return {**row, **self._failure(error)}
         return row
@@ -183,6 +187,8 @@ class _Measurement:
                 row.update(self._failure(failures[name]))
             else:
                 row["milliseconds"] = dataclasses.asdict(times[name])
+            if name + _REPLAY in times:
+                row["replay_milliseconds"] = times[name + _REPLAY].median
 
     def _refusal(self, baseline: Baseline) -> tuple[str, str] | None:
         """Why a baseline is not even tried."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import linecache
 import os
 import re
 import sys
@@ -24,6 +25,7 @@ from corrdit.cli import (
     demo,
     doctor,
     evaluate,
+    explore,
     generate,
     kernels,
     models,
@@ -56,13 +58,15 @@ class Command(Protocol):
 
 
 _IN_ORDER: tuple[Command, ...] = (
-    *(track, demo, analyze, calibrate, evaluate, train, generate, transfer, world),
+    *(track, demo, explore, analyze, calibrate, evaluate, train, generate, transfer, world),
     *(plan, bench, kernels, models, doctor),
 )
 MODULES = {module.__name__.rpartition(".")[2]: module for module in _IN_ORDER}
 COMMANDS = {name: module.HELP for name, module in MODULES.items()}
 """What each command does, in one line."""
 
+# Commands whose options are argparse's own: they start where torch, triton and numpy alone are installed.
+_PLAIN = ("bench", "kernels")
 _SUCCESS, _FAILURE, _BAD_INPUT, _INTERRUPTED = 0, 1, 2, 130
 _LIST = re.compile(r"\b(tuple|list)\[")
 _NUMBERS = re.compile(r"-?[\d.]+(,-?[\d.]+)+")
@@ -136,12 +140,26 @@ def _run_guarded(command: str, arguments: list[str], debug: bool) -> int:
     return status
 
 
+def _run_plainly(module: Command, command: str, arguments: list[str]) -> int:
+    """A command of plain options where jsonargparse is not installed: a machine that only measures kernels."""
+    from argparse import ArgumentParser, RawDescriptionHelpFormatter
+
+    parser = ArgumentParser(
+        prog=f"corrdit {command}", description=module.__doc__, formatter_class=RawDescriptionHelpFormatter
+    )
+    module.add_arguments(parser)  # type: ignore[arg-type]
+    return int(module.run(parser.parse_args(arguments)))  # type: ignore[arg-type]
+
+
 def _run(command: str, arguments: list[str]) -> int:
     from argparse import RawDescriptionHelpFormatter
-
-    from jsonargparse import ArgumentParser, DefaultHelpFormatter
+    from importlib.util import find_spec
 
     module = MODULES[command]
+    if command in _PLAIN and find_spec("jsonargparse") is None:
+        return _run_plainly(module, command, arguments)
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
     parser = ArgumentParser(
         prog=f"corrdit {command}",
         usage=f"corrdit {command} {getattr(module, 'USAGE', '[options]')}",
@@ -210,7 +228,19 @@ def _is_bad_input(error: Exception) -> bool:
     from corrdit.ops.backends import BackendUnavailableError
 
     bad = (ValueError, OSError, ImportError, ArgumentError, BackendUnavailableError)
-    return isinstance(error, bad) or is_out_of_memory(error)
+    return isinstance(error, bad) or is_out_of_memory(error) or _is_refusal(error)
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether a TypeError says what was given and what is accepted, and is not a mistake in the code."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    if not isinstance(error, TypeError) or place is None:
+        return False
+    ours = str(place.tb_frame.f_globals.get("__name__")).partition(".")[0] == "corrdit"
+    line = linecache.getline(place.tb_frame.f_code.co_filename, place.tb_lineno)
+    return ours and line.lstrip().startswith("raise TypeError")
 
 
 def _one_line(error: BaseException) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from corrdit.cli.devices import OptionTable, add_options, add_run_options, given_options
+from corrdit.cli.devices import OptionTable, add_options, add_run_options, add_shards_option, given_options
 from corrdit.cli.model_options import add_model_options, chosen_placement
 
 if TYPE_CHECKING:
@@ -32,6 +32,10 @@ _OPTIONS: OptionTable = {
     "bidirectional": (bool, "use the softmax over source tokens too"),
     "rounding": (str, "of matches: none, or bfloat16 (as in DiffTrack's released runs, where near candidates tie)"),
     "latents": (str, "of given videos: frames (each a latent of its own) or video (temporally compressed)"),
+    "posterior": (str, "latents of the codec: mode (the most likely), or sample (drawn, as released)"),
+    "encoded_size": (tuple[int, int], "size [height,width] in pixels at which given videos are encoded"),
+    "resize_first": (tuple[int, int], "size [height,width] they are brought to before that, as [256,256]"),
+    "antialias": (bool, "resize them with antialiasing"),
     "noise": (str, "of given videos: noised (to each step's timestep), inverted (DDIM, to each step) or clean"),
     "seed": (int, "of noise, of generated videos (42 for sets in DiffTrack's layout), and of the world"),
     "max_frames": (int, "most latent frames of a given video that are read"),
@@ -48,6 +52,14 @@ def add_analysis_options(parser: ArgumentParser) -> None:
     source.add_argument("--world", type=int | None, default=None, metavar="N", help="so many generated videos")
     source.add_argument("--videos", default=None, metavar="DIR", help="folder of videos")
     source.add_argument("--tapvid", default=None, metavar="PATH", help="TAP-Vid file or folder of shards")
+    source.add_argument(
+        "--first-frames",
+        type=int | None,
+        default=None,
+        metavar="N",
+        help="with --tapvid: cut videos after N frames and leave shorter ones out (released: 49)",
+    )
+    add_shards_option(source)
     source.add_argument("--difftrack", default=None, metavar="DIR", help="data set in DiffTrack's layout")
     source.add_argument("--prompts", default=None, metavar="FILE", help="text file with one prompt a line")
     source.add_argument("--tracks", default=None, metavar="DIR", help="with --videos: folder of their tracks")
@@ -150,6 +162,7 @@ def source_of(arguments: Namespace) -> dict[str, object]:
         "world": ("world", "points", "frames", "height", "width"),
         "prompts": ("prompts", "mode", "tracker", *generated),
         "difftrack": ("difftrack", "pipeline"),
+        "tapvid": ("tapvid", "first_frames"),
     }
     return {name: arguments[name] for name in names.get(kind, (kind, "tracks", "tracker", "points"))}
 

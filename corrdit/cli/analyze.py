@@ -15,6 +15,7 @@ writes  into the folder --output, where a stopped run goes on:
         videos.csv        one row for each video
         videos/NAME/      analysis.npz, the counts of one video, or failed.json, why there are none
         pictures/NAME/    the first --pictures videos at chosen steps and layers: sheets as PNG, all frames as mp4
+        released/         with --protocol published: the tables in the formats of DiffTrack's released scripts
         preset.json       with --calibrate: the layer, step and head that match best, for `corrdit calibrate` too
         dataset/          videos that were generated, tracks and visibility in the layout of DiffTrack's data set
 """
@@ -36,7 +37,7 @@ from corrdit.cli.analysis_options import (
     settings_of,
     source_of,
 )
-from corrdit.cli.devices import trainer_devices
+from corrdit.cli.devices import named, trainer_devices
 from corrdit.cli.lightning_runs import command_trainer, predict, quiet_lightning
 from corrdit.cli.model_options import checked_preset, chosen_placement, loaded_backbone
 from corrdit.cli.terminal import Report, progress_bar
@@ -102,7 +103,9 @@ def _analyze_here(arguments: Namespace, backbone: Backbone, items: Iterable[Item
     folder.begin(settings_of(arguments, options, backbone))
     if arguments.tapvid is not None:
         items = tapvid_items(
-            arguments.tapvid, on_broken=lambda name, error: write_failure(arguments.output, name, error)
+            arguments.tapvid,
+            on_broken=lambda name, error: write_failure(arguments.output, name, error),
+            **named(arguments, "first_frames", "incomplete"),
         )
     total = len(items) if isinstance(items, list) else None
     with progress_bar("steps") as report:
@@ -136,7 +139,7 @@ def _analyze_in_processes(
             placement="device" if on_cpu else chosen_placement(arguments),
             on_broken=arguments.on_broken,
         )
-        module.settings["model"] = arguments.model
+        module.settings |= {"model": arguments.model, **chosen_placement(arguments).described()}
         trainer = command_trainer(several=True, **devices)
         predict(trainer, module, AnalysisDataModule(items, output=arguments.output))
         trainer.strategy.barrier("every process has done its videos")
@@ -155,7 +158,8 @@ def _items(arguments: Namespace) -> Iterable[Item]:
     if arguments.tapvid is not None:
         if not Path(arguments.tapvid).exists():
             raise ValueError(f"--tapvid {arguments.tapvid} does not exist; give a TAP-Vid file or a folder of shards")
-        return sources.tapvid_items(arguments.tapvid, on_broken=lambda name, error: None)
+        cut = named(arguments, "first_frames", "incomplete")
+        return sources.tapvid_items(arguments.tapvid, on_broken=lambda name, error: None, **cut)
     if arguments.difftrack is not None:
         return _set_items(arguments)
     if arguments.prompts is not None:

@@ -9,6 +9,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 
 import torch
 
@@ -97,7 +98,12 @@ def _status(rows: Sequence[Row], todo: Sequence[Piece], unfinished: int) -> int:
 
 
 def _write_report(rows: Sequence[Row], output: pathlib.Path) -> None:
-    for path in [output / runner.RESULTS_FILE, write_table(rows, output), *plots.write_plots(rows, output)]:
+    for path in (output / runner.RESULTS_FILE, write_table(rows, output)):
+        print(path, flush=True)
+    if find_spec("matplotlib") is None:
+        print(f"no pictures without matplotlib; where it is installed, --output {output} --redraw makes them")
+        return
+    for path in plots.write_plots(rows, output):
         print(path, flush=True)
 
 
@@ -260,8 +266,10 @@ def _line(row: Row) -> str:
     if "left_out" in row:
         return f"{where}: {row['left_out']}"
     times = row["milliseconds"]
+    replay = row.get("replay_milliseconds")
+    replayed = f", {milliseconds(replay)} replayed as a graph" if isinstance(replay, float) else ""
     return (
         f"{where}: {milliseconds(times['median'])} ({times['least']:.3g} to {times['most']:.3g} ms, {times['count']} "
         f"calls), {memory(row['extra_bytes'])}, {percent(row['share_of_limit'])} of the limit "
-        f"({row['bound']}), error {row['error']:.1e}"
+        f"({row['bound']}), error {row['error']:.1e}{replayed}"
     )

@@ -64,6 +64,13 @@ def add_fitting_options(parser: ArgumentParser) -> None:
     )
 
 
+def add_shards_option(parser: ArgumentParser | ArgumentGroup) -> None:
+    """--incomplete."""
+    parser.add_argument(
+        "--incomplete", action="store_true", help="take the shards of TAP-Vid that are there; some may be missing"
+    )
+
+
 def dtype_name(name: str) -> str:
     """As `dtype_name`, for the parser."""
     from corrdit.arguments import dtype_name

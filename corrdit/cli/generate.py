@@ -7,7 +7,8 @@ writes  into the folder --output, all of them or none; with --prompts into a fol
         plain.mp4         with --cag: the same seed without guidance
         side_by_side.mp4  with --cag: both, without guidance on the left
         generation.json   prompt, seed and settings
-        vbench/           with --vbench: copies named PROMPT-SAMPLE.mp4, in guided/ and plain/, for VBench's own tool
+        vbench/           with --vbench: copies named PROMPT-SAMPLE.mp4, in guided/ and plain/, for VBench's own tool;
+                          the names of long prompts are cut, and prompts.json says which video is of which prompt
 """
 
 from __future__ import annotations
@@ -64,6 +65,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results, made if need be")
     add_model_options(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the noise; further videos get the numbers after it")
+    parser.add_argument(
+        "--same-seed",
+        action="store_true",
+        help="with --prompts: every prompt from --seed, not from the numbers after it",
+    )
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="with --prompts: videos for each prompt")
     parser.add_argument("--frames", type=int | None, default=None, metavar="N", help="frames; the model's if left out")
     parser.add_argument("--height", type=int | None, default=None, help="pixels; the model's if left out")
@@ -102,9 +108,10 @@ def _one(arguments: Namespace) -> int:
 
     if not arguments.prompt.strip():
         raise ValueError("PROMPT is empty; say what the video shows")
-    if arguments.samples != 1 or arguments.processes != 1 or arguments.vbench:
+    if arguments.samples != 1 or arguments.processes != 1 or arguments.vbench or arguments.same_seed:
         raise ValueError(
-            "--samples, --processes and --vbench go with --prompts FILE; leave them out with a single PROMPT"
+            "--samples, --processes, --vbench and --same-seed go with --prompts FILE; leave them out with a single "
+            "PROMPT"
         )
     began = time.perf_counter()
     call, guidance, preset = _call(arguments), _guidance(arguments), checked_preset(arguments.preset)
@@ -139,7 +146,7 @@ def _many(arguments: Namespace) -> int:
         raise ValueError(f"{arguments.output} holds the video of a single PROMPT; give --prompts another output folder")
     began = time.perf_counter()
     devices = trainer_devices(arguments, unset="auto")
-    data = PromptDataModule(arguments.prompts, **named(arguments, "samples", "seed", "output"))
+    data = PromptDataModule(arguments.prompts, **named(arguments, "samples", "seed", "same_seed", "output"))
     module = GenerationModule(
         arguments.model,
         model_preset=checked_preset(arguments.preset),

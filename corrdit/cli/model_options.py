@@ -26,9 +26,10 @@ def add_model_options(parser: ArgumentParser, *, preset: bool = True) -> None:
     parser.add_argument(
         "--preset",
         default="default",
-        metavar="default|published|FILE",
+        metavar="default|published|ditracker|heft|FILE",
         help="settings of reading, tracking, guidance and motion transfer at once: the model's own, those of the"
-        " released code of DiffTrack and DiTFlow, or a preset.json that `corrdit calibrate` wrote",
+        " released code of DiffTrack and DiTFlow, what the trackers DiTracker and HeFT read of their models, or a"
+        " preset.json that `corrdit calibrate` wrote",
     )
 
 

@@ -6,6 +6,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from typing import Protocol
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -65,7 +66,13 @@ class _Lines:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:
-    """Print a table; where the output is no terminal, wide enough that nothing is cut."""
+    """Print a table; where the output is no terminal, wide enough that nothing is cut. Plain where rich is missing."""
+    if find_spec("rich") is None:
+        lines = [tuple(columns), *rows]
+        widths = [max(map(len, cells)) + 2 for cells in zip(*lines, strict=True)]
+        for line in lines:
+            print("".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        return
     from rich import box
     from rich.console import Console
     from rich.table import Table

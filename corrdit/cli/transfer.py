@@ -1,12 +1,15 @@
 """Give a new video, made from a prompt, the motion of a reference video.
 
-reads   REFERENCE: a video file or a folder of frames; with --stored it may be the word none
+reads   REFERENCE: a video file or a folder of frames; the word none with --stored and for methods without a reference
         PROMPT: what the new video shows
         or TABLE: a CSV file with the columns video and prompt (or caption, subject and scene, a pair for each) and
         perhaps start, end, step, seed and name; or DiTFlow's prompts.js with --videos DAVIS/JPEGImages/480p
         --stored: motion.safetensors of an earlier transfer, which is injected instead of optimising anything
+        --region: where the motion is wanted: a video, picture or folder of frames that is white there, or a box in
+        shares of the frame, "[left, top, right, bottom]"
 writes  into the folder --output, all of them or none:
-        result.mp4          the new video, and beside it reference.mp4, the reference as the model was given it
+        result.mp4          the new video, and beside it reference.mp4, the reference as the model was given it;
+                            comparison.mp4 shows reference, result and motion flow side by side
         flow.npz            displacement (dx, dy) in tokens of the reference between all frames, one array a block:
                             [frames, frames, rows, columns, 2]; flow_BLOCK_colours.png and flow_BLOCK_arrows.png show
                             it; beside them, as "latents", what nearest neighbours on the latents find, for comparison
@@ -44,6 +47,7 @@ from corrdit.files import OutputFolder, file_digest, output_folder, short_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
     import numpy as np
     from jsonargparse import ArgumentParser, Namespace
@@ -51,41 +55,73 @@ if TYPE_CHECKING:
     from corrdit.integrations.diffusers.motion_transfer.plan import TransferPlan
     from corrdit.integrations.diffusers.motion_transfer.result import TransferResult
 
+WITHOUT_REFERENCE = ("steady", "path", "backbone")
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 HELP = "give a new video the motion of a reference"
 USAGE = "REFERENCE PROMPT | TABLE  --output DIR [--model embedded] [--method ditflow] [options]"
 
 _SETTINGS: OptionTable = {
-    "method": (str, "ditflow, smm, moft, motionclone, injection or backbone"),
+    "method": (
+        str,
+        "ditflow, smm, moft, motionclone, flowmotion, injection, query-injection or backbone; steady and path need no "
+        "reference",
+    ),
     "optimise": (str, "latent or embedding"),
     "blocks": (list[int] | int, "attention layers whose motion is compared, such as [15]"),
     "steps": (int, "denoising steps"),
-    "guided_share": (float, "share of the steps that are guided, from the noisiest on"),
+    "guided_share": (float, "share of the steps that are guided"),
+    "guided_start": (float, "share of the steps, from the noisiest on, behind which guidance begins"),
+    "strength": (float, "below 1, begin at the reference noised to this share of the schedule"),
+    "source_prompt": (str, "what the reference shows, to read it with"),
+    "reference_noised": (bool, "read the reference at every guided step, noised to it"),
     "optimisation_steps": (int, "steps of the optimiser at each guided step"),
     "learning_rate": (list[float] | float, "one learning rate, or the first and the last, such as [0.002,0.001]"),
+    "rate_falls": (str, 'over the "guided steps", or over the "optimisation steps" of each'),
     "optimizer": (str, "adam, adamw or sgd"),
     "temperature": (float, "factor of the logits of the motion flow"),
     "heads": (str, "how heads are combined: logits, features or probabilities"),
-    "loss": (str, "released or paper"),
+    "loss": (str, "released or paper; pairs is FastVMT's"),
     "flow_reference": (str, "argmax or soft displacement of the reference"),
-    "span": (int, "compare only frames at most this far apart"),
+    "span": (list[int] | int, "compare only frames at most this far apart, or [least, most] frames later"),
     "window": (int, "radius in tokens of the keys a query sees"),
-    "tile": (int, "with --window: it lies round the match of tiles of this many tokens a side"),
+    "tile": (
+        list[int] | int,
+        "with --window: it lies round the match of tiles of these tokens a side, or [rows, columns]",
+    ),
+    "distance_weights": (list[float], "weights of pairs of frames, [same frame, farthest]"),
+    "tracking_weight": (float, "of FastVMT's tracking loss, with --tile"),
     "gradient_interval": (int, "compute gradients at every n-th guided step, and use the last one again at the others"),
+    "optimiser_interval": (int, "compute gradients at every n-th step of the optimiser, and use the last one again"),
+    "motion_channels": (float, "share of the channels that moft follows"),
+    "word": (str, "word of the prompt whose object follows --path"),
+    "path": (list[list[float]], "where it is: [[time, left, top, right, bottom], ...] in shares of the video"),
     "injection_blocks": (list[int] | int, "layers that get keys and values of the reference, such as [0]"),
     "gradient_checkpointing": (bool, "less memory, more time"),
     "guidance_scale": (float, "of classifier-free guidance"),
     "negative_prompt": (str, "what the new video shall not show"),
+    "scheduler": (str, "class of diffusers, such as CogVideoXDPMScheduler"),
+    "timestep_spacing": (str, "of the scheduler: trailing, leading or linspace"),
 }
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "reference", metavar="REFERENCE", help="video file, folder of frames, none (with --stored), or a table of pairs"
+        "reference", metavar="REFERENCE", help="video file, folder of frames, none, or a table of pairs"
     )
     parser.add_argument("prompt", nargs="?", default=None, metavar="PROMPT", help="what the new video shows")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results, made if need be")
     add_model_options(parser)
     parser.add_argument("--stored", default=None, metavar="FILE", help="inject the motion of an earlier transfer")
+    parser.add_argument(
+        "--region",
+        type=str | list,
+        default=None,
+        metavar="MASK|BOX",
+        help="where the motion is wanted; everywhere if left out",
+    )
+    parser.add_argument(
+        "--elsewhere", default=None, metavar="FILE", help="with --stored and --region: stored motion for outside it"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the initial noise")
     parser.add_argument(
         "--num-frames",
@@ -126,6 +162,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> int:
+    from corrdit.array_files import content_digest
     from corrdit.integrations.diffusers.motion_transfer import MotionTransfer, StoredMotion
     from corrdit.integrations.diffusers.motion_transfer.results_on_disk import (
         METRICS_FILE,
@@ -147,6 +184,8 @@ def run(arguments: Namespace) -> int:
     preset = checked_preset(arguments.preset)
     stored = StoredMotion.load(arguments.stored) if arguments.stored is not None else None
     reference, fps, known = _reference(arguments)
+    region = _region(arguments)
+    known["region"] = region if region is None or isinstance(region, list) else content_digest(region)
     output_folder(arguments.output)
     tracker = chosen_tracker(arguments.tracker)
     released = released_placement(arguments.model, checked_device(arguments.device))
@@ -165,6 +204,8 @@ def run(arguments: Namespace) -> int:
             reference,
             arguments.prompt,
             stored=stored,
+            region=region,
+            elsewhere=arguments.elsewhere,
             **named(arguments, "seed", "num_frames", "height", "width"),
             state_file=state_file,
             keep_state=True,
@@ -242,12 +283,14 @@ def _reference(arguments: Namespace) -> tuple[np.ndarray | None, float, dict[str
     if arguments.fps is not None and not arguments.fps > 0:
         raise ValueError(f"--fps must be above 0, got {arguments.fps}")
     known: dict[str, object] = {"call": named(arguments, "num_frames", "height", "width", "fps", "format")}
-    if arguments.stored is not None:
-        known["stored"] = file_digest(arguments.stored)
+    for name in ("stored", "elsewhere"):
+        if arguments[name] is not None:
+            known[name] = file_digest(arguments[name])
     if arguments.reference == "none":
-        if arguments.stored is None:
+        if arguments.stored is None and arguments.method not in WITHOUT_REFERENCE:
             raise ValueError(
-                "REFERENCE none goes with --stored FILE, the motion of an earlier transfer; give that file"
+                "REFERENCE none goes with --stored FILE, the motion of an earlier transfer, or with --method "
+                f"{', '.join(WITHOUT_REFERENCE)}; give one of them"
             )
         return None, arguments.fps or DEFAULT_FPS, known
     # How few frames are too few, the model says.
@@ -256,6 +299,27 @@ def _reference(arguments: Namespace) -> tuple[np.ndarray | None, float, dict[str
     frames, times = video.frames[::stride], None if video.times is None else video.times[::stride]
     known |= {"reference": content_digest(frames)} | ({} if video.info.hdr is None else {"hdr": video.info.hdr})
     return *at_rate(frames, video.fps / stride, arguments.fps, times), known
+
+
+def _region(arguments: Namespace) -> np.ndarray | list[Any] | None:
+    """A region's mask, frame by frame as the reference is read, or the numbers of its box."""
+    given: str | list[Any] | None = arguments.region
+    if given is None or isinstance(given, list):
+        return given
+    import numpy as np
+
+    from corrdit.integrations.diffusers.motion_transfer.reference import at_rate
+    from corrdit.video import read_video
+
+    if Path(given).suffix.lower() in PICTURES and Path(given).is_file():
+        import imageio.v3 as imageio
+
+        picture = np.atleast_3d(np.asarray(imageio.imread(given)))
+        return picture[..., :3].mean(-1) / 255
+    video = read_video(given, start=arguments.start, max_frames=arguments.max_frames, min_frames=1)
+    stride = arguments.stride or 1
+    frames, times = video.frames[::stride], None if video.times is None else video.times[::stride]
+    return at_rate(frames, video.fps / stride, arguments.fps, times)[0].mean(-1) / 255
 
 
 def _loss_in_words(losses: list[float]) -> str | None:

@@ -129,7 +129,8 @@ def _counted(reference: Tensor, variant: str, weights: Tensor | None) -> tuple[T
     """
     if weights is not None:
         shape = reference.shape[:-1]
-        if not isinstance(weights, Tensor) or torch.broadcast_shapes(weights.shape, shape) != shape:
+        axes = zip(weights.shape[::-1], shape[::-1], strict=False) if isinstance(weights, Tensor) else ()
+        if not isinstance(weights, Tensor) or weights.ndim > len(shape) or any(a not in (1, b) for a, b in axes):
             given = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
             raise ValueError(f"weights must be a tensor that broadcasts to the vectors {list(shape)}, got {given}")
         weights = weights.to(reference.device)[..., None]

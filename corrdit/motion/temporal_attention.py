@@ -76,12 +76,12 @@ def temporal_attention_loss(
 
 
 def diagonal_roughness(attention: Tensor, *, region: Tensor | None = None) -> Tensor:
-    """How unsteady temporal attention is along its diagonals, at the places where it is less steady than on average.
+    """How unsteady temporal attention is along its diagonals, above all at the places where it is least steady.
 
     A diagonal holds the weights between frames of one distance, one after the other; where motion is steady they stay
     the same. The idea is TeDiO's ("Temporal Diagonal Optimization for Training-Free Coherent Video Diffusion", arXiv
-    2605.14136); the measure is our own: for every place the mean squared difference of neighbours on its diagonals,
-    averaged over the places above the mean of all.
+    2605.14136); the measure is our own: for every place the mean squared difference of neighbours on its diagonals, and
+    the root mean square of that over places, in which the least steady ones count most.
 
     Args:
         attention: `[B, H, S, F, F]` as `temporal_attention` gives it, at least three frames.
@@ -105,7 +105,8 @@ def diagonal_roughness(attention: Tensor, *, region: Tensor | None = None) -> Te
     rough = between.square()[..., beside].mean((0, 1, 3))
     if region is not None:
         rough = rough[_rows_of(region, attention).any(-1)]
-    return rough[rough.detach() >= rough.detach().mean()].mean()
+    # A norm has a gradient at 0, too.
+    return torch.linalg.vector_norm(rough) * rough.numel() ** -0.5
 
 
 def _rows_of(region: Tensor, attention: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from corrdit.arguments import choice
-from corrdit.kernels.requirements import PLANNED, kind_of_device, unfit_machine, unfit_tensor
+from corrdit.kernels.requirements import PLANNED, device_of, unfit_machine, unfit_tensor
 from corrdit.problem import PairProblem
 
 BACKENDS = ("auto", "triton", "streaming", "reference")
@@ -77,8 +77,8 @@ def backend_name(backend: str, q: Tensor, k: Tensor | None = None, problem: Pair
         check_budget(backend, problem.memory_budget)
         unfit = unfit or beyond_kernels(problem, q, k)
     if backend == "auto":
-        return _fixed_choice(kind_of_device(q), q.dtype, unfit)
-    if backend == "triton" and (reason := unfit or _fixed_reason(kind_of_device(q))):
+        return _fixed_choice(device_of(q), q.dtype, unfit)
+    if backend == "triton" and (reason := unfit or _fixed_reason(device_of(q))):
         kind = ValueError if unfit else BackendUnavailableError
         raise kind(f'backend="triton" cannot run: {reason}; use backend="streaming" or backend="auto"')
     return backend
@@ -132,7 +132,7 @@ def _automatic(device: str, dtype: torch.dtype, unfit: str | None) -> str:
     take: float64, head_dim outside 8 to 256, a part of the tokens or heads, AMD devices and compute capability below
     8.0.
     """
-    if device not in ("cuda", PLANNED):
+    if device != PLANNED and device.partition(":")[0] != "cuda":
         return "streaming"
     reason = unfit or _fixed_reason(device)
     if reason:

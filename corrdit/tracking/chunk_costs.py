@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from corrdit.tracking.chunks import Chunk
 from corrdit.tracking.encoding import FrameStore, resized
-from corrdit.tracking.options import TrackerOptions
+from corrdit.tracking.options import POSTERIOR_SEED, TrackerOptions
 from corrdit.tracking.queries import Frames
 from corrdit.tracking.readings import ReadBackbone, Reading, TokenPair, cost_rows, matches_back, read_tokens
 
@@ -140,21 +140,32 @@ class ChunkReader:
         """Cost rows of tokens `[R]` of the source frame, ascending, and if asked for the way back."""
         held, reading, source = self.read(chunk), self.settings.reading, chunk.frames.index(chunk.source)
         rows = cost_rows(held.pair, reading, tokens, source=source)[0]
-        if way_back and held.back is None:
-            held = held._replace(back=matches_back(held.pair, reading, source=source)[0])
-            if self.keep:
-                self.held[chunk] = held
-        return ChunkCost(tokens, rows, held.back if way_back else None)
+        return ChunkCost(tokens, rows, self._back(chunk, held) if way_back else None)
 
-    def _encoded(self, part: Tensor) -> Tensor:
-        """Latents `[t, C, lh, lw]`, every frame a latent of its own."""
+    def back(self, chunk: Chunk) -> Tensor:
+        """float `[F, h, w, 2]` for each token of every frame of a chunk its best token (x, y) in the source frame."""
+        return self._back(chunk, self.read(chunk))
+
+    def _back(self, chunk: Chunk, held: HeldChunk) -> Tensor:
+        if held.back is not None:
+            return held.back
+        back = matches_back(held.pair, self.settings.reading, source=chunk.frames.index(chunk.source))[0]
+        if self.keep:
+            self.held[chunk] = held._replace(back=back)
+        return back
+
+    def _encoded(self, part: Tensor, numbers: list[int]) -> Tensor:
+        """Latents `[t, C, lh, lw]` of frames by their numbers, every frame a latent of its own."""
         options, (height, width) = self.settings.options, self.settings.encoded
+        further: dict[str, Any] = {}
+        if options.posterior == "sample":
+            first = POSTERIOR_SEED + 1_000_003 * self.settings.reading.seed
+            further["posterior_seeds"] = [first + frame for frame in numbers]
         if not options.antialias:
-            plain = {"first": options.resize_first, "antialias": False}
-            return self.backbone.encode_frames(part, height=height, width=width, **plain)
-        if options.resize_first is not None:
+            further |= {"first": options.resize_first, "antialias": False}
+        elif options.resize_first is not None:
             part = resized(part, *options.resize_first)
-        return self.backbone.encode_frames(part, height=height, width=width)
+        return self.backbone.encode_frames(part, height=height, width=width, **further)
 
     def _noise(self, frames: tuple[int, ...], latents: Tensor) -> Tensor | None:
         """Noise of the reading: every frame's own, whatever chunk it is in."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -12,9 +15,48 @@ from corrdit.tracking.crops import CropLevel
 from corrdit.tracking.peaks import Located, locate, refined_peaks
 from corrdit.tracking.queries import Frames
 from corrdit.tracking.released_costs import tied_best
+from corrdit.tracking.updating import FeatureAverage, feature_costs, features_at
 
 Found = tuple[Tensor, Tensor, Tensor]
 Blocks = list[list[Chunk]]
+
+
+class End(NamedTuple):
+    """Where a block left off, in one frame: `tokens [P, 2]` before any crop, xy `[P, 2]` in pixels, visible `[P]`."""
+
+    tokens: Tensor
+    xy: Tensor
+    visible: Tensor
+
+
+Ends = dict[int, End]
+"""By frame."""
+
+
+class BlockTracks(NamedTuple):
+    """Tracks of P points through the n target frames of a block.
+
+    Attributes:
+        frames: ascending.
+        xy: float32 `[n, P, 2]` in pixels of the video.
+        visible: bool `[n, P]`.
+        score: float32 `[n, P]`.
+        last: of the frames, the one farthest from the anchor.
+        tokens: float32 `[P, 2]`, places in it as a block that goes on from there needs them.
+    """
+
+    frames: tuple[int, ...]
+    xy: Tensor
+    visible: Tensor
+    score: Tensor
+    last: int
+    tokens: Tensor
+
+    @property
+    def end(self) -> Ends:
+        """What the next block needs."""
+        place = self.frames.index(self.last)
+        return {self.last: End(self.tokens, self.xy[place], self.visible[place])}
 
 
 class Following:
@@ -57,19 +99,39 @@ class Following:
         crops = sum(level.batches(points, chunk) for level in self.levels for chunk in chunks)
         return self.reader.passes(chunks) + self.reader.settings.reading.passes * crops
 
-    def follow(self, points: Tensor, blocks: Blocks) -> dict[int, Found]:
-        """For every target frame xy `[P, 2]` in pixels, visible `[P]` and score `[P]` of points `[P, 2]`."""
+    def bytes_a_point(self, blocks: Blocks) -> int:
+        """About what the cost maps of one more point take."""
+        frames = max(len({frame for chunk in block for frame in chunk.targets}) for block in blocks)
+        kept = 2 * frames if self.options.path_spread else 0
+        chunk = 16 * max(len(chunk.frames) for block in blocks for chunk in block)
+        return (kept + chunk) * self.grid_size[0] * self.grid_size[1]
+
+    def start(self, points: Tensor, anchor: int) -> Ends:
+        """What is known before any block: points `[P, 2]` in pixels of the video, in the anchor's frame."""
+        return {anchor: End(self.tokens_of(points), points, torch.ones(len(points), dtype=torch.bool))}
+
+    def follow(self, points: Tensor, chunks: list[Chunk], ends: Ends) -> BlockTracks:
+        """Places of points `[P, 2]` of the anchor's frame, in pixels, in the target frames of a block.
+
+        Args:
+            points: `[P, 2]` in pixels of the video.
+            chunks: of one block.
+            ends: of the blocks before; those of the anchor and of the frame next to the block are looked at.
+        """
+        coarse: dict[int, Tensor] = {}
         if self.options.schedule == "chained":
-            return self._follow_chained(points, blocks[0])
-        if self.options.geometry == "released":
-            return self._follow_released(points, [chunk for chunks in blocks for chunk in chunks])
-        found: dict[int, Found] = {}
-        coarse = {blocks[0][0].source: self.tokens_of(points)}
-        for chunks in blocks:
+            found = self._follow_chained(chunks[0], ends)
+        elif self.options.geometry == "released":
+            found = self._follow_released(points, chunks)
+        else:
+            coarse = {frame: end.tokens for frame, end in ends.items()}
             self.load(chunks)
-            located = self._follow_block(points, chunks, coarse)
-            found.update(self._look_closer(points, chunks, located))
-        return found
+            found = self._look_closer(points, chunks, self._follow_block(points, chunks, coarse))
+        frames = tuple(sorted(found))
+        xy, visible, score = (torch.stack([found[frame][part] for frame in frames]) for part in range(3))
+        farthest = frames[-1] if frames[-1] > chunks[0].source else frames[0]
+        tokens = coarse[farthest] if farthest in coarse else self.tokens_of(xy[frames.index(farthest)])
+        return BlockTracks(frames, xy, visible, score, farthest, tokens)
 
     def load(self, chunks: list[Chunk]) -> None:
         """Make what is needed of the frames of these chunks, in the order of the video."""
@@ -92,6 +154,8 @@ class Following:
 
         `coarse` holds the positions in tokens of the anchor and of the frames followed so far and is added to.
         """
+        if self.options.update:
+            return self._follow_updated(points, chunks, coarse)
         accumulator = CostAccumulator(last_visits(chunks), average=self.options.average_overlap)
         located: dict[int, Located] = {}
         maps: dict[int, FrameCost] = {}
@@ -114,12 +178,40 @@ class Following:
         """From the anchor outwards in time, each frame's match near the path so far preferred; in tokens."""
         located: dict[int, Located] = {}
         place = self.tokens_of(points)
-        after = sorted(frame for frame in maps if frame > anchor)
-        before = sorted((frame for frame in maps if frame < anchor), reverse=True)
-        for frame in (*after, *before):
-            located[frame] = self._locate(place, maps[frame], coarse[frame - 1 if frame > anchor else frame + 1])
+        for frame in _outwards(maps, anchor):
+            located[frame] = self._locate(place, maps[frame], coarse[_before(frame, anchor)])
             coarse[frame] = located[frame].xy
         return located
+
+    def _follow_updated(self, points: Tensor, chunks: list[Chunk], coarse: dict[int, Tensor]) -> dict[int, Located]:
+        """As `_follow_block`, with features of the points that are updated where the match leads back.
+
+        The features of a point are those of the four tokens round it, and are updated at the same distances from the
+        place that is found. A frame that several chunks hold is looked for in the first of them.
+        """
+        anchor, place, reading = chunks[0].source, self.tokens_of(points), self.reader.settings.reading
+        chunk_of = {frame: chunk for chunk in reversed(chunks) for frame in chunk.targets}
+        pairs = {chunk: self.reader.read(chunk).pair for chunk in chunks}
+        around, share = bilinear_tokens(place, self.grid_size)
+        corners = torch.stack((around % self.grid_size[1], around // self.grid_size[1]), -1).to(place)
+        located: dict[int, Located] = {}
+        for side in (1, -1):
+            seen = FeatureAverage(self.options.update)
+            for frame in _outwards(chunk_of, anchor):
+                if (frame - anchor) * side < 0:
+                    continue
+                chunk = chunk_of[frame]
+                pair, target, source = pairs[chunk], chunk.frames.index(frame), chunk.frames.index(anchor)
+                features = seen.of(features_at(pair, corners.flatten(0, 1), source))
+                rows = feature_costs(pair, reading, features, source=source, target=target)
+                rows = (rows.unflatten(0, (-1, 4)) * share[..., None, None]).sum(1)
+                back = self.reader.back(chunk)[target]
+                found = self._locate(place, FrameCost(rows[None], back), coarse.get(_before(frame, anchor)))
+                there = found.xy.unsqueeze(1) + (corners - place.unsqueeze(1))
+                trusted = _consistent(found, self.options.tolerance).repeat_interleave(4)
+                seen.see(features_at(pair, there.flatten(0, 1), target), trusted)
+                located[frame], coarse[frame] = found, found.xy
+        return {frame: result._replace(xy=self._pixels(result.xy)) for frame, result in located.items()}
 
     def _look_closer(self, points: Tensor, chunks: list[Chunk], located: dict[int, Located]) -> dict[int, Found]:
         """The positions at the finest level, and whether the match back agreed at all of them."""
@@ -133,20 +225,17 @@ class Following:
             seen = {frame: seen[frame] & _consistent(place, tolerance) for frame, place in located.items()}
         return {frame: (place.xy, seen[frame], place.score) for frame, place in located.items()}
 
-    def _follow_chained(self, points: Tensor, chunks: list[Chunk]) -> dict[int, Found]:
-        """Each chunk starts from the positions found in the last frame of the one before."""
-        found: dict[int, Found] = {}
-        for chunk in chunks:
-            start, seen = (found[chunk.source][:2]) if chunk.source in found else (points, None)
-            cost = self._chunk_cost(chunk, start)
-            accumulator = CostAccumulator(last_visits([chunk]), average=False)
-            located = {}
-            for frame, frame_cost in accumulator.add(0, chunk, cost):
-                result = self._locate(self.tokens_of(start), self._point_costs(start, cost.tokens, frame_cost), None)
-                located[frame] = result._replace(xy=self._pixels(result.xy))
-            for frame, (xy, visible, score) in self._look_closer(start, [chunk], located).items():
-                found[frame] = (xy, visible if seen is None else visible & seen, score)
-        return found
+    def _follow_chained(self, chunk: Chunk, ends: Ends) -> dict[int, Found]:
+        """A chunk starts from the positions found in the last frame of the one before."""
+        _, start, seen = ends[chunk.source]
+        cost = self._chunk_cost(chunk, start)
+        accumulator = CostAccumulator(last_visits([chunk]), average=False)
+        located = {}
+        for frame, frame_cost in accumulator.add(0, chunk, cost):
+            result = self._locate(self.tokens_of(start), self._point_costs(start, cost.tokens, frame_cost), None)
+            located[frame] = result._replace(xy=self._pixels(result.xy))
+        found = self._look_closer(start, [chunk], located)
+        return {frame: (xy, visible & seen, score) for frame, (xy, visible, score) in found.items()}
 
     def _chunk_cost(self, chunk: Chunk, points: Tensor) -> ChunkCost:
         """Cost rows of the source tokens that the points need, and the way back."""
@@ -186,6 +275,16 @@ class Following:
 
     def _pixels(self, tokens: Tensor) -> Tensor:
         return tokens_to_pixels(tokens, self.stride) / self.to_encoded
+
+
+def _outwards(frames: Iterable[int], anchor: int) -> list[int]:
+    """Frames after the anchor, then those before it, each away from it."""
+    return sorted(frames, key=lambda frame: (frame < anchor, abs(frame - anchor)))
+
+
+def _before(frame: int, anchor: int) -> int:
+    """The neighbour of a frame on the anchor's side."""
+    return frame - 1 if frame > anchor else frame + 1
 
 
 def _consistent(located: Located, tolerance: float) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from corrdit.arguments import choice
 from corrdit.tracking.baselines import nearest_patches
@@ -108,10 +109,45 @@ def lucas_kanade(video: np.ndarray, queries: np.ndarray) -> Tracks:
     _require_opencv()
     import cv2
 
+    def followed(before: np.ndarray, after: np.ndarray, xy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return _followed(cv2, _grey(cv2, before), _grey(cv2, after), xy)
+
+    return _frame_to_frame(video, queries, followed)
+
+
+def dis_flow(video: np.ndarray, queries: np.ndarray) -> Tracks:
+    """OpenCV's dense inverse search (Kroeger et al., "Fast Optical Flow using Dense Inverse Search", 2016) from frame
+    to frame, with the same rule of visibility as `lucas_kanade`.
+
+    Args, raises: as `lucas_kanade`.
+    """
+    _require_opencv()
+    import cv2
+
+    search = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+
+    def followed(before: np.ndarray, after: np.ndarray, xy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        first, second = _grey(cv2, before), _grey(cv2, after)
+        there = xy + _at(search.calc(first, second, None), xy)
+        back = there + _at(search.calc(second, first, None), there)
+        size = torch.tensor([before.shape[1], before.shape[0]])
+        inside = ((there >= 0) & (there <= size)).all(-1)
+        return there, ((back - xy).norm(dim=-1) <= LARGEST_RETURN) & inside
+
+    return _frame_to_frame(video, queries, followed)
+
+
+def _frame_to_frame(
+    video: np.ndarray,
+    queries: np.ndarray,
+    followed: Callable[[np.ndarray, np.ndarray, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+) -> Tracks:
+    """Follow points away from their queries' frames; `followed` gives the places `[P, 2]` in a neighbouring frame and
+    whether each was found there."""
     clip = check_video(video)
     frames, height, width = (int(size) for size in clip.shape[:3])
     table = check_queries(queries, frames, height, width)
-    grey = [cv2.cvtColor(np.ascontiguousarray(frame), cv2.COLOR_RGB2GRAY) for frame in np.asarray(clip[:])]
+    pixels = np.asarray(clip[:])
     anchor, points = table[:, 0].long(), torch.arange(len(table))
     xy = table[None, :, 1:].repeat(frames, 1, 1)
     visible = torch.zeros(frames, len(table), dtype=torch.bool)
@@ -122,11 +158,23 @@ def lucas_kanade(video: np.ndarray, queries: np.ndarray) -> Tracks:
             chosen = ((anchor - frame) * way <= 0).nonzero()[:, 0]
             following = frame + way
             if 0 <= following < frames and len(chosen):
-                place, seen = _followed(cv2, grey[frame], grey[following], xy[frame, chosen])
+                place, seen = followed(pixels[frame], pixels[following], xy[frame, chosen])
                 seen &= visible[frame, chosen]
                 xy[following, chosen] = torch.where(seen[:, None], place, xy[frame, chosen])
                 visible[following, chosen] = seen
     return Tracks(xy=xy, visible=visible, score=visible.float())
+
+
+def _grey(cv2: Any, frame: np.ndarray) -> np.ndarray:
+    return cv2.cvtColor(np.ascontiguousarray(frame), cv2.COLOR_RGB2GRAY)
+
+
+def _at(flow: np.ndarray, xy: torch.Tensor) -> torch.Tensor:
+    """Flow `[H, W, 2]` between pixel centres at places `[P, 2]`."""
+    size = torch.tensor([flow.shape[1], flow.shape[0]])
+    grid = (2 * xy / size - 1)[None, None]
+    field = torch.from_numpy(flow).permute(2, 0, 1)[None]
+    return F.grid_sample(field, grid, align_corners=False, padding_mode="border")[0, :, 0].T
 
 
 def cotracker(video: np.ndarray, queries: np.ndarray) -> Tracks:
@@ -186,6 +234,6 @@ def _followed(cv2: Any, before: np.ndarray, after: np.ndarray, xy: torch.Tensor)
 def _require_opencv() -> None:
     if importlib.util.find_spec("cv2") is None:
         raise ImportError(
-            "the Lucas-Kanade tracker needs OpenCV, which is not installed; pip install opencv-python-headless, or "
+            "this tracker needs OpenCV, which is not installed; pip install opencv-python-headless, or "
             f"take another tracker ({', '.join(sorted(set(TRACKERS) - {'lucas-kanade'}))})"
         )

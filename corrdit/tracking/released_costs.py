@@ -1,9 +1,9 @@
 """Costs and matches in the arithmetic of DiffTrack's released runs: bfloat16, and a second softmax before the maximum.
 
 The released code computes in bfloat16, which has 8 bits of precision, and takes a softmax over the target tokens of the
-averaged cost once more. Costs lie near 0, so that the second softmax is nearly flat, and after rounding many candidates
-tie; of these the lowest index wins. Without rounding the second softmax changes no match. With it, matches differ from
-those of float32 wherever the largest cost is small (most at a largest cost of .004, few at .016, none from .04 on).
+averaged cost once more. Costs lie near 0, so that the second softmax is nearly flat: about (1 + c) / S for a cost c and
+S tokens. Bfloat16 steps by 1/256 to 1/128 of a number, so candidates whose costs differ by less than that may tie, and
+of these the lowest index wins. Without rounding the second softmax changes no match.
 
 Source: DiffTrack (arXiv 2506.17220), the code released with it.
 """

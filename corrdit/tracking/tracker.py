@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterable
 from dataclasses import fields, replace
 from typing import Any, Protocol, cast
@@ -13,6 +14,7 @@ from corrdit.pipelines import backbone_of_pipeline
 from corrdit.surroundings import ordinary_defaults
 from corrdit.tracking.chunk_costs import Settings
 from corrdit.tracking.chunks import anchored_chunks, chained_chunks, frame_blocks
+from corrdit.tracking.dense import DenseTracks
 from corrdit.tracking.encoding import resized, working_size
 from corrdit.tracking.following import Blocks
 from corrdit.tracking.options import PRESETS, Options, ReadingOptions, ReadingPreset, TrackerOptions, changed_options
@@ -91,7 +93,14 @@ class PointTracker:
                 raise ValueError(f"layer must be from 0 to {backbone.layers - 1} for this backbone, got {layer}")
         self._check_served()
 
-    def track(self, video: VideoLike, queries: object, *, progress: Progress | None = None) -> Tracks:
+    def track(
+        self,
+        video: VideoLike,
+        queries: object,
+        *,
+        progress: Progress | None = None,
+        resume: str | os.PathLike[str] | None = None,
+    ) -> Tracks:
         """Where the query points are in every frame of the video.
 
         Args:
@@ -100,6 +109,8 @@ class PointTracker:
             queries: `[P, 3]` (frame, x, y), frame a whole number, x and y in pixels from the frame's top left corner;
                 or "grid:16" for 16 x 16 points on the first frame.
             progress: called with (forward passes done, forward passes in all).
+            resume: a folder for the tracks of each block of frames (`frames_per_block`) as it is done, from which a run
+                that was stopped goes on. For a video that is given as a path.
 
         Returns:
             `Tracks(xy [T, P, 2] in pixels, visible [T, P], score [T, P])`. At its own query frame a point is visible,
@@ -108,9 +119,9 @@ class PointTracker:
         Raises:
             TypeError: what is no video.
             ValueError: the video has fewer than two frames, another layout or values out of range, or a query lies
-                outside it.
+                outside it; `resume` holds blocks of another video, model, set of points or options.
         """
-        return self._opened(video, keep=False).track(queries, progress=progress)
+        return self._opened(video, keep=False).track(queries, progress=progress, resume=resume)
 
     def read(self, video: VideoLike, *, frames: Iterable[int] = (0,), progress: Progress | None = None) -> VideoReading:
         """A video read once, to be asked for any number of points as often as wanted.
@@ -132,6 +143,15 @@ class PointTracker:
         reading.read(frames, progress=progress)
         return reading
 
+    def dense(
+        self, video: VideoLike, frame: int = 0, *, every: int = 1, progress: Progress | None = None
+    ) -> DenseTracks:
+        """Where every pixel of a frame goes: `read(video, frames=[frame]).dense(frame, every=every)`.
+
+        With `crops` every point is looked at again by itself; `crops=()` is meant for this.
+        """
+        return self.read(video, frames=[frame]).dense(frame, every=every, progress=progress)
+
     def reading_of(self, video: Frames, *, keep: bool) -> VideoReading:
         """One of `video [T, H, W, 3]` of which nothing is read yet; for `VideoReading.load`."""
         frames, height, width = (int(size) for size in video.shape[:3])
@@ -146,7 +166,12 @@ class PointTracker:
 
     def _check_served(self) -> None:
         """Refuses, before any video, steps, weights, sizes and chunks that fit neither the backbone nor each other."""
-        self._reading().layer_weights(self.backbone.heads)
+        reading = self._reading()
+        reading.layer_weights(self.backbone.heads)
+        if self.options.update and reading.heads != "probabilities":
+            raise ValueError(
+                f'update={self.options.update} is for heads="probabilities"; the preset has {reading.heads!r}'
+            )
         self._blocks(2, 0)
         if self.options.height is not None:
             self._encoded_size(self.options.height, self.options.height)
@@ -155,9 +180,11 @@ class PointTracker:
         options = self.options
         size = self._chosen("frames_per_chunk")
         if options.schedule == "chained":
-            return [chained_chunks(frames, anchor, frames_per_chunk=size)]
+            return [[chunk] for chunk in chained_chunks(frames, anchor, frames_per_chunk=size)]
         given: dict[str, Any] = {"schedule": options.schedule, "stride": options.stride, "interval": options.interval}
-        blocks = frame_blocks(frames, anchor, options.frames_per_block)
+        # The released reading joins what all chunks say of a frame.
+        most = None if options.geometry == "released" else options.frames_per_block
+        blocks = frame_blocks(frames, anchor, most)
         return [anchored_chunks(block, anchor, frames_per_chunk=size, **given) for block in blocks]
 
     def settings_of(self, frames: int, height: int, width: int) -> Settings:

@@ -11,22 +11,28 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from corrdit.arguments import resolved_index, whole_indices
-from corrdit.array_files import read_safetensors
-from corrdit.files import written_beside
+from corrdit.arguments import resolved_index, whole_indices, whole_number
+from corrdit.array_files import content_digest, read_safetensors
+from corrdit.files import file_digest, written_beside
 from corrdit.geometry import bilinear_tokens
 from corrdit.grid import TokenGrid
 from corrdit.surroundings import ordinary_defaults
 from corrdit.tracking.chunk_costs import ChunkReader, CostAccumulator, HeldChunk, Settings
 from corrdit.tracking.chunks import Chunk, last_visits
+from corrdit.tracking.dense import DenseTracks, dense_tracks
 from corrdit.tracking.encoding import FrameStore
 from corrdit.tracking.following import Blocks, Following
 from corrdit.tracking.queries import Frames, check_queries
 from corrdit.tracking.readings import ReadBackbone, TokenPair
+from corrdit.tracking.track_parts import TrackParts
 from corrdit.tracking.tracks import Tracks
+from corrdit.video import StreamedVideo
 
 Progress = Callable[[int, int], None]
 FORMAT = "corrdit video reading 1"
+DENSE_BYTES = 2**28
+"""Of cost maps, for the points of a dense reading that are followed together."""
+
 _HOW_COMPUTED = ("backend", "memory_budget")
 """Options of reading that do not say what is read."""
 
@@ -68,7 +74,7 @@ class VideoReading:
         keep: bool,
     ) -> None:
         self.shape = tuple(int(size) for size in video.shape)
-        self._blocks = blocks
+        self._video, self._blocks = video, blocks
         self._passes = _Passes()
         self._reader = ChunkReader(backbone, settings, video, self._passes.done, keep=keep)
         self._following = Following(self._reader, video)
@@ -96,7 +102,9 @@ class VideoReading:
 
     @ordinary_defaults()
     @torch.no_grad()
-    def track(self, queries: object, *, progress: Progress | None = None) -> Tracks:
+    def track(
+        self, queries: object, *, progress: Progress | None = None, resume: str | os.PathLike[str] | None = None
+    ) -> Tracks:
         """Where the query points are in every frame of the video.
 
         Args, result and errors: as `PointTracker.track`.
@@ -108,6 +116,8 @@ class VideoReading:
         following = self._following
         total = sum(following.passes(len(chosen[anchor]), blocks) for anchor, blocks in plans.items())
         self._passes.begin(total, progress)
+        several = sum(map(len, plans.values())) > 1
+        parts = TrackParts(resume, self._made_from(table)) if resume is not None and several else None
         frames = self.shape[0]
         xy = torch.empty(frames, len(table), 2)
         visible = torch.zeros(frames, len(table), dtype=torch.bool)
@@ -116,8 +126,19 @@ class VideoReading:
             rows = chosen[anchor]
             points = table[rows, 1:]
             xy[anchor, rows], visible[anchor, rows], score[anchor, rows] = points, True, 1.0
-            for frame, found in following.follow(points, blocks).items():
-                xy[frame, rows], visible[frame, rows], score[frame, rows] = found
+            ends = following.start(points, anchor)
+            start = dict(ends)
+            for number, chunks in enumerate(blocks):
+                found = None if parts is None else parts.stored(anchor, number)
+                if found is None:
+                    found = following.follow(points, chunks, ends)
+                    if parts is not None:
+                        parts.store(anchor, number, found)
+                else:
+                    self._passes.skip(following.passes(len(rows), [chunks]))
+                place = torch.tensor(found.frames)[:, None]
+                xy[place, rows], visible[place, rows], score[place, rows] = found.xy, found.visible, found.score
+                ends = {**start, **found.end}
         return Tracks(xy=xy, visible=visible, score=score)
 
     @ordinary_defaults()
@@ -160,6 +181,24 @@ class VideoReading:
         maps[chunks[0].source] = _at_point(source, place, share[0])
         return maps
 
+    def dense(self, frame: int = 0, *, every: int = 1, progress: Progress | None = None) -> DenseTracks:
+        """Where every pixel of a frame goes: `track` of a regular grid of its points, so many at a time.
+
+        Args:
+            frame: whose pixels are followed, negative ones from the end.
+            every: pixels from one point to the next, in x and y.
+            progress: called with (points done, points in all).
+
+        Returns:
+            `DenseTracks(displacement [T, H // every, W // every, 2] in pixels, visible [T, H // every, W // every])`.
+
+        Raises:
+            ValueError: a frame that the video does not have, or `every` below 1.
+        """
+        frame = resolved_index("frame", frame, self.shape[0], f"the video's {self.shape[0]} frames")
+        together = max(1, DENSE_BYTES // self._following.bytes_a_point(self._blocks(frame)))
+        return dense_tracks(self, frame, whole_number("every", every, 1), together, progress)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all that was read as one safetensors file, beside and then renamed; `load` reads it.
 
@@ -201,13 +240,21 @@ class VideoReading:
         tensors, metadata = read_safetensors(path)
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{os.fspath(path)} holds no reading of a video; give a file that VideoReading.save wrote")
-        facts = json.loads(metadata["facts"])
+        try:
+            return cls._restored(os.fspath(path), tensors, json.loads(metadata["facts"]), tracker)
+        except (KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"{os.fspath(path)} is damaged: {type(error).__name__} {error}") from error
+
+    @staticmethod
+    def _restored(
+        path: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], tracker: ReadingTracker
+    ) -> VideoReading:
         reading = tracker.reading_of(_ShapeOnly(facts["shape"]), keep=True)
-        reading._check_bound(os.fspath(path), facts)
+        reading._check_bound(path, facts)
         device = getattr(tracker.backbone, "device", torch.device("cpu"))
         for name, store in reading._stores():
             if name not in tensors or len(tensors[name]) != reading.shape[0]:
-                raise ValueError(f"{os.fspath(path)} is damaged: it lacks the {name} of its frames")
+                raise ValueError(f"{path} is damaged: it lacks the {name} of its frames")
             store.keep(tensors[name].to(device) if name == "latents" else tensors[name])
         for index, (frames, pair) in enumerate(zip(facts["chunks"], facts["pairs"], strict=True)):
             prefix = f"chunk.{index}."
@@ -238,6 +285,17 @@ class VideoReading:
         }
         return dict(json.loads(json.dumps(facts)))
 
+    def _made_from(self, table: Tensor) -> tuple[dict[str, Any], dict[str, str]]:
+        """Settings and inputs of tracks of these queries, for a folder in which a run that was stopped goes on."""
+        if not isinstance(self._video, StreamedVideo):
+            raise ValueError(
+                "resume is for a video that is read from its file as it is tracked; give its path, or drop resume"
+            )
+        facts = self._bound_to()
+        options = {**asdict(self._reader.settings.options), **facts["options"], "shape": self.shape}
+        settings = {"weights": facts["weights"], **options, "part": self._video.part}
+        return settings, {"video": file_digest(self._video.info.path), "queries": content_digest(table)}
+
     def _check_bound(self, path: str, facts: Mapping[str, Any]) -> None:
         now = self._bound_to()
         if facts["weights"] != now["weights"]:
@@ -267,7 +325,11 @@ class _Passes:
             progress(0, total)
 
     def done(self) -> None:
-        self._done += 1
+        self.skip(1)
+
+    def skip(self, passes: int) -> None:
+        """Count passes that somebody made before."""
+        self._done += passes
         if self._progress is not None:
             self._progress(self._done, self._total)
 

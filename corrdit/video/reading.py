@@ -120,6 +120,7 @@ class StreamedVideo:
         dtype: uint8.
         times: float64 `[T]`, when each frame is shown, in seconds of the file's own time.
         info: the file's own size and rate.
+        part: (start, max_frames) that were asked for.
     """
 
     dtype = np.dtype(np.uint8)
@@ -134,7 +135,7 @@ class StreamedVideo:
         min_frames: int = 2,
     ) -> None:
         self.info = probe_video(path)
-        self._start, self._max_frames = start, max_frames
+        self.part = (start, max_frames)
         read = [moment for moment, _ in _frames(self.info, start, max_frames)]
         _check_read(self.info, read, start, max_frames, min_frames)
         self.times = np.array([moment.seconds for moment in read])
@@ -150,7 +151,7 @@ class StreamedVideo:
 
     def at_size(self, height: int, width: int) -> Iterator[np.ndarray]:
         """The frames once more from the first on, uint8 `[height, width, 3]`, one at a time."""
-        for _, pixels in _frames(self.info, self._start, self._max_frames):
+        for _, pixels in _frames(self.info, *self.part):
             yield pixels((height, width))
 
     def __getitem__(self, part: slice) -> np.ndarray:

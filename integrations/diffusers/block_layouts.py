@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias, cast
 
@@ -13,6 +14,8 @@ from corrdit.grid import TokenGrid
 
 Arguments: TypeAlias = dict[str, Any]
 """What a transformer is given, by name."""
+Text: TypeAlias = Mapping[str, torch.Tensor]
+"""Those of them that stand for the prompt."""
 
 
 class Config(Protocol):
@@ -84,6 +87,17 @@ class TransformerLayout(abc.ABC):
     def read_call(self, transformer: nn.Module, arguments: Arguments) -> ForwardCall:
         """Batch, token grid and timestep of a forward, from its arguments by name."""
 
+    def cross_attention_modules(self, transformer: nn.Module) -> list[nn.Module]:
+        """The modules by which the video attends to the text, one beside each of `attention_modules`.
+
+        Raises:
+            ValueError: a family whose layout does not say where they are.
+        """
+        raise ValueError(
+            f"where {type(transformer).__name__} attends to its text is not known; give its layout "
+            "cross_attention_modules"
+        )
+
     def refusal(self, transformer: nn.Module) -> str | None:
         """Why a model of the family has no softmax map from frame to frame, by its config; None where it has."""
         return None
@@ -139,13 +153,18 @@ class BlockLayout(TransformerLayout):
     Attributes:
         lists: names of the module lists that hold the blocks, in the order they run.
         attention: name of the attention module in a block.
+        cross: name of the module in a block that attends to the text, where that is apart.
     """
 
     lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
     attention: ClassVar[str] = "attn1"
+    cross: ClassVar[str] = "attn2"
 
     def attention_modules(self, transformer: nn.Module) -> list[nn.Module]:
         return [getattr(block, self.attention) for name in self.lists for block in getattr(transformer, name)]
+
+    def cross_attention_modules(self, transformer: nn.Module) -> list[nn.Module]:
+        return [getattr(block, self.cross) for name in self.lists for block in getattr(transformer, name)]
 
     def block_lists(self, transformer: nn.Module) -> list[str]:
         return list(self.lists)

@@ -220,6 +220,7 @@ class Kandinsky5Layout(BlockLayout):
     guidance = "separate"
     lists = ("visual_transformer_blocks",)
     attention = "self_attention"
+    cross = "cross_attention"
     axes = "BFHWC"
 
     def refusal(self, transformer: nn.Module) -> str | None:

@@ -32,6 +32,7 @@ class Scheduler(Protocol):
     """Of diffusers, its timesteps set."""
 
     timesteps: Tensor
+    sigmas: Tensor
 
     def __getattr__(self, name: str) -> Any: ...
 
@@ -206,7 +207,7 @@ def denoised_latents(
         backbone, inference_steps, image: as for `inverted_latents`.
         latents: as they are at `start`.
         start: a step, non-negative.
-        steps: none before it.
+        steps: none before it; number `inference_steps` is the clean end.
 
     Yields:
         (step, latents in float32), from the noisiest on.
@@ -215,7 +216,7 @@ def denoised_latents(
         ValueError: as `inverted_latents`, or a step before `start`.
     """
     path, timesteps = _path(backbone, inference_steps)
-    wanted = _checked([start, *steps], inference_steps)
+    wanted = _checked([start, *steps], inference_steps + 1)
     if min(wanted) < start:
         raise ValueError(f"step {min(wanted)} is noisier than step {start}, where denoising begins; begin there")
     moving = latents.float()

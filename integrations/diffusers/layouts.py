@@ -14,6 +14,7 @@ from corrdit.integrations.diffusers.block_layouts import (
     Config,
     ForwardCall,
     Pipeline,
+    Text,
     TransformerLayout,
     config_of,
 )
@@ -21,11 +22,13 @@ from corrdit.integrations.diffusers.family_layouts import FAMILY_LAYOUTS, REFUSE
 
 __all__ = [
     "FAMILY_LAYOUTS",
+    "REFUSED_TRANSFORMERS",
     "Arguments",
     "BlockLayout",
     "Config",
     "ForwardCall",
     "Pipeline",
+    "Text",
     "TransformerLayout",
     "config_of",
     "forward_arguments",

@@ -12,7 +12,7 @@ from corrdit.arguments import flag, whole_number
 from corrdit.data.tapvid import TapVidSample
 from corrdit.evaluation import EvaluationResults, TrackerSummary, chosen_trackers, evaluate_video, write_tables
 from corrdit.evaluation.results import EvaluationSettings
-from corrdit.evaluation.scoring import QUERIES_AT_ONCE, draw_tracks, true_tracks
+from corrdit.evaluation.scoring import QUERIES_AT_ONCE, TRAIL, draw_tracks, true_tracks
 from corrdit.evaluation.trackers import Track, TrackerChoice
 from corrdit.integrations.diffusers.backbones.presets import Preset
 from corrdit.integrations.diffusers.fingerprint import MODEL_FACTS
@@ -52,6 +52,7 @@ class EvaluationModule(ResumableModule[TapVidItem]):
         queries_at_once: most queries a tracker is given together; None for all.
         save_tracks: whether the tracks of each video are kept beside its figures.
         pictures: the tracks of the first so many videos of the set are drawn.
+        trail: past frames whose path is drawn behind a point.
 
     Raises:
         ValueError: an argument out of range; when the run starts, an unknown model, options it cannot serve or results
@@ -74,6 +75,7 @@ class EvaluationModule(ResumableModule[TapVidItem]):
         queries_at_once: int | None = QUERIES_AT_ONCE,
         save_tracks: bool = True,
         pictures: int = 0,
+        trail: int = TRAIL,
     ) -> None:
         if on_broken in _EARLIER_WORDS:
             now = _EARLIER_WORDS[on_broken]
@@ -86,6 +88,7 @@ class EvaluationModule(ResumableModule[TapVidItem]):
         self.save_tracks = flag("save_tracks", save_tracks)
         self.queries_at_once = None if queries_at_once is None else whole_number("queries_at_once", queries_at_once, 1)
         self.pictures = whole_number("pictures", pictures, 0)
+        self.trail = whole_number("trail", trail, 0)
         self._trackers: dict[str, Track] = {}
         super().__init__(
             model,
@@ -194,7 +197,7 @@ class EvaluationModule(ResumableModule[TapVidItem]):
     def _draw(self, label: str, sample: TapVidSample, tracks: Tracks) -> None:
         """The tracker's tracks and the true ones, over the video."""
         for name, drawn in ((label, tracks), ("truth", true_tracks(sample))):
-            draw_tracks(self.evaluated.pictures_folder(name), sample, drawn)
+            draw_tracks(self.evaluated.pictures_folder(name), sample, drawn, trail=self.trail)
 
     def _refuse_failures(self) -> None:
         for label in self.labels:

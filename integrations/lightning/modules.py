@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 
@@ -22,7 +23,7 @@ from corrdit.integrations.lightning.tapvid_data import TapVidDataModule, TapVidI
 from corrdit.metrics import TapVidMetric
 from corrdit.runs import Keywords
 from corrdit.tracking import PointTracker
-from corrdit.tracking.files import RESULT_FILE, track_at_size, write_track_results
+from corrdit.tracking.files import PARTS, RESULT_FILE, track_at_size, write_track_results
 from corrdit.tracking.queries import check_queries, grid_points, grid_side
 
 Queries = int | str | np.ndarray | Callable[[int, int, int], np.ndarray]
@@ -43,8 +44,9 @@ class TrackingModule(ResumableModule[Mapping[str, str]]):
     `output/NAME/` gets `tracks.npz` (xy `[T, P, 2]`, visible, score `[T, P]`, queries `[P, 3]`) and, with `pictures`,
     `tracks.mp4` and `tracks.png`. Files are written beside and renamed, `tracks.npz` last, so a run may be killed at
     any time; with `VideoDataModule(..., output=output)` the next run does what is left, what is damaged and videos that
-    are others than before. A broken video gets `output/NAME/failed.json`. `output/settings.json` says how the results
-    were made; a run with other settings or weights is refused.
+    are others than before; within a video longer than `frames_per_block` it goes on block by block. A broken video gets
+    `output/NAME/failed.json`. `output/settings.json` says how the results were made; a run with other settings or
+    weights is refused.
 
     Args:
         model: for `corrdit.load_backbone`, or a backbone that is loaded already.
@@ -140,10 +142,12 @@ class TrackingModule(ResumableModule[Mapping[str, str]]):
         inputs = {"video": file_digest(path)}
         size = (video.info.height, video.info.width)
         queries = self._queries(len(video), *size)
-        tracks = track_at_size(self._tracker, video, queries, size)
+        parts = self.results.path / PARTS / name
+        tracks = track_at_size(self._tracker, video, queries, size, resume=parts)
         with self.results.result(name, inputs, last=RESULT_FILE) as result:
             write_track_results(result.folder, video, tracks, queries, pictures=self.pictures, trail=self.trail)
             result.facts.update(frames=tracks.frames, points=tracks.points)
+        shutil.rmtree(parts, ignore_errors=True)
         return result.facts
 
     def test_step(self, batch: TapVidItem, batch_idx: int) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corrdit.kernels.displacement.folded import folded_backward, folded_forward
+from corrdit.kernels.displacement.folded import folded_forward
+from corrdit.kernels.displacement.folded_backward import folded_backward
 from corrdit.kernels.displacement.soft_backward import soft_backward
 from corrdit.kernels.displacement.soft_forward import soft_forward
 from corrdit.kernels.shared.inputs import kernel_input
@@ -21,10 +22,13 @@ from corrdit.kernels.shared.launch import (
     SavedContext,
     autocast_off,
     canonical,
+    given,
     refuse_second_derivative,
+    taken,
     unequal_weights,
+    wanted_gradients,
 )
-from corrdit.kernels.shared.tables import frame_pairs, window_centers, window_radius
+from corrdit.kernels.shared.tables import frame_pairs, made_outside, window_centers, window_radius
 from corrdit.problem import PairProblem, float32_precision
 
 
@@ -78,17 +82,24 @@ def compute_soft_displacement_backward(
     scale: float,
     window: int,
     precision: str,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
-    """(dq, dk) `[B, H, F*S, D]` in the dtype of q."""
+    """(dq, dk) `[B, H, F*S, D]` in the dtype of q; `[0]` for what is not `wanted`."""
+    of_q, of_k = wanted
     with float32_precision(precision), autocast_off(q):
         if folded:
-            return folded_backward(
-                gradient, q, k, weights, displacement, statistics, pairs, height, width, scale, key_mask, center, window
-            )
-        table = frame_pairs(pairs, q.shape[2] // (height * width), q.device)
-        return soft_backward(
-            gradient, q, k, displacement, statistics, table, height, width, scale, key_mask, center, window
-        )
+            gradients = folded_backward(
+                gradient, q, k, weights, displacement, statistics, pairs, height, width, scale, key_mask, center,
+                window, (of_q, of_k),
+            )  # fmt: skip
+        else:
+            table = frame_pairs(pairs, q.shape[2] // (height * width), q.device)
+            gradients = soft_backward(
+                gradient, q, k, displacement, statistics, table, height, width, scale, key_mask, center, window,
+                (of_q, of_k),
+            )  # fmt: skip
+    dq, dk = given(gradients, q)
+    return dq, dk
 
 
 _soft_displacement_backward = torch.library.custom_op(
@@ -97,8 +108,9 @@ _soft_displacement_backward = torch.library.custom_op(
 
 
 @_soft_displacement_backward.register_fake
-def _(gradient: Tensor, q: Tensor, k: Tensor, *options: object) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape)
+def _(gradient: Tensor, q: Tensor, k: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    of_q, of_k = options[-1]
+    return q.new_empty(q.shape if of_q else 0), k.new_empty(k.shape if of_k else 0)
 
 
 def _save(ctx: SavedContext, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -108,8 +120,9 @@ def _save(ctx: SavedContext, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _differentiate(ctx: SavedContext, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    dq, dk = _soft_displacement_backward(gradient, *ctx.saved_tensors, *ctx.options)
-    return dq, dk, *(None,) * 10
+    wanted = wanted_gradients(ctx, 2)
+    gradients = _soft_displacement_backward(gradient, *ctx.saved_tensors, *ctx.options, wanted)
+    return *taken(gradients, wanted), *(None,) * 10
 
 
 _soft_displacement.register_autograd(_differentiate, setup_context=_save)
@@ -120,8 +133,8 @@ def soft_displacement(q: Tensor, k: Tensor, problem: PairProblem) -> tuple[Tenso
     """(displacement float32 `[B, H or 1, R, 2]`, None: no log-sum-exp yet); see `corrdit.ops.soft_displacement`.
 
     The memory budget is not used. Beyond outputs and a few numbers for each row the kernels take nothing; the gradient
-    of averaged logits takes 64 MiB, float32 sums of one sample's dq and dk, and a sample's keys once more (twice with
-    `key_mask`).
+    of averaged logits takes 32 MiB, float32 sums of one sample's dq and dk, and a sample of q and k once more (k twice
+    with `key_mask`).
 
     Args:
         q, k: `[B, H, N, D]` float16, bfloat16 or float32 with any strides, D from 8 to 256.
@@ -135,13 +148,15 @@ def soft_displacement(q: Tensor, k: Tensor, problem: PairProblem) -> tuple[Tenso
     grid, weights = problem.grid, problem.weights
     q, logit_scale = canonical(q, problem.factor)
     folded = problem.heads == "logits" and q.shape[1] > 1
+    pairs = [frame for pair in problem.pairs for frame in pair]
+    made_outside(pairs, grid.frames, grid.height, grid.width, q)
     displacement, _ = _soft_displacement(
         q,
         k,
         unequal_weights(weights) if folded else None,
         problem.key_mask,
         window_centers(problem),
-        [frame for pair in problem.pairs for frame in pair],
+        pairs,
         grid.height,
         grid.width,
         folded,

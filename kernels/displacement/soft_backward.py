@@ -290,8 +290,9 @@ def soft_backward(
     key_mask: Tensor | None,
     center: Tensor | None,
     window: int,
-) -> tuple[Tensor, Tensor]:
-    """(dq, dk) `[B, H, F*S, D]` in the dtype of q.
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dq, dk) `[B, H, F*S, D]` in the dtype of q, of those that are `wanted`.
 
     Args:
         gradient: float32 `[B, H, P, S, 2]` with respect to `displacement`.
@@ -304,13 +305,15 @@ def soft_backward(
     coordinates = coordinate_table(height, width, q.dtype, q.device)
     planes, shifts, ranges = gradient_rows(gradient.contiguous(), displacement, statistics, coordinates.dtype, width)
     mask = table.pairs if key_mask is None else key_mask
-    gradients = []
-    for name, kernel, starts, order in (
+    gradients: list[Tensor | None] = [None, None]
+    for index, (name, kernel, starts, order) in enumerate((
         ("soft_backward_query", soft_backward_query_kernel, table.query_starts, table.query_order),
         ("soft_backward_key", soft_backward_key_kernel, table.key_starts, table.key_order),
-    ):
+    )):  # fmt: skip
+        if not wanted[index]:
+            continue
         output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        tiles = choose_tiles(name, q)
+        tiles = choose_tiles(name, q, key_mask is not None or window >= 0)
         size = tiles.rows if kernel is soft_backward_query_kernel else tiles.columns
         launch(
             kernel, (frames * tile_count(frame_tokens, size), batch * heads),
@@ -322,5 +325,5 @@ def soft_backward(
             HAS_MASK=key_mask is not None, WINDOW=window_kind(window, center), PRECISION=product_precision(),
             tiles=tiles,
         )  # fmt: skip
-        gradients.append(output)
+        gradients[index] = output
     return gradients[0], gradients[1]

@@ -81,6 +81,13 @@ def guarded_tile(
 
 
 @triton.jit
+def full_scores(q_tile, k, columns, dims, k_strides, unused, D: tl.constexpr, PRECISION: tl.constexpr):
+    """`[M, N]` scores of the keys from `k` on, all of them inside."""
+    k_tile = load_tile(k, columns, dims, k_strides, unused, False, D)  # [N, D]
+    return product(q_tile, tl.trans(k_tile), PRECISION)
+
+
+@triton.jit
 def soft_forward_kernel(
     q, k, displacement, statistics, table, pairs, key_mask, center, visited,
     q_strides, k_strides, mask_strides, heads, pair_count, frame_tokens, width, scale, radius,
@@ -117,11 +124,17 @@ def soft_forward_kernel(
             )  # fmt: skip
     else:
         bulk = frame_tokens // BLOCK_N * BLOCK_N
-        for first in range(0, bulk, BLOCK_N):
-            # Full tiles of an open frame: nothing to mask.
-            k_tile = load_tile(k + wide(first) * k_strides[2], columns, dims, k_strides, kept_rows, False, D)  # [N, D]
-            coordinates = coordinate_tile(table + first * 16, columns, kept_rows, False)
-            scores = product(q_tile, tl.trans(k_tile), PRECISION)
+        if bulk > 0:
+            # Full tiles of an open frame: nothing to mask. The product of a tile is under way on the tensor cores while
+            # the softmax of the tile before it takes its exponentials.
+            scores = full_scores(q_tile, k, columns, dims, k_strides, kept_rows, D, PRECISION)
+            for first in range(BLOCK_N, bulk, BLOCK_N):
+                ahead = full_scores(q_tile, k + wide(first) * k_strides[2], columns, dims, k_strides, kept_rows, D,
+                                    PRECISION)  # fmt: skip
+                coordinates = coordinate_tile(table + (first - BLOCK_N) * 16, columns, kept_rows, False)
+                peak, moments = accumulate_moments(peak, moments, scores, scale, coordinates, PRECISION)
+                scores = ahead
+            coordinates = coordinate_tile(table + (bulk - BLOCK_N) * 16, columns, kept_rows, False)
             peak, moments = accumulate_moments(peak, moments, scores, scale, coordinates, PRECISION)
         if bulk < frame_tokens:
             peak, moments = guarded_tile(

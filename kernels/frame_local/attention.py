@@ -11,7 +11,16 @@ from torch import Tensor
 from corrdit.kernels.frame_local.backward import local_backward
 from corrdit.kernels.frame_local.forward import LocalLayout, local_forward
 from corrdit.kernels.shared.inputs import kernel_input
-from corrdit.kernels.shared.launch import LOG2_E, SavedContext, autocast_off, canonical, refuse_second_derivative
+from corrdit.kernels.shared.launch import (
+    LOG2_E,
+    SavedContext,
+    autocast_off,
+    canonical,
+    given,
+    refuse_second_derivative,
+    taken,
+    wanted_gradients,
+)
 from corrdit.problem import PairProblem, float32_precision
 
 
@@ -52,12 +61,16 @@ def compute_frame_local_attention_backward(
     scale: float,
     renormalize: bool,
     precision: str,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) `[B, H, N, D]` in the dtype of q."""
+    """(dq, dk, dv) `[B, H, N, D]` in the dtype of q; `[0]` for what is not `wanted`."""
+    of_q, of_keys = wanted
     with float32_precision(precision), autocast_off(q):
-        return local_backward(
-            gradient, q, k, v, output, statistics, LocalLayout(*layout), scale, key_mask, renormalize
-        )  # fmt: skip
+        gradients = local_backward(
+            gradient, q, k, v, output, statistics, LocalLayout(*layout), scale, key_mask, renormalize, (of_q, of_keys)
+        )
+    dq, dk, dv = given(gradients, q)
+    return dq, dk, dv
 
 
 _frame_local_attention_backward = torch.library.custom_op(
@@ -66,8 +79,13 @@ _frame_local_attention_backward = torch.library.custom_op(
 
 
 @_frame_local_attention_backward.register_fake
-def _(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, *options: object) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    of_q, of_keys = options[-1]
+    return (
+        q.new_empty(q.shape if of_q else 0),
+        k.new_empty(k.shape if of_keys else 0),
+        v.new_empty(v.shape if of_keys else 0),
+    )
 
 
 def _save(ctx: SavedContext, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -77,8 +95,11 @@ def _save(ctx: SavedContext, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _differentiate(ctx: SavedContext, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    dq, dk, dv = _frame_local_attention_backward(gradient, *ctx.saved_tensors, *ctx.options)
-    return dq, dk, dv, *(None,) * 5
+    of_q, of_k, of_v = wanted_gradients(ctx, 3)
+    # One kernel makes dk and dv.
+    wanted = [of_q, of_k or of_v]
+    gradients = _frame_local_attention_backward(gradient, *ctx.saved_tensors, *ctx.options, wanted)
+    return *taken(gradients, [of_q, of_k, of_v]), *(None,) * 5
 
 
 _frame_local_attention.register_autograd(_differentiate, setup_context=_save)

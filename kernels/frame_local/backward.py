@@ -123,8 +123,9 @@ def local_backward(
     scale: float,
     key_mask: Tensor | None,
     renormalize: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) `[B, H, N, D]` in the dtype of q.
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dq, dk, dv) `[B, H, N, D]` in the dtype of q: dq, and dk with dv, only if `wanted`.
 
     Args:
         gradient: `[B, H, N, D]` with respect to `output`, any strides.
@@ -133,11 +134,16 @@ def local_backward(
     batch, heads, tokens, head_dim = q.shape
     deltas = torch.einsum("bhnd,bhnd->bhn", gradient.to(torch.float32), output.to(torch.float32)).contiguous()
     mask = deltas[0] if key_mask is None else key_mask
-    dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
+    of_q, of_keys = wanted
+    dq, dk, dv = (
+        torch.empty(q.shape, dtype=q.dtype, device=q.device) if asked else None for asked in (of_q, of_keys, of_keys)
+    )
     for name, kernel, outputs in (
         ("local_backward_query", local_backward_query_kernel, (dq,)),
         ("local_backward_key", local_backward_key_kernel, (dk, dv)),
     ):
+        if outputs[0] is None:
+            continue
         tiles = choose_tiles(name, q)
         size = tiles.rows if len(outputs) == 1 else tiles.columns
         launch(

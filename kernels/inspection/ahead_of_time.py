@@ -7,6 +7,7 @@ specialisation on strides. A driver that only names its architecture stands in f
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -18,13 +19,16 @@ from triton.runtime.jit import MockTensor
 
 from corrdit.kernels.inspection.disassembly import Disassembly, MainLoop, repetition, resources
 from corrdit.kernels.inspection.floors import EXPONENTIALS, ISSUE_LANES, TENSOR_PRODUCTS
-from corrdit.kernels.shared.configs import SHARED_BYTES, Tiles
+from corrdit.kernels.shared.configs import SHARED_BYTES, Tiles, table_of
 from corrdit.kernels.shared.launch import compile_only
 from corrdit.kernels.shared.primitives import INTERPRETED
 
 # Products of tiles in triton's intermediate code: up to 8.9, on 9.0 and on 10.0.
 _PRODUCTS = ("tt.dot", "warp_group_dot", "tc_gen5_mma")
-ARCHITECTURES = {80: "8.0", 89: "8.9", 90: "9.0", 100: "10.0"}
+# Compute capability -> multiprocessors of its largest card: A100, RTX 3090 Ti, RTX 4090, H200, B200, RTX 5090.
+MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
+ARCHITECTURES = {arch: table_of(divmod(arch, 10)) for arch in MULTIPROCESSORS}
+_REGISTERS, _THREADS, _BLOCKS, _RESERVED_BYTES = 65536, {80: 2048, 90: 2048, 100: 2048}, 24, 1024
 
 
 class Compiled(NamedTuple):
@@ -38,6 +42,8 @@ class Compiled(NamedTuple):
         main_loop: None where the kernel has no loop over score tiles.
         elements: scores of a tile over the threads of a block.
         repetition: how many threads compute each score; 1 where no work is done twice.
+        resident_blocks: blocks a multiprocessor holds at once. programs: blocks of the launch.
+        wave_use: share of the places for blocks that the launch fills until its last block ends.
     """
 
     kernel: str
@@ -52,6 +58,9 @@ class Compiled(NamedTuple):
     main_loop: MainLoop | None
     elements: int
     repetition: int
+    resident_blocks: int
+    programs: int
+    wave_use: float
 
     def instructions_per_element(self, inner_turns: int = 1) -> float | None:
         """Instructions of the main loop for each score, the inner loop over head_dim turning `inner_turns` times."""
@@ -133,19 +142,36 @@ def recording(arch: int) -> Iterator[list[Compiled]]:
     compiled: list[Compiled] = []
     architecture = ARCHITECTURES[arch]
 
-    def compile_launch(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    seen: set[str] = set()
+
+    def compile_launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         mocked = [MockTensor(a.dtype) if isinstance(a, Tensor) else a for a in arguments]
         if "BLOCK_M" not in options:
             return  # element by element, no tiles to look at
         binary = kernel.warmup(*mocked, grid=(1,), enable_fp_fusion=True, **options)
-        compiled.append(_inspect(binary, kernel.__name__, architecture, options))
+        if binary.hash not in seen:
+            seen.add(binary.hash)
+            compiled.append(_inspect(binary, kernel.__name__, arch, options, math.prod(grid)))
 
     with absent_device(arch), compile_only(architecture, compile_launch):
         yield compiled
 
 
-def _inspect(binary: Any, name: str, architecture: str, options: dict[str, Any]) -> Compiled:
+def resident_blocks(arch: int, registers: int, shared_bytes: int, warps: int) -> int:
+    """Blocks that one multiprocessor holds at once; 0 where not even one fits."""
+    of_registers = _REGISTERS // (-(-registers // 8) * 8 * 32 * warps)
+    of_shared = (SHARED_BYTES[ARCHITECTURES[arch]] + _RESERVED_BYTES) // (shared_bytes + _RESERVED_BYTES)
+    return min(of_registers, of_shared, _THREADS.get(arch, 1536) // (32 * warps), _BLOCKS)
+
+
+def wave_use(programs: int, places: int) -> float:
+    """Share of `places` for blocks that as many equal blocks fill until the last one ends."""
+    return programs / (-(-programs // places) * places)
+
+
+def _inspect(binary: Any, name: str, arch: int, options: dict[str, Any], programs: int) -> Compiled:
     cubin = binary.asm["cubin"]
+    architecture = ARCHITECTURES[arch]
     registers, spill = resources(cubin)
     code = Disassembly(cubin)
     warps = options["num_warps"]
@@ -153,6 +179,7 @@ def _inspect(binary: Any, name: str, architecture: str, options: dict[str, Any])
     elements = max(1, rows * columns // (32 * warps))
     times = repetition(binary.asm["ttgir"])
     shared = int(binary.metadata.shared)
+    resident = resident_blocks(arch, registers, shared, warps)
     lines = binary.asm["ttgir"].splitlines()
     products = [line for line in lines if any(f"{operation} " in line for operation in _PRODUCTS)]
     # A product that missed the tensor cores is a tt.dot that keeps its result in a plain blocked layout.
@@ -164,12 +191,15 @@ def _inspect(binary: Any, name: str, architecture: str, options: dict[str, Any])
         registers=registers,
         spill_bytes=spill,
         shared_bytes=shared,
-        launchable=shared <= SHARED_BYTES[architecture] and registers * 32 * warps <= 65536,
+        launchable=resident > 0,
         tensor_cores=not products or (code.uses_tensor_cores() and not plain),
         serialized=code.serialized(sum("warp_group_dot " in line for line in products)),
         main_loop=code.main_loop(elements * times),
         elements=elements,
         repetition=times,
+        resident_blocks=resident,
+        programs=programs,
+        wave_use=wave_use(programs, max(1, resident) * MULTIPROCESSORS[arch]),
     )
 
 

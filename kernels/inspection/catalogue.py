@@ -6,12 +6,14 @@ import hashlib
 import itertools
 import pathlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from corrdit.arguments import choice
 from corrdit.grid import TokenGrid
 from corrdit.kernels.displacement.soft import compute_soft_displacement, compute_soft_displacement_backward
 from corrdit.kernels.frame_local.attention import compute_frame_local_attention, compute_frame_local_attention_backward
@@ -22,21 +24,49 @@ from corrdit.kernels.matching.costs import compute_cost_rows
 from corrdit.kernels.matching.hard import compute_hard_displacement
 from corrdit.kernels.matching.mass import compute_attention_mass
 from corrdit.kernels.matching.match import compute_match
+from corrdit.kernels.shared.configs import Tiles
 from corrdit.problem import float32_precision, product_precision
 
-# CogVideoX-5B's heads and frame; two frames stand for all, no kernel depends on their number.
+# CogVideoX-5B.
 HEADS = 48
-GRID = TokenGrid(frames=2, height=30, width=45, text_tokens=226)
+GRID = TokenGrid(frames=13, height=30, width=45, text_tokens=226)
+# CogVideoX1.5, Wan and HunyuanVideo at 720p: 3,600 tokens are a multiple of 16, of which triton makes other code.
+LARGE_FRAME = (45, 80)
+WINDOW = 4
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 HEAD_DIMS = (16, 64, 96, 128, 256)
-_PAIRS = [0, 1, 1, 0]
+PLAIN, MASK, WINDOWED, WEIGHTS, LARGE = "plain", "mask", "window", "weights", "large frame"
+VARIANTS = (PLAIN, MASK, WINDOWED, WEIGHTS, LARGE)
 
 
 class Entry(NamedTuple):
-    """One call of an operation; `heads` is its head mode, or its variant where it has none."""
+    """One call of an operation.
+
+    Attributes:
+        heads: its head mode, or "renormalized" or "zeroed" of frame-local attention.
+        variant: what the call has besides: a key mask, a window, weights of the heads, frames of 45 x 80 tokens.
+    """
 
     operation: str
     heads: str
+    variant: str = PLAIN
+
+
+class Inputs(NamedTuple):
+    """Tensors without memory for one entry."""
+
+    q: Tensor
+    grid: TokenGrid
+    heads: str
+    weights: Tensor | None
+    key_mask: Tensor | None
+    window: int
+
+    @property
+    def pairs(self) -> list[int]:
+        """Every pair of frames, flat."""
+        frames = range(self.grid.frames)
+        return [frame for i in frames for j in frames for frame in (i, j)]
 
 
 _HEADS = {
@@ -47,7 +77,21 @@ _HEADS = {
     "attention_mass": ("probabilities",),
     "frame_local_attention": ("renormalized", "zeroed"),
 }
-ENTRIES = tuple(Entry(operation, heads) for operation, modes in _HEADS.items() for heads in modes)
+
+
+def _has_variant(operation: str, heads: str, variant: str) -> bool:
+    if variant == WINDOWED:
+        return operation.endswith("displacement")
+    return variant != WEIGHTS or heads == "logits"
+
+
+ENTRIES = tuple(
+    Entry(operation, heads, variant)
+    for operation, modes in _HEADS.items()
+    for heads in modes
+    for variant in VARIANTS
+    if _has_variant(operation, heads, variant)
+)
 
 
 class Row(NamedTuple):
@@ -56,10 +100,12 @@ class Row(NamedTuple):
     op: str
     pass_name: str
     heads: str
+    variant: str
     dtype: str
     head_dim: int
     arch: int
     compiled: Compiled
+    tile_use: float
 
     def report(self) -> dict[str, object]:
         """The row as one JSON object."""
@@ -72,6 +118,7 @@ class Row(NamedTuple):
             "op": self.op,
             "pass": self.pass_name,
             "heads": self.heads,
+            "variant": self.variant,
             "dtype": self.dtype,
             "head_dim": self.head_dim,
             "arch": self.arch,
@@ -81,6 +128,11 @@ class Row(NamedTuple):
             **{name: getattr(compiled, name) for name in ("launchable", "tensor_cores")},
             "serialized_products": compiled.serialized,
             "repetition": compiled.repetition,
+            "resident_blocks": compiled.resident_blocks,
+            "overlap": compiled.main_loop and compiled.main_loop.overlap,
+            "tile_use": round(self.tile_use, 3),
+            "wave_use": round(compiled.wave_use, 3),
+            "triton": triton.__version__,
             "instructions_per_element": None if instructions is None else round(instructions, 3),
         }
         if self.dtype != "float32":
@@ -119,59 +171,89 @@ def compile_entry(entry: Entry, dtype: str, head_dim: int, arch: int, precision:
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     grid = GRID if entry.operation in ("attention_mass", "frame_local_attention") else GRID.without_text()
+    if entry.variant == LARGE:
+        grid = replace(grid, height=LARGE_FRAME[0], width=LARGE_FRAME[1])
     q = meta_heads(HEADS, grid.tokens, head_dim, DTYPES[dtype])
+    inputs = Inputs(
+        q, grid, entry.heads,
+        torch.empty(HEADS, device="meta") if entry.variant == WEIGHTS else None,
+        torch.empty(1, grid.tokens, dtype=torch.bool, device="meta") if entry.variant == MASK else None,
+        WINDOW if entry.variant == WINDOWED else -1,
+    )  # fmt: skip
     with float32_precision(precision), recording(arch) as compiled:
-        backward = _FORWARDS[entry.operation](entry.heads, q, grid)
+        backward = _FORWARDS[entry.operation](inputs)
         count = len(compiled)
         if backward is not None:
             backward()
     unique: dict[tuple[str, str], Row] = {}
     for index, one in enumerate(compiled):
         pass_name = "forward" if index < count else "backward"
-        row = Row(entry.operation, pass_name, entry.heads, dtype, head_dim, arch, one)
+        use = tile_use(grid.tokens_per_frame, one.tiles)
+        row = Row(entry.operation, pass_name, entry.heads, entry.variant, dtype, head_dim, arch, one, use)
         unique.setdefault((pass_name, one.kernel), row)
     return list(unique.values())
 
 
-def _soft_displacement(heads: str, q: Tensor, grid: TokenGrid) -> Callable[[], object]:
+def tile_use(frame_tokens: int, tiles: Tiles) -> float:
+    """Share of the scores in the tiles of a pair of frames that are scores of tokens."""
+    rows, columns = (-(-frame_tokens // size) * size for size in tiles[:2])
+    return frame_tokens**2 / (rows * columns)
+
+
+def _soft_displacement(inputs: Inputs) -> Callable[[], object]:
     """Each of these makes the forward pass of an operation, and gives the backward pass where there is one."""
-    folded = heads == "logits"
-    options = (_PAIRS, grid.height, grid.width, folded, 0.18, -1, product_precision())
-    moved, sums, *_ = compute_soft_displacement(q, q, None, None, None, *options)
-    fixed = (torch.empty_like(moved), q, q, None, None, None, moved, sums)
-    return lambda: compute_soft_displacement_backward(*fixed, *options)
-
-
-def _hard_displacement(heads: str, q: Tensor, grid: TokenGrid) -> None:
-    compute_hard_displacement(
-        q, q, None, None, None, _PAIRS, grid.height, grid.width, heads, 0.12, -1, product_precision()
+    q, k, grid, weights, mask = inputs.q, inputs.q, inputs.grid, inputs.weights, inputs.key_mask
+    options = (
+        inputs.pairs, grid.height, grid.width, inputs.heads == "logits", 0.18, inputs.window, product_precision(),
+    )  # fmt: skip
+    moved, sums = compute_soft_displacement(q, k, weights, mask, None, *options)
+    gradient = torch.empty_like(moved)
+    return lambda: compute_soft_displacement_backward(
+        gradient, q, k, weights, mask, None, moved, sums, *options, [True, True]
     )
 
 
-def _match(heads: str, q: Tensor, grid: TokenGrid) -> None:
-    compute_match(q, q, None, None, _PAIRS, grid.height, grid.width, heads, 0.12, True, 1, product_precision())
-
-
-def _cost_rows(heads: str, q: Tensor, grid: TokenGrid) -> None:
-    tokens = torch.empty(64, dtype=torch.int64, device="meta")
-    compute_cost_rows(q, q, tokens, None, None, 0, grid.height, grid.width, heads, 0.12, True, product_precision())
-
-
-def _attention_mass(heads: str, q: Tensor, grid: TokenGrid) -> None:
-    tokens = torch.empty(64, dtype=torch.int64, device="meta")
-    compute_attention_mass(
-        q, q, tokens, None, None, 0, grid.text_tokens, grid.video_start, grid.frames, 0, heads, 0.12,
-        product_precision(),
+def _hard_displacement(inputs: Inputs) -> None:
+    compute_hard_displacement(
+        inputs.q, inputs.q, inputs.weights, inputs.key_mask, None, inputs.pairs, inputs.grid.height, inputs.grid.width,
+        inputs.heads, 0.12, inputs.window, product_precision(),
     )  # fmt: skip
 
 
-def _frame_local_attention(heads: str, q: Tensor, grid: TokenGrid) -> Callable[[], object]:
-    options = (list(LocalLayout.of(grid, 0)), 0.18, heads == "renormalized", product_precision())
-    attended, sums, *_ = compute_frame_local_attention(q, q, q, None, *options)
-    return lambda: compute_frame_local_attention_backward(q, q, q, q, None, attended, sums, *options)
+def _match(inputs: Inputs) -> None:
+    grid = inputs.grid
+    compute_match(
+        inputs.q, inputs.q, inputs.weights, inputs.key_mask, inputs.pairs[2 : 2 * grid.frames], grid.height, grid.width,
+        inputs.heads, 0.12, True, 1, product_precision(),
+    )  # fmt: skip
 
 
-_FORWARDS: dict[str, Callable[[str, Tensor, TokenGrid], Callable[[], object] | None]] = {
+def _cost_rows(inputs: Inputs) -> None:
+    tokens = torch.empty(64, dtype=torch.int64, device="meta")
+    compute_cost_rows(
+        inputs.q, inputs.q, tokens, inputs.weights, inputs.key_mask, 0, inputs.grid.height, inputs.grid.width,
+        inputs.heads, 0.12, True, product_precision(),
+    )  # fmt: skip
+
+
+def _attention_mass(inputs: Inputs) -> None:
+    tokens, grid = torch.empty(64, dtype=torch.int64, device="meta"), inputs.grid
+    compute_attention_mass(
+        inputs.q, inputs.q, tokens, inputs.weights, inputs.key_mask, 0, grid.text_tokens, grid.video_start, grid.frames,
+        0, inputs.heads, 0.12, product_precision(),
+    )  # fmt: skip
+
+
+def _frame_local_attention(inputs: Inputs) -> Callable[[], object]:
+    q, mask = inputs.q, inputs.key_mask
+    options = (list(LocalLayout.of(inputs.grid, 0)), 0.18, inputs.heads == "renormalized", product_precision())
+    attended, sums, *_ = compute_frame_local_attention(q, q, q, mask, *options)
+    return lambda: compute_frame_local_attention_backward(
+        q, q, q, q, mask, attended, sums, *options, [True, True]
+    )  # fmt: skip
+
+
+_FORWARDS: dict[str, Callable[[Inputs], Callable[[], object] | None]] = {
     "soft_displacement": _soft_displacement,
     "hard_displacement": _hard_displacement,
     "match": _match,
@@ -191,17 +273,27 @@ class Request(NamedTuple):
 
 
 def requests(
-    arches: list[int], dtypes: list[str], head_dims: list[int], operations: list[str] | None = None
+    arches: list[int],
+    dtypes: list[str],
+    head_dims: list[int],
+    operations: list[str] | None = None,
+    variants: list[str] | None = None,
 ) -> Iterator[Request]:
-    """All entries (or those of the named operations) on each architecture, in each dtype and head_dim.
+    """All entries (or those of the named operations and variants) on each architecture, in each dtype and head_dim.
 
     Raises:
-        ValueError: an operation that does not exist.
+        ValueError: an operation or a variant that does not exist.
     """
+    for name in variants or []:
+        choice("variant", name, VARIANTS)
     for name in operations or []:
         if name not in _HEADS:
             raise ValueError(f"no operation is called {name!r}; there are {', '.join(sorted(_HEADS))}")
-    chosen = [entry for entry in ENTRIES if operations is None or entry.operation in operations]
+    chosen = [
+        entry
+        for entry in ENTRIES
+        if (operations is None or entry.operation in operations) and (variants is None or entry.variant in variants)
+    ]
     for arch, dtype, head_dim, entry in itertools.product(arches, dtypes, head_dims, chosen):
         yield Request(entry, dtype, head_dim, arch)
 

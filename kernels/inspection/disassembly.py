@@ -44,6 +44,7 @@ class MainLoop(NamedTuple):
         tiles: score tiles a turn handles (above 1 where the compiler unrolled).
         products, inner_products: multiply-adds of matrix products a thread's share of the tensor cores does in `own`
             and in one turn of the inner loops; None where the machine code does not say (10.0).
+        overlap: share of the exponentials taken while a matrix product is under way; None where that is not seen.
     """
 
     own: int
@@ -52,6 +53,7 @@ class MainLoop(NamedTuple):
     tiles: int
     products: float | None
     inner_products: float | None
+    overlap: float | None
 
 
 def _run(name: str, *options: str, cubin: bytes) -> str:
@@ -135,6 +137,25 @@ class Disassembly:
         steps = [instruction for instruction in self.instructions if instruction.family == "HGMMA"]
         return len(steps) > 2 * products and all("gsb0" in step.operands for step in steps)
 
+    def overlapped(self, loop: Loop) -> float | None:
+        """Share of the exponentials of a loop that are taken while a product is under way; None without wgmma.
+
+        A group of wgmma is under way from its last instruction until it is waited for.
+        """
+        under_way, during, total = 0, 0, 0
+        # Twice round: what the last turn left under way is so at the start of the next.
+        for turn in range(2):
+            for instruction in self.instructions[loop.first : loop.last + 1]:
+                if instruction.family == "HGMMA" and "gsb0" in instruction.operands:
+                    under_way += 1
+                elif instruction.name.startswith("WARPGROUP.DEPBAR"):
+                    left = re.search(r"gsb0,\s*(0x[0-9a-f]+)", instruction.operands)
+                    under_way = min(under_way, int(left.group(1), 16) if left else 0)
+                elif instruction.name == "MUFU.EX2" and turn:
+                    total += 1
+                    during += under_way > 0
+        return during / total if total and self.count("HGMMA", loop) else None
+
     def multiply_adds(self, indices: Iterable[int]) -> float | None:
         """Multiply-adds of the matrix products at these instructions, for each thread that takes part in them."""
         total = 0.0
@@ -167,6 +188,6 @@ class Disassembly:
                 tiles = max(1, round(self.count(measure, loop) / elements))
                 return MainLoop(
                     len(own), len(inner), self.count("MUFU.EX2", loop), tiles, self.multiply_adds(own),
-                    self.multiply_adds(inner),
+                    self.multiply_adds(inner), self.overlapped(loop),
                 )  # fmt: skip
         return None

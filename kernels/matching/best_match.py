@@ -118,7 +118,7 @@ def best_match(
     shape = (q.shape[0], arrangement.outer, len(pairs), frame_tokens)
     tokens = torch.empty(shape, dtype=torch.int32, device=q.device)
     scores = torch.empty(shape, dtype=torch.float32, device=q.device)
-    tiles = choose_tiles("correspondence", q)
+    tiles = choose_tiles("best_match", q)
     mask = table if key_mask is None else key_mask
     launch(
         best_match_kernel, (len(pairs) * tile_count(frame_tokens, tiles.rows), q.shape[0] * arrangement.outer),

@@ -16,7 +16,7 @@ from torch import Tensor
 from corrdit.kernels.displacement.folded import folded_forward, folded_scale
 from corrdit.kernels.displacement.soft_forward import soft_forward
 from corrdit.kernels.shared.launch import LOG2_E, canonical
-from corrdit.kernels.shared.primitives import exponentials, head_scores, wide
+from corrdit.kernels.shared.primitives import exponentials, head_scores, weighted_scale, wide
 from corrdit.kernels.shared.tables import frame_pairs
 
 
@@ -31,7 +31,7 @@ def cost_tile(
 
     Args:
         q, k: pointers to the batch entry. rows, columns: tokens in their token axis.
-        head_weights: float32 `[H]`: weights of the probabilities, or (FOLDED and WEIGHTED) factors of the queries.
+        head_weights: float32 `[H]`: weights of the probabilities; FOLDED and WEIGHTED: `[H + 1]`, see `head_scores`.
         forward, backward: pointers to the base-2 log-sum-exp of the batch entry's first head; a head further on lies
             `forward_stride` (`backward_stride`) further, and `forward_places [M]` (`backward_places [N]`) within it.
         allowed_rows, allowed_columns: which tokens may be keys.
@@ -41,6 +41,7 @@ def cost_tile(
     if FOLDED:
         turns = 1
         depth = heads
+        scale = weighted_scale(scale, head_weights, heads, WEIGHTED)
     else:
         turns = heads
         depth = 1
@@ -78,7 +79,7 @@ class Heads(NamedTuple):
     Attributes:
         outer: heads of the result. inner: heads that make up one of them.
         folded: whether the inner heads make one softmax.
-        factors: float32 `[H]` weights the kernel reads, None where each counts 1.
+        factors: float32 weights the kernel reads: `[H]`, or `[H + 1]` of `folded_scale`; None where each counts 1.
     """
 
     outer: int

@@ -9,7 +9,13 @@ from corrdit.kernels.matching.correspondence import arrange_heads, exponent, pai
 from corrdit.kernels.matching.token_rows import cost_of_rows, row_statistics
 from corrdit.kernels.shared.inputs import kernel_input
 from corrdit.kernels.shared.launch import canonical, unequal_weights
+from corrdit.kernels.shared.tables import made_outside, segments_made_outside
 from corrdit.problem import PairProblem, float32_precision
+
+
+def frame_segments(frames: int, frame_tokens: int) -> list[tuple[int, int]]:
+    """(first token, tokens) of every frame."""
+    return [(frame * frame_tokens, frame_tokens) for frame in range(frames)]
 
 
 def compute_cost_rows(
@@ -34,7 +40,7 @@ def compute_cost_rows(
     q, factor = exponent(q, scale, arrangement)
     rows = tokens.to(torch.int64) + source * frame_tokens
     with float32_precision(precision):
-        segments = [(frame * frame_tokens, frame_tokens) for frame in range(frames)]
+        segments = frame_segments(frames, frame_tokens)
         forward = row_statistics(q, k, rows, segments, arrangement, factor, key_mask)
         backward = None
         if bidirectional:
@@ -65,6 +71,10 @@ def cost_rows(q: Tensor, k: Tensor, problem: PairProblem, tokens: Tensor, *, bid
     Arguments and errors as in `corrdit.kernels.soft_displacement`.
     """
     q, k, problem = kernel_input(q, k, problem)
+    grid = problem.grid
+    towards = [frame for source, target in problem.pairs for frame in (target, source)]
+    made_outside(towards, grid.frames, grid.height, grid.width, q)
+    segments_made_outside(frame_segments(grid.frames, grid.tokens_per_frame), q)
     return _cost_rows(
         q.detach(), k.detach(), tokens, unequal_weights(problem.weights), problem.key_mask, problem.pairs[0][0],
         problem.grid.height, problem.grid.width, problem.heads, problem.factor, bidirectional, problem.precision,

@@ -11,7 +11,7 @@ from corrdit.kernels.matching.best_match import best_match, token_positions
 from corrdit.kernels.matching.correspondence import arrange_heads, exponent, pair_statistics
 from corrdit.kernels.shared.inputs import kernel_input
 from corrdit.kernels.shared.launch import canonical, unequal_weights
-from corrdit.kernels.shared.tables import window_centers, window_radius
+from corrdit.kernels.shared.tables import made_outside, window_centers, window_radius
 from corrdit.problem import PairProblem, float32_precision
 
 
@@ -63,13 +63,15 @@ def _(
 def hard_displacement(q: Tensor, k: Tensor, problem: PairProblem) -> Tensor:
     """int64 `[B, H or 1, R, 2]`; arguments and errors as in `corrdit.kernels.soft_displacement`."""
     q, k, problem = kernel_input(q, k, problem)
+    pairs = [frame for pair in problem.pairs for frame in pair]
+    made_outside(pairs, problem.grid.frames, problem.grid.height, problem.grid.width, q)
     return _hard_displacement(
         q.detach(),
         k.detach(),
         unequal_weights(problem.weights),
         problem.key_mask,
         window_centers(problem),
-        [frame for pair in problem.pairs for frame in pair],
+        pairs,
         problem.grid.height,
         problem.grid.width,
         problem.heads,

@@ -9,7 +9,15 @@ from corrdit.kernels.matching.correspondence import arrange_heads, exponent
 from corrdit.kernels.matching.token_rows import mass_of_rows, row_statistics
 from corrdit.kernels.shared.inputs import kernel_input
 from corrdit.kernels.shared.launch import unequal_weights
+from corrdit.kernels.shared.tables import segments_made_outside
 from corrdit.problem import PairProblem, float32_precision
+
+
+def mass_segments(
+    text_first: int, text_tokens: int, video_first: int, frames: int, frame_tokens: int
+) -> list[tuple[int, int]]:
+    """(first token, tokens) of the text and of every frame."""
+    return [(text_first, text_tokens), *((video_first + f * frame_tokens, frame_tokens) for f in range(frames))]
 
 
 def compute_attention_mass(
@@ -32,8 +40,7 @@ def compute_attention_mass(
     arrangement = arrange_heads(q, heads, weights)
     q, factor = exponent(q, scale, arrangement)
     rows = tokens.to(torch.int64) + video_first + source * frame_tokens
-    segments = [(text_first, text_tokens)]
-    segments += [(video_first + frame * frame_tokens, frame_tokens) for frame in range(frames)]
+    segments = mass_segments(text_first, text_tokens, video_first, frames, frame_tokens)
     with float32_precision(precision):
         statistics = row_statistics(q, k, rows, [(0, q.shape[2])], arrangement, factor, key_mask)
         return mass_of_rows(q, k, rows, segments, arrangement, factor, key_mask, statistics)
@@ -60,6 +67,9 @@ def attention_mass(
     """
     q, k, problem = kernel_input(q, k, problem, video_only=False)
     grid = problem.grid
+    text_place = grid.text_slice.start, grid.text_tokens
+    segments_made_outside(mass_segments(*text_place, grid.video_start, grid.frames, grid.tokens_per_frame), q)
+    segments_made_outside([(0, grid.tokens)], q)
     sums, peaks = _attention_mass(
         q.detach(), k.detach(), tokens, unequal_weights(problem.weights), problem.key_mask, grid.text_slice.start,
         grid.text_tokens, grid.video_start, grid.frames, source, problem.heads, problem.factor, problem.precision,

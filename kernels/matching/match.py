@@ -16,6 +16,7 @@ from corrdit.kernels.matching.correspondence import arrange_heads, exponent, pai
 from corrdit.kernels.matching.refinement import refine
 from corrdit.kernels.shared.inputs import kernel_input
 from corrdit.kernels.shared.launch import canonical, unequal_weights
+from corrdit.kernels.shared.tables import made_outside
 from corrdit.problem import PairProblem, float32_precision
 
 
@@ -73,9 +74,13 @@ def match(q: Tensor, k: Tensor, problem: PairProblem, *, bidirectional: bool, re
     Arguments and errors as in `corrdit.kernels.soft_displacement`.
     """
     q, k, problem = kernel_input(q, k, problem)
+    pairs = [frame for pair in problem.pairs for frame in pair]
+    swapped = [frame for i, j in problem.pairs for frame in (j, i)]
+    for flat in (pairs, swapped):
+        made_outside(flat, problem.grid.frames, problem.grid.height, problem.grid.width, q)
     xy, score = _match(
         q.detach(), k.detach(), unequal_weights(problem.weights), problem.key_mask,
-        [frame for pair in problem.pairs for frame in pair], problem.grid.height, problem.grid.width, problem.heads,
-        problem.factor, bidirectional, refine, problem.precision,
+        pairs, problem.grid.height, problem.grid.width, problem.heads, problem.factor, bidirectional, refine,
+        problem.precision,
     )  # fmt: skip
     return xy.flatten(2, 3), score.flatten(2, 3)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from corrdit.kernels.matching.correspondence import Heads
 from corrdit.kernels.shared.launch import choose_tiles, launch, tile_count
-from corrdit.kernels.shared.primitives import load_allowed, load_tile, wide
+from corrdit.kernels.shared.primitives import load_allowed, load_tile, weighted_scale, wide
 from corrdit.kernels.shared.tables import frame_pairs
 
 
@@ -59,6 +59,7 @@ def refinement_kernel(
         statistics_head = wide(batch)
         turns = 1
         depth = inner
+        scale = weighted_scale(scale, head_weights, inner, WEIGHTED)
     else:
         statistics_head = wide(batch) * outer * inner + first_head
         turns = inner

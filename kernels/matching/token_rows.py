@@ -18,6 +18,7 @@ from corrdit.kernels.shared.primitives import (
     load_allowed,
     log_sum_exp,
     raise_peak,
+    weighted_scale,
     wide,
 )
 from corrdit.kernels.shared.tables import token_segments
@@ -44,6 +45,7 @@ def row_statistics_kernel(
     row_tokens = tl.load(tokens + rows, mask=kept_rows, other=0)
     start = tl.load(segments + 2 * segment)
     end = start + tl.load(segments + 2 * segment + 1)
+    scale = weighted_scale(scale, head_weights, inner, WEIGHTED)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     for first in range(start, end, BLOCK_N):

@@ -36,16 +36,18 @@ _LARGE = {
         128: Tiles(128, 64, 128, 8, 2),
         256: Tiles(128, 32, 256, 8, 2),
     },
+    # Fewer queries than dq has, or triton 3.6 spills.
     "soft_backward_key": {
-        64: Tiles(128, 128, 64, 8, 3),
-        128: Tiles(64, 128, 128, 8, 2),
+        64: Tiles(64, 128, 64, 8, 3),
+        128: Tiles(32, 128, 128, 8, 2),
         256: Tiles(16, 128, 256, 8, 2),
     },
     "folded_forward": {256: Tiles(128, 256, 64, 8, 3)},
-    "folded_gradient": {256: Tiles(128, 128, 64, 8, 3)},
+    "folded_gradient": {256: Tiles(128, 128, 32, 8, 4)},
     "statistics": {256: Tiles(128, 128, 64, 8, 3)},
     "correspondence": {256: Tiles(64, 128, 64, 8, 2)},
-    "refinement": {256: Tiles(64, 16, 64, 4, 1)},
+    "best_match": {256: Tiles(64, 64, 64, 8, 2)},
+    "refinement": {256: Tiles(32, 16, 64, 4, 1)},
     "local_forward": {64: Tiles(128, 64, 64, 4, 3), 128: Tiles(128, 64, 128, 8, 2), 256: Tiles(128, 32, 256, 8, 2)},
     "local_backward_query": {
         64: Tiles(128, 64, 64, 8, 2),
@@ -63,10 +65,21 @@ _MEDIUM = {
     "folded_gradient": {256: Tiles(128, 128, 32, 8, 3)},
     "statistics": {256: Tiles(128, 64, 64, 8, 2)},
     "correspondence": {256: Tiles(64, 64, 64, 4, 2)},
-    "refinement": {256: Tiles(64, 16, 64, 4, 1)},
+    "best_match": {256: Tiles(64, 64, 64, 4, 2)},
+    "refinement": {256: Tiles(32, 16, 64, 4, 1)},
     "local_forward": {64: Tiles(128, 64, 64, 8, 2), 128: Tiles(64, 32, 128, 4, 2), 256: Tiles(64, 16, 256, 4, 1)},
     "local_backward_query": {64: Tiles(64, 64, 64, 4, 2), 128: Tiles(64, 32, 128, 4, 1), 256: Tiles(64, 16, 256, 4, 1)},
     "local_backward_key": {64: Tiles(64, 64, 64, 4, 2), 128: Tiles(32, 64, 128, 4, 1), 256: Tiles(16, 64, 256, 8, 1)},
+}
+# Where a mask, a window or weights of the heads take registers too; the other kernels fit them beside their own tiles.
+_GUARDED = {
+    "soft_backward_query": {
+        64: Tiles(128, 64, 64, 8, 3),
+        128: Tiles(128, 64, 128, 8, 2),
+        256: Tiles(128, 32, 256, 8, 2),
+    },
+    "soft_backward_key": {64: Tiles(64, 128, 64, 8, 2), 128: Tiles(32, 128, 128, 8, 2), 256: Tiles(16, 128, 256, 8, 2)},
+    "folded_forward": {256: Tiles(128, 128, 64, 8, 3)},
 }
 # float32: twice the bytes, and products on the floating-point units unless tf32 is asked for.
 _FLOAT32 = {
@@ -98,14 +111,19 @@ def table_of(capability: tuple[int, int]) -> str:
     return "10.0" if capability[0] in (10, 11) else "8.9"
 
 
-def tiles(kernel: str, architecture: str, head_dim: int, element_bytes: int) -> Tiles:
-    """The tiles of one launch, with `dims` no larger than the padded head_dim where the kernel cuts head_dim."""
+def tiles(kernel: str, architecture: str, head_dim: int, element_bytes: int, guarded: bool = False) -> Tiles:
+    """The tiles of one launch, with `dims` no larger than the padded head_dim where the kernel cuts head_dim.
+
+    Args:
+        guarded: whether scores are masked or weighted in every tile.
+    """
     if kernel in _overrides:
         chosen = _overrides[kernel]
     elif architecture == INTERPRETER:
         chosen = _INTERPRETED
     else:
-        rows = (_FLOAT32 if element_bytes == 4 else _TABLES[architecture])[kernel]
+        table = _FLOAT32 if element_bytes == 4 else _TABLES[architecture]
+        rows = _GUARDED[kernel] if guarded and table is _LARGE and kernel in _GUARDED else table[kernel]
         chosen = rows[min(limit for limit in rows if limit >= padded_head_dim(head_dim))]
     return chosen._replace(dims=min(chosen.dims, padded_head_dim(head_dim)))
 

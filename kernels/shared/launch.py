@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from corrdit.kernels.shared.primitives import INTERPRETED
 LOG2_E = 1.4426950408889634
 
 # What `ahead_of_time` puts here is called in place of every launch, and names the architecture to compile for.
-Compiler = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
+Compiler = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]
 _compiler: tuple[str, Compiler] | None = None
 
 
@@ -25,6 +25,7 @@ class SavedContext(FunctionCtx):
     """What torch hands to an operator's gradient, with the attributes that it has in fact."""
 
     options: list[object]
+    needs_input_grad: tuple[bool, ...]
     saved_tensors: tuple[Tensor, ...]
 
 
@@ -61,7 +62,7 @@ def compile_only(architecture: str, compiler: Compiler) -> Iterator[None]:
 def check_device(tensor: Tensor) -> None:
     """Raises a RuntimeError that names the reason where the kernels cannot run on a tensor's device."""
     kind = tensor.device.type
-    if _compiler is None and (reason := unfit_machine(kind, bool(INTERPRETED.value))):
+    if _compiler is None and (reason := unfit_machine(str(tensor.device), bool(INTERPRETED.value))):
         raise RuntimeError(f'the Triton kernels got {kind} tensors: {reason}; use backend="streaming"')
 
 
@@ -72,22 +73,22 @@ def check_tensors(*tensors: Tensor) -> None:
             raise ValueError(f'{reason}; use backend="streaming" or backend="reference"')
 
 
-def choose_tiles(kernel: str, tensor: Tensor) -> configs.Tiles:
-    """The tiles of a kernel for q of `[..., D]` on its device."""
+def choose_tiles(kernel: str, tensor: Tensor, guarded: bool = False) -> configs.Tiles:
+    """The tiles of a kernel for q of `[..., D]` on its device; `guarded` as in `configs.tiles`."""
     if _compiler is not None:
         architecture = _compiler[0]
     elif tensor.device.type == "cuda":
         architecture = configs.table_of(torch.cuda.get_device_capability(tensor.device))
     else:
         architecture = configs.INTERPRETER
-    return configs.tiles(kernel, architecture, tensor.shape[-1], tensor.element_size())
+    return configs.tiles(kernel, architecture, tensor.shape[-1], tensor.element_size(), guarded)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, tiles: configs.Tiles, **options: Any) -> None:
     """Runs `kernel` over `grid` on the device of its first argument."""
     options.update(num_warps=tiles.warps, num_stages=tiles.stages)
     if _compiler is not None:
-        _compiler[1](kernel, arguments, options)
+        _compiler[1](kernel, grid, arguments, options)
         return
     device = arguments[0].device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
@@ -111,6 +112,21 @@ def unequal_weights(weights: Tensor | None) -> Tensor | None:
     Equal weights take the kernels without factors of the queries; reading the values would wait for the device.
     """
     return None if weights is None or weights.stride(0) == 0 else weights
+
+
+def wanted_gradients(ctx: SavedContext, count: int) -> list[bool]:
+    """Which of the first `count` inputs of an operator need a gradient."""
+    return list(ctx.needs_input_grad[:count])
+
+
+def given(gradients: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+    """What an operator gives, which must be tensors: one without elements for each gradient that is not wanted."""
+    return tuple(like.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+def taken(gradients: Sequence[Tensor], wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """The other way."""
+    return tuple(gradient if asked else None for gradient, asked in zip(gradients, wanted, strict=True))
 
 
 def tile_count(size: int, tile: int) -> int:

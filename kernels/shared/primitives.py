@@ -199,7 +199,7 @@ def head_scores(
 
     Args:
         q, k: pointers to the batch entry; the head and dim axes are walked by their strides, nothing is copied.
-        head_weights: float32 `[H]`, read if WEIGHTED: the first tile (1) or the second (2), whichever holds the
+        head_weights: float32 `[H + 1]`, read if WEIGHTED: the first tile (1) or the second (2), whichever holds the
             queries, is multiplied by its head's weight.
     """
     chunks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
@@ -215,6 +215,15 @@ def head_scores(
             k_tile = (k_tile.to(tl.float32) * tl.load(head_weights + head)).to(q_tile.dtype)
         scores = multiply(q_tile, tl.trans(k_tile), scores, PRECISION)
     return scores
+
+
+@triton.jit
+def weighted_scale(scale, head_weights, heads, WEIGHTED: tl.constexpr):
+    """The factor of scores whose heads were multiplied by their weights over the largest, which stands after them."""
+    if WEIGHTED:
+        return scale * tl.load(head_weights + heads)
+    else:
+        return scale
 
 
 @triton.jit

@@ -38,9 +38,50 @@ def frame_pairs(flat: Sequence[int], frames: int, device: torch.device) -> Frame
     return _frame_pairs(tuple(flat), frames, device)
 
 
+def made_outside(flat: Sequence[int], frames: int, height: int, width: int, like: Tensor) -> None:
+    """Makes the tables of a call before it, where none of them is part of a graph.
+
+    `torch.compile` calls this once, as it traces a caller: the first call of an operator may already be captured, and
+    what is allocated in a capture belongs to the graph.
+    """
+    _make(tuple(flat), frames, height, width, like.dtype, like.device)
+
+
+def _make(
+    flat: tuple[int, ...], frames: int, height: int, width: int, dtype: torch.dtype, device: torch.device
+) -> bool:
+    _frame_pairs(flat, frames, device)
+    coordinate_table(height, width, dtype, device)
+    return True
+
+
+def segments_made_outside(segments: Sequence[tuple[int, int]], like: Tensor) -> None:
+    """The same for `token_segments`."""
+    _make_segments(tuple(segments), like.device)
+
+
+def _make_segments(segments: tuple[tuple[int, int], ...], device: torch.device) -> bool:
+    token_segments(segments, device)
+    return True
+
+
+for _function in (_make, _make_segments):
+    _function._dynamo_marked_constant = True  # type: ignore[union-attr]
+
+
+def refuse_capture(device: torch.device) -> None:
+    """Raises a RuntimeError where a table would be made while a CUDA graph is captured, whose memory is the graph's."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "the first call of an operation with these frames is being captured in a CUDA graph; call it once before "
+            "the capture, which makes the small tables that the kernels read"
+        )
+
+
 # Never evicted: a captured CUDA graph keeps reading the tables its warm-up made, and they are a few kilobytes each.
 @functools.cache
 def _frame_pairs(flat: tuple[int, ...], frames: int, device: torch.device) -> FramePairTable:
+    refuse_capture(device)
     with _no_modes():
         pairs = torch.tensor(flat, dtype=torch.int32, device="cpu").reshape(-1, 2)
         tables = [pairs]
@@ -54,6 +95,7 @@ def _frame_pairs(flat: tuple[int, ...], frames: int, device: torch.device) -> Fr
 @functools.cache
 def token_segments(segments: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
     """int32 `[G, 2]` (first token, tokens) of stretches of the token axis; kept as long as the process, like pairs."""
+    refuse_capture(device)
     with _no_modes():
         return torch.tensor(segments, dtype=torch.int32, device="cpu").to(device)
 
@@ -78,11 +120,16 @@ def coordinate_table(height: int, width: int, dtype: torch.dtype, device: torch.
             f"the Triton kernels take up to {_LARGEST_SIDE} x {_LARGEST_SIDE} tokens a frame, got {height} x {width}; "
             'use backend="streaming"'
         )
+    return _coordinates(height, width, torch.float32 if dtype == torch.float32 else torch.float16, device)
+
+
+@functools.cache
+def _coordinates(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    refuse_capture(device)
     row = torch.arange(height, device=device).repeat_interleave(width, output_size=height * width)
     column = torch.arange(width, device=device).repeat(height)
     once = torch.stack((torch.ones_like(row), column, row), dim=-1)
-    table = torch.zeros(height * width, LANES, dtype=torch.float32 if dtype == torch.float32 else torch.float16,
-                        device=device)  # fmt: skip
+    table = torch.zeros(height * width, LANES, dtype=dtype, device=device)
     table[:, :6] = once.repeat(1, 2)
     return table
 

@@ -141,7 +141,7 @@ def test_prompts_become_a_data_set_and_a_report(tiny_folder, tmp_path, capsys):
         (["--tapvid", "nowhere.pkl"], "does not exist"),
         (["--difftrack", "nowhere"], "holds no tracks"),
         (["--prompts", "nowhere.txt", "--tracker", "patches"], "is not a text file"),
-        (["--tapvid", "x", "--processes", "2"], "--processes shares out"),
+        (["--tapvid", "x", "--processes", "2"], "--processes does not share out"),
     ],
 )
 def test_bad_input_is_one_line(with_tiny, tmp_path, capsys, given, message):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from corrdit import load_backbone
+from corrdit import capture, load_backbone
 from corrdit.analysis import analysis_options, difftrack_items, prompt_items, regenerated_items
 from corrdit.analysis.results import read_results
 from corrdit.cli import main
@@ -73,6 +73,8 @@ def test_a_released_set_is_generated_again_with_one_seed_and_a_stopped_run_goes_
     )
     stored = read_video(dataset / "videos" / "001.mp4").frames
     assert np.abs(stored.astype(float) - made.frames[0] * 255).mean() < 8  # as far as mp4 keeps it
+    assert {file.name for file in (output / "released").iterdir()} > {"000", "001", "total_qk_acc.csv"}
+    assert (output / "released" / "001" / "confidence_score.xlsx").is_file()
     results = read_results(output)
     assert (results.settings["protocol"], results.settings["options"]["average"]) == ("published", "released")
     visible = np.load(released_set / "visibility" / "000.npy")
@@ -108,6 +110,71 @@ def test_figures_are_those_of_the_generation_itself(released_set, tiny_folder):
         analyze_generation(backbone, item.prompt, tracks=(xy, visible), options=options, call=short)
     with pytest.raises(ValueError, match="a tracker, or the tracks of this video"):
         analyze_generation(backbone, item.prompt, options=options, call=call)
+
+
+def released_figures(q, k, xy: np.ndarray, visible: np.ndarray) -> dict[str, float]:
+    """By hand in the order of the released code, for one layer: q, k `[H, N, D]` of 64 x 64 pixels, 4 x 4 tokens."""
+    side, stride, frames = 4, 16, 3
+    text = q.shape[1] - 16 * frames
+    grid = torch.from_numpy(starting_points("scene", 64, 64)[:, 1:]) / stride
+    weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+    first = weights[:, text : text + 16].unflatten(1, (side, side))
+    rows = first[:, grid[:, 0].round().long().clip(0, 3), grid[:, 1].round().long().clip(0, 3)].mean(0)
+    seen = torch.from_numpy(visible)
+    latent_seen = torch.stack([seen[4 * f - 3 : 4 * f + 1].all(0) for f in range(1, frames)])
+    peaks = torch.stack([rows[:, text + 16 * f : text + 16 * (f + 1)].amax(-1) for f in range(1, frames)])
+    confidence = (peaks * latent_seen).sum(0) / latent_seen.sum(0).clip(1e-8)
+    q, k = (part[:, text:].unflatten(1, (frames, 16)) for part in (q, k))
+    tracks = [grid]
+    for f in range(1, frames):
+        forward = (q[:, 0] @ k[:, f].mT / q.shape[-1] ** 0.5).softmax(-1).mean(0)
+        backward = (q[:, f] @ k[:, 0].mT / q.shape[-1] ** 0.5).softmax(-1).mean(0)
+        best = ((forward + backward.T) / 2).softmax(-1).argmax(-1)
+        places = torch.stack((best % side, best // side)).float().unflatten(1, (side, side))
+        at = grid / (side - 64 / (64 * 16)) * 2 - 1
+        tracks.append(
+            torch.nn.functional.grid_sample(places[None], at[None, :, None], align_corners=True)[0, :, :, 0].T
+        )
+    stretched = torch.nn.functional.interpolate(torch.stack(tracks).permute(1, 2, 0), size=9, mode="linear")
+    error = (stretched.permute(2, 0, 1) * stride - torch.from_numpy(xy)).norm(dim=-1)
+    return {
+        "accuracy": float(((error < 8) & seen).sum() / seen.sum()),
+        "confidence": float(confidence.mean()),
+        "confidence_text": float(rows[:, :text].amax(-1).mean()),
+        "confidence_own": float(rows[:, text : text + 16].amax(-1).mean()),
+        "attention_text": float(rows[seen[0], :text].sum(-1).mean()),
+        "attention_own": float(rows[seen[0], text : text + 16].sum(-1).mean()),
+        "attention_cross": float(rows[seen[0], text + 16 :].sum(-1).mean()),
+    }
+
+
+def test_the_published_protocol_by_hand(released_set, tiny_folder):
+    """All figures of two layers at two steps, from queries and keys captured in a generation of one's own."""
+    backbone = load_backbone(tiny_folder)
+    xy, visible = regenerated_items(released_set)[0].tracks()
+    options = analysis_options("published", {"inference_steps": 2, "per_head": False})
+    call = {**SIZE, "num_frames": 9}
+    table = analyze_generation(
+        backbone, "a dog runs", tracks=(xy, visible), options=options, seed=42, call=call
+    ).table.video_means()
+    both = lambda q, k, grid, key_mask: torch.stack((q[0], k[0]))  # noqa: E731
+    with capture(backbone.pipe, layers=[0, 1, 2], operation=both) as captured:
+        generator = torch.Generator().manual_seed(42)
+        backbone.pipe("a dog runs", num_inference_steps=2, **call, output_type="latent", generator=generator)
+    for step in range(2):
+        for layer in range(3):
+            expected = released_figures(*captured[step, layer], xy, visible)
+            found = {
+                "accuracy": table.accuracy(8.0)[step, layer, 0],
+                "confidence": table.confidence_score()[step, layer, 0],
+                "confidence_text": table.confidence_score("text")[step, layer, 0],
+                "confidence_own": table.confidence_score("own")[step, layer, 0],
+                **{
+                    f"attention_{part}": table.attention_score(part)[step, layer, 0]
+                    for part in ("text", "own", "cross")
+                },
+            }
+            assert found == pytest.approx(expected, rel=1e-4), (step, layer)
 
 
 def test_tracks_are_begun_from_the_released_grid():

@@ -235,8 +235,14 @@ def test_foreign_files_and_incomplete_folders_are_refused(tmp_path):
         list(read_tapvid(empty))
     write_tapvid_shards(tmp_path / "kinetics", [some_video(str(i)) for i in range(3)], count=3, shards=3)
     (tmp_path / "kinetics" / "0001_of_0003.pkl").unlink()
-    with pytest.raises(ValueError, match="missing are 0001_of_0003"):
+    with pytest.raises(ValueError, match=r"missing are 0001_of_0003.*--incomplete"):
         list(read_tapvid(tmp_path / "kinetics"))
+    there = ["0000_of_0003/0000", "0002_of_0003/0000"]
+    assert [video.name for video in read_tapvid(tmp_path / "kinetics", incomplete=True)] == there
+    assert [entry.name for entry in TapVidSet(tmp_path / "kinetics", incomplete=True).index()] == there
+    (tmp_path / "kinetics" / "0000_of_0002.pkl").write_bytes(b"")
+    with pytest.raises(ValueError, match="different sets must not share a folder"):
+        list(read_tapvid(tmp_path / "kinetics", incomplete=True))
     with pytest.raises(FileNotFoundError):
         list(read_tapvid(tmp_path / "absent.pkl"))
 

@@ -20,9 +20,10 @@ LAYOUTS = {
     "mochi": family_layouts.MochiLayout,
 }
 FAMILIES = tuple(LAYOUTS)
+EVERY = [pytest.param(name, marks=pytest.mark.slow) if model.variant else name for name, model in TINY_MODELS.items()]
 
 
-@pytest.mark.parametrize("name", TINY_MODELS)
+@pytest.mark.parametrize("name", EVERY)
 def test_families_conform(name):
     results = check_backbone(tiny_backbone(name), generation=tiny_generation(name))
     assert [result.name for result in results] == [*CHECKS, GENERATION_CHECK]

@@ -20,6 +20,7 @@ from corrdit.integrations.diffusers.testing.tiny_models import tiny_backbone
 from corrdit.integrations.lightning import EvaluationModule, TapVidDataModule
 from corrdit.integrations.lightning.data_modules import EachOnceSampler, Samples
 from corrdit.metrics.tapvid import METRIC_NAMES
+from corrdit.video import read_video
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*has no text encoder"),
@@ -221,6 +222,17 @@ def test_a_layer_the_model_does_not_have_is_refused_before_any_video(world, back
     with pytest.raises(ValueError, match=r"tracker ours: layer must be from 0 to 2 .* got 99"):
         trainer.predict(module, TapVidDataModule(world))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_trails_are_as_long_as_asked_for(davis, trainer, tmp_path):
+    for trail in (0, 4):
+        output = tmp_path / str(trail)
+        evaluate(trainer, output, davis, {"end": 1}, trackers="patches", pictures=1, trail=trail)
+    films = [read_video(tmp_path / trail / "pictures" / "truth" / "bear.mp4").frames for trail in "04"]
+    assert np.abs(films[0][0].astype(int) - films[1][0]).max() < 30
+    assert np.abs(films[0][-1].astype(int) - films[1][-1]).max() > 60
+    with pytest.raises(ValueError, match="trail must be a whole number"):
+        EvaluationModule(output=tmp_path / "none", trail=-1)
 
 
 def test_pictures_of_the_first_videos(davis, trainer, tmp_path):

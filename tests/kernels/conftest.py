@@ -1,4 +1,4 @@
-"""Kernels under Triton's interpreter, and how their results are compared.
+"""Kernels on a GPU where there is one, else under Triton's interpreter, and how their results are compared.
 
 A result may be off from the float64 reference by a small multiple of what plain PyTorch is off by in the same
 precision, in its worst element and in the root mean square. Plain PyTorch is the reference run without its upcast.
@@ -17,7 +17,12 @@ from torch import Tensor
 from corrdit import TokenGrid, reference
 from corrdit.problem import PairProblem, TokenAxis, product_precision
 
-os.environ["TRITON_INTERPRET"] = "1"
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+# Tests of what the interpreter alone lets see: tile products counted, lines of a kernel changed.
+INTERPRETER_ALONE = ("test_planted_mistakes", "test_skipped_work", "test_float32_products", "test_far_offsets")
+if not ON_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
 try:
     # Whether a kernel is interpreted is settled when its module is loaded.
     from corrdit import kernels
@@ -28,8 +33,8 @@ try:
     for name in kernels.__all__:
         getattr(kernels, name)
 finally:
-    del os.environ["TRITON_INTERPRET"]
-assert primitives.INTERPRETED.value, "a kernel module was loaded before tests/kernels/conftest.py"
+    os.environ.pop("TRITON_INTERPRET", None)
+assert primitives.INTERPRETED.value != ON_GPU, "a kernel module was loaded before tests/kernels/conftest.py"
 assert ahead_of_time is not None
 
 WORST, ROOT_MEAN_SQUARE = 4.0, 3.0
@@ -37,14 +42,26 @@ SMALL = Tiles(16, 16, 16, 1, 1)
 LARGE = Tiles(64, 64, 32, 1, 1)
 KERNELS = (
     "soft_forward", "soft_backward_query", "soft_backward_key", "folded_forward", "folded_gradient", "statistics",
-    "correspondence", "refinement", "local_forward", "local_backward_query", "local_backward_key",
+    "correspondence", "best_match", "refinement", "local_forward", "local_backward_query", "local_backward_key",
 )  # fmt: skip
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if ON_GPU and item.path.stem in INTERPRETER_ALONE:
+            item.add_marker(pytest.mark.skip(reason="looks into triton's interpreter, and here is a GPU"))
+
+
 @pytest.fixture(autouse=True)
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`corrdit.ops` takes the kernels for CPU tensors."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+def where_kernels_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """`corrdit.ops` takes the kernels for CPU tensors where they are interpreted; else tensors are made on the GPU."""
+    if not ON_GPU:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        yield
+        return
+    torch.set_default_device(DEVICE)
+    yield
+    torch.set_default_device(None)
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +113,7 @@ class Case(NamedTuple):
 
     def tensor(self, seed: int) -> Tensor:
         """`[B, H, N, D]`, in memory as the layout says."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(DEVICE).manual_seed(seed)
         tokens = self.grid.tokens
         if self.layout == "tokens first":
             drawn = torch.randn(self.batch, tokens, self.heads, self.head_dim, generator=generator).transpose(1, 2)
@@ -112,7 +129,7 @@ class Case(NamedTuple):
     def key_mask(self) -> Tensor | None:
         if self.kept == 1.0:
             return None
-        generator = torch.Generator().manual_seed(7)
+        generator = torch.Generator(DEVICE).manual_seed(7)
         # A slice of something longer, as the operations pass it.
         return (torch.rand(self.batch, self.grid.tokens + 3, generator=generator) < self.kept)[:, 3:]
 
@@ -126,7 +143,7 @@ class Case(NamedTuple):
         if not self.moved:
             return None
         shape = (self.batch, len(self.pairs), self.grid.height, self.grid.width, 2)
-        return torch.rand(shape, generator=torch.Generator().manual_seed(8)) * 9 - 1.5
+        return torch.rand(shape, generator=torch.Generator(DEVICE).manual_seed(8)) * 9 - 1.5
 
 
 def errors(result: Tensor, exact: Tensor) -> tuple[float, float]:
@@ -221,7 +238,7 @@ def results(module: Any, operation: str, case: Case, dtype: torch.dtype, gradien
     outputs = [found] if isinstance(found, Tensor) else list(found)
     if not gradients:
         return outputs
-    generator = torch.Generator().manual_seed(9)
+    generator = torch.Generator(DEVICE).manual_seed(9)
     towards = torch.randn(outputs[0].shape, generator=generator)
     # Rows of very different gradients: each is to be as exact as if it were alone.
     towards = towards * torch.rand(outputs[0].shape[:-1], generator=generator).pow(4)[..., None]

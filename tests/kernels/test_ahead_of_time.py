@@ -44,7 +44,9 @@ def assert_sound(row: dict[str, Any]) -> None:
 
 
 def test_soft_displacement_of_one_head_on_hopper():
-    rows = compiled("--arch", "90", "--op", "soft_displacement", "--dtype", "bfloat16", "--head-dim", "64")
+    rows = compiled(
+        "--arch", "90", "--op", "soft_displacement", "--variant", "plain", "--dtype", "bfloat16", "--head-dim", "64"
+    )
     by_kernel = {row["kernel"]: row for row in rows}
     for row in rows:
         assert_sound(row)
@@ -58,7 +60,7 @@ def test_soft_displacement_of_one_head_on_hopper():
     assert by_kernel["folded_forward"]["epilogue_share_of_tensor_cycles"] <= 0.10
     assert set(rows[0]) >= {
         "op", "pass", "heads", "dtype", "head_dim", "arch", "registers", "spill_bytes", "shared_bytes", "launchable",
-        "tensor_cores", "instructions_per_element",
+        "tensor_cores", "instructions_per_element", "variant", "resident_blocks", "tile_use", "wave_use", "triton",
     }  # fmt: skip
 
 
@@ -70,7 +72,7 @@ def test_every_kernel_on_hopper(head_dim):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [80, 89, 100])
+@pytest.mark.parametrize("arch", [80, 86, 89, 100, 120])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_every_kernel_elsewhere_launches(arch, dtype):
     for row in compiled("--arch", str(arch), "--dtype", dtype, "--head-dim", "64", "256"):
@@ -95,8 +97,8 @@ def test_rows_are_collected_and_not_compiled_again(tmp_path, monkeypatch, capsys
         def report(self) -> dict[str, Any]:
             entry, dtype, head_dim, arch = self.request
             return {
-                "op": entry.operation, "heads": entry.heads, "dtype": dtype, "head_dim": head_dim, "arch": arch,
-                "registers": 17,
+                "op": entry.operation, "heads": entry.heads, "variant": entry.variant, "dtype": dtype,
+                "head_dim": head_dim, "arch": arch, "registers": 17,
             }  # fmt: skip
 
     def compile_entry(*request: Any, precision: str) -> list[Known]:
@@ -105,7 +107,18 @@ def test_rows_are_collected_and_not_compiled_again(tmp_path, monkeypatch, capsys
 
     monkeypatch.setattr(catalogue, "compile_entry", compile_entry)
     results = tmp_path / "kernels.json"
-    options = ["kernels", "--json", "--op", "match", "--dtype", "float16", "--output", str(results)]
+    options = [
+        "kernels",
+        "--json",
+        "--op",
+        "match",
+        "--variant",
+        "plain",
+        "--dtype",
+        "float16",
+        "--output",
+        str(results),
+    ]
     assert main([*options, "--head-dim", "64"]) == 0
     assert main([*options, "--head-dim", "64", "128"]) == 0
     assert [request[2] for request in calls] == [64, 64, 128, 128]
@@ -133,11 +146,12 @@ def test_cards_and_short_dtypes_are_understood(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--arch", "75"], "--arch must be one of 80, 89, 90, 100 (compute capabilities) or a100,"),
+        (["--arch", "75"], "--arch must be one of 80, 86, 89, 90, 100, 120 (compute capabilities) or a100,"),
         (["--arch", "h10"], "got h10; did you mean h100?"),
         (["--dtype", "float64"], "--dtype must be one of float16, bfloat16, float32, got 'float64'"),
         (["--head-dim", "64", "4"], "--head-dim must be one of 8 to 256, got 4"),
         (["--head-dim", "300"], "--head-dim must be one of 8 to 256, got 300"),
+        (["--variant", "loud"], "variant must be one of plain, mask, window, weights, large frame, got 'loud'"),
         (["--op", "dance"], "no operation is called 'dance'; there are attention_mass,"),
     ],
 )
@@ -187,7 +201,7 @@ def test_an_interpreting_process_cannot_compile():
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1 is set"), ahead_of_time.absent_device(90):
         pass
     with (
-        pytest.raises(ValueError, match="arch must be one of 80, 89, 90, 100, got 75"),
+        pytest.raises(ValueError, match="arch must be one of 80, 86, 89, 90, 100, 120, got 75"),
         ahead_of_time.absent_device(75),
     ):
         pass

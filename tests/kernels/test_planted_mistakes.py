@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from corrdit import TokenGrid
-from corrdit.kernels.displacement import folded, soft_backward, soft_forward
+from corrdit.kernels.displacement import folded, folded_backward, soft_backward, soft_forward
 from corrdit.kernels.frame_local import backward as frame_local_backward
 from corrdit.kernels.frame_local import forward as frame_local_forward
 from corrdit.kernels.matching import best_match, correspondence, refinement, token_rows
@@ -51,7 +51,7 @@ PLANTED: list[tuple[Any, str, str, str, str, dict[str, Any]]] = [
     (soft_backward, "gradient_rows_kernel", "mean_x, mean_y)", "mean_y, mean_x)", "soft_displacement", {}),
     (folded, "folded_forward_kernel", "scale, width, rows", "scale * 2, width, rows", "soft_displacement",
      {"mode": "logits"}),
-    (folded, "folded_gradient_kernel", "k + pair * k_strides[2]", "k", "soft_displacement",
+    (folded_backward, "folded_gradient_kernel", "k + pair * k_strides[2]", "k", "soft_displacement",
      {"mode": "logits", "pairs": ((0, 0), (0, 1))}),
     (primitives, "head_scores", "index // chunks", "index // chunks * 0", "soft_displacement", {"mode": "logits"}),
     (primitives, "better_match", "tile_best > best", "tile_best < best", "hard_displacement", {}),

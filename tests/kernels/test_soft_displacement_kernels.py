@@ -161,13 +161,13 @@ def test_any_sign_of_the_scale(case, scale, call):
 
 
 def test_workspace_of_any_size_gives_the_same_gradients(case, monkeypatch, call):
-    from corrdit.kernels.displacement import folded
+    from corrdit.kernels.displacement import folded_backward
 
     pinned = case(mode="logits", grid=RAGGED, pairs=((0, 0), (0, 1), (1, 0)))
     q, k = (pinned.tensor(seed).requires_grad_() for seed in range(2))
     gradients = []
-    for size in (folded.WORKSPACE_BYTES, 35 * 20 * 4):
-        monkeypatch.setattr(folded, "WORKSPACE_BYTES", size)
+    for size in (folded_backward.WORKSPACE_BYTES, 35 * 20 * 4):
+        monkeypatch.setattr(folded_backward, "WORKSPACE_BYTES", size)
         found = call(kernels, "soft_displacement", q, k, pinned.grid, list(pinned.pairs), heads="logits", scale=0.3)
         gradients.append(torch.autograd.grad(found.square().sum(), (q, k)))
     for one, two in zip(*gradients, strict=True):

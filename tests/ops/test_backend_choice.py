@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from corrdit import TokenGrid, ops
+from corrdit.cli import main
 from corrdit.kernels import requirements
 from corrdit.motion import attention_flow_loss
 from corrdit.ops import backends
@@ -33,7 +34,7 @@ def forget_choices():
     ],
 )
 def test_auto_says_what_it_took_on_a_gpu(monkeypatch, caplog, capability, hip, dtype, head_dim, reason):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
     with caplog.at_level(logging.INFO, logger="corrdit"):
         unfit = requirements.unfit_tensor(dtype, head_dim)
@@ -71,3 +72,15 @@ def test_a_budget_that_a_backend_would_ignore_is_refused(operation, backend):
     q = torch.zeros(1, 1, 8, 8)
     with pytest.raises(ValueError, match=f'memory_budget is for .*; backend="{backend}" would ignore it'):
         operation(q, q, TokenGrid(2, 2, 2), backend=backend, memory_budget=1 << 20)
+
+
+def test_a_triton_cache_that_cannot_be_written_is_named(monkeypatch, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    reason = f"triton cannot write its cache {tmp_path / 'file' / 'cache'}; set TRITON_CACHE_DIR to a folder that can"
+    assert reason in requirements.unfit_machine("cuda", interpreted=False)
+    assert main(["kernels"]) == 2
+    assert reason in capsys.readouterr().err
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "new" / "cache"))
+    assert requirements.unfit_machine("cuda", interpreted=False) is None

@@ -77,7 +77,7 @@ def test_the_kernels_refuse_parts_and_auto_takes_streaming(monkeypatch, caplog):
             ops.soft_displacement(*arguments, GRID, backend="triton", **options)
         ops.soft_displacement(*arguments, GRID, **options)
     backends._automatic.cache_clear()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert backends._automatic("cuda", torch.bfloat16, "the kernels take the whole token axis") == "streaming"
     assert "whole token axis" in caplog.text
     backends._automatic.cache_clear()

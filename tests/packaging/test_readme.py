@@ -146,3 +146,23 @@ def test_tables_are_those_of_the_result_files(tmp_path, monkeypatch):
         assert tables.main([*words, "--check"]) == 1
         assert tables.main(words) == 0
         assert page.read_text(encoding="utf-8") == text
+
+
+def own_options(page: pathlib.Path) -> set[str]:
+    """Options in the last column of the page's tables of flags."""
+    rows = re.findall(r"^\| .*\| ([^|]*) \|$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {option for cell in rows for option in re.findall(r"--[a-z][a-z-]+", cell)}
+
+
+@pytest.mark.parametrize("name", ["difftrack", "ditflow"])
+def test_options_beside_released_flags_exist(name):
+    from jsonargparse import ArgumentParser
+
+    accepted: set[str] = set()
+    for command in ("analyze", "evaluate", "generate", "transfer"):
+        parser = ArgumentParser(exit_on_error=False)
+        importlib.import_module(f"corrdit.cli.{command}").add_arguments(parser)
+        accepted |= {option for action in parser._actions for option in action.option_strings}
+    named = own_options(ROOT / "docs" / f"migrating-from-{name}.md")
+    assert len(named) > 15
+    assert named <= accepted, named - accepted

@@ -14,7 +14,7 @@ from corrdit.tracking.queries import grid_points
 class Drifting:
     """Moves every point by (1, 2) pixels of the frames it sees in each frame."""
 
-    def track(self, video, queries, *, progress=None):
+    def track(self, video, queries, *, progress=None, resume=None):
         self.queries = np.array(queries)
         steps = np.arange(len(video))[:, None, None] - self.queries[None, :, :1]
         xy = self.queries[None, :, 1:] + steps * np.array([1.0, 2.0])

@@ -8,6 +8,7 @@ import torch
 from pixel_backbone import PixelBackbone, moving_texture
 
 from corrdit import PointTracker, TokenGrid, load_backbone, ops
+from corrdit.array_files import read_safetensors
 from corrdit.integrations.embedded.world import WorldConfig, generate
 from corrdit.tracking.video_reading import VideoReading
 
@@ -153,6 +154,21 @@ def test_other_files_are_refused(tmp_path):
     (tmp_path / "torn").write_bytes((tmp_path / "whole").read_bytes()[:-100])
     with pytest.raises(ValueError, match="not a whole safetensors file"):
         VideoReading.load(tmp_path / "torn", tracker)
+
+
+@pytest.mark.parametrize("left_out", ["latents", "chunk.0.q", "facts"])
+def test_a_file_without_a_part_is_damaged(left_out, tmp_path):
+    from safetensors.torch import save_file
+
+    tracker = PointTracker(PixelBackbone())
+    tracker.read(VIDEO).save(tmp_path / "whole")
+    tensors, metadata = read_safetensors(tmp_path / "whole")
+    tensors.pop(left_out, None)
+    if left_out == "facts":
+        metadata["facts"] = "{}"
+    save_file(tensors, tmp_path / "part", metadata)
+    with pytest.raises(ValueError, match="is damaged"):
+        VideoReading.load(tmp_path / "part", tracker)
 
 
 def test_frames_outside_the_video_are_named():

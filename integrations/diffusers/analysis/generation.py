@@ -85,6 +85,7 @@ def analyze_generation(
             tracks, or no point that can be scored.
     """
     options = options or AnalysisOptions()
+    backbone.check_use("analysis")
     arguments = generation_arguments(backbone, prompt, options, call or {})
     inference_steps = arguments["num_inference_steps"]
     steps = resolved("step", options.steps, inference_steps, f"the run of {inference_steps} steps")
@@ -127,7 +128,7 @@ def generation_arguments(
     check_call(backbone.pipe, call)
     steps = int(call.get("num_inference_steps") or options.inference_steps or backbone.preset.reading.inference_steps)
     words = {"prompt": prompt} if prompt else {}
-    return {**call, **words, "num_inference_steps": steps, "output_type": "np"}
+    return {**backbone.call_options, **call, **words, "num_inference_steps": steps, "output_type": "np"}
 
 
 def generation_truth(backbone: Backbone, tracks: GivenTracks, size: tuple[int, int]) -> TrueTracks:

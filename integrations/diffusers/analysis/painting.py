@@ -69,14 +69,14 @@ def write_pictures(folder: str | os.PathLike[str], drawn: Sequence[Drawn]) -> li
     """Write `NAME.png` and a film `NAME_KIND.mp4` (`NAME.mp4` where there is one kind) of each, all or none.
 
     Args:
-        folder: of these pictures alone; what it held before is replaced file by file.
+        folder: of these pictures alone; what it held before goes.
         drawn: what to write.
 
     Returns:
         The files.
     """
     names = []
-    with OutputFolder(folder) as hidden:
+    with OutputFolder(folder, whole=True) as hidden:
         for name, (_, pixels, _), films in drawn:
             names.append(f"{name}.png")
             with written_beside(hidden / names[-1]) as file:

@@ -13,6 +13,7 @@ from corrdit.analysis.calibration import Choice
 from corrdit.analysis.dataset import read_difftrack, write_difftrack_video, write_prompts
 from corrdit.analysis.html_report import Picture, write_report
 from corrdit.analysis.protocols import AnalysisOptions
+from corrdit.analysis.released_tables import write_released_tables
 from corrdit.analysis.results import (
     DATASET_FOLDER,
     PICTURES_FOLDER,
@@ -137,7 +138,8 @@ def finish_analysis(
 ) -> tuple[AnalysisResults, list[str]]:
     """Draw the first videos at the layer and step that match best or at chosen ones, and write report and tables.
 
-    The pictures are in the report and, with films of all frames, in `pictures/NAME/stepS_layerL/`.
+    The pictures are in the report and, with films of all frames, in `pictures/NAME/stepS_layerL/`. Under the published
+    protocol the tables are in `released/` too, in the formats of the released scripts.
 
     Args:
         backbone: that was analysed.
@@ -175,7 +177,10 @@ def finish_analysis(
         left -= 1
     order = list(dict.fromkeys(section for section, _, _ in drawn))
     drawn.sort(key=lambda picture: order.index(picture[0]))
-    return results, [*write_report(output, results, pictures=drawn, parquet=parquet), *files]
+    files = [*write_report(output, results, pictures=drawn, parquet=parquet), *files]
+    if options.average == "released":
+        files += [str(file.relative_to(output)) for file in write_released_tables(output, results.tables)]
+    return results, files
 
 
 def shown_places(choice: PictureChoice, table: AnalysisTable, best: Choice) -> tuple[list[int], list[int]]:

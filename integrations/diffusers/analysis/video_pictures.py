@@ -242,25 +242,31 @@ def _chosen_points(encoded: EncodedVideo, given: Sequence[tuple[float, ...]]) ->
     return truth.queries[points], seen.numpy()
 
 
+def prompt_words(backbone: Backbone, prompt: str) -> tuple[list[str], list[int]]:
+    """The tokens of the prompt as words, and their places among the text tokens; none without prompt or tokenizer."""
+    tokenizer = getattr(backbone.pipe, "tokenizer", None)
+    if not prompt or tokenizer is None or getattr(backbone.pipe, "text_encoder", None) is None:
+        return [], []
+    identifiers = np.asarray(tokenizer(prompt).input_ids).reshape(-1).tolist()
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+    places = [place for place, identifier in enumerate(identifiers) if identifier not in special]
+    return [str(tokenizer.decode([identifiers[place]])).strip() for place in places], places
+
+
 def _words(backbone: Backbone, prompt: str, wanted: Sequence[str]) -> tuple[tuple[str, ...], list[int]]:
     """Words of the prompt, those asked for or the longest, and their places among its tokens.
 
     Raises:
         ValueError: a word that the prompt does not hold.
     """
-    tokenizer = getattr(backbone.pipe, "tokenizer", None)
-    if not prompt or tokenizer is None or getattr(backbone.pipe, "text_encoder", None) is None:
-        return (), []
-    identifiers = np.asarray(tokenizer(prompt).input_ids).reshape(-1).tolist()
-    special = set(getattr(tokenizer, "all_special_ids", ()))
-    places = [place for place, identifier in enumerate(identifiers) if identifier not in special]
-    words = [str(tokenizer.decode([identifiers[place]])).strip() for place in places]
+    words, places = prompt_words(backbone, prompt)
     # Short words are mostly articles and prepositions.
     chosen = sorted(sorted(range(len(places)), key=lambda n: -len(words[n]))[:SHOWN_WORDS])
     if wanted:
         lower = [word.lower() for word in words]
         missing = [word for word in wanted if word.lower() not in lower]
         if missing:
-            raise ValueError(f"{missing[0]!r} is no token of the prompt; its tokens are {', '.join(words)}")
+            held = ", ".join(words) or "none"
+            raise ValueError(f"{missing[0]!r} is no token of the prompt; its tokens are {held}")
         chosen = [lower.index(word.lower()) for word in wanted]
     return tuple(words[n] for n in chosen), [places[n] for n in chosen]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from corrdit.analysis.table import AnalysisTable
 from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.analysis.capturing import FeatureOperation, reading_forward
 from corrdit.integrations.diffusers.backbones.base import Backbone
+from corrdit.tracking.options import POSTERIOR_SEED
 from corrdit.tracking.queries import check_video
 from corrdit.tracking.readings import image_given
 from corrdit.tracking.tracker import TOKENS_PER_FRAME, working_size
@@ -106,8 +107,7 @@ def encoded_video(
     chosen = _chosen_frames(backbone, len(video), options)
     frames, points = video[chosen], np.ones_like(visible[0]) if options.count_hidden_starts else visible[0]
     height, width = encoded_size(backbone, video.shape[1], video.shape[2], options)
-    encode = backbone.encode_frames if options.latents == "frames" else backbone.encode_video
-    latents = encode(frames, height=height, width=width)
+    latents = _latents(backbone, frames, chosen, (height, width), options)
     if not bool(torch.isfinite(latents).all()):
         raise ValueError("the codec gives latents that are NaN or infinite; check its precision and the video")
     groups = [[frame] for frame in range(len(frames))]
@@ -121,6 +121,19 @@ def encoded_video(
         starts=None if starts is None else torch.from_numpy(starts[points]) * torch.tensor(scale),
     )
     return EncodedVideo(latents, truth, frames, scale)
+
+
+def _latents(
+    backbone: Backbone, frames: np.ndarray, numbers: np.ndarray, size: tuple[int, int], options: AnalysisOptions
+) -> Tensor:
+    """Clean latents `[F, C, h, w]` of frames by their numbers in the video."""
+    resizing: dict[str, Any] = {"height": size[0], "width": size[1], "antialias": options.antialias}
+    resizing["first"] = options.resize_first
+    seed = POSTERIOR_SEED + 1_000_003 * options.seed if options.posterior == "sample" else None
+    if options.latents == "video":
+        return backbone.encode_video(frames, posterior_seed=seed, **resizing)
+    seeds = None if seed is None else [seed + int(number) for number in numbers]
+    return backbone.encode_frames(frames, posterior_seeds=seeds, **resizing)
 
 
 def analyze_video(
@@ -254,6 +267,8 @@ def noised(backbone: Backbone, latents: Tensor, step: int, timestep: float, opti
 def encoded_size(backbone: Backbone, height: int, width: int, options: AnalysisOptions) -> tuple[int, int]:
     """(height, width) in pixels at which frames are encoded: the preset's, or near the video's in whole tokens."""
     preset = backbone.preset.reading
+    if options.encoded_size is not None:
+        return options.encoded_size
     if options.tokens_per_frame is None and preset.height is not None and preset.width is not None:
         return preset.height, preset.width
     tokens = options.tokens_per_frame or preset.tokens_per_frame or TOKENS_PER_FRAME

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -19,6 +20,7 @@ from corrdit.integrations.diffusers.layouts import (
     Arguments,
     Config,
     Pipeline,
+    Text,
     TransformerLayout,
     config_of,
     has_layout,
@@ -28,6 +30,10 @@ from corrdit.integrations.diffusers.processors import Operation, named_operation
 
 if TYPE_CHECKING:
     from corrdit.integrations.diffusers.feature_backbone import FeatureBackbone
+
+
+NO_IMAGE = MappingProxyType({"image": "diffusers has no pipeline that gives it an image"})
+"""Limits of a family without image-to-video models."""
 
 
 class Backbone(FrameEncoder):
@@ -43,13 +49,22 @@ class Backbone(FrameEncoder):
 
     Attributes:
         layout: where its transformers keep their attention.
+        pipelines: names of the classes of diffusers that run its models, those that are given an image last.
         text_option: name of the option of the transformer that says how many channels a prompt's embeddings have.
+        limits: why its models cannot be used for something, by its name: "tracking", "analysis" (of a generation),
+            "guidance", "transfer" or "image" (to video). Nothing stands there for what they can be used for.
+        partly: likewise, what holds for some of the models only.
+        call_options: arguments that make its pipelines denoise every frame of a video at every step.
         layers: number of attention layers, over all blocks.
         heads: attention heads.
     """
 
     layout: ClassVar[type[TransformerLayout]]
+    pipelines: ClassVar[tuple[str, ...]] = ()
     text_option: ClassVar[str] = "text_embed_dim"
+    limits: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    partly: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    call_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     def __init__(self, pipe: Pipeline, *, name: str, preset: Preset | None = None) -> None:
         self.pipe = pipe
@@ -77,6 +92,11 @@ class Backbone(FrameEncoder):
     def family(self) -> str:
         """Name of the family."""
         return self.layout.family
+
+    def check_use(self, use: str) -> None:
+        """Raises ValueError, with the reason, where `limits` has one against this use."""
+        if use in self.limits:
+            raise ValueError(f"{self.name} cannot be used for {use}: {self.limits[use]}")
 
     @property
     def config(self) -> Config:
@@ -127,7 +147,7 @@ class Backbone(FrameEncoder):
         self,
         latents: torch.Tensor,
         timestep: float,
-        text: Mapping[str, torch.Tensor],
+        text: Text,
         image: torch.Tensor | None = None,
     ) -> Arguments:
         """The transformer's arguments for latents `[B, F, C, h, w]`, C and F as the codec counts them.
@@ -138,22 +158,25 @@ class Backbone(FrameEncoder):
             text: the text arguments by name.
             image: `[B, 1 or F, C, h, w]`, clean ones, of a model that takes an image; None for the first of `latents`.
         """
+        times = self.times(latents, timestep, image)
         return {
             "hidden_states": self.arranged(self.conditioned(latents, image)),
-            "timestep": self.times(latents, timestep),
+            "timestep": times,
             **text,
-            **self.further_arguments(latents, image),
+            **self.further_arguments(latents, times, text, image),
         }
 
     def conditioned(self, latents: torch.Tensor, image: torch.Tensor | None) -> torch.Tensor:
         """Latents `[B, F, C + ..., h, w]` with the channels a model is given beside the noisy ones."""
         return latents
 
-    def times(self, latents: torch.Tensor, timestep: float) -> torch.Tensor:
+    def times(self, latents: torch.Tensor, timestep: float, image: torch.Tensor | None) -> torch.Tensor:
         """The timestep of each sample as the pipeline gives it."""
         return torch.full((len(latents),), timestep, device=latents.device)
 
-    def further_arguments(self, latents: torch.Tensor, image: torch.Tensor | None) -> Arguments:
+    def further_arguments(
+        self, latents: torch.Tensor, times: torch.Tensor, text: Text, image: torch.Tensor | None
+    ) -> Arguments:
         """What the transformer is given beside latents, timestep and text."""
         return {}
 
@@ -210,6 +233,20 @@ class Backbone(FrameEncoder):
         """The token axis of a forward of latents `[frames, C, latent_height, latent_width]` with the empty prompt."""
         video = self._layout.video_grid(self.transformer, frames * self.frames_per_token, latent_height, latent_width)
         return self.with_text(video)
+
+    def generation_grid(self, height: int, width: int, num_frames: int) -> TokenGrid:
+        """The token axis while a video of this size is generated, in pixels and video frames.
+
+        Raises:
+            ValueError: a size that is not a whole number of tokens.
+        """
+        for name, size, stride in zip(("height", "width"), (height, width), self.token_stride, strict=True):
+            if whole_number(name, size, stride) % stride:
+                raise ValueError(
+                    f"{name} must be a multiple of the {stride} pixels that a token of {self.name} spans, got {size}"
+                )
+        frames = len(self.latent_frame_map(whole_number("num_frames", num_frames, 1)))
+        return self.grid(frames, height // self.spatial_compression, width // self.spatial_compression)
 
     def with_text(self, video: TokenGrid) -> TokenGrid:
         """The grid with the text tokens of the empty prompt where this family puts them."""
@@ -364,7 +401,7 @@ class Backbone(FrameEncoder):
             for name, value in moved.items()
         }
 
-    def text_with(self, text: Mapping[str, torch.Tensor], prompt_embeds: torch.Tensor) -> dict[str, torch.Tensor]:
+    def text_with(self, text: Text, prompt_embeds: torch.Tensor) -> dict[str, torch.Tensor]:
         """Text arguments with other embeddings, all of whose tokens take part."""
         changed = {**text, "encoder_hidden_states": prompt_embeds.to(self.dtype)}
         if (mask := text.get("encoder_attention_mask")) is not None:

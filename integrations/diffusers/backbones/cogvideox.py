@@ -6,19 +6,32 @@ token.
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
 
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.family_layouts import CogVideoXLayout
-from corrdit.integrations.diffusers.layouts import Arguments, TransformerLayout
+from corrdit.integrations.diffusers.layouts import Arguments, Text, TransformerLayout
 
 
 class CogVideoXBackbone(Backbone):
     """CogVideoX-2B, 5B, 1.5 and their image-to-video models, whose image condition is the first frame given."""
 
     layout: ClassVar[type[TransformerLayout]] = CogVideoXLayout
+    pipelines: ClassVar[tuple[str, ...]] = (
+        "CogVideoXPipeline",
+        "CogVideoXVideoToVideoPipeline",
+        "CogVideoXFunControlPipeline",
+        "CogVideoXImageToVideoPipeline",
+    )
+    partly = MappingProxyType(
+        {
+            "image": "the 2B model has no weights for it, and no pipeline gives it an image; it can begin at a picture "
+            "repeated as a video (CogVideoXVideoToVideoPipeline)"
+        }
+    )
 
     @property
     def latent_channels(self) -> int:
@@ -35,7 +48,9 @@ class CogVideoXBackbone(Backbone):
     def normalized(self, latents: torch.Tensor) -> torch.Tensor:
         return latents * self.pipe.vae_scaling_factor_image
 
-    def further_arguments(self, latents: torch.Tensor, image: torch.Tensor | None) -> Arguments:
+    def further_arguments(
+        self, latents: torch.Tensor, times: torch.Tensor, text: Text, image: torch.Tensor | None
+    ) -> Arguments:
         frames, height, width = latents.shape[1], latents.shape[3], latents.shape[4]
         self._check_size(height, width)
         arguments: Arguments = {"image_rotary_emb": None}

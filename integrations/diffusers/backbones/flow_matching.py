@@ -29,7 +29,7 @@ class FlowMatchingBackbone(Backbone):
         scheduler.set_timesteps(inference_steps, **self.schedule_arguments(inference_steps))
         return scheduler
 
-    def times(self, latents: torch.Tensor, timestep: float) -> torch.Tensor:
+    def times(self, latents: torch.Tensor, timestep: float, image: torch.Tensor | None) -> torch.Tensor:
         return latents.new_full((len(latents),), timestep)
 
     def schedule_arguments(self, inference_steps: int) -> Arguments:

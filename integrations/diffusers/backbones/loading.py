@@ -17,8 +17,9 @@ from typing import TypedDict
 import torch
 
 from corrdit.arguments import DTYPES, dtype_name, nearest
-from corrdit.integrations.components import INDEX_FILE, loaded_models, pipeline_class, read_index
+from corrdit.integrations.components import INDEX_FILE, loaded_models, missing_package, pipeline_class, read_index
 from corrdit.integrations.diffusers.backbones.base import Backbone
+from corrdit.integrations.diffusers.backbones.followers import FOLLOWERS, follower_preset
 from corrdit.integrations.diffusers.backbones.presets import PUBLISHED_MODELS, Preset, checked_preset, published_preset
 from corrdit.integrations.diffusers.backbones.table import FAMILIES
 from corrdit.integrations.diffusers.layouts import Pipeline, layout_of
@@ -47,7 +48,7 @@ def load_backbone(
             published precision (or bfloat16) elsewhere.
         preset: settings in place of the model's own ("default"): a `Preset`, a file that `corrdit calibrate` wrote, or
             "published" for DiffTrack's and DiTFlow's released procedures, with the settings that are published for a
-            model of this shape, if any.
+            model of this shape, if any; or "ditracker" or "heft" for what these trackers read of this model.
 
     Raises:
         FileNotFoundError: no such preset file.
@@ -67,6 +68,8 @@ def load_backbone(
     if chosen is None:
         return backbone
     own = backbone.preset
+    if isinstance(chosen, str) and chosen in FOLLOWERS:
+        chosen = follower_preset(chosen, backbone)
     if not isinstance(chosen, Preset):
         chosen = (published_preset(backbone.family, backbone.layers, backbone.heads) or own).published()
     elif chosen.transfer is None and own.transfer is not None:
@@ -265,14 +268,17 @@ def _load_pipeline(folder: pathlib.Path, source: str, device: torch.device, dtyp
     kind = pipeline_class(source, class_name)
     absent = {name: None for name, entry in index.items() if isinstance(entry, list) and entry[0] is None}
     low_memory = importlib.util.find_spec("accelerate") is not None
-    with _quiet_loading():
-        pipe = kind.from_pretrained(
-            str(folder),
-            torch_dtype=dtype,
-            local_files_only=True,
-            **loaded_models(folder, dtype=dtype, low_cpu_mem_usage=low_memory),
-            **absent,
-        )
+    try:
+        with _quiet_loading():
+            pipe = kind.from_pretrained(
+                str(folder),
+                torch_dtype=dtype,
+                local_files_only=True,
+                **loaded_models(folder, dtype=dtype, low_cpu_mem_usage=low_memory),
+                **absent,
+            )
+    except ImportError as error:
+        raise missing_package(source, class_name, error) from error
     pipe.set_progress_bar_config(disable=True)
     placed: Pipeline = pipe.to(device)
     return placed

@@ -16,7 +16,7 @@ from corrdit.integrations.diffusers.backbones.flow_matching import (
     standardized,
 )
 from corrdit.integrations.diffusers.family_layouts import LTXLayout
-from corrdit.integrations.diffusers.layouts import Arguments, TransformerLayout
+from corrdit.integrations.diffusers.layouts import Arguments, Text, TransformerLayout
 
 FRAME_RATE = 25
 """Frames a second the positions are scaled for, the pipeline's default."""
@@ -26,6 +26,7 @@ class LTXBackbone(MaskedTextBackbone, FlowMatchingBackbone):
     """LTX-Video, text to video."""
 
     layout: ClassVar[type[TransformerLayout]] = LTXLayout
+    pipelines: ClassVar[tuple[str, ...]] = ("LTXPipeline", "LTXImageToVideoPipeline")
     text_option = "caption_channels"
     longest_shift = 1.15
 
@@ -59,7 +60,7 @@ class LTXBackbone(MaskedTextBackbone, FlowMatchingBackbone):
         vae = self.pipe.vae
         return standardized(latents, vae.latents_mean, vae.latents_std, vae.config.scaling_factor)
 
-    def times(self, latents: torch.Tensor, timestep: float) -> torch.Tensor:
+    def times(self, latents: torch.Tensor, timestep: float, image: torch.Tensor | None) -> torch.Tensor:
         return torch.full((len(latents),), timestep, device=latents.device)
 
     def arranged(self, latents: torch.Tensor) -> torch.Tensor:
@@ -72,7 +73,9 @@ class LTXBackbone(MaskedTextBackbone, FlowMatchingBackbone):
         size = (frames // patch_t, height // patch, width // patch)
         return self.pipe._unpack_latents(output, *size, patch, patch_t).transpose(1, 2)
 
-    def further_arguments(self, latents: torch.Tensor, image: torch.Tensor | None) -> Arguments:
+    def further_arguments(
+        self, latents: torch.Tensor, times: torch.Tensor, text: Text, image: torch.Tensor | None
+    ) -> Arguments:
         _, frames, _, height, width = latents.shape
         spatial = self.spatial_compression
         scale = (self.temporal_compression / FRAME_RATE, spatial, spatial)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from corrdit.integrations.diffusers.backbones.base import NO_IMAGE
 from corrdit.integrations.diffusers.backbones.flow_matching import (
     FlowMatchingBackbone,
     MaskedTextBackbone,
@@ -24,6 +25,8 @@ class MochiBackbone(MaskedTextBackbone, FlowMatchingBackbone):
     """Mochi 1, text to video."""
 
     layout = MochiLayout
+    pipelines = ("MochiPipeline",)
+    limits = NO_IMAGE
 
     @property
     def spatial_compression(self) -> int:

@@ -30,8 +30,8 @@ Entries: TypeAlias = Mapping[str, Any]
 CALIBRATED = "calibrated: "
 """How the source of settings begins that `corrdit calibrate` chose."""
 
-PRESET_NAMES = ("default", "published")
-"""A model's own settings; or the published procedures, with the settings for a model of its shape if there are any."""
+PRESET_NAMES = ("default", "published", "ditracker", "heft")
+"""A model's own settings; the published procedures with settings for a model of its shape; trackers of `followers`."""
 
 DEFAULT_RENORMALIZE = True
 """Measured on the embedded model (benchmarks/results/guidance_quality.json): removing keys before the softmax makes
@@ -389,7 +389,7 @@ def default_layers(backbone: ShapedModel) -> tuple[int, ...]:
 
 
 def checked_preset(given: Preset | str | os.PathLike[str] | None) -> Preset | str | None:
-    """What `load_backbone` takes as a preset, files read: a `Preset`, "published", or None for the model's own.
+    """What `load_backbone` takes as a preset, files read: a `Preset`, a name, or None for the model's own.
 
     Raises:
         FileNotFoundError: no such file.
@@ -397,4 +397,4 @@ def checked_preset(given: Preset | str | os.PathLike[str] | None) -> Preset | st
     """
     if given is None or given == "default":
         return None
-    return given if given == "published" or isinstance(given, Preset) else Preset.from_file(given)
+    return given if isinstance(given, Preset) or given in PRESET_NAMES else Preset.from_file(given)

@@ -13,7 +13,7 @@ import torch
 from corrdit.integrations.diffusers.backbones.flow_matching import FlowMatchingBackbone, standardized
 from corrdit.integrations.diffusers.backbones.presets import Preset
 from corrdit.integrations.diffusers.family_layouts import WanLayout
-from corrdit.integrations.diffusers.layouts import Arguments, Pipeline, TransformerLayout
+from corrdit.integrations.diffusers.layouts import Arguments, Pipeline, Text, TransformerLayout
 
 IMAGE_TOKENS = 257
 """Features of CLIP's image encoder, which Wan 2.1's image-to-video models attend to beside the text."""
@@ -29,6 +29,7 @@ class WanBackbone(FlowMatchingBackbone):
     """
 
     layout: ClassVar[type[TransformerLayout]] = WanLayout
+    pipelines: ClassVar[tuple[str, ...]] = ("WanPipeline", "WanVideoToVideoPipeline", "WanImageToVideoPipeline")
     text_option = "text_dim"
 
     def __init__(self, pipe: Pipeline, *, name: str, preset: Preset | None = None) -> None:
@@ -57,7 +58,7 @@ class WanBackbone(FlowMatchingBackbone):
         config = self.config
         return config.in_channels == 2 * config.out_channels + self.temporal_compression
 
-    def times(self, latents: torch.Tensor, timestep: float) -> torch.Tensor:
+    def times(self, latents: torch.Tensor, timestep: float, image: torch.Tensor | None) -> torch.Tensor:
         batch, frames, _, height, width = latents.shape
         times = torch.full((batch,), timestep, device=latents.device)
         if getattr(self.pipe.config, "expand_timesteps", False):
@@ -84,7 +85,9 @@ class WanBackbone(FlowMatchingBackbone):
         behind = self.grey(height, width).to(image).expand(batch, frames - given, -1, -1, -1)
         return torch.cat([latents, mask, torch.cat([image, behind], dim=1)], dim=2)
 
-    def further_arguments(self, latents: torch.Tensor, image: torch.Tensor | None) -> Arguments:
+    def further_arguments(
+        self, latents: torch.Tensor, times: torch.Tensor, text: Text, image: torch.Tensor | None
+    ) -> Arguments:
         if getattr(self.config, "image_dim", None) is None:
             return {}
         first = latents[:, :1] if image is None else image[:, :1]

@@ -100,7 +100,7 @@ def branches_of(
         steps: which have counted it.
 
     Returns:
-        "cond" and "uncond", one of them, or none in a third call within a step.
+        "cond" and "uncond", one of them, or none in further calls within a step.
 
     Raises:
         ValueError: an odd batch which should hold both.
@@ -108,6 +108,8 @@ def branches_of(
     whole = slice(0, call.batch)
     if layout.guidance == "separate":
         return {0: {"cond": whole}, 1: {"uncond": whole}}.get(steps.call, {})
+    if isinstance(steps, PipelineSteps) and steps.call > 0:
+        return {}
     if not steps.guided:
         return {"cond": whole}
     if call.batch % 2:
@@ -145,6 +147,9 @@ def map_tensors(value: object, function: Callable[[torch.Tensor], torch.Tensor])
 
 
 def _uses_guidance(pipe: object) -> bool:
+    guider = getattr(pipe, "guider", None)
+    if guider is not None:
+        return bool(guider.num_conditions > 1)
     for name in (GUIDANCE_PROPERTY, "guidance_scale"):
         value = getattr(pipe, name, None)
         if value is not None:

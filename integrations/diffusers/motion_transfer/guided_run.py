@@ -30,14 +30,13 @@ from corrdit.integrations.diffusers.host.forwards import (
     weights_kept_for_backward,
 )
 from corrdit.integrations.diffusers.host.steps import PipelineSteps, branches_of, rows_of
-from corrdit.integrations.diffusers.inversion import noise_path
 from corrdit.integrations.diffusers.layouts import ForwardCall, forward_arguments
 from corrdit.integrations.diffusers.motion_transfer.attention_editing import (
     AttentionParts,
     injected,
 )
 from corrdit.integrations.diffusers.motion_transfer.embeddings import PositionalTables, positional_tables
-from corrdit.integrations.diffusers.motion_transfer.latents import LatentLayout
+from corrdit.integrations.diffusers.motion_transfer.latents import LatentLayout, SkippedOutput
 from corrdit.integrations.diffusers.motion_transfer.objectives import MotionObjective
 from corrdit.integrations.diffusers.motion_transfer.observation import Reader, gradient_checkpointing
 from corrdit.integrations.diffusers.motion_transfer.optimisation import (
@@ -46,16 +45,17 @@ from corrdit.integrations.diffusers.motion_transfer.optimisation import (
     LossFunction,
     optimised,
 )
-from corrdit.integrations.diffusers.motion_transfer.predicted import CleanPrediction, StepCalls, along
+from corrdit.integrations.diffusers.motion_transfer.predicted import StepCalls
+from corrdit.integrations.diffusers.motion_transfer.prediction_loss import prediction_loss
 from corrdit.integrations.diffusers.motion_transfer.reference import ReferenceMotion
 from corrdit.integrations.diffusers.motion_transfer.run_state import (
     RunState,
     restore_scheduler,
     scheduler_variables,
 )
-from corrdit.integrations.diffusers.motion_transfer.schedule import run_scheduler
-from corrdit.integrations.diffusers.motion_transfer.step_reference import StepReference, timestep_of
-from corrdit.integrations.diffusers.motion_transfer.stored import StoredMotion
+from corrdit.integrations.diffusers.motion_transfer.schedule import SteeredStep, run_scheduler
+from corrdit.integrations.diffusers.motion_transfer.step_reference import StepReference
+from corrdit.integrations.diffusers.motion_transfer.stored import StoredMotion, mixed
 from corrdit.integrations.diffusers.transfer_settings import TransferSettings
 
 StepReport = Callable[[int, int, list[float]], None]
@@ -118,8 +118,7 @@ class GuidedRun:
         """Steer the pipeline inside the block; it is as it was afterwards."""
         pipe = self._backbone.pipe
         scheduler, own = run_scheduler(self._backbone, self._settings), pipe.scheduler
-        step = scheduler.step
-        scheduler.step = functools.wraps(step)(functools.partial(self._scheduler_step, scheduler, step))
+        scheduler.step = SteeredStep(scheduler, functools.partial(self._scheduler_step, scheduler, scheduler.step))
         with contextlib.ExitStack() as stack:
             stack.callback(setattr, pipe, "scheduler", own)
             pipe.scheduler = scheduler
@@ -147,7 +146,7 @@ class GuidedRun:
         self._counter.advance(call)
         step = self._counter.step
         if step < self.state.finished:
-            return (torch.zeros_like(arguments["hidden_states"]),)
+            return SkippedOutput(arguments, self._latents.split(arguments["hidden_states"])[0])
         self._inside = True
         try:
             if self._counter.call == 0:
@@ -260,30 +259,12 @@ class GuidedRun:
             prediction: of the pipeline for them.
         """
         predicted = self._calls.combined(prediction)
-        scheduler = self._backbone.pipe.scheduler
-        path = noise_path(scheduler, name=self._backbone.name)
-        here = CleanPrediction(self._backbone, path, step, timestep_of(call))
-        maps = functools.partial(self._latents.maps, grid=call.grid)
-        mean = None
-        if step > 0 and self._objective.velocity_kept < 1:
-            begun = self.state.noise if self.state.start is None else self.state.start
-            assert begun is not None
-            first = CleanPrediction(self._backbone, path, 0, float(scheduler.timesteps[0]))
-            mean = maps(here.normal(sample.float()) - first.normal(begun.to(sample.device).float()))
-            mean = mean / (here.sigma - first.sigma)
-        known = [(sample.float(), prediction)]
-
-        def loss_of(leaves: Leaves) -> Tensor:
-            latents = leaves["latent"]
-            with torch.no_grad():
-                outputs = [output for at, output in known if torch.equal(at, latents)]
-                output = outputs[0] if outputs else predicted(latents)
-                velocity = maps(here.velocity(latents.float(), output.float()))
-                if mean is not None:
-                    velocity = along(velocity, mean, self._objective.velocity_kept)
-            clean = here.clean(maps(latents), velocity)
-            return self._objective.loss(self._reader.prediction(clean, call.grid), wanted)
-
+        begun = self.state.noise if self.state.start is None else self.state.start
+        assert begun is not None
+        loss_of = prediction_loss(
+            self._backbone, self._objective, self._reader, call, step,
+            begun=begun, known=(sample, prediction), predicted=predicted, wanted=wanted,
+        )  # fmt: skip
         found = self._minimised({"latent": sample}, loss_of, step, half=False)
         result = predicted(found["latent"])
         self._use(found)
@@ -309,22 +290,14 @@ class GuidedRun:
 
     def _take_stored(self, transformer: Module, conditional: Arguments, call: ForwardCall, step: int) -> None:
         assert self._stored is not None
-        found = self._stored.tensors.get(step)
-        if found is None:
+        if step not in self._stored.tensors:
             return
         if self._stored.kind == "latent":
             own: Mapping[str, Tensor] = {"latent": self._latents.split(conditional["hidden_states"])[0]}
         else:
             own = self._positional(transformer, conditional, call).original
-        expected = {name: tensor.shape for name, tensor in own.items()}
-        given = {name: tensor.shape for name, tensor in found.items()}
-        if given != expected:
-            raise ValueError(
-                f"the stored {self._stored.kind} of step {step} has shapes {_shapes(given)}, this model and size need "
-                f"{_shapes(expected)}; generate with the model and size it was made with"
-            )
-        device = conditional["hidden_states"].device
-        self._use({name: tensor.to(device) for name, tensor in found.items()})
+        found, region = self._stored.at(step, own), self._reader.region
+        self._use(found if region is None else mixed(found, own, region, self._latents.region(region)))
 
     def _loss(self, transformer: Module, arguments: Arguments, call: ForwardCall, wanted: Mapping[int, Any]) -> Tensor:
         assert self._objective.reads is not None
@@ -408,7 +381,3 @@ class GuidedRun:
                 f"motion is transferred to one video at a time, but the pipeline denoises {videos}; give one prompt"
             )
         return rows
-
-
-def _shapes(shapes: Mapping[str, torch.Size]) -> str:
-    return ", ".join(f"{name} {list(shape)}" for name, shape in sorted(shapes.items()))

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.backbones.base import Backbone
+from corrdit.integrations.diffusers.layouts import Arguments
 from corrdit.integrations.diffusers.motion_transfer.objectives import at_latents
 
 
@@ -62,3 +63,16 @@ def codec_latents(backbone: Backbone, latents: Tensor) -> Tensor:
     joined = backbone.frames_per_token
     latents = latents.to(device=backbone.device, dtype=backbone.dtype)
     return latents.reshape(1, frames * joined, -1, height, width)
+
+
+class SkippedOutput(tuple[Tensor, ...]):
+    """What a forward returns in a step that is walked through: zeros, which the steered scheduler does not take."""
+
+    def __new__(cls, arguments: Arguments, latents: Tensor) -> SkippedOutput:
+        streams = [latents, *(arguments[name] for name in ("audio_hidden_states",) if name in arguments)]
+        return super().__new__(cls, map(torch.zeros_like, streams))
+
+    @property
+    def sample(self) -> Tensor:
+        """The prediction, as a model output has it."""
+        return self[0]

@@ -198,6 +198,8 @@ class FollowedPath(MotionObjective):
 
     def loss(self, read: AttentionReading, wanted: None) -> Tensor:
         settings, grid = read.settings, read.grid
+        if read.region is not None:
+            raise ValueError('method "path" has places of its own, the boxes of path; leave region out')
         assert settings.word is not None
         assert read.words is not None
         places = read.words.places(settings.word)

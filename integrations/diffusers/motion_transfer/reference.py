@@ -212,11 +212,12 @@ def _tokens_of_a_frame(backbone: Backbone) -> int:
 def _at_length(backbone: Backbone, frames: Tensor, num_frames: int | None, size: tuple[int, int]) -> Tensor:
     given = len(frames)
     ratio = backbone.temporal_compression
+    takes = f"1 + {ratio} n" if backbone.first_frame_alone else f"{ratio} n"
     wanted = given if num_frames is None else whole_number("num_frames", num_frames, 1)
-    fitting = (wanted - 1) // ratio * ratio + 1
+    fitting = backbone.fitting_frames(wanted)
     if fitting != wanted and num_frames is not None:
         raise ValueError(
-            f"num_frames {num_frames} does not fit {backbone.name}, whose codec takes 1 + {ratio} n frames; give "
+            f"num_frames {num_frames} does not fit {backbone.name}, whose codec takes {takes} frames; give "
             f"{fitting} or {fitting + ratio}"
         )
     if fitting < 2 or len(backbone.latent_frame_map(fitting)) < 2:

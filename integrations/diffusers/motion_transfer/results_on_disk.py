@@ -121,8 +121,9 @@ def write_transfer(
     if result.reference is not None:
         names.append(_write_video(folder, "reference", result.reference, fps, file_format))
         names += _write_flow(folder, result, backbone)
+        names.append(_write_comparison(folder, result, backbone, fps, file_format))
     if result.losses.size:
-        write_loss_curve(folder / "losses.png", result.losses)
+        write_loss_curve(folder / "losses.png", result.losses, first_step=result.guided.start)
         names.append("losses.png")
     if result.optimised is not None:
         result.optimised.save(folder / "motion.safetensors")
@@ -132,6 +133,8 @@ def write_transfer(
         "model": backbone.name,
         "prompt": prompt,
         "seed": result.seed,
+        "guided_steps": list(result.guided),
+        "resumed_after": result.resumed_after,
         "settings": settings.described(),
         "losses": losses,
         **(measured or {}),
@@ -156,6 +159,34 @@ def _write_video(folder: Path, name: str, video: np.ndarray, fps: float, file_fo
         return name
     write_video(folder / f"{name}.{file_format}", list(video), fps)
     return f"{name}.{file_format}"
+
+
+def _write_comparison(folder: Path, result: TransferResult, backbone: Backbone, fps: float, file_format: str) -> str:
+    """Reference, result and the reference's motion flow from its first frame, side by side."""
+    from corrdit.visualization import flow_colours, full_colour_at, write_side_by_side
+
+    assert result.reference is not None
+    flow = result.flow[0].numpy()
+    largest = full_colour_at(flow)
+    size = result.reference.shape[1:3]
+    colours = [_enlarged(flow_colours(field, largest=largest), *size) for field in flow]
+    groups = backbone.latent_frame_map(len(result.reference))
+    of_frame = {frame: index for index, group in enumerate(groups) for frame in group}
+    shown = [colours[of_frame.get(frame, len(colours) - 1)] for frame in range(len(result.reference))]
+    # A folder of frames would be a video nobody can play beside the others.
+    name = f"comparison.{'mp4' if file_format == 'frames' else file_format}"
+    panels: dict[str, np.ndarray | list[np.ndarray]]
+    panels = {"reference": result.reference, "result": result.video, "motion of the reference since frame 0": shown}
+    caption = f"colour: direction of the motion flow, full from {largest:.1f} tokens on"
+    write_side_by_side(folder / name, panels, fps, caption=caption)
+    return name
+
+
+def _enlarged(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A picture of tokens at the size of a frame, each token one square."""
+    sizes = ((height, picture.shape[0]), (width, picture.shape[1]))
+    rows, columns = (np.arange(size) * tokens // size for size, tokens in sizes)
+    return picture[rows][:, columns]
 
 
 def _write_flow(folder: Path, result: TransferResult, backbone: Backbone) -> list[str]:

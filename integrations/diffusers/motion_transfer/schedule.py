@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -59,3 +60,22 @@ def _begin_later(scheduler: Any, strength: float) -> None:
             scheduler.sigmas = sigmas[whole - steps :]
 
     scheduler.set_timesteps = set_timesteps
+
+
+class SteeredStep:
+    """A scheduler's step as a run has it; that of a copy (LTX-2 makes one for its audio) is the copy's own.
+
+    Args:
+        scheduler: whose step is replaced.
+        step: what runs instead.
+    """
+
+    def __init__(self, scheduler: Any, step: Callable[..., object]) -> None:
+        functools.update_wrapper(self, scheduler.step)
+        self._scheduler, self._step = scheduler, step
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        return self._step(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> object:
+        return type(self._scheduler).step.__get__(memo[id(self._scheduler)])

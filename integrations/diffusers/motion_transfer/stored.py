@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from corrdit.array_files import read_safetensors
@@ -48,6 +49,25 @@ class StoredMotion:
     def window(self) -> range:
         """The denoising steps from the first to the last that something is stored for."""
         return range(min(self.tensors), max(self.tensors) + 1) if self.tensors else range(0)
+
+    def at(self, step: int, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What is stored of a step, where the run's own tensors are.
+
+        Args:
+            step: one that something is stored for.
+            own: what of the run it takes the place of, by name.
+
+        Raises:
+            ValueError: other names or shapes than the run's.
+        """
+        found = self.tensors[step]
+        given, expected = ({name: tensor.shape for name, tensor in one.items()} for one in (found, own))
+        if given != expected:
+            raise ValueError(
+                f"the stored {self.kind} of step {step} has shapes {_shapes(given)}, this model and size need "
+                f"{_shapes(expected)}; generate with the model and size it was made with"
+            )
+        return {name: tensor.to(own[name].device) for name, tensor in found.items()}
 
     def check_fits(
         self,
@@ -127,20 +147,34 @@ def composed(inside: StoredMotion, outside: StoredMotion, tokens: Tensor, latent
             "with the same settings, size and seed"
         )
     outside.check_fits(inside.model, inside.steps)
-    by_token = tokens.flatten().float()
-
-    def mixed(one: Tensor, other: Tensor) -> Tensor:
-        share = latents.to(one)
-        if inside.kind != "latent":
-            axis = next(axis for axis, length in enumerate(one.shape) if length == len(by_token))
-            share = by_token.to(one).reshape([-1 if at == axis else 1 for at in range(one.ndim)])
-        return share * one + (1 - share) * other
-
-    tensors = {
-        step: {name: mixed(tensor, outside.tensors[step][name]) for name, tensor in by_name.items()}
-        for step, by_name in inside.tensors.items()
-    }
+    tensors = {step: mixed(by_name, outside.tensors[step], tokens, latents) for step, by_name in inside.tensors.items()}
     return dataclasses.replace(inside, tensors=tensors)
+
+
+def mixed(
+    inside: Mapping[str, Tensor], outside: Mapping[str, Tensor], tokens: Tensor, latents: Tensor
+) -> dict[str, Tensor]:
+    """Latents or embeddings of one step, by name, those of a region from one and the others from another.
+
+    Args:
+        inside, outside: the same names and shapes.
+        tokens: bool `[F, h, w]`, the region.
+        latents: the region as the transformer's latents, 1 inside.
+    """
+    chosen = {}
+    for name, own in inside.items():
+        if name == "latent":
+            share = latents.to(own)
+        else:
+            # A table has one axis of all video tokens.
+            axis = next(axis for axis, length in enumerate(own.shape) if length == tokens.numel())
+            share = tokens.flatten().to(own).reshape([-1 if at == axis else 1 for at in range(own.ndim)])
+        chosen[name] = torch.where(share > 0, own, outside[name].to(own))
+    return chosen
+
+
+def _shapes(shapes: Mapping[str, torch.Size]) -> str:
+    return ", ".join(f"{name} {list(shape)}" for name, shape in sorted(shapes.items()))
 
 
 def flattened(tensors: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -15,7 +15,8 @@ from corrdit.arguments import whole_number
 from corrdit.array_files import content_digest
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.backbones.loading import backbone_of
-from corrdit.integrations.diffusers.backbones.presets import published_preset
+from corrdit.integrations.diffusers.backbones.published_transfers import published_transfer
+from corrdit.integrations.diffusers.compatibility import check_takes_prompt, embeds_given
 from corrdit.integrations.diffusers.fingerprint import weights_fingerprint
 from corrdit.integrations.diffusers.host.forwards import Arguments
 from corrdit.integrations.diffusers.layouts import Pipeline
@@ -50,17 +51,17 @@ Announce: TypeAlias = Callable[[str, TransferPlan], None]
 """`announce(phase, plan)` as a phase begins."""
 
 
-def settings_for(backbone: Backbone) -> TransferSettings:
+def settings_for(backbone: Backbone, method: object = None) -> TransferSettings:
     """The settings of the backbone's preset, those published for a model of its shape, or a starting point that says it
     is one.
 
-    A preset that was calibrated on this very model brings its layer along.
+    Where several methods were published for it, they are those for `method`, by its name. A preset that was calibrated
+    on this very model brings its layer along.
     """
     preset = backbone.preset
     if preset.transfer is not None:
         return preset.transfer
-    published = published_preset(backbone.family, backbone.layers, backbone.heads)
-    settings = None if published is None else published.transfer
+    settings = published_transfer(backbone.family, backbone.layers, backbone.heads, method)
     if settings is None:
         source = "a starting point at the published depth; nothing is published for this model"
         settings = TransferSettings(blocks=(backbone.layers // 2,), source=source)
@@ -88,7 +89,8 @@ class MotionTransfer:
         objective: what is optimised or injected.
 
     Raises:
-        ValueError: an unknown setting, a value out of range, or a block the model does not have.
+        ValueError: an unknown setting, a value out of range, a block the model does not have, or a model whose
+            pipeline nothing can be transferred through.
         TypeError: a method that is neither a name nor a `MotionObjective`.
     """
 
@@ -106,7 +108,8 @@ class MotionTransfer:
             raise ValueError(f"MotionTransfer needs a backbone of corrdit.load_backbone, got {type(backbone).__name__}")
         if block is not None:
             changes["blocks"] = block
-        chosen = changed_settings(settings or settings_for(backbone), changes)
+        backbone.check_use("transfer")
+        chosen = changed_settings(settings or settings_for(backbone, changes.get("method")), changes)
         resolved = {
             name: resolved_blocks(name, getattr(chosen, name), backbone.layers, backbone.name)
             for name in ("blocks", "injection_blocks")
@@ -202,7 +205,7 @@ class MotionTransfer:
             warnings.warn(f"the run goes on after denoising step {begun} of {self.settings.steps}", stacklevel=3)
         generator = torch.Generator().manual_seed(seed)
         save: Callable[[RunState], None] | None = None if state_file is None else lambda state: state.save(state_file)
-        words = PromptWords(prompt, getattr(self.backbone.pipe, "tokenizer", None), "prompt_embeds" in arguments)
+        words = PromptWords(prompt, getattr(self.backbone.pipe, "tokenizer", None), embeds_given(arguments))
         run = GuidedRun(
             self.backbone, self.settings, self.objective, prepared, state, generator,
             Reader(self.settings, tokens, words), stored=motion, finished_step=save, report=report,
@@ -274,6 +277,7 @@ class MotionTransfer:
         """Pipelines cut prompts that are too long without an error."""
         if not isinstance(prompt, str):
             raise ValueError(f"the prompt must be one string, got {type(prompt).__name__}")
+        check_takes_prompt(self.backbone.pipe, further)
         tokenizer = getattr(self.backbone.pipe, "tokenizer", None)
         negative = further.get("negative_prompt", self.settings.negative_prompt)
         for name, text in (("prompt", prompt), ("negative prompt", negative)):
@@ -310,12 +314,12 @@ class MotionTransfer:
         if settings.negative_prompt is not None:
             chosen["negative_prompt"] = settings.negative_prompt
         for name in ("prompt", "negative_prompt"):
-            if f"{name}_embeds" in further:
+            if embeds_given(further, name):
                 chosen.pop(name, None)
         refused = [name for name in further if name in _OWN_ARGUMENTS]
         if refused:
             raise ValueError(f"{', '.join(refused)} cannot be given to the pipeline: seed and settings say how it runs")
-        return {**chosen, **dict(settings.pipeline_options), **further}
+        return {**chosen, **self.backbone.call_options, **dict(settings.pipeline_options), **further}
 
     def _state(
         self,
