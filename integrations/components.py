@@ -13,7 +13,7 @@ import re
 import struct
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import torch
 
@@ -71,18 +71,28 @@ def pipeline_class(source: str, class_name: str) -> type[DiffusionPipeline]:
     """The pipeline of diffusers with this name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or one that needs a package which is not installed.
     """
     import diffusers
 
     found = getattr(diffusers, class_name, None)
-    if not isinstance(found, type) or not hasattr(found, "from_pretrained") or not hasattr(found, "components"):
+    try:
+        usable = isinstance(found, type) and hasattr(found, "from_pretrained") and hasattr(found, "components")
+    except ImportError as error:
+        # A stand-in, which says so when it is asked for anything.
+        raise missing_package(source, class_name, error) from error
+    if not usable:
         near = nearest(class_name, (name for name in dir(diffusers) if name.endswith("Pipeline")))
         raise ValueError(
             f"{source} is a {class_name}, which this diffusers ({diffusers.__version__}) does not have as a pipeline"
             f"{near}"
         )
-    return found
+    return cast("type[DiffusionPipeline]", found)
+
+
+def missing_package(source: str, class_name: str, error: ImportError) -> ValueError:
+    """What to say where diffusers cannot make a pipeline without another package."""
+    return ValueError(f"{source} is a {class_name}, for which a package is missing: {' '.join(str(error).split())}")
 
 
 def loaded_models(folder: pathlib.Path, *, dtype: torch.dtype, low_cpu_mem_usage: bool) -> dict[str, torch.nn.Module]:

@@ -207,7 +207,7 @@ def test_preset_beside_the_weights(tmp_path):
     (tmp_path / "preset.json").write_text(json.dumps(preset))
     assert load_backbone(str(tmp_path)).preset == Preset(ReadingPreset(1, head_weights=(0.0, 1.0), frames_per_chunk=4))
     (tmp_path / "preset.json").write_text(json.dumps({**preset, "of a later version": True}))
-    with pytest.raises(ValueError, match="must be one of layer, step, .*, got 'of a later version'"):
+    with pytest.raises(ValueError, match=r"must be one of layer, step, .*, got 'of a later version'"):
         load_backbone(str(tmp_path))
 
 

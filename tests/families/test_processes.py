@@ -72,7 +72,7 @@ def test_the_four_uses_from_the_command_line(name: str, tmp_path: Path) -> None:
     )
     assert (tmp_path / "analysis" / "analysis.csv").is_file()
     words, run = "a red disc moves left", ["--steps", "2", "--model", model]
-    made = ["--cag", "--layers", "[1]", "--frames", frames, *size]
+    made = ["--cag", "--cag-layers", "1", "--frames", frames, *size]
     corrdit("generate", words, *run, *made, "--output", tmp_path / "generated")
     assert (tmp_path / "generated" / "video.mp4").is_file()
     transferred = ["--optimisation-steps", "2", "--blocks", "[1]", "--output", tmp_path / "transferred"]

@@ -16,10 +16,11 @@ from corrdit.cli import main
 from corrdit.kernels.inspection import ahead_of_time, catalogue, disassembly, floors
 from corrdit.kernels.shared import configs
 
-# Instructions a score needs at least: multiply-add of the exponent, maximum, exponential, half a conversion.
-FORWARD_BAR = 6.0
+# Of the forward pass, whose loop holds two tiles at once: instructions a score, and exponentials beside a product.
+FORWARD_BAR, OVERLAP = 7.0, 0.6
 # The gradients' loops over the instructions no kernel can do without; `inspection/floors.py` says what is between.
-BACKWARD_INSTRUCTIONS = {"soft_backward_query": 1.4, "soft_backward_key": 1.45}
+# That of the keys has 64 queries a tile, which triton 3.6 does not spill, and so more instructions for each score.
+BACKWARD_INSTRUCTIONS = {"soft_backward_query": 1.4, "soft_backward_key": 1.75}
 
 
 def compiled(*options: str) -> list[dict[str, Any]]:
@@ -51,6 +52,7 @@ def test_soft_displacement_of_one_head_on_hopper():
     for row in rows:
         assert_sound(row)
     assert by_kernel["soft_forward"]["instructions_per_element"] <= FORWARD_BAR
+    assert by_kernel["soft_forward"]["overlap"] >= OVERLAP
     for kernel, factor in BACKWARD_INSTRUCTIONS.items():
         row = by_kernel[kernel]
         # Products of depth 64 + 16 + 64 on tensor cores bind: 0.0703 cycles a score, in which 9.0 instructions issue.
