@@ -111,7 +111,7 @@ def test_options_take_less(configurations):
         phases = plan(configurations, "transfer", **asked, **more).phases
         guided[name] = {phase.name: phase for phase in phases}
     none = guided["none"]
-    assert guided["checkpointing"]["guided step"].peak < 0.8 * none["guided step"].peak
+    assert guided["checkpointing"]["guided step"].peak < 0.9 * none["guided step"].peak
     assert guided["checkpointing"]["decoding"] == none["decoding"]
     assert guided["checkpointing"]["guided step"].flop > none["guided step"].flop
     assert set(guided["offload"]["decoding"].weights) == {"vae"}
