@@ -112,7 +112,7 @@ def test_options_take_less(configurations):
         guided[name] = {phase.name: phase for phase in phases}
     none = guided["none"]
     assert guided["checkpointing"]["guided step"].peak < 0.9 * none["guided step"].peak
-    assert guided["checkpointing"]["decoding"] == none["decoding"]
+    assert guided["checkpointing"]["decoding"].parts["codec"] == none["decoding"].parts["codec"]
     assert guided["checkpointing"]["guided step"].flop > none["guided step"].flop
     assert set(guided["offload"]["decoding"].weights) == {"vae"}
     assert "transformer" not in guided["groups"]["guided step"].weights
