@@ -120,7 +120,6 @@ def test_options_take_less(configurations):
     assert 0 < brought < none["guided step"].weights["transformer"]
     stored = guided["float8"]["denoising step"].weights["transformer"]
     assert stored < 0.75 * none["denoising step"].weights["transformer"]
-    assert guided["float8"]["denoising step"].parts["weights"] > 0
 
 
 def test_offloaded_parts_stay_until_the_next_in_the_chain_runs():
