@@ -122,12 +122,6 @@ def _csv_rows(path: Path) -> list[tuple[str, Fields]]:
         table = csv.DictReader(file)
         given = [column.strip() for column in table.fieldnames or ()]
         table.fieldnames = given
-        unknown = [column for column in given if column not in COLUMNS]
-        if unknown:
-            raise ValueError(
-                f"{path} has the column {unknown[0]!r}, which means nothing here{nearest(unknown[0], COLUMNS)}; there "
-                f"are {', '.join(COLUMNS)}"
-            )
         prompts = [column for column in ("prompt", *KINDS) if column in given]
         # The set of `corrdit world` names its videos.
         missing = [] if "video" in given or "name" in given else ["video"]
@@ -136,6 +130,12 @@ def _csv_rows(path: Path) -> list[tuple[str, Fields]]:
             raise ValueError(
                 f"{path} has no column {' and no column '.join(missing)}; its first line must name the columns video "
                 f"and prompt (or some of {', '.join(KINDS)}), it has {', '.join(given) or 'nothing'}"
+            )
+        unknown = [column for column in given if column not in COLUMNS]
+        if unknown:
+            raise ValueError(
+                f"{path} has the column {unknown[0]!r}, which means nothing here{nearest(unknown[0], COLUMNS)}; there "
+                f"are {', '.join(COLUMNS)}"
             )
         if "prompt" in prompts and len(prompts) > 1:
             raise ValueError(
