@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-all test-oldest lint types format figures clean
+.PHONY: demo test test-all test-oldest lint types docs format figures clean
 
 $(INSTALLED): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -38,6 +38,14 @@ lint: $(VENV)/.linted
 
 types: $(VENV)/.linted
 	$(BIN)/mypy --config-file pyproject.toml --package corrdit
+
+$(VENV)/.documented: $(INSTALLED)
+	$(BIN)/pip install --constraint constraints.txt mkdocs-material "mkdocstrings[python]"
+	touch $@
+
+# The site of docs/ in build/site; a link that leads nowhere is an error.
+docs: $(VENV)/.documented
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # Every figure of the embedded model, from the shipped checkpoint and the committed curves of its training.
 figures: $(INSTALLED)

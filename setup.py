@@ -34,6 +34,8 @@ EXTRAS = {
     "tensorboard": ["tensorboard>=2.16,<3"],
     "parquet": ["pyarrow>=15,<27"],
     "opencv": ["opencv-python-headless>=4.9,<6"],
+    "explore": ["nicegui>=3.4,<4"],
+    "docs": ["mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.27,<2"],
     "test": [
         "pytest>=8,<10",
         "pytest-xdist>=3.5,<4",
@@ -41,6 +43,7 @@ EXTRAS = {
         "peft>=0.15,<1",
         "torchmetrics>=1.4,<2",
         "tensorboard>=2.16,<3",
+        "nicegui>=3.4,<4",
         "setuptools>=77,<90",
         "pyarrow>=15,<27",
     ],
@@ -56,13 +59,43 @@ def version() -> str:
     return match.group(1)
 
 
+def long_description() -> str:
+    """The README without pictures and links into the checkout, whose files a registry has not."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"^!\[.*\n\n?", "", text, flags=re.MULTILINE)
+    text = re.sub(r"^<!--.*-->\n", "", text, flags=re.MULTILINE)
+    text = re.sub(r"^## Read on\n.*?(?=^## )", "", text.replace(" (above)", ""), flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"\s\(\[more\]\(docs/[^)]*\)\)", "", text)
+    return re.sub(r"\[([^]]+)\]\((?!https?:)[^)]*\)", r"\1", text)
+
+
 setup(
     name="corrdit",
     version=version(),
     description="Point correspondence, guidance and motion transfer from the attention of video diffusion transformers",
-    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description=long_description(),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    author="corrdit maintainers",
+    keywords=[
+        *("video diffusion", "diffusion transformer", "diffusers", "attention", "correspondence", "point tracking"),
+        *("motion transfer", "cross-attention guidance", "triton", "pytorch lightning"),
+    ],
+    # What the suite was run on; the ranges above say what should work.
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Intended Audience :: Science/Research",
+        "Intended Audience :: Developers",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Multimedia :: Video",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+        "Typing :: Typed",
+    ],
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(str(ROOT), include=["corrdit", "corrdit.*"]),

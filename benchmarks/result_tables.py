@@ -46,15 +46,27 @@ TRACKERS = {
     "standing still": "standing still",
 }
 TRACKER_FIGURES = ("average_jaccard", "average_pts_within_thresh", "pts_within_1", "pts_within_2", "occlusion_accuracy")
+ANNOTATED = {
+    "default": "corrdit, default",
+    "finer tokens": "32 x 32 tokens, temperature 2, spread 2, one crop",
+    "standing still": "standing still",
+    "Lucas-Kanade": "Lucas-Kanade (OpenCV, pyramidal)",
+    "DIS flow": "DIS flow (OpenCV)",
+    "XFeat": "XFeat, the nearest descriptor, no tracker",
+}
+ANNOTATED_FIGURES = ("average_pts_within_thresh", "pts_within_1", "pts_within_2", "pts_within_8")
 METHODS = {
     "backbone": "no transfer",
     "injection": "injection",
+    "query injection": "injection of queries",
     "smm": "SMM, the paper's formula",
     "smm released": "SMM as released",
     "moft": "MOFT",
     "motionclone": "MotionClone",
     "ditflow embeddings": "DiTFlow on positional embeddings",
     "ditflow latents": "DiTFlow on latents",
+    "fastvmt": "DiTFlow with FastVMT's settings",
+    "flowmotion": "FlowMotion",
 }
 PERTURBED = {
     "centre": "layer {centre}, the one that matches, scale 1",
@@ -103,14 +115,33 @@ def summary(result: Record) -> str:
     return tracking(result, ("default", "published procedure", "Lucas-Kanade", "standing still"))
 
 
-def transfer(result: Record) -> str:
-    measured = result["tables"]["main"]
+def annotated(result: Record) -> str:
+    head = ["clip", "tracker", "points within thresholds", "over points", "within 1 px", "within 2 px", "within 8 px"]
     rows = []
-    for key, name in METHODS.items():
+    for row in result["rows"]:
+        figures = [f"{100 * row['figures'][name]:.1f}" for name in ANNOTATED_FIGURES]
+        low, high = (f"{100 * end:.1f}" for end in row["points_interval"])
+        rows.append([row["clip"], ANNOTATED[row["tracker"]], figures[0], f"{low} to {high}", *figures[1:]])
+    return markdown_table(head, rows)
+
+
+def transfer(result: Record) -> str:
+    measured, memory = result["tables"]["main"], result["tables"].get("memory", {})
+    known = {key: name for key, name in METHODS.items() if key in measured}
+    # Results of earlier versions have fewer columns.
+    further = all("adherence" in measured[key] for key in known)
+    head = ["method", "motion fidelity", "above no transfer", "direction error"]
+    head += ["adherence", "seconds"] if further else []
+    head += ["peak memory, MB"] if memory else []
+    rows = []
+    for key, name in known.items():
         row = measured[key]
         above = interval(row["fidelity_above_backbone"], "+") if "fidelity_above_backbone" in row else ""
-        rows.append([name, interval(row["fidelity"]), above, f"{row['direction_error']['mean']:.0f}°"])
-    return markdown_table(["method", "motion fidelity", "above no transfer", "direction error"], rows)
+        cells = [name, interval(row["fidelity"]), above, f"{row['direction_error']['mean']:.0f}°"]
+        cells += [interval(row["adherence"]), f"{row['seconds']['mean']:.1f}"] if further else []
+        cells += [f"{memory[key]['peak_megabytes']['mean']:.0f}" if key in memory else ""] if memory else []
+        rows.append(cells)
+    return markdown_table(head, rows)
 
 
 def guidance(result: Record) -> str:
@@ -140,12 +171,45 @@ def guidance(result: Record) -> str:
     return markdown_table(head, rows)
 
 
+def planned_peaks(result: Record) -> str:
+    rows = []
+    for row in result["rows"]:
+        options = ", ".join(f"{name} {value}" for name, value in row["settings"].items()) or "-"
+        sizes = [f"{row[name] / 1e6:.2f}" for name in ("measured_bytes", "planned_bytes")]
+        rows.append([row["model"], row["task"], options, *sizes, f"{100 * row['error']:+.1f} %", row["phase"]])
+    return markdown_table(("model", "task", "options", "measured, MB", "planned, MB", "error", "largest phase"), rows)
+
+
+def planned_checkpoints(result: Record) -> str:
+    rows = []
+    for plan in result["checkpoints"]:
+        checkpointing = "on" if plan["options"]["gradient_checkpointing"] else "off"
+        peaks = {phase["name"]: f"{phase['peak_bytes'] / 2**30:.1f}" for phase in plan["phases"]}
+        shown = [peaks[name] for name in ("encoding the reference", "guided step", "denoising step", "decoding")]
+        fits = [_fit(plan["fits"].get(f"{size} GB")) for size in (16, 24, 48)]
+        rows.append([plan["model"], checkpointing, *shown, *fits, f"{plan['flop'] / 1e15:.0f}"])
+    head = ("checkpoint", "gradient checkpointing", "encoding", "guided step", "denoising step", "decoding")
+    return markdown_table((*head, "16 GB card", "24 GB card", "48 GB card", "PFLOP"), rows)
+
+
+def _fit(found: Record | None) -> str:
+    if found is None:
+        return "-"
+    options = found["options"]
+    words = "all on the card" if options["parts"] == "device" else options["parts"].replace("_", " ")
+    tiles = ", codec in tiles" if options["codec_tiling"] else ""
+    return f"{found['peak_bytes'] / 2**30:.1f}: {words}{tiles}"
+
+
 TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "matching": ("embedded_matching.json", matching),
     "tracking": ("tracking.json", tracking),
+    "annotated": ("annotated_clips.json", annotated),
     "summary": ("tracking.json", summary),
     "transfer": ("transfer_quality.json", transfer),
     "guidance": ("guidance_quality.json", guidance),
+    "planned_peaks": ("plan_memory.json", planned_peaks),
+    "planned_checkpoints": ("plan_memory.json", planned_checkpoints),
 }
 
 

@@ -3,14 +3,16 @@
     python benchmarks/transfer_quality.py --part main --references 64
     python benchmarks/transfer_quality.py --report
 
-Parts: main (every method), zero-shot, ablations, appendix-d. Each row is appended to a file as soon as it is there, so
-a run may be stopped and goes on; `--shard 0/4` takes every fourth reference. `--report` sums all rows up, with paired
-bootstrap intervals over references.
+Parts: main (every method), zero-shot, ablations, appendix-d, region (fidelity inside and outside of an object's mask),
+steady (how steady a generation without a reference is), memory (peak of the allocator in a guided step). Each row is
+appended to a file as soon as it is there, so a run may be stopped and goes on; `--shard 0/4` takes every fourth
+reference. `--report` sums all rows up, with paired bootstrap intervals over references.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import pathlib
 import time
@@ -21,24 +23,58 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from experiment import RESULTS, Record, facts, interval, new_parser, share_of, write_json
-from transfer_world import FIRST_SEED, TUNING_SEED, Case, adherence, case_of, measures, moved_frame
+from transfer_world import (
+    FIRST_SEED,
+    SIZE,
+    TUNING_SEED,
+    Case,
+    adherence,
+    case_of,
+    measures,
+    moved_frame,
+    region_case_of,
+    region_fidelity,
+)
+from video_measures import measures as video_measures
 
 from corrdit import MotionTransfer, load_backbone, motion
+from corrdit.benchmark.measure import peak_extra_bytes
 from corrdit.integrations.diffusers.backbones.base import Backbone
 
 KINDS = ("caption", "subject", "scene")
+PARTS = ("zero-shot", "appendix-d", "region", "steady", "memory")
+"""Those with a loop of their own."""
 BACKBONE, DEFAULT, ZERO_SHOT = "backbone", "block 4", ", zero-shot"
 BASE: Record = {"steps": 20, "guidance_scale": 1.0, "learning_rate": 0.05}
 # Learning rates are the best of four for each method on other references (`--part tuning`).
 MAIN: dict[str, Record] = {
     "backbone": {"method": "backbone"},
     "injection": {"method": "injection", "injection_blocks": (0,)},
+    "query injection": {"method": "query-injection", "injection_blocks": (0,)},
     "smm": {"method": "smm", "loss": "paper"},
     "smm released": {"method": "smm", "loss": "released", "learning_rate": 0.02},
     "moft": {"method": "moft", "learning_rate": 0.2},
     "motionclone": {"method": "motionclone"},
     "ditflow latents": {"method": "ditflow"},
     "ditflow embeddings": {"method": "ditflow", "optimise": "embedding", "learning_rate": 0.02},
+    "flowmotion": {"method": "flowmotion", "optimisation_steps": 3},
+    # FastVMT's settings at the embedded model's 8 x 8 tokens; its schedule begins at the reference.
+    "fastvmt": {
+        **{"window": 3, "tile": (2, 2), "span": (0, 3), "distance_weights": (1.0, 0.8), "tracking_weight": 0.2},
+        **{
+            "loss": "pairs",
+            "flow_reference": "soft",
+            "temperature": 1.0,
+            "reference_noised": True,
+            "optimizer": "adamw",
+        },
+        **{"optimisation_steps": 10, "optimiser_interval": 3, "rate_falls": "optimisation steps", "strength": 0.75},
+    },
+}
+REGION = ("ditflow latents", "smm", "moft", "motionclone", "flowmotion")
+STEADY: dict[str, Record] = {
+    BACKBONE: {"method": "backbone"},
+    **{f"steady at {rate}": {"method": "steady", "learning_rate": rate} for rate in (0.002, 0.005, 0.01)},
 }
 ABLATIONS: dict[str, Record] = {
     **{f"block {block}": {"blocks": (block,)} for block in range(6)},
@@ -56,13 +92,16 @@ ABLATIONS: dict[str, Record] = {
     "window 2": {"window": 2},
     "window 2 round tiles of 2": {"window": 2, "tile": 2},
     "gradient every 2nd step": {"gradient_interval": 2},
+    "gradient every 3rd optimisation step": {"optimiser_interval": 3},
+    "reference noised": {"reference_noised": True},
+    "guided from 0.1 on": {"guided_start": 0.1},
     **{f"learning rate {rate}": {"learning_rate": rate} for rate in (0.02, 0.1, 0.2)},
 }
 
 
 def parsed_arguments() -> argparse.Namespace:
     parser = new_parser(__doc__, output=False)
-    parser.add_argument("--part", choices=["main", "zero-shot", "ablations", "appendix-d", "tuning"], default="main")
+    parser.add_argument("--part", choices=["main", "tuning", "ablations", *PARTS], default="main")
     parser.add_argument("--report", action="store_true", help="sum up the rows instead of measuring")
     parser.add_argument("--references", type=int, default=64)
     parser.add_argument("--kinds", nargs="+", choices=[*KINDS, "empty"], default=None, help="kinds of prompt, in turn")
@@ -106,6 +145,7 @@ def measured(backbone: Backbone, case: Case, prompt: str, settings: Record, inde
     began = time.process_time()
     result = MotionTransfer(backbone, **{**BASE, **settings})(case.video, prompt, seed=index)
     row = {"seconds": time.process_time() - began, **measures(case, result.video)}
+    row["adherence"] = adherence(backbone, result.video, prompt, other_prompts(index))
     # Steps that use a gradient again have no loss of their own.
     losses = result.losses[np.isfinite(result.losses)]
     if losses.size:
@@ -113,12 +153,18 @@ def measured(backbone: Backbone, case: Case, prompt: str, settings: Record, inde
     return row
 
 
+@functools.cache
+def other_prompts(index: int) -> list[str]:
+    """Scenes of other references."""
+    return [case_of(index + 1 + other).prompts["scene"] for other in range(7)]
+
+
 def tuned() -> dict[str, Record]:
     """Learning rate of each method and block of DiTFlow."""
     configurations = {
         f"{name} at {rate}": {**settings, "learning_rate": rate}
         for name, settings in MAIN.items()
-        if name not in ("backbone", "injection")
+        if name not in ("backbone", "injection", "query injection")
         for rate in (0.02, 0.05, 0.1, 0.2)
     }
     configurations |= {f"ditflow block {block}": {"blocks": (block,)} for block in (2, 3, 5)}
@@ -145,7 +191,7 @@ def run_zero_shot(arguments: argparse.Namespace, backbone: Backbone, rows: Rows,
     for index in indices:
         case = case_of(index)
         prompt = case.prompts["scene"]
-        others = [case_of(index + 1 + other).prompts["scene"] for other in range(7)]
+        others = other_prompts(index)
         for name, settings in {BACKBONE: MAIN[BACKBONE], **methods}.items():
             transfer = MotionTransfer(backbone, **{**BASE, **settings})
             for suffix in ("", ZERO_SHOT):
@@ -183,6 +229,52 @@ def run_appendix_d(arguments: argparse.Namespace, backbone: Backbone, rows: Rows
             rows.add({**row, "name": name, **means})
 
 
+def run_region(arguments: argparse.Namespace, backbone: Backbone, rows: Rows, indices: Sequence[int]) -> None:
+    """Fidelity inside and outside of an object's mask: without transfer, with one everywhere, with one in the mask."""
+    for index in indices:
+        region = region_case_of(index)
+        prompt = region.case.prompts["scene"]
+        names = {name: name for name in (BACKBONE, *REGION)} | {f"{name}, in the mask": name for name in REGION}
+        for label, name in names.items():
+            row = {"part": "region", "name": label, "index": index, "kind": "scene"}
+            if (arguments.only and name not in (BACKBONE, *arguments.only)) or not rows.lacks(row):
+                continue
+            transfer = MotionTransfer(backbone, **{**BASE, **MAIN[name]})
+            mask = region.mask if label != name else None
+            video = transfer(region.case.video, prompt, seed=index, region=mask).video
+            rows.add({**row, **region_fidelity(region, video)})
+
+
+def run_steady(arguments: argparse.Namespace, backbone: Backbone, rows: Rows, indices: Sequence[int]) -> None:
+    """What is left of blocks after the best displacement, and how far patches can be followed."""
+    size = {"num_frames": SIZE.frames, "height": SIZE.height, "width": SIZE.width}
+    for index in indices:
+        prompt = case_of(index).prompts["scene"]
+        for name in arguments.only or STEADY:
+            row = {"part": "steady", "name": name, "index": index, "kind": "scene"}
+            if rows.lacks(row):
+                video = MotionTransfer(backbone, **{**BASE, **STEADY[name]})(None, prompt, seed=index, **size).video
+                frames = torch.as_tensor(video).permute(0, 3, 1, 2)[None].float() / 255
+                rows.add({**row, **{key: float(value) for key, value in video_measures(frames).items()}})
+
+
+def run_memory(arguments: argparse.Namespace, backbone: Backbone, rows: Rows, indices: Sequence[int]) -> None:
+    """Peak of the allocator in a run of two steps, the first of them guided."""
+    short = {"steps": 2, "guided_share": 0.5, "optimisation_steps": 2}
+    for index in indices:
+        case = case_of(index)
+        for name in arguments.only or MAIN:
+            row = {"part": "memory", "name": name, "index": index, "kind": "scene"}
+            if rows.lacks(row):
+                transfer = MotionTransfer(backbone, **{**BASE, **MAIN[name], **short})
+
+                def work(transfer: MotionTransfer = transfer, case: Case = case) -> list[torch.Tensor]:
+                    transfer(case.video, case.prompts["scene"], seed=0)
+                    return []
+
+                rows.add({**row, "peak_megabytes": peak_extra_bytes(work, torch.device("cpu")) / 2**20})
+
+
 def inside(flow: torch.Tensor, moved: np.ndarray, stride: int) -> np.ndarray:
     """Displacements of the tokens whose true place is still in the frame; all of them if there is none."""
     height, width = flow.shape[:2]
@@ -202,7 +294,7 @@ def paired(found: Measured, base: Measured, label: str) -> Record:
     common = sorted(set(found) & set(base))
     return {
         f"{name}_above_{label}": mean_of([found[at][name] - base[at][name] for at in common])
-        for name in ("fidelity", "adherence")
+        for name in ("fidelity", "adherence", "inside", "outside", "residual", "survival")
         if common and name in found[common[0]]
     }
 
@@ -253,7 +345,7 @@ def main() -> None:
         shard, shards = share_of(arguments.shard)
         indices = range(shard, arguments.references, shards)
         backbone = load_backbone(arguments.model)
-        parts = {"zero-shot": run_zero_shot, "appendix-d": run_appendix_d}
+        parts = dict(zip(PARTS, (run_zero_shot, run_appendix_d, run_region, run_steady, run_memory), strict=True))
         parts.get(arguments.part, run_configurations)(arguments, backbone, rows, indices)
     report(rows, arguments.summary, arguments.model)
 

@@ -19,6 +19,8 @@ FIRST_SEED = 1_000_300_000
 TUNING_SEED = 1_000_400_000
 OTHER_SCENES = 50_000
 GRID = 8
+LEAST = 5
+REGION_STRIDE = 1000
 MOVES = 2.0
 """A track counts where it moves by this many pixels in all."""
 
@@ -73,6 +75,49 @@ def case_of(index: int, first_seed: int = FIRST_SEED) -> Case:
         "empty": "",
     }
     return Case(seed, clip.video, queries[chosen], truth[chosen], visible[chosen], prompts)
+
+
+@dataclass(frozen=True)
+class RegionCase:
+    """A reference whose object and surroundings both move.
+
+    mask: bool `[T, H, W]`, the object and two pixels round it; inside, outside: bool `[P]`, which of the case's points
+    are the object's, and which are neither its nor near it.
+    """
+
+    case: Case
+    mask: np.ndarray
+    inside: np.ndarray
+    outside: np.ndarray
+
+
+def region_case_of(index: int, first_seed: int = FIRST_SEED) -> RegionCase:
+    """Reference number `index` of those in which an object and what is round it move, `LEAST` points of each."""
+    place = np.stack(np.meshgrid(np.arange(SIZE.width) + 0.5, np.arange(SIZE.height) + 0.5), axis=-1).reshape(-1, 2)
+    number = index
+    while True:
+        case = case_of(number, first_seed)
+        (clip,) = generate([case.seed], SIZE)
+        layers = np.stack([clip.layers(frame, place) for frame in range(SIZE.frames)])
+        own = clip.layers(0, case.queries[:, 1:])
+        for layer in range(1, len(clip.scene.sprites) + 1):
+            mask = (layers == layer).reshape(SIZE.frames, SIZE.height, SIZE.width)
+            wide = functional.max_pool2d(torch.as_tensor(mask).float()[:, None], 5, 1, 2)[:, 0].bool().numpy()
+            column, row = case.queries[:, 1:].astype(int).T
+            inside, outside = own == layer, ~wide[0, row, column]
+            if min(inside.sum(), outside.sum()) >= LEAST:
+                return RegionCase(case, wide, inside, outside)
+        number += REGION_STRIDE
+
+
+def region_fidelity(region: RegionCase, video: np.ndarray) -> dict[str, float]:
+    """Motion fidelity of the object's points and of those outside, each for itself."""
+    case = region.case
+    found = {}
+    for name, chosen in {"inside": region.inside, "outside": region.outside}.items():
+        tracks, wanted = (followed_patches(clip, case.queries[chosen, 1:]) for clip in (video, case.video))
+        found[name] = metrics.motion_fidelity(tracks, wanted)
+    return found
 
 
 def followed_patches(video: np.ndarray, start: np.ndarray, *, radius: int = 3, reach: int = 5) -> np.ndarray:

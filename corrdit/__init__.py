@@ -18,6 +18,7 @@ _LAZY_ATTRIBUTES = {
     "PointTracker": "corrdit.tracking",
     "CorrespondenceProcessor": "corrdit.integrations.diffusers",
     "CrossAttentionGuidance": "corrdit.integrations.diffusers",
+    "MotionObjective": "corrdit.integrations.diffusers",
     "MotionTransfer": "corrdit.integrations.diffusers",
     # By its module: the package attribute of this name is the module once that is imported.
     "capture": "corrdit.integrations.diffusers.captures",
@@ -63,6 +64,7 @@ moved.install(MOVED)
 __all__ = [
     "CorrespondenceProcessor",
     "CrossAttentionGuidance",
+    "MotionObjective",
     "MotionTransfer",
     "PointTracker",
     "TokenGrid",
@@ -87,6 +89,7 @@ if TYPE_CHECKING:
     from corrdit.integrations.diffusers import (
         CorrespondenceProcessor,
         CrossAttentionGuidance,
+        MotionObjective,
         MotionTransfer,
         backbone_of,
         capture,

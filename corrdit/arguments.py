@@ -69,6 +69,17 @@ def choice(name: str, value: str, accepted: Iterable[str]) -> str:
     return value
 
 
+DTYPES = ("float32", "bfloat16", "float16")
+"""Precisions of a model."""
+_SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "float": "float32"}
+
+
+def dtype_name(name: str, value: object, accepted: Iterable[str] = DTYPES) -> str:
+    """The name of a precision, such as "bfloat16", from it, a short form such as "bf16", or torch's type."""
+    given = str(value).strip().lower().removeprefix("torch.")
+    return choice(name, _SHORT_DTYPES.get(given, given), accepted)
+
+
 def real_array(name: str, array: np.ndarray) -> np.ndarray:
     """Real, finite numbers as float64."""
     if array.dtype.kind not in "fiu":

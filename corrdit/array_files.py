@@ -1,5 +1,5 @@
-"""Numpy's files: written whole, and read where they may be torn, damaged or something else: one error says so. Telling
-values apart."""
+"""Files of arrays, numpy's and safetensors: written whole, and read where they may be torn, damaged or something else:
+one error says so. Telling values apart."""
 
 from __future__ import annotations
 
@@ -81,6 +81,24 @@ def read_array(path: str | os.PathLike[str]) -> np.ndarray:
     if not isinstance(values, np.ndarray):
         raise ValueError(f"{os.fspath(path)} holds several arrays; one is expected")
     return values
+
+
+def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    Raises:
+        ValueError: not a safetensors file.
+        FileNotFoundError: no file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{os.fspath(path)} does not exist")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{os.fspath(path)} is not a whole safetensors file: {error}") from error
 
 
 def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, ArrayLike]) -> None:

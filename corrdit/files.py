@@ -24,8 +24,11 @@ _MACHINE = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
 _PART = re.compile(r"\..*\.(?P<machine>[0-9a-f]{6})-(?P<process>\d{1,9})-[0-9a-f]{4}\.part", re.DOTALL)
 _PART_OF_EARLIER_VERSIONS = re.compile(r"\.part-.*|\..*\d+-[0-9a-f]+\.part", re.DOTALL)
 _SECONDS_OF_OTHER_MACHINES = 24 * 3600
-_MOST_ALIASES = 20
 """So long unfinished files of other machines, whose processes cannot be asked for, are left alone."""
+_LONGEST_NAME = 180
+"""Bytes of a name to which something is added; file systems take 255."""
+_MOST_ALIASES = 20
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 @contextlib.contextmanager
@@ -40,13 +43,14 @@ def written_beside(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[I
         mode: "wb" for bytes or "w" for UTF-8 text.
 
     Raises:
-        ValueError: another mode.
+        ValueError: another mode, or a link that leads nowhere.
         FileNotFoundError: the folder does not exist.
         OSError: the folder cannot be written or the disk is full.
     """
     if mode not in ("wb", "w"):
         raise ValueError(f'mode must be "wb" (bytes) or "w" (text), got {mode!r}')
     path = Path(path)
+    refuse_broken_link(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist; make it first")
     beside = path.parent / _part_name(path.name)
@@ -81,6 +85,31 @@ def _begun(remover: Callable[[], None]) -> Callable[[], None]:
     return remover
 
 
+def refuse_broken_link(path: Path) -> None:
+    """Raises ValueError where what is to be written, or a folder it lies in, is a link that leads nowhere."""
+    for place in (path, *path.parents):
+        if place.is_symlink() and not place.exists():
+            raise ValueError(
+                f"cannot write {path}: {place} is a link to {os.readlink(place)}, which does not exist; remove the"
+                " link or give another name"
+            )
+
+
+def output_folder(path: str | os.PathLike[str]) -> Path:
+    """The path of a folder for results, which need not be there yet.
+
+    Raises:
+        ValueError: an empty name, a file, or a link that leads nowhere.
+    """
+    if not os.fspath(path):
+        raise ValueError("the output folder is an empty name; give a folder, which is made if need be")
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"the output folder {folder} is a file; give a folder, which is made if need be")
+    refuse_broken_link(folder)
+    return folder
+
+
 class OutputFolder:
     """`with OutputFolder("results") as folder:` write files into `folder`; they appear in `results` when all is done.
 
@@ -96,22 +125,18 @@ class OutputFolder:
         whole: whether an existing folder is replaced, and nothing in it stays.
 
     Raises:
-        ValueError: the path is a file, cannot be made or cannot be written.
+        ValueError: the path is a file or a link that leads nowhere, cannot be made or cannot be written.
         OSError: the disk is full, in words that name the folder.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, last: str | None = None, whole: bool = False) -> None:
-        if not os.fspath(path):
-            raise ValueError("the output folder is an empty name; give a folder, which is made if need be")
-        self.path = Path(path)
+        self.path = output_folder(path)
         self._last, self._whole = last, whole
         self._made: list[Path] = []
         self._hidden: Path | None = None
 
     def __enter__(self) -> Path:
-        target = self.path.absolute()
-        if target.exists() and not target.is_dir():
-            raise ValueError(f"the output folder {self.path} is a file; give a folder, which is made if need be")
+        target = output_folder(self.path).absolute()
         try:
             self._make_parents(target.parent)
             name = _part_name(target.name)
@@ -193,7 +218,7 @@ def remove_unfinished(folder: Path, name: str | None = None) -> None:
     if not folder.is_dir():
         return
     for path in folder.iterdir():
-        if not path.name.startswith("." if name is None else f".{name}.") or not _is_left(path):
+        if not path.name.startswith("." if name is None else f".{short_name(name)}.") or not _is_left(path):
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -201,8 +226,14 @@ def remove_unfinished(folder: Path, name: str | None = None) -> None:
             path.unlink(missing_ok=True)
 
 
+def short_name(name: str) -> str:
+    """A name to which something may be added: itself, or its beginning and a digest where it is very long."""
+    encoded = os.fsencode(name)
+    return name if len(encoded) <= _LONGEST_NAME else f"{name[:40]}-{hashlib.sha256(encoded).hexdigest()[:12]}"
+
+
 def _part_name(name: str) -> str:
-    return f".{name}.{_MACHINE}-{os.getpid()}-{secrets.token_hex(2)}.part"
+    return f".{short_name(name)}.{_MACHINE}-{os.getpid()}-{secrets.token_hex(2)}.part"
 
 
 def _is_left(path: Path) -> bool:
@@ -230,6 +261,14 @@ def write_json(path: Path, contents: Mapping[str, object]) -> None:
         file.write("\n")
 
 
+def parsed_json(text: str) -> Any:
+    """What a text in JSON holds; raises ValueError for another text, and for nesting deeper than can be read."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def read_json(path: Path) -> dict[str, object]:
     """The object that a JSON file holds.
 
@@ -237,7 +276,7 @@ def read_json(path: Path) -> dict[str, object]:
         FileNotFoundError: no such file.
         ValueError: it holds something else, or is cut off.
     """
-    contents = json.loads(path.read_text(encoding="utf-8"))
+    contents = parsed_json(path.read_text(encoding="utf-8"))
     if not isinstance(contents, dict):
         raise ValueError(f"it holds {type(contents).__name__}, not an object")
     return contents
@@ -278,6 +317,13 @@ def file_digest(path: str | os.PathLike[str]) -> str:
         while block := contents.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def refuse_address(path: str | os.PathLike[str]) -> None:
+    """Raises ValueError for an address of the web or of a store (https://..., s3://...) in place of a file's path."""
+    # A `Path` has lost one of the slashes.
+    if _ADDRESS.match(os.fspath(path)) and not os.path.exists(path):
+        raise ValueError(f"{os.fspath(path)} is an address, and only files and folders are read; download it first")
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

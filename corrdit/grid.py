@@ -5,9 +5,10 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, Protocol, TypeGuard, runtime_checkable
 
 from corrdit.arguments import flag, whole_number
+from corrdit.pipelines import backbone_of_pipeline
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +19,13 @@ FramePairs = list[tuple[int, int]]
 def lists_pairs(frames: int | Iterable[tuple[int, int]] | None) -> TypeGuard[Iterable[tuple[int, int]]]:
     """Whether frames are given as pairs, not as None or a span (an array or tensor without axes among them)."""
     return isinstance(frames, Iterable) and getattr(frames, "ndim", 1) > 0
+
+
+@runtime_checkable
+class _SizedModel(Protocol):
+    """A model that knows its grid; backbones do."""
+
+    def generation_grid(self, height: int, width: int, num_frames: int) -> TokenGrid: ...
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,23 @@ class TokenGrid:
         for name, minimum in (("frames", 1), ("height", 1), ("width", 1), ("text_tokens", 0)):
             object.__setattr__(self, name, whole_number(f"TokenGrid {name}", getattr(self, name), minimum))
         object.__setattr__(self, "text_first", flag("TokenGrid text_first", self.text_first))
+
+    @classmethod
+    def of(cls, pipe: object, *, height: int, width: int, num_frames: int) -> TokenGrid:
+        """The grid of the self-attention of a pipeline while it generates a video of this size.
+
+        Args:
+            pipe: a diffusers video pipeline of a supported family, or a backbone of `corrdit.load_backbone`.
+            height, width: of the video in pixels.
+            num_frames: of the video.
+
+        Raises:
+            ValueError: no such pipeline, or a size that is not a whole number of tokens.
+        """
+        backbone = backbone_of_pipeline(pipe)
+        if not isinstance(backbone, _SizedModel):
+            raise ValueError(f"TokenGrid.of needs a diffusers video pipeline or a backbone, got {type(pipe).__name__}")
+        return backbone.generation_grid(height, width, num_frames)
 
     @property
     def tokens_per_frame(self) -> int:
@@ -139,3 +164,23 @@ class TokenGrid:
         if not pairs:
             raise ValueError("frames is an empty list; give a (query frame, key frame) pair, or None for all")
         return pairs
+
+
+@dataclass(frozen=True)
+class CrossGrid:
+    """The two token axes of attention from a video to a text.
+
+    Args:
+        frames, height, width: of the query tokens, frame by frame, row by row.
+        keys: text tokens.
+    """
+
+    frames: int
+    height: int
+    width: int
+    keys: int
+
+    @property
+    def video_tokens(self) -> int:
+        """Query tokens."""
+        return self.frames * self.height * self.width

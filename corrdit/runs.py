@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from corrdit.array_files import content_digest
-from corrdit.files import OutputFolder, file_digest, read_json, remove_unfinished, write_json
+from corrdit.files import OutputFolder, file_digest, output_folder, read_json, remove_unfinished, write_json
 
 SETTINGS_FILE = "settings.json"
 FAILURE_FILE = "failed.json"
@@ -39,6 +39,28 @@ def refuse_other_settings(
             f"{os.fspath(output)} holds results made with other settings{of}: {said}; give another output folder, or "
             "the same settings to go on"
         )
+
+
+def refuse_other_record(file: Path, now: Mapping[str, object]) -> None:
+    """For a folder of one result: it stays unless what its record says of how it was made is so now.
+
+    Args:
+        file: the record, in JSON; nothing is refused where there is none.
+        now: how the result will be made; a record of an earlier version may know less.
+
+    Raises:
+        ValueError: the folder holds a result that was made otherwise, or a record that cannot be read.
+    """
+    try:
+        earlier = read_json(file)
+    except FileNotFoundError:
+        return
+    except ValueError as error:
+        raise ValueError(
+            f"{file} says nothing of the result it lies with ({error}); give another output folder, or remove it"
+        ) from error
+    plain = json.loads(json.dumps(now, default=str))
+    refuse_other_settings(file.parent, earlier, {name: plain[name] for name in plain if name in earlier})
 
 
 def check_on_broken(value: str) -> str:
@@ -87,7 +109,7 @@ class ResultFolder:
         failure: str = f"{{name}}/{FAILURE_FILE}",
         results: str = "{name}",
     ) -> None:
-        self.path, self.what = Path(path), what
+        self.path, self.what = output_folder(path), what
         self._record, self._failure, self._results = record, failure, results
 
     def settings(self) -> dict[str, object]:

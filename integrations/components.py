@@ -7,18 +7,18 @@ taken.
 
 from __future__ import annotations
 
-import json
 import math
 import pathlib
 import re
 import struct
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import torch
 
 from corrdit.arguments import nearest
+from corrdit.files import parsed_json
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
@@ -71,18 +71,28 @@ def pipeline_class(source: str, class_name: str) -> type[DiffusionPipeline]:
     """The pipeline of diffusers with this name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or one that needs a package which is not installed.
     """
     import diffusers
 
     found = getattr(diffusers, class_name, None)
-    if not isinstance(found, type) or not hasattr(found, "from_pretrained") or not hasattr(found, "components"):
+    try:
+        usable = isinstance(found, type) and hasattr(found, "from_pretrained") and hasattr(found, "components")
+    except ImportError as error:
+        # A stand-in, which says so when it is asked for anything.
+        raise missing_package(source, class_name, error) from error
+    if not usable:
         near = nearest(class_name, (name for name in dir(diffusers) if name.endswith("Pipeline")))
         raise ValueError(
             f"{source} is a {class_name}, which this diffusers ({diffusers.__version__}) does not have as a pipeline"
             f"{near}"
         )
-    return found
+    return cast("type[DiffusionPipeline]", found)
+
+
+def missing_package(source: str, class_name: str, error: ImportError) -> ValueError:
+    """What to say where diffusers cannot make a pipeline without another package."""
+    return ValueError(f"{source} is a {class_name}, for which a package is missing: {' '.join(str(error).split())}")
 
 
 def loaded_models(folder: pathlib.Path, *, dtype: torch.dtype, low_cpu_mem_usage: bool) -> dict[str, torch.nn.Module]:
@@ -101,7 +111,7 @@ def loaded_models(folder: pathlib.Path, *, dtype: torch.dtype, low_cpu_mem_usage
     for name, entry in read_index(folder).items():
         if not isinstance(entry, list) or entry[0] is None or not (folder / name).is_dir():
             continue
-        found = _component_class(*entry)
+        found = component_class(*entry)
         if found is None:
             continue
         if hasattr(found, "set_timesteps"):
@@ -111,7 +121,7 @@ def loaded_models(folder: pathlib.Path, *, dtype: torch.dtype, low_cpu_mem_usage
     return models
 
 
-def _component_class(library: str, class_name: str | None) -> type | None:
+def component_class(library: str, class_name: str | None) -> type | None:
     """The class of a component; None in libraries that only the pipeline may import."""
     if library == "transformers":
         import transformers
@@ -198,7 +208,7 @@ def _stored_shapes(folder: pathlib.Path) -> Shapes:
                 (length,) = struct.unpack("<Q", opened.read(8))
                 if length > file.stat().st_size:
                     raise ValueError("its header is longer than the file")
-                header = json.loads(opened.read(length))
+                header = parsed_json(opened.read(length).decode())
             shapes |= {name: list(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
         except (struct.error, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{file} is not a safetensors file, or a damaged one: {error}") from error
@@ -261,8 +271,8 @@ def _numbers(entries: object, name: str = "an entry") -> Iterator[tuple[str, flo
 
 def _read_json(file: pathlib.Path, what: str) -> dict[str, object]:
     try:
-        contents = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        contents = parsed_json(file.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{file} is not {what}: {error}") from error
     if not isinstance(contents, dict):
         raise ValueError(f"{file} is not {what}: it holds a {type(contents).__name__}")

@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import os
+from collections.abc import Iterator
 
 import torch
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Smaller ones would be mostly padding, larger ones leave no room for accumulators.
 HEAD_DIMS = (8, 256)
+
+
+PLANNED = "planned"
+"""The kind of device that fake tensors stand on while a run on a GPU is planned, wherever they are."""
+_planned = False
+
+
+@contextlib.contextmanager
+def planned_gpu() -> Iterator[None]:
+    """Within it, tensors stand for those of a GPU that takes the kernels; nothing may be launched."""
+    global _planned  # noqa: PLW0603
+    before, _planned = _planned, True
+    try:
+        yield
+    finally:
+        _planned = before
+
+
+def device_of(tensor: torch.Tensor) -> str:
+    """The name of a tensor's device, such as "cuda:1", or `PLANNED`."""
+    return PLANNED if _planned else str(tensor.device)
 
 
 def unfit_tensor(dtype: torch.dtype, head_dim: int | None) -> str | None:
@@ -21,6 +45,20 @@ def unfit_tensor(dtype: torch.dtype, head_dim: int | None) -> str | None:
     return None
 
 
+def unwritable_cache() -> str | None:
+    """Why triton cannot keep what it compiles, None where it can."""
+    place = os.environ.get("TRITON_CACHE_DIR")
+    if not place:
+        home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")
+        place = os.path.join(home, ".triton", "cache")
+    existing = os.path.abspath(place)
+    while not os.path.lexists(existing):
+        existing = os.path.dirname(existing)
+    if os.path.isdir(existing) and os.access(existing, os.W_OK | os.X_OK):
+        return None
+    return f"triton cannot write its cache {place}; set TRITON_CACHE_DIR to a folder that can be written"
+
+
 def unfit_machine(device: str, interpreted: bool) -> str | None:
     """Why the kernels cannot run here on tensors of a device.
 
@@ -30,13 +68,15 @@ def unfit_machine(device: str, interpreted: bool) -> str | None:
     """
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if device == "cpu" and interpreted:
+    if device == PLANNED or (device == "cpu" and interpreted):
         return None
     if device.partition(":")[0] != "cuda":
         return (
             f"the tensors are on {device}, the kernels need a CUDA device (or TRITON_INTERPRET=1, set before triton is "
             "imported, for CPU tensors)"
         )
+    if reason := unwritable_cache():
+        return reason
     if torch.version.hip is not None:
         return "the kernels are tuned and tested for NVIDIA devices only, this PyTorch is built for AMD"
     if (capability := torch.cuda.get_device_capability(torch.device(device))) < (8, 0):

@@ -31,3 +31,22 @@ def golden() -> Callable[[str], dict[str, np.ndarray]]:
             return {key: archive[key] for key in archive.files}
 
     return load
+
+
+@pytest.fixture
+def saved_model(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], pathlib.Path]:
+    """Saves a tiny pipeline into a folder, and makes up for packages its pipeline is loaded with."""
+    from corrdit.integrations.diffusers.testing.tiny_families import NoSafetyChecker
+    from corrdit.integrations.diffusers.testing.tiny_models import TINY_MODELS, tiny_pipeline
+
+    def save(name: str) -> pathlib.Path:
+        if name.startswith("consisid"):
+            pytest.importorskip("cv2", reason="diffusers loads ConsisID beside OpenCV only")
+        pipe = tiny_pipeline(name)
+        if name.startswith("cosmos"):
+            monkeypatch.setattr(f"{type(pipe).__module__}.CosmosSafetyChecker", NoSafetyChecker)
+        folder = tmp_path / TINY_MODELS[name].pipeline
+        pipe.save_pretrained(folder)
+        return folder
+
+    return save

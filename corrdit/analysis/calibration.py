@@ -19,7 +19,7 @@ GUIDANCE_LAYERS = 3
 Place = tuple[int, int, int]
 """Indices of a step, a layer and a reading in a table."""
 Counts = dict[Place, tuple[np.ndarray, np.ndarray]]
-"""Hits and cases, each int64 `[V]` over videos."""
+"""Hits and cases, each float64 `[V]` over videos; shares and ones where every video counts the same."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def _counts(tables: Iterable[AnalysisTable], places: Sequence[Place], threshold:
         at = table.thresholds.index(threshold)
         hits, cases = (table.moving_hits, table.moving_cases) if moving else (table.hits, table.cases)
         found.append([(hits[(*place, at)], cases[place]) for place in places])
-    videos = np.array(found, dtype=np.int64).reshape(len(found), len(places), 2)
+    videos = np.array(found, dtype=np.float64).reshape(len(found), len(places), 2)
     return {place: (videos[:, n, 0], videos[:, n, 1]) for n, place in enumerate(places)}
 
 

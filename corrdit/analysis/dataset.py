@@ -1,8 +1,9 @@
 """DiffTrack's data set of generated videos: prompts, videos, pseudo-tracks and visibility in one folder.
 
 ```
-prompts.txt             one prompt a line; line n belongs to video n
-videos/000.mp4
+prompt.txt              one prompt a line; line n belongs to video n
+videos/000.mp4          not in the released sets, whose videos are generated again
+image/000.png           for image-to-video models
 tracks/000.npy          [1, T, P, 2], (x, y) in pixels
 visibility/000.npy      [1, T, P]
 ```
@@ -24,7 +25,9 @@ from corrdit.files import written_beside
 from corrdit.tracking.tracks import Tracks
 from corrdit.video import write_video
 
-PROMPTS_FILE = "prompts.txt"
+PROMPTS_FILE = "prompt.txt"
+_PROMPTS_FILES = (PROMPTS_FILE, "prompts.txt")
+"""The released name, and that of sets written by earlier versions."""
 _NUMBER = re.compile(r"[0-9]+")
 
 
@@ -38,6 +41,7 @@ class DiffTrackEntry:
         prompt: empty where there is no list of prompts.
         video: the file, which need not exist: the published sets come without.
         tracks, visibility: files.
+        image: the first frame for an image-to-video model; None where there is none.
     """
 
     number: int
@@ -46,6 +50,7 @@ class DiffTrackEntry:
     video: Path
     tracks: Path
     visibility: Path
+    image: Path | None = None
 
     def load_tracks(self) -> tuple[np.ndarray, np.ndarray]:
         """xy float32 `[T, P, 2]` and visible bool `[T, P]`.
@@ -74,8 +79,7 @@ def read_difftrack(folder: str | os.PathLike[str]) -> list[DiffTrackEntry]:
     tracks = sorted(file for file in (root / "tracks").glob("*.npy") if _NUMBER.fullmatch(file.stem))
     if not tracks:
         raise ValueError(f"{folder} holds no tracks/NNN.npy; give a folder in the layout of DiffTrack's data set")
-    list_file = root / PROMPTS_FILE
-    prompts = list_file.read_text(encoding="utf-8").splitlines() if list_file.is_file() else []
+    list_file, prompts = _prompts(root)
     entries = []
     for file in tracks:
         number = int(file.stem)
@@ -86,8 +90,23 @@ def read_difftrack(folder: str | os.PathLike[str]) -> list[DiffTrackEntry]:
             raise ValueError(f"{list_file} has {len(prompts)} prompts, but there is a video {file.stem}")
         prompt = prompts[number] if prompts else ""
         video = root / "videos" / f"{file.stem}.mp4"
-        entries.append(DiffTrackEntry(number, file.stem, prompt, video, file, visibility))
+        image = root / "image" / f"{file.stem}.png"
+        entries.append(
+            DiffTrackEntry(number, file.stem, prompt, video, file, visibility, image if image.is_file() else None)
+        )
     return entries
+
+
+def set_prompts(folder: str | os.PathLike[str]) -> list[str]:
+    """The prompts of a set; line n belongs to video n. Empty where there is no list of them."""
+    return _prompts(Path(folder))[1]
+
+
+def _prompts(root: Path) -> tuple[Path, list[str]]:
+    """The list and what it holds, empty without one."""
+    file = next((root / name for name in _PROMPTS_FILES if (root / name).is_file()), root / PROMPTS_FILE)
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return file, [line.strip() for line in lines]
 
 
 def write_difftrack_video(

@@ -12,7 +12,7 @@ import numpy as np
 from corrdit.analysis.calibration import FEW_VIDEOS, Calibration
 from corrdit.analysis.protocols import FEATURE_READINGS
 from corrdit.analysis.results import AnalysisResults
-from corrdit.analysis.table import ATTENTION_SCORES, MEAN, STANDING_STILL, AnalysisTable
+from corrdit.analysis.table import MEAN, PARTS, STANDING_STILL, AnalysisTable
 from corrdit.files import write_csv, written_beside
 from corrdit.metrics.harmonic import harmonic_mean
 from corrdit.visualization.charts import draw_curves, draw_heatmaps
@@ -22,6 +22,10 @@ REPORT_FILE = "report.html"
 CSV_FILE = "analysis.csv"
 VIDEOS_CSV_FILE = "videos.csv"
 PARQUET_FILE = "analysis.parquet"
+PUBLISHED_ROUNDING = (
+    "Published figures come from runs in bfloat16 with a second softmax over the cost, where near candidates tie; "
+    "figures to stand beside them are made with --rounding bfloat16."
+)
 Picture = tuple[str, np.ndarray, str]
 """Section, pixels and caption."""
 
@@ -72,12 +76,7 @@ def write_report(
 def _findings(page: ReportPage, results: AnalysisResults, table: AnalysisTable, choice: Calibration) -> None:
     page.text(f"Best: {choice.described()}.", kind="lead")
     kind = "visible points that moved" if choice.moving else "all visible points; none moved far"
-    page.text(
-        f"{table.videos} videos, {int(table.cases.max())} positions of visible points in later frames, "
-        f"{int(table.moving_cases.max())} of them of points that moved by more than "
-        f"{results.settings.get('options', {}).get('least_motion', 0):g} tokens. A token spans {table.stride[1]} x "
-        f"{table.stride[0]} pixels. Shares below are of {kind} unless said otherwise."
-    )
+    page.text(_counted(table, results.settings.get("options", {}).get("least_motion", 0), kind))
     if results.failures:
         page.text(f"{len(results.failures)} videos could not be analysed and are in no number here:", kind="problem")
         page.table(["video", "reason"], [[name, error] for name, error in results.failures.items()])
@@ -92,6 +91,24 @@ def _findings(page: ReportPage, results: AnalysisResults, table: AnalysisTable, 
     page.section("Points within each distance")
     page.table([*columns, *all_points], rows)
     page.text("Percent; pixels of the encoded frames. Each reading is shown where it is best at the main distance.")
+
+
+def _counted(table: AnalysisTable, least_motion: float, kind: str) -> str:
+    """What the figures are shares of."""
+    token = (
+        f"A token spans {table.stride[1]} x {table.stride[0]} pixels. Shares below are of {kind} unless said otherwise"
+    )
+    moved = f"of points that moved by more than {least_motion:g} tokens"
+    if table.of_videos:
+        return (
+            f"Every figure is the mean of {table.videos} videos' own figures, of which "
+            f"{int(table.moving_cases.max())} have positions {moved}; confidence is over all points, 0 for one that is "
+            f"never shown (DiffTrack's released way). {token}. {PUBLISHED_ROUNDING}"
+        )
+    return (
+        f"{table.videos} videos, {int(table.cases.max())} positions of visible points in later frames, "
+        f"{int(table.moving_cases.max())} of them {moved}, pooled over the videos. {token}."
+    )
 
 
 def _threshold_row(table: AnalysisTable, reading: str, choice: Calibration) -> list[object]:
@@ -161,16 +178,18 @@ def _heads(page: ReportPage, table: AnalysisTable, choice: Calibration) -> None:
 
 def _attention(page: ReportPage, table: AnalysisTable) -> None:
     page.section("Confidence, attention and their harmonic mean with the accuracy")
-    panels = {"confidence": table.confidence_score()[..., 0]}
-    panels |= {
-        f"attention on {words}": table.attention_score(part)[..., 0]
-        for part, words in (("text", "the text"), ("own", "the own frame"), ("cross", "other frames"))
-    }
-    page.picture(
-        _by_layer_and_step(table, panels),
-        "Confidence: the largest attention weight of a point in a later frame where it is visible, on average. "
-        "Attention: summed weight on the text, the point's own frame and all others. Mean over heads.",
-    )
+    places = {"cross": "other frames", "own": "the own frame", "text": "the text"}
+    for kind, score, caption in (
+        (
+            "confidence in",
+            table.confidence_score,
+            "The largest attention weight of a point in a later frame where it is visible, in its own frame and in the "
+            "text, on average. Mean over heads.",
+        ),
+        ("attention on", table.attention_score, "Summed attention weight of a point, on average. Mean over heads."),
+    ):
+        panels = {f"{kind} {words}": score(part)[..., 0] for part, words in places.items()}
+        page.picture(_by_layer_and_step(table, panels), caption)
     harmonic = harmonic_table(table)
     if harmonic is None:
         page.text(
@@ -227,12 +246,15 @@ def harmonic_table(table: AnalysisTable, *, moving: bool = False) -> np.ndarray 
 def table_rows(table: AnalysisTable) -> list[dict[str, object]]:
     """One row for each step, layer and reading, numbers that are not defined left out as None.
 
+    `cases_are` says what is averaged: "positions" pooled over videos, or the figures of "videos" (DiffTrack's way).
+
     Attention and confidence are those of the mean over heads or of the head; features have none.
     """
     shares = _shares(table)
     attention = {
         "confidence": table.confidence_score(),
-        **{f"attention_{part}": table.attention_score(part) for part in ATTENTION_SCORES},
+        **{f"confidence_{part}": table.confidence_score(part) for part in PARTS if part != "cross"},
+        **{f"attention_{part}": table.attention_score(part) for part in PARTS},
     }
     harmonic = harmonic_table(table)
     rows = []
@@ -241,6 +263,7 @@ def table_rows(table: AnalysisTable) -> list[dict[str, object]]:
             for r, reading in enumerate(table.readings):
                 of_heads = r <= table.heads
                 row = {"step": step, "timestep": table.timesteps[s], "layer": layer, "reading": reading}
+                row["cases_are"] = "videos" if table.of_videos else "positions"
                 row["head"] = r - 1 if 0 < r <= table.heads else None
                 row["cases"], row["moving_cases"] = int(table.cases[s, n, r]), int(table.moving_cases[s, n, r])
                 row |= {name: _number(values[s, n, r]) for name, values in shares.items()}

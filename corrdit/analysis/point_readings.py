@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from corrdit.analysis.protocols import AnalysisOptions
 from corrdit.geometry import nearest_tokens, pixels_to_tokens, sample_matches
 from corrdit.grid import TokenGrid
 from corrdit.tracking.filtering import low_pass
+from corrdit.tracking.released_costs import bfloat16_matches
 
 Stride = tuple[int, int]
 
@@ -67,22 +68,20 @@ def read_attention(
     """
     _check("queries", q, grid)
     _check("keys", k, grid)
-    backend, budget, both = options.backend, options.memory_budget, options.bidirectional
-    match = functools.partial(ops.match, bidirectional=both, backend=backend, memory_budget=budget)
     tokens = point_tokens(points, grid, stride, options.token_choice)
     kinds = ("probabilities", "none") if options.per_head else ("probabilities",)
     positions, masses = [], []
     for heads in kinds:
-        found = match(q, k, grid, heads=heads, key_mask=key_mask).xy
-        placed = sample_matches(found, points.to(found), stride, geometry=options.geometry)
-        positions.append(placed.cpu() if heads == "probabilities" else placed[0].cpu())
+        found = _matches(q, k, grid, key_mask, heads, options)
+        positions.append(sample_matches(found, points.to(found), stride, geometry=options.geometry).cpu())
         mass = ops.attention_mass(q, k, grid, tokens, heads=heads, key_mask=key_mask, **options.execution)
         masses.append([part.cpu() if heads == "probabilities" else part[0].cpu() for part in mass])
     video = grid.video_slice
+    plain = replace(options, rounding="none")
     video_mask = None if key_mask is None else key_mask[:, video]
     for spread in options.low_pass:
         smooth_q, smooth_k = (low_pass(tensor[:, :, video], grid.without_text(), spread) for tensor in (q, k))
-        found = match(smooth_q, smooth_k, grid.without_text(), key_mask=video_mask).xy
+        found = _matches(smooth_q, smooth_k, grid.without_text(), video_mask, "probabilities", plain)
         positions.append(sample_matches(found, points.to(found), stride, geometry=options.geometry).cpu())
     return AttentionReading(torch.cat(positions), *(torch.cat(parts) for parts in zip(*masses, strict=True)))
 
@@ -109,8 +108,12 @@ def read_features(
     features = features.float()
     if options.similarity == "cosine":
         features = F.normalize(features, dim=-1)
-    folded = features.unflatten(-1, (heads, -1)).transpose(1, 2)
-    found = ops.match(folded, folded, grid, heads="logits", bidirectional=False, scale=1.0, **options.execution).xy
+    if options.rounding == "none":
+        folded = features.unflatten(-1, (heads, -1)).transpose(1, 2)
+        found = ops.match(folded, folded, grid, heads="logits", bidirectional=False, scale=1.0, **options.execution).xy
+    else:
+        whole = features.unsqueeze(1)
+        found = bfloat16_matches(whole, whole, grid, scale=1.0, bidirectional=False)
     return sample_matches(found, points.to(found), stride, geometry=options.geometry).cpu()
 
 
@@ -122,6 +125,21 @@ def point_tokens(points: Tensor, grid: TokenGrid, stride: Stride, choice: str) -
     row = (points[:, 0] / stride[1]).round().long().clamp(0, grid.height - 1)
     column = (points[:, 1] / stride[0]).round().long().clamp(0, grid.width - 1)
     return row * grid.width + column
+
+
+def _matches(
+    q: Tensor, k: Tensor, grid: TokenGrid, key_mask: Tensor | None, heads: str, options: AnalysisOptions
+) -> Tensor:
+    """`[M, F - 1, h, w, 2]` matches of the first frame's tokens by the mean over heads or by each head."""
+    both = options.bidirectional
+    if options.rounding == "none":
+        found = ops.match(q, k, grid, heads=heads, bidirectional=both, key_mask=key_mask, **options.execution).xy
+        return found if heads == "probabilities" else found[0]
+    count = q.shape[1] if heads == "probabilities" else 1
+    parts = zip(q.split(count, 1), k.split(count, 1), strict=True)
+    return torch.cat(
+        [bfloat16_matches(one, other, grid, bidirectional=both, key_mask=key_mask) for one, other in parts]
+    )
 
 
 def _check(name: str, tensor: Tensor, grid: TokenGrid) -> None:

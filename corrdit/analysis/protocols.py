@@ -6,8 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from corrdit.arguments import choice, resolved_index, whole_number
+from corrdit.arguments import choice, entries, resolved_index, whole_number
 from corrdit.geometry import GEOMETRIES
+from corrdit.ops.backends import check_budget
+from corrdit.tracking.options import POSTERIORS
+from corrdit.tracking.released_costs import ROUNDINGS
 
 FEATURE_READINGS = ("attention output", "projected output")
 """Intermediate features: heads joined before the attention's output projection, and what comes out of it."""
@@ -22,6 +25,9 @@ _CHOICES = {
     "similarity": ("cosine", "dot"),
     "latents": ("frames", "video"),
     "noise": ("noised", "inverted", "clean"),
+    "average": ("pooled", "released"),
+    "rounding": ROUNDINGS,
+    "posterior": POSTERIORS,
 }
 
 
@@ -37,7 +43,7 @@ class AnalysisOptions:
         low_pass: standard deviations in tokens of low-pass filters on queries and keys (see
             `corrdit.tracking.filtering`); the mean over heads is also read through each of them.
         features: whether intermediate features are matched too.
-        thresholds: largest distances of a hit in pixels of the encoded frames; None for 1/4 to 4 tokens.
+        thresholds: a hit is nearer than this, in pixels of the encoded frames; None for 1/4 to 4 tokens.
         least_motion: in tokens; points that moved farther from their place in the first frame are also counted apart,
             because points that stand still are matched well by a map that never moves.
         geometry: "centers" (token centres) or "released" (DiffTrack's reading of match maps), see
@@ -48,9 +54,20 @@ class AnalysisOptions:
             of the video frames it stands for and interpolates linearly; "released" stretches them evenly.
         similarity: of features: "cosine", or "dot" (released).
         count_query_frame: whether the query frame, where every point is right, counts as a match (released).
+        count_hidden_starts: whether points hidden in the first frame count where they are seen later (released).
+        average: "pooled" counts every position of every video the same. "released" is DiffTrack's: the confidence of a
+            point is its mean over the frames that show it (0 for none) and all points are in their mean, and what is
+            reported, best and harmonic mean included, is the mean of the videos' own figures.
         bidirectional: whether the softmax over source tokens takes part in query-key matching.
+        rounding: of matches, "none" or "bfloat16": the arithmetic of DiffTrack's released runs, in which near
+            candidates tie, see `corrdit.tracking.released_costs`. Filtered readings stay unrounded.
         latents: of given videos: "frames" (every frame a latent of its own, as the tracker reads) or "video"
             (temporally compressed as the model was trained; released).
+        posterior: of given videos: "mode" (the codec's most likely latents) or "sample" (drawn with `seed`, released).
+        encoded_size: (height, width) in pixels of given videos, in place of a number of tokens; None for the backbone's
+            preset.
+        resize_first: (height, width) to which given videos are resized before that (released: 256 x 256).
+        antialias: whether they are resized with antialiasing (released: without).
         noise: of given videos: "noised" (fresh noise to the timestep of each step), "inverted" (along the model's own
             path, see `corrdit.integrations.diffusers.inversion`; costs a whole forward pass for each step of the
             schedule) or "clean".
@@ -78,8 +95,15 @@ class AnalysisOptions:
     time: str = "codec"
     similarity: str = "cosine"
     count_query_frame: bool = False
+    count_hidden_starts: bool = False
+    average: str = "pooled"
     bidirectional: bool = True
+    rounding: str = "none"
     latents: str = "frames"
+    posterior: str = "mode"
+    encoded_size: tuple[int, int] | None = None
+    resize_first: tuple[int, int] | None = None
+    antialias: bool = True
     noise: str = "noised"
     seed: int = 0
     max_frames: int | None = None
@@ -94,9 +118,15 @@ class AnalysisOptions:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, _distinct(name, value))
-        for name, minimum in (("inference_steps", 1), ("max_frames", 2), ("tokens_per_frame", 1)):
+        for name, minimum in (("inference_steps", 1), ("max_frames", 2), ("tokens_per_frame", 1), ("memory_budget", 1)):
             if getattr(self, name) is not None:
                 whole_number(name, getattr(self, name), minimum)
+        for name in ("encoded_size", "resize_first"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _size(name, getattr(self, name)))
+        if self.encoded_size is not None and self.tokens_per_frame is not None:
+            raise ValueError("encoded_size fixes the tokens of a frame; drop tokens_per_frame or encoded_size")
+        check_budget(self.backend, self.memory_budget)
         if self.thresholds is not None:
             given = tuple(float(threshold) for threshold in self.thresholds)
             if not given or not all(0 < threshold < float("inf") for threshold in given):
@@ -133,6 +163,8 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
         "time": "released",
         "similarity": "dot",
         "count_query_frame": True,
+        "count_hidden_starts": True,
+        "average": "released",
         "latents": "video",
     },
 }
@@ -161,6 +193,13 @@ def resolved(name: str, wanted: Iterable[int] | None, count: int, owner: str) ->
     indices = range(count) if wanted is None else wanted
     among = f"{owner}, which has {count}"
     return tuple(sorted({resolved_index(name, index, count, among) for index in indices}))
+
+
+def _size(name: str, value: object) -> tuple[int, int]:
+    sides = entries(name, value)
+    if len(sides) != 2:
+        raise ValueError(f"{name} must be (height, width) in pixels, got {sides}")
+    return whole_number(f"height of {name}", sides[0], 1), whole_number(f"width of {name}", sides[1], 1)
 
 
 def _distinct(name: str, value: object) -> tuple[int, ...]:

@@ -14,6 +14,9 @@ from corrdit.runs import FAILURE_FILE, SETTINGS_FILE, Inputs, ResultFolder
 
 RESULT_FILE = "analysis.npz"
 VIDEOS_FOLDER = "videos"
+PICTURES_FOLDER = "pictures"
+DATASET_FOLDER = "dataset"
+"""Generated videos with their tracks, in the layout of DiffTrack's data set."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,15 @@ class AnalysisResults:
     _totals: list[AnalysisTable] = field(default_factory=list, init=False, repr=False, compare=False)
     _chosen: dict[float | None, Calibration] = field(default_factory=dict, init=False, repr=False, compare=False)
 
+    @property
+    def counted(self) -> Mapping[str, AnalysisTable]:
+        """The tables as they are averaged: as they are, or each video's own figures as one case."""
+        if self.settings.get("options", {}).get("average") != "released":
+            return self.tables
+        return VideoMeans(self.tables)
+
     def total(self) -> AnalysisTable:
-        """The sum over the videos, worked out once.
+        """The sum over the videos, pooled or of their means as the settings say, worked out once.
 
         Raises:
             ValueError: no video has a result; says why the first one failed.
@@ -43,7 +53,7 @@ class AnalysisResults:
             reason = next((f"; {name}: {error}" for name, error in self.failures.items()), "")
             raise ValueError(f"none of the videos could be analysed ({len(self.failures)} failed{reason})")
         if not self._totals:
-            self._totals.append(total(self.tables.values()))
+            self._totals.append(total(self.counted.values()))
         return self._totals[0]
 
     def calibration(self, *, threshold: float | None = None) -> Calibration:
@@ -54,7 +64,7 @@ class AnalysisResults:
         """
         summed = self.total()
         if threshold not in self._chosen:
-            self._chosen[threshold] = calibrate(self.tables.values(), summed=summed, threshold=threshold)
+            self._chosen[threshold] = calibrate(self.counted.values(), summed=summed, threshold=threshold)
         return self._chosen[threshold]
 
 
@@ -79,6 +89,26 @@ class StoredTables(Mapping[str, AnalysisTable]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+class VideoMeans(Mapping[str, AnalysisTable]):
+    """Tables of videos, each by its `video_means` when it is asked for.
+
+    Args:
+        tables: by the names of the videos.
+    """
+
+    def __init__(self, tables: Mapping[str, AnalysisTable]) -> None:
+        self._tables = tables
+
+    def __getitem__(self, name: str) -> AnalysisTable:
+        return self._tables[name].video_means()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tables)
+
+    def __len__(self) -> int:
+        return len(self._tables)
 
 
 def analysis_folder(output: str | os.PathLike[str]) -> ResultFolder:
@@ -133,11 +163,12 @@ def read_results(output: str | os.PathLike[str], names: Iterable[str] | None = N
     Raises:
         ValueError: not the folder of an analysis; later, when a damaged result is read.
     """
-    folder = analysis_folder(output)
-    settings, root = folder.settings(), folder.path / VIDEOS_FOLDER
-    if not settings:
+    folder = None if os.path.isfile(output) else analysis_folder(output)
+    settings = {} if folder is None else folder.settings()
+    if folder is None or not settings:
         raise ValueError(f"{os.fspath(output)} holds no analysis (no {SETTINGS_FILE}); give the folder of one")
     if names is None:
+        root = folder.path / VIDEOS_FOLDER
         files = [file for kind in (RESULT_FILE, FAILURE_FILE) for file in root.rglob(kind)]
         names = sorted({file.parent.relative_to(root).as_posix() for file in files})
     done: list[str] = []

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 
@@ -23,12 +24,24 @@ _ARRAYS = {
     "moving_cases": ("reading",),
     "confidence": ("head",),
     "confidence_cases": (),
+    "confidence_text": ("head",),
+    "confidence_own": ("head",),
+    "point_cases": (),
     "text": ("head",),
     "own": ("head",),
     "cross": ("head",),
     "attention_cases": (),
 }
-ATTENTION_SCORES = ("text", "own", "cross")
+PARTS = ("text", "own", "cross")
+"""Where attention goes: to the text, to the frame of the point, to the other frames."""
+_CASES = {
+    ("hits",): "cases",
+    ("moving_hits",): "moving_cases",
+    ("confidence",): "confidence_cases",
+    ("confidence_text", "confidence_own"): "point_cases",
+    ("text", "own", "cross"): "attention_cases",
+}
+"""What is summed, and over how many cases."""
 _LATER: np.ndarray = None  # type: ignore[assignment]
 """Stands for zeros, whose shape follows from the other fields."""
 
@@ -45,9 +58,11 @@ class AnalysisTable:
         thresholds: in pixels of the encoded frames.
         stride: (dy, dx) pixels a token spans.
         low_pass: standard deviations in tokens of the filters the mean over heads was also read through.
+        of_videos: whether the cases are videos: a sum of `video_means`.
         videos: how many videos are in the sums.
         hits, moving_hits: int64 `[S, L, R, K]`; cases, moving_cases: int64 `[S, L, R]`.
-        confidence, text, own, cross: float64 `[S, L, M]`; confidence_cases, attention_cases: int64 `[S, L]`.
+        confidence, confidence_text, confidence_own, text, own, cross: float64 `[S, L, M]`; confidence_cases,
+            point_cases (of the confidence in the text and the own frame), attention_cases: int64 `[S, L]`.
 
     Raises:
         ValueError: arrays of other shapes.
@@ -61,6 +76,7 @@ class AnalysisTable:
     thresholds: tuple[float, ...]
     stride: tuple[int, int]
     low_pass: tuple[float, ...] = ()
+    of_videos: bool = False
     videos: int = 1
     hits: np.ndarray = _LATER
     moving_hits: np.ndarray = _LATER
@@ -68,6 +84,9 @@ class AnalysisTable:
     moving_cases: np.ndarray = _LATER
     confidence: np.ndarray = _LATER
     confidence_cases: np.ndarray = _LATER
+    confidence_text: np.ndarray = _LATER
+    confidence_own: np.ndarray = _LATER
+    point_cases: np.ndarray = _LATER
     text: np.ndarray = _LATER
     own: np.ndarray = _LATER
     cross: np.ndarray = _LATER
@@ -94,7 +113,7 @@ class AnalysisTable:
     @property
     def key(self) -> tuple[object, ...]:
         """What two tables must share to be added up."""
-        names = ("steps", "layers", "timesteps", "heads", "features", "thresholds", "stride", "low_pass")
+        names = ("steps", "layers", "timesteps", "heads", "features", "thresholds", "stride", "low_pass", "of_videos")
         return tuple(getattr(self, name) for name in names)
 
     def put_matches(self, step: int, layer: int, first: int, counts: MatchCounts) -> None:
@@ -117,11 +136,22 @@ class AnalysisTable:
     def __add__(self, other: AnalysisTable) -> AnalysisTable:
         if self.key != other.key:
             raise ValueError(
-                "analyses of different steps, layers, heads, thresholds or token sizes do not add up: "
+                "analyses of different steps, layers, heads, thresholds, token sizes or cases do not add up: "
                 f"{self.key} and {other.key}"
             )
         summed = {name: getattr(self, name) + getattr(other, name) for name in _ARRAYS}
         return replace(self, videos=self.videos + other.videos, **summed)
+
+    def video_means(self) -> AnalysisTable:
+        """Of one video, its own figures as one case each, so that a sum over videos gives their mean."""
+        shares: dict[str, Any] = {}
+        for amounts, counted in _CASES.items():
+            cases = getattr(self, counted)
+            for name in amounts:
+                values = getattr(self, name)
+                shares[name] = np.nan_to_num(_share(values, cases))
+            shares[counted] = (cases > 0).astype(np.int64)
+        return replace(self, of_videos=True, **shares)
 
     def accuracy(self, threshold: float | None = None, *, moving: bool = False) -> np.ndarray:
         """Share of matches within a threshold (pixels; None for the main one), `[S, L, R]`; NaN without cases."""
@@ -134,14 +164,19 @@ class AnalysisTable:
         """The threshold nearest to one token, in pixels."""
         return min(self.thresholds, key=lambda threshold: abs(threshold - min(self.stride)))
 
-    def confidence_score(self) -> np.ndarray:
-        """Mean largest weight in a later frame where the point is visible, `[S, L, M]`."""
-        return _share(self.confidence, self.confidence_cases[..., None])
+    def confidence_score(self, part: str = "cross") -> np.ndarray:
+        """Mean largest weight in the "text", in the "own" (first) frame, or in a later frame where the point is visible
+        ("cross"), `[S, L, M]`.
+        """
+        if choice("part", part, PARTS) == "cross":
+            return _share(self.confidence, self.confidence_cases)
+        peaks = self.confidence_text if part == "text" else self.confidence_own
+        return _share(peaks, self.point_cases)
 
     def attention_score(self, part: str = "cross") -> np.ndarray:
         """Mean weight on the "text", the "own" (first) frame or the other frames ("cross"), `[S, L, M]`."""
-        choice("part", part, ATTENTION_SCORES)
-        return _share(getattr(self, part), self.attention_cases[..., None])
+        values = getattr(self, choice("part", part, PARTS))
+        return _share(values, self.attention_cases)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an .npz file, beside and then renamed."""
@@ -182,5 +217,6 @@ def total(tables: Iterable[AnalysisTable]) -> AnalysisTable:
 
 
 def _share(amount: np.ndarray, cases: np.ndarray) -> np.ndarray:
-    cases = np.broadcast_to(cases, amount.shape)
+    """Amounts by cases, which may lack the last axes; NaN without cases."""
+    cases = np.broadcast_to(cases.reshape(cases.shape + (1,) * (amount.ndim - cases.ndim)), amount.shape)
     return np.divide(amount, cases, out=np.full(amount.shape, np.nan), where=cases > 0)

@@ -88,9 +88,8 @@ class Case:
     def call(self, leaves: Sequence[Tensor], backend: str) -> list[Tensor]:
         """The results."""
         with float32_precision(self.precision):
-            found = getattr(ops, self.operation)(
-                *leaves, self.grid, backend=backend, **self.arguments(leaves[0].device)
-            )
+            operation: Callable[..., Any] = getattr(ops, self.operation)
+            found = operation(*leaves, self.grid, backend=backend, **self.arguments(leaves[0].device))
         return [found] if isinstance(found, Tensor) else list(found)
 
     def leaves(self, inputs: Sequence[Tensor]) -> list[Tensor]:

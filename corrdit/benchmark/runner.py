@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 import os
 import pathlib
 import re
@@ -20,6 +19,7 @@ from corrdit.benchmark.environment import environment
 from corrdit.benchmark.floors import Ceilings, Floor, floor_of
 from corrdit.benchmark.measure import Call, peak_extra_bytes, replay, time_interleaved
 from corrdit.benchmark.shapes import SHAPES, Shape
+from corrdit.files import parsed_json
 from corrdit.memory import is_out_of_memory
 from corrdit.ops.backends import backend_name
 
@@ -257,7 +257,7 @@ def read_rows(path: pathlib.Path) -> list[Row]:
     if not path.exists():
         return []
     try:
-        rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        rows: list[Row] = parsed_json(path.read_text(encoding="utf-8"))["rows"]
         for row in rows:
             key_of(row)
     except (ValueError, KeyError, TypeError) as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import linecache
 import os
 import re
 import sys
@@ -24,9 +25,11 @@ from corrdit.cli import (
     demo,
     doctor,
     evaluate,
+    explore,
     generate,
     kernels,
     models,
+    plan,
     track,
     train,
     transfer,
@@ -55,8 +58,8 @@ class Command(Protocol):
 
 
 _IN_ORDER: tuple[Command, ...] = (
-    *(track, demo, analyze, calibrate, evaluate, train, generate, transfer, world),
-    *(bench, kernels, models, doctor),
+    *(track, demo, explore, analyze, calibrate, evaluate, train, generate, transfer, world),
+    *(plan, bench, kernels, models, doctor),
 )
 MODULES = {module.__name__.rpartition(".")[2]: module for module in _IN_ORDER}
 COMMANDS = {name: module.HELP for name, module in MODULES.items()}
@@ -177,6 +180,8 @@ def _run(command: str, arguments: list[str]) -> int:
         parsed = parser.parse_args(_with_joined_values(arguments, options))
     except Exception as error:
         raise ValueError(_parser_words(_one_line(error), parser._actions)) from error
+    if parsed.get("output") == "":
+        raise ValueError("--output is an empty name; give that of a folder or file, which is made if need be")
     return int(module.run(parsed))
 
 
@@ -223,7 +228,19 @@ def _is_bad_input(error: Exception) -> bool:
     from corrdit.ops.backends import BackendUnavailableError
 
     bad = (ValueError, OSError, ImportError, ArgumentError, BackendUnavailableError)
-    return isinstance(error, bad) or is_out_of_memory(error)
+    return isinstance(error, bad) or is_out_of_memory(error) or _is_refusal(error)
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether a TypeError says what was given and what is accepted, and is not a mistake in the code."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    if not isinstance(error, TypeError) or place is None:
+        return False
+    ours = str(place.tb_frame.f_globals.get("__name__")).partition(".")[0] == "corrdit"
+    line = linecache.getline(place.tb_frame.f_code.co_filename, place.tb_lineno)
+    return ours and line.lstrip().startswith("raise TypeError")
 
 
 def _one_line(error: BaseException) -> str:

@@ -5,7 +5,8 @@ reads   one of
         --videos FOLDER   video files; their true tracks as NAME.npz beside them (as `corrdit world` writes), in
                           --tracks, or from another tracker by --tracker
         --tapvid PATH     a TAP-Vid file, or a folder of its shards
-        --difftrack DIR   a folder in the layout of DiffTrack's data set
+        --difftrack DIR   a folder in the layout of DiffTrack's data set; where it holds no videos, as the released
+                          ones, they are generated from its prompt.txt (and image/), all with seed 42
         --prompts FILE    one prompt a line: videos are generated and their denoising is analysed; --tracker stands in
                           for the truth
 writes  into the folder --output, where a stopped run goes on:
@@ -13,8 +14,10 @@ writes  into the folder --output, where a stopped run goes on:
         analysis.csv      one row for each step, layer and reading; analysis.parquet with --parquet
         videos.csv        one row for each video
         videos/NAME/      analysis.npz, the counts of one video, or failed.json, why there are none
+        pictures/NAME/    the first --pictures videos at chosen steps and layers: sheets as PNG, all frames as mp4
+        released/         with --protocol published: the tables in the formats of DiffTrack's released scripts
         preset.json       with --calibrate: the layer, step and head that match best, for `corrdit calibrate` too
-        dataset/          with --prompts: videos, tracks and visibility in the layout of DiffTrack's data set
+        dataset/          videos that were generated, tracks and visibility in the layout of DiffTrack's data set
 """
 
 from __future__ import annotations
@@ -26,21 +29,27 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from corrdit.cli.analysis_options import SOURCES, add_analysis_options, resolved_options, settings_of, source_of
-from corrdit.cli.devices import trainer_devices
+from corrdit.cli.analysis_options import (
+    SOURCES,
+    add_analysis_options,
+    picture_choice,
+    resolved_options,
+    settings_of,
+    source_of,
+)
+from corrdit.cli.devices import named, trainer_devices
 from corrdit.cli.lightning_runs import command_trainer, predict, quiet_lightning
-from corrdit.cli.model_options import checked_preset, loaded_backbone
+from corrdit.cli.model_options import checked_preset, chosen_placement, loaded_backbone
 from corrdit.cli.terminal import Report, progress_bar
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
     from corrdit.analysis.protocols import AnalysisOptions
-    from corrdit.analysis.sources import AnalysisItem
+    from corrdit.analysis.sources import AnalysisItem, GeneratedItem, Item
     from corrdit.integrations.diffusers.backbones.base import Backbone
 
 HELP = "measure how layers, heads and denoising steps match frames, as one report"
-DATASET_FOLDER = "dataset"
 USAGE = "--world N | --videos DIR | --tapvid PATH | --difftrack DIR | --prompts FILE  --output DIR [options]"
 
 
@@ -55,12 +64,10 @@ def run(arguments: Namespace) -> int:
     _check(arguments)
     if arguments.parquet:
         require_pyarrow()
-    if arguments.prompts is not None:
-        return _finish(arguments, *_analyze_prompts(arguments), began)
     preset = checked_preset(arguments.preset)
     items = _items(arguments)  # wrong folders are refused before the model is loaded
     backbone = loaded_backbone(arguments, preset)
-    options = resolved_options(arguments, backbone)
+    options = resolved_options(arguments, backbone, _pipeline_call(arguments).get("num_inference_steps"))
     if arguments.processes == 1:
         _analyze_here(arguments, backbone, items, options)
     elif not _analyze_in_processes(arguments, backbone, list(items), options):
@@ -73,16 +80,19 @@ def _check(arguments: Namespace) -> None:
     if len(given) != 1:
         accepted = ", ".join(f"--{name}" for name in SOURCES)
         raise ValueError(f"analyze takes exactly one of {accepted}; given are {', '.join(given) or 'none'}")
+    picture_choice(arguments)
     for name, least in (("pictures", 0), ("points", 1), ("processes", 1)):
         if arguments[name] < least:
             raise ValueError(f"--{name} {arguments[name]} was given; accepted is {least} or more")
-    if arguments.processes > 1 and (arguments.tapvid or arguments.prompts):
-        raise ValueError("--processes shares out the videos of --world, --videos and --difftrack; leave it out here")
+    if arguments.processes > 1 and arguments.tapvid:
+        raise ValueError("--processes does not share out the videos of --tapvid; leave it out here")
+    if arguments.prompts is not None and arguments.tracker is None:
+        raise ValueError(
+            "--prompts needs --tracker (lucas-kanade, cotracker or patches), whose tracks stand in for the truth"
+        )
 
 
-def _analyze_here(
-    arguments: Namespace, backbone: Backbone, items: Iterable[AnalysisItem], options: AnalysisOptions
-) -> None:
+def _analyze_here(arguments: Namespace, backbone: Backbone, items: Iterable[Item], options: AnalysisOptions) -> None:
     from corrdit.analysis.results import analysis_folder, write_failure
     from corrdit.analysis.sources import tapvid_items
     from corrdit.integrations.diffusers.analysis.running import analyze_item
@@ -93,7 +103,9 @@ def _analyze_here(
     folder.begin(settings_of(arguments, options, backbone))
     if arguments.tapvid is not None:
         items = tapvid_items(
-            arguments.tapvid, on_broken=lambda name, error: write_failure(arguments.output, name, error)
+            arguments.tapvid,
+            on_broken=lambda name, error: write_failure(arguments.output, name, error),
+            **named(arguments, "first_frames", "incomplete"),
         )
     total = len(items) if isinstance(items, list) else None
     with progress_bar("steps") as report:
@@ -108,7 +120,7 @@ def _report(report: Report, before: int, total: int, done: int, of: int) -> None
 
 
 def _analyze_in_processes(
-    arguments: Namespace, backbone: Backbone, items: list[AnalysisItem], options: AnalysisOptions
+    arguments: Namespace, backbone: Backbone, items: list[Item], options: AnalysisOptions
 ) -> bool:
     """Analyse the videos that are left; whether this process is the first, which writes the report."""
     devices = trainer_devices(arguments)
@@ -124,17 +136,17 @@ def _analyze_in_processes(
             options={name: getattr(options, name) for name in options.described()},
             source=source_of(arguments),
             dtype=arguments.dtype,
-            placement="device" if on_cpu else arguments.placement,
+            placement="device" if on_cpu else chosen_placement(arguments),
             on_broken=arguments.on_broken,
         )
-        module.settings["model"] = arguments.model
+        module.settings |= {"model": arguments.model, **chosen_placement(arguments).described()}
         trainer = command_trainer(several=True, **devices)
         predict(trainer, module, AnalysisDataModule(items, output=arguments.output))
         trainer.strategy.barrier("every process has done its videos")
     return bool(trainer.is_global_zero)
 
 
-def _items(arguments: Namespace) -> Iterable[AnalysisItem]:
+def _items(arguments: Namespace) -> Iterable[Item]:
     from corrdit.analysis import sources
     from corrdit.tracking.pseudo_truth import pseudo_tracker
 
@@ -146,9 +158,12 @@ def _items(arguments: Namespace) -> Iterable[AnalysisItem]:
     if arguments.tapvid is not None:
         if not Path(arguments.tapvid).exists():
             raise ValueError(f"--tapvid {arguments.tapvid} does not exist; give a TAP-Vid file or a folder of shards")
-        return sources.tapvid_items(arguments.tapvid, on_broken=lambda name, error: None)
+        cut = named(arguments, "first_frames", "incomplete")
+        return sources.tapvid_items(arguments.tapvid, on_broken=lambda name, error: None, **cut)
     if arguments.difftrack is not None:
-        return sources.difftrack_items(arguments.difftrack)
+        return _set_items(arguments)
+    if arguments.prompts is not None:
+        return _prompt_items(arguments)
     return sources.folder_items(
         arguments.videos,
         tracks=arguments.tracks,
@@ -159,76 +174,48 @@ def _items(arguments: Namespace) -> Iterable[AnalysisItem]:
     )
 
 
-def _analyze_prompts(arguments: Namespace) -> tuple[Backbone, list[AnalysisItem], AnalysisOptions]:
-    """Generate what is left of the videos, analyse their denoising and keep them as a data set.
+def _set_items(arguments: Namespace) -> list[AnalysisItem] | list[GeneratedItem]:
+    """The videos of DiffTrack's layout, generated again where the set holds none."""
+    from corrdit.analysis import sources
 
-    Gives the backbone, the videos for the report's pictures, and the options.
-    """
-    from corrdit.analysis.dataset import write_difftrack_video, write_prompts
-    from corrdit.analysis.results import analysis_folder, write_failure, write_result
-    from corrdit.analysis.sources import difftrack_items
-    from corrdit.array_files import content_digest
-    from corrdit.integrations.diffusers import analysis
-    from corrdit.tracking.pseudo_truth import pseudo_tracker, starting_points
+    call = _pipeline_call(arguments)
+    if sources.without_videos(arguments.difftrack):
+        seed = sources.RELEASED_SEED if arguments.seed is None else arguments.seed
+        return sources.regenerated_items(arguments.difftrack, seed=seed, call=call)
+    if call:
+        raise ValueError(f"--pipeline is for videos that are generated, and {arguments.difftrack} holds them; drop it")
+    return sources.difftrack_items(arguments.difftrack)
 
-    if arguments.tracker is None:
-        raise ValueError(
-            "--prompts needs --tracker (lucas-kanade, cotracker or patches), whose tracks stand in for the truth"
-        )
-    tracker, mode = pseudo_tracker(arguments.tracker), arguments.mode
-    starting_points(mode, 64, 64)
-    prompts, call = _prompts(arguments.prompts), _pipeline_call(arguments)
-    backbone = loaded_backbone(arguments, checked_preset(arguments.preset))
-    options = resolved_options(arguments, backbone, call.get("num_inference_steps"))
-    results = analysis_folder(arguments.output)
-    results.begin(settings_of(arguments, options, backbone))
+
+def _prompt_items(arguments: Namespace) -> list[GeneratedItem]:
+    from corrdit.analysis import sources
+    from corrdit.tracking.pseudo_truth import pseudo_tracker
+
+    prompts = _prompts(arguments.prompts)
+    items = sources.prompt_items(
+        prompts,
+        tracker=pseudo_tracker(arguments.tracker),
+        tracker_name=f"tracks of {arguments.tracker}",
+        mode=arguments.mode,
+        seed=arguments.seed or 0,
+        same_seed=arguments.same_seed,
+        images=arguments.image,
+        call=_pipeline_call(arguments),
+    )
     _check_same_prompts(arguments.output, prompts)
-    dataset = Path(arguments.output) / DATASET_FOLDER
-    with progress_bar("videos") as report:
-        for number, prompt in enumerate(prompts):
-            name, inputs = f"{number:03}", {"prompt": content_digest(prompt)}
-            if results.left({name: inputs}):
-                try:
-                    found = analysis.analyze_generation(
-                        backbone,
-                        prompt,
-                        tracker=tracker,
-                        options=options,
-                        mode=mode,
-                        seed=options.seed + number,
-                        call=call,
-                    )
-                except ValueError as error:
-                    if arguments.on_broken == "raise":
-                        raise ValueError(f"video {name}: {error}") from error
-                    write_failure(arguments.output, name, error)
-                else:
-                    write_prompts(dataset, prompts)
-                    files = write_difftrack_video(dataset, number, found.video, found.tracks)
-                    write_result(arguments.output, name, found.table, inputs, files=files)
-            report(number + 1, len(prompts))
-    return backbone, difftrack_items(dataset) if (dataset / "tracks").is_dir() else [], options
+    return items
 
 
 def _pipeline_call(arguments: Namespace) -> dict[str, Any]:
-    from PIL import Image, UnidentifiedImageError
-
-    call = dict(arguments.pipeline or {})
-    if arguments.image is not None:
-        try:
-            call["image"] = Image.open(arguments.image).convert("RGB")
-        except (OSError, UnidentifiedImageError) as error:
-            raise ValueError(f"--image {arguments.image} is not a picture that can be read: {error}") from error
-    return call
+    return dict(arguments.pipeline or {})
 
 
 def _check_same_prompts(output: str, prompts: list[str]) -> None:
     """Raises ValueError where a video that is there already was made from another prompt; more at the end are fine."""
-    from corrdit.analysis.dataset import PROMPTS_FILE
-    from corrdit.analysis.results import has_analysis
+    from corrdit.analysis.dataset import set_prompts
+    from corrdit.analysis.results import DATASET_FOLDER, has_analysis
 
-    file = Path(output) / DATASET_FOLDER / PROMPTS_FILE
-    earlier = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    earlier = set_prompts(Path(output) / DATASET_FOLDER)
     for number, before in enumerate(earlier):
         now = " ".join(prompts[number].split()) if number < len(prompts) else None
         if now != before and has_analysis(output, f"{number:03}"):
@@ -249,14 +236,21 @@ def _prompts(path: str) -> list[str]:
 
 
 def _finish(
-    arguments: Namespace, backbone: Backbone, items: Iterable[AnalysisItem], options: AnalysisOptions, began: float
+    arguments: Namespace, backbone: Backbone, items: Iterable[Item], options: AnalysisOptions, began: float
 ) -> int:
     from corrdit.cli.calibrate import write_calibration
     from corrdit.integrations.diffusers.analysis import finish_analysis
 
     names = [item.name for item in items] if isinstance(items, list) else None
     results, files = finish_analysis(
-        backbone, items, arguments.output, options, names=names, pictures=arguments.pictures, parquet=arguments.parquet
+        backbone,
+        items,
+        arguments.output,
+        options,
+        names=names,
+        pictures=arguments.pictures,
+        choice=picture_choice(arguments),
+        parquet=arguments.parquet,
     )
     for name, error in results.failures.items():
         print(f"corrdit analyze: {name}: {error}", file=sys.stderr)

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 
 import torch
 
+from corrdit.arguments import dtype_name
 from corrdit.benchmark import measure, plots, runner
 from corrdit.benchmark.comparisons import BASELINES, COMPARISONS
 from corrdit.benchmark.environment import device_name
@@ -135,9 +136,7 @@ def _checked_output(arguments: argparse.Namespace) -> pathlib.Path | None:
 
 def _settings(arguments: argparse.Namespace) -> Settings:
     device = _device(arguments.device, planned=arguments.plan)
-    dtype = arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    if dtype not in DTYPES:
-        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    dtype = dtype_name("--dtype", arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32"), DTYPES)
     for option in ("minutes", "seconds", "baseline_gigabytes", "rounds", "check_frames"):
         value = getattr(arguments, option)
         if value is not None and not (math.isfinite(value) and value > 0):

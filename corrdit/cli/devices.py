@@ -14,10 +14,9 @@ if TYPE_CHECKING:
 
 OptionTable = dict[str, tuple[Any, str]]
 """Type and help text of options by their names as arguments of a function."""
-DTYPES = ("float32", "bfloat16", "float16")
-_SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "float": "float32"}
-PLACEMENTS = ("device", "offload", "offload_layers", "shards")
-"""Those of `corrdit.integrations.diffusers.placement`."""
+PLACEMENTS = ("device", "offload", "offload_groups", "offload_layers", "shards")
+WEIGHTS = ("own", "float8", "int8")
+"""Both those of `corrdit.integrations.diffusers.placement`."""
 
 
 class TrainerDevices(TypedDict):
@@ -28,34 +27,61 @@ class TrainerDevices(TypedDict):
 
 
 def add_device_options(parser: ArgumentParser) -> None:
-    """--device, --dtype and --placement."""
+    """--device, --dtype and `add_fitting_options`."""
+    from corrdit.arguments import DTYPES
+
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, mps ...; the model decides if left out")
     parser.add_argument(
         "--dtype",
-        type=_dtype_name,
+        type=dtype_name,
         default=None,
         help=f"{', '.join(DTYPES)}: precision of the model; its own if left out",
     )
+    add_fitting_options(parser)
+
+
+def add_fitting_options(parser: ArgumentParser) -> None:
+    """--placement, --codec-tiling, --codec-slicing and --weights: how a model is made to fit."""
     parser.add_argument(
         "--placement",
         choices=PLACEMENTS,
-        default="device",
-        help="for a model too large for one GPU: offload its parts or its layers to the computer's memory, or spread it"
-        " in shards over all GPUs of one process",
+        default=None,
+        help="for a model too large for one GPU: offload its parts, blocks or layers to the computer's"
+        " memory, or spread it in shards over all GPUs of one process; all of it on the device if left out",
+    )
+    parser.add_argument(
+        "--codec-tiling", type=bool | None, default=None, help="encode and decode frames in tiles; far less memory"
+    )
+    parser.add_argument(
+        "--codec-slicing", type=bool | None, default=None, help="encode and decode the videos of a batch one by one"
+    )
+    parser.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        default=None,
+        help="of the transformer: own precision, float8 (cast layer by layer) or int8 (torchao); the last two take half"
+        " of bfloat16",
     )
 
 
-def _dtype_name(name: str) -> str:
-    """One of `DTYPES`, from that or from a short form of it."""
-    from corrdit.arguments import choice
+def add_shards_option(parser: ArgumentParser | ArgumentGroup) -> None:
+    """--incomplete."""
+    parser.add_argument(
+        "--incomplete", action="store_true", help="take the shards of TAP-Vid that are there; some may be missing"
+    )
+
+
+def dtype_name(name: str) -> str:
+    """As `dtype_name`, for the parser."""
+    from corrdit.arguments import dtype_name
 
     try:
-        return choice("--dtype", _SHORT_DTYPES.get(name.removeprefix("torch."), name.removeprefix("torch.")), DTYPES)
+        return dtype_name("--dtype", name)
     except ValueError as error:
         raise ArgumentTypeError(str(error)) from error
 
 
-def add_run_options(parser: ArgumentParser, *, on_broken: str = "report") -> None:
+def add_run_options(parser: ArgumentParser | ArgumentGroup, *, on_broken: str = "report") -> None:
     """--processes and --on-broken, for commands that make many results."""
     parser.add_argument(
         "--processes", type=int, default=1, metavar="N", help="share the work out over N processes or GPUs"
@@ -143,16 +169,6 @@ def _why_no_cuda() -> str:
     except (RuntimeError, AssertionError) as error:
         return str(error).strip().split("\n")[0]
     return "torch sees no CUDA device; is one hidden by CUDA_VISIBLE_DEVICES?"
-
-
-def checked_dtype(name: str | None) -> torch.dtype | None:
-    """The `torch.dtype` of a name of `DTYPES`, or None for None."""
-    import torch
-
-    if name is None:
-        return None
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
 
 
 def usable_devices(indexed: bool = False) -> list[str]:

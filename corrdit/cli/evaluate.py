@@ -2,6 +2,8 @@
 
 reads   --data: TAP-Vid's file (DAVIS, RGB-Stacking: tapvid_davis.pkl), a folder of its shards (Kinetics:
         0000_of_0010.pkl ...), or a folder that `corrdit world` wrote
+        --badja: the same for a folder of annotated joints (bear.json beside bear.mp4, as BADJA's) and of true flow
+        (NAME_frame1.png, NAME_frame2.png, NAME_flow_gt.png, as KITTI's); figures of each video are printed too
         --config: a published setting by name (see below), or a YAML file with values for these options
 writes  into the folder --output:
         videos/TRACKER/VIDEO.json  the figures of each video as it is done, and VIDEO.npz its tracks: a run that was
@@ -10,7 +12,9 @@ writes  into the folder --output:
         table.json, table.csv      the means over videos: average Jaccard, average share of points within a threshold,
                                    occlusion accuracy, both shares at 1, 2, 4, 8 and 16 pixels of 256, with 95 %
                                    intervals, and how many videos are in them or left out, and why
-        videos.csv                 the figures of all videos
+        videos.csv                 the figures of all videos, with intervals over their points; PCK at .2 sqrt(mask
+                                   area) where masks lie beside joints
+        splits.csv                 the figures of points that move little or much, and of those that come back
         pictures/TRACKER/VIDEO.mp4 and .png  with --pictures: the tracks, and the true ones in pictures/truth
 """
 
@@ -23,9 +27,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from corrdit.cli.devices import add_run_options, named, trainer_devices
+from corrdit.cli.devices import add_run_options, add_shards_option, named, trainer_devices
 from corrdit.cli.lightning_runs import command_trainer, predict, quiet_lightning
-from corrdit.cli.model_options import add_model_options, checked_preset
+from corrdit.cli.model_options import add_model_options, checked_preset, chosen_placement
 from corrdit.cli.terminal import print_table
 from corrdit.cli.tracker_options import add_tracker_options, given_tracker_options
 
@@ -33,10 +37,11 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
     from lightning.pytorch import Trainer
 
-    from corrdit.evaluation import TrackerSummary
+    from corrdit.evaluation import EvaluationResults, TrackerSummary
 
 HELP = "evaluate trackers on TAP-Vid or on generated videos"
 USAGE = "--data PATH --output DIR [--config NAME|FILE] [--trackers ours,released,...] [options]"
+TABLES = ("table.json", "table.csv", "videos.csv", "splits.csv")
 _EARLIER = {"trainer.devices": "processes", "trainer.num_nodes": "machines", "trainer.accelerator": "device"}
 _COLUMNS = {
     "average_jaccard": "AJ",
@@ -44,6 +49,7 @@ _COLUMNS = {
     "occlusion_accuracy": "OA",
     **{f"pts_within_{threshold}": f"<{threshold}" for threshold in (1, 2, 4, 8, 16)},
 }
+_DISTANCES = [name for name in _COLUMNS if "pts_within" in name]
 
 
 def config_file(name: str) -> str:
@@ -80,7 +86,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
     names = ", ".join(sorted(published_configs()))
     parser.add_argument("--config", action=NamedConfig, metavar="NAME|FILE", help=f"{names}, or a YAML file")
-    parser.add_argument("--data", required=True, metavar="PATH", help="file or folder of the data set")
+    parser.add_argument("--data", "--badja", required=True, metavar="PATH", help="file or folder of the data set")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results, made if need be")
     add_model_options(parser)
     kinds = "; ".join(f"{name}: {kind.description}" for name, kind in TRACKER_KINDS.items())
@@ -100,6 +106,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--start", type=int, default=0, metavar="N", help="number of the first video")
     parser.add_argument("--end", type=int | None, default=None, metavar="N", help="number of the video after the last")
     parser.add_argument("--max-frames", type=int | None, default=None, metavar="N", help="cut videos after N frames")
+    parser.add_argument(
+        "--corruption",
+        type=str | None,
+        default=None,
+        metavar="KIND:STRENGTH",
+        help="make the frames worse: blur, noise or jpeg, of strength 1 to 5 as in ImageNet-C, such as blur:3",
+    )
     add_run_options(parser, on_broken="raise")
     parser.add_argument("--machines", type=int, default=1, metavar="N", help="that take part and all see --output")
     parser.add_argument("--skip-broken", action="store_true", help="now --on-broken report; goes in corrdit 0.3")
@@ -110,6 +123,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--save-tracks", type=bool, default=True, help="keep the tracks beside the figures")
     parser.add_argument("--pictures", type=int, default=0, metavar="N", help="draw the tracks of the first N videos")
+    parser.add_argument(
+        "--trail", type=int, default=15, metavar="N", help="past frames whose path is drawn behind a point"
+    )
+    add_shards_option(parser)
     add_tracker_options(parser)
 
 
@@ -130,15 +147,16 @@ def run(arguments: Namespace) -> int:
     with quiet_lightning():
         from corrdit.integrations.lightning import EvaluationModule, TapVidDataModule
 
-        cut = named(arguments, "mode", "start", "end", "max_frames")
-        data = TapVidDataModule(arguments.data, stride=arguments.query_stride, **cut)
+        cut = named(arguments, "mode", "start", "end", "max_frames", "corruption")
+        data = TapVidDataModule(arguments.data, stride=arguments.query_stride, incomplete=arguments.incomplete, **cut)
         module = EvaluationModule(
             arguments.model,
             model_preset=preset,
             trackers=trackers,
             tracker_options=options,
             on_broken="report" if arguments.skip_broken else arguments.on_broken,
-            **named(arguments, "output", "dtype", "placement", "queries_at_once", "save_tracks", "pictures"),
+            placement=chosen_placement(arguments),
+            **named(arguments, "output", "dtype", "queries_at_once", "save_tracks", "pictures", "trail"),
         )
         trainer = _trainer(arguments)
         try:
@@ -151,11 +169,29 @@ def run(arguments: Namespace) -> int:
     if not trainer.is_global_zero:
         return 0
     _report(summaries)
+    if data.videos.annotated:
+        _report_videos(module.evaluated, module.labels, data.names)
     broken = {name for summary in summaries for name in summary.broken}
     evaluated = len(set(data.pending) - broken)
     print(f"{evaluated} of {len(data.names)} videos evaluated now, in {time.perf_counter() - began:.1f} s")
-    print("\n".join(f"  {Path(arguments.output) / name}" for name in ("table.json", "table.csv", "videos.csv")))
+    print("\n".join(f"  {Path(arguments.output) / name}" for name in TABLES))
     return 0
+
+
+def _report_videos(results: EvaluationResults, labels: list[str], names: list[str]) -> None:
+    """A row for each video and tracker, with the interval over points."""
+    rows = []
+    for name in names:
+        for label in labels:
+            record: Mapping[str, Any] | None = results.record(label, name)
+            if record is None or record["figures"] is None:
+                continue
+            figures, ends, pck = record["figures"], record["points_interval"], record["pck"]
+            between = "-" if ends is None else " to ".join(f"{100 * end:.1f}" for end in ends)
+            shown = ["-" if value is None else f"{100 * value:.1f}" for value in (*map(figures.get, _DISTANCES), pck)]
+            rows.append([name, label, shown[0], between, *shown[1:]])
+    shown_as = [_COLUMNS[column] for column in _DISTANCES]
+    print_table(["video", "tracker", shown_as[0], "over points", *shown_as[1:], "PCK"], rows)
 
 
 def plain(value: Any) -> Any:

@@ -7,7 +7,8 @@ writes  into the folder --output, all of them or none; with --prompts into a fol
         plain.mp4         with --cag: the same seed without guidance
         side_by_side.mp4  with --cag: both, without guidance on the left
         generation.json   prompt, seed and settings
-        vbench/           with --vbench: copies named PROMPT-SAMPLE.mp4, in guided/ and plain/, for VBench's own tool
+        vbench/           with --vbench: copies named PROMPT-SAMPLE.mp4, in guided/ and plain/, for VBench's own tool;
+                          the names of long prompts are cut, and prompts.json says which video is of which prompt
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from corrdit.cli.devices import add_run_options, named, take_earlier_names, trainer_devices
 from corrdit.cli.lightning_runs import command_trainer, predict, quiet_lightning
-from corrdit.cli.model_options import add_model_options, checked_preset, loaded_backbone
+from corrdit.cli.model_options import add_model_options, checked_preset, chosen_placement, loaded_backbone
 from corrdit.files import OutputFolder, write_json
 
 if TYPE_CHECKING:
@@ -64,6 +65,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results, made if need be")
     add_model_options(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the noise; further videos get the numbers after it")
+    parser.add_argument(
+        "--same-seed",
+        action="store_true",
+        help="with --prompts: every prompt from --seed, not from the numbers after it",
+    )
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="with --prompts: videos for each prompt")
     parser.add_argument("--frames", type=int | None, default=None, metavar="N", help="frames; the model's if left out")
     parser.add_argument("--height", type=int | None, default=None, help="pixels; the model's if left out")
@@ -98,23 +104,31 @@ def run(arguments: Namespace) -> int:
 def _one(arguments: Namespace) -> int:
     from corrdit.integrations.diffusers.backbones.presets import default_layers
     from corrdit.integrations.diffusers.guidance import comparison
+    from corrdit.runs import SETTINGS_FILE, refuse_other_record
 
     if not arguments.prompt.strip():
         raise ValueError("PROMPT is empty; say what the video shows")
-    if arguments.samples != 1 or arguments.processes != 1 or arguments.vbench:
+    if arguments.samples != 1 or arguments.processes != 1 or arguments.vbench or arguments.same_seed:
         raise ValueError(
-            "--samples, --processes and --vbench go with --prompts FILE; leave them out with a single PROMPT"
+            "--samples, --processes, --vbench and --same-seed go with --prompts FILE; leave them out with a single "
+            "PROMPT"
         )
     began = time.perf_counter()
     call, guidance, preset = _call(arguments), _guidance(arguments), checked_preset(arguments.preset)
     fps = comparison.checked_rate(arguments.fps)
+    if (Path(arguments.output) / SETTINGS_FILE).exists():
+        raise ValueError(
+            f"{arguments.output} holds the videos of a run with --prompts; give a single PROMPT another output folder"
+        )
     with OutputFolder(arguments.output) as folder:
         backbone = loaded_backbone(arguments, preset)
         if guidance is not None and guidance["layers"] is None:
             guidance["layers"] = default_layers(backbone)
+        details = {"model": backbone.name, "call": call, "guidance": guidance}
+        now = {**details, **named(arguments, "prompt", "seed"), "fps": fps}
+        refuse_other_record(Path(arguments.output) / comparison.DETAILS_FILE, now)
         generated = comparison.generate(backbone, arguments.prompt, arguments.seed, call, guidance)
         files = [*comparison.write_generated(folder, generated, fps=fps), folder / comparison.DETAILS_FILE]
-        details = {"model": backbone.name, "call": call, "guidance": guidance}
         write_json(files[-1], {**comparison.generation_facts(generated, fps), **details})
     frames, height, width, _ = generated.video.shape
     layers = "" if guidance is None else f", guided in layers {', '.join(map(str, guidance['layers']))}"
@@ -125,17 +139,21 @@ def _one(arguments: Namespace) -> int:
 
 
 def _many(arguments: Namespace) -> int:
+    from corrdit.integrations.diffusers.guidance.comparison import DETAILS_FILE
     from corrdit.integrations.lightning import GenerationModule, PromptDataModule
 
+    if (Path(arguments.output) / DETAILS_FILE).exists():
+        raise ValueError(f"{arguments.output} holds the video of a single PROMPT; give --prompts another output folder")
     began = time.perf_counter()
     devices = trainer_devices(arguments, unset="auto")
-    data = PromptDataModule(arguments.prompts, **named(arguments, "samples", "seed", "output"))
+    data = PromptDataModule(arguments.prompts, **named(arguments, "samples", "seed", "same_seed", "output"))
     module = GenerationModule(
         arguments.model,
         model_preset=checked_preset(arguments.preset),
         call=_call(arguments),
         guidance=_guidance(arguments),
-        **named(arguments, "output", "fps", "dtype", "vbench", "placement", "on_broken"),
+        placement=chosen_placement(arguments),
+        **named(arguments, "output", "fps", "dtype", "vbench", "on_broken"),
     )
     with quiet_lightning():
         trainer = command_trainer(several=arguments.processes > 1, **devices)

@@ -38,6 +38,15 @@ _COLUMNS = (
     ("serialized_products", 20), ("resident_blocks", 16), ("overlap", 8), ("tile_use", 9), ("wave_use", 9),
     ("instructions_per_element", 24),
 )  # fmt: skip
+_CARDS = {
+    **dict.fromkeys(("a100", "a30"), "80"),
+    **dict.fromkeys(("a10", "a40", "a6000", "rtx3090"), "86"),
+    **dict.fromkeys(("l4", "l40", "l40s", "rtx4090"), "89"),
+    **dict.fromkeys(("h100", "h200", "gh200"), "90"),
+    **dict.fromkeys(("b100", "b200", "gb200"), "100"),
+    **dict.fromkeys(("rtx5090", "rtxpro6000"), "120"),
+}
+"""NVIDIA's compute capabilities, https://developer.nvidia.com/cuda-gpus."""
 _KEY = ("op", "heads", "variant", "dtype", "head_dim", "arch")
 
 
@@ -45,7 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--check", action="store_true", help="compare every kernel with float64 where it runs")
     parser.add_argument("--device", type=str, default=None, help="of --check: cuda, cuda:1, or cpu (interpreted)")
     parser.add_argument(
-        "--arch", type=int, nargs="+", default=[90], help="compute capabilities: 80, 86, 89, 90, 100, 120"
+        "--arch",
+        nargs="+",
+        default=["90"],
+        help="compute capabilities (80, 86, 89, 90, 100, 120) or cards (a100, h100, ...)",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
     parser.add_argument("--output", type=str, default=None, help="a JSON file that collects the rows")
@@ -63,15 +75,19 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("--device says where --check runs; compiling ahead of time takes --arch")
     # Compiling is what is asked for: interpreted kernels cannot be compiled.
     os.environ.pop("TRITON_INTERPRET", None)
+    from corrdit.arguments import dtype_name
     from corrdit.kernels.inspection.ahead_of_time import ARCHITECTURES
     from corrdit.kernels.inspection.catalogue import compile_entry, requests, sources
-    from corrdit.kernels.requirements import DTYPES, HEAD_DIMS
+    from corrdit.kernels.requirements import DTYPES, HEAD_DIMS, unwritable_cache
 
     # Everything is looked at before the first kernel is compiled.
-    _check("--arch", arguments.arch, list(ARCHITECTURES))
-    _check("--dtype", arguments.dtype, [str(dtype).removeprefix("torch.") for dtype in DTYPES])
+    arches = [_compute_capability(name, [str(arch) for arch in ARCHITECTURES]) for name in arguments.arch]
+    accepted = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    dtypes = [dtype_name("--dtype", name, accepted) for name in arguments.dtype]
     _check("--head-dim", arguments.head_dim, range(HEAD_DIMS[0], HEAD_DIMS[1] + 1))
-    wanted = list(requests(arguments.arch, arguments.dtype, arguments.head_dim, arguments.op, arguments.variant))
+    if reason := unwritable_cache():
+        raise ValueError(reason)
+    wanted = list(requests(arches, dtypes, arguments.head_dim, arguments.op, arguments.variant))
     output = None if arguments.output is None else pathlib.Path(arguments.output)
     digest = f"{sources()} {arguments.precision}"
     rows = [] if output is None else _rows_of(output, digest)
@@ -89,6 +105,20 @@ def run(arguments: argparse.Namespace) -> int:
             line = json.dumps(row) if arguments.json else _line(row)
             print(line, flush=True)
     return 0
+
+
+def _compute_capability(name: str, accepted: Sequence[str]) -> int:
+    """90 for "90", "9.0", "sm_90" or "h100"."""
+    from corrdit.arguments import nearest
+
+    word = name.lower()
+    number = _CARDS.get(word, word.removeprefix("sm_").replace(".", ""))
+    if number not in accepted:
+        raise ValueError(
+            f"--arch must be one of {', '.join(accepted)} (compute capabilities) or {', '.join(_CARDS)}, got {name}"
+            f"{nearest(word, [*accepted, *_CARDS])}"
+        )
+    return int(number)
 
 
 def _check_results(name: str | None) -> int:
@@ -123,12 +153,14 @@ def _line(row: dict[str, object]) -> str:
 
 def _rows_of(output: pathlib.Path, digest: str) -> list[dict[str, object]]:
     """The rows a file holds if they are of these sources; none where there is no file or it is of others."""
+    from corrdit.files import parsed_json
+
     if not output.exists():
         return []
     try:
-        held = json.loads(output.read_text(encoding="utf-8"))
+        held = parsed_json(output.read_text(encoding="utf-8"))
         return list(held["rows"]) if held["sources"] == digest else []
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--output {output} holds something else than rows of this command; name another") from error
 
 

@@ -62,6 +62,8 @@ def quiet_lightning() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
             warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+            # Of a folder in which everything is done; the command says so itself.
+            warnings.filterwarnings("ignore", message=".*across ranks is zero.*")
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

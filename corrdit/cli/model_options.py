@@ -1,17 +1,20 @@
-"""--model, --preset, --device and --dtype: which video transformer a command works with, and how it is read."""
+"""--model, --preset and where and how it is loaded: which video transformer a command works with."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from corrdit.cli.devices import add_device_options, checked_device, checked_dtype, usable_devices
+from corrdit.cli.devices import add_device_options, checked_device, usable_devices
 
 if TYPE_CHECKING:
+    import torch
     from jsonargparse import ArgumentParser, Namespace
 
     from corrdit.integrations.diffusers.backbones.base import Backbone
     from corrdit.integrations.diffusers.backbones.presets import Preset
+    from corrdit.integrations.diffusers.placement import Placement
 
 
 def add_model_options(parser: ArgumentParser, *, preset: bool = True) -> None:
@@ -23,9 +26,10 @@ def add_model_options(parser: ArgumentParser, *, preset: bool = True) -> None:
     parser.add_argument(
         "--preset",
         default="default",
-        metavar="default|published|FILE",
+        metavar="default|published|ditracker|heft|FILE",
         help="settings of reading, tracking, guidance and motion transfer at once: the model's own, those of the"
-        " released code of DiffTrack and DiTFlow, or a preset.json that `corrdit calibrate` wrote",
+        " released code of DiffTrack and DiTFlow, what the trackers DiTracker and HeFT read of their models, or a"
+        " preset.json that `corrdit calibrate` wrote",
     )
 
 
@@ -43,26 +47,48 @@ def checked_preset(given: str) -> Preset | str | None:
     return checked_preset(given)
 
 
-def loaded_backbone(arguments: Namespace, preset: Preset | str | None = None) -> Backbone:
+def loaded_backbone(
+    arguments: Namespace, preset: Preset | str | None = None, default: Placement | None = None
+) -> Backbone:
     """The backbone of these options.
 
     Args:
         arguments: with model, device and dtype.
         preset: of `checked_preset`.
+        default: placement, over which that of the arguments goes.
 
     Raises:
         ValueError: an unknown model, one that cannot be loaded, a preset of another model, or a device that is not
             there.
     """
-    import torch
-
-    from corrdit.integrations.diffusers.backbones import loading
     from corrdit.integrations.diffusers.placement import placed_backbone
 
-    device, dtype = checked_device(arguments.device), checked_dtype(arguments.dtype)
-    if arguments.placement != "device":
-        first = torch.device(usable_devices()[:2][-1])  # a GPU where there is one
-        return placed_backbone(
-            arguments.model, device=device or first, dtype=dtype, placement=arguments.placement, preset=preset
-        )
-    return loading.load_backbone(arguments.model, device=device, dtype=dtype, preset=preset)
+    placement, device = chosen_placement(arguments, default), checked_device(arguments.device)
+    if placement.parts != "device":
+        device = device or offloading_device()
+    return placed_backbone(arguments.model, device=device, dtype=arguments.dtype, placement=placement, preset=preset)
+
+
+def offloading_device() -> torch.device:
+    """Where parts are brought that are offloaded: a GPU where there is one."""
+    import torch
+
+    return torch.device(usable_devices()[:2][-1])
+
+
+def chosen_placement(arguments: Namespace, default: Placement | None = None) -> Placement:
+    """What --placement, --codec-tiling, --codec-slicing and --weights say, over a default.
+
+    Raises:
+        ValueError: options that do not go together.
+    """
+    from corrdit.integrations.diffusers.placement import Placement
+
+    names = {
+        "placement": "parts",
+        "codec_tiling": "codec_tiling",
+        "codec_slicing": "codec_slicing",
+        "weights": "weights",
+    }
+    given = {field: arguments[name] for name, field in names.items() if arguments[name] is not None}
+    return replace(default or Placement(), **given)

@@ -1,4 +1,5 @@
-"""List what --model accepts by name, with layers, heads and the settings read from each (layers count from 0).
+"""List what --model accepts by name, with the settings read from each (layers count from 0), and every family of
+transformers with what it can be used for, or why not.
 
 reads   nothing but the package; nothing is downloaded
 writes  a table to standard output, or with --json one JSON object a line
@@ -14,8 +15,9 @@ from corrdit.cli.terminal import print_table
 
 if TYPE_CHECKING:
     from corrdit.integrations.diffusers import Preset
+    from corrdit.integrations.diffusers.backbones.coverage import FamilyRow
 
-HELP = "list the backbones with their layers and presets"
+HELP = "list the backbones with their layers and presets, and the families that are supported"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -24,12 +26,15 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> int:
     from corrdit.integrations.diffusers import available_backbones
+    from corrdit.integrations.diffusers.backbones.coverage import USES, coverage
 
-    backbones = available_backbones()
+    backbones, families = available_backbones(), coverage()
     if arguments.json:
         for backbone in backbones:
             preset = backbone["preset"]
             print(json.dumps({**backbone, "preset": None if preset is None else preset.described()}))
+        for family in families:
+            print(json.dumps(family))
         return 0
     rows = []
     for backbone in backbones:
@@ -37,6 +42,11 @@ def run(arguments: Namespace) -> int:
         known = ["?" if value is None else str(value) for value in sizes]
         rows.append((backbone["name"], *known, _preset_text(backbone["preset"]), backbone["source"]))
     print_table(("name", "family", "layers", "heads", "preset", "weights"), rows)
+    reasons = list(dict.fromkeys(use["reason"] for family in families for use in family["uses"].values()))
+    reasons = [reason for reason in reasons if reason]
+    print_table(("family", "transformer", *USES), [_family_cells(family, reasons) for family in families])
+    for number, reason in enumerate(reasons, 1):
+        print(f"[{number}] {reason}")
     print("A folder written by save_pretrained and a hub id such as THUDM/CogVideoX-2b are accepted too.")
     return 0
 
@@ -52,3 +62,12 @@ def _preset_text(preset: Preset | None) -> str:
     elif read.tokens_per_frame:
         size = f"at most {read.tokens_per_frame} tokens a frame"
     return f"layer {read.layer}, step {step} of {read.inference_steps}, {read.frames_per_chunk} frames a chunk, {size}"
+
+
+def _family_cells(family: FamilyRow, reasons: list[str]) -> tuple[str, ...]:
+    newer = " (needs a newer diffusers)" if set(family["transformers"]) & set(family["missing"]) else ""
+    uses = (
+        use["supported"] + (f" [{reasons.index(use['reason']) + 1}]" if use["reason"] else "")
+        for use in family["uses"].values()
+    )
+    return (family["family"] or "-", ", ".join(family["transformers"]) + newer, *uses)

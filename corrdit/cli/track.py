@@ -9,20 +9,28 @@ writes  into the folder --output, all of them or none:
         tracks.npz  xy [frames, points, 2] in pixels, visible and score [frames, points], queries [points, 3]
         tracks.mp4  the video with dots and trails coloured by start position; points that are hidden are hollow
         tracks.png  a contact sheet of it
+        with --dense in their place, for one video:
+        dense.npz  displacement [frames, rows, columns, 2] in pixels from start [rows, columns, 2], visible and score
+                   [frames, rows, columns], and frame, the first one read
+        dense.mp4  displacements as colours: hue is the direction, white is none, dark is hidden
+        dense.png  a contact sheet of it
+        a run of a video longer than --frames-per-block that was stopped goes on when the same command is given again
         for a folder of videos these three in DIR/VIDEO of each, as each is done: a run that was stopped goes on when
         the same command is given again; DIR/VIDEO/failed.json says why a video could not be tracked (status 2)
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from corrdit.arguments import whole_number
 from corrdit.cli.devices import add_run_options, named, trainer_devices
 from corrdit.cli.lightning_runs import command_trainer, predict, quiet_lightning
-from corrdit.cli.model_options import add_model_options, checked_preset, loaded_backbone
+from corrdit.cli.model_options import add_model_options, checked_preset, chosen_placement, loaded_backbone
 from corrdit.cli.points import check_points_spec, read_points
 from corrdit.cli.terminal import progress_bar
 from corrdit.cli.tracker_options import add_tracker_options, given_tracker_options
@@ -32,6 +40,7 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
     from corrdit.integrations.diffusers.backbones.presets import Preset
+    from corrdit.video import StreamedVideo
 
 HELP = "follow points through a video"
 USAGE = "VIDEO --output DIR [--points grid:16 | FILE.csv] [--model embedded] [options]"
@@ -52,6 +61,14 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="shrink frames to at most this many pixels on the longer side while reading; results stay in the file's"
         " own pixels",
     )
+    parser.add_argument(
+        "--dense",
+        type=int | None,
+        default=None,
+        metavar="N",
+        help="follow every N-th pixel of the first frame, in x and y, in place of --points; without crops, unless"
+        " --crops asks for them",
+    )
     parser.add_argument("--trail", type=int, default=6, metavar="N", help="frames of path drawn behind a point")
     add_run_options(parser)
     add_tracker_options(parser)
@@ -59,11 +76,13 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> int:
     from corrdit.tracking import PointTracker
-    from corrdit.tracking.files import track_at_size, write_track_results
+    from corrdit.tracking.files import PARTS, track_at_size, write_track_results
     from corrdit.video import StreamedVideo
 
     began = time.perf_counter()
     if is_folder_of_videos(Path(arguments.video), arguments.output):
+        if arguments.dense is not None:
+            raise ValueError(f"--dense {arguments.dense} is for one video; {arguments.video} is a folder of videos")
         return track_folder(arguments, checked_preset(arguments.preset))
     if arguments.processes != 1:
         raise ValueError(
@@ -72,20 +91,51 @@ def run(arguments: Namespace) -> int:
     check_points_spec(arguments.points)
     preset = checked_preset(arguments.preset)
     video = StreamedVideo(arguments.video, **named(arguments, "start", "max_frames", "max_side"))
+    if arguments.dense is not None:
+        return track_densely(arguments, preset, video)
     height, width = video.info.height, video.info.width
     queries = read_points(arguments.points, frames=len(video), height=height, width=width)
+    parts = Path(arguments.output) / PARTS
     with OutputFolder(arguments.output) as folder:
         tracker = PointTracker(loaded_backbone(arguments, preset), **given_tracker_options(arguments))
         with progress_bar("tracking") as report:
-            tracks = track_at_size(tracker, video, queries, (height, width), progress=report)
+            tracks = track_at_size(tracker, video, queries, (height, width), progress=report, resume=parts)
         with progress_bar("drawing") as report:
             write_track_results(folder, video, tracks, queries, trail=arguments.trail, progress=report)
+    shutil.rmtree(parts, ignore_errors=True)
     visible = 100 * float(tracks.visible.float().mean())
     print(
         f"{len(queries)} points through {len(video)} frames of {height} x {width} in"
         f" {time.perf_counter() - began:.1f} s; visible {visible:.0f} %"
     )
     for name in ("tracks.npz", "tracks.mp4", "tracks.png"):
+        print(f"  {Path(arguments.output) / name}")
+    return 0
+
+
+def track_densely(arguments: Namespace, preset: Preset | str | None, video: StreamedVideo) -> int:
+    """Follow every N-th pixel of the first frame and write what `dense.npz`, `.mp4` and `.png` hold."""
+    from corrdit.tracking import PointTracker
+    from corrdit.tracking.dense import DENSE_FILES, write_dense_results
+
+    began, every = time.perf_counter(), whole_number("--dense", arguments.dense, 1)
+    options = {"crops": (), **given_tracker_options(arguments)}
+    with OutputFolder(arguments.output) as folder:
+        tracker = PointTracker(loaded_backbone(arguments, preset), **options)
+        with progress_bar("reading") as report:
+            reading = tracker.read(video, progress=report)
+        with progress_bar("tracking") as report:
+            dense = reading.dense(every=every, progress=report)
+        dense = dense.resized((video.info.width / video.shape[2], video.info.height / video.shape[1]))
+        with progress_bar("drawing") as report:
+            write_dense_results(folder, video, dense, progress=report)
+    rows, columns = dense.start.shape[:2]
+    visible = 100 * float(dense.visible.float().mean())
+    print(
+        f"{rows} x {columns} points through {len(video)} frames of {video.info.height} x {video.info.width} in"
+        f" {time.perf_counter() - began:.1f} s; visible {visible:.0f} %"
+    )
+    for name in DENSE_FILES:
         print(f"  {Path(arguments.output) / name}")
     return 0
 
@@ -123,7 +173,8 @@ def track_folder(arguments: Namespace, preset: Preset | str | None) -> int:
             queries_description=spec if spec.startswith("grid:") else f"points of sha256 {file_digest(spec)}",
             model_preset=preset,
             options=given_tracker_options(arguments),
-            **named(arguments, "output", "dtype", "placement", "on_broken", "start", "max_frames", "max_side", "trail"),
+            placement=chosen_placement(arguments),
+            **named(arguments, "output", "dtype", "on_broken", "start", "max_frames", "max_side", "trail"),
         )
         module.check_settings()  # before Lightning starts processes that would each say it
         trainer = command_trainer(several=arguments.processes > 1, **devices)

@@ -26,6 +26,18 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=int, default=None, help="number of steps in place of the recipe's")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
+    parser.add_argument(
+        "--start",
+        default=None,
+        metavar="embedded|DIR",
+        help="begin with the weights of the shipped model or of the pipeline in a folder",
+    )
+    parser.add_argument(
+        "--photographs",
+        default=None,
+        metavar="DIR",
+        help="folder of pictures, for recipes that show them (benchmarks/photographs.py fetches some)",
+    )
     parser.add_argument("--export-only", action="store_true", help="only export the newest checkpoint as a pipeline")
     parser.add_argument("--checkpoint-every", type=int, default=200, help="steps between checkpoints")
     parser.add_argument(
@@ -56,7 +68,9 @@ def run(arguments: Namespace) -> int:
     refuse_other_folder(exported)
     if not arguments.export_only:
         module = train(
-            config, output, **named(arguments, "resume", "checkpoint_every", "threads", "processes", "minutes")
+            config,
+            output,
+            **named(arguments, "resume", "start", "photographs", "checkpoint_every", "threads", "processes", "minutes"),
         )
         if not module.trainer.is_global_zero:
             return 0

@@ -1,35 +1,53 @@
 """Give a new video, made from a prompt, the motion of a reference video.
 
-reads   REFERENCE: a video file or a folder of frames; with --stored it may be the word none
+reads   REFERENCE: a video file or a folder of frames; the word none with --stored and for methods without a reference
         PROMPT: what the new video shows
+        or TABLE: a CSV file with the columns video and prompt (or caption, subject and scene, a pair for each) and
+        perhaps start, end, step, seed and name; or DiTFlow's prompts.js with --videos DAVIS/JPEGImages/480p
         --stored: motion.safetensors of an earlier transfer, which is injected instead of optimising anything
+        --region: where the motion is wanted: a video, picture or folder of frames that is white there, or a box in
+        shares of the frame, "[left, top, right, bottom]"
 writes  into the folder --output, all of them or none:
-        result.mp4          the new video, and beside it reference.mp4, the reference as the model was given it
+        result.mp4          the new video, and beside it reference.mp4, the reference as the model was given it;
+                            comparison.mp4 shows reference, result and motion flow side by side
         flow.npz            displacement (dx, dy) in tokens of the reference between all frames, one array a block:
                             [frames, frames, rows, columns, 2]; flow_BLOCK_colours.png and flow_BLOCK_arrows.png show
                             it; beside them, as "latents", what nearest neighbours on the latents find, for comparison
         losses.png          the loss over the guided steps
         motion.safetensors  the optimised latents or embeddings, for --stored
         metrics.json        settings, losses, motion fidelity and, with --clip, the prompt's cosine
+        for a table these in a folder for each pair, as each is done, pair.json with it, and table.csv, table.md and
+        table.json: means over pairs by kind of prompt, with --compare in a folder for each method or value and beside
+        what DiTFlow published. The same command goes on where it was stopped
 A run that is killed goes on after its last finished denoising step when the same command is given again.
+CogVideoX-2B and 5B run on a GPU as DiTFlow released them, unless --placement and the options beside it say otherwise:
+parts offloaded, the codec in tiles and slices, gradient checkpointing.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from corrdit.cli.devices import OptionTable, add_options, checked_device, given_options, named
+from corrdit.cli.devices import (
+    OptionTable,
+    add_options,
+    add_run_options,
+    checked_device,
+    given_options,
+    named,
+)
 from corrdit.cli.model_options import add_model_options, checked_preset, loaded_backbone
 from corrdit.cli.terminal import Report, progress_bar
-from corrdit.files import OutputFolder
+from corrdit.cli.transfer_table import TABLE_SUFFIXES, transfer_table
+from corrdit.files import OutputFolder, file_digest, output_folder, short_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
     import numpy as np
     from jsonargparse import ArgumentParser, Namespace
@@ -37,39 +55,73 @@ if TYPE_CHECKING:
     from corrdit.integrations.diffusers.motion_transfer.plan import TransferPlan
     from corrdit.integrations.diffusers.motion_transfer.result import TransferResult
 
+WITHOUT_REFERENCE = ("steady", "path", "backbone")
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 HELP = "give a new video the motion of a reference"
-USAGE = "REFERENCE PROMPT --output DIR [--model embedded] [--method ditflow] [options]"
+USAGE = "REFERENCE PROMPT | TABLE  --output DIR [--model embedded] [--method ditflow] [options]"
 
 _SETTINGS: OptionTable = {
-    "method": (str, "ditflow, smm, moft, motionclone, injection or backbone"),
+    "method": (
+        str,
+        "ditflow, smm, moft, motionclone, flowmotion, injection, query-injection or backbone; steady and path need no "
+        "reference",
+    ),
     "optimise": (str, "latent or embedding"),
     "blocks": (list[int] | int, "attention layers whose motion is compared, such as [15]"),
     "steps": (int, "denoising steps"),
-    "guided_share": (float, "share of the steps that are guided, from the noisiest on"),
+    "guided_share": (float, "share of the steps that are guided"),
+    "guided_start": (float, "share of the steps, from the noisiest on, behind which guidance begins"),
+    "strength": (float, "below 1, begin at the reference noised to this share of the schedule"),
+    "source_prompt": (str, "what the reference shows, to read it with"),
+    "reference_noised": (bool, "read the reference at every guided step, noised to it"),
     "optimisation_steps": (int, "steps of the optimiser at each guided step"),
     "learning_rate": (list[float] | float, "one learning rate, or the first and the last, such as [0.002,0.001]"),
+    "rate_falls": (str, 'over the "guided steps", or over the "optimisation steps" of each'),
     "optimizer": (str, "adam, adamw or sgd"),
     "temperature": (float, "factor of the logits of the motion flow"),
     "heads": (str, "how heads are combined: logits, features or probabilities"),
-    "loss": (str, "released or paper"),
+    "loss": (str, "released or paper; pairs is FastVMT's"),
     "flow_reference": (str, "argmax or soft displacement of the reference"),
-    "span": (int, "compare only frames at most this far apart"),
+    "span": (list[int] | int, "compare only frames at most this far apart, or [least, most] frames later"),
     "window": (int, "radius in tokens of the keys a query sees"),
-    "tile": (int, "with --window: it lies round the match of tiles of this many tokens a side"),
+    "tile": (
+        list[int] | int,
+        "with --window: it lies round the match of tiles of these tokens a side, or [rows, columns]",
+    ),
+    "distance_weights": (list[float], "weights of pairs of frames, [same frame, farthest]"),
+    "tracking_weight": (float, "of FastVMT's tracking loss, with --tile"),
     "gradient_interval": (int, "compute gradients at every n-th guided step, and use the last one again at the others"),
+    "optimiser_interval": (int, "compute gradients at every n-th step of the optimiser, and use the last one again"),
+    "motion_channels": (float, "share of the channels that moft follows"),
+    "word": (str, "word of the prompt whose object follows --path"),
+    "path": (list[list[float]], "where it is: [[time, left, top, right, bottom], ...] in shares of the video"),
     "injection_blocks": (list[int] | int, "layers that get keys and values of the reference, such as [0]"),
     "gradient_checkpointing": (bool, "less memory, more time"),
     "guidance_scale": (float, "of classifier-free guidance"),
     "negative_prompt": (str, "what the new video shall not show"),
+    "scheduler": (str, "class of diffusers, such as CogVideoXDPMScheduler"),
+    "timestep_spacing": (str, "of the scheduler: trailing, leading or linspace"),
 }
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("reference", metavar="REFERENCE", help="video file, folder of frames, or none (with --stored)")
-    parser.add_argument("prompt", metavar="PROMPT", help="what the new video shows")
+    parser.add_argument(
+        "reference", metavar="REFERENCE", help="video file, folder of frames, none, or a table of pairs"
+    )
+    parser.add_argument("prompt", nargs="?", default=None, metavar="PROMPT", help="what the new video shows")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results, made if need be")
     add_model_options(parser)
     parser.add_argument("--stored", default=None, metavar="FILE", help="inject the motion of an earlier transfer")
+    parser.add_argument(
+        "--region",
+        type=str | list,
+        default=None,
+        metavar="MASK|BOX",
+        help="where the motion is wanted; everywhere if left out",
+    )
+    parser.add_argument(
+        "--elsewhere", default=None, metavar="FILE", help="with --stored and --region: stored motion for outside it"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the initial noise")
     parser.add_argument(
         "--num-frames",
@@ -82,6 +134,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--width", type=int | None, default=None, help="of the new video; goes with --height")
     parser.add_argument("--start", type=int, default=0, metavar="N", help="skip the first N frames of the reference")
     parser.add_argument("--max-frames", type=int | None, default=None, metavar="N", help="read at most N frames")
+    parser.add_argument("--stride", type=int | None, default=None, metavar="N", help="take every N-th of these frames")
     parser.add_argument(
         "--fps", type=float | None, default=None, help="rate the reference is resampled to, and of the new video"
     )
@@ -90,36 +143,69 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--clip", default=None, metavar="MODEL", help="also measure the prompt's cosine by this CLIP (folder or hub id)"
     )
+    parser.add_argument(
+        "--tracker",
+        choices=["auto", "cotracker", "ours"],
+        default="auto",
+        help="of motion fidelity: CoTracker from torch's hub, the model itself, or CoTracker where it is here",
+    )
+    group = parser.add_argument_group("with a table of pairs")
+    group.add_argument("--videos", default=None, metavar="DIR", help="where its videos are, such as DAVIS's pictures")
+    group.add_argument(
+        "--compare",
+        choices=["table1", "blocks", "guided-share", "optimisation-steps", "temperature", "optimizer"],
+        default=None,
+        help="do all methods of DiTFlow's table 1, or all values of one of its ablations",
+    )
+    add_run_options(group)
     add_options(parser, _SETTINGS, "; the model's preset if left out")
 
 
 def run(arguments: Namespace) -> int:
+    from corrdit.array_files import content_digest
     from corrdit.integrations.diffusers.motion_transfer import MotionTransfer, StoredMotion
-    from corrdit.integrations.diffusers.motion_transfer.results_on_disk import fidelity_of, write_transfer
+    from corrdit.integrations.diffusers.motion_transfer.results_on_disk import (
+        METRICS_FILE,
+        chosen_tracker,
+        fidelity_of,
+        fidelity_tracker,
+        write_transfer,
+    )
+    from corrdit.integrations.diffusers.placement import released_placement
     from corrdit.motion import PromptSimilarity
-    from corrdit.tracking import PointTracker
+    from corrdit.runs import refuse_other_record
 
     began = time.perf_counter()
+    _check_kind(arguments)
     if (arguments.height is None) != (arguments.width is None):
         raise ValueError("--height and --width go together; give both or none")
+    if _is_table(arguments):
+        return transfer_table(arguments, given_options(arguments, _SETTINGS))
     preset = checked_preset(arguments.preset)
     stored = StoredMotion.load(arguments.stored) if arguments.stored is not None else None
-    reference, fps = _reference(arguments)
-    if arguments.output and Path(arguments.output).is_file():
-        raise ValueError(f"the output folder {arguments.output} is a file; give a folder, which is made if need be")
-    backbone = loaded_backbone(arguments, preset)
+    reference, fps, known = _reference(arguments)
+    region = _region(arguments)
+    known["region"] = region if region is None or isinstance(region, list) else content_digest(region)
+    output_folder(arguments.output)
+    tracker = chosen_tracker(arguments.tracker)
+    released = released_placement(arguments.model, checked_device(arguments.device))
+    backbone = loaded_backbone(arguments, preset, released)
     similarity = None
     if arguments.clip is not None:
         similarity = PromptSimilarity(arguments.clip, checked_device(arguments.device))
     transfer = MotionTransfer(backbone, **given_options(arguments, _SETTINGS))
+    now = {"model": backbone.name, "settings": transfer.settings.described(), **known}
+    refuse_other_record(Path(arguments.output) / METRICS_FILE, {**now, **named(arguments, "prompt", "seed")})
     # Beside the output folder, which appears only with its results.
     place = Path(arguments.output).absolute()
-    state_file = place.parent / f".{place.name}.transfer-state.safetensors"
+    state_file = place.parent / f".{short_name(place.name)}.transfer-state.safetensors"
     with OutputFolder(arguments.output) as folder, progress_bar("preparing") as show:
         result = transfer(
             reference,
             arguments.prompt,
             stored=stored,
+            region=region,
+            elsewhere=arguments.elsewhere,
             **named(arguments, "seed", "num_frames", "height", "width"),
             state_file=state_file,
             keep_state=True,
@@ -129,7 +215,8 @@ def run(arguments: Namespace) -> int:
         measured: dict[str, float] = {}
         if arguments.metrics and result.reference is not None:
             show(0, None, phase="tracking both videos")
-            measured = fidelity_of(result, functools.partial(PointTracker(backbone).track, progress=show))
+            measured = fidelity_of(result, *fidelity_tracker(tracker, backbone, progress=show))
+            known["tracker"] = tracker
         if similarity is not None:
             show(0, None, phase="comparing with the prompt")
             measured["image_quality"] = similarity(result.video, arguments.prompt)
@@ -143,6 +230,7 @@ def run(arguments: Namespace) -> int:
             fps=fps,
             file_format=arguments.format,
             measured=measured,
+            known=known,
         )
     # The results are in their place: whoever is killed before goes on with the state.
     state_file.unlink(missing_ok=True)
@@ -151,6 +239,24 @@ def run(arguments: Namespace) -> int:
     for name in names:
         print(f"  {Path(arguments.output) / name}")
     return 0
+
+
+def _is_table(arguments: Namespace) -> bool:
+    return Path(arguments.reference).suffix.lower() in TABLE_SUFFIXES
+
+
+def _check_kind(arguments: Namespace) -> None:
+    """Raises ValueError for options of a table with one reference, and for a reference without a prompt."""
+    if _is_table(arguments):
+        return
+    if arguments.prompt is None:
+        raise ValueError("PROMPT is required with one reference: say what the new video shows")
+    given = {"--videos": arguments.videos, "--compare": arguments.compare}
+    given |= {"--processes": None if arguments.processes == 1 else arguments.processes}
+    for option, value in given.items():
+        if value is not None:
+            accepted = ", ".join(TABLE_SUFFIXES)
+            raise ValueError(f"{option} goes with a table of pairs ({accepted}), and {arguments.reference} is none")
 
 
 def _announcer(show: Report) -> Callable[[str, TransferPlan], None]:
@@ -166,23 +272,54 @@ def _announcer(show: Report) -> Callable[[str, TransferPlan], None]:
     return announce
 
 
-def _reference(arguments: Namespace) -> tuple[np.ndarray | None, float]:
-    """The reference's frames, or None, and the rate of the new video."""
+def _reference(arguments: Namespace) -> tuple[np.ndarray | None, float, dict[str, object]]:
+    """The reference's frames, or None, the rate of the new video, and what metrics.json says of them."""
+    from corrdit.arguments import whole_number
+    from corrdit.array_files import content_digest
     from corrdit.integrations.diffusers.motion_transfer.reference import at_rate
     from corrdit.video import read_video
     from corrdit.video.info import DEFAULT_FPS
 
     if arguments.fps is not None and not arguments.fps > 0:
         raise ValueError(f"--fps must be above 0, got {arguments.fps}")
+    known: dict[str, object] = {"call": named(arguments, "num_frames", "height", "width", "fps", "format")}
+    for name in ("stored", "elsewhere"):
+        if arguments[name] is not None:
+            known[name] = file_digest(arguments[name])
     if arguments.reference == "none":
-        if arguments.stored is None:
+        if arguments.stored is None and arguments.method not in WITHOUT_REFERENCE:
             raise ValueError(
-                "REFERENCE none goes with --stored FILE, the motion of an earlier transfer; give that file"
+                "REFERENCE none goes with --stored FILE, the motion of an earlier transfer, or with --method "
+                f"{', '.join(WITHOUT_REFERENCE)}; give one of them"
             )
-        return None, arguments.fps or DEFAULT_FPS
+        return None, arguments.fps or DEFAULT_FPS, known
     # How few frames are too few, the model says.
     video = read_video(arguments.reference, start=arguments.start, max_frames=arguments.max_frames, min_frames=1)
-    return at_rate(video.frames, video.fps, arguments.fps, video.times)
+    stride = 1 if arguments.stride is None else whole_number("--stride", arguments.stride, 1)
+    frames, times = video.frames[::stride], None if video.times is None else video.times[::stride]
+    known |= {"reference": content_digest(frames)} | ({} if video.info.hdr is None else {"hdr": video.info.hdr})
+    return *at_rate(frames, video.fps / stride, arguments.fps, times), known
+
+
+def _region(arguments: Namespace) -> np.ndarray | list[Any] | None:
+    """A region's mask, frame by frame as the reference is read, or the numbers of its box."""
+    given: str | list[Any] | None = arguments.region
+    if given is None or isinstance(given, list):
+        return given
+    import numpy as np
+
+    from corrdit.integrations.diffusers.motion_transfer.reference import at_rate
+    from corrdit.video import read_video
+
+    if Path(given).suffix.lower() in PICTURES and Path(given).is_file():
+        import imageio.v3 as imageio
+
+        picture = np.atleast_3d(np.asarray(imageio.imread(given)))
+        return picture[..., :3].mean(-1) / 255
+    video = read_video(given, start=arguments.start, max_frames=arguments.max_frames, min_frames=1)
+    stride = arguments.stride or 1
+    frames, times = video.frames[::stride], None if video.times is None else video.times[::stride]
+    return at_rate(frames, video.fps / stride, arguments.fps, times)[0].mean(-1) / 255
 
 
 def _loss_in_words(losses: list[float]) -> str | None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from corrdit.cli.terminal import progress_bar
-from corrdit.files import OutputFolder
+from corrdit.files import OutputFolder, write_csv
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,20 +55,20 @@ def run(arguments: Namespace) -> int:
         raise ValueError(f"--seed {arguments.seed} was given; accepted is 0 or more")
     config = WorldConfig(arguments.frames, arguments.height, arguments.width)
     _refuse_other_videos(Path(arguments.output), arguments)
+    table: list[dict[str, object]] = []
     annotated = []
     with OutputFolder(arguments.output) as folder, progress_bar("videos") as report:
-        with (folder / "prompts.csv").open("w", newline="", encoding="utf-8") as file:
-            table = csv.writer(file)
-            table.writerow(["name", "seed", *PROMPT_KINDS])
-            for index in range(arguments.videos):
-                (clip,) = generate([_SEEDS * arguments.seed + index], config)
-                name = f"{index:04d}"
-                queries = sample_queries(clip, arguments.points)
-                _write(folder, name, clip, queries)
-                table.writerow([name, clip.scene.seed, *(describe(clip.scene, kind) for kind in PROMPT_KINDS)])
-                if arguments.tapvid:
-                    annotated.append(as_tapvid(clip, queries, name))
-                report(index + 1, arguments.videos)
+        for index in range(arguments.videos):
+            (clip,) = generate([_SEEDS * arguments.seed + index], config)
+            name = f"{index:04d}"
+            queries = sample_queries(clip, arguments.points)
+            _write(folder, name, clip, queries)
+            prompts = {kind: describe(clip.scene, kind) for kind in PROMPT_KINDS}
+            table.append({"name": name, "seed": clip.scene.seed, **prompts})
+            if arguments.tapvid:
+                annotated.append(as_tapvid(clip, queries, name))
+            report(index + 1, arguments.videos)
+        write_csv(folder / "prompts.csv", table)
         if arguments.tapvid:
             write_tapvid(folder / "world.pkl", annotated)
         # Another call may have finished its set in the meantime.

@@ -1,9 +1,9 @@
 """TAP-Vid: reading and writing its files, and choosing queries as its protocol does.
 
 Doersch et al., "TAP-Vid: A Benchmark for Tracking Any Point in a Video" (2022). Files are pickles: DAVIS a dict by
-video name, RGB-Stacking a list, Kinetics a folder of shards `0000_of_0010.pkl`, each a list. A video holds `video`
-(uint8 frames or jpeg files), `points` `[N, T, 2]` as (x, y) shares of the frame's width and height, and `occluded`
-`[N, T]`.
+video name, RGB-Stacking a list, Kinetics a folder of shards `0000_of_0010.pkl`, each a list, RoboTAP a folder of dicts.
+A video holds `video` (uint8 frames or jpeg files), `points` `[N, T, 2]` as (x, y) shares of the frame's width and
+height, and `occluded` `[N, T]`.
 
 The metric takes query points as (t, y, x) in a frame of 256 x 256; everything else here is (frame, x, y) in pixels of
 the video. `TapVidSample.metric_arguments` is the one place that converts.
@@ -22,7 +22,9 @@ import numpy as np
 
 from corrdit.arguments import choice, whole_number
 from corrdit.data.restricted_pickle import load_arrays
+from corrdit.files import refuse_address
 from corrdit.tracking.tracks import Tracks
+from corrdit.video.info import FRAME_SUFFIXES, VIDEO_SUFFIXES
 
 QUERY_MODES = ("first", "strided", "frame_0")
 PUBLISHED_STRIDE = 5
@@ -40,6 +42,8 @@ class TapVidVideo:
         video: uint8 `[T, H, W, 3]`, RGB.
         points: float64 `[N, T, 2]`, (x, y) as shares of width and height, the origin at the top left corner.
         occluded: bool `[N, T]`.
+        reach: float64 `[T, 2]`, distance in x and y, as shares of width and height, within which PCK calls a point
+            correct; NaN in frames without one, None where no frame has one.
 
     Raises:
         ValueError: shapes or types that do not fit, NaN where a point is visible, positions that are no shares.
@@ -49,6 +53,7 @@ class TapVidVideo:
     video: np.ndarray
     points: np.ndarray
     occluded: np.ndarray
+    reach: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         video, points, occluded = np.asarray(self.video), np.asarray(self.points), np.asarray(self.occluded)
@@ -83,7 +88,8 @@ class TapVidVideo:
         frames = whole_number("frames", frames, 1)
         if frames >= len(self.video):
             return self
-        return TapVidVideo(self.name, self.video[:frames], self.points[:, :frames], self.occluded[:, :frames])
+        reach = None if self.reach is None else self.reach[:frames]
+        return TapVidVideo(self.name, self.video[:frames], self.points[:, :frames], self.occluded[:, :frames], reach)
 
     def sample(self, mode: str = "first", *, stride: int = PUBLISHED_STRIDE) -> TapVidSample:
         """Queries as the protocol chooses them.
@@ -116,6 +122,7 @@ class TapVidVideo:
             occluded=self.occluded[point],
             point=point,
             metric_mode="strided" if mode == "strided" else "first",
+            reach=None if self.reach is None else self.reach * [self.video.shape[2], self.video.shape[1]],
         )
 
 
@@ -131,6 +138,7 @@ class TapVidSample:
         occluded: bool `[Q, T]`.
         point: int64 `[Q]`, the annotated point each query belongs to.
         metric_mode: the `query_mode` of `corrdit.metrics.tapvid` that fits: "first" or "strided".
+        reach: float64 `[T, 2]`, of PCK in x and y, in pixels of the video; NaN where a frame has none, or None.
     """
 
     name: str
@@ -140,6 +148,7 @@ class TapVidSample:
     occluded: np.ndarray
     point: np.ndarray
     metric_mode: str
+    reach: np.ndarray | None = None
 
     def metric_arguments(self, predicted: Tracks) -> dict[str, Any]:
         """What `corrdit.metrics.tapvid` takes, in frames of 256 x 256, with a batch axis of one.
@@ -169,7 +178,10 @@ class TapVidSample:
 
 
 def read_tapvid(
-    path: str | os.PathLike[str], *, on_broken: Callable[[str, ValueError], None] | None = None
+    path: str | os.PathLike[str],
+    *,
+    on_broken: Callable[[str, ValueError], None] | None = None,
+    incomplete: bool = False,
 ) -> Iterator[TapVidVideo]:
     """The videos of a TAP-Vid file or folder of shards, one after another.
 
@@ -178,9 +190,11 @@ def read_tapvid(
     `0003_of_0010/0017`.
 
     Args:
-        path: a pickle (DAVIS, RGB-Stacking) or a folder of shards `NNNN_of_NNNN.pkl` (Kinetics).
+        path: a pickle (DAVIS, RGB-Stacking), or a folder of shards `NNNN_of_NNNN.pkl` (Kinetics) or of pickles by any
+            other name (RoboTAP: `robotap_split0.pkl` ...).
         on_broken: called with the name and the error of a video or shard that cannot be read, which is then left out;
             without it the error is raised.
+        incomplete: whether shards may be missing.
 
     Raises:
         FileNotFoundError: no such file or folder.
@@ -188,10 +202,12 @@ def read_tapvid(
             `on_broken` is not given.
     """
     path = Path(path)
-    files = [(shard, f"{shard.stem}/") for shard in shard_files(path)] if path.is_dir() else [(path, "")]
+    files = [(path, "")]
+    if path.is_dir():
+        files = [(file, f"{file.stem}/") for file in pickle_files(path, incomplete=incomplete)]
     for file, prefix in files:
         try:
-            entries = named_entries(file, load_arrays(file))
+            entries = file_entries(file)
         except ValueError as error:
             if on_broken is None:
                 raise
@@ -209,24 +225,39 @@ def read_tapvid(
             yield video
 
 
-def shard_files(path: Path) -> list[Path]:
-    """All shards of a folder in order; ValueError where there are none or some are missing."""
+def pickle_files(path: Path, *, incomplete: bool = False) -> list[Path]:
+    """The shards of a folder, or where there are none its pickles by their names; ValueError as `shard_files`."""
+    others = sorted(path.glob("*.pkl"))
+    if any(path.glob(SHARD_PATTERN)) or not others:
+        return shard_files(path, incomplete=incomplete)
+    return others
+
+
+def shard_files(path: Path, *, incomplete: bool = False) -> list[Path]:
+    """All shards of a folder in order; ValueError where there are none, or some are missing and may not be."""
     shards = sorted(path.glob(SHARD_PATTERN))
     if not shards:
         raise ValueError(f"{path} holds no shards named like 0000_of_0010.pkl; give a TAP-Vid file or such a folder")
     expected = int(shards[0].stem.split("_of_")[1])
     names = [f"{index:04}_of_{expected:04}" for index in range(expected)]
     missing = [name for name in names if path / f"{name}.pkl" not in shards]
-    if missing or len(shards) != expected:
+    if (missing and not incomplete) or len(shards) + len(missing) != expected:
         raise ValueError(
             f"{path} holds {len(shards)} of {expected} shards; missing are {', '.join(missing) or 'none'}, and shards "
-            "of different sets must not share a folder"
+            "of different sets must not share a folder; --incomplete (incomplete=True) takes those that are there"
         )
     return shards
 
 
-def named_entries(file: Path, contents: object) -> list[tuple[str, object]]:
-    """Names and raw contents of the videos in what a file holds; ValueError where it is no TAP-Vid file."""
+def file_entries(file: Path) -> list[tuple[str, object]]:
+    """Names and raw contents of the videos of a file; ValueError where it is no TAP-Vid file."""
+    refuse_address(file)
+    if file.suffix.lower() in VIDEO_SUFFIXES + FRAME_SUFFIXES:
+        raise ValueError(
+            f"{file} is a video or a picture; a TAP-Vid file is a pickle of videos with annotated points (.pkl), and "
+            "without annotations nothing can be scored (`corrdit track` follows points through a video)"
+        )
+    contents = load_arrays(file)
     if isinstance(contents, dict) and contents and all(isinstance(entry, dict) for entry in contents.values()):
         return [(str(name), contents[name]) for name in sorted(contents, key=str)]
     if isinstance(contents, (list, tuple)) and contents:

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from corrdit.array_files import content_digest, read_arrays
-from corrdit.data.restricted_pickle import load_arrays
-from corrdit.data.tapvid import SHARD_PATTERN, TapVidVideo, annotated_video, named_entries, shard_files
-from corrdit.files import file_digest
+from corrdit.data.annotated_clips import annotated_clip, annotated_files, annotated_name, clip_files
+from corrdit.data.tapvid import TapVidVideo, annotated_video, file_entries, pickle_files
+from corrdit.files import file_digest, refuse_address
 
 WORLD_ARRAYS = ("video", "xy", "visible")
 
@@ -44,16 +44,22 @@ class TapVidSet:
     """The videos of a TAP-Vid file, a folder of shards or a folder of generated videos.
 
     Args:
-        path: a pickle (DAVIS, RGB-Stacking), a folder of shards `NNNN_of_NNNN.pkl` (Kinetics), or a folder that
-            `corrdit world` wrote (`NNNN.npz`).
+        path: a pickle (DAVIS, RGB-Stacking), a folder of shards `NNNN_of_NNNN.pkl` (Kinetics) or of other pickles
+            (RoboTAP), a folder that `corrdit world` wrote (`NNNN.npz`), or one of `corrdit.data.annotated_clips`.
+        incomplete: whether shards may be missing.
+
+    Attributes:
+        annotated: whether these are clips of `corrdit.data.annotated_clips`.
 
     Raises:
         FileNotFoundError: no such file or folder.
         ValueError: a folder with neither shards nor generated videos, or with some shards missing.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, incomplete: bool = False) -> None:
+        refuse_address(path)
         self.path = Path(path)
+        self.annotated = False
         self._loaded: tuple[str, Sequence[tuple[str, object]]] | None = None
         if not self.path.is_dir():
             if not self.path.exists():
@@ -61,15 +67,18 @@ class TapVidSet:
             self.files, self._in_folder, self._sharded = [self.path.name], False, False
             return
         self._in_folder = True
-        self._sharded = any(self.path.glob(SHARD_PATTERN))
+        self._sharded = any(self.path.glob("*.pkl"))
         if self._sharded:
-            self.files = [file.name for file in shard_files(self.path)]
+            self.files = [file.name for file in pickle_files(self.path, incomplete=incomplete)]
         else:
             self.files = sorted(file.name for file in self.path.glob("*.npz"))
+            if not self.files:
+                self.files, self.annotated = annotated_files(self.path), True
         if not self.files:
             raise ValueError(
-                f"{path} holds neither shards named like 0000_of_0010.pkl nor videos of `corrdit world` (0000.npz); "
-                "give such a folder or a TAP-Vid file"
+                f"{path} holds neither pickles (shards named like 0000_of_0010.pkl, or others) nor videos of `corrdit "
+                "world` (0000.npz) nor annotated clips (NAME.json beside NAME.mp4, NAME_flow_gt.png); give such a "
+                "folder or a TAP-Vid file"
             )
 
     def index(self) -> list[TapVidEntry]:
@@ -100,12 +109,20 @@ class TapVidSet:
             raise ValueError(entry.error)
         if entry.file.endswith(".npz"):
             return _world_video(entry.name, self.path / entry.file)
+        if self.annotated:
+            return annotated_clip(self.path / entry.file)
         _, contents = self._contents(entry.file)[entry.position]
         return annotated_video(entry.name, contents)
 
     def _entries_of(self, file: str) -> Iterator[TapVidEntry]:
         if file.endswith(".npz"):
             return iter([TapVidEntry(Path(file).stem, file, digest=file_digest(self.path / file))])
+        if self.annotated:
+            try:
+                digests = [file_digest(source) for source in clip_files(self.path / file)]
+            except OSError as error:
+                raise ValueError(f"{self.path / file}: {error}") from error
+            return iter([TapVidEntry(annotated_name(file), file, digest="-".join(digests))])
         prefix = f"{Path(file).stem}/" if self._sharded else ""
         return (
             TapVidEntry(prefix + name, file, position, digest=content_digest(contents))
@@ -116,7 +133,7 @@ class TapVidSet:
         if self._loaded is None or self._loaded[0] != file:
             self._loaded = None  # the old file goes before the new one comes
             path = self.path / file if self._in_folder else self.path
-            self._loaded = (file, named_entries(path, load_arrays(path)))
+            self._loaded = (file, file_entries(path))
         return self._loaded[1]
 
 

@@ -12,18 +12,21 @@ import numpy as np
 import torch
 
 from corrdit.arguments import whole_number
-from corrdit.data.tapvid import TapVidSample
+from corrdit.data.tapvid import METRIC_SIZE, TapVidSample
 from corrdit.evaluation.results import file_name
+from corrdit.evaluation.splits import split_sums
 from corrdit.evaluation.trackers import Track
 from corrdit.files import OutputFolder
 from corrdit.memory import first_line, is_out_of_memory
 from corrdit.metrics import tapvid
+from corrdit.metrics.tapvid import THRESHOLDS
 from corrdit.tracking import Tracks
 from corrdit.visualization import TrackStyle, write_track_pictures
 
 QUERIES_AT_ONCE = 4096
 FRAMES_A_SECOND = 10.0
 TRAIL = 15
+RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Outcome:
 
     Args:
         record: for `EvaluationResults.write_record`: numbers of frames and queries, seconds, and `figures`: TAP-Vid's
-            metric by name, None where there is no case for a ratio.
+            metric by name, None where there is no case for a ratio; `points_interval` and `pck` beside them.
         tracks: of the queries, in pixels of the video; None for a video without queries.
     """
 
@@ -71,7 +74,13 @@ def evaluate_video(track: Track, sample: TapVidSample, *, queries_at_once: int |
         ) from error
     figures = tapvid(**sample.metric_arguments(tracks))
     values = {name: None if math.isnan(value[0]) else float(value[0]) for name, value in figures.items()}
-    return Outcome({**record, "seconds": round(time.perf_counter() - began, 3), "figures": values}, tracks)
+    points = {
+        "points_interval": points_interval(sample, tracks),
+        "pck": share_of_correct_keypoints(sample, tracks),
+        "splits": split_sums(sample, tracks),
+    }
+    seconds = round(time.perf_counter() - began, 3)
+    return Outcome({**record, "seconds": seconds, "figures": values, **points}, tracks)
 
 
 def queries_inside(sample: TapVidSample) -> np.ndarray:
@@ -81,6 +90,45 @@ def queries_inside(sample: TapVidSample) -> np.ndarray:
     """
     extent = [sample.video.shape[2], sample.video.shape[1]]
     return np.concatenate([sample.queries[:, :1], sample.queries[:, 1:].clip(0, extent)], axis=1)
+
+
+def points_interval(sample: TapVidSample, tracks: Tracks) -> tuple[float, float] | None:
+    """95 % bootstrap interval of TAP-Vid's average share of points within the thresholds, over the video's points;
+    None where no visible point is scored."""
+    scored = _scored(sample)
+    errors = _errors(sample, tracks) * METRIC_SIZE / np.array([sample.video.shape[2], sample.video.shape[1]])
+    distance = np.linalg.norm(np.where(scored[..., None], errors, 0), axis=-1)
+    near = np.mean([(distance < threshold) & scored for threshold in THRESHOLDS], axis=0).sum(axis=1)
+    counted = scored.sum(axis=1)
+    if not counted.any():
+        return None
+    near, counted = near[counted > 0], counted[counted > 0]
+    drawn = np.random.default_rng(0).integers(0, len(near), (RESAMPLES, len(near)))
+    low, high = np.percentile(near[drawn].sum(axis=1) / counted[drawn].sum(axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def share_of_correct_keypoints(sample: TapVidSample, tracks: Tracks) -> float | None:
+    """BADJA's PCK: the share of visible points within .2 sqrt(area of the object's mask), in frames that have a mask;
+    None where none has."""
+    if sample.reach is None:
+        return None
+    scored = _scored(sample) & np.isfinite(sample.reach).all(axis=-1)
+    if not scored.any():
+        return None
+    distance = np.linalg.norm(_errors(sample, tracks) / sample.reach, axis=-1)
+    return float((distance[scored] <= 1).mean())
+
+
+def _scored(sample: TapVidSample) -> np.ndarray:
+    """Visible points in the frames that TAP-Vid scores, bool `[Q, T]`."""
+    frame, asked = np.arange(len(sample.video)), np.rint(sample.queries[:, :1])
+    return ~sample.occluded & (frame > asked if sample.metric_mode == "first" else frame != asked)
+
+
+def _errors(sample: TapVidSample, tracks: Tracks) -> np.ndarray:
+    """From the true to the found place, `[Q, T, 2]` in pixels of the video."""
+    return tracks.xy.numpy().transpose(1, 0, 2).astype(np.float64) - sample.tracks
 
 
 def track_in_parts(track: Track, video: np.ndarray, queries: np.ndarray, queries_at_once: int | None) -> Tracks:
@@ -105,8 +153,15 @@ def track_in_parts(track: Track, video: np.ndarray, queries: np.ndarray, queries
     return Tracks(*joined)
 
 
-def draw_tracks(folder: str | os.PathLike[str], sample: TapVidSample, tracks: Tracks) -> None:
-    """Write `VIDEO.mp4` and the contact sheet `VIDEO.png` into a folder, which is made if need be."""
+def draw_tracks(folder: str | os.PathLike[str], sample: TapVidSample, tracks: Tracks, *, trail: int = TRAIL) -> None:
+    """Write `VIDEO.mp4` and the contact sheet `VIDEO.png` into a folder, which is made if need be.
+
+    Args:
+        folder: for both.
+        sample: the video.
+        tracks: of its queries.
+        trail: past frames whose path is drawn behind a point.
+    """
     name = file_name(sample.name)
     with OutputFolder(folder) as hidden:
         write_track_pictures(
@@ -117,7 +172,7 @@ def draw_tracks(folder: str | os.PathLike[str], sample: TapVidSample, tracks: Tr
             fps=FRAMES_A_SECOND,
             video_path=hidden / f"{name}.mp4",
             sheet_path=hidden / f"{name}.png",
-            style=TrackStyle(trail=TRAIL),
+            style=TrackStyle(trail=trail),
         )
 
 

@@ -10,11 +10,13 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from corrdit.evaluation.results import EvaluationResults
+from corrdit.evaluation.splits import split_rows
 from corrdit.files import write_csv, write_json
 from corrdit.metrics.tapvid import METRIC_NAMES
 
 TABLE_NAME = "table"
 VIDEOS_FILE = "videos.csv"
+SPLITS_FILE = "splits.csv"
 RESAMPLES = 2000
 LEVEL = 95
 Record: TypeAlias = Mapping[str, Any]
@@ -103,7 +105,8 @@ def is_scored(record: Record) -> bool:
 
 
 def write_tables(output: str | os.PathLike[str]) -> list[TrackerSummary]:
-    """Write `table.json` and `table.csv` (one row a tracker) and `videos.csv` (one row a video and tracker).
+    """Write `table.json` and `table.csv` (one row a tracker), `videos.csv` (one row a video and tracker, with the
+    interval over its points and PCK) and `splits.csv` (points by motion and reappearance, `corrdit.evaluation.splits`).
 
     The tables depend on nothing but the results, so that the same results give the same bytes however many processes
     made them.
@@ -121,7 +124,7 @@ def write_tables(output: str | os.PathLike[str]) -> list[TrackerSummary]:
     settings = results.settings()
     if not settings:
         raise ValueError(f"{output} holds no evaluation (no settings.json); give the --output of one")
-    summaries, rows = [], []
+    summaries, rows, splits = [], [], []
     for label in settings["trackers"]:
         records, broken, left = [], {}, []
         for video in settings["videos"]:
@@ -136,10 +139,12 @@ def write_tables(output: str | os.PathLike[str]) -> list[TrackerSummary]:
             else:
                 left.append(video)
         summaries.append(summarise(label, records, broken=broken, left=left))
+        splits += split_rows(label, records)
     contents = {"data": settings["data"], "trackers": [summary.as_dict() for summary in summaries]}
     write_json(results.path / f"{TABLE_NAME}.json", contents)
     write_csv(results.path / f"{TABLE_NAME}.csv", [_tracker_row(summary) for summary in summaries])
     write_csv(results.path / VIDEOS_FILE, rows)
+    write_csv(results.path / SPLITS_FILE, splits)
     return summaries
 
 
@@ -165,12 +170,16 @@ def _video_row(label: str, video: str, record: Record | None, failure: str | Non
         status = "scored" if is_scored(record) else "no visible points"
     found = record or {}
     figures = found.get("figures") or {}
+    low, high = found.get("points_interval") or (None, None)
     return {
         "tracker": label,
         "video": video,
         "status": status,
         **{name: found.get(name) for name in ("frames", "height", "width", "queries")},
         **{name: figures.get(name) for name in METRIC_NAMES},
+        "average_pts_within_thresh_low": low,
+        "average_pts_within_thresh_high": high,
+        "pck": found.get("pck"),
         "error": failure if record is None else None,
     }
 

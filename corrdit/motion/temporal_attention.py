@@ -45,13 +45,16 @@ def temporal_attention(q: Tensor, k: Tensor, grid: TokenGrid, *, scale: float | 
     return logits.masked_fill(own, float("-inf")).softmax(-1)
 
 
-def temporal_attention_loss(target: Tensor, reference: Tensor, *, largest: int = 1) -> Tensor:
+def temporal_attention_loss(
+    target: Tensor, reference: Tensor, *, largest: int = 1, region: Tensor | None = None
+) -> Tensor:
     """Mean squared difference of attention weights where the reference's are largest.
 
     Args:
         target: `[..., F, F]` as `temporal_attention` gives it; the loss is differentiable in it.
         reference: the same shape.
         largest: weights of each row that are followed (MotionClone takes 1).
+        region: bool `[F, h, w]`, the tokens whose rows count, of attention `[B, H, S, F, F]`; None for all.
 
     Returns:
         Scalar.
@@ -68,4 +71,56 @@ def temporal_attention_loss(target: Tensor, reference: Tensor, *, largest: int =
     if largest >= reference.shape[-1]:
         raise ValueError(f"largest is {largest}, but a row has {reference.shape[-1] - 1} other frames")
     followed = reference.topk(largest, dim=-1).indices
-    return (target.gather(-1, followed) - reference.gather(-1, followed)).square().mean()
+    squared = (target.gather(-1, followed) - reference.gather(-1, followed)).square()
+    return squared.mean() if region is None else squared[:, :, _rows_of(region, target)].mean()
+
+
+def diagonal_roughness(attention: Tensor, *, region: Tensor | None = None) -> Tensor:
+    """How unsteady temporal attention is along its diagonals, above all at the places where it is least steady.
+
+    A diagonal holds the weights between frames of one distance, one after the other; where motion is steady they stay
+    the same. The idea is TeDiO's ("Temporal Diagonal Optimization for Training-Free Coherent Video Diffusion", arXiv
+    2605.14136); the measure is our own: for every place the mean squared difference of neighbours on its diagonals, and
+    the root mean square of that over places, in which the least steady ones count most.
+
+    Args:
+        attention: `[B, H, S, F, F]` as `temporal_attention` gives it, at least three frames.
+        region: bool `[F, h, w]`; places count that are in it in some frame. None for all.
+
+    Returns:
+        Scalar, 0 for attention that depends on the distance of frames alone.
+
+    Raises:
+        ValueError: another shape, fewer than three frames, or a region without a place.
+    """
+    if attention.ndim != 5 or attention.shape[-1] != attention.shape[-2] or attention.shape[-1] < 3:
+        raise ValueError(
+            f"attention must be [B, H, S, F, F] of at least three frames, got {list(attention.shape)}; give a longer "
+            "video"
+        )
+    frames = attention.shape[-1]
+    between = attention[..., 1:, 1:] - attention[..., :-1, :-1]
+    beside = ~torch.eye(frames - 1, dtype=torch.bool, device=attention.device)
+    # [S], mean over samples, heads and the diagonals beside the main one, which is 0
+    rough = between.square()[..., beside].mean((0, 1, 3))
+    if region is not None:
+        rough = rough[_rows_of(region, attention).any(-1)]
+    # A norm has a gradient at 0, too.
+    return torch.linalg.vector_norm(rough) * rough.numel() ** -0.5
+
+
+def _rows_of(region: Tensor, attention: Tensor) -> Tensor:
+    """A region `[F, h, w]` as bool `[S, F]` of attention `[B, H, S, F, F]`.
+
+    Raises:
+        ValueError: another region than of this attention, or one without a token.
+    """
+    places, frames = attention.shape[2:4]
+    if region.dtype != torch.bool or region.ndim != 3 or region.flatten(1).shape != (frames, places):
+        raise ValueError(
+            f"region must be bool [F, h, w] of {frames} frames of {places} tokens, got {region.dtype} "
+            f"{list(region.shape)}"
+        )
+    if not bool(region.any()):
+        raise ValueError("region holds no token; give one with at least one")
+    return region.flatten(1).T.to(attention.device)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from corrdit.grid import TokenGrid
 from corrdit.ops import checks
-from corrdit.ops.backends import beyond_kernels, full_precision, select_backend
+from corrdit.ops.backends import full_precision, select_backend
 
 
 class AttentionMass(NamedTuple):
@@ -81,6 +81,6 @@ def attention_mass(
     source = checks.check_frame("source", source, grid)
     chosen = checks.check_frame_tokens(tokens, problem, source, q.device)
     with full_precision(q):
-        implementation = select_backend(backend, q, beyond_kernels(problem, q, k))
+        implementation = select_backend(backend, q, k, problem)
         mass = AttentionMass(*implementation.attention_mass(q, k, problem, chosen, source=source))
     return mass if heads == "none" else AttentionMass(*(part.squeeze(1) for part in mass))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from corrdit.arguments import choice
-from corrdit.kernels.requirements import unfit_machine, unfit_tensor
+from corrdit.kernels.requirements import PLANNED, device_of, unfit_machine, unfit_tensor
 from corrdit.problem import PairProblem
 
 BACKENDS = ("auto", "triton", "streaming", "reference")
@@ -51,9 +51,9 @@ class Backend(Protocol):
         """(attention in the shape and dtype of q, log-sum-exp `[B, H, tokens of q]` if asked for)."""
 
 
-def select_backend(backend: str, q: Tensor, beyond: str | None = None) -> Backend:
-    """The implementation that runs an operation on `q`; see `backend_name`. torch.compile traces through it."""
-    name = backend_name(backend, q, beyond)
+def select_backend(backend: str, q: Tensor, k: Tensor, problem: PairProblem) -> Backend:
+    """The implementation that runs an operation; see `backend_name`. torch.compile traces through it."""
+    name = backend_name(backend, q, k, problem)
     if torch.compiler.is_compiling():
         _load(name)
     return _module(name)
@@ -63,24 +63,31 @@ class BackendUnavailableError(RuntimeError):
     """The backend that was asked for cannot run on this machine or on such tensors' device."""
 
 
-def backend_name(backend: str, q: Tensor, beyond: str | None = None) -> str:
-    """What a name stands for: "triton", "streaming" or "reference".
-
-    Args:
-        beyond: why the kernels do not take what is asked about `q`.
+def backend_name(backend: str, q: Tensor, k: Tensor | None = None, problem: PairProblem | None = None) -> str:
+    """What a name stands for: "triton", "streaming" or "reference"; for the problem or for plain tensors like q.
 
     Raises:
-        ValueError: an unknown name, or "triton" for what the kernels do not take.
+        ValueError: an unknown name, "triton" for what the kernels do not take, or a memory budget for a backend that
+            keeps none.
         RuntimeError: "triton" where triton or a CUDA device is missing.
     """
     choice("backend", backend, BACKENDS)
-    unfit = unfit_tensor(q.dtype, q.shape[-1]) or beyond
+    unfit = unfit_tensor(q.dtype, q.shape[-1])
+    if problem is not None and k is not None:
+        check_budget(backend, problem.memory_budget)
+        unfit = unfit or beyond_kernels(problem, q, k)
     if backend == "auto":
-        return _fixed_choice(str(q.device), q.dtype, unfit)
-    if backend == "triton" and (reason := unfit or _fixed_reason(str(q.device))):
+        return _fixed_choice(device_of(q), q.dtype, unfit)
+    if backend == "triton" and (reason := unfit or _fixed_reason(device_of(q))):
         kind = ValueError if unfit else BackendUnavailableError
         raise kind(f'backend="triton" cannot run: {reason}; use backend="streaming" or backend="auto"')
     return backend
+
+
+def check_budget(backend: str, memory_budget: int | None) -> None:
+    """Raises ValueError for a memory budget that the backend would ignore."""
+    if memory_budget is not None and backend in ("triton", "reference"):
+        raise ValueError(f'memory_budget is for backend="streaming" or "auto"; backend="{backend}" would ignore it')
 
 
 def beyond_kernels(problem: PairProblem, q: Tensor, k: Tensor) -> str | None:
@@ -125,7 +132,7 @@ def _automatic(device: str, dtype: torch.dtype, unfit: str | None) -> str:
     take: float64, head_dim outside 8 to 256, a part of the tokens or heads, AMD devices and compute capability below
     8.0.
     """
-    if device.partition(":")[0] != "cuda":
+    if device != PLANNED and device.partition(":")[0] != "cuda":
         return "streaming"
     reason = unfit or _fixed_reason(device)
     if reason:

@@ -11,7 +11,7 @@ from torch import Tensor
 from corrdit.arguments import flag
 from corrdit.grid import TokenGrid
 from corrdit.ops import checks
-from corrdit.ops.backends import beyond_kernels, full_precision, select_backend
+from corrdit.ops.backends import full_precision, select_backend
 
 
 @torch.no_grad()
@@ -68,7 +68,7 @@ def cost_rows(
     if flag("bidirectional", bidirectional):
         checks.check_both_directions(problem)
     with full_precision(q):
-        implementation = select_backend(backend, q, beyond_kernels(problem, q, k))
+        implementation = select_backend(backend, q, k, problem)
         rows = implementation.cost_rows(q, k, problem, chosen, bidirectional=bool(bidirectional))
     rows = rows.unflatten(-1, (grid.height, grid.width))
     return rows if heads == "none" else rows.squeeze(1)

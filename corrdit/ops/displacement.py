@@ -12,7 +12,7 @@ from torch import Tensor
 from corrdit.arguments import whole_number
 from corrdit.grid import FramePairs, TokenGrid, lists_pairs
 from corrdit.ops import checks
-from corrdit.ops.backends import beyond_kernels, full_precision, select_backend
+from corrdit.ops.backends import full_precision, select_backend
 from corrdit.problem import PairProblem
 
 
@@ -164,7 +164,7 @@ def soft_displacement(
         memory_budget=memory_budget, return_lse=return_lse,
     )  # fmt: skip
     with full_precision(q):
-        rows, lse = select_backend(backend, q, beyond_kernels(problem, q, k)).soft_displacement(q, k, problem)
+        rows, lse = select_backend(backend, q, k, problem).soft_displacement(q, k, problem)
     moved = by_heads(rows, problem, axes)
     return moved if lse is None else (moved, by_heads(lse, problem, axes))
 
@@ -207,7 +207,7 @@ def hard_displacement(
         memory_budget=memory_budget,
     )  # fmt: skip
     with full_precision(q):
-        rows = select_backend(backend, q, beyond_kernels(problem, q, k)).hard_displacement(q, k, problem)
+        rows = select_backend(backend, q, k, problem).hard_displacement(q, k, problem)
     return by_heads(rows, problem, axes)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from corrdit.arguments import flag, whole_number
 from corrdit.grid import TokenGrid
 from corrdit.ops import checks
-from corrdit.ops.backends import beyond_kernels, full_precision, select_backend
+from corrdit.ops.backends import full_precision, select_backend
 
 
 @overload
@@ -101,7 +101,7 @@ def frame_local_attention(
         return_lse=return_lse, memory_budget=memory_budget,
     )  # fmt: skip
     with full_precision(q):
-        attended, lse = select_backend(backend, q, beyond_kernels(problem, q, k)).frame_local_attention(
+        attended, lse = select_backend(backend, q, k, problem).frame_local_attention(
             q,
             k,
             v,

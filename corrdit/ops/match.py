@@ -12,7 +12,7 @@ from torch import Tensor
 from corrdit.arguments import entries, flag, whole_number
 from corrdit.grid import TokenGrid
 from corrdit.ops import checks
-from corrdit.ops.backends import beyond_kernels, full_precision, select_backend
+from corrdit.ops.backends import full_precision, select_backend
 
 
 class Match(NamedTuple):
@@ -89,7 +89,7 @@ def match(
     if flag("bidirectional", bidirectional):
         checks.check_both_directions(problem)
     with full_precision(q):
-        xy, score = select_backend(backend, q, beyond_kernels(problem, q, k)).match(
+        xy, score = select_backend(backend, q, k, problem).match(
             q,
             k,
             problem,

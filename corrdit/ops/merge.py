@@ -20,7 +20,7 @@ def merge(results: Sequence[Tensor], lses: Sequence[Tensor]) -> Tensor:
 
     Args:
         results: one `[..., D]` a shard, all of one shape, dtype and device.
-        lses: `[...]` log-sum-exp of each, base e.
+        lses: `[...]` log-sum-exp of each, base e, float32 (float64 for float64 results), as the operations return it.
 
     Returns:
         `[..., D]` in the dtype of the results, 0 where no shard has a key. Differentiable in all of them.
@@ -49,7 +49,12 @@ def merge(results: Sequence[Tensor], lses: Sequence[Tensor]) -> Tensor:
                 f"lses must have the shape of the results without the last axis, {list(result.shape[:-1])}, "
                 f"got {list(lse.shape)}"
             )
-    dtype = working_dtype(torch.promote_types(results[0].dtype, lses[0].dtype))
+        if (lse.dtype, lse.device) != (working_dtype(result.dtype), result.device):
+            raise ValueError(
+                f"lses of {result.dtype} results on {result.device} must be {working_dtype(result.dtype)} there, as"
+                f" the operations return them, got {lse.dtype} on {lse.device}"
+            )
+    dtype = lses[0].dtype
     stacked = torch.stack([lse.to(dtype) for lse in lses])
     largest = stacked.detach().amax(0)
     # Where no shard has a key every log-sum-exp is -inf: any finite level gives every shard the weight 0.

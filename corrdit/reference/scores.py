@@ -59,10 +59,24 @@ def logits_between(queries: Tensor, keys: Tensor, problem: PairProblem) -> Tenso
     queries, keys = queries.to(dtype), keys.to(dtype)
     if problem.heads == "features":
         queries, keys = (torch.einsum("bhnd,h->bnd", t, problem.weights).unsqueeze(1) for t in (queries, keys))
-    scores = problem.factor * torch.einsum("bhpd,bhkd->bhpk", queries, keys)
+    scores = problem.factor * _products(queries, keys, every_key_is_seen=problem.window is None)
     if problem.heads == "logits":
         scores = torch.einsum("bhpk,h->bpk", scores, problem.weights).unsqueeze(1)
     return scores
+
+
+def _products(queries: Tensor, keys: Tensor, *, every_key_is_seen: bool) -> Tensor:
+    """q.k `[B, H, P, K]`, whose gradient in a query is free of the NaN and infinity of keys that the query cannot see.
+
+    In the backward pass a score that is masked multiplies its key by 0, which does not take a NaN away. So a key that
+    is not finite has its products, but no part in the gradients: a query that sees it gets NaN from its softmax.
+    """
+    products = torch.einsum("bhpd,bhkd->bhpk", queries, keys)
+    if every_key_is_seen or not products.requires_grad:
+        return products
+    finite = keys.isfinite().all(-1)
+    clean = torch.einsum("bhpd,bhkd->bhpk", queries, keys.masked_fill(~finite.unsqueeze(-1), 0.0))
+    return torch.where(finite.unsqueeze(-2), clean, products.detach())
 
 
 def masked_softmax(logits: Tensor, allowed: Tensor | None) -> Tensor:

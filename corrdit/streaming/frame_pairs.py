@@ -102,6 +102,13 @@ class PairPass:
         """`[n, width]` queries of a block."""
         return self.products.queries(self.query_part(self.q, batch, index, block))
 
+    def query_gradient(self, slope: Tensor, keys: Tensor) -> Tensor:
+        """`[n, width]` gradient of a block's queries from that of their scores."""
+        if self.problem.window is not None:
+            # The rectangle has keys that a query does not see, and 0 times a NaN of theirs would be NaN.
+            keys = keys.nan_to_num(0.0, 0.0, 0.0)
+        return torch.mm(slope, keys)
+
     def rows_of(self, field: Tensor, block: Block) -> Tensor:
         """The rows of a block `[n, frames, D]` in `[R, D]` of all pairs."""
         return self.plan.of_block(field, block).reshape(block.run.key_frames, -1, field.shape[-1]).transpose(0, 1)

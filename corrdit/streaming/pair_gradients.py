@@ -57,7 +57,9 @@ def _add_key_and_query_gradients(
                 if total is not None:
                     _add_key_gradient(work, total, group, block, slope, queries)
                 if dq is not None:
-                    products.add_query_gradient(work.query_part(dq, batch, index, block), torch.mm(slope, block_keys))
+                    products.add_query_gradient(
+                        work.query_part(dq, batch, index, block), work.query_gradient(slope, block_keys)
+                    )
         if dk is not None and total is not None:
             place, rows = work.keys_of_group(group)
             products.store_key_gradient(products.key_heads(dk[batch], maps[0])[:, place], total[rows])
@@ -87,5 +89,5 @@ def _store_frame_gradient(work: PairPass, slopes: Slopes, batch: int, index: int
             block_keys = work.block_keys(keys, group, block)
             slope = slopes.of_block(batch, index, work.query_matrix(batch, index, block), block_keys, block)
             part = take(total, block.queries, -held.first, work.grid)
-            products.add_query_gradient(part, torch.mm(slope, block_keys))
+            products.add_query_gradient(part, work.query_gradient(slope, block_keys))
     target.copy_(total)

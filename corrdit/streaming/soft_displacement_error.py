@@ -14,9 +14,9 @@ from corrdit.streaming.softmax_rows import displacement_of, score_gradient, soft
 
 
 def soft_displacement_error(
-    q: Tensor, k: Tensor, problem: PairProblem, reference: Tensor, *, moving_only: bool
+    q: Tensor, k: Tensor, problem: PairProblem, reference: Tensor, *, weights: Tensor | None = None
 ) -> Tensor:
-    """`(soft_displacement(q, k, problem) - reference).square().sum()`, a scalar, with the gradients made along with it.
+    """`(weights * (soft_displacement(q, k, problem) - reference).square()).sum()`, a scalar, with its gradients.
 
     The squared error is a sum over rows of the softmax, so the gradient of a row is known as soon as its displacement
     is: three matrix products a block, where a displacement and a gradient that comes back later take four. That of a
@@ -30,16 +30,16 @@ def soft_displacement_error(
         problem: of any `heads` but "probabilities": a displacement comes from one map, so that its error is known with
             the map's row. Its memory budget is that beyond inputs and gradients.
         reference: of any dtype, `[B, H or 1, R, 2]`.
-        moving_only: vectors whose reference is zero count nothing.
+        weights: of the vectors, bool or float `[B, H or 1, R, 1]`; None for 1.
     """
-    error: Tensor = _Error.apply(q, k, problem, reference.detach(), moving_only)
+    error: Tensor = _Error.apply(q, k, problem, reference.detach(), weights)
     return error
 
 
 class _Error(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Context, q: Tensor, k: Tensor, problem: PairProblem, reference: Tensor, moving_only: bool
+        ctx: Context, q: Tensor, k: Tensor, problem: PairProblem, reference: Tensor, weights: Tensor | None
     ) -> Tensor:
         needs_dq, needs_dk, *_ = ctx.needs_input_grad
         with torch.autocast(q.device.type, enabled=False):
@@ -47,7 +47,7 @@ class _Error(torch.autograd.Function):
             dtype = work.products.dtype
             dq = torch.zeros_like(q, dtype=dtype) if needs_dq else None
             dk = torch.zeros_like(k, dtype=dtype) if needs_dk else None
-            slopes = _ErrorSlopes(work, reference, moving_only)
+            slopes = _ErrorSlopes(work, reference, weights)
             add_gradients(work, slopes, dq, dk)
         ctx.save_for_backward(q, k, *(whole for whole in (dq, dk) if whole is not None))
         return slopes.errors.sum()
@@ -72,8 +72,8 @@ class _ErrorSlopes:
         errors: `[B, maps, P]` squared errors of the blocks visited.
     """
 
-    def __init__(self, work: PairPass, reference: Tensor, moving_only: bool) -> None:
-        self.work, self.reference, self.moving_only = work, reference, moving_only
+    def __init__(self, work: PairPass, reference: Tensor, weights: Tensor | None) -> None:
+        self.work, self.reference, self.weights = work, reference, weights
         shape = (*reference.shape[:2], len(work.problem.pairs))
         self.errors = torch.zeros(shape, dtype=work.products.dtype, device=work.q.device)
 
@@ -82,7 +82,10 @@ class _ErrorSlopes:
         rows = softmax_rows(work, queries, keys, block)
         wanted = work.rows_of(self.reference[batch, index], block)
         error = displacement_of(work, rows, block).sub_(wanted.to(work.products.dtype))
-        if self.moving_only:
-            error.mul_((wanted != 0).any(-1, keepdim=True))
-        self.errors[batch, index, block.run.pairs] += error.square().sum((0, 2))
+        squared = error.square()
+        if self.weights is not None:
+            counted = work.rows_of(self.weights[batch, index], block).to(error.dtype)
+            squared.mul_(counted)
+            error.mul_(counted)
+        self.errors[batch, index, block.run.pairs] += squared.sum((0, 2))
         return score_gradient(work, rows, error.mul_(2), 1.0, block)

@@ -1,8 +1,8 @@
 """Checks for backbones, and tiny random models to run them on.
 
 `check_backbone` tells the author of a backbone whether its queries and keys, token order, text position, masks, early
-exit and restoring are right; `tiny_backbone` builds each supported family with random weights, on the CPU, in well
-under a second.
+exit and restoring are right, `given_backbone` makes one of a bare transformer, and `tiny_backbone` builds each family
+with random weights, on the CPU, in well under a second.
 """
 
 from __future__ import annotations
@@ -14,14 +14,24 @@ _LAZY_ATTRIBUTES = {
     "CheckResult": "corrdit.integrations.diffusers.testing.conformance",
     "TINY_MODELS": "corrdit.integrations.diffusers.testing.tiny_models",
     "check_backbone": "corrdit.integrations.diffusers.testing.conformance",
+    "given_backbone": "corrdit.integrations.diffusers.testing.given",
     "tiny_backbone": "corrdit.integrations.diffusers.testing.tiny_models",
     "tiny_generation": "corrdit.integrations.diffusers.testing.tiny_models",
     "tiny_pipeline": "corrdit.integrations.diffusers.testing.tiny_models",
 }
-__all__ = ["TINY_MODELS", "CheckResult", "check_backbone", "tiny_backbone", "tiny_generation", "tiny_pipeline"]
+__all__ = [
+    "TINY_MODELS",
+    "CheckResult",
+    "check_backbone",
+    "given_backbone",
+    "tiny_backbone",
+    "tiny_generation",
+    "tiny_pipeline",
+]
 
 if TYPE_CHECKING:
     from corrdit.integrations.diffusers.testing.conformance import CheckResult, check_backbone
+    from corrdit.integrations.diffusers.testing.given import given_backbone
     from corrdit.integrations.diffusers.testing.tiny_models import (
         TINY_MODELS,
         tiny_backbone,

@@ -65,7 +65,9 @@ class CropLevel:
         self.size = torch.maximum(torch.tensor(size[::-1]), self.crop)
         self.scale = self.size / torch.tensor([video.shape[2], video.shape[1]])
         height, width = int(self.size[1]), int(self.size[0])
-        self.pictures = FrameStore(video, lambda part: resized(part, height, width, antialias=antialias), frames_kept)
+        self.pictures = FrameStore(
+            video, lambda part, _: resized(part, height, width, antialias=antialias), frames_kept
+        )
 
     def batches(self, points: int, chunk: Chunk) -> int:
         """Batches of crops that `points` points make in a chunk."""

@@ -22,11 +22,11 @@ class FrameStore:
 
     Args:
         video: gives uint8 `[t, H, W, 3]` by slices.
-        make: from such frames to a tensor `[t, ...]`.
+        make: from such frames and their numbers to a tensor `[t, ...]`.
         most: frames that are kept.
     """
 
-    def __init__(self, video: Frames, make: Callable[[Tensor], Tensor], most: int) -> None:
+    def __init__(self, video: Frames, make: Callable[[Tensor, list[int]], Tensor], most: int) -> None:
         self._video = video
         self._make = make
         self._most = most
@@ -43,10 +43,14 @@ class FrameStore:
                 self._kept.move_to_end(frame)
         missing = [frame for frame in asked if frame not in self._kept]
         for run in _runs(missing):
-            made = self._make(torch.as_tensor(self._video[run[0] : run[-1] + 1]))
+            made = self._make(torch.as_tensor(self._video[run[0] : run[-1] + 1]), run)
             self._kept.update(zip(run, made.clone().unbind(), strict=True))
         while len(self._kept) > max(self._most, len(asked)):
             self._kept.popitem(last=False)
+
+    def keep(self, made: Tensor) -> None:
+        """Take what was made of every frame of the video, as `of` gave it."""
+        self._kept.update(enumerate(made.unbind()))
 
     def of(self, frames: Iterable[int]) -> Tensor:
         """`[t, ...]` of frames in the order given."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
-from corrdit.tracking.queries import Frames
+from corrdit.tracking.queries import Frames, check_queries
 from corrdit.tracking.tracks import Tracks
 from corrdit.video.folders import check_not_mixed
 from corrdit.video.info import FRAME_SUFFIXES, VIDEO_SUFFIXES
@@ -19,13 +19,22 @@ if TYPE_CHECKING:
     from corrdit.video import StreamedVideo
 
 RESULT_FILE = "tracks.npz"
+PARTS = ".parts"
+"""Folder, within that of the results, for the finished blocks of a video that is being tracked."""
 Progress = Callable[[int, int], None]
 
 
 class Tracker(Protocol):
     """A `corrdit.PointTracker`, or what tracks as it does."""
 
-    def track(self, video: Frames, queries: np.ndarray, *, progress: Progress | None = ...) -> Tracks: ...
+    def track(
+        self,
+        video: Frames,
+        queries: np.ndarray,
+        *,
+        progress: Progress | None = ...,
+        resume: str | os.PathLike[str] | None = ...,
+    ) -> Tracks: ...
 
 
 def find_videos(folder: str | os.PathLike[str], *, without: str | os.PathLike[str] | None = None) -> list[str]:
@@ -67,16 +76,23 @@ def videos_below(root: Path, *, without: str | os.PathLike[str] | None = None) -
 
 
 def track_at_size(
-    tracker: Tracker, video: Frames, queries: np.ndarray, size: tuple[int, int], *, progress: Progress | None = None
+    tracker: Tracker,
+    video: Frames,
+    queries: object,
+    size: tuple[int, int],
+    *,
+    progress: Progress | None = None,
+    resume: str | os.PathLike[str] | None = None,
 ) -> Tracks:
     """Track points given in pixels of one size through frames that were shrunk to another while they were read.
 
     Args:
         tracker: a `corrdit.PointTracker`.
         video: what it tracks through, `[T, H, W, 3]`.
-        queries: float `[P, 3]` (frame, x, y), x and y in pixels of frames of `size`.
+        queries: `[P, 3]` (frame, x, y), x and y in pixels of frames of `size`; or "grid:16".
         size: (height, width) in pixels.
         progress: called with (forward passes done, forward passes in all).
+        resume: a folder in which a run that was stopped goes on, see `PointTracker.track`.
 
     Returns:
         Tracks in pixels of frames of `size`; every point is exactly at its query's place in its query's frame.
@@ -84,23 +100,18 @@ def track_at_size(
     Raises:
         ValueError: as `PointTracker.track`.
     """
-    queries = np.asarray(queries, dtype=np.float32)
-    if tuple(video.shape[1:3]) == tuple(size) or queries.ndim != 2 or queries.shape[1] != 3:
-        return tracker.track(video, queries, progress=progress)
+    given = check_queries(queries, len(video), *size).numpy()
+    if tuple(video.shape[1:3]) == tuple(size):
+        return tracker.track(video, given, progress=progress, resume=resume)
     extent = np.array([video.shape[2], video.shape[1]], dtype=np.float32)
     factor = extent / np.array(size[::-1], dtype=np.float32)
-    shrunk = queries.copy()
-    shrunk[:, 1:] = _kept_inside(queries[:, 1:], factor, size)
-    tracks = tracker.track(video, shrunk, progress=progress)
+    shrunk = given.copy()
+    # The product is rounded, and points on the border stay inside.
+    shrunk[:, 1:] = np.minimum(given[:, 1:] * factor, np.array(size[::-1], dtype=np.float32) * factor)
+    tracks = tracker.track(video, shrunk, progress=progress, resume=resume)
     xy = tracks.xy / torch.from_numpy(factor)
-    xy[queries[:, 0].astype(int), np.arange(len(queries))] = torch.from_numpy(queries[:, 1:])
+    xy[given[:, 0].astype(int), np.arange(len(given))] = torch.from_numpy(given[:, 1:])
     return Tracks(xy=xy, visible=tracks.visible, score=tracks.score)
-
-
-def _kept_inside(xy: np.ndarray, factor: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Scaled places; those inside the frame stay inside although the product is rounded, those outside stay outside."""
-    largest = np.array(size[::-1], dtype=np.float32)
-    return np.where(xy <= largest, np.minimum(xy * factor, largest * factor), xy * factor)
 
 
 def write_track_results(

@@ -1,15 +1,33 @@
-"""Low-pass filtering of queries and keys over the token grid of each frame.
+"""Queries and keys without what disturbs matching: smoothed over the token grid, or without some of their channels.
 
-Source: HeFT, "Denoise to Track" (arXiv 2512.04619): low spatial frequencies of a head's queries and keys carry the
-correspondence, high ones mostly noise.
+HeFT, "Denoise to Track" (arXiv 2512.04619), finds that a head's low frequencies carry the correspondence. Its released
+code means those of the rotary embedding: it leaves out the channels of each axis that turn fastest
+(`without_channels`). The mean over neighbouring tokens (`low_pass`) is our own reading of it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from corrdit.grid import TokenGrid
+
+
+def without_channels(tokens: Tensor, left_out: Sequence[int]) -> Tensor:
+    """`[..., D]` without the channels of these numbers.
+
+    Raises:
+        ValueError: a channel that a head does not have, or none that is left.
+    """
+    if not left_out:
+        return tokens
+    channels = tokens.shape[-1]
+    if max(left_out) >= channels or min(left_out) < 0 or len(set(left_out)) >= channels:
+        raise ValueError(f"channels_out must be some of the channels 0 to {channels - 1} of a head, got {left_out}")
+    kept = [channel for channel in range(channels) if channel not in set(left_out)]
+    return tokens[..., kept]
 
 
 def low_pass(tokens: Tensor, grid: TokenGrid, spread: float) -> Tensor:

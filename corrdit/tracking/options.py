@@ -8,14 +8,19 @@ from typing import Any, TypeAlias
 
 from corrdit.arguments import choice, entries, finite_number, flag, whole_indices, whole_number
 from corrdit.geometry import GEOMETRIES
-from corrdit.ops.backends import BACKENDS
+from corrdit.ops.backends import BACKENDS, check_budget
 from corrdit.tracking.chunks import SCHEDULES
+from corrdit.tracking.released_costs import ROUNDINGS
 
 FUSIONS = ("heads", "channels")
 INVERSIONS = ("ddim", "released")
 IMAGES = ("first", "all")
 VISIBILITIES = ("consistency", "all")
 COMBINATIONS = ("costs", "median")
+POSTERIORS = ("mode", "sample")
+POSTERIOR_SEED = 2**40
+"""Seeds of the codec's noise are far from those of the noise that latents are given."""
+MATCHED = ("queries", "keys")
 HEADS = ("probabilities", "logits", "features")
 Options: TypeAlias = Mapping[str, Any]
 """Of the tracker, by name."""
@@ -67,6 +72,8 @@ class ReadingPreset:
             raise ValueError(f"heads must be one of {', '.join((*HEADS, 'none'))}, got {self.heads!r}")
         if not isinstance(self.noise, bool):
             raise ValueError(f"noise must be true or false, got {self.noise!r}")
+        if (self.height is None) != (self.width is None):
+            raise ValueError("height and width of the encoded frames go together; give both or neither")
         weights = self.head_weights
         if weights is not None:
             numbers = isinstance(weights, (list, tuple)) and all(type(weight) in (int, float) for weight in weights)
@@ -82,7 +89,7 @@ class ReadingPreset:
 
 
 _WHOLE_NUMBERS = {
-    "layer": None,
+    "layer": 0,
     "step": None,
     "head": 0,
     "inference_steps": 1,
@@ -110,9 +117,9 @@ class ReadingOptions:
         noise: whether the latents get the noise of that step (from `seed`); otherwise they stay clean.
         seed: of the noise.
         inversion: "ddim" brings the clean latents to the noisy steps along the model's own path with the empty prompt
-            (models of flow matching by Euler steps), in place of noise; "released" is DiffTrack's code, which goes a
-            step too far. Costs a whole forward pass for every step from the cleanest to the one asked for. None for
-            neither.
+            (models of flow matching by Euler steps), in place of noise; "released" is DiffTrack's code, which asks at
+            the timestep it leaves instead of the one it arrives at. Costs a whole forward pass for every step from the
+            cleanest to the one asked for. None for neither.
         denoise_from: a step to which the latents are brought, by `inversion` or `noise` or left clean, and from which
             they are denoised to the steps that are read; DiffTrack's released script does so from the noisiest of
             several. None brings them to every step by itself.
@@ -125,7 +132,12 @@ class ReadingOptions:
             in x and in y counts).
         temperature: factor of the logits.
         low_pass: standard deviation in tokens of a low-pass filter on queries and keys; 0 for none.
+        matched: "queries" (queries with keys) or "keys" (keys with keys, by their cosine, as HeFT does).
+        channels_out: channels of a head that are left out; HeFT leaves out the fastest of each axis of the rotary
+            embedding.
         bidirectional: whether the backward softmax takes part in the cost.
+        rounding: "none", or "bfloat16": costs in the arithmetic of DiffTrack's released runs, where near candidates tie
+            and the lowest index wins, see `corrdit.tracking.released_costs`. For geometry="released" alone.
         backend: of the operations, see `corrdit.ops`.
         memory_budget: bytes an operation may use beyond inputs and outputs (streaming).
     """
@@ -146,7 +158,10 @@ class ReadingOptions:
     combine: str = "costs"
     temperature: float = 1.0
     low_pass: float = 0.0
+    matched: str = "queries"
+    channels_out: tuple[int, ...] = ()
     bidirectional: bool = True
+    rounding: str = "none"
     backend: str = "auto"
     memory_budget: int | None = None
 
@@ -155,6 +170,12 @@ class ReadingOptions:
         choice("fusion", self.fusion, FUSIONS)
         choice("combine", self.combine, COMBINATIONS)
         choice("image", self.image, IMAGES)
+        plain_mean = self.heads in (None, "probabilities") and not self.head_weights and self.combine == "costs"
+        if choice("rounding", self.rounding, ROUNDINGS) != "none" and not plain_mean:
+            raise ValueError(
+                'rounding="bfloat16" takes the plain mean of all heads, as the released code; give '
+                'heads="probabilities", head_weights=() and combine="costs" with it'
+            )
         if self.inversion is not None:
             choice("inversion", self.inversion, INVERSIONS)
         if self.inversion is not None and self.noise:
@@ -164,7 +185,8 @@ class ReadingOptions:
         for name in ("inference_steps", "memory_budget"):
             if getattr(self, name) is not None:
                 whole_number(name, getattr(self, name), 1)
-        for name in ("layers", "steps"):
+        choice("matched", self.matched, MATCHED)
+        for name in ("layers", "steps", "channels_out"):
             given = entries(name, getattr(self, name))
             object.__setattr__(self, name, tuple(whole_indices(name, given)) if given else ())
         if self.head_weights is not None:
@@ -173,10 +195,7 @@ class ReadingOptions:
         for name in ("noise", "bidirectional"):
             if getattr(self, name) is not None:
                 flag(name, getattr(self, name))
-        if self.memory_budget is not None and self.backend in ("triton", "reference"):
-            raise ValueError(
-                f'memory_budget is for backend="streaming" or "auto"; backend="{self.backend}" would ignore it'
-            )
+        check_budget(self.backend, self.memory_budget)
         for one, several in (("layer", "layers"), ("step", "steps")):
             if getattr(self, one) is not None and getattr(self, several):
                 raise ValueError(f"{one} and {several} were both given; drop one of them")
@@ -205,6 +224,8 @@ class TrackerOptions(ReadingOptions):
         resize_first: (height, width) to which frames are resized before that (DiffTrack's evaluation: 256 x 256).
         antialias: whether frames are resized with antialiasing; DiffTrack's evaluation does without, and without
             rounding between its two sizes.
+        posterior: "mode" (the codec's most likely latents) or "sample" (drawn with `seed`, as DiffTrack's released code
+            draws them; every frame its own).
         refine: radius in tokens of the cost-weighted mean round the best token; 0 for the best token itself.
         crops: scales at which points are looked at again, one after another, in crops of the frames round them: the
             span of a token in the crop, relative to that in the whole frame. See `corrdit.tracking.crops`; the cost
@@ -213,6 +234,9 @@ class TrackerOptions(ReadingOptions):
         path_spread: distance in tokens (standard deviation) from the path so far within which a match is preferred, see
             `corrdit.tracking.peaks`; 0 matches every frame by itself. Keeps the cost maps of all frames, two bytes
             a point, frame and token. "chained" has no use for it.
+        update: share by which the features of a point become those of the place where it was found, in each frame whose
+            match leads back (HeFT's moving average); 0 keeps those of its own frame. Within a block of frames; for
+            heads="probabilities" of schedules with the query's frame in every chunk.
         frames_per_block: frames followed together, so that memory does not grow with the video; None for all.
         geometry: "centers" (token centres) or "released" (DiffTrack's reading of match maps).
         visibility: "consistency" (matching back leads to the query) or "all" (every point is called visible).
@@ -232,10 +256,12 @@ class TrackerOptions(ReadingOptions):
     tokens_per_frame: int | None = None
     resize_first: tuple[int, int] | None = None
     antialias: bool = True
+    posterior: str = "mode"
     refine: int = 1
     crops: tuple[float, ...] = ()
     crop_tokens: int = 8
     path_spread: float = 3.0
+    update: float = 0.0
     frames_per_block: int | None = 120
     geometry: str = "centers"
     visibility: str = "consistency"
@@ -247,6 +273,8 @@ class TrackerOptions(ReadingOptions):
         choice("schedule", self.schedule, SCHEDULES)
         choice("geometry", self.geometry, GEOMETRIES)
         choice("visibility", self.visibility, VISIBILITIES)
+        if choice("posterior", self.posterior, POSTERIORS) == "sample" and self.crops:
+            raise ValueError('posterior="sample" is for whole frames; give crops=() with it')
         whole_number("refine", self.refine, 0)
         frames_and_tokens = {"frames_per_chunk": 2, "frames_per_block": 1, "tokens_per_frame": 1, "crop_tokens": 2}
         for name, minimum in {**frames_and_tokens, "height": 1, "width": 1, "interval": 1, "stride": 1}.items():
@@ -259,6 +287,8 @@ class TrackerOptions(ReadingOptions):
         for name in ("tolerance", "crop_tolerance", "path_spread"):
             if not finite_number(name, getattr(self, name)) >= 0:
                 raise ValueError(f"{name} must be a distance in tokens of at least 0, got {getattr(self, name)}")
+        if finite_number("update", self.update, least=0, most=1):
+            self._check_update()
         if self.resize_first is not None:
             size = tuple(self.resize_first)
             if len(size) != 2:
@@ -273,6 +303,8 @@ class TrackerOptions(ReadingOptions):
         for scale in self.crops:
             if not 0 < scale <= 1:
                 raise ValueError(f"crops must be scales above 0 and at most 1, such as 0.5, got {scale}")
+        if self.rounding != "none" and self.geometry != "released":
+            raise ValueError(f'rounding={self.rounding!r} is for geometry="released"; give both, or preset="published"')
         if self.geometry == "released":
             if self.refine or self.path_spread:
                 text = "reads whole-token matches; give refine=0 and path_spread=0 with it"
@@ -280,6 +312,17 @@ class TrackerOptions(ReadingOptions):
             if self.crops or self.combine != "costs":
                 text = 'takes the costs of whole frames; give crops=() and combine="costs"'
                 raise ValueError(f'geometry="released" {text}')
+
+    def _check_update(self) -> None:
+        wrong = {
+            'schedule="chained"': self.schedule == "chained",
+            'combine="median"': self.combine == "median",
+            'visibility="all"': self.visibility == "all",
+            'geometry="released"': self.geometry == "released",
+            f"heads={self.heads!r}": self.heads not in (None, "probabilities"),
+        }
+        if named := [name for name, given in wrong.items() if given]:
+            raise ValueError(f"update={self.update} cannot be had with {named[0]}; give update=0, or another of these")
 
 
 PUBLISHED_TRACKING = TrackerOptions(

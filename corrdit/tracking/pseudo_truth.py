@@ -6,11 +6,13 @@ A tracker is any callable `(video uint8 [T, H, W, 3], queries float [P, 3] (fram
 from __future__ import annotations
 
 import importlib.util
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from corrdit.arguments import choice
 from corrdit.tracking.baselines import nearest_patches
@@ -20,6 +22,7 @@ from corrdit.tracking.tracks import Tracks
 Tracker = Callable[[np.ndarray, np.ndarray], Tracks]
 COTRACKER_REPOSITORY = "facebookresearch/co-tracker"
 COTRACKER_MODEL = "cotracker3_offline"
+COTRACKER_WEIGHTS = "scaled_offline.pth"
 LARGEST_RETURN = 1.0
 """Pixels by which following a point there and back may miss its start for the point to count as seen."""
 
@@ -43,6 +46,28 @@ def starting_points(mode: str, height: int, width: int) -> np.ndarray:
         np.linspace(margin, height - margin, side), np.linspace(margin, width - margin, side), indexing="ij"
     )
     return np.stack((np.zeros_like(x), x, y), axis=-1).reshape(-1, 3).astype(np.float32)
+
+
+def starting_grid_of(xy: np.ndarray, visible: np.ndarray, height: int, width: int) -> np.ndarray | None:
+    """The starting grid that tracks were begun from, as the tracks of DiffTrack's sets were.
+
+    Their first positions are the tracker's and lie up to a pixel or two beside the grid, from which the released code
+    starts.
+
+    Args:
+        xy: `[P, 2]` (x, y) in pixels, first positions.
+        visible: bool `[P]`.
+        height, width: of the frame in pixels.
+
+    Returns:
+        float32 `[P, 2]`, or None where the tracks were not begun from such a grid.
+    """
+    for mode, side in STARTING_GRIDS.items():
+        if len(xy) == side**2:
+            grid = starting_points(mode, height, width)[:, 1:]
+            near = np.abs(xy - grid).max(-1) <= width / 180
+            return grid if near[visible].all() else None
+    return None
 
 
 STARTING_GRIDS = {"object": 20, "scene": 10}
@@ -84,10 +109,45 @@ def lucas_kanade(video: np.ndarray, queries: np.ndarray) -> Tracks:
     _require_opencv()
     import cv2
 
+    def followed(before: np.ndarray, after: np.ndarray, xy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return _followed(cv2, _grey(cv2, before), _grey(cv2, after), xy)
+
+    return _frame_to_frame(video, queries, followed)
+
+
+def dis_flow(video: np.ndarray, queries: np.ndarray) -> Tracks:
+    """OpenCV's dense inverse search (Kroeger et al., "Fast Optical Flow using Dense Inverse Search", 2016) from frame
+    to frame, with the same rule of visibility as `lucas_kanade`.
+
+    Args, raises: as `lucas_kanade`.
+    """
+    _require_opencv()
+    import cv2
+
+    search = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+
+    def followed(before: np.ndarray, after: np.ndarray, xy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        first, second = _grey(cv2, before), _grey(cv2, after)
+        there = xy + _at(search.calc(first, second, None), xy)
+        back = there + _at(search.calc(second, first, None), there)
+        size = torch.tensor([before.shape[1], before.shape[0]])
+        inside = ((there >= 0) & (there <= size)).all(-1)
+        return there, ((back - xy).norm(dim=-1) <= LARGEST_RETURN) & inside
+
+    return _frame_to_frame(video, queries, followed)
+
+
+def _frame_to_frame(
+    video: np.ndarray,
+    queries: np.ndarray,
+    followed: Callable[[np.ndarray, np.ndarray, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+) -> Tracks:
+    """Follow points away from their queries' frames; `followed` gives the places `[P, 2]` in a neighbouring frame and
+    whether each was found there."""
     clip = check_video(video)
     frames, height, width = (int(size) for size in clip.shape[:3])
     table = check_queries(queries, frames, height, width)
-    grey = [cv2.cvtColor(np.ascontiguousarray(frame), cv2.COLOR_RGB2GRAY) for frame in np.asarray(clip[:])]
+    pixels = np.asarray(clip[:])
     anchor, points = table[:, 0].long(), torch.arange(len(table))
     xy = table[None, :, 1:].repeat(frames, 1, 1)
     visible = torch.zeros(frames, len(table), dtype=torch.bool)
@@ -98,11 +158,23 @@ def lucas_kanade(video: np.ndarray, queries: np.ndarray) -> Tracks:
             chosen = ((anchor - frame) * way <= 0).nonzero()[:, 0]
             following = frame + way
             if 0 <= following < frames and len(chosen):
-                place, seen = _followed(cv2, grey[frame], grey[following], xy[frame, chosen])
+                place, seen = followed(pixels[frame], pixels[following], xy[frame, chosen])
                 seen &= visible[frame, chosen]
                 xy[following, chosen] = torch.where(seen[:, None], place, xy[frame, chosen])
                 visible[following, chosen] = seen
     return Tracks(xy=xy, visible=visible, score=visible.float())
+
+
+def _grey(cv2: Any, frame: np.ndarray) -> np.ndarray:
+    return cv2.cvtColor(np.ascontiguousarray(frame), cv2.COLOR_RGB2GRAY)
+
+
+def _at(flow: np.ndarray, xy: torch.Tensor) -> torch.Tensor:
+    """Flow `[H, W, 2]` between pixel centres at places `[P, 2]`."""
+    size = torch.tensor([flow.shape[1], flow.shape[0]])
+    grid = (2 * xy / size - 1)[None, None]
+    field = torch.from_numpy(flow).permute(2, 0, 1)[None]
+    return F.grid_sample(field, grid, align_corners=False, padding_mode="border")[0, :, 0].T
 
 
 def cotracker(video: np.ndarray, queries: np.ndarray) -> Tracks:
@@ -135,6 +207,13 @@ def cotracker(video: np.ndarray, queries: np.ndarray) -> Tracks:
     return Tracks(xy=xy, visible=seen, score=seen.float())
 
 
+def cotracker_is_here() -> bool:
+    """Whether torch's hub has CoTracker's code and weights on this machine, so that nothing needs a network."""
+    hub = pathlib.Path(torch.hub.get_dir())
+    code = any(hub.glob(f"{COTRACKER_REPOSITORY.replace('/', '_')}_*/hubconf.py"))
+    return code and (hub / "checkpoints" / COTRACKER_WEIGHTS).is_file()
+
+
 TRACKERS: dict[str, Tracker] = {"lucas-kanade": lucas_kanade, "cotracker": cotracker, "patches": nearest_patches}
 
 
@@ -155,6 +234,6 @@ def _followed(cv2: Any, before: np.ndarray, after: np.ndarray, xy: torch.Tensor)
 def _require_opencv() -> None:
     if importlib.util.find_spec("cv2") is None:
         raise ImportError(
-            "the Lucas-Kanade tracker needs OpenCV, which is not installed; pip install opencv-python-headless, or "
+            "this tracker needs OpenCV, which is not installed; pip install opencv-python-headless, or "
             f"take another tracker ({', '.join(sorted(set(TRACKERS) - {'lucas-kanade'}))})"
         )

@@ -47,6 +47,11 @@ def check_queries(queries: object, frames: int, height: int, width: int) -> Tens
                 f" N from 1 to {MOST_GRID}, got {queries!r}"
             )
         queries = grid_points(side, height, width)
+    if isinstance(queries, (int, float)):
+        raise ValueError(
+            f"queries must be points [points, 3] as (frame, x, y), got {queries!r}; N x N points on the first frame are"
+            ' "grid:N"'
+        )
     try:
         table = torch.as_tensor(queries).detach().to("cpu", torch.float32)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from corrdit import ops
 from corrdit.grid import TokenGrid
-from corrdit.tracking.filtering import low_pass
+from corrdit.tracking.filtering import low_pass, without_channels
 from corrdit.tracking.options import ReadingOptions
+from corrdit.tracking.released_costs import bfloat16_rows
 
 SMALL_FRAME = 256
 """Tokens of a frame up to which whole cost maps on a CPU cost less than streaming over their rows."""
@@ -153,8 +154,7 @@ def read_tokens(
     brought = latents_at_steps(backbone, latents, reading, noise, image)
     for timestep, given in zip(reading.timesteps, brought, strict=True):
         operations = {
-            layer: _capture(part, grid_size, reading.low_pass)
-            for layer, part in zip(reading.layers, weights, strict=True)
+            layer: _capture(part, grid_size, reading) for layer, part in zip(reading.layers, weights, strict=True)
         }
         captured = backbone.forward(given, timestep, operations, **image)
         parts += [captured[layer] for layer in reading.layers]
@@ -215,7 +215,7 @@ def stepping(backbone: object) -> SteppingBackbone:
     return cast(SteppingBackbone, backbone)
 
 
-def _capture(weights: Sequence[float], grid_size: tuple[int, int], spread: float) -> Capturing:
+def _capture(weights: Sequence[float], grid_size: tuple[int, int], reading: Reading) -> Capturing:
     """An operation for `corrdit.capture`: filtered queries and keys of the video tokens and of the heads that count."""
     used = [head for head, weight in enumerate(weights) if weight > 0]
 
@@ -227,7 +227,13 @@ def _capture(weights: Sequence[float], grid_size: tuple[int, int], spread: float
         if q.shape[1] != len(weights):
             raise ValueError(f"head_weights has {len(weights)} weights, but the layer has {q.shape[1]} heads")
         video, alone = grid.video_slice, grid.without_text()
-        q, k = (low_pass(tokens[:, used, video], alone, spread) for tokens in (q, k))
+        q, k = (
+            low_pass(without_channels(tokens[:, used, video], reading.channels_out), alone, reading.low_pass)
+            for tokens in (q, k)
+        )
+        if reading.matched == "keys":
+            # Products of the two, scaled by D^-1/2, are cosines.
+            q = k = torch.nn.functional.normalize(k.float(), dim=-1) * k.shape[-1] ** 0.25
         return q, k, None if key_mask is None else key_mask[:, video].clone()
 
     return operation
@@ -236,8 +242,13 @@ def _capture(weights: Sequence[float], grid_size: tuple[int, int], spread: float
 def cost_rows(pair: TokenPair, reading: Reading, tokens: Tensor, *, source: int) -> Tensor:
     """Cost maps on the CPU, float32 `[B, V, R, F, h, w]`, of R tokens of the source frame.
 
-    V is the number of heads for a reading with votes, 1 otherwise.
+    V is the number of heads for a reading with votes, 1 otherwise. With rounding the source frame has costs of 0.
     """
+    if reading.rounding != "none":
+        return bfloat16_rows(
+            pair.q, pair.k, pair.grid, tokens, source=source, scale=pair.scale, bidirectional=reading.bidirectional,
+            key_mask=pair.key_mask,
+        )  # fmt: skip
     rows = ops.cost_rows(pair.q, pair.k, pair.grid, tokens, source=source, **_common(pair, reading))
     return (rows if reading.votes else rows.unsqueeze(1)).float().cpu()
 

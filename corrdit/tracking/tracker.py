@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import fields
+import functools
+import os
+from collections.abc import Iterable
+from dataclasses import fields, replace
 from typing import Any, Protocol, cast
 
 import torch
 
 from corrdit.pipelines import backbone_of_pipeline
 from corrdit.surroundings import ordinary_defaults
+from corrdit.tracking.chunk_costs import Settings
 from corrdit.tracking.chunks import anchored_chunks, chained_chunks, frame_blocks
+from corrdit.tracking.dense import DenseTracks
 from corrdit.tracking.encoding import resized, working_size
-from corrdit.tracking.following import Blocks, Following, Settings
+from corrdit.tracking.following import Blocks
 from corrdit.tracking.options import PRESETS, Options, ReadingOptions, ReadingPreset, TrackerOptions, changed_options
-from corrdit.tracking.queries import VideoLike, check_queries, check_video
+from corrdit.tracking.queries import Frames, VideoLike, check_video
 from corrdit.tracking.readings import ReadBackbone, Reading, stepping
 from corrdit.tracking.tracks import Tracks
+from corrdit.tracking.video_reading import Progress, VideoReading
 
 __all__ = ["PointTracker", "TrackingBackbone", "resized", "working_size"]
 
-Progress = Callable[[int, int], None]
 TOKENS_PER_FRAME = 30 * 45
 """Tokens of a frame of 480 x 720 pixels in CogVideoX; the limit where a backbone has no working size of its own."""
 
@@ -89,9 +93,14 @@ class PointTracker:
                 raise ValueError(f"layer must be from 0 to {backbone.layers - 1} for this backbone, got {layer}")
         self._check_served()
 
-    @ordinary_defaults()
-    @torch.no_grad()
-    def track(self, video: VideoLike, queries: object, *, progress: Progress | None = None) -> Tracks:
+    def track(
+        self,
+        video: VideoLike,
+        queries: object,
+        *,
+        progress: Progress | None = None,
+        resume: str | os.PathLike[str] | None = None,
+    ) -> Tracks:
         """Where the query points are in every frame of the video.
 
         Args:
@@ -100,6 +109,8 @@ class PointTracker:
             queries: `[P, 3]` (frame, x, y), frame a whole number, x and y in pixels from the frame's top left corner;
                 or "grid:16" for 16 x 16 points on the first frame.
             progress: called with (forward passes done, forward passes in all).
+            resume: a folder for the tracks of each block of frames (`frames_per_block`) as it is done, from which a run
+                that was stopped goes on. For a video that is given as a path.
 
         Returns:
             `Tracks(xy [T, P, 2] in pixels, visible [T, P], score [T, P])`. At its own query frame a point is visible,
@@ -108,40 +119,59 @@ class PointTracker:
         Raises:
             TypeError: what is no video.
             ValueError: the video has fewer than two frames, another layout or values out of range, or a query lies
-                outside it.
+                outside it; `resume` holds blocks of another video, model, set of points or options.
         """
-        clip = check_video(video)
-        frames, height, width = (int(size) for size in clip.shape[:3])
-        table = check_queries(queries, frames, height, width)
-        anchors = sorted({int(frame) for frame in table[:, 0]})
-        done = total = 0
+        return self._opened(video, keep=False).track(queries, progress=progress, resume=resume)
 
-        def count() -> None:
-            nonlocal done
-            done += 1
-            if progress is not None:
-                progress(done, total)
+    def read(self, video: VideoLike, *, frames: Iterable[int] = (0,), progress: Progress | None = None) -> VideoReading:
+        """A video read once, to be asked for any number of points as often as wanted.
 
-        following = Following(self.backbone, self._settings(frames, height, width), clip, report=count)
-        plans = {anchor: self._blocks(frames, anchor) for anchor in anchors}
-        chosen = {anchor: (table[:, 0] == anchor).nonzero()[:, 0] for anchor in anchors}
-        total = sum(following.passes(len(chosen[anchor]), blocks) for anchor, blocks in plans.items())
-        if progress is not None:
-            progress(0, total)
-        xy = torch.empty(frames, len(table), 2)
-        visible = torch.zeros(frames, len(table), dtype=torch.bool)
-        score = torch.zeros(frames, len(table))
-        for anchor, blocks in plans.items():
-            rows = chosen[anchor]
-            points = table[rows, 1:]
-            xy[anchor, rows], visible[anchor, rows], score[anchor, rows] = points, True, 1.0
-            for frame, found in following.follow(points, blocks).items():
-                xy[frame, rows], visible[frame, rows], score[frame, rows] = found
-        return Tracks(xy=xy, visible=visible, score=score)
+        `reading.track(queries)` gives what `track(video, queries)` does, without another pass of whole frames for
+        points on `frames`; points on other frames cost theirs once. Crops go through the transformer for every point
+        that is asked. Queries, keys and latents of all frames, and with `crops` the frames at their sizes, stay in
+        memory.
+
+        Args:
+            video: as for `track`.
+            frames: whose points will be asked for.
+            progress: called with (forward passes done, forward passes in all).
+
+        Raises:
+            TypeError, ValueError: as for `track`; a frame that the video does not have.
+        """
+        reading = self._opened(video, keep=True)
+        reading.read(frames, progress=progress)
+        return reading
+
+    def dense(
+        self, video: VideoLike, frame: int = 0, *, every: int = 1, progress: Progress | None = None
+    ) -> DenseTracks:
+        """Where every pixel of a frame goes: `read(video, frames=[frame]).dense(frame, every=every)`.
+
+        With `crops` every point is looked at again by itself; `crops=()` is meant for this.
+        """
+        return self.read(video, frames=[frame]).dense(frame, every=every, progress=progress)
+
+    def reading_of(self, video: Frames, *, keep: bool) -> VideoReading:
+        """One of `video [T, H, W, 3]` of which nothing is read yet; for `VideoReading.load`."""
+        frames, height, width = (int(size) for size in video.shape[:3])
+        settings = self.settings_of(frames, height, width)
+        if keep:
+            settings = replace(settings, frames_kept=frames)
+        return VideoReading(self.backbone, settings, video, functools.partial(self._blocks, frames), keep=keep)
+
+    @ordinary_defaults()
+    def _opened(self, video: VideoLike, *, keep: bool) -> VideoReading:
+        return self.reading_of(check_video(video), keep=keep)
 
     def _check_served(self) -> None:
         """Refuses, before any video, steps, weights, sizes and chunks that fit neither the backbone nor each other."""
-        self._reading().layer_weights(self.backbone.heads)
+        reading = self._reading()
+        reading.layer_weights(self.backbone.heads)
+        if self.options.update and reading.heads != "probabilities":
+            raise ValueError(
+                f'update={self.options.update} is for heads="probabilities"; the preset has {reading.heads!r}'
+            )
         self._blocks(2, 0)
         if self.options.height is not None:
             self._encoded_size(self.options.height, self.options.height)
@@ -150,12 +180,15 @@ class PointTracker:
         options = self.options
         size = self._chosen("frames_per_chunk")
         if options.schedule == "chained":
-            return [chained_chunks(frames, anchor, frames_per_chunk=size)]
+            return [[chunk] for chunk in chained_chunks(frames, anchor, frames_per_chunk=size)]
         given: dict[str, Any] = {"schedule": options.schedule, "stride": options.stride, "interval": options.interval}
-        blocks = frame_blocks(frames, anchor, options.frames_per_block)
+        # The released reading joins what all chunks say of a frame.
+        most = None if options.geometry == "released" else options.frames_per_block
+        blocks = frame_blocks(frames, anchor, most)
         return [anchored_chunks(block, anchor, frames_per_chunk=size, **given) for block in blocks]
 
-    def _settings(self, frames: int, height: int, width: int) -> Settings:
+    def settings_of(self, frames: int, height: int, width: int) -> Settings:
+        """What is read of a video of so many frames and pixels, and how."""
         kept = frames if self.options.frames_per_block is None else self.options.frames_per_block + 1
         if self.options.schedule == "chained":
             kept = self._chosen("frames_per_chunk")

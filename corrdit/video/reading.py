@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from corrdit.files import refuse_address
 from corrdit.video.containers import file_frames, file_info
 from corrdit.video.folders import folder_frames, folder_info
 from corrdit.video.info import ACCEPTED, Moment, Video, VideoInfo
@@ -119,6 +120,7 @@ class StreamedVideo:
         dtype: uint8.
         times: float64 `[T]`, when each frame is shown, in seconds of the file's own time.
         info: the file's own size and rate.
+        part: (start, max_frames) that were asked for.
     """
 
     dtype = np.dtype(np.uint8)
@@ -133,7 +135,7 @@ class StreamedVideo:
         min_frames: int = 2,
     ) -> None:
         self.info = probe_video(path)
-        self._start, self._max_frames = start, max_frames
+        self.part = (start, max_frames)
         read = [moment for moment, _ in _frames(self.info, start, max_frames)]
         _check_read(self.info, read, start, max_frames, min_frames)
         self.times = np.array([moment.seconds for moment in read])
@@ -149,7 +151,7 @@ class StreamedVideo:
 
     def at_size(self, height: int, width: int) -> Iterator[np.ndarray]:
         """The frames once more from the first on, uint8 `[height, width, 3]`, one at a time."""
-        for _, pixels in _frames(self.info, self._start, self._max_frames):
+        for _, pixels in _frames(self.info, *self.part):
             yield pixels((height, width))
 
     def __getitem__(self, part: slice) -> np.ndarray:
@@ -246,6 +248,7 @@ def _warn_of(sentences: Iterable[str], stacklevel: int = 3) -> None:
 
 
 def _existing(path: str | os.PathLike[str]) -> Path:
+    refuse_address(path)
     path = Path(path)
     if not path.exists():
         raise ValueError(f"there is no file or folder {path}; {ACCEPTED}")

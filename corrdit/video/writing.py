@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from corrdit.files import refuse_broken_link
 from corrdit.video.info import DEFAULT_FPS
 
 if TYPE_CHECKING:
@@ -57,12 +58,7 @@ class VideoWriter:
         self._partial: Path | None = None
 
     def __enter__(self) -> VideoWriter:
-        for place in (self.path, self.path.parent):
-            if place.is_symlink() and not place.exists():
-                raise ValueError(
-                    f"cannot write {self.path}: {place} is a link to {os.readlink(place)}, which does not exist; remove"
-                    " the link or give another name"
-                )
+        refuse_broken_link(self.path)
         if not self.path.parent.is_dir():
             raise ValueError(f"cannot write {self.path}: the folder {self.path.parent} does not exist")
         # a name may be as long as the file system takes, so that nothing can be added to it

@@ -22,10 +22,14 @@ def figure_pixels(figure: Figure) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])
 
 
-def png_bytes(pixels: np.ndarray) -> bytes:
-    """A picture, uint8 `[h, w, 3]`, as a PNG file."""
+def png_bytes(pixels: np.ndarray, colours: int | None = None) -> bytes:
+    """A picture, uint8 `[h, w, 3]`, as a PNG file, with a palette of so many colours or with all of them."""
     from PIL import Image
 
     encoded = io.BytesIO()
-    Image.fromarray(pixels).save(encoded, "PNG")
+    picture = Image.fromarray(pixels)
+    if colours is not None:
+        # By an octree, which keeps rare colours, where the median cut gives most of them to the greys.
+        picture = picture.quantize(colours, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    picture.save(encoded, "PNG", optimize=colours is not None)
     return encoded.getvalue()

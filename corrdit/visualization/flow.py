@@ -12,12 +12,22 @@ from numpy.typing import ArrayLike
 from corrdit.files import written_beside
 from corrdit.video import resize_frame
 from corrdit.visualization.figures import figure_pixels
-from corrdit.visualization.sheet import contact_sheet
+from corrdit.visualization.sheet import contact_sheet, sheet_frames
 
-_ARROW = "#ffffff"
 _ARROW_EDGE = "#202428"
-_MOST_ARROWS = 24
-_ARROW_ROOM = 40  # pixels of a token where frames are small
+_MOST_ARROWS = 10
+_ARROW_ROOM = 36  # pixels of a cell
+_THICKNESS = 0.12
+"""Of an arrow's shaft, as a share of its cell."""
+_LONGEST = 2.0
+"""Cells that the longest arrow spans at most."""
+_STILL = 0.5
+_FULL_SHARE = 0.9
+"""Of the vectors that move, so that a single wrong match does not make all others pale."""
+_MOST_PICTURES = 8
+_FADED = 0.45
+_PALETTE = 256
+"""Colours of a sheet of arrows, which makes its file a third as large."""
 
 
 def flow_colours(flow: ArrayLike, *, largest: float | None = None) -> np.ndarray:
@@ -61,13 +71,17 @@ def colour_wheel(size: int = 64) -> np.ndarray:
     return wheel
 
 
-def draw_flow_arrows(frame: np.ndarray, flow: ArrayLike, *, scale: tuple[float, float] | None = None) -> np.ndarray:
-    """Arrows over a frame, one for every token, or for some of them where there are many.
+def draw_flow_arrows(
+    frame: np.ndarray, flow: ArrayLike, *, largest: float | None = None, shrink: float = 1.0
+) -> np.ndarray:
+    """A few thick arrows over a frame, in the colours of `flow_colours`, one for each cell of tokens.
 
     Args:
         frame: uint8 `[H, W, 3]`.
-        flow: `[h, w, 2]` (dx, dy) in tokens of the grid that covers the frame.
-        scale: (dy, dx) pixels a token spans; None for (H / h, W / w).
+        flow: `[h, w, 2]` (dx, dy) in tokens of the grid that covers the frame. An arrow is the median of its cell;
+            there is none where that moves by less than half a token.
+        largest: length in tokens that has full colour; None for the largest in `flow`.
+        shrink: arrows are drawn at this share of their length.
 
     Returns:
         uint8 `[H, W, 3]`.
@@ -84,30 +98,41 @@ def draw_flow_arrows(frame: np.ndarray, flow: ArrayLike, *, scale: tuple[float, 
 
     height, width = frame.shape[:2]
     rows, columns = flow.shape[:2]
-    stride_y, stride_x = scale or (height / rows, width / columns)
-    step = max(1, -(-max(rows, columns) // _MOST_ARROWS))
-    y, x = np.meshgrid(np.arange(step // 2, rows, step), np.arange(step // 2, columns, step), indexing="ij")
-    moved = flow[y, x]
+    side = _cell(rows, columns)
+    corners = [(top, left) for top in range(0, rows, side) for left in range(0, columns, side)]
+    cells = [flow[top : top + side, left : left + side] for top, left in corners]
+    moved = np.array([np.median(cell.reshape(-1, 2), axis=0) for cell in cells])
+    middle = np.array(corners) + np.array([cell.shape[:2] for cell in cells]) / 2
+    shown = np.linalg.norm(moved, axis=1) >= _STILL
     figure = Figure(figsize=(width / 72, height / 72), dpi=72)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.imshow(frame, extent=(0, width, height, 0), aspect="auto")
-    axes.quiver(
-        (x + 0.5) * stride_x,
-        (y + 0.5) * stride_y,
-        moved[..., 0] * stride_x,
-        moved[..., 1] * stride_y,
-        angles="xy",
-        scale_units="xy",
-        scale=1,
-        color=_ARROW,
-        edgecolor=_ARROW_EDGE,
-        linewidth=0.4,
-        width=max(0.003, 1.5 / width),
-    )
+    if shown.any():
+        stride = np.array([width / columns, height / rows])
+        start, step = middle[shown, ::-1] * stride, moved[shown] * stride * shrink
+        colours = flow_colours(moved[shown], largest=largest) / 255
+        thickness = max(2.0, _THICKNESS * side * float(stride.min()))
+        options = {"angles": "xy", "scale_units": "xy", "scale": 1, "units": "dots", "minlength": 0.1}
+        options |= {"headwidth": 2.8, "headlength": 2.6, "headaxislength": 2.4}
+        axes.quiver(
+            *start.T, *step.T, color=colours, edgecolor=_ARROW_EDGE, linewidth=1.0, width=thickness, **options
+        )  # fmt: skip
     axes.set_xlim(0, width)
     axes.set_ylim(height, 0)
     axes.axis("off")
     return figure_pixels(figure)
+
+
+def full_colour_at(flow: ArrayLike) -> float:
+    """Length in tokens that shows a field `[..., 2]` best in full colour: few vectors that move are longer."""
+    lengths = np.linalg.norm(np.asarray(flow, dtype=np.float64), axis=-1)
+    moving = lengths[lengths > 0]
+    return max(1.0, float(np.quantile(moving, _FULL_SHARE))) if moving.size else 1.0
+
+
+def _cell(rows: int, columns: int) -> int:
+    """Tokens a side of the cells that have an arrow each."""
+    return max(1, -(-max(rows, columns) // _MOST_ARROWS))
 
 
 def write_flow_pictures(
@@ -119,7 +144,7 @@ def write_flow_pictures(
     source: int = 0,
     enlarge: int = 8,
 ) -> list[Path]:
-    """Contact sheets of the displacement from one frame to all others: colour wheel and arrows.
+    """Contact sheets of the displacement from one frame to others: colour wheel and arrows.
 
     Args:
         folder: an existing folder; `NAME_colours.png` and `NAME_arrows.png` are written there.
@@ -140,34 +165,68 @@ def write_flow_pictures(
         raise ValueError(
             f"flow must be [F, F, h, w, 2] with one frame for each F, got {flow.shape} and {len(frames)} frames"
         )
-    targets = range(flow.shape[0])
-    largest = float(np.linalg.norm(flow[source], axis=-1).max()) or 1.0
+    largest = full_colour_at(flow[source])
     colours = [
         flow_colours(flow[source, target], largest=largest).repeat(enlarge, axis=0).repeat(enlarge, axis=1)
+        for target in range(flow.shape[0])
+    ]
+    caption = f"displacement from frame {source}; full colour from {largest:.1f} tokens on"
+    files = [Path(folder) / f"{name}_colours.png", Path(folder) / f"{name}_arrows.png"]
+    labels = [f"to frame {target}" for target in range(flow.shape[0])]
+    contact_sheet([*colours, _key(*colours[0].shape[:2])], [*labels, "directions"], path=files[0], caption=caption)
+    targets = [target for target in sheet_frames(flow.shape[0], _MOST_PICTURES + 1) if target != source] or [source]
+    height, width = _arrow_size(np.asarray(frames[source]).shape[:2], flow.shape[2:4])
+    shrink = min(1.0, _LONGEST * _cell(*flow.shape[2:4]) / largest)
+    shown = [
+        draw_flow_arrows(
+            _faded(resize_frame(np.asarray(frames[source]), height, width)),
+            flow[source, target],
+            largest=largest,
+            shrink=shrink,
+        )
         for target in targets
     ]
-    shown = np.asarray(frames[source])
-    height, width = shown.shape[:2]
-    factor = max(1.0, _ARROW_ROOM * flow.shape[2] / height, _ARROW_ROOM * flow.shape[3] / width)
-    shown = resize_frame(shown, round(height * factor), round(width * factor))
-    arrows = [draw_flow_arrows(shown, flow[source, target]) for target in targets]
-    labels = [f"to frame {target}" for target in targets]
-    caption = f"displacement from frame {source}; full colour is {largest:.1f} tokens"
-    files = [Path(folder) / f"{name}_colours.png", Path(folder) / f"{name}_arrows.png"]
-    wheel = colour_wheel(min(colours[0].shape[:2]))
-    padded = np.full_like(colours[0], 255)
-    padded[: len(wheel), : len(wheel)] = wheel
-    contact_sheet([*colours, padded], [*labels, "directions"], path=files[0], caption=caption)
-    contact_sheet(arrows, labels, path=files[1], caption=caption)
+    scale = "" if shrink == 1 else f"; arrows at {shrink:.2f} of their length"
+    contact_sheet(
+        [*shown, _key(height, width)],
+        [*(f"to frame {target}" for target in targets), "directions"],
+        path=files[1],
+        caption=caption + scale,
+        columns=min(3, len(shown) + 1),
+        colours=_PALETTE,
+    )
     return files
 
 
-def write_loss_curve(path: str | os.PathLike[str], losses: ArrayLike) -> None:
+def _arrow_size(frame: tuple[int, ...], grid: tuple[int, ...]) -> tuple[int, int]:
+    """(height, width) of a picture whose cells have room for an arrow."""
+    height, width = frame
+    factor = _ARROW_ROOM / _cell(*grid) * max(grid) / max(height, width)
+    return max(1, round(height * factor)), max(1, round(width * factor))
+
+
+def _faded(frame: np.ndarray) -> np.ndarray:
+    """A frame as a light grey picture, on which colours can be told."""
+    grey = frame.mean(-1, keepdims=True)
+    return (255 - _FADED * (255 - grey)).round().astype(np.uint8).repeat(3, axis=-1)
+
+
+def _key(height: int, width: int) -> np.ndarray:
+    """The colour wheel in the middle of a white picture."""
+    wheel = colour_wheel(max(2, min(height, width)))
+    picture = np.full((height, width, 3), 255, np.uint8)
+    top, left = (height - len(wheel)) // 2, (width - len(wheel)) // 2
+    picture[max(top, 0) : max(top, 0) + len(wheel), max(left, 0) : max(left, 0) + len(wheel)] = wheel[:height, :width]
+    return picture
+
+
+def write_loss_curve(path: str | os.PathLike[str], losses: ArrayLike, *, first_step: int = 0) -> None:
     """The losses of a motion transfer as a PNG picture.
 
     Args:
         path: of the file.
         losses: `[guided steps, optimisation steps]`; NaN where there is none.
+        first_step: the denoising step of the first row.
 
     Raises:
         ValueError: another shape.
@@ -178,14 +237,26 @@ def write_loss_curve(path: str | os.PathLike[str], losses: ArrayLike) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(6, 3.5), dpi=110, layout="constrained")
+    figure = Figure(figsize=(6.4, 3.6), dpi=110, layout="constrained")
     axes = figure.add_subplot()
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     steps, iterations = losses.shape
+    known = np.isfinite(losses)
+    begin, end = (
+        [losses[step, known[step]][at] if known[step].any() else np.nan for step in range(steps)] for at in (0, -1)
+    )
+    numbers = first_step + np.arange(steps)
     for step in range(steps):
-        axes.plot(step + np.arange(iterations) / max(iterations, 1), losses[step], marker="o", markersize=3)
+        places = numbers[step] + 0.8 * np.arange(iterations) / max(iterations - 1, 1) - 0.4 * (iterations > 1)
+        label = "steps of the optimiser" if step == 0 else None
+        axes.plot(places[known[step]], losses[step, known[step]], color="#9aa3ad", linewidth=1.2, label=label)
+    axes.plot(numbers, begin, "o", color="#e4572e", markersize=5, label="before the first")
+    axes.plot(numbers, end, "o", color="#2a6fbb", markersize=5, label="before the last")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlim(numbers[0] - 0.6, numbers[-1] + 0.6) if steps else None
     axes.set_xlabel("denoising step")
-    axes.set_ylabel("loss before the optimiser's step")
+    axes.set_ylabel("loss")
+    axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, frameon=False)
     with written_beside(path) as file:
         figure.savefig(file, format="png")

@@ -46,6 +46,7 @@ def contact_sheet(
     path: str | os.PathLike[str] | None = None,
     caption: str = "",
     columns: int | None = None,
+    colours: int | None = None,
 ) -> np.ndarray:
     """Put pictures in a grid, each with its label above it.
 
@@ -55,6 +56,7 @@ def contact_sheet(
         path: PNG file to write (beside, then renamed); None writes nothing.
         caption: a line below the grid.
         columns: of the grid, in which the pictures then keep their size; None chooses both.
+        colours: of the file, 2 to 256, which is then smaller; None for all.
 
     Returns:
         The sheet, uint8 `[sheet height, sheet width, 3]`.
@@ -71,15 +73,15 @@ def contact_sheet(
         raise ValueError(f"a contact sheet is a PNG file; {path} does not end in .png")
     height, width = pictures[0].shape[:2]
     cell = cell_size(len(pictures), height, width) if columns is None else (height, width)
-    sheet, corners = _lay_out(pictures, columns or sheet_columns(len(pictures), height, width), cell, bool(caption))
-    sheet = _write_labels(sheet, corners, labels, caption)
+    sheet, corners = laid_out(pictures, columns or sheet_columns(len(pictures), height, width), cell, bool(caption))
+    sheet = write_labels(sheet, corners, labels, caption)
     if path is not None:
         with written_beside(path) as file:
-            file.write(png_bytes(sheet))
+            file.write(png_bytes(sheet, colours))
     return sheet
 
 
-def _lay_out(
+def laid_out(
     pictures: Sequence[np.ndarray] | np.ndarray, columns: int, cell: tuple[int, int], caption: bool
 ) -> tuple[np.ndarray, list[tuple[int, int]]]:
     """White sheet with the pictures on it, and the (row, column) pixel of each picture's top left corner."""
@@ -96,9 +98,10 @@ def _lay_out(
     return sheet, corners
 
 
-def _write_labels(
+def write_labels(
     sheet: np.ndarray, corners: Sequence[tuple[int, int]], labels: Sequence[str], caption: str
 ) -> np.ndarray:
+    """A sheet with a label above each of its pictures and a line below them."""
     from matplotlib.figure import Figure
 
     height, width = sheet.shape[:2]

@@ -40,13 +40,15 @@ class TrackStyle:
             frames in which a point is visible: where it is hidden, its place is a guess.
         leap: a step from one frame to the next that is longer than this share of the picture's diagonal gets no trail;
             it is a mismatch or a cut rather than a motion, and its line would only cover the picture.
+
+    Where the tracks have a score, a place that is less certain than most of its video is drawn fainter.
     """
 
     trail: int = 6
     radius: float | None = None
     fade: float = 0.45
     hidden: bool = True
-    leap: float = 0.15
+    leap: float = 0.08
 
     def __post_init__(self) -> None:
         if self.trail < 0:
@@ -89,6 +91,7 @@ class TrackPainter:
         if len(self._colours) != self._xy.shape[1]:
             raise ValueError(f"starts has {len(self._colours)} points, the tracks have {self._xy.shape[1]}")
         self._radius = self.style.radius or _dot_radius(self.size, self._xy.shape[1])
+        self._opacity = _opacity(getattr(tracks, "score", None), self._visible)
 
     @property
     def frames(self) -> int:
@@ -117,12 +120,13 @@ class TrackPainter:
         path = self._xy[first : index + 1]
         seen = self._visible[first:index] & self._visible[first + 1 : index + 1]
         age = np.arange(index - first, 0, -1)[:, None] - 1
-        alpha = np.where(seen, (1 - age / self.style.trail) ** 1.2, 0.0)
+        certain = np.minimum(self._opacity[first:index], self._opacity[first + 1 : index + 1])
+        alpha = np.where(seen, certain * (1 - age / self.style.trail) ** 1.2, 0.0)
         step = np.linalg.norm(np.diff(path, axis=0), axis=-1)
         chosen = (step > 1e-3) & (step <= self.style.leap * np.hypot(*self.size)) & (alpha > 0.01)
         segments = np.stack((path[:-1], path[1:]), axis=2)[chosen]
         colours = np.broadcast_to(self._colours, (*alpha.shape, 3))[chosen]
-        width = 0.9 * self._radius
+        width = 0.6 * self._radius
         canvas.lines(segments, _with_opacity(0.0 * colours, 0.45 * alpha[chosen]), width + 1.4)
         canvas.lines(segments, _with_opacity(colours, alpha[chosen]), width)
 
@@ -135,8 +139,18 @@ class TrackPainter:
             canvas.rings(place[hidden], radius, _with_opacity(0.0 * self._colours[hidden], 0.5), rim + halo)
             canvas.rings(place[hidden], radius, _with_opacity(self._colours[hidden], 0.8), rim)
         seen = inside & self._visible[index]
-        canvas.discs(place[seen], radius + halo, _with_opacity(0.0 * self._colours[seen], 0.7))
-        canvas.discs(place[seen], radius, _with_opacity(self._colours[seen], 1.0))
+        opacity = self._opacity[index][seen]
+        canvas.discs(place[seen], radius + halo, _with_opacity(0.0 * self._colours[seen], 0.7 * opacity))
+        canvas.discs(place[seen], radius, _with_opacity(self._colours[seen], opacity))
+
+
+def _opacity(score: Tensor | np.ndarray | None, visible: np.ndarray) -> np.ndarray:
+    """`[T, P]` in 0.25 to 1: full from the median score of the visible places of a video on, which differs by model."""
+    if score is None or not visible.any():
+        return np.ones(visible.shape)
+    values = np.nan_to_num(np.asarray(score, dtype=np.float64))
+    usual = np.median(values[visible])
+    return np.clip(values / usual, 0.25, 1.0) if usual > 0 else np.ones(visible.shape)
 
 
 def _with_opacity(colours: np.ndarray, opacity: np.ndarray | float) -> np.ndarray:

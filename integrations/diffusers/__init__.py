@@ -6,8 +6,11 @@ from corrdit.integrations.diffusers.backbones.presets import GuidancePreset, Pre
 from corrdit.integrations.diffusers.captures import Capture, capture
 from corrdit.integrations.diffusers.guidance.cross_attention import CrossAttentionGuidance
 from corrdit.integrations.diffusers.layouts import TransformerLayout, register_layout
+from corrdit.integrations.diffusers.motion_transfer.objectives import MotionObjective
 from corrdit.integrations.diffusers.motion_transfer.transfer import MotionTransfer
+from corrdit.integrations.diffusers.named_layout import register_named_grid
 from corrdit.integrations.diffusers.processors import CorrespondenceProcessor
+from corrdit.integrations.diffusers.text_attention import text_maps
 from corrdit.tracking.options import ReadingPreset
 
 __all__ = [
@@ -16,6 +19,7 @@ __all__ = [
     "CorrespondenceProcessor",
     "CrossAttentionGuidance",
     "GuidancePreset",
+    "MotionObjective",
     "MotionTransfer",
     "Preset",
     "ReadingPreset",
@@ -25,4 +29,6 @@ __all__ = [
     "capture",
     "load_backbone",
     "register_layout",
+    "register_named_grid",
+    "text_maps",
 ]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from corrdit.grid import TokenGrid
+from corrdit.grid import CrossGrid, TokenGrid
 from corrdit.integrations.diffusers.host.attention import AttentionCall
 
 ADDITIVE_MASK_LIMIT = -1000.0
@@ -46,7 +46,7 @@ class GatheredCalls:
     Args:
         batch: samples in the layer's input.
         grid: the layer's token axis, padded text included.
-        text_mask: `[B, T]`, True for the text tokens that take part, where the family drops the others.
+        text_mask: `[B, T]`, True for the text tokens that take part, where the family may drop the others.
     """
 
     def __init__(self, batch: int, grid: TokenGrid, *, text_mask: torch.Tensor | None = None) -> None:
@@ -79,7 +79,7 @@ class GatheredCalls:
             raise ValueError("this attention is causal; correspondence is read from full attention only")
         grid = self._grid
         expected = grid.tokens
-        if self._text_mask is not None and self._text_mask.shape[1] == grid.text_tokens:
+        if tokens != expected and self._text_mask is not None and self._text_mask.shape[1] == grid.text_tokens:
             expected = grid.video_tokens + int(self._text_mask[self.samples].sum())
         if tokens != expected:
             raise ValueError(
@@ -113,6 +113,64 @@ class GatheredCalls:
 
         query, key = padded(inputs.query for inputs in calls), padded(map(_repeated_heads, calls))
         return AttentionInputs(query, key, key_mask=torch.cat(masks))
+
+
+class CrossCalls:
+    """Finds the call of attention to the text among those of one layer, which may attend to a picture, too.
+
+    Where picture and text are the keys of one call (Wan 2.1 without projections of its own for the picture), the text
+    is behind.
+
+    Args:
+        batch: samples in the layer's input.
+        grid: the layer's token axes.
+    """
+
+    def __init__(self, batch: int, grid: CrossGrid) -> None:
+        self.batch, self._grid = batch, grid
+        self.samples = 0
+        self._found: AttentionInputs | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether the call has been seen."""
+        return self.samples == self.batch
+
+    def add(self, inputs: AttentionInputs) -> bool:
+        """Take one call; True when it was that to the text.
+
+        Raises:
+            ValueError: queries that are not those of the grid.
+        """
+        if self.complete or inputs.key.shape[2] < self._grid.keys:
+            return False
+        tokens = inputs.query.shape[2]
+        if tokens != self._grid.video_tokens:
+            raise ValueError(
+                f"this attention to the text has {tokens} queries and the grid {self._grid.video_tokens} "
+                f"({self._grid.frames} frames of {self._grid.height} x {self._grid.width})"
+            )
+        self._found, self.samples = inputs, inputs.query.shape[0]
+        return self.complete
+
+    def joined(self) -> AttentionInputs:
+        """Queries of the video, keys of the text, and a key mask."""
+        inputs, self._found = self._found, None
+        assert inputs is not None
+        keys = self._grid.keys
+        mask = key_mask_of(inputs.mask, self.batch, inputs.key.shape[2])
+        return AttentionInputs(
+            inputs.query, _repeated_heads(inputs)[:, :, -keys:], key_mask=None if mask is None else mask[:, -keys:]
+        )
+
+
+def calls_of_layer(
+    batch: int, grid: TokenGrid | CrossGrid, text_mask: torch.Tensor | None
+) -> GatheredCalls | CrossCalls:
+    """What joins the calls of one layer, by the grid of what is read from it."""
+    if isinstance(grid, CrossGrid):
+        return CrossCalls(batch, grid)
+    return GatheredCalls(batch, grid, text_mask=text_mask)
 
 
 def key_mask_of(mask: torch.Tensor | None, batch: int, tokens: int) -> torch.Tensor | None:

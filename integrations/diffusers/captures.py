@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from corrdit.arguments import flag, resolved_index, whole_indices
-from corrdit.integrations.diffusers.compatibility import check_processor, check_transformer, what_skips
+from corrdit.arguments import choice, flag, resolved_index, whole_indices
+from corrdit.integrations.diffusers.compatibility import (
+    check_processor,
+    check_transformer,
+    has_compiled_blocks,
+)
 from corrdit.integrations.diffusers.host.attention import processors_wrapped
-from corrdit.integrations.diffusers.host.forwards import Arguments, leaving_after, transformers_of, watched_forwards
+from corrdit.integrations.diffusers.host.forwards import (
+    Arguments,
+    leaving_after,
+    transformers_of,
+    watched_forwards,
+    weights_kept_for_backward,
+)
+from corrdit.integrations.diffusers.host.skipped import Firings, run_whole
 from corrdit.integrations.diffusers.host.steps import PipelineSteps, TransformerSteps, branches_of
 from corrdit.integrations.diffusers.layouts import ForwardCall, TransformerLayout, layout_of
 from corrdit.integrations.diffusers.processors import (
@@ -23,6 +35,7 @@ from corrdit.integrations.diffusers.processors import (
     named_operations,
     without_leftover,
 )
+from corrdit.integrations.diffusers.text_attention import TextAttention
 
 BRANCHES = ("cond", "uncond", "both")
 CaptureCallback = Callable[[int, int, Any], None]
@@ -31,13 +44,15 @@ CaptureCallback = Callable[[int, int, Any], None]
 def capture(
     model: Any,
     *,
-    layers: int | Iterable[int],
+    layers: int | Iterable[int] | Literal["all"],
     steps: int | Iterable[int] | None = None,
     operation: Operation | Mapping[str, Operation],
     branch: str | None = None,
     callback: CaptureCallback | None = None,
     keep_graph: bool = False,
     early_exit: bool = False,
+    on_skip: str = "error",
+    attention: str = "self",
 ) -> Capture:
     """Run an operation on the queries and keys of chosen layers at chosen steps, changing nothing else.
 
@@ -49,9 +64,10 @@ def capture(
 
     Args:
         model: a diffusers video pipeline (or a backbone, for its pipeline), or a bare transformer. Blocks may be
-            compiled one by one; their queries and keys then live until the end of the forward.
+            compiled one by one; their queries and keys then live until the end of the forward. Inside the block its
+            forwards come from one thread; a model that several threads share is loaded once for each.
         layers: indices over all attention blocks in the order they run (HunyuanVideo: dual, then single);
-            negative ones count from the last.
+            negative ones count from the last; or "all".
         steps: denoising steps of the pipeline's loop, negative ones counted from the last; None for every step.
             For a bare transformer a step is a distinct timestep in the order of calls, and none may be negative.
         operation: `operation(q, k, grid, key_mask) -> tensors` with q, k `[B, H, N, D]` after normalisation and rotary
@@ -65,9 +81,17 @@ def capture(
         keep_graph: leave results attached to the autograd graph.
         early_exit: for a bare transformer only: stop each forward once the last of `layers` has been read; the call
             then returns nothing of use.
+        on_skip: what is done where a step cache or a replaced forward left out a layer that was to be read: "error", or
+            "compute" to run the model's own forward beside it, without gradients, up to the last such layer. The run
+            itself stays as it is with the cache, to the bit.
+        attention: "self", or "cross" for attention from the video to the text: then q is `[B, H, F * S, D]` of the
+            video, k `[B, H, T, D]` of the text's tokens as the model has them (padding included), key_mask `[B, T]` and
+            grid a `corrdit.grid.CrossGrid`. In families whose text lies in the token axis of self-attention these are
+            parts of it, and a softmax over the T keys is the model's, renormalised over the text.
 
     Returns:
-        A context manager which is a mapping from (step, layer), both non-negative, to results.
+        A context manager which is a mapping from (step, layer) to results; `captured[-1, -1]` counts both from the
+        last, as `steps` and `layers` do.
 
     Raises:
         ValueError: for what cannot be read (unknown or unsupported model, parallelism, feature caches, whole-model
@@ -80,14 +104,25 @@ def capture(
         model = model.pipe
     return Capture(
         model,
-        operations=dict.fromkeys(whole_indices("layers", layers), named_operations(operation)),
+        operations=dict.fromkeys(_chosen_layers(model, layers), named_operations(operation)),
         steps=None if steps is None else whole_indices("steps", steps),
         named=isinstance(operation, Mapping),
         branch=branch,
         callback=callback,
         keep_graph=keep_graph,
         early_exit=early_exit,
+        on_skip=on_skip,
+        attention=attention,
     )
+
+
+def _chosen_layers(model: Any, layers: int | Iterable[int] | Literal["all"]) -> Iterable[int]:
+    if not isinstance(layers, str):
+        return whole_indices("layers", layers)
+    if layers != "all":
+        raise ValueError(f'layers must be "all" or whole numbers, got {layers!r}')
+    counts = [len(layout_of(transformer).attention_modules(transformer)) for transformer in transformers_of(model)]
+    return range(min(counts, default=0))
 
 
 class Capture(Mapping[tuple[int, int], Any]):
@@ -104,6 +139,8 @@ class Capture(Mapping[tuple[int, int], Any]):
         callback: as for `capture`.
         keep_graph: as for `capture`.
         early_exit: as for `capture`.
+        on_skip: as for `capture`.
+        attention: as for `capture`.
     """
 
     def __init__(
@@ -117,6 +154,8 @@ class Capture(Mapping[tuple[int, int], Any]):
         callback: CaptureCallback | None = None,
         keep_graph: bool = False,
         early_exit: bool = False,
+        on_skip: str = "error",
+        attention: str = "self",
     ) -> None:
         if branch is not None and branch not in BRANCHES:
             raise ValueError(f'branch must be "cond", "uncond" or "both", got {branch!r}')
@@ -142,12 +181,12 @@ class Capture(Mapping[tuple[int, int], Any]):
                 "from the last; give non-negative steps, or capture the pipeline"
             )
         self._early_exit = flag("early_exit", early_exit)
+        self._of_text = choice("attention", attention, ("self", "cross")) == "cross"
+        self._computes = choice("on_skip", on_skip, ("error", "compute")) == "compute"
         self._operations = self._resolved_layers(operations)
+        self._last_step: int | None = None
         self._results: dict[tuple[int, int], Any] = {}
-        self._fired: set[tuple[int, int]] = set()
-        self._awaited: set[int] = set()
-        self._skipped: dict[tuple[int, int], str | None] = {}
-        self._calls_seen = 0
+        self._firings = Firings(self._operations)
         self._counter: PipelineSteps | TransformerSteps = TransformerSteps()
         self._open: ExitStack | None = None
 
@@ -155,14 +194,13 @@ class Capture(Mapping[tuple[int, int], Any]):
         if self._open is not None:
             raise ValueError("this capture is already open; make another with capture(...)")
         self._counter = TransformerSteps() if self._pipe is None else PipelineSteps(self._pipe)
-        self._calls_seen = 0
-        self._fired.clear()
-        self._awaited.clear()
-        self._skipped.clear()
+        self._firings = Firings(self._operations)
         for transformer, layout in self._models:
             self._check(transformer, layout)
         with ExitStack() as stack:
             for transformer, layout in self._models:
+                if self._keep_graph:
+                    stack.enter_context(weights_kept_for_backward(transformer))
                 self._attach(transformer, layout, stack)
             self._open = stack.pop_all()
         return self
@@ -172,7 +210,7 @@ class Capture(Mapping[tuple[int, int], Any]):
     ) -> None:
         self.close()
         if kind is None:
-            self._check_fired()
+            self._firings.check(self._counter, steps=self._steps, branch=self._branch, pipe=self._pipe)
 
     def close(self) -> None:
         """Restore the model, without asking whether every result came; the end of the block does both."""
@@ -182,13 +220,20 @@ class Capture(Mapping[tuple[int, int], Any]):
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
         try:
-            return self._results[key]
+            return self._results[self._resolved(key)]
         except KeyError:
             kept = ", ".join(map(str, self._results)) or "none"
             hint = "; results went to the callback" if self._callback is not None else ""
-            if not self._calls_seen:
+            if not self._firings.calls:
                 hint = "; the model has not run inside the block: with capture(...) as captured: pipe(...)"
             raise KeyError(f"no result for (step, layer) {key}; there are {kept}{hint}") from None
+
+    def _resolved(self, key: tuple[int, int]) -> tuple[int, int]:
+        """The key with a negative step and layer counted from the last, as `steps` and `layers` count them."""
+        step, layer = key
+        if step < 0 and self._last_step is not None:
+            step += 1 + self._last_step
+        return step, layer + self._layers if layer < 0 else layer
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return iter(self._results)
@@ -209,6 +254,7 @@ class Capture(Mapping[tuple[int, int], Any]):
 
     def _resolved_layers(self, operations: Mapping[int, Mapping[str, Operation]]) -> dict[int, Mapping[str, Operation]]:
         count = min(len(layout.attention_modules(transformer)) for transformer, layout in self._models)
+        self._layers = count
         model, resolved = type(self._models[0][0]).__name__, dict[int, Mapping[str, Operation]]()
         for layer, by_name in operations.items():
             index = resolved_index("layer", layer, count, f"{model}, which has {count} attention layers")
@@ -220,8 +266,8 @@ class Capture(Mapping[tuple[int, int], Any]):
         return dict(sorted(resolved.items()))
 
     def _check(self, transformer: torch.nn.Module, layout: TransformerLayout) -> None:
-        check_transformer(transformer)
-        for module in layout.attention_modules(transformer):
+        check_transformer(transformer, caches=self._computes)
+        for module in self._modules(layout, transformer):
             if getattr(module.processor, "captured", False):
                 raise ValueError(
                     f"this {type(transformer).__name__} is already being captured; give all layers, steps and "
@@ -231,7 +277,7 @@ class Capture(Mapping[tuple[int, int], Any]):
 
     def _attach(self, transformer: torch.nn.Module, layout: TransformerLayout, stack: ExitStack) -> None:
         processors: dict[int, CorrespondenceProcessor] = {}
-        modules = layout.attention_modules(transformer)
+        modules = self._modules(layout, transformer)
 
         def reading(layer: int, inner: object) -> CorrespondenceProcessor:
             processors[layer] = CorrespondenceProcessor(without_leftover(inner), None, None)
@@ -244,20 +290,43 @@ class Capture(Mapping[tuple[int, int], Any]):
         if self._early_exit:
             stop = stack.enter_context(leaving_after(transformer, layout, max(self._operations)))
 
+        given: list[Arguments] = []
+
         def before(call: ForwardCall, arguments: Arguments) -> None:
+            if self._keep_graph:
+                # Autocast keeps the casts of what is optimised, and does not see that a step has changed it in place.
+                torch.clear_autocast_cache()
+            given[:] = [arguments] if self._computes else []
             for layer, request in self.requests(layout, call, stop).items():
-                processors[layer].arm(request)
+                processors[layer].arm(self._reading(layout, request, call, arguments))
 
         def after(output: object) -> None:
             try:
                 for processor in processors.values():
                     processor.collect_compiled()
-                self._note_skipped(transformer, modules, output is not None)
+                # One that an exception ended skipped nothing.
+                ended = output is not None or (self._early_exit and self._firings.last_came)
+                if ended and given and self._firings.awaited:
+                    self._compute_skipped(transformer, processors, given.pop())
+                self._firings.note_skipped(self._counter.step, transformer, modules if ended else None)
             finally:
                 for processor in processors.values():
                     processor.disarm()
 
         stack.enter_context(watched_forwards(transformer, layout, before, after))
+
+    def _modules(self, layout: TransformerLayout, transformer: torch.nn.Module) -> list[Any]:
+        """The attention modules that are read from."""
+        return TextAttention(layout).modules(transformer) if self._of_text else layout.attention_modules(transformer)
+
+    def _reading(
+        self, layout: TransformerLayout, request: ReadRequest, call: ForwardCall, arguments: Arguments
+    ) -> ReadRequest:
+        if not self._of_text:
+            return request
+        text = TextAttention(layout)
+        operations = text.operations(request.operations)
+        return dataclasses.replace(request, grid=text.grid(call, arguments), operations=operations)
 
     def _rows(self, layout: TransformerLayout, call: ForwardCall) -> tuple[tuple[str | None, slice], ...]:
         """The branches of this call that are wanted and where they are in the batch."""
@@ -280,10 +349,11 @@ class Capture(Mapping[tuple[int, int], Any]):
     def requests(self, layout: TransformerLayout, call: ForwardCall, stop: bool) -> dict[int, ReadRequest]:
         """Takes note of a call of a transformer, and says what each layer has to hand over in it."""
         self._counter.advance(call)
-        self._calls_seen += 1
-        step = self._counter.step
+        self._firings.calls += 1
+        step, count = self._counter.step, self._counter.count
+        self._last_step = step if count is None else count - 1
         rows = self._rows(layout, call) if self._wanted(step) else ()
-        self._awaited = set(self._operations) if rows else set()
+        self._firings.awaited = set(self._operations) if rows else set()
         if not rows:
             return {}
         return {
@@ -302,8 +372,7 @@ class Capture(Mapping[tuple[int, int], Any]):
 
     def _deliver(self, step: int, layer: int, result: Any) -> None:
         key = (step, layer)
-        self._fired.add(key)
-        self._awaited.discard(layer)
+        self._firings.came(key)
         if self._callback is not None:
             self._callback(step, layer, result)
             return
@@ -318,66 +387,16 @@ class Capture(Mapping[tuple[int, int], Any]):
             result = {**earlier, **result}
         self._results[key] = result
 
-    def _note_skipped(self, transformer: torch.nn.Module, modules: Sequence[torch.nn.Module], returned: bool) -> None:
-        """Layers that a forward was to read, and which it went past; one that an exception ended skipped nothing."""
-        left_early = self._early_exit and max(self._operations) not in self._awaited
-        skipped, self._awaited = self._awaited, set()
-        if not (returned or left_early):
-            return
-        for layer in skipped:
-            self._skipped[self._counter.step, layer] = what_skips(transformer, modules[layer])
-
-    def _check_fired(self) -> None:
-        if self._skipped:
-            causes = sorted({cause for cause in self._skipped.values() if cause is not None})
-            reason = _SKIPPED.format(f"{' and '.join(causes)} left them out") if causes else _REPLACED
-            raise ValueError(f"the capture never fired for {_keys(sorted(self._skipped))}: {reason}")
-        wanted, count = self._steps, self._counter.count
-        if wanted is not None and count is not None:
-            wanted = [step % count for step in wanted if -count <= step < count] if self._calls_seen else wanted
-        elif count is not None and self._calls_seen and self._counter.step + 1 < count and not self._interrupted:
-            raise ValueError(
-                f"the capture never fired for steps {self._counter.step + 1} to {count - 1}: {self._ended()}, before "
-                f"its {count} steps were done (something that calls the transformer at some steps only, for instance a "
-                "step cache); give the steps that run, or switch it off for the capture"
-            )
-        missing = [
-            (step, layer)
-            for layer in self._operations
-            for step in (wanted if wanted is not None else [None])
-            if not any(fired == layer and step in (None, at) for at, fired in self._fired)
-        ]
-        if missing:
-            raise ValueError(f"the capture never fired for {_keys(missing)}: {self._reason(missing)}")
-
-    def _reason(self, missing: list[tuple[int | None, int]]) -> str:
-        if not self._calls_seen:
-            return "the transformer did not run inside the block; call the pipeline or the transformer there"
-        if any(step is not None and step > self._counter.step for step, _ in missing):
-            return self._ended()
-        if self._branch == "uncond":
-            return "the run used no classifier-free guidance, so it has no unconditional branch; raise guidance_scale"
-        return _REPLACED
-
-    @property
-    def _interrupted(self) -> bool:
-        return bool(getattr(self._pipe, "interrupt", False))
-
-    def _ended(self) -> str:
-        interrupted = "; it was interrupted after step {0}" if self._interrupted else ""
-        return ("the run ended after step {0}" + interrupted).format(self._counter.step)
-
-
-_SKIPPED = (
-    "{}, so their queries and keys do not exist; switch it off for the capture (transformer.disable_cache() for the "
-    "caches of diffusers)"
-)
-_REPLACED = (
-    "the layer ran without this processor (something replaced the attention processors inside the block, for instance "
-    "fuse_qkv_projections(), or left layers out)"
-)
-
-
-def _keys(missing: Sequence[tuple[int | None, int]]) -> str:
-    shown = [f"layer {layer}" if step is None else f"(step {step}, layer {layer})" for step, layer in missing[:6]]
-    return ", ".join(shown) + (f" and {len(missing) - 6} more" if len(missing) > 6 else "")
+    def _compute_skipped(
+        self, transformer: torch.nn.Module, processors: Mapping[int, CorrespondenceProcessor], arguments: Arguments
+    ) -> None:
+        """Runs the model's own forward for the layers that are still awaited."""
+        missing = set(self._firings.awaited)
+        for layer, processor in processors.items():
+            if layer not in missing:
+                processor.disarm()
+        if not has_compiled_blocks(transformer):
+            processors[max(missing)].leave_when_read()
+        run_whole(transformer, arguments)
+        for layer in missing:
+            processors[layer].collect_compiled()

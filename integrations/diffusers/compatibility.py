@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -31,8 +31,12 @@ _HOSTS = ("accelerate", "corrdit", "diffusers", "peft", "torch")
 PARALLEL_HOOKS = {"context_parallel": "context parallelism", "tensor_parallel": "tensor parallelism"}
 
 
-def check_transformer(transformer: torch.nn.Module) -> None:
+def check_transformer(transformer: torch.nn.Module, *, caches: bool = False) -> None:
     """Refuses a transformer whose queries and keys cannot be read whole.
+
+    Args:
+        transformer: of a model.
+        caches: whether a feature cache that skips blocks may be enabled.
 
     Raises:
         ValueError: whole-model compilation, context or tensor parallelism, or a feature cache that skips blocks.
@@ -49,7 +53,30 @@ def check_transformer(transformer: torch.nn.Module) -> None:
     for module in transformer.modules():
         registry = getattr(module, "_diffusers_hook", None)
         if registry is not None:
-            _check_hooks(registry.hooks.values())
+            _check_hooks(registry.hooks.values(), caches)
+
+
+def embeds_given(arguments: Mapping[str, object], prompt: str = "prompt") -> bool:
+    """Whether a call of a pipeline has embeddings of a prompt; some have several kinds (`prompt_embeds_qwen`)."""
+    return any(name.startswith(f"{prompt}_embeds") and value is not None for name, value in arguments.items())
+
+
+def check_takes_prompt(pipe: object, arguments: Mapping[str, object]) -> None:
+    """Refuses a pipeline that was saved or loaded without what reads a prompt, unless embeddings of it are given.
+
+    Args:
+        pipe: that is called.
+        arguments: of the call.
+
+    Raises:
+        ValueError: no text encoder, or no tokenizer.
+    """
+    for name in () if embeds_given(arguments) else ("text_encoder", "tokenizer"):
+        if hasattr(pipe, name) and getattr(pipe, name) is None:
+            raise ValueError(
+                f"this {type(pipe).__name__} has no {name}, so it cannot generate from a prompt; load the model with "
+                "it, or in Python call the pipeline with prompt_embeds"
+            )
 
 
 def check_processor(processor: object) -> None:
@@ -117,10 +144,10 @@ def what_skips(transformer: torch.nn.Module, attention: torch.nn.Module) -> str 
             if origin in SKIPPING_HOOKS:
                 return SKIPPING_HOOKS[origin]
     holders = (module for module in transformer.modules() if module is transformer or attention in module.modules())
-    return next((cause for cause in map(_replacement, holders) if cause is not None), None)
+    return next((cause for cause in map(replacement_of, holders) if cause is not None), None)
 
 
-def _replacement(module: torch.nn.Module) -> str | None:
+def replacement_of(module: torch.nn.Module) -> str | None:
     """What replaced the forward of a module or of its class, by name; None where it is its own.
 
     Where it is from its globals say, because `functools.wraps` rewrites its `__module__`.
@@ -132,7 +159,8 @@ def _replacement(module: torch.nn.Module) -> str | None:
         if inner is not None:
             forward = inner
             continue
-        origin = str(getattr(forward, "__globals__", {}).get("__name__", ""))
+        # A callable object has no globals, but a class.
+        origin = str(getattr(forward, "__globals__", {}).get("__name__") or type(forward).__module__)
         package = origin.partition(".")[0]
         if origin in own:
             return None
@@ -143,15 +171,21 @@ def _replacement(module: torch.nn.Module) -> str | None:
     return None
 
 
-def _check_hooks(hooks: Iterable[object]) -> None:
+def is_skipping(hook: object) -> bool:
+    """Whether a hook of diffusers may leave out its module."""
+    return type(hook).__module__.rpartition(".")[2] in SKIPPING_HOOKS
+
+
+def _check_hooks(hooks: Iterable[object], caches: bool) -> None:
     for hook in hooks:
         origin = type(hook).__module__.rpartition(".")[2]
         if origin in PARALLEL_HOOKS:
             _refuse_parallelism(PARALLEL_HOOKS[origin])
-        if origin in SKIPPING_HOOKS:
+        if origin in SKIPPING_HOOKS and not caches:
             raise ValueError(
                 f"{SKIPPING_HOOKS[origin]} is enabled on the transformer: it skips blocks at some steps, whose queries "
-                "and keys then do not exist; call transformer.disable_cache() for the capture"
+                "and keys then do not exist; call transformer.disable_cache() for the capture, or have them computed "
+                'beside the run (on_skip="compute")'
             )
 
 

@@ -39,6 +39,10 @@ class FeatureBackbone:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.backbone, name)
 
+    def fingerprint(self) -> str:
+        """As the model's, of these features."""
+        return f"{self.backbone.fingerprint()} {self.feature}"
+
     def forward(
         self,
         latents: Tensor,

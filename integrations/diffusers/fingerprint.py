@@ -43,9 +43,16 @@ def weights_fingerprint(pipe: Any) -> str:
     for name, component in sorted(components.items()):
         for key, tensor in sorted(component.state_dict().items()):
             digest.update(f"{name}.{key} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-            digest.update(_sampled(tensor.detach()))
+            for part in _held(tensor.detach()):
+                digest.update(_sampled(part))
     precision = str(pipe.transformer.dtype).removeprefix("torch.")
     return f"{precision} {digest.hexdigest()[:16]}"
+
+
+def _held(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that a tensor is made of: itself, or values and scales of a quantised one."""
+    inner = getattr(tensor, "__tensor_flatten__", None)
+    return [tensor] if inner is None else [getattr(tensor, name) for name in inner()[0]]
 
 
 def _sampled(tensor: torch.Tensor) -> bytes:

@@ -8,19 +8,22 @@ classifier-free guidance. Whole forward passes are needed, one a step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from corrdit.arguments import whole_number
+from corrdit.arguments import choice, whole_number
 
 RULES = ("ddim", "released")
 """How latents are inverted: as diffusers' `DDIMInverseScheduler` does, or as DiffTrack's released code."""
 
 Path = Iterator[tuple[int, Tensor]]
 """Steps and the latents there, one after another."""
+
+Move = Callable[[Tensor, Tensor, int], Tensor]
+"""Latents brought to a step by the transformer's output."""
 
 _PREDICTIONS = ("epsilon", "v_prediction")
 
@@ -29,6 +32,7 @@ class Scheduler(Protocol):
     """Of diffusers, its timesteps set."""
 
     timesteps: Tensor
+    sigmas: Tensor
 
     def __getattr__(self, name: str) -> Any: ...
 
@@ -49,6 +53,9 @@ class NoisePath(Protocol):
     def moved(self, latents: Tensor, output: Tensor, start: int, end: int) -> Tensor:
         """Latents at level `start` brought to level `end` by the transformer's output."""
 
+    def clean(self, latents: Tensor, output: Tensor, level: int) -> Tensor:
+        """The clean latents that the output predicts for latents at a level."""
+
 
 class DDIMPath:
     """Between the levels of a scheduler with `alphas_cumprod`.
@@ -59,17 +66,29 @@ class DDIMPath:
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.prediction = scheduler.config.prediction_type
+        self.of_timesteps = scheduler.alphas_cumprod.double().tolist()
         clean = torch.as_tensor(getattr(scheduler, "final_alpha_cumprod", 1.0), dtype=torch.float64).reshape(1)
         alphas = scheduler.alphas_cumprod[scheduler.timesteps.long().cpu()].double()
         self.alphas = torch.cat([alphas, clean]).tolist()
 
     def moved(self, latents: Tensor, output: Tensor, start: int, end: int) -> Tensor:
-        signal, noise = self.alphas[start] ** 0.5, (1 - self.alphas[start]) ** 0.5
-        if self.prediction == "v_prediction":
-            original, direction = signal * latents - noise * output, signal * output + noise * latents
-        else:
-            original, direction = (latents - noise * output) / signal, output
+        original, direction = self._parts(latents, output, self.alphas[start])
         return self.alphas[end] ** 0.5 * original + (1 - self.alphas[end]) ** 0.5 * direction
+
+    def between_timesteps(self, latents: Tensor, output: Tensor, start: int, end: int) -> Tensor:
+        """Latents of a timestep of the training schedule brought to another by the transformer's output."""
+        original, direction = self._parts(latents, output, self.of_timesteps[start])
+        return self.of_timesteps[end] ** 0.5 * original + (1 - self.of_timesteps[end]) ** 0.5 * direction
+
+    def clean(self, latents: Tensor, output: Tensor, level: int) -> Tensor:
+        return self._parts(latents, output, self.alphas[level])[0]
+
+    def _parts(self, latents: Tensor, output: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+        """Clean latents and noise, of latents whose signal has the variance `alpha`."""
+        signal, noise = alpha**0.5, (1 - alpha) ** 0.5
+        if self.prediction == "v_prediction":
+            return signal * latents - noise * output, signal * output + noise * latents
+        return (latents - noise * output) / signal, output
 
 
 class EulerPath:
@@ -84,6 +103,9 @@ class EulerPath:
 
     def moved(self, latents: Tensor, output: Tensor, start: int, end: int) -> Tensor:
         return latents + (self.sigmas[end] - self.sigmas[start]) * output
+
+    def clean(self, latents: Tensor, output: Tensor, level: int) -> Tensor:
+        return latents + (self.sigmas[-1] - self.sigmas[level]) * output
 
 
 def noise_path(scheduler: Scheduler, *, name: str) -> NoisePath:
@@ -120,9 +142,11 @@ def inverted_latents(
 
     At the step i it arrives at, the transformer is asked at the timestep of i. With "ddim" it is given the latents of
     step i + 1 (the clean ones first) and their move is from that level to that of i, as diffusers'
-    `DDIMInverseScheduler` does. DiffTrack's released code moves from the level of i to that of i - 1 instead, so that
-    latents end up one step noisier than what they are read as; its model for inversion is always CogVideoX-2B, here it
-    is the model itself.
+    `DDIMInverseScheduler` does. "released" asks and moves as DiffTrack's code does, see `released_moves`.
+
+    The released code guides by 6 with the empty prompt in both branches, which are then the same: the guided output is
+    the plain one at twice the cost, so one branch is run here. It always inverts by CogVideoX-2B; here the model itself
+    is asked.
 
     Args:
         backbone: of `load_backbone`.
@@ -141,14 +165,31 @@ def inverted_latents(
     """
     path, timesteps = _path(backbone, inference_steps)
     wanted = _checked(steps, inference_steps)
-    shift = _shift(rule, path, min(wanted), backbone.name)
+    asked, move = _inverse_steps(rule, path, timesteps, backbone.name)
     moving = latents.float()
     for step in range(inference_steps - 1, min(wanted) - 1, -1):
-        output = backbone.predict(moving, timesteps[step], image=image)
-        moving = path.moved(moving.to(output), output, step + 1 - shift, step - shift)
+        output = backbone.predict(moving, asked[step], image=image)
+        moving = move(moving.to(output), output, step)
         _check_finite(moving, f"inverted to step {step}", backbone.name)
         if step in wanted:
             yield step, moving
+
+
+def released_moves(timesteps: Sequence[float], training_steps: int = 1000) -> list[tuple[int, int]]:
+    """The (asked, reached) timesteps of the calls of DiffTrack's released inversion, from clean latents on.
+
+    It asks at 0 and then at the timesteps of the schedule from the cleanest on, and every call takes its latents for
+    those of the timestep it asks at and brings them `training_steps // N` further. What is given to step s comes from
+    N - s calls. With N = 50 these are 0 to 20, 19 to 39, ..., 979 to 999: step s is reached at its own timestep, step
+    49 alone at 20 in place of 19. Plain DDIM asks at the timestep it arrives at instead of the one it leaves.
+
+    Args:
+        timesteps: of the schedule, N, from the noisiest to the cleanest, trailing spacing.
+        training_steps: timesteps the model was trained with.
+    """
+    ascending = [0, *(int(timestep) for timestep in reversed(timesteps))]
+    interval = training_steps // len(timesteps)
+    return [(asked, min(asked + interval, training_steps - 1)) for asked in ascending[: len(timesteps)]]
 
 
 def denoised_latents(
@@ -166,7 +207,7 @@ def denoised_latents(
         backbone, inference_steps, image: as for `inverted_latents`.
         latents: as they are at `start`.
         start: a step, non-negative.
-        steps: none before it.
+        steps: none before it; number `inference_steps` is the clean end.
 
     Yields:
         (step, latents in float32), from the noisiest on.
@@ -175,7 +216,7 @@ def denoised_latents(
         ValueError: as `inverted_latents`, or a step before `start`.
     """
     path, timesteps = _path(backbone, inference_steps)
-    wanted = _checked([start, *steps], inference_steps)
+    wanted = _checked([start, *steps], inference_steps + 1)
     if min(wanted) < start:
         raise ValueError(f"step {min(wanted)} is noisier than step {start}, where denoising begins; begin there")
     moving = latents.float()
@@ -200,21 +241,17 @@ def _checked(steps: Sequence[int], inference_steps: int) -> set[int]:
     return wanted
 
 
-def _shift(rule: str, path: NoisePath, first: int, name: str) -> int:
-    """Levels by which moves end noisier than the step they are for."""
-    if rule not in RULES:
-        raise ValueError(f"rule must be one of {', '.join(map(repr, RULES))}, got {rule!r}")
-    if rule == "ddim":
-        return 0
+def _inverse_steps(rule: str, path: NoisePath, timesteps: list[float], name: str) -> tuple[list[float], Move]:
+    """The timestep asked at on the way to each step, and the move there by the output."""
+    if choice("rule", rule, RULES) == "ddim":
+        return timesteps, lambda latents, output, step: path.moved(latents, output, step + 1, step)
     if not isinstance(path, DDIMPath):
         raise ValueError(
             f"DiffTrack's released inversion is by DDIM, and {name} is a model of flow matching; use 'ddim'"
         )
-    if first == 0:
-        raise ValueError(
-            "DiffTrack's released inversion ends a step noisier than it is read; step 0 has none before it"
-        )
-    return 1
+    moves = released_moves(timesteps, len(path.of_timesteps))[::-1]
+    asked = [float(timestep) for timestep, _ in moves]
+    return asked, lambda latents, output, step: path.between_timesteps(latents, output, *moves[step])
 
 
 def _check_finite(latents: Tensor, what: str, name: str) -> None:

@@ -8,6 +8,7 @@ freed. `host.attention` says how the call is seen.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,14 +18,14 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from corrdit.grid import TokenGrid
-from corrdit.integrations.diffusers.attention_inputs import AttentionInputs, GatheredCalls
+from corrdit.grid import CrossGrid, TokenGrid
+from corrdit.integrations.diffusers.attention_inputs import AttentionInputs, calls_of_layer
 from corrdit.integrations.diffusers.compatibility import check_attention_backend, check_processor
 from corrdit.integrations.diffusers.host.attention import Attention, AttentionCall, DelegatingProcessor, Interceptors
 from corrdit.integrations.diffusers.host.forwards import EarlyExit
 from corrdit.integrations.diffusers.result_guard import released, saved_tensors_kept_apart, unchanged
 
-Operation = Callable[[Tensor, Tensor, TokenGrid, Tensor | None], Any]
+Operation = Callable[[Tensor, Tensor, Any, Tensor | None], Any]
 """`operation(q, k, grid, key_mask)`: q, k `[B, H, N, D]`, key_mask bool `[B, N]` or None; tensors out."""
 
 
@@ -43,7 +44,7 @@ class ReadRequest:
         batch: samples of the forward; attention over fewer (a cache dropped a branch) is not read. None for any.
     """
 
-    grid: TokenGrid
+    grid: TokenGrid | CrossGrid
     operations: Mapping[str, Operation]
     named: bool
     rows: tuple[tuple[str | None, slice], ...]
@@ -135,7 +136,7 @@ class CorrespondenceProcessor(DelegatingProcessor):
             return self.delegated(interceptors, attn, *args, **kwargs)
         hidden_states = args[0] if args else kwargs["hidden_states"]
         assert isinstance(hidden_states, Tensor)
-        gathered = GatheredCalls(hidden_states.shape[0], request.grid, text_mask=_text_mask(kwargs))
+        gathered = calls_of_layer(hidden_states.shape[0], request.grid, _text_mask(kwargs))
 
         def observe(call: AttentionCall, attention: Attention) -> Tensor:
             if gathered.add(AttentionInputs.of_call(call)):
@@ -188,6 +189,11 @@ class CorrespondenceProcessor(DelegatingProcessor):
         check_processor(self.inner)
         self._request = request
 
+    def leave_when_read(self) -> None:
+        """End the forward that follows once this layer has handed over its queries and keys."""
+        if self._request is not None:
+            self._request = dataclasses.replace(self._request, stop=True)
+
     def disarm(self) -> None:
         """Pass everything through."""
         self._request = None
@@ -209,7 +215,7 @@ class CorrespondenceProcessor(DelegatingProcessor):
         if not reads or self._request is None:
             return
         batch = sum(inputs.query.shape[0] for inputs in reads)
-        gathered = GatheredCalls(batch, self._request.grid, text_mask=self._compiled_text_mask)
+        gathered = calls_of_layer(batch, self._request.grid, self._compiled_text_mask)
         for inputs in reads:
             gathered.add(inputs)
         self._fire(self._request, gathered.joined())

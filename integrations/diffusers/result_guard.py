@@ -123,4 +123,6 @@ def _memory(value: torch.Tensor | np.ndarray) -> int | None:
         value = value._values()
     elif value.layout != torch.strided:
         value = value.values()
-    return value.untyped_storage().data_ptr() if value.numel() else None
+    storage = value.untyped_storage()
+    # Fake and meta tensors have no memory, but storages of their own.
+    return (storage.data_ptr() or int(storage._cdata)) if value.numel() else None

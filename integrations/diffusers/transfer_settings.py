@@ -6,18 +6,23 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 from corrdit.arguments import choice, finite_number, flag, whole_number
-from corrdit.motion.flow_loss import FLOW_LOSSES
+from corrdit.motion.flow_loss import FLOW_LOSSES, tile_size
 from corrdit.motion.smm import SMM_LOSSES
+from corrdit.motion.word_attention import checked_path
 
-METHODS = ("ditflow", "smm", "moft", "motionclone", "injection", "backbone")
-GUIDED_METHODS = ("ditflow", "smm", "moft", "motionclone")
-"""Methods that optimise something; "injection" only injects keys and values, "backbone" does nothing."""
+METHODS = (
+    *("ditflow", "smm", "moft", "motionclone", "flowmotion", "steady", "path"),
+    *("injection", "query-injection", "backbone"),
+)
+"""Names of the objectives that stand in `motion_transfer/methods.py`."""
 
 OPTIMISED = ("latent", "embedding")
 OPTIMISERS = ("adam", "adamw", "sgd")
+RATE_FALLS = ("guided steps", "optimisation steps")
 FLOW_REFERENCES = ("argmax", "soft")
 FLOW_HEADS = ("logits", "features", "probabilities")
 
@@ -34,36 +39,58 @@ class TransferSettings:
     Args:
         blocks: attention layers whose motion is compared, counted over all blocks; negative ones from the last. The
             losses of several are averaged.
-        method: "ditflow" (attention motion flow), "smm", "moft", "motionclone", "injection" (keys and values of the
-            reference in `injection_blocks`, nothing optimised) or "backbone" (plain generation).
+        method: "ditflow" (attention motion flow), "smm", "moft", "motionclone", "flowmotion" (predicted clean latents;
+            no gradient enters the transformer), "injection" (keys and values of the reference in `injection_blocks`,
+            nothing optimised), "query-injection" (queries) or "backbone" (plain generation). Two that need no
+            reference: "steady" (temporal diagonals of self-attention are smoothed) and "path" (an object follows a
+            box through the attention of its word). Or any `MotionObjective`, as a class or an instance.
         optimise: "latent", or "embedding" (the absolute table with its text rows frozen, or rotary tables apart for
             queries and keys, whichever the model has).
         steps: denoising steps.
-        guided_share: share of them, from the noisiest on, that are guided.
+        guided_share: share of them that are guided.
+        guided_start: share of them, from the noisiest on, behind which guidance begins.
         optimisation_steps: steps of the optimiser at each guided step.
         learning_rate: (first, last), falling in equal parts over the guided steps; the last is reached one step after
             the last guided one, as in the released code. A single number is kept throughout.
+        rate_falls: "guided steps", or "optimisation steps" for a rate that falls anew in each guided step (FastVMT).
         optimizer: "adam", "adamw" or "sgd".
         temperature: factor of the logits of the motion flow.
         heads: how heads are combined in the motion flow: "logits" (released code), "features" (paper) or
             "probabilities".
-        loss: "released" or "paper"; of the motion flow or of SMM. None for the released one of the motion flow and the
-            paper's of SMM, whose released one takes the target's anchor from the reference.
+        loss: "released" or "paper"; of the motion flow or of SMM; "pairs" is FastVMT's of the motion flow. None for
+            the released one of the motion flow and the paper's of SMM, whose released one takes the target's anchor
+            from the reference.
         flow_reference: "argmax" (hard displacement of the reference) or "soft".
-        span: only pairs of frames at most this far apart are compared; None for all.
+        span: only pairs of frames at most this far apart are compared; or (least, most) frames that the key's frame is
+            later than the query's, such as (0, 3); None for all.
         window: radius in tokens of the keys a query sees; None for the whole frame.
-        tile: with `window`, it lies round the match between tiles of this many tokens a side, not round the query.
+        tile: with `window`, it lies round the match between tiles of this many tokens a side, or of so many (rows,
+            columns), not round the query.
+        distance_weights: weights of the squared differences of pairs of frames, (same frame, farthest), falling or
+            rising in equal parts with their distance; None for 1.
+        tracking_weight: of FastVMT's tracking loss beside the motion flow's; needs `window` and `tile`.
         gradient_interval: gradients are computed at every n-th guided step and the last one is used again at the others
             (FastVMT, arXiv 2602.05551).
+        optimiser_interval: gradients are computed at every n-th step of the optimiser in a guided step and the last one
+            is used again at the others (FastVMT's released code).
+        reference_noised: read the reference at every guided step, noised to it with the run's own noise, instead of
+            once and clean.
+        source_prompt: the reference is read with it.
+        strength: below 1 the generation begins at the reference, noised to this share of the schedule.
         motion_channels: share of the channels MOFT follows.
         injection_blocks: attention layers in which, at guided steps, keys and values of the video tokens come from the
-            reference, noised to the step with the run's own noise.
+            reference, noised to the step with the run's own noise; queries for "query-injection".
+        word: a word of the prompt, for "path".
+        path: (time, left, top, right, bottom) of the word's object, for "path", in shares of the video's length and the
+            frame's sides; in between the box moves evenly.
         gradient_checkpointing: recompute blocks in the backward pass.
         guidance_scale: of classifier-free guidance; None for the pipeline's own.
         negative_prompt: None for the pipeline's own.
         size: (height, width) of the new video in pixels where a call gives none; None for the reference's.
         scheduler: name of a scheduler class of diffusers; None for the pipeline's own.
         timestep_spacing: of the scheduler, where it has the option.
+        scheduler_options: options the scheduler is made with beside the pipeline's, as (name, value) pairs, such as
+            ("flow_shift", 7.0).
         pipeline_options: further keyword arguments of the pipeline's call, as (name, value) pairs.
         backend: of the operations: "auto", "triton", "streaming" or "reference".
         source: where the settings come from.
@@ -73,29 +100,40 @@ class TransferSettings:
     """
 
     blocks: tuple[int, ...]
-    method: str = "ditflow"
+    method: Any = "ditflow"
     optimise: str = "latent"
     steps: int = 50
     guided_share: float = 0.2
+    guided_start: float = 0.0
     optimisation_steps: int = 5
     learning_rate: tuple[float, float] = (0.002, 0.001)
+    rate_falls: str = "guided steps"
     optimizer: str = "adam"
     temperature: float = 2.0
     heads: str = "logits"
     loss: str | None = None
     flow_reference: str = "argmax"
-    span: int | None = None
+    span: int | tuple[int, int] | None = None
     window: int | None = None
-    tile: int | None = None
+    tile: int | tuple[int, int] | None = None
+    distance_weights: tuple[float, float] | None = None
+    tracking_weight: float = 0.0
     gradient_interval: int = 1
+    optimiser_interval: int = 1
+    reference_noised: bool = False
+    source_prompt: str = ""
+    strength: float = 1.0
     motion_channels: float = 0.04
     injection_blocks: tuple[int, ...] = ()
+    word: str | None = None
+    path: tuple[tuple[float, ...], ...] = ()
     gradient_checkpointing: bool = False
     guidance_scale: float | None = None
     negative_prompt: str | None = None
     size: tuple[int, int] | None = None
     scheduler: str | None = None
     timestep_spacing: str = "trailing"
+    scheduler_options: tuple[tuple[str, Any], ...] = ()
     pipeline_options: tuple[tuple[str, Any], ...] = ()
     backend: str = "auto"
     source: str = "given"
@@ -107,14 +145,23 @@ class TransferSettings:
             height, width = self.size
             object.__setattr__(self, "size", (whole_number("height", height, 1), whole_number("width", width, 1)))
         object.__setattr__(self, "learning_rate", _rates(self.learning_rate))
-        options = self.pipeline_options.items() if isinstance(self.pipeline_options, dict) else self.pipeline_options
-        object.__setattr__(self, "pipeline_options", tuple((str(name), value) for name, value in options))
+        for name in ("scheduler_options", "pipeline_options"):
+            given = getattr(self, name)
+            options = given.items() if isinstance(given, dict) else given
+            object.__setattr__(self, name, tuple((str(option), value) for option, value in options))
         if not self.blocks:
             raise ValueError("blocks is empty; give at least one attention layer")
+        if isinstance(self.method, str):
+            choice("method", self.method, METHODS)
+        elif not callable(getattr(self.method, "loss", None)):
+            raise TypeError(
+                f"method must be one of {', '.join(METHODS)}, or a MotionObjective as a class or an instance, got "
+                f"{self.method!r}"
+            )
         for name, accepted in (
-            ("method", METHODS),
             ("optimise", OPTIMISED),
             ("optimizer", OPTIMISERS),
+            ("rate_falls", RATE_FALLS),
             ("heads", FLOW_HEADS),
             ("flow_reference", FLOW_REFERENCES),
             ("backend", ("auto", "triton", "streaming", "reference")),
@@ -123,49 +170,91 @@ class TransferSettings:
         losses = tuple(dict.fromkeys(FLOW_LOSSES + SMM_LOSSES))
         if self.loss is not None and self.loss not in losses:
             raise ValueError(f"loss must be one of {', '.join(losses)}, or None, got {self.loss!r}")
-        for name in ("steps", "optimisation_steps", "gradient_interval"):
+        for name in ("steps", "optimisation_steps", "gradient_interval", "optimiser_interval"):
             whole_number(name, getattr(self, name), 1)
-        for name, least in (("span", 0), ("window", 0), ("tile", 2)):
-            if getattr(self, name) is not None:
-                whole_number(name, getattr(self, name), least)
-        if self.tile is not None and self.window is None:
-            raise ValueError("tile places a window, but window is None; give the radius of the window in tokens")
-        if not 0 <= self.guided_share <= 1:
-            raise ValueError(f"guided_share is a share of the steps, 0 to 1, got {self.guided_share!r}")
-        if not 0 < self.motion_channels <= 1:
-            raise ValueError(f"motion_channels is a share above 0 and at most 1, got {self.motion_channels!r}")
+        self._check_flow()
+        for name in ("guided_share", "guided_start"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a share of the steps, 0 to 1, got {getattr(self, name)!r}")
+        for name in ("motion_channels", "strength"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a share above 0 and at most 1, got {getattr(self, name)!r}")
         finite_number("temperature", self.temperature, above=0)
-        flag("gradient_checkpointing", self.gradient_checkpointing)
+        for name in ("gradient_checkpointing", "reference_noised"):
+            flag(name, getattr(self, name))
+        if not isinstance(self.source_prompt, str) or not isinstance(self.word, (str, NoneType)):
+            raise ValueError(f"source_prompt and word must be texts, got {self.source_prompt!r} and {self.word!r}")
+        object.__setattr__(self, "path", checked_path(self.path) if self.path else ())
         if self.guidance_scale is not None:
             finite_number("guidance_scale", self.guidance_scale, most=LARGEST_SCALE)
-        if self.method == "injection" and not self.injection_blocks:
-            raise ValueError('method "injection" needs injection_blocks; DiTFlow takes block 0: injection_blocks=(0,)')
 
-    @property
-    def optimises(self) -> bool:
-        """Whether anything is optimised."""
-        return self.method in GUIDED_METHODS and self.guided_steps > 0
+    def _check_flow(self) -> None:
+        """Check which pairs and tokens the motion flow compares."""
+        if isinstance(self.span, (tuple, list)):
+            if len(self.span) != 2:
+                raise ValueError(f"span must be a number of frames or (least, most), got {self.span!r}")
+            least, most = (whole_number("span", frames, -10_000) for frames in self.span)
+            if least > most:
+                raise ValueError(f"span must be (least, most) frames, got {self.span!r}")
+            object.__setattr__(self, "span", (least, most))
+        elif self.span is not None:
+            whole_number("span", self.span, 0)
+        if self.window is not None:
+            whole_number("window", self.window, 0)
+        if self.tile is not None:
+            tile_size(self.tile)
+            object.__setattr__(self, "tile", tuple(self.tile) if isinstance(self.tile, list) else self.tile)
+            if self.window is None:
+                raise ValueError("tile places a window, but window is None; give the radius of the window in tokens")
+        if finite_number("tracking_weight", self.tracking_weight, least=0) and self.tile is None:
+            raise ValueError("tracking_weight follows the windows of tiles, but tile is None; give window and tile")
+        if self.distance_weights is not None:
+            if not isinstance(self.distance_weights, (tuple, list)) or len(self.distance_weights) != 2:
+                raise ValueError(f"distance_weights must be (same frame, farthest), got {self.distance_weights!r}")
+            weights = tuple(finite_number("distance_weights", weight, least=0) for weight in self.distance_weights)
+            object.__setattr__(self, "distance_weights", weights)
 
     @property
     def guided_steps(self) -> int:
-        """Denoising steps that are guided, from the first on."""
-        return 0 if self.method == "backbone" else min(self.steps, math.ceil(self.guided_share * self.steps - 1e-9))
+        """How many denoising steps are guided."""
+        return len(self.guided_window)
+
+    @property
+    def guided_window(self) -> range:
+        """The denoising steps that are guided."""
+        first = min(self.steps, math.ceil(self.guided_start * self.steps - 1e-9))
+        count = math.ceil(self.guided_share * self.steps - 1e-9)
+        return range(first, min(self.steps, first + count))
 
     @property
     def loss_variant(self) -> str:
         """The loss in use, "released" or "paper"."""
         return self.loss or ("paper" if self.method == "smm" else "released")
 
-    def rate(self, step: int) -> float:
-        """Learning rate of a guided step."""
+    def rate(self, step: int, iteration: int = 0) -> float:
+        """Learning rate of a denoising step, at a step of the optimiser in it."""
         first, last = self.learning_rate
-        return first + (last - first) * step / self.guided_steps
+        if self.rate_falls == "optimisation steps":
+            return first + (last - first) * iteration / self.optimisation_steps
+        return first + (last - first) * (step - self.guided_window.start) / self.guided_steps
 
     def described(self) -> dict[str, object]:
         """All settings as JSON can hold them."""
-        values = {**dataclasses.asdict(self), "loss": self.loss_variant}
-        values["pipeline_options"] = [[name, repr(value)] for name, value in self.pipeline_options]
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values |= {"loss": self.loss_variant, "method": _method_in_words(self.method)}
+        for name in ("scheduler_options", "pipeline_options"):
+            values[name] = [[option, repr(value)] for option, value in getattr(self, name)]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _method_in_words(method: Any) -> object:
+    """A method's name; for a class or an instance where it stands and what it was made with."""
+    if isinstance(method, str):
+        return method
+    kind = method if isinstance(method, type) else type(method)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    made_with = {} if isinstance(method, type) else method.described()
+    return {"class": name, **{key: repr(value) for key, value in made_with.items()}} if made_with else name
 
 
 def changed_settings(settings: TransferSettings, changes: Mapping[str, Any]) -> TransferSettings:

@@ -10,28 +10,29 @@ import torch
 
 from corrdit.analysis.protocols import analysis_options
 from corrdit.analysis.results import analysis_folder
-from corrdit.analysis.sources import AnalysisItem
+from corrdit.analysis.sources import Item
 from corrdit.integrations.diffusers.analysis.running import analyze_item
 from corrdit.integrations.diffusers.analysis.videos import analysis_axes
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.backbones.presets import Preset
+from corrdit.integrations.diffusers.placement import Placement
 from corrdit.integrations.lightning.data_modules import EachOnceDataModule
 from corrdit.integrations.lightning.resumable import Model, ResumableModule
 from corrdit.runs import Inputs, Keywords
 
 
-class AnalysisDataModule(EachOnceDataModule[AnalysisItem]):
+class AnalysisDataModule(EachOnceDataModule[Item]):
     """Videos with truth, one at a time, for `Trainer.predict`.
 
     Args:
-        items: of `corrdit.analysis.sources` (`world_items`, `folder_items`, `difftrack_items`, ...).
+        items: of `corrdit.analysis.sources` (`folder_items`, `regenerated_items`, ...) or `world_items`.
         output: results folder of the `AnalysisModule`; videos whose result is there are left out. None predicts all.
 
     Raises:
         ValueError: no item, or two of one name.
     """
 
-    def __init__(self, items: Sequence[AnalysisItem], *, output: str | os.PathLike[str] | None = None) -> None:
+    def __init__(self, items: Sequence[Item], *, output: str | os.PathLike[str] | None = None) -> None:
         self.items = {item.name: item for item in items}
         if not items or len(self.items) < len(items):
             raise ValueError(
@@ -39,7 +40,7 @@ class AnalysisDataModule(EachOnceDataModule[AnalysisItem]):
             )
         super().__init__(list(self.items), None if output is None else analysis_folder(output))
 
-    def sample(self, name: str) -> AnalysisItem:
+    def sample(self, name: str) -> Item:
         """The item of a name, whose video is loaded by whoever gets it."""
         return self.items[name]
 
@@ -48,7 +49,7 @@ class AnalysisDataModule(EachOnceDataModule[AnalysisItem]):
         return self.items[name].inputs()
 
 
-class AnalysisModule(ResumableModule[AnalysisItem]):
+class AnalysisModule(ResumableModule[Item]):
     """Analyses each video `Trainer.predict` gives it and writes a result file for each.
 
     ```python
@@ -70,7 +71,8 @@ class AnalysisModule(ResumableModule[AnalysisItem]):
         options: of `corrdit.analysis.AnalysisOptions`, by name, in place of the protocol's.
         source: what the videos are, kept in the settings.
         dtype: precision of the model, as torch's type or by its name.
-        placement: where a model too large for one GPU goes, see `corrdit.integrations.diffusers.placement`.
+        placement: where the parts of the model lie and in what form, or the word for where; see
+            `corrdit.integrations.diffusers.placement.Placement`.
         on_broken: "report" writes `failed.json` for a video that cannot be analysed and goes on; "raise" stops.
 
     Raises:
@@ -88,7 +90,7 @@ class AnalysisModule(ResumableModule[AnalysisItem]):
         options: Keywords | None = None,
         source: object = None,
         dtype: torch.dtype | str | None = None,
-        placement: str = "device",
+        placement: Placement | str = "device",
         on_broken: str = "report",
     ) -> None:
         self.options = analysis_options(protocol, dict(options or {}))
@@ -110,6 +112,6 @@ class AnalysisModule(ResumableModule[AnalysisItem]):
         self.backbone = backbone
         return {"options": self.options.described(), "preset": backbone.preset.described()}
 
-    def make(self, sample: AnalysisItem) -> Mapping[str, object]:
+    def make(self, sample: Item) -> Mapping[str, object]:
         """Analyse one video; gives what the truth is, and the error of a broken video."""
         return analyze_item(self.backbone, sample, self.output, self.options, on_broken=self.on_broken)

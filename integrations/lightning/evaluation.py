@@ -12,10 +12,11 @@ from corrdit.arguments import flag, whole_number
 from corrdit.data.tapvid import TapVidSample
 from corrdit.evaluation import EvaluationResults, TrackerSummary, chosen_trackers, evaluate_video, write_tables
 from corrdit.evaluation.results import EvaluationSettings
-from corrdit.evaluation.scoring import QUERIES_AT_ONCE, draw_tracks, true_tracks
+from corrdit.evaluation.scoring import QUERIES_AT_ONCE, TRAIL, draw_tracks, true_tracks
 from corrdit.evaluation.trackers import Track, TrackerChoice
 from corrdit.integrations.diffusers.backbones.presets import Preset
 from corrdit.integrations.diffusers.fingerprint import MODEL_FACTS
+from corrdit.integrations.diffusers.placement import Placement
 from corrdit.integrations.lightning.data_modules import on_first_process
 from corrdit.integrations.lightning.resumable import Model, ResumableModule
 from corrdit.integrations.lightning.tapvid_data import TapVidDataModule, TapVidItem, sample_of
@@ -44,12 +45,14 @@ class EvaluationModule(ResumableModule[TapVidItem]):
         trackers: names, or options by label, as `corrdit.evaluation.chosen_trackers` takes them.
         tracker_options: options of all trackers that read the model.
         dtype: precision of the model, as torch's type or by its name.
-        placement: where a model too large for one GPU goes, see `corrdit.integrations.diffusers.placement`.
+        placement: where the parts of the model lie and in what form, or the word for where; see
+            `corrdit.integrations.diffusers.placement.Placement`.
         on_broken: "raise" ends the run at a video that cannot be evaluated; "report" goes on. Both name it in the
             tables. Until 0.3 these may be called "stop" and "skip".
         queries_at_once: most queries a tracker is given together; None for all.
         save_tracks: whether the tracks of each video are kept beside its figures.
         pictures: the tracks of the first so many videos of the set are drawn.
+        trail: past frames whose path is drawn behind a point.
 
     Raises:
         ValueError: an argument out of range; when the run starts, an unknown model, options it cannot serve or results
@@ -67,11 +70,12 @@ class EvaluationModule(ResumableModule[TapVidItem]):
         trackers: str | Sequence[str] | Mapping[str, Mapping[str, object] | None] = ("ours",),
         tracker_options: Mapping[str, object] | None = None,
         dtype: torch.dtype | str | None = None,
-        placement: str = "device",
+        placement: Placement | str = "device",
         on_broken: str = "raise",
         queries_at_once: int | None = QUERIES_AT_ONCE,
         save_tracks: bool = True,
         pictures: int = 0,
+        trail: int = TRAIL,
     ) -> None:
         if on_broken in _EARLIER_WORDS:
             now = _EARLIER_WORDS[on_broken]
@@ -84,6 +88,7 @@ class EvaluationModule(ResumableModule[TapVidItem]):
         self.save_tracks = flag("save_tracks", save_tracks)
         self.queries_at_once = None if queries_at_once is None else whole_number("queries_at_once", queries_at_once, 1)
         self.pictures = whole_number("pictures", pictures, 0)
+        self.trail = whole_number("trail", trail, 0)
         self._trackers: dict[str, Track] = {}
         super().__init__(
             model,
@@ -192,7 +197,7 @@ class EvaluationModule(ResumableModule[TapVidItem]):
     def _draw(self, label: str, sample: TapVidSample, tracks: Tracks) -> None:
         """The tracker's tracks and the true ones, over the video."""
         for name, drawn in ((label, tracks), ("truth", true_tracks(sample))):
-            draw_tracks(self.evaluated.pictures_folder(name), sample, drawn)
+            draw_tracks(self.evaluated.pictures_folder(name), sample, drawn, trail=self.trail)
 
     def _refuse_failures(self) -> None:
         for label in self.labels:

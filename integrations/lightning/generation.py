@@ -20,10 +20,11 @@ from corrdit.integrations.diffusers.guidance.comparison import (
     export_for_vbench,
     generate,
     generation_facts,
-    vbench_name,
+    list_for_vbench,
     write_generated,
 )
 from corrdit.integrations.diffusers.guidance.cross_attention import CrossAttentionGuidance
+from corrdit.integrations.diffusers.placement import Placement
 from corrdit.integrations.lightning.data_modules import EachOnceDataModule
 from corrdit.integrations.lightning.guidance_callback import GuidanceCallback
 from corrdit.integrations.lightning.resumable import Model, ResumableModule
@@ -46,6 +47,7 @@ class PromptDataModule(EachOnceDataModule[PromptItem]):
         prompts: a text file with one prompt a line, or the prompts.
         samples: videos for each prompt.
         seed: of the first; sample k of prompt p gets `seed + p * samples + k`, whichever process generates it.
+        same_seed: whether all prompts have the first one's seeds (sample k gets `seed + k`), as DiffTrack's scripts.
         output: results folder of the module that predicts; what is there already is left out, so that a run that was
             stopped goes on where it was. None predicts all.
 
@@ -60,13 +62,14 @@ class PromptDataModule(EachOnceDataModule[PromptItem]):
         *,
         samples: int = 1,
         seed: int = 0,
+        same_seed: bool = False,
         output: str | os.PathLike[str] | None = None,
     ) -> None:
         self.prompts = read_prompts(prompts) if isinstance(prompts, (str, os.PathLike)) else list(prompts)
         if not self.prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in self.prompts):
             raise ValueError("prompts must be at least one text, none of them empty")
         self.samples = whole_number("samples", samples, 1)
-        self.seed = whole_number("seed", seed, 0)
+        self.seed, self.same_seed = whole_number("seed", seed, 0), flag("same_seed", same_seed)
         self.items = self._numbered()
         self._by_name = {item["name"]: item for item in self.items}
         super().__init__(list(self._by_name), None if output is None else generation_results(output))
@@ -77,7 +80,7 @@ class PromptDataModule(EachOnceDataModule[PromptItem]):
         for number, prompt in enumerate(self.prompts):
             for sample in range(self.samples):
                 name = f"{number:04d}" + (f"_{sample}" if self.samples > 1 else "")
-                seed = self.seed + number * self.samples + sample
+                seed = self.seed + sample + (0 if self.same_seed else number * self.samples)
                 # A prompt that stands in the file twice goes on counting, so that no sample of it replaces another.
                 items.append({"name": name, "prompt": prompt, "seed": seed, "sample": made[prompt]})
                 made[prompt] += 1
@@ -147,14 +150,15 @@ class GenerationModule(ResumableModule[PromptItem]):
             layer where none are published; None generates without.
         fps: frames per second of the files.
         dtype: precision of the model, as torch's type or by its name.
-        vbench: also copy the videos into `output/vbench`, named as VBench's tool expects.
-        placement: where a model too large for one GPU goes, see `corrdit.integrations.diffusers.placement`.
+        vbench: also copy the videos into `output/vbench`, named as VBench's tool expects, with a list of what is cut.
+        placement: where the parts of the model lie and in what form, or the word for where; see
+            `corrdit.integrations.diffusers.placement.Placement`.
         on_broken: "raise" stops at a video that cannot be generated; "report" writes `failed.json` and goes on.
 
     Raises:
         ValueError: a rate that is not positive; when prediction starts, an unknown model, arguments that the pipeline
-            or the guidance does not take, guidance from here and from a callback, a prompt too long for VBench's
-            names, or results of other settings in `output`.
+            or the guidance does not take, guidance from here and from a callback, or results of other settings in
+            `output`.
     """
 
     sample_kind = "prompt"
@@ -170,7 +174,7 @@ class GenerationModule(ResumableModule[PromptItem]):
         fps: float = 8.0,
         dtype: torch.dtype | str | None = None,
         vbench: bool = False,
-        placement: str = "device",
+        placement: Placement | str = "device",
         on_broken: str = "raise",
     ) -> None:
         self.call = dict(call or {})
@@ -195,10 +199,6 @@ class GenerationModule(ResumableModule[PromptItem]):
                 "with and without it side by side, or the callback alone for guided ones"
             )
         self.settings["guidance_callback"] = guiding[0].options if guiding else None
-        data = getattr(self.trainer, "datamodule", None)
-        if self.vbench and isinstance(data, PromptDataModule):
-            for item in data.items:
-                vbench_name(item["prompt"], item["sample"])
         super().check_settings()
 
     def prepare(self, backbone: Backbone) -> Mapping[str, object]:
@@ -210,6 +210,14 @@ class GenerationModule(ResumableModule[PromptItem]):
             CrossAttentionGuidance(backbone, **self.guidance)
         self.backbone = backbone
         return {"guidance": self.guidance}
+
+    def on_predict_end(self) -> None:
+        """List the videos of VBench's layout once every process is done."""
+        data = getattr(self.trainer, "datamodule", None)
+        if self.vbench and isinstance(data, PromptDataModule):
+            self.trainer.strategy.barrier("all videos done")
+            if self.trainer.is_global_zero:
+                list_for_vbench(self.output, [(item["prompt"], item["sample"]) for item in data.items])
 
     def make(self, sample: PromptItem) -> Mapping[str, object]:
         """Generate for one prompt; gives prompt and seed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 
@@ -15,16 +16,17 @@ from corrdit.evaluation import evaluate_video
 from corrdit.files import file_digest
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.backbones.presets import Preset
+from corrdit.integrations.diffusers.placement import Placement
 from corrdit.integrations.lightning.data_modules import tracking_results
 from corrdit.integrations.lightning.resumable import Model, ResumableModule
 from corrdit.integrations.lightning.tapvid_data import TapVidDataModule, TapVidItem, sample_of
 from corrdit.metrics import TapVidMetric
 from corrdit.runs import Keywords
 from corrdit.tracking import PointTracker
-from corrdit.tracking.files import RESULT_FILE, track_at_size, write_track_results
-from corrdit.tracking.queries import grid_points
+from corrdit.tracking.files import PARTS, RESULT_FILE, track_at_size, write_track_results
+from corrdit.tracking.queries import check_queries, grid_points, grid_side
 
-Queries = int | np.ndarray | Callable[[int, int, int], np.ndarray]
+Queries = int | str | np.ndarray | Callable[[int, int, int], np.ndarray]
 
 
 class TrackingModule(ResumableModule[Mapping[str, str]]):
@@ -42,14 +44,15 @@ class TrackingModule(ResumableModule[Mapping[str, str]]):
     `output/NAME/` gets `tracks.npz` (xy `[T, P, 2]`, visible, score `[T, P]`, queries `[P, 3]`) and, with `pictures`,
     `tracks.mp4` and `tracks.png`. Files are written beside and renamed, `tracks.npz` last, so a run may be killed at
     any time; with `VideoDataModule(..., output=output)` the next run does what is left, what is damaged and videos that
-    are others than before. A broken video gets `output/NAME/failed.json`. `output/settings.json` says how the results
-    were made; a run with other settings or weights is refused.
+    are others than before; within a video longer than `frames_per_block` it goes on block by block. A broken video gets
+    `output/NAME/failed.json`. `output/settings.json` says how the results were made; a run with other settings or
+    weights is refused.
 
     Args:
         model: for `corrdit.load_backbone`, or a backbone that is loaded already.
         output: folder for the results, made if need be.
         model_preset: for `corrdit.load_backbone`: a `Preset` or a preset.json in place of the model's own.
-        queries: the points of each video: n for a grid of n x n on the first frame, `[P, 3]` (frame, x, y) in pixels
+        queries: the points of each video: n or "grid:n" for n x n on the first frame, `[P, 3]` (frame, x, y) in pixels
             for all videos alike, or a function (frames, height, width) -> such an array.
         queries_description: what `settings.json` says about them; needed with a function.
         preset: "default" or "published", as `corrdit.PointTracker` takes it.
@@ -60,7 +63,8 @@ class TrackingModule(ResumableModule[Mapping[str, str]]):
         max_side: frames are shrunk to at most this many pixels on the longer side while they are read.
         pictures: whether to draw `tracks.mp4` and `tracks.png`.
         trail: frames of path drawn behind a point.
-        placement: where a model too large for one GPU goes, see `corrdit.integrations.diffusers.placement`.
+        placement: where the parts of the model lie and in what form, or the word for where; see
+            `corrdit.integrations.diffusers.placement.Placement`.
         on_broken: "report" writes `failed.json` for a video that cannot be read or tracked and goes on; "raise" stops.
 
     Raises:
@@ -86,7 +90,7 @@ class TrackingModule(ResumableModule[Mapping[str, str]]):
         max_side: int | None = 720,
         pictures: bool = True,
         trail: int = 16,
-        placement: str = "device",
+        placement: Placement | str = "device",
         on_broken: str = "report",
     ) -> None:
         self.queries, self.preset, self.options = queries, preset, dict(options or {})
@@ -138,10 +142,12 @@ class TrackingModule(ResumableModule[Mapping[str, str]]):
         inputs = {"video": file_digest(path)}
         size = (video.info.height, video.info.width)
         queries = self._queries(len(video), *size)
-        tracks = track_at_size(self._tracker, video, queries, size)
+        parts = self.results.path / PARTS / name
+        tracks = track_at_size(self._tracker, video, queries, size, resume=parts)
         with self.results.result(name, inputs, last=RESULT_FILE) as result:
             write_track_results(result.folder, video, tracks, queries, pictures=self.pictures, trail=self.trail)
             result.facts.update(frames=tracks.frames, points=tracks.points)
+        shutil.rmtree(parts, ignore_errors=True)
         return result.facts
 
     def test_step(self, batch: TapVidItem, batch_idx: int) -> None:
@@ -180,7 +186,8 @@ class TrackingModule(ResumableModule[Mapping[str, str]]):
     def _queries(self, frames: int, height: int, width: int) -> np.ndarray:
         if isinstance(self.queries, int):
             return grid_points(self.queries, height, width)
-        return np.asarray(self.queries(frames, height, width) if callable(self.queries) else self.queries)
+        given = self.queries(frames, height, width) if callable(self.queries) else self.queries
+        return check_queries(given, frames, height, width).numpy()
 
 
 def tracking_report(output: str | os.PathLike[str], names: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -206,6 +213,10 @@ def tracking_report(output: str | os.PathLike[str], names: Iterable[str]) -> dic
 
 
 def _description(queries: Queries) -> int | str:
+    if isinstance(queries, str):
+        if (side := grid_side(queries)) is None:
+            raise ValueError(f"queries must be a number, grid:N, [points, 3] or a function, got {queries!r}")
+        return side
     if isinstance(queries, int) and not isinstance(queries, bool):
         if queries < 1:
             raise ValueError(f"queries={queries} points a side make no grid; give at least 1")

@@ -12,9 +12,15 @@ import lightning
 import torch
 
 from corrdit.integrations.diffusers.backbones.base import Backbone
+from corrdit.integrations.diffusers.backbones.loading import named_dtype
 from corrdit.integrations.diffusers.backbones.presets import Preset
 from corrdit.integrations.diffusers.fingerprint import model_facts
-from corrdit.integrations.diffusers.placement import PLACEMENTS, named_dtype, placed_backbone, preset_for_loading
+from corrdit.integrations.diffusers.placement import (
+    Placement,
+    placed_backbone,
+    placement_of,
+    preset_for_loading,
+)
 from corrdit.integrations.lightning.data_modules import Sample, on_first_process
 from corrdit.runs import ResultFolder, check_on_broken
 
@@ -34,7 +40,8 @@ class ResumableModule(lightning.LightningModule, Generic[Sample]):
         settings: how results are made, as far as it is known before the model is loaded.
         model_preset: for `corrdit.load_backbone`: a `Preset` or a preset.json in place of the model's own.
         dtype: precision of the model, as torch's type or by its name; None for its own.
-        placement: where a model too large for one GPU goes, see `corrdit.integrations.diffusers.placement`.
+        placement: where the parts of the model lie and in what form, or the word for where; see
+            `corrdit.integrations.diffusers.placement.Placement`.
         on_broken: "report" writes down a sample that cannot be made and goes on; "raise" stops.
 
     Raises:
@@ -53,18 +60,21 @@ class ResumableModule(lightning.LightningModule, Generic[Sample]):
         settings: Mapping[str, object],
         model_preset: Preset | str | os.PathLike[str] | None = None,
         dtype: torch.dtype | str | None = None,
-        placement: str = "device",
+        placement: Placement | str = "device",
         on_broken: str = "report",
     ) -> None:
         super().__init__()
-        if placement not in PLACEMENTS:
-            raise ValueError(f"placement must be one of {', '.join(map(repr, PLACEMENTS))}, got {placement!r}")
         self.on_broken = check_on_broken(on_broken)
-        self.model, self.results, self.placement = model, results, placement
+        self.model, self.results, self.placement = model, results, placement_of(placement)
         self.model_dtype = named_dtype(dtype)
         self.model_preset = preset_for_loading(model, model_preset)
         name = os.fspath(model) if isinstance(model, (str, os.PathLike)) else getattr(model, "name", str(model))
-        self.settings: dict[str, object] = {"model": name, "dtype": self.model_dtype, **settings}
+        self.settings: dict[str, object] = {
+            "model": name,
+            "dtype": self.model_dtype,
+            **self.placement.described(),
+            **settings,
+        }
 
     @property
     def output(self) -> Path:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict
 
 from corrdit.arguments import whole_number
+from corrdit.data.corruptions import Corruption
 from corrdit.data.tapvid import PUBLISHED_STRIDE, QUERY_MODES, TapVidSample
 from corrdit.data.tapvid_set import TapVidEntry, TapVidSet
 from corrdit.integrations.lightning.data_modules import EachOnceDataModule, on_first_process
@@ -44,6 +46,8 @@ class TapVidDataModule(EachOnceDataModule[TapVidItem]):
         start: number of the first video.
         end: number of the video after the last one; None for all. A shard that cannot be read counts as one video.
         max_frames: videos are cut after so many frames; None keeps them whole.
+        corruption: by which the frames are made worse, such as "blur:3"; see `corrdit.data.Corruption`.
+        incomplete: whether shards may be missing.
 
     Attributes:
         names: of all videos from `start` to `end`, once `setup` has run.
@@ -62,11 +66,14 @@ class TapVidDataModule(EachOnceDataModule[TapVidItem]):
         start: int = 0,
         end: int | None = None,
         max_frames: int | None = None,
+        incomplete: bool = False,
+        corruption: Corruption | str | None = None,
     ) -> None:
         if mode not in QUERY_MODES:
             raise ValueError(f"mode must be one of {', '.join(map(repr, QUERY_MODES))}, got {mode!r}")
-        self.videos = TapVidSet(path)
+        self.videos = TapVidSet(path, incomplete=incomplete)
         self.mode, self.stride = mode, whole_number("stride", stride, 1)
+        self.corruption = Corruption.from_text(corruption) if isinstance(corruption, str) else corruption
         self.start = whole_number("start", start, 0)
         self.end = None if end is None else whole_number("end", end, 1)
         self.max_frames = None if max_frames is None else whole_number("max_frames", max_frames, 2)
@@ -93,6 +100,8 @@ class TapVidDataModule(EachOnceDataModule[TapVidItem]):
             if self.max_frames is not None:
                 video = video.shortened(self.max_frames)
             sample = video.sample(self.mode, stride=self.stride)
+            if self.corruption is not None:
+                sample = replace(sample, video=self.corruption.applied(sample.video))
         except (ValueError, OSError) as error:
             return {"name": name, "number": number, "error": str(error)}
         return {"name": name, "number": number, "sample": sample}
@@ -112,6 +121,7 @@ class TapVidDataModule(EachOnceDataModule[TapVidItem]):
             "start": self.start,
             "end": self.end,
             "max_frames": self.max_frames,
+            "corruption": None if self.corruption is None else str(self.corruption),
         }
 
     def _listed(self) -> dict[str, tuple[int, TapVidEntry]]:

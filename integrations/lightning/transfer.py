@@ -2,82 +2,42 @@
 
 from __future__ import annotations
 
-import csv
 import glob
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import TypedDict
+from typing import cast
 
 import numpy as np
 import torch
 
 from corrdit.arguments import flag
 from corrdit.array_files import content_digest
-from corrdit.files import file_digest
+from corrdit.data.motion_pairs import WHOLE_VIDEO, Pair, chosen_frames, read_pairs
+from corrdit.files import file_digest, short_name
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.backbones.presets import Preset
 from corrdit.integrations.diffusers.motion_transfer.reference import at_rate
-from corrdit.integrations.diffusers.motion_transfer.results_on_disk import fidelity_of, write_transfer
+from corrdit.integrations.diffusers.motion_transfer.results_on_disk import (
+    chosen_tracker,
+    fidelity_of,
+    fidelity_tracker,
+    write_transfer,
+)
 from corrdit.integrations.diffusers.motion_transfer.transfer import MotionTransfer
+from corrdit.integrations.diffusers.placement import Placement
 from corrdit.integrations.lightning.data_modules import EachOnceDataModule
 from corrdit.integrations.lightning.resumable import Model, ResumableModule
 from corrdit.runs import Inputs, Keywords, ResultFolder
 
 PAIR_FILE = "pair.json"
 PAGE_FILE = "index.html"
-COLUMNS = ("video", "prompt")
-
-
-class Pair(TypedDict):
-    """A reference video and what the new one shows."""
-
-    name: str
-    video: str
-    prompt: str
-    seed: int
-
-
-def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
-    """Pairs of reference videos and prompts from a CSV file.
-
-    Args:
-        path: of a file with the columns `video` (relative to the file's folder, or absolute) and `prompt`, and perhaps
-            `seed` and `name`. DiTFlow's table of DAVIS names and prompts is such a file once it has this first line.
-
-    Returns:
-        `{"name", "video", "prompt", "seed"}` each; names are the row numbers unless given.
-
-    Raises:
-        ValueError: no such file, columns that are missing, an empty field, a seed that is no number, or a name that is
-            there twice or no name of a folder.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; give a CSV file with the columns {', '.join(COLUMNS)}")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        table = csv.DictReader(file)
-        missing = [column for column in COLUMNS if column not in (table.fieldnames or ())]
-        if missing:
-            raise ValueError(
-                f"{path} has no column {' and no column '.join(missing)}; its first line must name the columns "
-                f"{', '.join(COLUMNS)} (and perhaps seed and name), it has {', '.join(table.fieldnames or ['nothing'])}"
-            )
-        pairs = [_pair(row, number, path) for number, row in enumerate(table)]
-    if not pairs:
-        raise ValueError(f"{path} lists no pairs")
-    names = [pair["name"] for pair in pairs]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"{path} has the name {twice[0]!r} more than once; each pair needs a name of its own")
-    return pairs
 
 
 class TransferDataModule(EachOnceDataModule[Pair]):
     """Pairs of a reference video and a prompt, one at a time, for `Trainer.predict`.
 
     Args:
-        pairs: a CSV file as `read_pairs` takes it, or what it returns.
+        pairs: a table as `corrdit.data.motion_pairs.read_pairs` takes it, or what it returns.
         output: results folder of the module that predicts; what is there already is left out, so that a run that was
             stopped goes on where it was; pairs whose video is another than before are not. None predicts all.
 
@@ -88,7 +48,8 @@ class TransferDataModule(EachOnceDataModule[Pair]):
     def __init__(
         self, pairs: str | os.PathLike[str] | Sequence[Pair], *, output: str | os.PathLike[str] | None = None
     ) -> None:
-        self.pairs = read_pairs(pairs) if isinstance(pairs, (str, os.PathLike)) else list(pairs)
+        given = read_pairs(pairs) if isinstance(pairs, (str, os.PathLike)) else pairs
+        self.pairs = [cast(Pair, {**WHOLE_VIDEO, **pair}) for pair in given]
         self._by_name = {pair["name"]: pair for pair in self.pairs}
         super().__init__(list(self._by_name), None if output is None else transfer_results(output))
 
@@ -141,9 +102,15 @@ class TransferModule(ResumableModule[Pair]):
         fps: rate the references are resampled to, and of the files; None for each reference's own.
         dtype: precision of the model, as torch's type or by its name.
         measure: track both videos and measure motion fidelity.
+        tracker: of that: "cotracker" (CoTracker 3 from torch's hub), "ours" (the model itself), or "auto" for CoTracker
+            where it is on this machine.
         clip: folder or hub id of a CLIP model that measures the prompt's cosine as well; None for none.
-        placement: where a model too large for one GPU goes, see `corrdit.integrations.diffusers.placement`.
+        placement: where the parts of the model lie and in what form, or the word for where; see
+            `corrdit.integrations.diffusers.placement.Placement`.
         on_broken: "report" writes `failed.json` for a pair that cannot be transferred and goes on; "raise" stops.
+
+    Attributes:
+        layers: attention layers of the model, once it is loaded.
 
     Raises:
         ValueError: an argument out of range; when prediction starts, an unknown model, settings it does not take, or
@@ -163,12 +130,14 @@ class TransferModule(ResumableModule[Pair]):
         fps: float | None = None,
         dtype: torch.dtype | str | None = None,
         measure: bool = True,
+        tracker: str = "auto",
         clip: str | os.PathLike[str] | None = None,
-        placement: str = "device",
+        placement: Placement | str = "device",
         on_broken: str = "report",
     ) -> None:
         self.changes, self.call = dict(settings or {}), dict(call or {})
         self.fps, self.measure, self.clip = fps, flag("measure", measure), clip
+        self.tracker = chosen_tracker(tracker)
         super().__init__(
             model,
             transfer_results(output),
@@ -179,10 +148,12 @@ class TransferModule(ResumableModule[Pair]):
             on_broken=on_broken,
         )
         self._similarity: Callable[[np.ndarray, str], float] | None = None
+        self.layers = 0
 
     def prepare(self, backbone: Backbone) -> Mapping[str, object]:
         """Check the settings against the model; gives all of them."""
         self._transfer = MotionTransfer(backbone, **self.changes)
+        self.layers = backbone.layers
         if self.clip is not None:
             from corrdit.motion import PromptSimilarity
 
@@ -196,24 +167,25 @@ class TransferModule(ResumableModule[Pair]):
         name, prompt = sample["name"], sample["prompt"]
         video = read_video(sample["video"], min_frames=1)
         inputs = pair_inputs(sample)
-        frames, fps = at_rate(video.frames, video.fps, self.fps)
+        frames, fps = at_rate(chosen_frames(video.frames, sample), video.fps / sample["step"], self.fps)
         # Of these inputs, so that a run begins anew where they are others.
-        state = self.output / f".{name}.{content_digest(sample, inputs)[:8]}.transfer-state.safetensors"
+        state = self.output / f".{short_name(name)}.{content_digest(sample, inputs)[:8]}.transfer-state.safetensors"
         result = self._transfer(frames, prompt, seed=sample["seed"], state_file=state, keep_state=True, **self.call)
         backbone = self._transfer.backbone
         measured: dict[str, float] = {}
         if self.measure:
-            from corrdit.tracking import PointTracker
-
-            measured = fidelity_of(result, PointTracker(backbone).track)
+            measured = fidelity_of(result, *fidelity_tracker(self.tracker, backbone))
         if self._similarity is not None:
             measured["image_quality"] = self._similarity(result.video, prompt)
         with self.results.result(name, inputs) as made:
+            known: dict[str, object] = {} if video.info.hdr is None else {"hdr": video.info.hdr}
+            known |= {"tracker": self.tracker} if self.measure else {}
+            settings = self._transfer.settings
             write_transfer(
-                made.folder, result, backbone, self._transfer.settings, prompt=prompt, fps=fps, measured=measured
+                made.folder, result, backbone, settings, prompt=prompt, fps=fps, measured=measured, known=known
             )
             made.facts.update(sample)
-        for left in self.output.glob(f".{glob.escape(name)}.*.transfer-state.safetensors"):
+        for left in self.output.glob(f".{glob.escape(short_name(name))}.*.transfer-state.safetensors"):
             left.unlink(missing_ok=True)
         return measured
 
@@ -238,26 +210,10 @@ class TransferModule(ResumableModule[Pair]):
 
 
 def _refuse_other(pair: Pair, results: ResultFolder) -> None:
-    earlier, now = results.record(pair["name"]) or {}, dict(pair)
-    changed = [key for key in ("prompt", "seed", "video") if earlier.get(key) != now[key]]
+    earlier, now = {**WHOLE_VIDEO, **(results.record(pair["name"]) or {})}, dict(pair)
+    changed = [key for key in ("prompt", "seed", "video", "start", "end", "step") if earlier.get(key) != now[key]]
     if changed:
         raise ValueError(
             f"{results.files_of(pair['name'])} holds the result of another pair ({changed[0]} "
             f"{earlier.get(changed[0])!r}, not {now[changed[0]]!r}); give another output folder"
         )
-
-
-def _pair(row: dict[str, str], number: int, path: Path) -> Pair:
-    empty = [column for column in COLUMNS if not (row.get(column) or "").strip()]
-    if empty:
-        raise ValueError(f"{path}, row {number + 1}: the column {empty[0]} is empty")
-    seed = (row.get("seed") or "0").strip()
-    if not seed.isdecimal():
-        raise ValueError(f"{path}, row {number + 1}: seed must be a whole number, got {seed!r}")
-    name = (row.get("name") or f"{number:04d}").strip()
-    if name.startswith(".") or Path(name).name != name:
-        raise ValueError(f"{path}, row {number + 1}: {name!r} is no name of a folder")
-    video = Path(row["video"].strip())
-    # Absolute, so that a run that goes on from another folder finds its pairs again.
-    place = os.path.abspath(path.parent / video)
-    return {"name": name, "video": place, "prompt": row["prompt"].strip(), "seed": int(seed)}

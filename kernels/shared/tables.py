@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -81,20 +82,28 @@ def refuse_capture(device: torch.device) -> None:
 @functools.cache
 def _frame_pairs(flat: tuple[int, ...], frames: int, device: torch.device) -> FramePairTable:
     refuse_capture(device)
-    pairs = torch.tensor(flat, dtype=torch.int32, device="cpu").reshape(-1, 2)
-    tables = [pairs]
-    for column in (0, 1):
-        of_frame = pairs[:, column].long()
-        counts = torch.bincount(of_frame, minlength=frames)
-        tables += [torch.cat((counts.new_zeros(1), counts.cumsum(0))), of_frame.argsort(stable=True)]
-    return FramePairTable(*(table.to(device=device, dtype=torch.int32).contiguous() for table in tables))
+    with _no_modes():
+        pairs = torch.tensor(flat, dtype=torch.int32, device="cpu").reshape(-1, 2)
+        tables = [pairs]
+        for column in (0, 1):
+            of_frame = pairs[:, column].long()
+            counts = torch.bincount(of_frame, minlength=frames)
+            tables += [torch.cat((counts.new_zeros(1), counts.cumsum(0))), of_frame.argsort(stable=True)]
+        return FramePairTable(*(table.to(device=device, dtype=torch.int32).contiguous() for table in tables))
 
 
 @functools.cache
 def token_segments(segments: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
     """int32 `[G, 2]` (first token, tokens) of stretches of the token axis; kept as long as the process, like pairs."""
     refuse_capture(device)
-    return torch.tensor(segments, dtype=torch.int32, device="cpu").to(device)
+    with _no_modes():
+        return torch.tensor(segments, dtype=torch.int32, device="cpu").to(device)
+
+
+def _no_modes() -> contextlib.AbstractContextManager[None]:
+    """Inside, tensors are real: a mode, such as that of fake ones, would leave its own in a cache that outlives it."""
+    guard: contextlib.AbstractContextManager[None] = torch._C._DisableTorchDispatch()
+    return guard
 
 
 def coordinate_table(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:

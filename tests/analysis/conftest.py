@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,40 @@ def tiny() -> Any:
     from corrdit.integrations.diffusers.testing.tiny_models import tiny_backbone
 
     return tiny_backbone("cogvideox-rotary")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random CogVideoX that reads words, saved to a folder as `save_pretrained` does."""
+    return saved_with_words("cogvideox-rotary", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def tiny_image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same for an image-to-video model."""
+    return saved_with_words("cogvideox-image", tmp_path_factory.mktemp("model"))
+
+
+def saved_with_words(name: str, folder: Path) -> Path:
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    from corrdit.testing import tiny_pipeline
+
+    words = ["<pad>", "</s>", "<unk>", "a", "dog", "runs", "boat", "drifts"]
+    core = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    config = transformers.T5Config(vocab_size=len(words), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    torch.manual_seed(0)
+    pipe = tiny_pipeline(name)
+    pipe.register_modules(
+        tokenizer=transformers.PreTrainedTokenizerFast(tokenizer_object=core, **special),
+        text_encoder=transformers.T5EncoderModel(config).eval(),
+    )
+    pipe.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
@@ -59,9 +94,9 @@ def make_table() -> Any:
             table.hits[s, n, r] = (share * cases / 2, share * cases)
             table.moving_hits[s, n, r] = (share * moving / 2, share * moving)
         table.cases[:], table.moving_cases[:] = cases, moving
-        for name in ("confidence", "text", "own", "cross"):
+        for name in ("confidence", "confidence_text", "confidence_own", "text", "own", "cross"):
             getattr(table, name)[:] = random.random(getattr(table, name).shape) * 10
-        table.confidence_cases[:], table.attention_cases[:] = 40, 20
+        table.confidence_cases[:], table.point_cases[:], table.attention_cases[:] = 40, 25, 20
         return table
 
     return build

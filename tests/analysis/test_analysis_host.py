@@ -139,6 +139,47 @@ def test_compressed_latents_and_clean_ones(tiny, moving_video):
     assert table.cases[0, 0, 0] == visible[1:].sum()
 
 
+@pytest.mark.parametrize("latents", ["frames", "video"])
+def test_frames_are_resized_twice_and_the_codecs_posterior_is_sampled(tiny, moving_video, latents):
+    """The released two sizes without antialiasing, by hand; a sample keeps to the posterior and to its seed."""
+    video, xy, visible = moving_video
+    size = {"encoded_size": (32, 48), "resize_first": [24, 24], "antialias": False}
+    options = {"latents": latents, "noise": "clean", **size}
+    encoded = encoded_video(tiny, video, xy, visible, AnalysisOptions(**options))
+    frames = torch.from_numpy(video).permute(0, 3, 1, 2).float()
+    for sides in ((24, 24), (32, 48)):
+        frames = torch.nn.functional.interpolate(frames, sides, mode="bilinear", align_corners=False)
+    clips = (frames / 127.5 - 1)[:, :, None] if latents == "frames" else (frames / 127.5 - 1).transpose(0, 1)[None]
+    posterior = tiny.pipe.vae.encode(clips).latent_dist
+    mean, std = (part.transpose(1, 2).flatten(0, 1) for part in (posterior.mean, posterior.std))
+    scale = tiny.pipe.vae_scaling_factor_image
+    torch.testing.assert_close(encoded.latents, mean * scale, atol=1e-4, rtol=1e-4)
+    assert encoded.scale == (48 / 64, 32 / 64)
+
+    def sampled(seed: int) -> torch.Tensor:
+        drawn = AnalysisOptions(**options, posterior="sample", seed=seed)
+        return encoded_video(tiny, video, xy, visible, drawn).latents
+
+    noise = (sampled(0) - mean * scale) / (std * scale)
+    assert 0.8 < noise.std() < 1.2
+    assert noise.mean().abs() < 0.2
+    assert torch.equal(sampled(0), sampled(0))
+    assert not torch.equal(sampled(0), sampled(1))
+    first = noise.unbind()
+    assert not any(torch.allclose(first[0], other, atol=0.1) for other in first[1:])
+
+
+def test_options_of_encoding_are_checked():
+    for given, message in (
+        ({"posterior": "median"}, "posterior must be one of mode, sample"),
+        ({"encoded_size": (32,)}, r"encoded_size must be \(height, width\)"),
+        ({"resize_first": (0, 8)}, "height of resize_first"),
+        ({"encoded_size": (32, 32), "tokens_per_frame": 9}, "drop tokens_per_frame or encoded_size"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            AnalysisOptions(**given)
+
+
 def test_latents_are_inverted_to_every_step_in_one_walk(tiny, moving_video, monkeypatch):
     """Each step is read at the inverted latents of that step; two steps cost four predictions, not five."""
     options = AnalysisOptions(steps=(1, 3), inference_steps=5, layers=(0,), noise="inverted", features=False)

@@ -104,11 +104,16 @@ def test_counts_by_hand():
     settings = {"stride": (4, 4), "thresholds": (1.0, 2.0, 8.0)}
     counts = match_counts(guess, truth, options=AnalysisOptions(), **settings)
     assert counts.cases == 3
-    assert counts.hits.tolist() == [[1, 2, 3]]
+    # Off by 2, 6 and 0 pixels: a hit is nearer than the threshold.
+    assert counts.hits.tolist() == [[1, 1, 3]]
     assert counts.moving_cases == 2
-    assert counts.moving_hits.tolist() == [[0, 1, 2]]
+    assert counts.moving_hits.tolist() == [[0, 0, 2]]
     released = match_counts(guess, truth, options=AnalysisOptions(count_query_frame=True), **settings)
-    assert (released.cases, released.hits.tolist()) == (5, [[3, 4, 5]])
+    assert (released.cases, released.hits.tolist()) == (5, [[3, 3, 5]])
+    late = replace(truth, visible=torch.tensor([[True, False], [True, True], [True, False]]))
+    assert match_counts(guess, late, options=AnalysisOptions(), **settings).cases == 2
+    seen_later = AnalysisOptions(count_hidden_starts=True)
+    assert match_counts(guess, late, options=seen_later, **settings).hits.tolist() == [[1, 1, 3]]
 
 
 @pytest.mark.parametrize(

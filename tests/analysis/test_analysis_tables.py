@@ -199,7 +199,7 @@ def test_a_report_of_one_step_has_no_curves_and_the_harmonic_mean_is_no_percenta
     monkeypatch.setattr(html_report, "draw_heatmaps", watched)
     both = make_table(shares)
     names = ("hits", "moving_hits", "cases", "moving_cases", "confidence", "text", "own", "cross")
-    names = (*names, "confidence_cases", "attention_cases")
+    names = (*names, "confidence_text", "confidence_own", "confidence_cases", "point_cases", "attention_cases")
     last = replace(both, steps=(9,), timesteps=(19.0,), **{name: getattr(both, name)[1:] for name in names})
     captions = []
     for number, table in enumerate((both, last)):
@@ -212,7 +212,7 @@ def test_a_report_of_one_step_has_no_curves_and_the_harmonic_mean_is_no_percenta
         assert words in captions[0]
         assert words not in captions[1]
     assert drawn["harmonic mean"]["percent"] is False
-    assert drawn["confidence"].get("percent", True)
+    assert drawn["confidence in other frames"].get("percent", True)
 
 
 def test_results_of_other_settings_are_refused_and_failures_alone_are_no_result(tmp_path):

@@ -16,7 +16,7 @@ from corrdit.analysis.table import AnalysisTable
 from corrdit.cli import main
 from corrdit.cli.analysis_options import chosen_steps
 from corrdit.integrations.diffusers.backbones import loading
-from corrdit.integrations.diffusers.testing.tiny_models import tiny_backbone, tiny_generation
+from corrdit.integrations.diffusers.testing.tiny_models import tiny_backbone
 from corrdit.video import write_video
 
 
@@ -101,39 +101,30 @@ def test_calibrate_writes_the_preset_of_an_analysis(with_tiny, videos, tmp_path,
     assert "threshold 5 was not measured; accepted are 4, 8, 16" in capsys.readouterr().err
 
 
-def test_prompts_become_a_data_set_and_a_report(with_tiny, tmp_path, capsys, monkeypatch):
-    call = tiny_generation("cogvideox-rotary", steps=2)
-    call = {name: value for name, value in call.items() if name not in ("generator", "output_type", "prompt")}
-    from corrdit.integrations.diffusers.analysis import generation
-
-    # A tiny pipeline has no text encoder, so the prompt stands for random embeddings.
-    original = generation.analyze_generation
-
-    def without_words(backbone, prompt, **options):
-        return original(backbone, "", **{**options, "call": call})
-
-    monkeypatch.setattr("corrdit.integrations.diffusers.analysis.analyze_generation", without_words)
+def test_prompts_become_a_data_set_and_a_report(tiny_folder, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("# the set\na dog runs\n\na boat\n", encoding="utf-8")
     output = tmp_path / "out"
+    call = '{"num_frames": 9, "height": 64, "width": 64}'
     given = ["--prompts", tmp_path / "prompts.txt", "--output", output, "--steps", "0,1", "--inference-steps", "2"]
-    assert analyze(*given, "--tracker", "patches", "--pictures", 0) == 0
-    assert (output / "dataset" / "prompts.txt").read_text(encoding="utf-8") == "a dog runs\na boat\n"
+    given += ["--model", tiny_folder, "--pipeline", call, "--pictures", 0]
+    assert analyze(*given, "--tracker", "patches") == 0
+    assert (output / "dataset" / "prompt.txt").read_text(encoding="utf-8") == "a dog runs\na boat\n"
     assert np.load(output / "dataset" / "tracks" / "001.npy").shape == (1, 9, 100, 2)
     assert len(read_results(output).tables) == 2
     # Other prompts for the videos that are there would say of each that it shows what it does not.
     (tmp_path / "prompts.txt").write_text("a cat sleeps\na boat\n", encoding="utf-8")
     capsys.readouterr()
-    assert analyze(*given, "--tracker", "patches", "--pictures", 0) == 2
+    assert analyze(*given, "--tracker", "patches") == 2
     assert "holds video 000 of 'a dog runs', but the prompt is now 'a cat sleeps'" in capsys.readouterr().err
     (tmp_path / "prompts.txt").write_text("a dog runs\n", encoding="utf-8")
-    assert analyze(*given, "--tracker", "patches", "--pictures", 0) == 2
+    assert analyze(*given, "--tracker", "patches") == 2
     assert "video 001 of 'a boat', but there is no such prompt now" in capsys.readouterr().err
-    assert (output / "dataset" / "prompts.txt").read_text(encoding="utf-8") == "a dog runs\na boat\n"
+    assert (output / "dataset" / "prompt.txt").read_text(encoding="utf-8") == "a dog runs\na boat\n"
     assert analyze(*given) == 2
     assert "--prompts needs --tracker" in capsys.readouterr().err
     # The data set is a source of its own.
     again = ["--difftrack", output / "dataset", "--output", tmp_path / "again", "--steps=-1", "--pictures", 0]
-    assert analyze(*again, "--max-frames", 4) == 0
+    assert analyze(*again, "--max-frames", 4, "--model", tiny_folder) == 0
 
 
 @pytest.mark.parametrize(
@@ -150,7 +141,7 @@ def test_prompts_become_a_data_set_and_a_report(with_tiny, tmp_path, capsys, mon
         (["--tapvid", "nowhere.pkl"], "does not exist"),
         (["--difftrack", "nowhere"], "holds no tracks"),
         (["--prompts", "nowhere.txt", "--tracker", "patches"], "is not a text file"),
-        (["--tapvid", "x", "--processes", "2"], "--processes shares out"),
+        (["--tapvid", "x", "--processes", "2"], "--processes does not share out"),
     ],
 )
 def test_bad_input_is_one_line(with_tiny, tmp_path, capsys, given, message):

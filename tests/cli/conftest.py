@@ -28,7 +28,13 @@ class DriftingTracker:
     def __init__(self, backbone: Any, **options: Any) -> None:
         type(self).asked = {"model": backbone.name, "preset": backbone.preset, **options}
 
-    def track(self, video: Any, queries: np.ndarray, progress: Callable[[int, int], None] | None = None) -> Tracks:
+    def track(
+        self,
+        video: Any,
+        queries: np.ndarray,
+        progress: Callable[[int, int], None] | None = None,
+        resume: Path | None = None,
+    ) -> Tracks:
         frames = video.shape[0]
         type(self).asked |= {"shape": tuple(video.shape), "first": video[0:1].mean(), "queries": np.array(queries)}
         steps = np.arange(frames)[:, None] - queries[None, :, 0]

@@ -236,3 +236,18 @@ with OutputFolder(sys.argv[1] + "/made/out") as folder, written_beside(sys.argv[
         error == f"corrdit: stopped by {'Ctrl-C' if status == 130 else 'SIGTERM'}; nothing unfinished was left behind\n"
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_type_error_that_is_said_is_bad_input_and_one_that_happens_is_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from corrdit import PointTracker
+    from corrdit.cli import models
+
+    for run, status, said in (
+        (lambda arguments: PointTracker(3), 2, "corrdit models: backbone must be what corrdit.load_backbone returns"),
+        (lambda arguments: len(3), 1, "TypeError: object of type 'int' has no len() (--traceback shows"),
+    ):
+        monkeypatch.setattr(models, "run", run)
+        assert main(["models"]) == status
+        assert said in capsys.readouterr().err

@@ -31,8 +31,9 @@ def test_wrong_values_are_refused_by_name(
 def test_an_output_without_a_name_is_refused(
     clip: Path, drifting_tracker: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["track", str(clip), "--output="]) == 2
-    assert "the output folder is an empty name" in capsys.readouterr().err
+    for command in (["track", str(clip)], ["train"], ["world"], ["bench"], ["kernels"], ["calibrate", "--analysis=a"]):
+        assert main([*command, "--output="]) == 2
+        assert "--output is an empty name; give that of a folder or file" in capsys.readouterr().err
 
 
 def test_what_is_required_is_named_as_it_is_typed(clip: Path, capsys: pytest.CaptureFixture[str]) -> None:

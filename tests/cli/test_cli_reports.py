@@ -59,12 +59,19 @@ def test_demo_refuses(refused: Any, tmp_path: Path) -> None:
 def test_models_lists_what_load_backbone_takes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    families = {row["transformers"][0]: row for row in rows if "transformers" in row}
+    assert families["WanTransformer3DModel"]["uses"]["transfer"] == {"supported": "yes", "reason": ""}
+    assert families["LatteTransformer3DModel"]["uses"]["tracking"]["supported"] == "no"
+    rows = [row for row in rows if "transformers" not in row]
     by_name = {row["name"]: row for row in rows}
     assert by_name["cogvideox-2b"]["layers"] == 30
     assert by_name["cogvideox-2b"]["preset"]["layer"] == 17
     assert "embedded" in by_name
     assert main(["models"]) == 0
     table = capsys.readouterr().out
+    reason = families["CosmosTransformer3DModel"]["uses"]["transfer"]["reason"]
+    number = next(line for line in table.splitlines() if line.endswith(reason)).partition(" ")[0]
+    assert f"partly {number}" in next(line for line in table.splitlines() if "CosmosTransformer3DModel" in line)
     for row in rows:
         line = next(line for line in table.splitlines() if line.strip().startswith(row["name"] + " "))
         assert row["source"] in line

@@ -118,6 +118,33 @@ def test_command_line_offers_exactly_the_options_of_the_tracker() -> None:
     assert set(PRESETS) == {"default", "published"}
 
 
+def test_a_stopped_run_goes_on_block_by_block(
+    clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from corrdit.integrations.diffusers.backbones.base import Backbone
+
+    forward, passes, allowed = Backbone.forward, [0], [2]
+
+    def counted(self: Backbone, *arguments: Any, **keywords: Any) -> Any:
+        passes[0] += 1
+        if passes[0] > allowed[0]:
+            raise KeyboardInterrupt
+        return forward(self, *arguments, **keywords)
+
+    monkeypatch.setattr(Backbone, "forward", counted)
+    output = tmp_path / "results"
+    command = ["track", str(clip), "--output", str(output), "--points", "grid:2", "--crops", "[]"]
+    command += ["--frames-per-block", "2"]
+    assert main(command) == 130
+    assert [path.name for path in output.iterdir()] == [".parts"]
+    passes[0], allowed[0] = 0, 100
+    assert main(command) == 0
+    assert passes[0] == 1  # two of the three blocks were there
+    assert sorted(path.name for path in output.iterdir()) == ["tracks.mp4", "tracks.npz", "tracks.png"]
+    assert main([*command[:3], str(tmp_path / "at once"), *command[4:]]) == 0
+    assert (output / "tracks.npz").read_bytes() == (tmp_path / "at once" / "tracks.npz").read_bytes()
+
+
 def test_an_existing_folder_keeps_its_other_files(clip: Path, tmp_path: Path, drifting_tracker: Any) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "tracks.png").write_text("old")

@@ -9,6 +9,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
@@ -22,6 +23,7 @@ SHORT = ["--steps", "2", "--guided-share", "0.5", "--optimisation-steps", "2", "
 FILES = {
     "result.mp4",
     "reference.mp4",
+    "comparison.mp4",
     "flow.npz",
     "flow_1_colours.png",
     "flow_1_arrows.png",
@@ -71,6 +73,12 @@ def test_a_transfer_writes_all_of_its_files(model, reference, tmp_path, capsys):
     assert facts["settings"]["blocks"] == [1]
     assert "4 frames of 16 x 16" in capsys.readouterr().out
     assert [file.name for file in output.parent.iterdir()] == ["out"]
+    command = ["transfer", reference, "a red disc", "--model", model, "--output", str(output), *SHORT]
+    for changed, message in ((["--seed", "1"], "seed 0 (now 1)"), (["--fps", "4"], "'fps': None")):
+        assert main([*command, *changed]) == 2, "another transfer takes another folder"
+        assert f"{output} holds results made with other settings" in (said := capsys.readouterr().err)
+        assert message in said
+    assert json.loads((output / "metrics.json").read_text()) == facts
 
     again = tmp_path / "again"
     stored = ["--stored", str(output / "motion.safetensors"), "--metrics", "false", "--format", "gif"]
@@ -80,6 +88,43 @@ def test_a_transfer_writes_all_of_its_files(model, reference, tmp_path, capsys):
     page = (tmp_path / "page.html").read_text()
     assert 'src="made/out/result.mp4"' in page
     assert "a &lt;red&gt; disc" in page
+
+
+def test_a_region_and_what_goes_elsewhere(model, reference, tmp_path):
+    mask = tmp_path / "mask.png"
+    left = np.zeros((16, 16), dtype=np.uint8)
+    left[:, :8] = 255
+    imageio.imwrite(mask, left)
+    write_video(tmp_path / "mask.mp4", [left[..., None].repeat(3, -1)] * 4, 8)
+    options = ["--model", model, "--metrics", "false", *SHORT]
+    made = {}
+    for name, region in {"box": "[0, 0, 0.5, 1]", "picture": str(mask), "video": str(tmp_path / "mask.mp4")}.items():
+        output = tmp_path / name
+        assert main(["transfer", reference, "disc", "--output", str(output), "--region", region, *options]) == 0
+        made[name] = read_video(output / "result.mp4").frames
+    np.testing.assert_array_equal(made["picture"], made["box"])
+    np.testing.assert_array_equal(made["video"], made["box"])
+    again = ["transfer", reference, "disc", "--output", str(tmp_path / "box"), *options]
+    assert main(again) == 2, "the same without a region takes another folder"
+    whole = tmp_path / "whole"
+    assert main(["transfer", reference, "disc", "--output", str(whole), *options]) == 0
+    stored = ["--stored", str(tmp_path / "box" / "motion.safetensors"), "--region", "[0, 0, 0.5, 1]"]
+    stored += ["--elsewhere", str(whole / "motion.safetensors")]
+    assert main(["transfer", "none", "disc", "--output", str(tmp_path / "both"), *stored, *options]) == 0
+
+
+def test_methods_without_a_reference(model, reference, tmp_path, capsys):
+    size = ["--num-frames", "4", "--height", "16", "--width", "16", "--metrics", "false", "--model", model, *SHORT]
+    path = ["--method", "path", "--word", "disc", "--path", "[[0, 0, 0, 0.5, 1], [1, 0.5, 0, 1, 1]]"]
+    for name, options in {"path": path, "steady": ["--method", "steady"]}.items():
+        assert main(["transfer", "none", "a red disc", "--output", str(tmp_path / name), *options, *size]) == 0
+        assert {file.name for file in (tmp_path / name).iterdir()} == {
+            "result.mp4", "losses.png", "motion.safetensors", "metrics.json"
+        }  # fmt: skip
+    assert json.loads((tmp_path / "path" / "metrics.json").read_text())["guided_steps"] == [0]
+    capsys.readouterr()
+    assert main(["transfer", "none", "a red disc", "--output", str(tmp_path / "no"), *size]) == 2
+    assert "goes with --stored FILE" in capsys.readouterr().err
 
 
 def test_a_reference_of_another_rate_is_resampled_and_said_so(model, reference, tmp_path, capsys):

@@ -13,6 +13,7 @@ import pytest
 from corrdit import Tracks, metrics
 from corrdit.data.restricted_pickle import load_arrays
 from corrdit.data.tapvid import TapVidVideo, read_tapvid
+from corrdit.data.tapvid_set import TapVidSet
 from corrdit.data.tapvid_writing import write_tapvid, write_tapvid_shards
 
 
@@ -53,6 +54,23 @@ def test_files_written_with_ordinary_pickle_are_read(tmp_path):
     (again,) = read_tapvid(tmp_path / "davis.pkl")
     np.testing.assert_array_equal(again.video, video.video)
     np.testing.assert_allclose(again.points, video.points, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("clip.mp4", "clip.mp4 is a video or a picture; a TAP-Vid file is a pickle"),
+        ("https://example.com/davis.pkl", "is an address, and only files and folders are read; download it first"),
+    ],
+)
+def test_what_people_give_in_place_of_a_tapvid_file_is_named(tmp_path, name, message):
+    path = name if "://" in name else tmp_path / name
+    if path != name:
+        path.write_bytes(b"\0\0\0 ftypisom")
+    with pytest.raises(ValueError, match=message):
+        list(read_tapvid(path))
+    with pytest.raises(ValueError, match=message):
+        TapVidSet(path).index()
 
 
 @pytest.mark.parametrize("container", [np.array, list, lambda frames: np.array(frames, dtype=object)])
@@ -217,8 +235,14 @@ def test_foreign_files_and_incomplete_folders_are_refused(tmp_path):
         list(read_tapvid(empty))
     write_tapvid_shards(tmp_path / "kinetics", [some_video(str(i)) for i in range(3)], count=3, shards=3)
     (tmp_path / "kinetics" / "0001_of_0003.pkl").unlink()
-    with pytest.raises(ValueError, match="missing are 0001_of_0003"):
+    with pytest.raises(ValueError, match=r"missing are 0001_of_0003.*--incomplete"):
         list(read_tapvid(tmp_path / "kinetics"))
+    there = ["0000_of_0003/0000", "0002_of_0003/0000"]
+    assert [video.name for video in read_tapvid(tmp_path / "kinetics", incomplete=True)] == there
+    assert [entry.name for entry in TapVidSet(tmp_path / "kinetics", incomplete=True).index()] == there
+    (tmp_path / "kinetics" / "0000_of_0002.pkl").write_bytes(b"")
+    with pytest.raises(ValueError, match="different sets must not share a folder"):
+        list(read_tapvid(tmp_path / "kinetics", incomplete=True))
     with pytest.raises(FileNotFoundError):
         list(read_tapvid(tmp_path / "absent.pkl"))
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from corrdit import capture, load_backbone, ops
+from corrdit import CrossAttentionGuidance, PointTracker, capture, load_backbone, ops
 from corrdit.testing import tiny_generation, tiny_pipeline
 
 GUIDED = ("cogvideox", "cogvideox-rotary", "hunyuanvideo", "wan", "wan-2.2", "ltx", "mochi")
@@ -228,10 +228,10 @@ def test_a_copied_pipeline_is_free_of_the_capture(pipeline, generation, scores):
         ({"layers": [3]}, r"layer 3 is outside CogVideoXTransformer3DModel, which has 3 attention layers \(0 to 2"),
         ({"layers": [-4]}, "layer -4 is outside"),
         ({"layers": []}, "layers is empty"),
-        ({"layers": [0.5]}, "layers must be whole numbers"),
+        ({"layers": [0.5]}, r"layers must be .*whole numbers"),
         ({"layers": True}, "True and False are no numbers here"),
         ({"layers": torch.tensor([False])}, "True and False are no numbers here"),
-        ({"layers": "0"}, "layers must be whole numbers"),
+        ({"layers": "0"}, r"layers must be .*whole numbers"),
         ({"layers": 0, "steps": [True]}, "steps must be whole numbers"),
         ({"layers": 0, "steps": []}, "steps is empty"),
         ({"layers": 0, "operation": None}, "must be a function"),
@@ -390,7 +390,7 @@ def test_models_that_cannot_be_captured(scores):
 
     with pytest.raises(ValueError, match="factored attention"):
         capture(LatteTransformer3DModel(), layers=0, operation=scores)
-    with pytest.raises(ValueError, match="Linear is not a known video transformer; known are CogVideoX"):
+    with pytest.raises(ValueError, match=r"Linear is not a known video transformer; known are .*CogVideoX"):
         capture(torch.nn.Linear(2, 2), layers=0, operation=scores)
     with pytest.raises(ValueError, match="needs a diffusers video pipeline"):
         capture(object(), layers=0, operation=scores)
@@ -482,3 +482,94 @@ def test_fusing_inside_a_capture_does_not_block_the_next() -> None:
 def test_presets_that_are_none(preset: object, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         load_backbone("embedded", preset=preset or tmp_path)
+
+
+def in_another_thread(function):
+    """What the function raises there, or None."""
+    raised = []
+
+    def call():
+        try:
+            function()
+        except ValueError as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    return str(raised[0]) if raised else None
+
+
+def test_a_second_thread_is_refused_and_leaves_the_first_as_it_is(pipeline, generation, scores):
+    """Its run would be counted as steps of the first one's, and its results taken for those."""
+    pipe = pipeline("wan")
+    with capture(pipe, layers=0, operation=scores) as alone:
+        pipe(**generation("wan", steps=2))
+
+    def second(pipe, step, timestep, arguments):
+        refusals.append(in_another_thread(lambda: pipe.transformer(**given[0])))
+        refusals.append(in_another_thread(lambda: capture(pipe.transformer, layers=1, operation=scores).__enter__()))
+        refusals.append(in_another_thread(lambda: CrossAttentionGuidance(pipe, 1).__enter__()))
+        return {}
+
+    refusals, given = [], []
+    keep = pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: given.append(kwargs), with_kwargs=True
+    )
+    with capture(pipe, layers=0, operation=scores) as captured:
+        pipe(**generation("wan", steps=2), callback_on_step_end=second)
+    keep.remove()
+    assert len(refusals) == 6
+    messages = ("is in use in another thread", "is already being captured", "is in use in another thread")
+    assert all(message in str(refusal) for message, refusal in zip(2 * messages, refusals, strict=True))
+    assert same_results(alone, captured)
+    assert in_another_thread(lambda: pipe(**generation("wan", steps=1))) is None
+
+
+def test_a_model_inside_a_guidance_serves_no_tracker():
+    backbone = load_backbone("embedded")
+    video = np.zeros((3, 32, 32, 3), np.uint8)
+    with pytest.raises(ValueError, match="leave the guidance or the capture"), CrossAttentionGuidance(backbone):
+        PointTracker(backbone).track(video, "grid:2")
+    PointTracker(backbone).track(video, "grid:2")
+
+
+@pytest.mark.parametrize("name", ["cogvideox", "wan", "ltx", "mochi"])
+@pytest.mark.parametrize("block", ["capture", "guidance"])
+def test_a_guidance_scale_that_is_no_number_is_refused(pipeline, generation, scores, name, block):
+    """It is neither above 1 nor at most 1: pipelines left classifier-free guidance out, or made frames of NaN."""
+    pipe = pipeline(name)
+    context = capture(pipe, layers=0, operation=scores) if block == "capture" else CrossAttentionGuidance(pipe, 1)
+    with pytest.raises(ValueError, match="guidance_scale must be finite, got nan"), context:
+        pipe(**{**generation(name, steps=2), "guidance_scale": float("nan")})
+
+
+@pytest.mark.parametrize("block", ["capture", "early exit", "cross_frame", "skip"])
+def test_a_model_saved_inside_a_block_needs_nothing_of_ours(pipeline, generation, scores, block):
+    """A pickle, and with it `torch.save`, names no module of this package; the model in it is as it was before."""
+    pipe = pipeline("wan")
+    given, output = {}, {}
+
+    def note(module, args, kwargs, result):
+        given.update(kwargs)
+        output["plain"] = result[0]
+
+    keep = pipe.transformer.register_forward_hook(note, with_kwargs=True)
+    pipe(**generation("wan", steps=1))
+    keep.remove()
+    contexts = {
+        "capture": capture(pipe, layers=1, operation=scores),
+        "early exit": capture(pipe.transformer, layers=1, operation=scores, early_exit=True),
+        "cross_frame": CrossAttentionGuidance(pipe, 1),
+        "skip": CrossAttentionGuidance(pipe, 1, perturbation="skip"),
+    }
+    context = contexts[block].__enter__()
+    saved, duplicate = pickle.dumps(pipe.transformer), copy.deepcopy(pipe.transformer)
+    # As after an exception: nothing came of the capture.
+    context.__exit__(InterruptedError, None, None)
+    assert b"corrdit" not in saved
+    assert {type(processor) for processor in duplicate.attn_processors.values()} == {
+        type(processor) for processor in pipe.transformer.attn_processors.values()
+    }
+    with torch.no_grad():
+        torch.testing.assert_close(duplicate(**given)[0], output["plain"], rtol=0, atol=0)

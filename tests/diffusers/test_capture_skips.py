@@ -223,3 +223,93 @@ def test_a_forward_that_fails_skipped_nothing(transformer_call, scores):
         transformer.transformer_blocks[1].forward = own
         transformer(**arguments)
     assert list(captured) == [(0, 1)]
+
+
+def read_with_cache(pipe, name, generation, scores, switch_on):
+    """Latents of a cached run without and with a capture that computes, and what it read."""
+    switch_on(pipe.transformer)
+    plain = pipe(**generation(name)).frames
+    with capture(pipe, layers=[0, 2], operation=scores, on_skip="compute") as captured:
+        again = pipe(**generation(name)).frames
+    return plain, again, dict(captured)
+
+
+COMPUTED = {
+    "FirstBlockCache": ("wan", lambda: diffusers.FirstBlockCacheConfig(threshold=1e6)),
+    "MagCache": (
+        "wan",
+        lambda: diffusers.MagCacheConfig(
+            mag_ratios=[1.0] * 8, num_inference_steps=4, retention_ratio=0.2, threshold=9.0
+        ),
+    ),
+    "PyramidAttentionBroadcast": ("cogvideox-rotary", CACHES["PyramidAttentionBroadcast"]),
+}
+
+
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_skipped_layers_are_computed_beside_the_run(kind, pipeline, generation, scores):
+    """The video is the cached run's to the bit, and what is read is a clean model's for the same inputs."""
+    if kind == "MagCache" and not hasattr(diffusers, "MagCacheConfig"):
+        pytest.skip("this diffusers has no MagCache")
+    name, config = COMPUTED[kind]
+    pipe = pipeline(name)
+    calls = []
+    handle = pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append({key: copied(value) for key, value in kwargs.items()}),
+        with_kwargs=True,
+    )
+    plain, again, read = read_with_cache(pipe, name, generation, scores, lambda it: enable(it, config()))
+    handle.remove()
+    assert torch.equal(plain, again)
+    assert sorted(read) == [(step, layer) for step in range(3) for layer in (0, 2)]
+    clean = pipeline(name).transformer
+    conditional = calls[len(calls) // 2 :: len(calls) // 6]
+    for step, arguments in enumerate(conditional):
+        with torch.no_grad(), capture(clean, layers=[0, 2], operation=scores) as expected:
+            clean(**arguments)
+        for layer in (0, 2):
+            found = read[step, layer]
+            assert torch.equal(found, expected[0, layer][-len(found) :])
+
+
+def copied(value):
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+@pytest.mark.parametrize("place", ["transformer", "block"])
+def test_layers_that_a_replaced_forward_leaves_out_are_computed(place, pipeline, generation, scores):
+    pipe, calls = pipeline("cogvideox"), []
+    module = pipe.transformer if place == "transformer" else pipe.transformer.transformer_blocks[0]
+    own = module.forward
+
+    def remembering(*args, **kwargs):
+        calls.append(own(*args, **kwargs) if not calls else calls[0])
+        return calls[0]
+
+    module.forward = remembering
+    with capture(pipe, layers=[0, 2], operation=scores, on_skip="compute") as captured:
+        pipe(**generation("cogvideox"))
+    assert module.forward is remembering
+    assert sorted(captured) == [(step, layer) for step in range(3) for layer in (0, 2)]
+
+
+def test_a_forward_replaced_for_its_class_cannot_be_computed_beside(pipeline, generation, scores, own_forward):
+    pipe = pipeline("cogvideox")
+    diffusers.CogVideoXTransformer3DModel.forward = replaced(own_forward)
+    with (
+        pytest.raises(ValueError, match=r"replaced the forward of CogVideoXTransformer3DModel, for its whole class"),
+        capture(pipe, layers=0, operation=scores, on_skip="compute"),
+    ):
+        pipe(**generation("cogvideox"))
+
+
+def test_wrong_words_for_skipped_layers(pipeline, scores):
+    with pytest.raises(ValueError, match="on_skip must be one of"):
+        capture(pipeline("wan"), layers=0, operation=scores, on_skip="ignore")
+
+
+def test_a_cache_is_refused_unless_what_it_skips_is_computed(pipeline, scores):
+    pipe = pipeline("wan")
+    enable(pipe.transformer, diffusers.FirstBlockCacheConfig(threshold=1e6))
+    with pytest.raises(ValueError, match=r'FirstBlockCache is enabled .*on_skip="compute"'):
+        capture(pipe, layers=0, operation=scores).__enter__()

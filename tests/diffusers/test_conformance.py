@@ -7,23 +7,23 @@ from dataclasses import replace
 import pytest
 import torch
 
-from corrdit.integrations.diffusers import processors
-from corrdit.integrations.diffusers.backbones import cogvideox, hunyuanvideo, ltx, mochi, wan
+from corrdit.integrations.diffusers import family_layouts, processors
 from corrdit.integrations.diffusers.host import attention
 from corrdit.integrations.diffusers.testing.conformance import CHECKS, GENERATION_CHECK
 from corrdit.testing import TINY_MODELS, check_backbone, tiny_backbone, tiny_generation
 
 LAYOUTS = {
-    "cogvideox": cogvideox.CogVideoXLayout,
-    "hunyuanvideo": hunyuanvideo.HunyuanVideoLayout,
-    "wan": wan.WanLayout,
-    "ltx": ltx.LTXLayout,
-    "mochi": mochi.MochiLayout,
+    "cogvideox": family_layouts.CogVideoXLayout,
+    "hunyuanvideo": family_layouts.HunyuanVideoLayout,
+    "wan": family_layouts.WanLayout,
+    "ltx": family_layouts.LTXLayout,
+    "mochi": family_layouts.MochiLayout,
 }
 FAMILIES = tuple(LAYOUTS)
+EVERY = [pytest.param(name, marks=pytest.mark.slow) if model.variant else name for name, model in TINY_MODELS.items()]
 
 
-@pytest.mark.parametrize("name", TINY_MODELS)
+@pytest.mark.parametrize("name", EVERY)
 def test_families_conform(name):
     results = check_backbone(tiny_backbone(name), generation=tiny_generation(name))
     assert [result.name for result in results] == [*CHECKS, GENERATION_CHECK]

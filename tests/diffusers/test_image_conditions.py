@@ -106,13 +106,6 @@ def test_images_that_do_not_fit_and_models_that_take_none():
             other.predict(latents, 500.0, image=latents[:1])
 
 
-def test_wan_with_an_image_encoder_is_refused_by_name():
-    backbone = tiny_backbone("wan-image")
-    backbone.transformer.register_to_config(image_dim=8)
-    with pytest.raises(ValueError, match="needs the features of an image encoder beside the latents"):
-        backbone.predict(backbone.encode_frames(VIDEO), 500.0)
-
-
 def test_frames_are_resized_as_the_released_evaluation_does():
     """Bilinear to 256 x 256 and then on, without antialiasing and without rounding between."""
     backbone = tiny_backbone("cogvideox")

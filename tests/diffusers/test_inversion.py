@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import CogVideoXDPMScheduler, DDIMInverseScheduler, UniPCMultistepScheduler
 
-from corrdit.integrations.diffusers.inversion import DDIMPath, EulerPath, noise_path
+from corrdit.integrations.diffusers.inversion import DDIMPath, EulerPath, noise_path, released_moves
 from corrdit.testing import tiny_backbone
 
 STEPS = 5
@@ -106,20 +106,59 @@ def test_a_model_that_says_the_same_everywhere_is_inverted_exactly(name):
     assert torch.allclose(back, latents, atol=1e-3)
 
 
-def test_the_released_inversion_goes_one_step_too_far():
-    """As the released `inverse_step`: from alphas[t] to alphas[t + 1000 // steps], clean latents taken for the last."""
+@pytest.mark.parametrize(
+    ("steps", "some"),
+    [
+        (50, {0: (0, 20), 1: (19, 39), 2: (39, 59), 9: (179, 199), 49: (979, 999)}),
+        (30, {0: (0, 33), 1: (32, 65), 2: (66, 99), 29: (966, 999)}),
+        (20, {0: (0, 50), 1: (49, 99), 19: (949, 999)}),
+        (7, {0: (0, 142), 1: (142, 284), 6: (856, 998)}),
+        (1, {0: (0, 999)}),  # the released code fails here, beyond its last level
+    ],
+)
+def test_where_the_released_inversion_asks_and_arrives(steps, some):
+    """By hand from the released loop: t = 0 before the ascending timesteps, each call `1000 // N` further."""
     backbone = tiny_backbone("cogvideox-rotary")
+    asked = []
+    backbone.predict = lambda latents, timestep, image=None: asked.append(timestep) or torch.zeros_like(latents)
+    timesteps = backbone.stepping_scheduler(steps).timesteps.tolist()
+    moves = released_moves(timesteps)
+    assert {call: moves[call] for call in some} == some
+    assert [at for at, _ in moves] == [0, *timesteps[:0:-1]]
+    assert {reached - at for at, reached in moves} == {1000 // steps} if steps > 1 else {999}
+    latents = clean(backbone)
+    for step in {0, 1, steps // 2, steps - 2, steps - 1} & set(range(steps)):
+        asked.clear()
+        dict(backbone.inverted(latents, [step], steps, rule="released"))
+        assert asked == [at for at, _ in moves[: steps - step]], step
+
+
+def test_at_fifty_steps_the_released_inversion_arrives_at_the_level_that_is_read():
+    timesteps = tiny_backbone("cogvideox-rotary").stepping_scheduler(50).timesteps.tolist()
+    reached = [after for _, after in released_moves(timesteps)][::-1]
+    assert reached == [*timesteps[:49], 20]
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "epsilon"])
+@pytest.mark.parametrize("step", range(STEPS))
+def test_the_released_inversion(step, prediction):
+    """As the released `inverse_step`: from alphas[t] to alphas[t + 1000 // steps]."""
+    backbone = tiny_backbone("cogvideox-rotary")
+    backbone.pipe.scheduler.register_to_config(prediction_type=prediction)
     scheduler = backbone.stepping_scheduler(STEPS)
     latents = expected = clean(backbone)
-    for timestep in reversed(scheduler.timesteps[2:].tolist()):
+    for timestep in [0, *reversed(scheduler.timesteps.tolist())][: STEPS - step]:
         output = backbone.predict(expected, float(timestep))
         now, after = (float(scheduler.alphas_cumprod[at]) for at in (timestep, timestep + 1000 // STEPS))
-        original = math.sqrt(now) * expected - math.sqrt(1 - now) * output
-        noise = math.sqrt(now) * output + math.sqrt(1 - now) * expected
+        if prediction == "epsilon":
+            original, noise = (expected - math.sqrt(1 - now) * output) / math.sqrt(now), output
+        else:
+            original = math.sqrt(now) * expected - math.sqrt(1 - now) * output
+            noise = math.sqrt(now) * output + math.sqrt(1 - now) * expected
         expected = math.sqrt(after) * original + math.sqrt(1 - after) * noise
-    found = dict(backbone.inverted(latents, [2], STEPS, rule="released"))[2]
+    found = dict(backbone.inverted(latents, [step], STEPS, rule="released"))[step]
     assert torch.allclose(found, expected, atol=1e-4)
-    assert not torch.allclose(found, dict(backbone.inverted(latents, [2], STEPS))[2], atol=1e-2)
+    assert not torch.allclose(found, dict(backbone.inverted(latents, [step], STEPS))[step], atol=1e-3)
 
 
 def test_paths_by_scheduler():
@@ -142,8 +181,7 @@ def test_what_cannot_be_inverted_is_refused():
         ({"steps": [STEPS]}, "steps must be from 0 to 4"),
         ({"steps": []}, "at least one"),
         ({"steps": [-1]}, "step must be a whole number of at least 0"),
-        ({"steps": [1], "rule": "exact"}, "rule must be one of 'ddim', 'released'"),
-        ({"steps": [0], "rule": "released"}, "step 0 has none before it"),
+        ({"steps": [1], "rule": "exact"}, "rule must be one of ddim, released"),
     ):
         with pytest.raises(ValueError, match=message):
             dict(backbone.inverted(latents, inference_steps=STEPS, **options))

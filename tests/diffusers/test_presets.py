@@ -93,11 +93,37 @@ def test_files_of_earlier_versions_are_read():
         ({"guidance": [3]}, "guidance must be options of guidance by name"),
         ({"transfer": {"speed": 1}}, "unknown settings speed"),
         ({"source": 3}, "source must be a text"),
+        ({"trackng": {}}, "an entry of a preset must be one of .*, got 'trackng'; did you mean tracking"),
+        ({"layer": -1}, "layer must be a whole number of at least 0, got -1"),
+        ({"height": 480}, "height and width of the encoded frames go together"),
     ],
 )
 def test_sections_that_cannot_be_used_are_named(section, message):
     with pytest.raises(ValueError, match=message):
         Preset.from_mapping({"layer": 1, **section})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((), {}, "reading must be a ReadingPreset, such as ReadingPreset(layer=17), got None"),
+        (("x",), {}, "reading must be a ReadingPreset, such as ReadingPreset(layer=17), got 'x'"),
+        ((), {"step": -3}, "reading must be a ReadingPreset"),
+        ((1,), {"steps": -3}, "an argument of a Preset must be one of layer, step,"),
+        ((17, -3), {}, "tracking of a Preset must be TrackerOptions, got -3; as in Preset(ReadingPreset(layer=17, st"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Preset")
+def test_what_makes_no_preset_is_named(arguments, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Preset(*arguments, **options)
+
+
+@pytest.mark.parametrize("contents", ["[" * 100_000, '{"layer": ' + "[" * 100_000, "[" * 100_000 + "]" * 100_000])
+def test_files_nested_deeper_than_json_is_read_are_refused(tmp_path, contents):
+    (tmp_path / "preset.json").write_text(contents)
+    with pytest.raises(ValueError, match="is not a preset as `corrdit calibrate` writes it"):
+        Preset.from_file(tmp_path / "preset.json")
 
 
 def test_the_spelling_before_it_had_parts_still_works():

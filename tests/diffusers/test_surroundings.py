@@ -222,3 +222,33 @@ def test_guidance_and_reading_are_the_same_bits(family, make, name):
         found, wanted = {0: found}, {0: wanted}
     assert found.keys() == wanted.keys()
     assert all(torch.equal(result, wanted[key]) for key, result in found.items())
+
+
+@pytest.mark.parametrize("name", ["wan", "cogvideox"])
+@pytest.mark.parametrize("optimised", ["latents", "weights"])
+def test_an_optimisation_of_the_users_own_under_autocast_moves(name, optimised):
+    """Inside one autocast the cached cast of what was changed in place was read again: the loss stood still."""
+
+    def flow(q, k, grid, key_mask):
+        return ops.soft_displacement(q, k, grid, key_mask=key_mask)
+
+    losses = {}
+    for enabled in (True, False):
+        backbone = tiny_backbone(name)
+        transformer = backbone.transformer.requires_grad_(optimised == "weights")
+        latents = torch.randn(3, backbone.latent_channels, 8, 8, generator=torch.Generator().manual_seed(0))
+        arguments = backbone.forward_arguments(latents, 500.0)
+        hidden = arguments["hidden_states"] = arguments["hidden_states"].clone().requires_grad_(optimised == "latents")
+        moved = [hidden] if optimised == "latents" else list(transformer.parameters())
+        losses[enabled] = []
+        with autocast(enabled):
+            for _ in range(3):
+                with capture(transformer, layers=1, operation=flow, keep_graph=True, early_exit=True) as captured:
+                    transformer(**arguments)
+                loss = captured[0, 1].square().mean()
+                losses[enabled].append(loss.item())
+                for tensor, slope in zip(moved, torch.autograd.grad(loss, moved, allow_unused=True), strict=True):
+                    if slope is not None:
+                        tensor.data.add_(slope, alpha=float(1 / (slope.norm() + 1e-9)))
+    assert losses[True] == losses[False]
+    assert len(set(losses[True])) == 3

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import pathlib
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from corrdit.integrations.embedded import load_embedded_pipeline
+from corrdit.integrations.embedded.pipeline import build_pipeline, build_transformer
 from corrdit.integrations.embedded.training.module import (
     EmbeddedTraining,
     GeneratedBatches,
@@ -53,6 +57,43 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: pathlib.Path) -> No
     exported = dict(pipe.transformer.named_parameters())
     for name, weight in exported.items():
         torch.testing.assert_close(weight.data, first[f"average.{name}"].half().float(), atol=0, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_starts_from_given_weights_and_shows_photographs(tmp_path: pathlib.Path) -> None:
+    """With a learning rate of zero the exported weights are those that were given."""
+    trained = build_pipeline(build_transformer(layers=2, heads=2, head_dim=16))
+    trained.save_pretrained(tmp_path / "trained")
+    (tmp_path / "pictures").mkdir()
+    noise = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "pictures" / "noise.png")
+    smoke = dataclasses.replace(load_recipe("smoke", steps=2), pictures=1.0, bending=0.5, appearance=0.5)
+    config = dataclasses.replace(smoke, learning_rate=0.0)
+    given = {"start": tmp_path / "trained", "photographs": tmp_path / "pictures", "progress": False}
+    train(config, tmp_path / "run", **given)
+    pipe = load_embedded_pipeline(export_checkpoint(newest_checkpoint(tmp_path / "run"), tmp_path / "exported"))
+    for name, weight in trained.transformer.named_parameters():
+        torch.testing.assert_close(pipe.transformer.get_parameter(name).data, weight.half().float(), atol=0, rtol=0)
+    with pytest.raises(ValueError, match="resume goes on with an earlier one; give one of them"):
+        train(config, tmp_path / "run", resume=True, **given)
+    Image.fromarray(noise[::-1]).save(tmp_path / "pictures" / "noise.png")
+    with pytest.raises(ValueError, match=r"other settings: photographs '[0-9a-f]{16}' \(now '[0-9a-f]{16}'\)"):
+        train(config, tmp_path / "run", resume=True, photographs=tmp_path / "pictures", progress=False)
+    with pytest.raises(ValueError, match="no photographs were given; give Photographs"):
+        train(config, tmp_path / "other", start=tmp_path / "trained", progress=False)
+    with pytest.raises(ValueError, match="not of this recipe's layers, heads, head_dim and positions"):
+        train(config, tmp_path / "other", **{**given, "start": "embedded"})
+    assert not (tmp_path / "other").exists()
+
+
+def test_recipes_of_varied_worlds_show_other_videos_from_the_same_seeds() -> None:
+    plain = TrainingConfig(steps=10, batch_size=4, shapes=((2, 16, 16),))
+    bending = dataclasses.replace(plain, bending=1.0)
+    assert (GeneratedBatches(plain).batch(1)["video"] != GeneratedBatches(bending).batch(1)["video"]).any()
+    unchanged = GeneratedBatches(dataclasses.replace(bending, videos=0.0)).batch(1)
+    torch.testing.assert_close(unchanged["video"], GeneratedBatches(plain).batch(1)["video"], atol=0, rtol=0)
+    with pytest.raises(ValueError, match="appearance must be a number from 0 to 1, got 2"):
+        TrainingConfig(appearance=2.0)
 
 
 def test_training_videos_are_never_held_out_and_processes_share_the_batch() -> None:

@@ -20,7 +20,7 @@ from corrdit.metrics.tapvid import METRIC_NAMES
 
 PROCESS = pathlib.Path(__file__).with_name("evaluate_process.py")
 COMMAND = pathlib.Path(sys.executable).with_name("corrdit")
-TABLES = ("table.json", "table.csv", "videos.csv")
+TABLES = ("table.json", "table.csv", "videos.csv", "splits.csv")
 ON_CPU = ["--trainer.accelerator", "cpu"]
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")

@@ -15,10 +15,12 @@ from corrdit.data import TapVidSet, read_tapvid, write_tapvid_shards
 from corrdit.data.restricted_pickle import load_arrays
 from corrdit.evaluation import EvaluationResults
 from corrdit.integrations.diffusers.fingerprint import model_facts
+from corrdit.integrations.diffusers.placement import Placement
 from corrdit.integrations.diffusers.testing.tiny_models import tiny_backbone
 from corrdit.integrations.lightning import EvaluationModule, TapVidDataModule
 from corrdit.integrations.lightning.data_modules import EachOnceSampler, Samples
 from corrdit.metrics.tapvid import METRIC_NAMES
+from corrdit.video import read_video
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*has no text encoder"),
@@ -92,7 +94,8 @@ def test_the_model_is_asked_as_the_tracker_asks_it(world, backbone, trainer, tmp
         assert record["figures"]["average_jaccard"] == expected["average_jaccard"][0]
     settings = json.loads((tmp_path / "settings.json").read_text())
     assert settings["trackers"]["released"] == {
-        "kind": "released", "model": "tiny cogvideox-rotary", "dtype": None, **model_facts(backbone), **MODEL_OPTIONS
+        "kind": "released", "model": "tiny cogvideox-rotary", "dtype": None, **Placement().described(),
+        **model_facts(backbone), **MODEL_OPTIONS,
     }  # fmt: skip
 
 
@@ -221,6 +224,17 @@ def test_a_layer_the_model_does_not_have_is_refused_before_any_video(world, back
     assert list(tmp_path.iterdir()) == []
 
 
+def test_trails_are_as_long_as_asked_for(davis, trainer, tmp_path):
+    for trail in (0, 4):
+        output = tmp_path / str(trail)
+        evaluate(trainer, output, davis, {"end": 1}, trackers="patches", pictures=1, trail=trail)
+    films = [read_video(tmp_path / trail / "pictures" / "truth" / "bear.mp4").frames for trail in "04"]
+    assert np.abs(films[0][0].astype(int) - films[1][0]).max() < 30
+    assert np.abs(films[0][-1].astype(int) - films[1][-1]).max() > 60
+    with pytest.raises(ValueError, match="trail must be a whole number"):
+        EvaluationModule(output=tmp_path / "none", trail=-1)
+
+
 def test_pictures_of_the_first_videos(davis, trainer, tmp_path):
     evaluate(trainer, tmp_path, davis, {"end": 3}, trackers="still", pictures=2, save_tracks=False)
     drawn = sorted(
@@ -260,7 +274,7 @@ def test_lightning_cli_builds_both_from_a_file(davis, tmp_path, monkeypatch):
     "make, message",
     [
         (lambda folder: EvaluationModule(output=folder, on_broken="ignore"), "on_broken must be one of"),
-        (lambda folder: EvaluationModule(output=folder, dtype="float12"), "dtype must be the name"),
+        (lambda folder: EvaluationModule(output=folder, dtype="float12"), "dtype must be one of"),
         (lambda folder: EvaluationModule(output=folder, placement="moon"), "placement must be one of"),
         (lambda folder: EvaluationModule(output=folder, trackers="best"), "unknown tracker"),
         (lambda folder: EvaluationModule(output=folder, model_preset=folder / "absent"), "there is no preset file"),

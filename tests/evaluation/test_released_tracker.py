@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from corrdit import TokenGrid
+from corrdit import PointTracker, TokenGrid
 from corrdit.evaluation import chosen_trackers
+from corrdit.geometry import sample_matches
 from corrdit.integrations.diffusers import Preset, ReadingPreset
+from corrdit.tracking.released_costs import bfloat16_matches
 
 
 class FixedBackbone:
@@ -56,3 +58,29 @@ def test_tracks_equal_the_released_ones(golden, case, scale):
 def test_the_two_scales_differ(golden):
     numbers = golden("difftrack_match")
     assert not np.array_equal(numbers["0_headdim_tracks"], numbers["0_numheads_tracks"])
+
+
+def test_with_rounding_they_are_those_of_the_released_runs():
+    """One chunk; near candidates tie in bfloat16, so that tracks are others than without rounding."""
+    grid = TokenGrid(4, 6, 9)
+    q, k = (
+        0.6 * torch.from_numpy(np.random.default_rng(seed).standard_normal((1, 3, 216, 16), dtype=np.float32))
+        for seed in (3, 4)
+    )
+    backbone = FixedBackbone(q, k, grid, 16)
+    video = np.zeros((4, 96, 144, 3), np.uint8)
+    queries = np.array([[0, 40.0, 50.0], [0, 100.0, 12.0], [0, 7.0, 88.0]], np.float32)
+    tracks = {
+        rounding: chosen_trackers("released", {"rounding": rounding})[0].build(backbone)(video, queries).xy
+        for rounding in ("none", "bfloat16")
+    }
+    matches = bfloat16_matches(q, k, grid)
+    expected = sample_matches(matches, torch.from_numpy(queries[:, 1:]), stride=(16, 16), geometry="released")[0]
+    assert torch.allclose(tracks["bfloat16"][1:], expected, atol=1e-4)
+    assert not torch.allclose(tracks["bfloat16"], tracks["none"], atol=1.0)
+
+
+def test_rounding_takes_no_weighted_heads():
+    backbone = FixedBackbone(*(torch.zeros(1, 3, 24, 4),) * 2, TokenGrid(2, 3, 4), 16)
+    with pytest.raises(ValueError, match="plain mean of all heads"):
+        PointTracker(backbone, preset="published", rounding="bfloat16", heads="features")

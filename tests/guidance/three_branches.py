@@ -53,7 +53,8 @@ def perturbed(
         if attn_mask is not None:
             allowed = attn_mask if attn_mask.dtype == torch.bool else attn_mask > -1000
             logits = logits.masked_fill(~allowed, -torch.inf)
-        output = (weights(logits, torch.cat(parts), text) @ value.double()).to(value.dtype)
+        # Rows of padding of which no key is left give 0, as SDPA has it.
+        output = (weights(logits, torch.cat(parts), text).nan_to_num() @ value.double()).to(value.dtype)
         chosen = range(query.shape[1]) if heads is None else heads
         mixed = full.clone()
         mixed[:, list(chosen)] = output[:, list(chosen)]
@@ -140,7 +141,14 @@ def check_outputs(
 
     def before(transformer: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         arguments = forward_arguments(transformer, args, kwargs)
-        batched = layout_of(transformer).guidance == "batched" and pipe.do_classifier_free_guidance
+        # Kandinsky 5 denoises the very tensor it gives.
+        arguments = {
+            key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in arguments.items()
+        }
+        batched = layout_of(transformer).guidance == "batched"
+        if batched:
+            guided = getattr(pipe, "do_classifier_free_guidance", None)
+            batched = pipe.guidance_scale > 1 if guided is None else guided
         plain.append((transformer, arguments, output[0].clone(), batched))
 
     def after(transformer: torch.nn.Module, args: Any, output: Any) -> None:

@@ -135,11 +135,22 @@ def test_rows_are_collected_and_not_compiled_again(tmp_path, monkeypatch, capsys
     assert "holds something else" in capsys.readouterr().err
 
 
+def test_cards_and_short_dtypes_are_understood(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(catalogue, "compile_entry", lambda *request, precision: asked.append(request[1:]) or [])
+    given = ["--arch", "H100", "sm_80", "8.9", "100", "--dtype", "bf16", "half", "--head-dim", "64", "--op", "match"]
+    assert main(["kernels", *given]) == 0
+    assert {(dtype, arch) for dtype, _, arch in asked} == {
+        (dtype, arch) for dtype in ("bfloat16", "float16") for arch in (90, 80, 89, 100)
+    }
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--arch", "75"], "--arch must be one of 80, 86, 89, 90, 100, 120, got 75"),
-        (["--dtype", "float64"], "--dtype must be one of float16, bfloat16, float32, got float64"),
+        (["--arch", "75"], "--arch must be one of 80, 86, 89, 90, 100, 120 (compute capabilities) or a100,"),
+        (["--arch", "h10"], "got h10; did you mean h100?"),
+        (["--dtype", "float64"], "--dtype must be one of float16, bfloat16, float32, got 'float64'"),
         (["--head-dim", "64", "4"], "--head-dim must be one of 8 to 256, got 4"),
         (["--head-dim", "300"], "--head-dim must be one of 8 to 256, got 300"),
         (["--variant", "loud"], "variant must be one of plain, mask, window, weights, large frame, got 'loud'"),

@@ -184,6 +184,12 @@ def test_a_broken_video_stops_the_run_on_request(videos, backbone, tmp_path):
         trainer().predict(module(backbone, tmp_path, on_broken="raise"), data)
 
 
+def test_a_grid_by_its_name_is_the_one_of_its_number(backbone, tmp_path):
+    named, numbered = (module(backbone, tmp_path, queries=queries) for queries in ("grid:3", 3))
+    assert named.settings == numbered.settings
+    np.testing.assert_array_equal(named._queries(2, 30, 40), numbered._queries(2, 30, 40))
+
+
 def test_queries_as_an_array_and_as_a_function(videos, backbone, tmp_path):
     table = np.array([[1, 5.0, 6.0], [0, 7.0, 8.0]])
     for name, queries, description in (
@@ -204,6 +210,7 @@ def test_queries_as_an_array_and_as_a_function(videos, backbone, tmp_path):
     [
         ({"on_broken": "skip"}, "on_broken must be one of"),
         ({"queries": 0}, "make no grid"),
+        ({"queries": "gird:4"}, "queries must be a number, grid:N, .* got 'gird:4'"),
         ({"queries": np.zeros((3, 2))}, r"\[points, 3\]"),
         ({"queries": lambda frames, height, width: None}, "queries_description"),
     ],

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from corrdit.integrations.diffusers.layouts import forward_arguments, layout_of
-from corrdit.integrations.diffusers.motion_transfer import MotionTransfer, guided_run
+from corrdit.integrations.diffusers.motion_transfer import MotionTransfer, step_reference
 from corrdit.integrations.diffusers.motion_transfer.embeddings import positional_tables
-from corrdit.integrations.diffusers.motion_transfer.reference import codec_latents
+from corrdit.integrations.diffusers.motion_transfer.latents import codec_latents
 from corrdit.integrations.diffusers.testing.subject import Subject
 
 FAMILIES = ("cogvideox", "cogvideox-rotary", "cogvideox-1.5", "hunyuanvideo", "wan", "ltx", "mochi")
@@ -126,17 +126,17 @@ def test_injection_into_compiled_blocks(case, name):
 def test_the_injected_reference_has_the_runs_own_noise(case, name, monkeypatch):
     backbone, video, arguments = case(name)
     given, timesteps = [], []
-    own, add_noise = guided_run.keys_values_of, backbone.add_noise
+    own, add_noise = step_reference.attention_parts_of, backbone.add_noise
 
-    def spied(transformer, layout, call, grid, layers):
+    def spied(transformer, layout, call, grid, layers, parts):
         given.append(call["hidden_states"].clone())
-        return own(transformer, layout, call, grid, layers)
+        return own(transformer, layout, call, grid, layers, parts)
 
     def timed(latents, noise, timestep):
         timesteps.append(timestep)
         return add_noise(latents, noise, timestep)
 
-    monkeypatch.setattr(guided_run, "keys_values_of", spied)
+    monkeypatch.setattr(step_reference, "attention_parts_of", spied)
     monkeypatch.setattr(backbone, "add_noise", timed)
     transfer = MotionTransfer(backbone, method="injection", injection_blocks=(0,), **SETTINGS)
     transfer(video, seed=5, **arguments)

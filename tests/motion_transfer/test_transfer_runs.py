@@ -11,9 +11,9 @@ from corrdit.integrations.diffusers.motion_transfer import (
     StoredMotion,
     TransferSettings,
 )
-from corrdit.integrations.diffusers.motion_transfer import guided_run as guided_run_module
+from corrdit.integrations.diffusers.motion_transfer import step_reference as step_reference_module
+from corrdit.integrations.diffusers.motion_transfer.latents import codec_latents
 from corrdit.integrations.diffusers.motion_transfer.optimisation import OptimiserMemory, optimised
-from corrdit.integrations.diffusers.motion_transfer.reference import codec_latents
 
 SETTINGS = {"steps": 3, "guided_share": 0.6, "optimisation_steps": 2, "learning_rate": 0.05}
 
@@ -126,7 +126,7 @@ def test_the_state_of_another_run_is_refused(case, tmp_path):
     with pytest.raises(ValueError, match="another reference, prompt, seed, model or settings"):
         MotionTransfer(backbone, block=1, **SETTINGS)(video, seed=1, state_file=state, **arguments)
     state.write_bytes(state.read_bytes()[:100])
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
+    with pytest.raises(ValueError, match=r"not a whole safetensors file.*remove it to begin anew"):
         MotionTransfer(backbone, block=1, **SETTINGS)(video, state_file=state, **arguments)
 
 
@@ -184,14 +184,14 @@ def test_gradient_checkpointing_changes_nothing(case, method):
 def test_injected_keys_and_values_are_the_references(case, name, monkeypatch):
     backbone, video, arguments = case(name)
     stored = []
-    own = guided_run_module.keys_values_of
+    own = step_reference_module.attention_parts_of
 
-    def spied(transformer, layout, given, grid, layers):
-        found = own(transformer, layout, given, grid, layers)
+    def spied(transformer, layout, given, grid, layers, parts):
+        found = own(transformer, layout, given, grid, layers, parts)
         stored.append((given["hidden_states"].clone(), found))
         return found
 
-    monkeypatch.setattr(guided_run_module, "keys_values_of", spied)
+    monkeypatch.setattr(step_reference_module, "attention_parts_of", spied)
     transfer = MotionTransfer(backbone, method="injection", injection_blocks=(0, 1), **SETTINGS)
     result = transfer(video, seed=5, **arguments)
     assert len(stored) == 2
@@ -300,14 +300,14 @@ def test_a_loss_that_becomes_nan_stops_and_keeps_the_state(case, tmp_path, monke
     from corrdit.integrations.diffusers.motion_transfer.methods import AttentionMotionFlow
 
     backbone, video, arguments = case("cogvideox")
-    calls, own = [], AttentionMotionFlow.loss_of_attention
+    calls, own = [], AttentionMotionFlow.loss
 
-    def failing(self, *attention, reference):
+    def failing(self, read, wanted):
         calls.append(1)
-        loss = own(self, *attention, reference=reference)
+        loss = own(self, read, wanted)
         return loss * float("nan") if len(calls) == 4 else loss
 
-    monkeypatch.setattr(AttentionMotionFlow, "loss_of_attention", failing)
+    monkeypatch.setattr(AttentionMotionFlow, "loss", failing)
     state = tmp_path / "state.safetensors"
     transfer = MotionTransfer(backbone, block=1, **SETTINGS)
     with pytest.raises(DivergedError, match="denoising step 1, optimisation step 1") as caught:

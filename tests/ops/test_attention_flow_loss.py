@@ -194,3 +194,41 @@ def test_what_is_refused(change, message):
     options = {"reference": reference_for("logits"), **change}
     with pytest.raises(ValueError, match=message):
         motion.attention_flow_loss(q, k, GRID, **options)
+
+
+@pytest.mark.parametrize("heads", ["logits", "none"])
+@pytest.mark.parametrize("variant", ["released", "paper", "pairs"])
+def test_weights_of_the_vectors_are_those_of_the_composition(heads, variant):
+    q, k = tensors()
+    reference = reference_for(heads)
+    weights = torch.rand(3, 3, 6, 1, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    weights[0, 1] = 0
+    flow = ops.soft_displacement(q, k, GRID, heads=heads, backend="reference")
+    squared = (flow - reference).square() * weights[..., None]
+    if variant == "released":
+        moving = (reference != 0).any(-1, keepdim=True)
+        exact = (squared * moving).sum() / (2 * (weights[..., None] * moving).sum())
+    else:
+        exact = squared.sum() / (1 if variant == "paper" else flow.shape[:-3].numel())
+    options = {"heads": heads, "variant": variant, "weights": weights}
+    for backend in ("streaming", "reference"):
+        loss = motion.attention_flow_loss(q, k, GRID, reference, backend=backend, **options)
+        torch.testing.assert_close(loss, exact)
+        torch.testing.assert_close(
+            torch.autograd.grad(loss, (q, k)), torch.autograd.grad(exact, (q, k), retain_graph=True)
+        )
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (torch.ones(5), r"broadcasts to the vectors \[1, 3, 3, 6, 7\], got \[5\]"),
+        (torch.zeros(7), "weights are all zero"),
+        ([1.0], "must be a tensor that broadcasts"),
+    ],
+    ids=["shape", "zero", "list"],
+)
+def test_weights_that_cannot_serve(weights, message):
+    q, k = tensors()
+    with pytest.raises(ValueError, match=message):
+        motion.attention_flow_loss(q, k, GRID, reference_for("logits"), weights=weights)

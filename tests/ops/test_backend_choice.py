@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
 import pytest
 import torch
 
+from corrdit import TokenGrid, ops
+from corrdit.cli import main
 from corrdit.kernels import requirements
+from corrdit.motion import attention_flow_loss
 from corrdit.ops import backends
 
 
@@ -30,7 +34,7 @@ def forget_choices():
     ],
 )
 def test_auto_says_what_it_took_on_a_gpu(monkeypatch, caplog, capability, hip, dtype, head_dim, reason):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
     with caplog.at_level(logging.INFO, logger="corrdit"):
         unfit = requirements.unfit_tensor(dtype, head_dim)
@@ -48,4 +52,35 @@ def test_auto_takes_streaming_on_the_cpu():
 def test_triton_by_name_refuses_a_head_dim_it_does_not_take(monkeypatch, head_dim):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(ValueError, match=rf"head_dim 8 to 256, got {head_dim}; use backend=\"streaming\""):
-        backends.select_backend("triton", torch.zeros(1, 1, 4, head_dim))
+        ops.soft_displacement(q := torch.zeros(1, 1, 4, head_dim), q, TokenGrid(1, 2, 2), backend="triton")
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize(
+    "operation",
+    [
+        ops.soft_displacement,
+        ops.hard_displacement,
+        ops.match,
+        functools.partial(ops.cost_rows, tokens=[0]),
+        functools.partial(ops.attention_mass, tokens=[0]),
+        lambda q, k, grid, **options: ops.frame_local_attention(q, k, k, grid, **options),
+        lambda q, k, grid, **options: attention_flow_loss(q, k, grid, torch.ones(1, 2, 2, 2, 2, 2), **options),
+    ],
+)
+def test_a_budget_that_a_backend_would_ignore_is_refused(operation, backend):
+    q = torch.zeros(1, 1, 8, 8)
+    with pytest.raises(ValueError, match=f'memory_budget is for .*; backend="{backend}" would ignore it'):
+        operation(q, q, TokenGrid(2, 2, 2), backend=backend, memory_budget=1 << 20)
+
+
+def test_a_triton_cache_that_cannot_be_written_is_named(monkeypatch, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    reason = f"triton cannot write its cache {tmp_path / 'file' / 'cache'}; set TRITON_CACHE_DIR to a folder that can"
+    assert reason in requirements.unfit_machine("cuda", interpreted=False)
+    assert main(["kernels"]) == 2
+    assert reason in capsys.readouterr().err
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "new" / "cache"))
+    assert requirements.unfit_machine("cuda", interpreted=False) is None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
-from corrdit import TokenGrid, ops
+from corrdit import TokenGrid, motion, ops
 
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "streaming"])
 HEADS = pytest.mark.parametrize("heads", ["logits", "features", "probabilities", "none"])
@@ -185,6 +187,33 @@ def test_a_token_that_a_query_does_not_see_does_not_reach_it(backend, spoiling, 
         assert attended[:, :, GRID.frame_slice(2)].isfinite().all() == (value == 0.0)
         results.append(attended[:, :, rows])
     assert torch.equal(*results)
+
+
+@BACKENDS
+@HEADS
+@pytest.mark.parametrize("spoiling", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("loss", [False, True])
+def test_a_key_outside_the_window_of_a_query_does_not_reach_its_gradient(backend, heads, spoiling, loss):
+    """Its score is masked, but in the backward pass the 0 of that mask would multiply the key."""
+    key = GRID.token(1, 0, 0)
+    seeing = torch.zeros(3, 4, 5, dtype=torch.bool)
+    seeing[:, :2, :2] = True
+    gradients = []
+    for value in (0.0, spoiling):
+        q, k = tensors(2)
+        k[:, :, key] = value
+        inputs = [tensor.requires_grad_() for tensor in (q, k)]
+        options = {"heads": heads, "window": 1, "backend": backend}
+        if loss:
+            shape = (2, *([2] if heads == "none" else []), 3, 3, 4, 5, 2)
+            error = motion.attention_flow_loss(*inputs, GRID, torch.ones(shape), **options)
+        else:
+            error = ops.soft_displacement(*inputs, GRID, **options).square().sum()
+        gradients.append(torch.autograd.grad(error, q)[0][:, :, GRID.text_tokens :])
+    clean, spoiled = gradients
+    assert torch.equal(clean[:, :, ~seeing.flatten()], spoiled[:, :, ~seeing.flatten()])
+    if math.isnan(spoiling):
+        assert spoiled[:, :, seeing.flatten()].isnan().all()
 
 
 @BACKENDS

@@ -19,6 +19,7 @@ from torch import Tensor
 from corrdit import TokenGrid, ops
 
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "streaming"])
+BUDGETED = {"reference": {"backend": "reference"}, "streaming": {"backend": "streaming", "memory_budget": 60_000}}
 HEADS = pytest.mark.parametrize("heads", ["logits", "features", "probabilities", "none"])
 GRID = TokenGrid(4, 3, 5, text_tokens=2)
 S = GRID.tokens_per_frame
@@ -96,7 +97,7 @@ def test_displacement_of_a_range_of_queries(backend, heads, held, options):
     whole = functools.partial(rows_of_range, held=held, heads=heads)
     own = None if center is None else rows_of_range(center, held, heads="logits")
     exact = ops.soft_displacement(q, k, GRID, backend="reference", center=center, **common, **lse)
-    part = {"queries": held, "center": own, "backend": backend, "memory_budget": 60_000, **common}
+    part = {"queries": held, "center": own, **BUDGETED[backend], **common}
     found = ops.soft_displacement(video_tokens(q, held), k, GRID, **part, **lse)
     if lse:
         exact, found = tuple(map(whole, exact)), tuple(found)
@@ -160,7 +161,7 @@ def test_displacement_over_a_shard_of_keys(backend, heads, held, options):
     exact = ops.soft_displacement(
         q, k, GRID, key_mask=removed_outside(held, mask), backend="reference", **common, **lse
     )
-    part = {"keys": held, "backend": backend, "memory_budget": 60_000, **common}
+    part = {"keys": held, **BUDGETED[backend], **common}
     shard = video_tokens(k, held)
     assert_same(ops.soft_displacement(q, shard, GRID, key_mask=mask, **part, **lse), exact, (q, k))
     if mask is not None:  # a mask of the shard's own tokens says the same as one of all
@@ -204,7 +205,7 @@ def test_frame_local_attention_in_parts(backend, renormalize, span, masked):
         mask[1, GRID.text_slice] = mask[1, GRID.frame_slice(2)] = False  # rows without any key
     common: dict[str, Any] = {"renormalize": renormalize, "span": span, "return_lse": True}
     exact = ops.frame_local_attention(q, k, v, GRID, key_mask=mask, backend="reference", **common)
-    part = {"backend": backend, "key_mask": mask, "memory_budget": 60_000, **common}
+    part = {**BUDGETED[backend], "key_mask": mask, **common}
     for held in [(17, 26), (7, 52), (0, 60)]:
         found = ops.frame_local_attention(video_tokens(q, held), k, v, GRID, queries=held, **part)
         assert_same(found, tuple(one[:, :, GRID.video_slice][:, :, slice(*held)] for one in exact), inputs)
@@ -360,7 +361,7 @@ def parts(draw: st.DrawFn) -> tuple[TokenGrid, tuple[int, int], tuple[int, int],
 def test_queries_and_keys_of_any_ranges(drawn):
     grid, queries, keys, options = drawn
     q, k = tensors(2, grid)
-    whole = {**options, "key_mask": removed_outside(keys, options.get("key_mask"), grid)}
+    whole = {**options, "memory_budget": None, "key_mask": removed_outside(keys, options.get("key_mask"), grid)}
     exact = ops.soft_displacement(q, k, grid, backend="reference", **whole)
     found = ops.soft_displacement(
         video_tokens(q, queries, grid), video_tokens(k, keys, grid), grid, queries=queries, keys=keys,

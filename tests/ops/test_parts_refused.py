@@ -50,6 +50,8 @@ def test_what_cannot_be_merged():
         ([result, result.half()], [lse, lse], "one shape, dtype and device"),
         ([result], [lse[:1]], r"without the last axis, \[2, 3\], got \[1, 3\]"),
         ([result.long()], [lse], "results must be floating-point tensors, got torch.int64"),
+        ([result], [lse.double()], "must be torch.float32 there, as the operations return them, got torch.float64"),
+        ([result.half()], [lse.half()], "must be torch.float32 there, .* got torch.float16"),
         ([result], [None], "lses must be floating-point tensors, got NoneType"),
     ):
         with pytest.raises(ValueError, match=names):
@@ -75,7 +77,7 @@ def test_the_kernels_refuse_parts_and_auto_takes_streaming(monkeypatch, caplog):
             ops.soft_displacement(*arguments, GRID, backend="triton", **options)
         ops.soft_displacement(*arguments, GRID, **options)
     backends._automatic.cache_clear()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert backends._automatic("cuda", torch.bfloat16, "the kernels take the whole token axis") == "streaming"
     assert "whole token axis" in caplog.text
     backends._automatic.cache_clear()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -60,6 +62,11 @@ def laid_out(layout: str, shape: tuple[int, ...], generator: torch.Generator) ->
     return stored.requires_grad_()
 
 
+def of(backend: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options for a backend: a budget is for the streaming one alone."""
+    return {**options, "backend": backend, **({"memory_budget": None} if backend == "reference" else {})}
+
+
 def frame_choices(grid: TokenGrid) -> st.SearchStrategy[object]:
     frame = st.integers(0, grid.frames - 1)
     return st.none() | st.integers(0, grid.frames) | st.lists(st.tuples(frame, frame), min_size=1, max_size=6)
@@ -95,7 +102,7 @@ def test_soft_displacement_and_gradients(scene, data):
     options |= displacement_options(data, grid, q.shape[0])
     results = []
     for backend in BACKENDS:
-        moved = ops.soft_displacement(q, k, grid, backend=backend, **options)
+        moved = ops.soft_displacement(q, k, grid, **of(backend, options))
         generator = torch.Generator().manual_seed(7)
         incoming = torch.randn(moved.shape, generator=generator, dtype=torch.float64)
         results.append((moved, *torch.autograd.grad(moved, (q, k), incoming)))
@@ -108,7 +115,7 @@ def test_attention_flow_loss_and_gradients(scene, data, variant):
     """Against the loss of the reference's displacements; the incoming gradient scales what the forward pass found."""
     grid, options, (q, k, _) = scene
     options |= displacement_options(data, grid, q.shape[0])
-    flow = ops.soft_displacement(q, k, grid, backend="reference", **options)
+    flow = ops.soft_displacement(q, k, grid, **of("reference", options))
     generator = torch.Generator().manual_seed(7)
     reference = torch.randint(-1, 2, flow.shape, generator=generator)
     reference[..., 0, 0, :] = 1
@@ -124,7 +131,7 @@ def test_attention_flow_loss_and_gradients(scene, data, variant):
 def test_hard_displacement(scene, data):
     grid, options, (q, k, _) = scene
     options |= displacement_options(data, grid, q.shape[0])
-    assert_same([(ops.hard_displacement(q, k, grid, backend=b, **options),) for b in BACKENDS])
+    assert_same([(ops.hard_displacement(q, k, grid, **of(b, options)),) for b in BACKENDS])
 
 
 @pytest.mark.parametrize(
@@ -162,8 +169,8 @@ def test_match_and_cost_rows(scene, data):
     refine = data.draw(st.integers(0, 3))
     results = []
     for backend in BACKENDS:
-        found = ops.match(q, k, grid, targets=targets, refine=refine, backend=backend, **options)
-        results.append((*found, ops.cost_rows(q, k, grid, tokens, backend=backend, **options)))
+        found = ops.match(q, k, grid, targets=targets, refine=refine, **of(backend, options))
+        results.append((*found, ops.cost_rows(q, k, grid, tokens, **of(backend, options))))
     assert_same(results)
 
 
@@ -173,7 +180,7 @@ def test_attention_mass(scene, data):
     grid, options, (q, k, _) = scene
     tokens = data.draw(st.lists(st.integers(0, grid.tokens_per_frame - 1), min_size=1, max_size=5))
     source = data.draw(st.integers(0, grid.frames - 1))
-    both = [tuple(ops.attention_mass(q, k, grid, tokens, source=source, backend=b, **options)) for b in BACKENDS]
+    both = [tuple(ops.attention_mass(q, k, grid, tokens, source=source, **of(b, options))) for b in BACKENDS]
     assert_same(both)
 
 
@@ -184,7 +191,7 @@ def test_frame_local_attention_and_gradients(scene, renormalize, span):
     kept = {name: options[name] for name in ("key_mask", "scale", "memory_budget") if name in options}
     results = []
     for backend in BACKENDS:
-        attended = ops.frame_local_attention(q, k, v, grid, renormalize=renormalize, span=span, backend=backend, **kept)
+        attended = ops.frame_local_attention(q, k, v, grid, renormalize=renormalize, span=span, **of(backend, kept))
         generator = torch.Generator().manual_seed(7)
         incoming = torch.randn(attended.shape, generator=generator, dtype=torch.float64)
         results.append((attended, *torch.autograd.grad(attended, (q, k, v), incoming)))
@@ -204,7 +211,7 @@ def test_error_of_each_precision_is_that_of_its_rounding(dtype, heads, budget):
     for inputs, backend in (((q.double(), k.double()), "reference"), ((q, k), "streaming")):
         inputs = [tensor.clone().requires_grad_() for tensor in inputs]
         moved = ops.soft_displacement(
-            *inputs, grid, heads=heads, temperature=2.0, backend=backend, memory_budget=budget
+            *inputs, grid, heads=heads, temperature=2.0, **of(backend, {"memory_budget": budget})
         )
         results.append((moved, *torch.autograd.grad(moved, inputs, incoming.to(moved.dtype))))
     assert results[1][0].dtype == torch.float32

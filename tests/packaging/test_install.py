@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import email
 import importlib.util
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,9 @@ import tarfile
 import zipfile
 
 import pytest
+import yaml
+
+import corrdit
 
 ROOT = pathlib.Path(__file__).parents[2]
 SOURCES = (
@@ -85,6 +90,33 @@ def test_archive_holds_every_file_of_the_library_and_no_other_package(archives, 
     lightning = next(line for line in requirements if "lightning" in line)
     assert "!=2.6.2" in lightning
     assert "!=2.6.3" in lightning
+
+
+def test_metadata_is_whole_and_names_nothing_that_a_registry_has_not(archives):
+    with zipfile.ZipFile(archives["wheel"]) as archive:
+        name = next(name for name in archive.namelist() if name.endswith("METADATA"))
+        metadata = email.message_from_bytes(archive.read(name))
+    assert metadata["Author"] == "corrdit maintainers"
+    assert "point tracking" in metadata["Keywords"]
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert "Programming Language :: Python :: 3.11" in metadata.get_all("Classifier", [])
+    assert not {"Home-page", "Project-URL", "Author-email"} & set(metadata)
+    text = metadata.get_payload()
+    assert "corrdit track my_video.mp4" in text
+    # no picture, comment or link into the checkout
+    assert not re.findall(r"!\[|<!--|\]\((?!https?:)|^## Read on|\(above\)", text, re.MULTILINE)
+
+
+def test_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["cff-version"] == "1.2.0"
+    assert citation["title"] == "corrdit"
+    assert citation["version"] == corrdit.__version__
+    assert citation["license"] == "Apache-2.0"
+    assert {entry["identifiers"][0]["value"] for entry in citation["references"]} == {
+        "arXiv:2506.17220",
+        "arXiv:2412.07776",
+    }
 
 
 def test_wheel_imports_from_where_it_is_installed(archives, tmp_path):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import pathlib
 import re
 import shlex
 
 import pytest
+import yaml
 
 ROOT = pathlib.Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -108,6 +109,21 @@ def test_no_page_installs_from_an_index():
         assert not re.search(r"pip install [^\n]*\bcorrdit\b", page.read_text(encoding="utf-8")), page
 
 
+def test_site_has_every_page_and_its_api_every_public_name():
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    listed = re.findall(r"[\w-]+\.md", str(site["nav"]))
+    assert sorted(listed) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
+    spec = importlib.util.spec_from_file_location("site_hooks", ROOT / "docs" / "site_hooks.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    api = hooks.on_page_markdown((ROOT / "docs" / "api.md").read_text(encoding="utf-8"))
+    assert {"::: corrdit.ops.match.match", "::: corrdit.metrics.tapvid.tapvid"} <= set(api.splitlines())
+    for module, name in re.findall(r"^::: ([\w.]+)\.(\w+)$", api, re.MULTILINE):
+        assert hasattr(importlib.import_module(module), name)
+    outside = hooks.on_page_markdown("see [the card](../integrations/card.md) and [this](results.md)")
+    assert outside == "see the card (`integrations/card.md`) and [this](results.md)"
+
+
 def test_changelog_lists_every_name_that_moved():
     import corrdit
 
@@ -130,3 +146,23 @@ def test_tables_are_those_of_the_result_files(tmp_path, monkeypatch):
         assert tables.main([*words, "--check"]) == 1
         assert tables.main(words) == 0
         assert page.read_text(encoding="utf-8") == text
+
+
+def own_options(page: pathlib.Path) -> set[str]:
+    """Options in the last column of the page's tables of flags."""
+    rows = re.findall(r"^\| .*\| ([^|]*) \|$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {option for cell in rows for option in re.findall(r"--[a-z][a-z-]+", cell)}
+
+
+@pytest.mark.parametrize("name", ["difftrack", "ditflow"])
+def test_options_beside_released_flags_exist(name):
+    from jsonargparse import ArgumentParser
+
+    accepted: set[str] = set()
+    for command in ("analyze", "evaluate", "generate", "transfer"):
+        parser = ArgumentParser(exit_on_error=False)
+        importlib.import_module(f"corrdit.cli.{command}").add_arguments(parser)
+        accepted |= {option for action in parser._actions for option in action.option_strings}
+    named = own_options(ROOT / "docs" / f"migrating-from-{name}.md")
+    assert len(named) > 15
+    assert named <= accepted, named - accepted

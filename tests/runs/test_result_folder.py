@@ -182,3 +182,46 @@ def test_results_whose_settings_are_gone_are_not_taken_for_others(tmp_path, left
     with pytest.raises(ValueError, match=r"run holds results .*a.mp4.json.*, but no settings.json that says how"):
         ResultFolder(tmp_path / "run").begin({"points": 4}, joined=joined)
     assert folder.record("clips/a.mp4") == {}
+
+
+@pytest.mark.parametrize("name", ["v" * 250, "\u00e4" * 125])
+def test_names_as_long_as_file_systems_take(tmp_path: Path, name: str) -> None:
+    for _ in range(2):
+        with OutputFolder(tmp_path / "folder" / name) as hidden, written_beside(hidden / name, "w") as file:
+            file.write("all of it")
+    assert (tmp_path / "folder" / name / name).read_text() == "all of it"
+    results = ResultFolder(tmp_path / "out")
+    results.begin({"model": "one"})
+    made(results, name[:245] if len(name.encode()) == len(name) else name[:122])
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == [name], "nothing hidden is left"
+
+
+def test_what_a_killed_process_left_of_a_long_name_goes(tmp_path: Path) -> None:
+    name = "v" * 250
+    left = OutputFolder(tmp_path / name).__enter__()
+    dead = left.with_name(left.name.replace(f"-{os.getpid()}-", f"-{dead_process()}-"))
+    left.rename(dead)
+    with OutputFolder(tmp_path / name):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("place", ["link", "link/results"])
+def test_a_link_that_leads_nowhere_is_named(tmp_path: Path, place: str) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    message = f"{tmp_path / 'link'} is a link to {tmp_path / 'gone'}, which does not exist"
+    with pytest.raises(ValueError, match=message), OutputFolder(tmp_path / place):
+        pass
+    with pytest.raises(ValueError, match=message):
+        ResultFolder(tmp_path / place)
+    with pytest.raises(ValueError, match=message), written_beside(tmp_path / place):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
+@pytest.mark.parametrize("name", ["", "file"])
+def test_what_is_no_folder_for_results_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    for make in (ResultFolder, OutputFolder):
+        with pytest.raises(ValueError, match=r"the output folder is an empty name|the output folder .* is a file"):
+            make(name and tmp_path / name)

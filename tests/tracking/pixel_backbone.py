@@ -23,6 +23,9 @@ class PixelBackbone:
         self.sharpness = sharpness
         self.forwards: list[int] = []
 
+    def fingerprint(self) -> str:
+        return f"pixels {self.sharpness}"
+
     def timestep(self, step: int, inference_steps: int) -> float:
         return 1000.0 * -step / inference_steps
 

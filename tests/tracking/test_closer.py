@@ -111,7 +111,7 @@ def test_kept_frames_are_bounded_and_read_in_order():
             read.append((part.start, part.stop))
             return np.arange(part.start, part.stop)
 
-    store = FrameStore(Video(), lambda part: part.float()[:, None], 5)
+    store = FrameStore(Video(), lambda part, _: part.float()[:, None], 5)
     store.load([0, 3, 4, 5])
     assert store.of([4, 0]).flatten().tolist() == [4.0, 0.0]
     store.load([0, 6, 7])

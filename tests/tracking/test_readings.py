@@ -102,3 +102,18 @@ def test_bad_weights_are_named(reading, message):
 def test_another_token_grid_is_named():
     with pytest.raises(ValueError, match="grid of 3 x 4 tokens a frame, expected"):
         read_tokens(DrawnBackbone(), torch.zeros(3, 1, 3, 4), Reading((1,), (50.0,)), (4, 4))
+
+
+def test_keys_with_keys_are_cosines_of_the_channels_that_are_left():
+    reading = Reading((2,), (50.0,), matched="keys", channels_out=(0, 3, 5), bidirectional=False)
+    _, k = DrawnBackbone().drawn(2, 50.0)
+    k = torch.nn.functional.normalize(k[:, :, GRID.video_slice][..., [1, 2, 4, 6, 7]], dim=-1)
+    source, frames = k[0, :, 12:24][:, TOKENS], k[0].unflatten(1, (3, 12))
+    cosines = torch.einsum("hpd,hfsd->hpfs", source, frames)
+    torch.testing.assert_close(rows(reading)[0].flatten(2), cosines.softmax(-1).mean(0))
+
+
+@pytest.mark.parametrize("channels", [(8,), tuple(range(8)), (-1,)])
+def test_channels_that_a_head_does_not_have_are_named(channels):
+    with pytest.raises(ValueError, match="channels_out must be some of the channels 0 to 7"):
+        rows(Reading((1,), (50.0,), channels_out=channels))

@@ -8,12 +8,13 @@ import torch
 
 from corrdit import Tracks
 from corrdit.tracking.files import find_videos, track_at_size
+from corrdit.tracking.queries import grid_points
 
 
 class Drifting:
     """Moves every point by (1, 2) pixels of the frames it sees in each frame."""
 
-    def track(self, video, queries, *, progress=None):
+    def track(self, video, queries, *, progress=None, resume=None):
         self.queries = np.array(queries)
         steps = np.arange(len(video))[:, None, None] - self.queries[None, :, :1]
         xy = self.queries[None, :, 1:] + steps * np.array([1.0, 2.0])
@@ -22,24 +23,31 @@ class Drifting:
 
 def test_tracks_come_back_in_the_pixels_of_the_queries():
     video = torch.zeros(4, 30, 40, 3, dtype=torch.uint8)
-    queries = np.array([[0, 10.0, 20.0], [2, 121.7, 90.0]], np.float32)
+    queries = np.array([[0, 10.0, 20.0], [2, 119.7, 90.0]], np.float32)
     tracker = Drifting()
     tracks = track_at_size(tracker, video, queries, (90, 120))
     np.testing.assert_allclose(tracker.queries[0], [0, 10 / 3, 20 / 3], rtol=1e-6)
     np.testing.assert_allclose(tracks.xy[3, 0], [10 + 3 * 3, 20 + 3 * 6], rtol=1e-5)
-    np.testing.assert_allclose(tracks.xy[0, 1], [121.7 - 2 * 3, 90 - 2 * 6], rtol=1e-5)
+    np.testing.assert_allclose(tracks.xy[0, 1], [119.7 - 2 * 3, 90 - 2 * 6], rtol=1e-5)
     np.testing.assert_array_equal(tracks.xy[0, 0], queries[0, 1:])
     np.testing.assert_array_equal(tracks.xy[2, 1], queries[1, 1:])
 
 
-def test_a_point_on_the_border_stays_inside_and_one_outside_stays_outside():
+def test_a_point_on_the_border_stays_inside_and_one_outside_is_refused_in_pixels_of_the_file():
     tracker = Drifting()
     size = (101, 333)
     video = torch.zeros(2, 30, 99, 3, dtype=torch.uint8)
-    track_at_size(tracker, video, np.array([[0, 333, 101], [0, 340, 50]], np.float32), size)
+    track_at_size(tracker, video, np.array([[0, 333, 101], [0, 0, 50]], np.float32), size)
     assert tracker.queries[0, 1] <= 99
     assert tracker.queries[0, 2] <= 30
-    assert tracker.queries[1, 1] > 99
+    with pytest.raises(ValueError, match=r"\(0.0, 340.0, 50.0\): x must be from 0 to 333"):
+        track_at_size(tracker, video, np.array([[0, 340, 50]], np.float32), size)
+
+
+@pytest.mark.parametrize("size", [(101, 333), (30, 99)])
+def test_a_grid_by_its_name(size):
+    tracks = track_at_size(Drifting(), torch.zeros(2, 30, 99, 3, dtype=torch.uint8), "grid:4", size)
+    np.testing.assert_array_equal(tracks.xy[0], grid_points(4, *size)[:, 1:])
 
 
 def test_frames_of_the_same_size_are_tracked_as_they_are():

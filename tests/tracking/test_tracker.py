@@ -9,9 +9,9 @@ from pixel_backbone import STRIDE, PixelBackbone, moving_texture
 
 from corrdit import PointTracker
 from corrdit.integrations.diffusers import Preset, ReadingPreset
+from corrdit.tracking.chunk_costs import ChunkCost, CostAccumulator
 from corrdit.tracking.chunks import Chunk, anchored_chunks, chained_chunks, frame_blocks, last_visits
 from corrdit.tracking.encoding import working_size
-from corrdit.tracking.following import ChunkCost, CostAccumulator
 from corrdit.tracking.options import PRESETS
 from corrdit.tracking.peaks import preferred_peaks, refined_peaks
 

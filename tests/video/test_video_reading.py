@@ -158,6 +158,13 @@ def test_not_a_video(tmp_path: Path, name: str, content: bytes | None, expected:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("address", ["https://example.com/clip.mp4", "s3://clips/clip.mp4", "file:///clip.mp4"])
+def test_addresses_are_no_files(address: str) -> None:
+    for read in (read_video, StreamedVideo, probe_video):
+        with pytest.raises(ValueError, match=f"{address} is an address, .* download it first"):
+            read(address)
+
+
 def test_a_picture_and_a_sound_are_no_videos(tmp_path: Path) -> None:
     imageio.imwrite(tmp_path / "photo.png", np.zeros((8, 8, 3), np.uint8))
     with pytest.raises(ValueError, match="is a single picture, one frame"):

@@ -91,6 +91,21 @@ def test_trails_follow_the_path_and_fade() -> None:
     assert change[100, 40 + 30 * 4 + 15] == change[100, 40 + 30 * 5 + 15] == 0, "no trail where it is hidden"
 
 
+def test_uncertain_places_are_fainter() -> None:
+    """Beside the median score of its video; scores of another scale draw the same picture."""
+    xy = np.tile([(60.5, 60.5), (160.5, 60.5), (260.5, 60.5)], (FRAMES, 1, 1)).astype(np.float32)
+    score = np.tile([0.02, 0.1, 0.4], (FRAMES, 1))
+    visible = np.ones((FRAMES, 3), bool)
+    starts = np.tile((60.5, 60.5), (3, 1))
+    drawn = draw_tracks(grey_video(), Tracks(xy, visible, score), starts=starts, style=PLAIN)
+    wanted = position_colours(starts[:1], HEIGHT, WIDTH)[0] * 255
+    np.testing.assert_allclose(drawn[0, 60, [160, 260]], np.tile(wanted, (2, 1)), atol=2)
+    change = np.abs(drawn[0, 60, [60, 160]].astype(int) - 128).sum(-1)
+    assert 0.1 * change[1] < change[0] < 0.5 * change[1]
+    larger = draw_tracks(grey_video(), Tracks(xy, visible, 50 * score), starts=starts, style=PLAIN)
+    np.testing.assert_array_equal(larger, drawn)
+
+
 def test_drawing_one_by_one_is_the_same() -> None:
     rng = np.random.default_rng(0)
     video = rng.integers(0, 255, (FRAMES, HEIGHT, WIDTH, 3), dtype=np.uint8)

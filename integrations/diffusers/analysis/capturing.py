@@ -88,9 +88,9 @@ class ReadingCapture(Capture):
         return requests
 
     def _watched(self, transformer: torch.nn.Module, layer: int, module: torch.nn.Module) -> RemovableHandle:
-        projection = getattr(module, "to_out", None)
+        projection = _projection_of(module)
         if projection is not None:
-            return projection[0].register_forward_hook(
+            return projection.register_forward_hook(
                 RemovableHook(lambda part, inputs, output: self._take(layer, inputs[0], output))
             )
         block: Any = next(part for part in transformer.modules() if module in part.children())
@@ -106,10 +106,18 @@ class ReadingCapture(Capture):
         request = self._running.get(layer)
         if request is None or self._feature_operation is None:
             return
+        assert isinstance(request.grid, TokenGrid)
         for _, rows in request.rows:
             for name, features in (("attention output", before), ("projected output", after)):
                 result = self._feature_operation(video_features(features[rows].detach(), request.grid), request.grid)
                 self._give(self._step, layer, name, result)
+
+
+def _projection_of(module: Any) -> torch.nn.Module | None:
+    """What projects the output of an attention module; None where its block does, together with something else."""
+    listed, single = getattr(module, "to_out", None), getattr(module, "out_layer", None)
+    projection: torch.nn.Module | None = single if listed is None else listed[0]
+    return projection
 
 
 def video_features(features: Tensor, grid: TokenGrid) -> Tensor:

@@ -1,41 +1,59 @@
-"""Pictures of one video for the report: one forward at the layer and step that match best, and its maps drawn."""
+"""What pictures of one video are drawn from: maps of chosen layers and steps, points and words."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from corrdit.analysis.html_report import Picture
+from corrdit.analysis.counts import TrueTracks
 from corrdit.analysis.point_readings import AttentionReading, read_attention
 from corrdit.analysis.protocols import FEATURE_READINGS, AnalysisOptions
 from corrdit.analysis.sources import AnalysisVideo
 from corrdit.analysis.token_maps import AttentionPicture, FeaturePicture, attention_picture, feature_picture
+from corrdit.arguments import finite_number
 from corrdit.grid import TokenGrid
-from corrdit.integrations.diffusers.analysis.capturing import reading_forward
+from corrdit.integrations.diffusers.analysis.capturing import ReadingCapture, reading_forward
 from corrdit.integrations.diffusers.analysis.videos import EncodedVideo, encoded_video, given_latents
 from corrdit.integrations.diffusers.backbones.base import Backbone
+from corrdit.integrations.diffusers.guidance.comparison import generated_frames
 from corrdit.tracking.readings import image_given
-from corrdit.tracking.tracks import Tracks
-from corrdit.video import resize_frame
-from corrdit.visualization.attention_maps import draw_attention_maps, draw_components
-from corrdit.visualization.sheet import contact_sheet, sheet_frames
-from corrdit.visualization.tracks import TrackStyle, draw_tracks
 
-SHOWN_FRAMES = 6
-WIDTH = 200
-ATTENTION, TEXT, COMPONENTS, TRACKS = (
-    "Attention maps of chosen points",
-    "Attention of words on the video",
-    "Principal components",
-    "Tracks",
-)
 SHOWN_POINTS = 3
 SHOWN_WORDS = 4
+Place = tuple[int, int]
+"""Step and layer."""
+
+
+@dataclass(frozen=True)
+class PictureChoice:
+    """What is drawn of a video.
+
+    Args:
+        layers, steps: each layer at each step, of those that were analysed; () for the ones that match best.
+        points: (x, y) in pixels of the first frame; () for some points that say much.
+        words: of the prompt; () for its longest ones.
+
+    Raises:
+        ValueError: a point that is no pair of numbers.
+    """
+
+    layers: tuple[int, ...] = ()
+    steps: tuple[int, ...] = ()
+    points: tuple[tuple[float, ...], ...] = ()
+    words: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for point in self.points:
+            if len(point) != 2:
+                raise ValueError(f"a point of pictures is (x, y) in pixels of the first frame, got {list(point)}")
+            for value in point:
+                finite_number("a point's coordinate", value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,165 +61,154 @@ class VideoPictures:
     """Maps of one video at one layer and step.
 
     Args:
+        step, layer, timestep: which.
         encoded: the frames that were read and their truth.
-        points: int64 `[P']`, the chosen points among those of the truth.
+        marks: float `[T, P', 2]`, places of the chosen points in pixels of the video; NaN where hidden or not known.
         words: text tokens shown.
         attention: maps of queries and keys.
         features: maps by the name of the feature; none where features were left out.
         reading: matches of all points, for tracks drawn over the video.
     """
 
+    step: int
+    layer: int
+    timestep: float
     encoded: EncodedVideo
-    points: Tensor
+    marks: np.ndarray
     words: tuple[str, ...]
     attention: AttentionPicture
     features: dict[str, FeaturePicture]
     reading: AttentionReading
 
 
+@dataclass
+class _PictureReader:
+    """Reads maps of chosen points and words as queries, keys and features come by."""
+
+    backbone: Backbone
+    encoded: EncodedVideo
+    prompt: str
+    options: AnalysisOptions
+    choice: PictureChoice
+    found: dict[Place, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.points, self.marks = _chosen_points(self.encoded, self.choice.points)
+        self.words, self.tokens = _words(self.backbone, self.prompt, self.choice.words)
+        self.stride = self.backbone.token_stride
+
+    def attention(
+        self, q: Tensor, k: Tensor, grid: TokenGrid, key_mask: Tensor | None
+    ) -> tuple[AttentionPicture, AttentionReading]:
+        """The operation on queries and keys."""
+        plain = replace(self.options, per_head=True)
+        queries = self.encoded.truth.queries
+        drawn = attention_picture(
+            q, k, grid, key_mask, points=self.points, text_tokens=self.tokens, stride=self.stride, options=plain
+        )
+        return drawn, read_attention(q, k, grid, key_mask, points=queries, stride=self.stride, options=plain)
+
+    def of_features(self, features: Tensor, grid: TokenGrid) -> FeaturePicture:
+        """The operation on features."""
+        return feature_picture(features, grid, points=self.points, stride=self.stride)
+
+    @property
+    def features(self) -> Callable[[Tensor, TokenGrid], FeaturePicture] | None:
+        """The operation on features, or None where they are left out."""
+        return self.of_features if self.options.features else None
+
+    def take(self, step: int, layer: int, name: str, result: Any) -> None:
+        """Keep what an operation gave."""
+        self.found.setdefault((step, layer), {})[name] = result
+
+    def pictures(self, timesteps: Mapping[int, float]) -> list[VideoPictures]:
+        """All that was found, by steps and layers."""
+        made = []
+        for (step, layer), parts in sorted(self.found.items()):
+            drawn, reading = parts["attention"]
+            features = {name: parts[name] for name in FEATURE_READINGS if name in parts}
+            words, known = self.words[: len(drawn.text)], (step, layer, timesteps[step], self.encoded, self.marks)
+            made.append(VideoPictures(*known, words, drawn, features, reading))
+        return made
+
+
 def video_pictures(
-    backbone: Backbone, given: AnalysisVideo, *, step: int, timestep: float, layer: int, options: AnalysisOptions
-) -> VideoPictures:
-    """Read one video once more for pictures, with its own prompt where it has one.
+    backbone: Backbone,
+    given: AnalysisVideo,
+    *,
+    timesteps: Mapping[int, float],
+    layers: Sequence[int],
+    options: AnalysisOptions,
+    choice: PictureChoice | None = None,
+) -> list[VideoPictures]:
+    """Read a given video once more for pictures, with its own prompt where it has one.
 
     Args:
         backbone: of `load_backbone`.
         given: the video, its truth and prompt.
-        step, timestep, layer: which to show.
+        timesteps: of the steps to show, by their numbers.
+        layers: to show.
         options: as the analysis was made with.
+        choice: its points and words.
 
     Raises:
-        ValueError: as `analyze_video`.
+        ValueError: as `analyze_video`, or a word that is not in the prompt.
     """
-    encoded = encoded_video(backbone, given.video, given.xy, given.visible, options)
-    points = telling_points(encoded.truth.xy, encoded.truth.visible)
-    stride = backbone.token_stride
-    text, words, indices = _prompted(backbone, given.prompt)
-    plain = replace(options, per_head=True)
-
-    def operation(
-        q: Tensor, k: Tensor, grid: TokenGrid, key_mask: Tensor | None
-    ) -> tuple[AttentionPicture, AttentionReading]:
-        chosen = encoded.truth.queries[points]
-        drawn = attention_picture(
-            q, k, grid, key_mask, points=chosen, text_tokens=indices, stride=stride, options=options
+    encoded = encoded_video(backbone, given.video, given.xy, given.visible, options, starts=given.starts)
+    reader = _PictureReader(backbone, encoded, given.prompt, options, choice or PictureChoice())
+    text = backbone.encoded_prompt(given.prompt) if reader.tokens else None
+    for step, latents in given_latents(backbone, encoded.latents, timesteps, options):
+        reading_forward(
+            backbone,
+            latents,
+            timesteps[step],
+            layers=tuple(layers),
+            operation=reader.attention,
+            feature_operation=reader.features,
+            deliver=functools.partial(reader.take, step),
+            text=text,
+            image=image_given(backbone, encoded.latents).get("image"),
         )
-        reading = read_attention(q, k, grid, key_mask, points=encoded.truth.queries, stride=stride, options=plain)
-        return drawn, reading
-
-    def of_features(features: Tensor, grid: TokenGrid) -> FeaturePicture:
-        return feature_picture(features, grid, points=encoded.truth.queries[points], stride=stride)
-
-    found: dict[str, Any] = {}
-    ((_, latents),) = given_latents(backbone, encoded.latents, {step: timestep}, options)
-    reading_forward(
-        backbone,
-        latents,
-        timestep,
-        layers=(layer,),
-        operation=operation,
-        feature_operation=of_features if options.features else None,
-        deliver=lambda layer, name, result: found.__setitem__(name, result),
-        text=text,
-        image=image_given(backbone, encoded.latents).get("image"),
-    )
-    drawn, reading = found["attention"]
-    features = {name: found[name] for name in FEATURE_READINGS if name in found}
-    return VideoPictures(encoded, points, words[: len(drawn.text)], drawn, features, reading)
+    return reader.pictures(timesteps)
 
 
-def drawn_pictures(found: VideoPictures, *, name: str, head: int | None, where: str) -> list[Picture]:
-    """All pictures of one video.
+def generated_pictures(
+    backbone: Backbone,
+    prompt: str,
+    truth: TrueTracks,
+    *,
+    seed: int,
+    call: Mapping[str, Any],
+    timesteps: Mapping[int, float],
+    layers: Sequence[int],
+    options: AnalysisOptions,
+    choice: PictureChoice | None = None,
+) -> list[VideoPictures]:
+    """Generate a video once more, with the maps of its own denoising.
 
     Args:
-        found: of `video_pictures`.
-        name: of the video.
-        head: whose matches are drawn as tracks; None for the mean over heads.
-        where: the layer and timestep, in words.
+        backbone, options, choice, timesteps, layers: as for `video_pictures`.
+        prompt, seed, call: it was generated with; the call names the steps too.
+        truth: its tracks, at the size it is generated.
 
-    Returns:
-        (section, pixels, caption) of each.
+    Raises:
+        ValueError: as `analyze_generation`, or a word that is not in the prompt.
     """
-    painter = _Painter(found, name, where)
-    return [*painter.attention(), *painter.text(), *painter.components(), *painter.tracks(head)]
-
-
-class _Painter:
-    def __init__(self, found: VideoPictures, name: str, where: str) -> None:
-        self.found, self.place = found, f"video {name}, {where}"
-        groups = found.encoded.truth.frame_map
-        self.latents = sheet_frames(len(groups), SHOWN_FRAMES)
-        # A latent frame is shown as the middle one of the video frames it stands for.
-        self.frame_numbers = [groups[latent][len(groups[latent]) // 2] for latent in self.latents]
-        self.frames = found.encoded.frames[self.frame_numbers]
-        height, width = self.frames.shape[1:3]
-        self.size = (max(1, round(WIDTH * height / width)), WIDTH)
-        self.labels = [f"frame {number}" for number in self.frame_numbers]
-        truth = found.encoded.truth
-        xy = truth.xy.numpy() / np.array(found.encoded.scale)
-        self.truth = np.where(truth.visible.numpy()[..., None], xy, np.nan)[self.frame_numbers]
-
-    def attention(self) -> list[Picture]:
-        """A sheet for each chosen point: queries and keys, then each feature."""
-        maps = {"query-key": (self.found.attention.rows, 0.5)}
-        maps |= {feature: (drawn.rows, 3.0) for feature, drawn in self.found.features.items()}
-        pictures = []
-        for number, point in enumerate(self.found.points.tolist()):
-            query, truth = self.truth[0, point], self.truth[:, point]
-            rows = [
-                (kind, self._over_frames(values[number].numpy(), gain=gain, query=query, truth=truth))
-                for kind, (values, gain) in maps.items()
-            ]
-            caption = (
-                f"Where point {number + 1} (ring in the first frame) is matched; its true place is a cross where it is "
-                "visible. Each frame is scaled by itself."
-            )
-            pictures.append(self._sheet(ATTENTION, rows, caption))
-        return pictures
-
-    def text(self) -> list[Picture]:
-        """One sheet, a row a word; nothing without words."""
-        maps = zip(self.found.words, self.found.attention.text.numpy(), strict=True)
-        rows = [(word, self._over_frames(values, gain=0.7)) for word, values in maps]
-        caption = "What the longest words of the prompt attend to in the video (softmax over all tokens)."
-        return [self._sheet(TEXT, rows, caption)] if rows else []
-
-    def components(self) -> list[Picture]:
-        """One sheet: frames, queries, keys, features."""
-        values = {"queries": self.found.attention.queries, "keys": self.found.attention.keys}
-        values |= {name: picture.components for name, picture in self.found.features.items()}
-        rows = [("video", [resize_frame(frame, *self.size) for frame in self.frames])]
-        rows += [(kind, draw_components(maps.numpy()[self.latents], self.size)) for kind, maps in values.items()]
-        caption = (
-            "First three principal components over all tokens of the video as red, green and blue; the same colour in "
-            "two frames means similar tokens."
-        )
-        return [self._sheet(COMPONENTS, rows, caption)]
-
-    def tracks(self, head: int | None) -> list[Picture]:
-        """Two sheets: matches of the reading, and the truth."""
-        encoded = self.found.encoded
-        positions = self.found.reading.positions[0 if head is None else 1 + head]
-        visible = encoded.truth.visible[self.frame_numbers]
-        found = np.concatenate([encoded.truth.queries[None], positions])[self.latents] / np.array(encoded.scale)
-        true = encoded.truth.xy.numpy()[self.frame_numbers] / np.array(encoded.scale)
-        pictures: list[Picture] = []
-        size = (self.size[0] * 3 // 2, self.size[1] * 3 // 2)
-        for xy, words in ((found, "Matches from the first frame"), (true, "True places")):
-            tracks = Tracks(xy=xy, visible=visible, score=visible.float())
-            drawn = draw_tracks(self.frames, tracks, starts=true[0], size=size, style=TrackStyle(trail=0))
-            caption = f"{self.place}. {words} of the points; rings where a point is truly hidden."
-            pictures.append((TRACKS, contact_sheet(drawn, self.labels, columns=min(3, len(self.labels))), caption))
-        return pictures
-
-    def _over_frames(self, maps: np.ndarray, **drawing: Any) -> list[np.ndarray]:
-        return draw_attention_maps(self.frames, maps[self.latents], size=self.size, **drawing)
-
-    def _sheet(self, section: str, rows: Sequence[tuple[str, list[np.ndarray]]], caption: str) -> Picture:
-        """One row of frames for each kind."""
-        pictures = [picture for _, row in rows for picture in row]
-        labels = [f"{kind}, {label}" for kind, _ in rows for label in self.labels]
-        return (section, contact_sheet(pictures, labels, columns=len(self.labels)), f"{self.place}. {caption}")
+    nothing = np.zeros((len(truth.xy), 1, 1, 3), np.uint8)
+    encoded = EncodedVideo(torch.zeros(0), truth, nothing, (1.0, 1.0))
+    reader = _PictureReader(backbone, encoded, prompt, options, choice or PictureChoice())
+    capturing = ReadingCapture(
+        backbone.pipe,
+        layers=tuple(layers),
+        steps=tuple(timesteps),
+        operation=reader.attention,
+        feature_operation=reader.features,
+        deliver=reader.take,
+    )
+    with capturing:
+        video = generated_frames(backbone.pipe, call, seed)
+    reader.encoded = replace(encoded, frames=video)
+    return reader.pictures(timesteps)
 
 
 def telling_points(xy: Tensor, visible: Tensor, count: int = SHOWN_POINTS) -> Tensor:
@@ -221,16 +228,45 @@ def telling_points(xy: Tensor, visible: Tensor, count: int = SHOWN_POINTS) -> Te
     return torch.tensor(chosen)
 
 
-def _prompted(backbone: Backbone, prompt: str) -> tuple[dict[str, Tensor] | None, tuple[str, ...], list[int]]:
-    """Text arguments of the prompt (None for the empty one), its first words and their places among the tokens."""
+def _chosen_points(encoded: EncodedVideo, given: Sequence[tuple[float, ...]]) -> tuple[Tensor, np.ndarray]:
+    """`[P', 2]` points in encoded pixels, and their places `[T, P', 2]` in pixels of the video."""
+    truth, scale = encoded.truth, torch.tensor(encoded.scale)
+    if given:
+        places = torch.tensor(given, dtype=torch.float32)
+        marks = torch.full((len(truth.xy), len(places), 2), float("nan"))
+        marks[0] = places
+        return places * scale, marks.numpy()
+    points = telling_points(truth.xy, truth.visible)
+    seen = torch.where(truth.visible[..., None], truth.xy, torch.nan)[:, points] / scale
+    seen[0] = truth.queries[points] / scale
+    return truth.queries[points], seen.numpy()
+
+
+def prompt_words(backbone: Backbone, prompt: str) -> tuple[list[str], list[int]]:
+    """The tokens of the prompt as words, and their places among the text tokens; none without prompt or tokenizer."""
     tokenizer = getattr(backbone.pipe, "tokenizer", None)
     if not prompt or tokenizer is None or getattr(backbone.pipe, "text_encoder", None) is None:
-        return None, (), []
+        return [], []
     identifiers = np.asarray(tokenizer(prompt).input_ids).reshape(-1).tolist()
     special = set(getattr(tokenizer, "all_special_ids", ()))
     places = [place for place, identifier in enumerate(identifiers) if identifier not in special]
-    words = [str(tokenizer.decode([identifiers[place]])) for place in places]
+    return [str(tokenizer.decode([identifiers[place]])).strip() for place in places], places
+
+
+def _words(backbone: Backbone, prompt: str, wanted: Sequence[str]) -> tuple[tuple[str, ...], list[int]]:
+    """Words of the prompt, those asked for or the longest, and their places among its tokens.
+
+    Raises:
+        ValueError: a word that the prompt does not hold.
+    """
+    words, places = prompt_words(backbone, prompt)
     # Short words are mostly articles and prepositions.
-    telling = sorted(range(len(places)), key=lambda place: -len(words[place]))[:SHOWN_WORDS]
-    order = sorted(telling)
-    return backbone.encoded_prompt(prompt), tuple(words[n] for n in order), [places[n] for n in order]
+    chosen = sorted(sorted(range(len(places)), key=lambda n: -len(words[n]))[:SHOWN_WORDS])
+    if wanted:
+        lower = [word.lower() for word in words]
+        missing = [word for word in wanted if word.lower() not in lower]
+        if missing:
+            held = ", ".join(words) or "none"
+            raise ValueError(f"{missing[0]!r} is no token of the prompt; its tokens are {held}")
+        chosen = [lower.index(word.lower()) for word in wanted]
+    return tuple(words[n] for n in chosen), [places[n] for n in chosen]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from corrdit.analysis.table import AnalysisTable
 from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.analysis.capturing import FeatureOperation, reading_forward
 from corrdit.integrations.diffusers.backbones.base import Backbone
+from corrdit.tracking.options import POSTERIOR_SEED
 from corrdit.tracking.queries import check_video
 from corrdit.tracking.readings import image_given
 from corrdit.tracking.tracker import TOKENS_PER_FRAME, working_size
@@ -33,7 +34,7 @@ class EncodedVideo:
 
     Args:
         latents: `[F, C, h, w]`.
-        truth: of the points that are visible in the first frame.
+        truth: of the points that are visible in the first frame, or of all where hidden ones count.
         frames: the chosen frames, uint8 `[T, H, W, 3]`, at their own size.
         scale: (x, y) factor from pixels of the video to pixels of the encoded frames.
     """
@@ -73,7 +74,13 @@ def empty_table(
 
 
 def encoded_video(
-    backbone: Backbone, video: np.ndarray, xy: np.ndarray, visible: np.ndarray, options: AnalysisOptions
+    backbone: Backbone,
+    video: np.ndarray,
+    xy: np.ndarray,
+    visible: np.ndarray,
+    options: AnalysisOptions,
+    *,
+    starts: np.ndarray | None = None,
 ) -> EncodedVideo:
     """Choose frames, encode them, and carry the tracks over.
 
@@ -81,8 +88,9 @@ def encoded_video(
         backbone: of `load_backbone`.
         video: uint8 `[T, H, W, 3]`.
         xy: `[T, P, 2]`, true (x, y) in pixels of the video.
-        visible: bool `[T, P]`; points not visible in the first frame are left out.
+        visible: bool `[T, P]`; points not visible in the first frame are left out, unless they count.
         options: see `AnalysisOptions`.
+        starts: `[P, 2]`, the queries in place of the positions in the first frame.
 
     Raises:
         ValueError: a video or tracks of another layout or length, no point that can be scored, or latents that are NaN.
@@ -97,10 +105,9 @@ def encoded_video(
     if len(xy) != len(video):
         raise ValueError(f"the video has {len(video)} frames, its tracks have {len(xy)}; they must agree")
     chosen = _chosen_frames(backbone, len(video), options)
-    frames, points = video[chosen], visible[0]
+    frames, points = video[chosen], np.ones_like(visible[0]) if options.count_hidden_starts else visible[0]
     height, width = encoded_size(backbone, video.shape[1], video.shape[2], options)
-    encode = backbone.encode_frames if options.latents == "frames" else backbone.encode_video
-    latents = encode(frames, height=height, width=width)
+    latents = _latents(backbone, frames, chosen, (height, width), options)
     if not bool(torch.isfinite(latents).all()):
         raise ValueError("the codec gives latents that are NaN or infinite; check its precision and the video")
     groups = [[frame] for frame in range(len(frames))]
@@ -111,8 +118,22 @@ def encoded_video(
         xy=torch.from_numpy(xy[chosen][:, points]) * torch.tensor(scale),
         visible=torch.from_numpy(visible[chosen][:, points]),
         frame_map=tuple(map(tuple, groups)),
+        starts=None if starts is None else torch.from_numpy(starts[points]) * torch.tensor(scale),
     )
     return EncodedVideo(latents, truth, frames, scale)
+
+
+def _latents(
+    backbone: Backbone, frames: np.ndarray, numbers: np.ndarray, size: tuple[int, int], options: AnalysisOptions
+) -> Tensor:
+    """Clean latents `[F, C, h, w]` of frames by their numbers in the video."""
+    resizing: dict[str, Any] = {"height": size[0], "width": size[1], "antialias": options.antialias}
+    resizing["first"] = options.resize_first
+    seed = POSTERIOR_SEED + 1_000_003 * options.seed if options.posterior == "sample" else None
+    if options.latents == "video":
+        return backbone.encode_video(frames, posterior_seed=seed, **resizing)
+    seeds = None if seed is None else [seed + int(number) for number in numbers]
+    return backbone.encode_frames(frames, posterior_seeds=seeds, **resizing)
 
 
 def analyze_video(
@@ -122,6 +143,7 @@ def analyze_video(
     visible: np.ndarray,
     options: AnalysisOptions | None = None,
     *,
+    starts: np.ndarray | None = None,
     progress: Progress | None = None,
     on_reading: OnReading | None = None,
 ) -> AnalysisTable:
@@ -131,7 +153,7 @@ def analyze_video(
     layers and steps.
 
     Args:
-        backbone, video, xy, visible, options: as for `encoded_video`.
+        backbone, video, xy, visible, options, starts: as for `encoded_video`.
         progress: called with (steps done, steps in all).
         on_reading: `on_reading(step, layer, name, reading)`, called as each comes; name is "attention" or one of
             `corrdit.analysis.FEATURE_READINGS`.
@@ -142,7 +164,7 @@ def analyze_video(
     """
     options = options or AnalysisOptions()
     table = analysis_axes(backbone, options)
-    encoded = encoded_video(backbone, video, xy, visible, options)
+    encoded = encoded_video(backbone, video, xy, visible, options, starts=starts)
     score_standing_still(table, encoded.truth, len(encoded.latents), options)
     timesteps = dict(zip(table.steps, table.timesteps, strict=True))
     given = given_latents(backbone, encoded.latents, timesteps, options)
@@ -200,7 +222,7 @@ def score_reading(
     positions, first = (reading, table.readings.index(name)) if isinstance(reading, Tensor) else (reading.positions, 0)
     table.put_matches(step, layer, first, _counted(table, positions, truth, options))
     if not isinstance(reading, Tensor):
-        table.put_attention(step, layer, attention_sums(reading, truth))
+        table.put_attention(step, layer, attention_sums(reading, truth, options.average))
 
 
 def score_standing_still(table: AnalysisTable, truth: TrueTracks, frames: int, options: AnalysisOptions) -> None:
@@ -245,6 +267,8 @@ def noised(backbone: Backbone, latents: Tensor, step: int, timestep: float, opti
 def encoded_size(backbone: Backbone, height: int, width: int, options: AnalysisOptions) -> tuple[int, int]:
     """(height, width) in pixels at which frames are encoded: the preset's, or near the video's in whole tokens."""
     preset = backbone.preset.reading
+    if options.encoded_size is not None:
+        return options.encoded_size
     if options.tokens_per_frame is None and preset.height is not None and preset.width is not None:
         return preset.height, preset.width
     tokens = options.tokens_per_frame or preset.tokens_per_frame or TOKENS_PER_FRAME

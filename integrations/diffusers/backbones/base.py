@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import abc
 import warnings
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -14,11 +14,13 @@ from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.backbones.frames import FrameEncoder, conditioning_latents
 from corrdit.integrations.diffusers.backbones.presets import Preset, preset_for
 from corrdit.integrations.diffusers.captures import Capture
+from corrdit.integrations.diffusers.fingerprint import weights_fingerprint
 from corrdit.integrations.diffusers.inversion import Path, Scheduler, denoised_latents, inverted_latents
 from corrdit.integrations.diffusers.layouts import (
     Arguments,
     Config,
     Pipeline,
+    Text,
     TransformerLayout,
     config_of,
     has_layout,
@@ -28,6 +30,10 @@ from corrdit.integrations.diffusers.processors import Operation, named_operation
 
 if TYPE_CHECKING:
     from corrdit.integrations.diffusers.feature_backbone import FeatureBackbone
+
+
+NO_IMAGE = MappingProxyType({"image": "diffusers has no pipeline that gives it an image"})
+"""Limits of a family without image-to-video models."""
 
 
 class Backbone(FrameEncoder):
@@ -42,15 +48,23 @@ class Backbone(FrameEncoder):
         preset: settings for reading correspondence; None for the published ones of a model of this shape.
 
     Attributes:
-        family: name of the family.
+        layout: where its transformers keep their attention.
+        pipelines: names of the classes of diffusers that run its models, those that are given an image last.
+        text_option: name of the option of the transformer that says how many channels a prompt's embeddings have.
+        limits: why its models cannot be used for something, by its name: "tracking", "analysis" (of a generation),
+            "guidance", "transfer" or "image" (to video). Nothing stands there for what they can be used for.
+        partly: likewise, what holds for some of the models only.
+        call_options: arguments that make its pipelines denoise every frame of a video at every step.
         layers: number of attention layers, over all blocks.
         heads: attention heads.
-        channel_axis: axis of the channels in the latents the transformer is given.
     """
 
-    family: ClassVar[str]
     layout: ClassVar[type[TransformerLayout]]
-    channel_axis: ClassVar[int] = 1
+    pipelines: ClassVar[tuple[str, ...]] = ()
+    text_option: ClassVar[str] = "text_embed_dim"
+    limits: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    partly: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    call_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     def __init__(self, pipe: Pipeline, *, name: str, preset: Preset | None = None) -> None:
         self.pipe = pipe
@@ -60,10 +74,10 @@ class Backbone(FrameEncoder):
         if not has_layout(self.transformer):
             register_layout(type(self.transformer).__name__, self.layout)
         self.layers = len(self._layout.attention_modules(self.transformer))
-        self.heads = int(self.config.num_attention_heads)
+        self.heads = self._layout.heads(self.transformer)
         self.preset = preset or preset_for(self.family, self.layers, self.heads)
         layer = self.preset.reading.layer
-        if not -self.layers <= layer < self.layers:
+        if layer >= self.layers:
             raise ValueError(f"the preset of {name} reads layer {layer}, but there are {self.layers} layers")
         weights = self.preset.reading.head_weights
         if weights is not None and len(weights) != self.heads:
@@ -73,6 +87,16 @@ class Backbone(FrameEncoder):
         if (head := self.preset.reading.head) is not None and head >= self.heads:
             raise ValueError(f"the preset of {name} reads head {head}, but there are {self.heads} heads")
         self._empty_prompt: dict[str, torch.Tensor] | None = None
+
+    @property
+    def family(self) -> str:
+        """Name of the family."""
+        return self.layout.family
+
+    def check_use(self, use: str) -> None:
+        """Raises ValueError, with the reason, where `limits` has one against this use."""
+        if use in self.limits:
+            raise ValueError(f"{self.name} cannot be used for {use}: {self.limits[use]}")
 
     @property
     def config(self) -> Config:
@@ -90,29 +114,85 @@ class Backbone(FrameEncoder):
         """Latent frames of the codec that one frame of tokens stands for."""
         return self._layout.patch_size(self.transformer)[0]
 
-    @abc.abstractmethod
+    @property
+    def channel_axis(self) -> int:
+        """Axis of the channels in the latents the transformer is given."""
+        return self.layout.axes.index("C")
+
+    @property
+    def text_tokens(self) -> int:
+        """Tokens to which the pipeline pads a prompt."""
+        return 512
+
+    @property
+    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the transformer's text arguments for one prompt, by argument name; masks have it in theirs."""
+        return {"encoder_hidden_states": (self.text_tokens, int(getattr(self.config, self.text_option)))}
+
     def encoded_prompt(self, prompt: str) -> dict[str, torch.Tensor]:
         """The transformer's text arguments for one prompt, batch 1, by argument name."""
+        embeds = self.pipe.encode_prompt(
+            prompt, do_classifier_free_guidance=False, max_sequence_length=self.text_tokens
+        )[0]
+        return {"encoder_hidden_states": embeds.to(self.dtype)}
 
-    @abc.abstractmethod
     def blank_prompt(self) -> dict[str, torch.Tensor]:
-        """Zeros in the shapes of `encoded_prompt`, batch 1."""
+        """Zeros in the shapes of `encoded_prompt`, batch 1, none of them masked."""
+        return {
+            name: torch.full((1, *shape), float("mask" in name), device=self.device, dtype=self.dtype)
+            for name, shape in self.prompt_shapes.items()
+        }
 
-    @abc.abstractmethod
-    def call_arguments(self, latents: torch.Tensor, timestep: float, text: Mapping[str, torch.Tensor]) -> Arguments:
-        """The transformer's arguments for latents `[B, F, C, h, w]`, C and F as the codec counts them."""
+    def call_arguments(
+        self,
+        latents: torch.Tensor,
+        timestep: float,
+        text: Text,
+        image: torch.Tensor | None = None,
+    ) -> Arguments:
+        """The transformer's arguments for latents `[B, F, C, h, w]`, C and F as the codec counts them.
+
+        Args:
+            latents: noisy ones.
+            timestep: as the scheduler counts it.
+            text: the text arguments by name.
+            image: `[B, 1 or F, C, h, w]`, clean ones, of a model that takes an image; None for the first of `latents`.
+        """
+        times = self.times(latents, timestep, image)
+        return {
+            "hidden_states": self.arranged(self.conditioned(latents, image)),
+            "timestep": times,
+            **text,
+            **self.further_arguments(latents, times, text, image),
+        }
+
+    def conditioned(self, latents: torch.Tensor, image: torch.Tensor | None) -> torch.Tensor:
+        """Latents `[B, F, C + ..., h, w]` with the channels a model is given beside the noisy ones."""
+        return latents
+
+    def times(self, latents: torch.Tensor, timestep: float, image: torch.Tensor | None) -> torch.Tensor:
+        """The timestep of each sample as the pipeline gives it."""
+        return torch.full((len(latents),), timestep, device=latents.device)
+
+    def further_arguments(
+        self, latents: torch.Tensor, times: torch.Tensor, text: Text, image: torch.Tensor | None
+    ) -> Arguments:
+        """What the transformer is given beside latents, timestep and text."""
+        return {}
+
+    def arranged(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents `[B, F, C, h, w]` in the order of the layout's axes."""
+        return latents.permute(*("BFCHW".index(axis) for axis in self.layout.axes))
 
     @property
     def takes_image(self) -> bool:
-        """Whether the transformer is given the latents of an image beside the noisy ones.
-
-        `call_arguments` of such a model also takes them, as `image [B, 1 or F, C, h, w]`.
-        """
+        """Whether the transformer is given the latents of an image beside the noisy ones."""
         return False
 
     def output_latents(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """The transformer's output for latents `[B, F, C, h, w]` in their shape."""
-        return output.reshape(latents.shape)
+        channels = latents.shape[2]
+        return output.permute(*(self.layout.axes.index(axis) for axis in "BFCHW"))[:, :, :channels]
 
     def transformer_at(self, timestep: float) -> torch.nn.Module:
         """The transformer that denoises at this timestep."""
@@ -154,11 +234,25 @@ class Backbone(FrameEncoder):
         video = self._layout.video_grid(self.transformer, frames * self.frames_per_token, latent_height, latent_width)
         return self.with_text(video)
 
+    def generation_grid(self, height: int, width: int, num_frames: int) -> TokenGrid:
+        """The token axis while a video of this size is generated, in pixels and video frames.
+
+        Raises:
+            ValueError: a size that is not a whole number of tokens.
+        """
+        for name, size, stride in zip(("height", "width"), (height, width), self.token_stride, strict=True):
+            if whole_number(name, size, stride) % stride:
+                raise ValueError(
+                    f"{name} must be a multiple of the {stride} pixels that a token of {self.name} spans, got {size}"
+                )
+        frames = len(self.latent_frame_map(whole_number("num_frames", num_frames, 1)))
+        return self.grid(frames, height // self.spatial_compression, width // self.spatial_compression)
+
     def with_text(self, video: TokenGrid) -> TokenGrid:
         """The grid with the text tokens of the empty prompt where this family puts them."""
         if self.layout.text is None:
             return video
-        return self._layout.with_text(video, self.empty_prompt()["encoder_hidden_states"].shape[1])
+        return self._layout.with_text(video, self._layout.text_tokens(self.empty_prompt()))
 
     @torch.no_grad()
     def empty_prompt(self) -> dict[str, torch.Tensor]:
@@ -232,8 +326,12 @@ class Backbone(FrameEncoder):
         Arguments and errors as for `forward`.
         """
         arguments = self.forward_arguments(latents, timestep, image=image)
-        output = self.transformer_at(timestep)(**arguments, return_dict=False)[0]
+        output = self.transformer_at(timestep)(**arguments)[0]
         return self.output_latents(output, self._batched(latents)).reshape(latents.shape).float()
+
+    def fingerprint(self) -> str:
+        """What tells these weights from others: `corrdit.integrations.diffusers.fingerprint.weights_fingerprint`."""
+        return weights_fingerprint(self.pipe)
 
     def with_features(self, feature: str = "attention output") -> FeatureBackbone:
         """This model with the output of an attention layer in place of its queries and keys.
@@ -284,8 +382,7 @@ class Backbone(FrameEncoder):
         if not self.takes_image:
             raise ValueError(f"{self.name} takes no image beside the latents; leave image out")
         given = conditioning_latents(self._batched(image), batched, frames_per_token=self.frames_per_token)
-        conditioned: Arguments = {"image": given}
-        return self.call_arguments(batched, timestep, text, **conditioned)
+        return self.call_arguments(batched, timestep, text, given)
 
     def _text(
         self, prompt_embeds: torch.Tensor | Mapping[str, torch.Tensor] | None, batch: int
@@ -304,9 +401,12 @@ class Backbone(FrameEncoder):
             for name, value in moved.items()
         }
 
-    def text_with(self, text: Mapping[str, torch.Tensor], prompt_embeds: torch.Tensor) -> dict[str, torch.Tensor]:
+    def text_with(self, text: Text, prompt_embeds: torch.Tensor) -> dict[str, torch.Tensor]:
         """Text arguments with other embeddings, all of whose tokens take part."""
-        return {**text, "encoder_hidden_states": prompt_embeds.to(self.dtype)}
+        changed = {**text, "encoder_hidden_states": prompt_embeds.to(self.dtype)}
+        if (mask := text.get("encoder_attention_mask")) is not None:
+            changed["encoder_attention_mask"] = torch.ones(prompt_embeds.shape[:2]).to(mask)
+        return changed
 
     def _batched(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents as `[B, frames, C, h, w]`, frames and C as the codec counts them."""

@@ -1,25 +1,37 @@
 """CogVideoX: joint attention with the text first, absolute (2B) or rotary (5B, 1.5) positions.
 
-Source: diffusers, `CogVideoXTransformer3DModel` and the `CogVideoXPipeline` family. Latents are `[B, F, C, h, w]`;
-1.5 joins two latent frames in one token.
+Source: diffusers, `CogVideoXTransformer3DModel` and the `CogVideoXPipeline` family. 1.5 joins two latent frames in one
+token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from types import MappingProxyType
+from typing import ClassVar
 
 import torch
 
 from corrdit.integrations.diffusers.backbones.base import Backbone
-from corrdit.integrations.diffusers.layouts import Arguments, CogVideoXLayout
+from corrdit.integrations.diffusers.family_layouts import CogVideoXLayout
+from corrdit.integrations.diffusers.layouts import Arguments, Text, TransformerLayout
 
 
 class CogVideoXBackbone(Backbone):
     """CogVideoX-2B, 5B, 1.5 and their image-to-video models, whose image condition is the first frame given."""
 
-    family = "cogvideox"
-    layout = CogVideoXLayout
-    channel_axis = 2
+    layout: ClassVar[type[TransformerLayout]] = CogVideoXLayout
+    pipelines: ClassVar[tuple[str, ...]] = (
+        "CogVideoXPipeline",
+        "CogVideoXVideoToVideoPipeline",
+        "CogVideoXFunControlPipeline",
+        "CogVideoXImageToVideoPipeline",
+    )
+    partly = MappingProxyType(
+        {
+            "image": "the 2B model has no weights for it, and no pipeline gives it an image; it can begin at a picture "
+            "repeated as a video (CogVideoXVideoToVideoPipeline)"
+        }
+    )
 
     @property
     def latent_channels(self) -> int:
@@ -29,64 +41,43 @@ class CogVideoXBackbone(Backbone):
     def takes_image(self) -> bool:
         return self.config.in_channels == 2 * self.latent_channels
 
+    @property
+    def text_tokens(self) -> int:
+        return int(self.config.max_text_seq_length)
+
     def normalized(self, latents: torch.Tensor) -> torch.Tensor:
         return latents * self.pipe.vae_scaling_factor_image
 
-    def encoded_prompt(self, prompt: str) -> dict[str, torch.Tensor]:
-        embeds, _ = self.pipe.encode_prompt(
-            prompt, do_classifier_free_guidance=False, max_sequence_length=self._text_tokens
-        )
-        return {"encoder_hidden_states": embeds.to(self.dtype)}
-
-    def blank_prompt(self) -> dict[str, torch.Tensor]:
-        shape = (1, self._text_tokens, self.config.text_embed_dim)
-        return {"encoder_hidden_states": torch.zeros(shape, device=self.device, dtype=self.dtype)}
-
-    def call_arguments(
-        self,
-        latents: torch.Tensor,
-        timestep: float,
-        text: Mapping[str, torch.Tensor],
-        image: torch.Tensor | None = None,
+    def further_arguments(
+        self, latents: torch.Tensor, times: torch.Tensor, text: Text, image: torch.Tensor | None
     ) -> Arguments:
-        batch, frames, _, height, width = latents.shape
-        rotary = None
+        frames, height, width = latents.shape[1], latents.shape[3], latents.shape[4]
         self._check_size(height, width)
+        arguments: Arguments = {"image_rotary_emb": None}
         if self.config.use_rotary_positional_embeddings:
-            stride = self.spatial_compression
-            rotary = self.pipe._prepare_rotary_positional_embeddings(
-                height * stride, width * stride, frames, self.device
-            )
-        if self.takes_image:
-            condition = self._image_condition(latents[:, :1] if image is None else image, frames)
-            latents = torch.cat([latents, condition], dim=2)
-        arguments = {
-            "hidden_states": latents,
-            "timestep": torch.full((batch,), timestep, device=self.device),
-            "image_rotary_emb": rotary,
-            **text,
-        }
-        if self.config.ofs_embed_dim is not None:
+            size = (height * self.spatial_compression, width * self.spatial_compression)
+            arguments["image_rotary_emb"] = self.pipe._prepare_rotary_positional_embeddings(*size, frames, self.device)
+        if getattr(self.config, "ofs_embed_dim", None) is not None:
             arguments["ofs"] = latents.new_full((1,), 2.0)
         return arguments
+
+    def conditioned(self, latents: torch.Tensor, image: torch.Tensor | None) -> torch.Tensor:
+        """Latents as the pipeline gives those of an image: scaled the other way round for 1.5, zeros behind them."""
+        if not self.takes_image:
+            return latents
+        image = latents[:, :1] if image is None else image
+        if getattr(self.pipe.vae.config, "invert_scale_latents", False):
+            image = image / self.pipe.vae_scaling_factor_image**2
+        behind = image.new_zeros(len(image), latents.shape[1] - image.shape[1], *image.shape[2:])
+        return torch.cat([latents, torch.cat([image, behind], dim=1)], dim=2)
 
     def _check_size(self, height: int, width: int) -> None:
         """1.5 cuts its rotary table out of one of fixed size."""
         config = self.config
-        if config.patch_size_t is not None and (height > config.sample_height or width > config.sample_width):
+        joins_frames = getattr(config, "patch_size_t", None) is not None
+        if joins_frames and (height > config.sample_height or width > config.sample_width):
             stride = self.spatial_compression
             raise ValueError(
                 f"{self.name} has positions for frames of up to {config.sample_height * stride} x "
                 f"{config.sample_width * stride} pixels, got {height * stride} x {width * stride}; resize the video"
             )
-
-    def _image_condition(self, image: torch.Tensor, frames: int) -> torch.Tensor:
-        """Latents as the pipeline gives those of an image: scaled the other way round for 1.5, zeros behind them."""
-        if getattr(self.pipe.vae.config, "invert_scale_latents", False):
-            image = image / self.pipe.vae_scaling_factor_image**2
-        behind = image.new_zeros(len(image), frames - image.shape[1], *image.shape[2:])
-        return torch.cat([image, behind], dim=1)
-
-    @property
-    def _text_tokens(self) -> int:
-        return int(self.config.max_text_seq_length)

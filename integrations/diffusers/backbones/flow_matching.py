@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -30,38 +29,26 @@ class FlowMatchingBackbone(Backbone):
         scheduler.set_timesteps(inference_steps, **self.schedule_arguments(inference_steps))
         return scheduler
 
-    def output_latents(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        return output.transpose(1, 2).reshape(latents.shape)
-
-    def call_arguments(self, latents: torch.Tensor, timestep: float, text: Mapping[str, torch.Tensor]) -> Arguments:
-        times = latents.new_full((len(latents),), timestep)
-        return {"hidden_states": latents.transpose(1, 2), "timestep": times, **text}
+    def times(self, latents: torch.Tensor, timestep: float, image: torch.Tensor | None) -> torch.Tensor:
+        return latents.new_full((len(latents),), timestep)
 
     def schedule_arguments(self, inference_steps: int) -> Arguments:
         """What the family's pipeline gives the scheduler beside the number of steps."""
         return {"sigmas": np.linspace(1.0, 0.0, inference_steps + 1)[:-1]}
 
 
-class MaskedTextBackbone(FlowMatchingBackbone):
+class MaskedTextBackbone(Backbone):
     """A backbone whose text is embeddings `[B, tokens, C]` and a mask of the tokens that are no padding."""
 
     @property
-    @abc.abstractmethod
-    def text_size(self) -> tuple[int, int]:
-        """(tokens, channels) of a prompt."""
+    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {**super().prompt_shapes, "encoder_attention_mask": (self.text_tokens,)}
 
     def encoded_prompt(self, prompt: str) -> dict[str, torch.Tensor]:
-        embeds, mask, _, _ = self.pipe.encode_prompt(
-            prompt, do_classifier_free_guidance=False, max_sequence_length=self.text_size[0]
+        embeds, mask, *_ = self.pipe.encode_prompt(
+            prompt, do_classifier_free_guidance=False, max_sequence_length=self.text_tokens
         )
-        return {"encoder_hidden_states": embeds.to(self.dtype), "encoder_attention_mask": mask}
-
-    def blank_prompt(self) -> dict[str, torch.Tensor]:
-        return self.text_with({}, torch.zeros(1, *self.text_size, device=self.device))
-
-    def text_with(self, text: Mapping[str, torch.Tensor], prompt_embeds: torch.Tensor) -> dict[str, torch.Tensor]:
-        mask = torch.ones(prompt_embeds.shape[:2], device=self.device, dtype=torch.bool)
-        return {"encoder_hidden_states": prompt_embeds.to(self.dtype), "encoder_attention_mask": mask}
+        return {"encoder_hidden_states": embeds.to(self.dtype), "encoder_attention_mask": mask.to(self.dtype)}
 
 
 Statistics: TypeAlias = Sequence[float] | torch.Tensor

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import abc
-from typing import cast
+from collections.abc import Sequence
+from typing import ClassVar, Protocol, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from corrdit.integrations.diffusers.backbones.presets import Preset
-from corrdit.integrations.diffusers.layouts import Pipeline
+from corrdit.integrations.diffusers.layouts import Arguments, Pipeline
+
+
+class Posterior(Protocol):
+    """What a codec of diffusers says of the latents of clips."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def mode(self) -> torch.Tensor: ...
 
 
 def prepared_frames(
@@ -79,6 +89,28 @@ def conditioning_latents(image: torch.Tensor, latents: torch.Tensor, *, frames_p
     return (image[:, :1] if one else image).expand(batch, -1, -1, -1, -1)
 
 
+def with_image_and_mask(latents: torch.Tensor, image: torch.Tensor | None) -> torch.Tensor:
+    """Latents `[B, F, 2 C + 1, h, w]`: noisy ones, those given (zeros behind them), and which are given.
+
+    Args:
+        latents: `[B, F, C, h, w]`.
+        image: `[B, 1 or F, C, h, w]`, or None for nothing.
+    """
+    given, mask = torch.zeros_like(latents), torch.zeros_like(latents[:, :, :1])
+    if image is not None:
+        given[:, : image.shape[1]], mask[:, : image.shape[1]] = image, 1
+    return torch.cat([latents, given, mask], dim=2)
+
+
+def _drawn(posterior: Posterior, seeds: Sequence[int | None]) -> torch.Tensor:
+    """The mode, or a sample with noise that is drawn on the CPU, so that it is the same on every device."""
+    if all(seed is None for seed in seeds):
+        return posterior.mode()
+    mean = posterior.mean
+    noise = [torch.randn(mean.shape[1:], generator=torch.Generator().manual_seed(seed or 0)) for seed in seeds]
+    return mean + posterior.std * torch.stack(noise).to(mean)
+
+
 PIXELS_PER_ENCODER_CALL = 480 * 720
 """Frames are given to the codec in groups of about this many pixels, so that memory does not grow with the video."""
 
@@ -90,6 +122,8 @@ class FrameEncoder(abc.ABC):
     name: str
     transformer: torch.nn.Module
     preset: Preset
+    first_frame_alone: ClassVar[bool] = True
+    """Whether the codec's first latent stands for one frame, and not for as many as the others."""
 
     @property
     def device(self) -> torch.device:
@@ -118,7 +152,7 @@ class FrameEncoder(abc.ABC):
 
     @property
     def temporal_compression(self) -> int:
-        """Video frames a latent frame stands for, the first one excepted."""
+        """Video frames a latent frame stands for; the first may stand for one (`first_frame_alone`)."""
         return int(self.pipe.vae_scale_factor_temporal)
 
     @abc.abstractmethod
@@ -133,6 +167,7 @@ class FrameEncoder(abc.ABC):
         width: int | None = None,
         first: tuple[int, int] | None = None,
         antialias: bool = True,
+        posterior_seeds: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """Every frame as a latent of its own: no temporal compression.
 
@@ -142,6 +177,8 @@ class FrameEncoder(abc.ABC):
             width: likewise.
             first: (height, width) to which frames are resized before that; None for none.
             antialias: whether frames are resized with antialiasing.
+            posterior_seeds: one for each frame, from which its latents are drawn as the codec's posterior says
+                (DiffTrack's released code draws them); None takes the most likely ones.
 
         Returns:
             Latents `[T, C, h, w]`.
@@ -151,22 +188,35 @@ class FrameEncoder(abc.ABC):
         """
         frames = self._prepared(video, height, width, first=first, antialias=antialias)
         group = max(1, PIXELS_PER_ENCODER_CALL // (frames.shape[2] * frames.shape[3]))
-        latents = [self._encode(part[:, :, None].to(self.device)) for part in frames.split(group)]
+        one = 1 if self.first_frame_alone else self.temporal_compression
+        seeds = [None] * len(frames) if posterior_seeds is None else list(posterior_seeds)
+        if len(seeds) != len(frames):
+            raise ValueError(f"{len(seeds)} posterior_seeds were given for {len(frames)} frames; give one for each")
+        latents = [
+            self._encode(part[:, :, None].expand(-1, -1, one, -1, -1).to(self.device), seeds[start : start + group])
+            for start, part in zip(range(0, len(frames), group), frames.split(group), strict=False)
+        ]
         return torch.cat(latents)[:, :, 0].repeat(1, self.frames_per_token, 1, 1)
 
     def encode_video(
-        self, video: np.ndarray | torch.Tensor, *, height: int | None = None, width: int | None = None
+        self,
+        video: np.ndarray | torch.Tensor,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        first: tuple[int, int] | None = None,
+        antialias: bool = True,
+        posterior_seed: int | None = None,
     ) -> torch.Tensor:
         """The video through the codec as it was trained, temporally compressed; `latent_frame_map` says how.
 
         Arguments, result and errors as for `encode_frames`, with F latent frames instead of T. The last frame is
         repeated until the codec's and the transformer's temporal strides fit.
         """
-        frames = self._prepared(video, height, width)
-        missing = len(self.latent_frame_map(len(frames), padded=True)) * self.frames_per_token
-        length = (missing - 1) * self.temporal_compression + 1
+        frames = self._prepared(video, height, width, first=first, antialias=antialias)
+        length = sum(map(len, self.latent_frame_map(len(frames), padded=True)))
         frames = torch.cat([frames, frames[-1:].expand(length - len(frames), -1, -1, -1)])
-        latents = self._encode(frames.transpose(0, 1)[None].to(self.device))[0].transpose(0, 1)
+        latents = self._encode(frames.transpose(0, 1)[None].to(self.device), [posterior_seed])[0].transpose(0, 1)
         count = len(latents) // self.frames_per_token
         return latents.reshape(count, self.frames_per_token * latents.shape[1], *latents.shape[2:])
 
@@ -178,14 +228,20 @@ class FrameEncoder(abc.ABC):
             padded: also list frame indices past the end, which repeat the last frame.
         """
         ratio = self.temporal_compression
-        single = 1 + -(-(frames - 1) // ratio)
+        first = 1 if self.first_frame_alone else ratio
+        single = 1 + -(-max(0, frames - first) // ratio)
         joined = -(-single // self.frames_per_token)
         groups: list[list[int]] = [[] for _ in range(joined)]
         for latent in range(joined * self.frames_per_token):
-            start = 0 if latent == 0 else (latent - 1) * ratio + 1
-            covered = range(start, start + (1 if latent == 0 else ratio))
+            start = 0 if latent == 0 else (latent - 1) * ratio + first
+            covered = range(start, start + (first if latent == 0 else ratio))
             groups[latent // self.frames_per_token] += [index for index in covered if padded or index < frames]
         return groups
+
+    def fitting_frames(self, frames: int) -> int:
+        """The most of these frames that the codec takes as they are; 0 where it takes none."""
+        alone = 1 if self.first_frame_alone else 0
+        return (frames - alone) // self.temporal_compression * self.temporal_compression + alone
 
     def _prepared(
         self,
@@ -200,13 +256,37 @@ class FrameEncoder(abc.ABC):
         size, stride = (height or own.height, width or own.width), self.token_stride
         return prepared_frames(video, size, stride=stride, name=self.name, first=first, antialias=antialias)
 
+    @property
+    def decoder_arguments(self) -> Arguments:
+        """What the codec's decoder is given beside the latents."""
+        return {}
+
     @torch.no_grad()
-    def _encode(self, clips: torch.Tensor) -> torch.Tensor:
-        """Clips `[B, 3, T, H, W]` to normalised latents `[B, C, F, h, w]`."""
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """The video that latents `[F, C, h, w]` of `encode_video` stand for, float `[T, 3, H, W]` in about -1..1."""
+        frames, _, height, width = latents.shape
+        given = latents.to(self.device).float().reshape(1, frames * self.frames_per_token, -1, height, width)
+        given = given.transpose(1, 2)
+        # Normalisation scales and shifts, so its values for 0 and 1 say how to undo it.
+        offset = self.normalized(torch.zeros_like(given))
+        scale = self.normalized(torch.ones_like(given)) - offset
+        video = self.pipe.vae.decode(
+            ((given - offset) / scale).to(self.pipe.vae.dtype), **self.decoder_arguments, return_dict=False
+        )[0]
+        return video[0].transpose(0, 1).float()
+
+    def posterior(self, clips: torch.Tensor) -> Posterior:
+        """What the codec makes of clips `[B, 3, T, H, W]`: latents `[B, C, F, h, w]` with their spread."""
+        found: Posterior = self.pipe.vae.encode(clips).latent_dist
+        return found
+
+    @torch.no_grad()
+    def _encode(self, clips: torch.Tensor, seeds: Sequence[int | None] = ()) -> torch.Tensor:
+        """Clips `[B, 3, T, H, W]` to normalised latents `[B, C, F, h, w]`, drawn where a clip has a seed."""
         vae = self.pipe.vae
         if vae is None:
             raise ValueError(f"{self.name} was loaded without its video codec (vae), so videos cannot be encoded")
-        latents = self.normalized(vae.encode(clips.to(vae.dtype)).latent_dist.mode()).to(self.dtype)
+        latents = self.normalized(_drawn(self.posterior(clips.to(vae.dtype)), seeds)).to(self.dtype)
         if not torch.isfinite(latents).all():
             raise ValueError(
                 f"the codec of {self.name} in {vae.dtype} gives latents that are NaN or infinite; load the model in "

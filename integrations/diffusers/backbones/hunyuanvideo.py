@@ -1,55 +1,58 @@
 """HunyuanVideo: joint attention with the text last and its padding masked, in dual and then single blocks.
 
-Source: diffusers, `HunyuanVideoTransformer3DModel` and `HunyuanVideoPipeline`. Latents are `[B, C, F, h, w]`.
+Source: diffusers, `HunyuanVideoTransformer3DModel` and `HunyuanVideoPipeline`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 
 from corrdit.integrations.diffusers.backbones.flow_matching import FlowMatchingBackbone
-from corrdit.integrations.diffusers.layouts import Arguments, HunyuanVideoLayout
-
-TEXT_TOKENS = 256
-"""Length to which `HunyuanVideoPipeline` pads prompts."""
+from corrdit.integrations.diffusers.backbones.frames import with_image_and_mask
+from corrdit.integrations.diffusers.family_layouts import HunyuanVideoLayout
+from corrdit.integrations.diffusers.layouts import Arguments, Text
 
 EMBEDDED_GUIDANCE = 6000.0
 """The guidance the distilled model is given as a number: 6, times 1000, the pipeline's default."""
 
 
 class HunyuanVideoBackbone(FlowMatchingBackbone):
-    """HunyuanVideo, text to video."""
+    """HunyuanVideo, text to video, and image to video with the latents of an image beside the noisy ones.
 
-    family = "hunyuanvideo"
+    Of the latter some also have a mask of what is given, and some (`token_replace`) nothing beside the latents.
+    """
+
     layout = HunyuanVideoLayout
+    pipelines = ("HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline", "HunyuanSkyreelsImageToVideoPipeline")
+    text_tokens = 256
+
+    @property
+    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
+        masks = {"encoder_attention_mask": (self.text_tokens,)}
+        return {**super().prompt_shapes, **masks, "pooled_projections": (self.config.pooled_projection_dim,)}
+
+    @property
+    def latent_channels(self) -> int:
+        return int(self.config.out_channels)
+
+    @property
+    def takes_image(self) -> bool:
+        return bool(self.config.in_channels > self.latent_channels)
+
+    def conditioned(self, latents: torch.Tensor, image: torch.Tensor | None) -> torch.Tensor:
+        return with_image_and_mask(latents, image)[:, :, : self.config.in_channels]
 
     def normalized(self, latents: torch.Tensor) -> torch.Tensor:
         return latents * self.pipe.vae.config.scaling_factor
 
     def encoded_prompt(self, prompt: str) -> dict[str, torch.Tensor]:
-        embeds, pooled, mask = self.pipe.encode_prompt(prompt, max_sequence_length=TEXT_TOKENS)
-        return {
-            "encoder_hidden_states": embeds.to(self.dtype),
-            "encoder_attention_mask": mask.to(self.dtype),
-            "pooled_projections": pooled.to(self.dtype),
-        }
+        embeds, pooled, mask = self.pipe.encode_prompt(prompt, max_sequence_length=self.text_tokens)
+        text = {"encoder_hidden_states": embeds, "encoder_attention_mask": mask, "pooled_projections": pooled}
+        return {name: value.to(self.dtype) for name, value in text.items()}
 
-    def blank_prompt(self) -> dict[str, torch.Tensor]:
-        empty = torch.zeros(0, device=self.device, dtype=self.dtype)
-        return {
-            "encoder_hidden_states": empty.new_zeros(1, TEXT_TOKENS, self.config.text_embed_dim),
-            "encoder_attention_mask": empty.new_ones(1, TEXT_TOKENS),
-            "pooled_projections": empty.new_zeros(1, self.config.pooled_projection_dim),
-        }
-
-    def text_with(self, text: Mapping[str, torch.Tensor], prompt_embeds: torch.Tensor) -> dict[str, torch.Tensor]:
-        embeds = prompt_embeds.to(self.dtype)
-        return {**text, "encoder_hidden_states": embeds, "encoder_attention_mask": embeds.new_ones(embeds.shape[:2])}
-
-    def call_arguments(self, latents: torch.Tensor, timestep: float, text: Mapping[str, torch.Tensor]) -> Arguments:
-        arguments = super().call_arguments(latents, timestep, text)
-        if self.config.guidance_embeds:
-            arguments["guidance"] = latents.new_full((len(latents),), EMBEDDED_GUIDANCE)
-        return arguments
+    def further_arguments(
+        self, latents: torch.Tensor, times: torch.Tensor, text: Text, image: torch.Tensor | None
+    ) -> Arguments:
+        if not self.config.guidance_embeds:
+            return {}
+        return {"guidance": latents.new_full((len(latents),), EMBEDDED_GUIDANCE)}

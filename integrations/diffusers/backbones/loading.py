@@ -16,8 +16,10 @@ from typing import TypedDict
 
 import torch
 
-from corrdit.integrations.components import INDEX_FILE, loaded_models, pipeline_class, read_index
+from corrdit.arguments import DTYPES, dtype_name, nearest
+from corrdit.integrations.components import INDEX_FILE, loaded_models, missing_package, pipeline_class, read_index
 from corrdit.integrations.diffusers.backbones.base import Backbone
+from corrdit.integrations.diffusers.backbones.followers import FOLLOWERS, follower_preset
 from corrdit.integrations.diffusers.backbones.presets import PUBLISHED_MODELS, Preset, checked_preset, published_preset
 from corrdit.integrations.diffusers.backbones.table import FAMILIES
 from corrdit.integrations.diffusers.layouts import Pipeline, layout_of
@@ -32,7 +34,7 @@ def load_backbone(
     name: str | os.PathLike[str],
     *,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     preset: Preset | str | os.PathLike[str] | None = None,
 ) -> Backbone:
     """A video diffusion model ready to be read.
@@ -42,10 +44,11 @@ def load_backbone(
             registered under the entry-point group `corrdit.backbones`; a folder written by a pipeline's
             `save_pretrained`, with an optional `preset.json`; or a hub id such as "THUDM/CogVideoX-2b".
         device: where to put it; None for the CPU.
-        dtype: precision; None for float32 on the CPU and the published precision (or bfloat16) elsewhere.
+        dtype: precision, as torch's type or by its name ("bfloat16", "bf16"); None for float32 on the CPU and the
+            published precision (or bfloat16) elsewhere.
         preset: settings in place of the model's own ("default"): a `Preset`, a file that `corrdit calibrate` wrote, or
             "published" for DiffTrack's and DiTFlow's released procedures, with the settings that are published for a
-            model of this shape, if any.
+            model of this shape, if any; or "ditracker" or "heft" for what these trackers read of this model.
 
     Raises:
         FileNotFoundError: no such preset file.
@@ -58,12 +61,15 @@ def load_backbone(
         raise ValueError(
             f"name must be a string or a path, got a {type(name).__name__}; backbone_of takes a pipeline that is loaded"
         )
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"dtype must be a floating-point torch dtype such as torch.bfloat16, or None, got {dtype!r}")
-    backbone = _loaded(os.fspath(name), _usable_device(device), dtype)
+    precision = named_dtype(dtype)
+    backbone = _loaded(
+        os.fspath(name), _usable_device(device), None if precision is None else getattr(torch, precision)
+    )
     if chosen is None:
         return backbone
     own = backbone.preset
+    if isinstance(chosen, str) and chosen in FOLLOWERS:
+        chosen = follower_preset(chosen, backbone)
     if not isinstance(chosen, Preset):
         chosen = (published_preset(backbone.family, backbone.layers, backbone.heads) or own).published()
     elif chosen.transfer is None and own.transfer is not None:
@@ -71,9 +77,18 @@ def load_backbone(
     return backbone_of(backbone.pipe, name=backbone.name, preset=chosen)
 
 
+def named_dtype(dtype: torch.dtype | str | None) -> str | None:
+    """The name of a precision, such as "bfloat16", from it, a short form of it or torch's type; None for None.
+
+    Raises:
+        ValueError: no precision of a model.
+    """
+    return None if dtype is None else dtype_name("dtype", dtype, (*DTYPES, "float64"))
+
+
 def _loaded(text: str, device: torch.device, dtype: torch.dtype | None) -> Backbone:
     if text == EMBEDDED:
-        return _embedded(device, dtype)
+        return _embedded(device, dtype or default_dtype(text, device))
     registered = _third_party().get(text)
     if registered is not None:
         return _from_entry_point(registered, device, dtype)
@@ -82,7 +97,7 @@ def _loaded(text: str, device: torch.device, dtype: torch.dtype | None) -> Backb
         return _from_folder(folder, device, dtype)
     hub_id = PUBLISHED_MODELS[text.lower()].hub_id if text.lower() in PUBLISHED_MODELS else text
     if folder.is_absolute() or text.startswith(".") or not _HUB_ID.fullmatch(hub_id):
-        raise ValueError(f"unknown model {text!r}; accepted are {_accepted()}")
+        raise ValueError(f"unknown model {text!r}{_nearest_model(text)}; accepted are {_accepted()}")
     return _from_hub(hub_id, device, dtype)
 
 
@@ -148,10 +163,10 @@ def backbone_of(pipe: Pipeline, *, name: str | None = None, preset: Preset | Non
     raise ValueError(f"{type(transformer).__name__} can be captured but is no backbone; backbones are {_families()}")
 
 
-def _embedded(device: torch.device, dtype: torch.dtype | None) -> Backbone:
+def _embedded(device: torch.device, dtype: torch.dtype) -> Backbone:
     from corrdit.integrations.embedded import read_preset
 
-    pipe = _embedded_pipeline(device, dtype or torch.float32)
+    pipe = _embedded_pipeline(device, dtype)
     return backbone_of(pipe, name=EMBEDDED, preset=Preset.from_mapping(read_preset()))
 
 
@@ -191,7 +206,7 @@ def _from_folder(folder: pathlib.Path, device: torch.device, dtype: torch.dtype 
         raise ValueError(
             f"{folder} holds no diffusers pipeline (no model_index.json); give a folder of save_pretrained"
         )
-    pipe = _load_pipeline(folder, str(folder), device, dtype or _default_dtype(str(folder), device))
+    pipe = _load_pipeline(folder, str(folder), device, dtype or default_dtype(folder, device))
     preset_file = folder / "preset.json"
     preset = Preset.from_file(preset_file) if preset_file.is_file() else None
     return backbone_of(pipe, name=str(folder), preset=preset)
@@ -209,11 +224,14 @@ def _from_hub(hub_id: str, device: torch.device, dtype: torch.dtype | None) -> B
         kind = pipeline_class(hub_id, str(read_index(index_file.parent)["_class_name"]))
         with _quiet_loading():
             folder = pathlib.Path(kind.download(hub_id, local_files_only=offline))
-        pipe = _load_pipeline(folder, hub_id, device, dtype or _default_dtype(hub_id, device))
+        pipe = _load_pipeline(folder, hub_id, device, dtype or default_dtype(hub_id, device))
     except OSError as error:
         reason = "offline (HF_HUB_OFFLINE is set) and it is not in the local cache" if offline else str(error)
+        known = hub_id in {model.hub_id for model in PUBLISHED_MODELS.values()}
+        near = "" if known else _nearest_model(hub_id)
         raise ValueError(
-            f"cannot load {hub_id}: {reason}; without a network there are {EMBEDDED!r} and folders of save_pretrained"
+            f"cannot load {hub_id}: {reason}{near}; without a network there are {EMBEDDED!r} and folders of "
+            "save_pretrained"
         ) from error
     return backbone_of(pipe, name=hub_id)
 
@@ -250,14 +268,17 @@ def _load_pipeline(folder: pathlib.Path, source: str, device: torch.device, dtyp
     kind = pipeline_class(source, class_name)
     absent = {name: None for name, entry in index.items() if isinstance(entry, list) and entry[0] is None}
     low_memory = importlib.util.find_spec("accelerate") is not None
-    with _quiet_loading():
-        pipe = kind.from_pretrained(
-            str(folder),
-            torch_dtype=dtype,
-            local_files_only=True,
-            **loaded_models(folder, dtype=dtype, low_cpu_mem_usage=low_memory),
-            **absent,
-        )
+    try:
+        with _quiet_loading():
+            pipe = kind.from_pretrained(
+                str(folder),
+                torch_dtype=dtype,
+                local_files_only=True,
+                **loaded_models(folder, dtype=dtype, low_cpu_mem_usage=low_memory),
+                **absent,
+            )
+    except ImportError as error:
+        raise missing_package(source, class_name, error) from error
     pipe.set_progress_bar_config(disable=True)
     placed: Pipeline = pipe.to(device)
     return placed
@@ -282,11 +303,13 @@ def _quiet_loading() -> Iterator[None]:
             library.enable_progress_bar()
 
 
-def _default_dtype(source: str, device: torch.device) -> torch.dtype:
-    if device.type == "cpu":
+def default_dtype(name: str | os.PathLike[str], device: torch.device) -> torch.dtype:
+    """The precision a model is loaded with where none is asked for; `name` and `device` as for `load_backbone`."""
+    if device.type == "cpu" or name == EMBEDDED:
         return torch.float32
-    published = {model.hub_id: model.dtype for model in PUBLISHED_MODELS.values()}
-    return getattr(torch, published.get(source, "bfloat16"))
+    published = {known: model.dtype for short, model in PUBLISHED_MODELS.items() for known in (short, model.hub_id)}
+    text = os.fspath(name)
+    return getattr(torch, published.get(text, published.get(text.lower(), "bfloat16")))
 
 
 def _third_party() -> dict[str, EntryPoint]:
@@ -297,6 +320,14 @@ def _families() -> str:
     return ", ".join(sorted(FAMILIES))
 
 
+def _names() -> list[str]:
+    return [EMBEDDED, *PUBLISHED_MODELS, *_third_party()]
+
+
+def _nearest_model(text: str) -> str:
+    """The end of a message, by names and hub ids."""
+    return nearest(text, [*_names(), *(model.hub_id for model in PUBLISHED_MODELS.values())])
+
+
 def _accepted() -> str:
-    names = [EMBEDDED, *PUBLISHED_MODELS, *_third_party()]
-    return f"{', '.join(names)}, a folder written by save_pretrained, or a hub id such as THUDM/CogVideoX-2b"
+    return f"{', '.join(_names())}, a folder written by save_pretrained, or a hub id such as THUDM/CogVideoX-2b"

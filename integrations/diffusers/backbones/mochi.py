@@ -1,25 +1,32 @@
 """Mochi: joint attention with the text last, sample by sample with the text's padding dropped.
 
-Source: diffusers, `MochiTransformer3DModel` and `MochiPipeline`. Latents are `[B, C, F, h, w]`; time runs from 0
-(noise) to 1000. Queries and keys are read padded to the full text length, the padding being masked.
+Source: diffusers, `MochiTransformer3DModel` and `MochiPipeline`. Time runs from 0 (noise) to 1000. Queries and keys are
+read padded to the full text length, the padding being masked.
 """
 
 from __future__ import annotations
 
 import torch
 
-from corrdit.integrations.diffusers.backbones.flow_matching import MaskedTextBackbone, standardized
-from corrdit.integrations.diffusers.layouts import Arguments, MochiLayout
+from corrdit.integrations.diffusers.backbones.base import NO_IMAGE
+from corrdit.integrations.diffusers.backbones.flow_matching import (
+    FlowMatchingBackbone,
+    MaskedTextBackbone,
+    standardized,
+)
+from corrdit.integrations.diffusers.family_layouts import MochiLayout
+from corrdit.integrations.diffusers.layouts import Arguments
 
 LINEAR_NOISE_THRESHOLD = 0.025
 """Where the pipeline's schedule turns from linear to quadratic."""
 
 
-class MochiBackbone(MaskedTextBackbone):
+class MochiBackbone(MaskedTextBackbone, FlowMatchingBackbone):
     """Mochi 1, text to video."""
 
-    family = "mochi"
     layout = MochiLayout
+    pipelines = ("MochiPipeline",)
+    limits = NO_IMAGE
 
     @property
     def spatial_compression(self) -> int:
@@ -28,6 +35,10 @@ class MochiBackbone(MaskedTextBackbone):
     @property
     def temporal_compression(self) -> int:
         return int(self.pipe.vae_temporal_scale_factor)
+
+    @property
+    def text_tokens(self) -> int:
+        return int(self.config.max_sequence_length)
 
     def noise_share(self, timestep: float) -> float:
         return 1 - timestep / self.pipe.scheduler.config.num_train_timesteps
@@ -42,7 +53,3 @@ class MochiBackbone(MaskedTextBackbone):
         if config.latents_mean is None or config.latents_std is None:
             return latents * config.scaling_factor
         return standardized(latents, config.latents_mean, config.latents_std, config.scaling_factor)
-
-    @property
-    def text_size(self) -> tuple[int, int]:
-        return (self.config.max_sequence_length, self.config.text_embed_dim)

@@ -18,9 +18,9 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 
 from torch import nn
 
-from corrdit.arguments import finite_number, flag
-from corrdit.files import written_beside
-from corrdit.integrations.diffusers.layouts import config_of, layout_of
+from corrdit.arguments import choice, finite_number, flag
+from corrdit.files import parsed_json, written_beside
+from corrdit.integrations.diffusers.layouts import layout_of
 from corrdit.integrations.diffusers.transfer_settings import TransferSettings, changed_settings
 from corrdit.tracking.options import PUBLISHED_TRACKING, ReadingPreset, TrackerOptions, changed_options
 
@@ -30,8 +30,8 @@ Entries: TypeAlias = Mapping[str, Any]
 CALIBRATED = "calibrated: "
 """How the source of settings begins that `corrdit calibrate` chose."""
 
-PRESET_NAMES = ("default", "published")
-"""A model's own settings; or the published procedures, with the settings for a model of its shape if there are any."""
+PRESET_NAMES = ("default", "published", "ditracker", "heft")
+"""A model's own settings; the published procedures with settings for a model of its shape; trackers of `followers`."""
 
 DEFAULT_RENORMALIZE = True
 """Measured on the embedded model (benchmarks/results/guidance_quality.json): removing keys before the softmax makes
@@ -100,8 +100,12 @@ class Preset:
         source: str = "given",
         **flat: Any,
     ) -> None:
+        if not isinstance(reading, (ReadingPreset, int)) and not (reading is None and "layer" in flat):
+            raise ValueError(f"reading must be a ReadingPreset, such as ReadingPreset(layer=17), got {reading!r}")
         if flat or not isinstance(reading, ReadingPreset):
             _warn(f"Preset({', '.join(flat) or 'layer'})", "Preset(ReadingPreset(...), ...)")
+            for name in flat:
+                choice("an argument of a Preset", name, (*_READING, "guidance_layers"))
             known = {} if not isinstance(reading, ReadingPreset) else dataclasses.asdict(reading)
             given = {"layer": reading, **flat} if isinstance(reading, int) else {**known, **flat}
             if "guidance_layers" in given:
@@ -116,7 +120,8 @@ class Preset:
         kinds = [(ReadingPreset,), (TrackerOptions,), (GuidancePreset,), (TransferSettings, NoneType), (str,)]
         for field, part, kind in zip(fields(self), parts, kinds, strict=True):
             if not isinstance(part, kind):
-                raise ValueError(f"{field.name} of a Preset must be {field.type}, got {part!r}")
+                hint = "; as in Preset(ReadingPreset(layer=17, step=-3))"
+                raise ValueError(f"{field.name} of a Preset must be {field.type}, got {part!r}{hint}")
             object.__setattr__(self, field.name, part)
 
     def __getattr__(self, name: str) -> object:
@@ -176,7 +181,7 @@ class Preset:
                 f"a preset is a Preset or the path of a preset.json, got {path!r}; see Preset.from_mapping"
             )
         try:
-            values = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+            values = parsed_json(pathlib.Path(path).read_text(encoding="utf-8"))
         except IsADirectoryError as error:
             raise ValueError(f"{os.fspath(path)} is a folder; give the preset.json in it") from error
         except FileNotFoundError as error:
@@ -194,11 +199,13 @@ class Preset:
 
     @classmethod
     def from_mapping(cls, values: Entries) -> Preset:
-        """From the contents of a preset.json; entries this version does not know are left alone.
+        """From the contents of a preset.json.
 
         Raises:
-            ValueError: no layer in it, or an entry of another type or out of range.
+            ValueError: no layer in it, an entry that is not known, or one of another type or out of range.
         """
+        for name in values:
+            choice("an entry of a preset", name, _ENTRIES)
         if "layer" not in values:
             raise ValueError(f"a preset needs a layer; it holds {', '.join(values) or 'nothing'}")
         for name in ("tracking", "guidance", "transfer"):
@@ -219,6 +226,9 @@ class Preset:
 
 
 _READING = tuple(field.name for field in fields(ReadingPreset))
+_FIGURES = ("timestep", "layers_by_accuracy", "validation_share_within_one_token")
+"""Of a preset.json, for people; nothing reads them."""
+_ENTRIES = (*_READING, "guidance_layers", "tracking", "guidance", "transfer", "source", *_FIGURES)
 
 
 def _warn(old: str, new: str) -> None:
@@ -275,6 +285,7 @@ _DITFLOW = TransferSettings(
     guidance_scale=7.0,
     negative_prompt=PUBLISHED_NEGATIVE_PROMPT,
     injection_blocks=(0,),
+    gradient_checkpointing=True,
     size=(480, 720),
     scheduler="CogVideoXDDIMScheduler",
     source="DiTFlow's released code",
@@ -352,7 +363,7 @@ def guidance_preset(transformer: nn.Module) -> GuidancePreset | None:
         ValueError: a transformer that is not known.
     """
     layout = layout_of(transformer)
-    layers, heads = len(layout.attention_modules(transformer)), int(config_of(transformer).num_attention_heads)
+    layers, heads = len(layout.attention_modules(transformer)), layout.heads(transformer)
     preset = published_preset(layout.family, layers, heads)
     return None if preset is None or preset.guidance.layers is None else preset.published().guidance
 
@@ -378,7 +389,7 @@ def default_layers(backbone: ShapedModel) -> tuple[int, ...]:
 
 
 def checked_preset(given: Preset | str | os.PathLike[str] | None) -> Preset | str | None:
-    """What `load_backbone` takes as a preset, files read: a `Preset`, "published", or None for the model's own.
+    """What `load_backbone` takes as a preset, files read: a `Preset`, a name, or None for the model's own.
 
     Raises:
         FileNotFoundError: no such file.
@@ -386,4 +397,4 @@ def checked_preset(given: Preset | str | os.PathLike[str] | None) -> Preset | st
     """
     if given is None or given == "default":
         return None
-    return given if given == "published" or isinstance(given, Preset) else Preset.from_file(given)
+    return given if isinstance(given, Preset) or given in PRESET_NAMES else Preset.from_file(given)

@@ -2,20 +2,46 @@
 
 from __future__ import annotations
 
+from corrdit.integrations.diffusers.backbones.allegro import AllegroBackbone
+from corrdit.integrations.diffusers.backbones.anyflow import AnyFlowBackbone
 from corrdit.integrations.diffusers.backbones.base import Backbone
+from corrdit.integrations.diffusers.backbones.chronoedit import ChronoEditBackbone
 from corrdit.integrations.diffusers.backbones.cogvideox import CogVideoXBackbone
+from corrdit.integrations.diffusers.backbones.consisid import ConsisIDBackbone
+from corrdit.integrations.diffusers.backbones.cosmos import CosmosBackbone
+from corrdit.integrations.diffusers.backbones.easyanimate import EasyAnimateBackbone
 from corrdit.integrations.diffusers.backbones.hunyuanvideo import HunyuanVideoBackbone
+from corrdit.integrations.diffusers.backbones.hunyuanvideo15 import HunyuanVideo15Backbone
+from corrdit.integrations.diffusers.backbones.kandinsky5 import Kandinsky5Backbone
 from corrdit.integrations.diffusers.backbones.ltx import LTXBackbone
+from corrdit.integrations.diffusers.backbones.ltx2 import LTX2Backbone
 from corrdit.integrations.diffusers.backbones.mochi import MochiBackbone
+from corrdit.integrations.diffusers.backbones.motifvideo import MotifVideoBackbone
+from corrdit.integrations.diffusers.backbones.skyreelsv2 import SkyReelsV2Backbone
 from corrdit.integrations.diffusers.backbones.wan import WanBackbone
+from corrdit.integrations.diffusers.backbones.wananimate import WanAnimateBackbone
+from corrdit.integrations.diffusers.backbones.wanvace import WanVACEBackbone
 from corrdit.integrations.diffusers.layouts import FAMILY_LAYOUTS
 
 BACKBONES: tuple[type[Backbone], ...] = (
+    AllegroBackbone,
+    AnyFlowBackbone,
+    ChronoEditBackbone,
     CogVideoXBackbone,
+    ConsisIDBackbone,
+    CosmosBackbone,
+    EasyAnimateBackbone,
     HunyuanVideoBackbone,
+    HunyuanVideo15Backbone,
+    Kandinsky5Backbone,
     LTXBackbone,
+    LTX2Backbone,
     MochiBackbone,
+    MotifVideoBackbone,
+    SkyReelsV2Backbone,
     WanBackbone,
+    WanAnimateBackbone,
+    WanVACEBackbone,
 )
 FAMILIES = {
     transformer: backbone

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import inspect
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from corrdit.arguments import whole_number
-from corrdit.files import written_beside
+from corrdit.arguments import finite_number, whole_number
+from corrdit.files import write_json, written_beside
 from corrdit.integrations.diffusers.backbones.base import Backbone
+from corrdit.integrations.diffusers.compatibility import check_takes_prompt
 from corrdit.integrations.diffusers.guidance.cross_attention import CrossAttentionGuidance
 from corrdit.integrations.diffusers.layouts import Pipeline
+from corrdit.integrations.diffusers.transfer_settings import LARGEST_SCALE
 
 VIDEO_FILE = "video.mp4"
 PLAIN_FILE = "plain.mp4"
@@ -27,6 +31,7 @@ GAP_PIXELS = 8
 VBENCH_FOLDER = "vbench"
 LONGEST_NAME = 220
 """Bytes of a file's name; file systems take 255, of which writing beside it needs some."""
+SCALES = ("guidance_scale", "guidance_scale_2", "true_cfg_scale", "guidance_rescale")
 COUNTS = ("num_inference_steps", "num_frames", "height", "width")
 SET_FOR_EVERY_VIDEO = ("prompt", "generator", "output_type", "return_dict", "num_videos_per_prompt")
 """Arguments of a pipeline's call that `generate` gives itself, or that change what the call returns."""
@@ -52,8 +57,10 @@ class GeneratedVideo:
 
 
 def check_call(pipe: object, arguments: Mapping[str, object]) -> None:
-    """Raises ValueError for an argument that the pipeline's call does not take, or a size or number of none."""
-    accepted = set(inspect.signature(type(pipe).__call__).parameters) - {"self"}
+    """Raises ValueError for an argument that the pipeline's call does not take, a size or scale that is none, an image
+    that is needed and not given, and a pipeline that cannot read a prompt."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    accepted = set(parameters) - {"self"}
     for name in arguments:
         if name not in accepted:
             raise ValueError(
@@ -62,6 +69,17 @@ def check_call(pipe: object, arguments: Mapping[str, object]) -> None:
     for name in COUNTS:
         if arguments.get(name) is not None:
             whole_number(name, arguments[name], 1)
+    for name in SCALES:
+        if arguments.get(name) is not None:
+            finite_number(name, arguments[name], most=LARGEST_SCALE)
+    check_takes_prompt(pipe, arguments)
+    image = parameters.get("image")
+    needed = image is not None and (image.default is image.empty or "ImageToVideo" in type(pipe).__name__)
+    if needed and arguments.get("image") is None:
+        raise ValueError(
+            f"{type(pipe).__name__} makes a video of an image, and none is given; give image in Python, or a "
+            "text-to-video model (of the commands, only analyze --prompts has an option --image)"
+        )
 
 
 def check_generation(pipe: object, call: Mapping[str, object]) -> None:
@@ -107,10 +125,10 @@ def generate(
     check_generation(pipe, call or {})
     arguments = {**(call or {}), "prompt": prompt, "output_type": "np"}
     if guidance is None:
-        return GeneratedVideo(prompt, seed, _frames(pipe, arguments, seed), sample=sample)
+        return GeneratedVideo(prompt, seed, generated_frames(pipe, arguments, seed), sample=sample)
     with CrossAttentionGuidance(model, **guidance):
-        video = _frames(pipe, arguments, seed)
-    return GeneratedVideo(prompt, seed, video, _frames(pipe, arguments, seed), sample)
+        video = generated_frames(pipe, arguments, seed)
+    return GeneratedVideo(prompt, seed, video, generated_frames(pipe, arguments, seed), sample)
 
 
 def side_by_side(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -152,16 +170,14 @@ def generation_facts(generated: GeneratedVideo, fps: float) -> dict[str, object]
 def vbench_name(prompt: str, sample: int) -> str:
     """The name by which VBench's tool finds video `sample` of a prompt; a slash in the prompt becomes a dash.
 
-    Raises:
-        ValueError: a prompt too long for the name of a file.
+    A prompt too long for the name of a file is cut, with eight digits of its digest behind it.
     """
-    name = f"{prompt.replace('/', '-')}-{sample}.mp4"
-    if len(name.encode()) > LONGEST_NAME:
-        raise ValueError(
-            f"the prompt {prompt[:40]!r}... is too long for the name of a file, by which VBench's tool knows it: "
-            f"{len(name.encode())} bytes of at most {LONGEST_NAME}; shorten it, or leave vbench out"
-        )
-    return name
+    whole = prompt.replace("/", "-")
+    room = LONGEST_NAME - len(f"-{sample}.mp4")
+    if len(whole.encode()) > room:
+        digest = hashlib.sha256(prompt.encode()).hexdigest()[:8]
+        whole = f"{whole.encode()[: room - 9].decode(errors='ignore')}-{digest}"
+    return f"{whole}-{sample}.mp4"
 
 
 def export_for_vbench(
@@ -176,9 +192,6 @@ def export_for_vbench(
         root: folder for the export, made if need be.
         prompt: the words, which VBench looks up by the name of the file.
         sample: number of the video among those of its prompt.
-
-    Raises:
-        ValueError: a prompt too long for the name of a file.
     """
     source, name = Path(result), vbench_name(prompt, sample)
     both = (source / PLAIN_FILE).is_file()
@@ -192,7 +205,24 @@ def export_for_vbench(
     return copied
 
 
-def _frames(pipe: Pipeline, arguments: Mapping[str, object], seed: int) -> np.ndarray:
+def list_for_vbench(root: str | os.PathLike[str], prompts: Iterable[tuple[str, int]]) -> Path:
+    """Write `root/vbench/prompts.json`, the prompt of each video that `export_for_vbench` has copied, by its name.
+
+    VBench's own tool looks prompts up by names; those that were cut it has to be told (`--prompt_file`).
+
+    Args:
+        root: folder of the export.
+        prompts: with the number of the video among those of each prompt.
+    """
+    folder = Path(root) / VBENCH_FOLDER
+    names = {vbench_name(prompt, sample): prompt for prompt, sample in prompts}
+    there = {name: prompt for name, prompt in names.items() if any(folder.glob(f"*/{glob.escape(name)}"))}
+    write_json(folder / "prompts.json", there)
+    return folder / "prompts.json"
+
+
+def generated_frames(pipe: Pipeline, arguments: Mapping[str, object], seed: int) -> np.ndarray:
+    """uint8 `[T, H, W, 3]` of a call whose output type is "np", the noise drawn on the CPU."""
     generator = torch.Generator("cpu").manual_seed(seed)
     frames = np.asarray(pipe(**arguments, generator=generator).frames[0])
     return np.round(frames * 255).clip(0, 255).astype(np.uint8)

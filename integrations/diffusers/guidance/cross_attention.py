@@ -49,8 +49,8 @@ class CrossAttentionGuidance:
         pipe(prompt, guidance_scale=6)
     ```
 
-    The pipeline is not changed and the model is as before when the block ends. Each guided step costs one more forward
-    of the conditional sample alone, which starts at the first perturbed layer.
+    The pipeline is not changed and the model is as before when the block ends; inside, it serves one thread. Each
+    guided step costs one more forward of the conditional sample alone, which starts at the first perturbed layer.
 
     Args:
         pipe: a diffusers video pipeline (or a backbone), with or without classifier-free guidance.

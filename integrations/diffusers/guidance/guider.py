@@ -10,7 +10,7 @@ from diffusers import ClassifierFreeGuidance
 from diffusers.configuration_utils import register_to_config
 from diffusers.guiders.guider_utils import GuiderOutput
 
-from corrdit.arguments import whole_indices
+from corrdit.arguments import finite_number, whole_indices
 from corrdit.integrations.diffusers.backbones.presets import DEFAULT_RENORMALIZE
 from corrdit.integrations.diffusers.guidance.guided_forwards import GuidedForwards, GuidedSamples
 from corrdit.integrations.diffusers.guidance.options import (
@@ -20,6 +20,7 @@ from corrdit.integrations.diffusers.guidance.options import (
     model_heads,
 )
 from corrdit.integrations.diffusers.layouts import ForwardCall, TransformerLayout, layout_of
+from corrdit.integrations.diffusers.transfer_settings import LARGEST_SCALE
 
 TRAIN_TIMESTEPS = 1000
 """Length of the noise schedule that guiders are not told; 1000 in all supported families."""
@@ -71,6 +72,8 @@ class CrossAttentionGuider(ClassifierFreeGuidance):
         adaptive_scale: float = 0.0,
         backend: str = "auto",
     ) -> None:
+        for name, value in (("guidance_scale", guidance_scale), ("guidance_rescale", guidance_rescale)):
+            finite_number(name, value, most=LARGEST_SCALE)
         # By name: diffusers takes positional arguments for defaults when it makes a copy from the configuration.
         super().__init__(
             guidance_scale=guidance_scale,

@@ -9,7 +9,7 @@ import torch
 
 from corrdit.arguments import choice, resolved_index, whole_indices, whole_number
 from corrdit.integrations.diffusers.guidance.perturbations import AttentionFunction, frame_local, identity_attention
-from corrdit.integrations.diffusers.layouts import config_of
+from corrdit.integrations.diffusers.layouts import layout_of
 from corrdit.integrations.diffusers.transfer_settings import LARGEST_SCALE
 from corrdit.ops.backends import BACKENDS
 
@@ -129,7 +129,7 @@ def checked_heads(heads: Heads, layers: tuple[int, ...], count: int, perturbatio
 
 def model_heads(transformer: torch.nn.Module) -> int:
     """Attention heads of a transformer."""
-    return int(config_of(transformer).num_attention_heads)
+    return layout_of(transformer).heads(transformer)
 
 
 def _is_number(value: object) -> bool:

@@ -197,7 +197,8 @@ def _leave_out(block: torch.nn.Module, original: Forward, args: tuple[object, ..
 def _check_correspondence(
     transformer: torch.nn.Module, blocks: list[torch.nn.Module], modules: list[torch.nn.Module]
 ) -> None:
-    if len(blocks) != len(modules) or any(
+    # Blocks behind the layers (Motif-Video's decoder) run as they are.
+    if len(blocks) < len(modules) or any(
         all(module is not part for part in block.modules()) for block, module in zip(blocks, modules, strict=False)
     ):
         raise ValueError(

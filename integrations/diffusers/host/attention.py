@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FunctionType
@@ -176,8 +177,9 @@ class DelegatingProcessor:
     def _parallel_config(self, config: object) -> None:
         self.inner._parallel_config = config
 
-    def __reduce__(self) -> tuple[Callable[[object], object], tuple[object]]:
-        return (_itself, (self.inner,))
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[list[Any], int]]:
+        # Of the standard library, so that the copy is loaded without this package too.
+        return (operator.getitem, ([self.inner], 0))
 
 
 @contextlib.contextmanager
@@ -331,7 +333,3 @@ def _with_argument_names(base: type, inner: type) -> type:
         body = {"__call__": __call__, "__module__": base.__module__, "__doc__": base.__doc__}
         _classes[base, inner] = type(base.__name__, (base,), body)
     return _classes[base, inner]
-
-
-def _itself(inner: object) -> object:
-    return inner

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +16,8 @@ from corrdit.integrations.diffusers.compatibility import has_compiled_blocks, is
 from corrdit.integrations.diffusers.layouts import ForwardCall, TransformerLayout, forward_arguments
 
 _ABSENT = object()
+_blocks: weakref.WeakKeyDictionary[torch.nn.Module, list[OneThread]] = weakref.WeakKeyDictionary()
+"""In which transformers are at the moment."""
 Arguments = dict[str, Any]
 """Of a forward, by name."""
 Forward = Callable[..., Any]
@@ -25,7 +30,7 @@ class EarlyExit(Exception):
 
 
 class RemovableHook:
-    """A forward hook that a pickled or copied module does not take along."""
+    """A forward hook that does nothing in a pickled or copied module, which is loaded without this package too."""
 
     def __init__(self, function: Callable[..., object]) -> None:
         self._function = function
@@ -33,16 +38,28 @@ class RemovableHook:
     def __call__(self, *args: object) -> object:
         return self._function(*args)
 
-    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
-        return (_hook_of_a_copy, ())
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, str]]:
+        # What the standard library has that takes all arguments and does nothing.
+        return (getattr, (contextlib.nullcontext(), "__exit__"))
 
 
-def _hook_of_a_copy() -> Callable[..., None]:
-    return _do_nothing
+class ReplacedForward:
+    """A forward in place of another, which a pickled or copied module has again.
 
+    Args:
+        original: what it stands for.
+        replacement: computes its output.
+    """
 
-def _do_nothing(*args: object) -> None:
-    """What a hook becomes in a copy of the model."""
+    def __init__(self, original: Forward, replacement: Replacement) -> None:
+        functools.update_wrapper(self, original)
+        self._original, self._replacement = original, replacement
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        return self._replacement(self._original, args, kwargs)
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[list[Forward], int]]:
+        return (operator.getitem, ([self._original], 0))
 
 
 def transformers_of(model: object) -> list[torch.nn.Module]:
@@ -67,19 +84,66 @@ def watched_forwards(
         layout: of its family.
         before: `before(call, arguments by name)`.
         after: `after(output)`, with None after an exception; what it returns, unless None, is the output.
+
+    Raises:
+        ValueError: as `OneThread`; and out of the transformer, where a second thread calls it.
     """
 
     def begin(module: torch.nn.Module, args: tuple[object, ...], kwargs: Arguments) -> None:
+        thread.check()
         arguments = forward_arguments(transformer, args, kwargs)
         before(layout.read_call(transformer, arguments), arguments)
 
     def end(module: torch.nn.Module, args: tuple[object, ...], output: object) -> object:
-        return after(output)
+        # It follows a refused forward of another thread, too.
+        return after(output) if thread.calls() else None
 
     with contextlib.ExitStack() as stack:
+        thread = stack.enter_context(OneThread(transformer))
         stack.callback(transformer.register_forward_pre_hook(RemovableHook(begin), with_kwargs=True).remove)
         stack.callback(transformer.register_forward_hook(RemovableHook(end), always_call=True).remove)
         yield
+
+
+class OneThread(contextlib.AbstractContextManager["OneThread"]):
+    """A block in which the forwards of a transformer come from one thread, whichever calls it first.
+
+    Of another thread, the steps and results of its run would be taken for those of the first.
+
+    Raises:
+        ValueError: on entering, where another thread has entered one and not left it.
+    """
+
+    def __init__(self, transformer: torch.nn.Module) -> None:
+        self._transformer = transformer
+        self._entered = threading.get_ident()
+        self._caller: int | None = None
+
+    def __enter__(self) -> OneThread:
+        blocks = _blocks.setdefault(self._transformer, [])
+        if any(block._entered != self._entered for block in blocks):
+            raise self._refusal()
+        blocks.append(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        _blocks[self._transformer].remove(self)
+
+    def calls(self) -> bool:
+        """Whether it is this thread whose forwards belong to the block."""
+        self._caller = threading.get_ident() if self._caller is None else self._caller
+        return self._caller == threading.get_ident()
+
+    def check(self) -> None:
+        """Raises ValueError in another thread."""
+        if not self.calls():
+            raise self._refusal()
+
+    def _refusal(self) -> ValueError:
+        return ValueError(
+            f"this {type(self._transformer).__name__} is in use in another thread (by a capture, a guidance or a "
+            "transfer), and serves one at a time; let that end first, or load the model once for each thread"
+        )
 
 
 @contextlib.contextmanager
@@ -107,20 +171,16 @@ def watched_output(block: torch.nn.Module, see: Callable[[Any], object]) -> Iter
 
 
 @contextlib.contextmanager
-def replaced_forward(module: torch.nn.Module, replacement: Replacement) -> Iterator[None]:
+def replaced_forward(module: torch.nn.Module, replacement: Replacement, *, round_hooks: bool = False) -> Iterator[None]:
     """Inside, the module computes `replacement(original, args, kwargs)`, uncompiled; the hooks round it still run.
 
-    Where diffusers' hooks (group offloading) wrap the forward, what they wrap is replaced, so that they run, too.
+    Where diffusers' hooks (group offloading) wrap the forward, what they wrap is replaced, so that they run, too. With
+    `round_hooks` they are part of the original instead: a replacement that runs the module several times needs them
+    round each, or the first run would take the weights away from the others.
     """
-    registry = getattr(module, "_diffusers_hook", None)
+    registry = None if round_hooks else getattr(module, "_diffusers_hook", None)
     holder: Any = registry._fn_refs[0] if registry is not None and registry._fn_refs else module
-    original = holder.forward
-
-    @functools.wraps(original)
-    def forward(*args: object, **kwargs: object) -> object:
-        return replacement(original, args, kwargs)
-
-    with _attribute(holder, "forward", forward), uncompiled(module):
+    with _attribute(holder, "forward", ReplacedForward(holder.forward, replacement)), uncompiled(module):
         yield
 
 
@@ -187,6 +247,26 @@ def frozen(transformer: torch.nn.Module) -> Iterator[None]:
     finally:
         for weight in trained:
             weight.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def weights_kept_for_backward(model: object) -> Iterator[None]:
+    """Inside, a backward pass later finds the weights of a model as they were in its forward.
+
+    Autograd saves a weight as the parameter itself, whose contents the hooks of group offloading and layerwise casting
+    exchange behind each forward. An alias of the contents stays as it is.
+    """
+    exchanged = any(hasattr(part, "_diffusers_hook") for own in transformers_of(model) for part in own.modules())
+    with (
+        torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, _itself)
+        if exchanged
+        else contextlib.nullcontext()
+    ):
+        yield
+
+
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 @contextlib.contextmanager

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+from corrdit.arguments import finite_number
 from corrdit.integrations.diffusers.layouts import ForwardCall, TransformerLayout
 
 GUIDANCE_PROPERTY = "do_classifier_free_guidance"
@@ -33,16 +35,19 @@ class PipelineSteps:
         """Take note of a call of the transformer (of any of the pipeline's transformers).
 
         Raises:
-            ValueError: the call is not the pipeline's own, so steps and branches cannot be told.
+            ValueError: the call is not the pipeline's own, so steps and branches cannot be told; or its guidance_scale
+                is NaN or infinite.
         """
         if hasattr(type(self._pipe), "current_timestep") and getattr(self._pipe, "_current_timestep", None) is None:
             raise ValueError(
-                f"the transformer was called, but not by the {type(self._pipe).__name__} that was given; give "
-                "the pipeline that runs (another may share its parts), or for a capture the transformer itself"
+                f"the transformer was called, but not by the {type(self._pipe).__name__} that was given: leave the "
+                "guidance or the capture before the model is used by a tracker or by anything else, or give the "
+                "pipeline that runs (another may share its parts), or for a capture the transformer itself"
             )
         schedule = self._pipe.scheduler.timesteps
         if schedule is not self._schedule:
             self._schedule, self._marker, self.step = schedule, None, -1
+            _check_scale(self._pipe)
             # CogVideoX decides once and with dynamic guidance then overwrites the scale, so it is read before.
             self.guided = _uses_guidance(self._pipe)
         marker = getattr(self._pipe, "_current_timestep", None)
@@ -95,7 +100,7 @@ def branches_of(
         steps: which have counted it.
 
     Returns:
-        "cond" and "uncond", one of them, or none in a third call within a step.
+        "cond" and "uncond", one of them, or none in further calls within a step.
 
     Raises:
         ValueError: an odd batch which should hold both.
@@ -103,6 +108,8 @@ def branches_of(
     whole = slice(0, call.batch)
     if layout.guidance == "separate":
         return {0: {"cond": whole}, 1: {"uncond": whole}}.get(steps.call, {})
+    if isinstance(steps, PipelineSteps) and steps.call > 0:
+        return {}
     if not steps.guided:
         return {"cond": whole}
     if call.batch % 2:
@@ -140,11 +147,21 @@ def map_tensors(value: object, function: Callable[[torch.Tensor], torch.Tensor])
 
 
 def _uses_guidance(pipe: object) -> bool:
+    guider = getattr(pipe, "guider", None)
+    if guider is not None:
+        return bool(guider.num_conditions > 1)
     for name in (GUIDANCE_PROPERTY, "guidance_scale"):
         value = getattr(pipe, name, None)
         if value is not None:
             return bool(value) if name == GUIDANCE_PROPERTY else value > 1
     return False
+
+
+def _check_scale(pipe: object) -> None:
+    """NaN is neither above 1 nor at most 1: most pipelines would leave their guidance out in silence."""
+    scale = getattr(pipe, "guidance_scale", None)
+    if isinstance(scale, numbers.Real):
+        finite_number("guidance_scale", scale)
 
 
 def _same(marker: object, other: object) -> bool:

@@ -1,5 +1,6 @@
 """Motion transfer through unmodified pipelines: DiTFlow, baselines, and zero-shot injection of what was optimised."""
 
+from corrdit.integrations.diffusers.motion_transfer.objectives import MotionObjective
 from corrdit.integrations.diffusers.motion_transfer.optimisation import DivergedError
 from corrdit.integrations.diffusers.motion_transfer.reference import ReferenceMotion
 from corrdit.integrations.diffusers.motion_transfer.result import TransferResult
@@ -9,6 +10,7 @@ from corrdit.integrations.diffusers.transfer_settings import TransferSettings
 
 __all__ = [
     "DivergedError",
+    "MotionObjective",
     "MotionTransfer",
     "ReferenceMotion",
     "StoredMotion",

@@ -1,8 +1,8 @@
 """Changing queries, keys and values between the stock processor's projections and its attention.
 
-Injection puts keys and values of the reference in place of the new video's, in chosen blocks, as DiTFlow's released
-code does at guided steps: the reference is noised to the step with the run's own initial noise and passed with the
-target prompt; keys and values of its video tokens then stand in for those of every branch.
+Injection puts keys and values (or queries) of the reference in place of the new video's, in chosen blocks, as DiTFlow's
+released code does with the former at guided steps: the reference is noised to the step with the run's own initial noise
+and passed with the target prompt; those of its video tokens then stand in for those of every branch.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from corrdit.integrations.diffusers.layouts import TransformerLayout
 
 ROTARY_ARGUMENTS = ("image_rotary_emb", "rotary_emb")
 """What processors call the rotary tables they are given."""
-KeysValues = dict[int, tuple[Tensor, Tensor]]
-"""Keys and values of the video tokens, `[1, H, F * S, D]` each, by layer."""
+AttentionParts = dict[int, dict[str, Tensor]]
+"""Of "query", "key" and "value" of the video tokens, `[1, H, F * S, D]` each, by layer and name."""
 
 
 class EditingProcessor(DelegatingProcessor):
@@ -87,48 +87,69 @@ def video_part(tensor: Tensor, grid: TokenGrid) -> Tensor:
 
 @dataclass
 class _Reading:
-    """Keeps the keys and values of the video tokens; one for each layer, so that a compiled block serves them all."""
+    """Keeps parts of the video tokens; one for each layer, so that a compiled block serves them all."""
 
     grid: TokenGrid
+    parts: tuple[str, ...]
     leave: bool
-    found: tuple[Tensor, Tensor] | None = None
+    found: dict[str, Tensor] | None = None
 
     def __call__(self, call: AttentionCall, attention: Attention) -> Tensor:
-        self.found = (video_part(call.key, self.grid).clone(), video_part(call.value, self.grid).clone())
+        self.found = {part: video_part(getattr(call, part), self.grid).clone() for part in self.parts}
         if self.leave:
             raise EarlyExit
         return attention(call)
 
 
 @torch.no_grad()
-def keys_values_of(
+def attention_parts_of(
     transformer: Module,
     layout: TransformerLayout,
     arguments: Mapping[str, object],
     grid: TokenGrid,
     layers: tuple[int, ...],
-) -> KeysValues:
-    """Keys and values of one forward, which ends after the last of the layers."""
+    parts: tuple[str, ...],
+) -> AttentionParts:
+    """Some of "query", "key" and "value" of one forward, which ends after the last of the layers."""
     modules = layout.attention_modules(transformer)
     with leaving_after(transformer, layout, max(layers)) as leave:
-        readings = {layer: _Reading(grid, leave and layer == max(layers)) for layer in layers}
+        readings = {layer: _Reading(grid, parts, leave and layer == max(layers)) for layer in layers}
         with processors_wrapped(modules, layers, lambda layer, inner: EditingProcessor(inner, readings[layer])):
             transformer(**arguments)
     return {layer: reading.found for layer, reading in readings.items() if reading.found is not None}
 
 
 @contextlib.contextmanager
-def injected(transformer: Module, layout: TransformerLayout, grid: TokenGrid, stored: KeysValues) -> Iterator[None]:
-    """Inside the block, the layers attend to the stored keys and values in place of their own video tokens'."""
+def injected(
+    transformer: Module,
+    layout: TransformerLayout,
+    grid: TokenGrid,
+    stored: AttentionParts,
+    region: Tensor | None = None,
+) -> Iterator[None]:
+    """Inside the block, the layers attend with the stored parts in place of their own video tokens'.
+
+    Args:
+        transformer: whose layers they are.
+        layout: of it.
+        grid: of its forwards.
+        stored: what takes their place.
+        region: bool `[F, h, w]`, the tokens whose own are replaced; None for all.
+    """
 
     def replacing(layer: int, inner: object) -> EditingProcessor:
-        keys, values = stored[layer]
+        def replaced(part: str, own: Tensor) -> Tensor:
+            if part not in stored[layer]:
+                return own
+            others = stored[layer][part].expand(own.shape[0], -1, -1, -1).to(own)
+            if region is not None:
+                inside = region.to(own.device).flatten()[None, None, :, None]
+                others = torch.where(inside, others, video_part(own, grid))
+            return joined_with_text(others, own, grid)
 
         def replace(call: AttentionCall, attention: Attention) -> Tensor:
-            own = (call.key.shape[0], -1, -1, -1)
-            k = joined_with_text(keys.expand(own).to(call.key), call.key, grid)
-            v = joined_with_text(values.expand(own).to(call.value), call.value, grid)
-            return attention(call.changed(call.query, k, v))
+            q, k, v = (replaced(part, getattr(call, part)) for part in ("query", "key", "value"))
+            return attention(call.changed(q, k, v))
 
         return EditingProcessor(inner, replace)
 

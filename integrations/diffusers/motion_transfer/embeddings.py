@@ -75,10 +75,12 @@ class AbsoluteTable(PositionalTables):
 class RotaryTables(PositionalTables):
     """Rotary tables, one for the queries and one for the keys of all layers.
 
-    The stock processors are given none, and the rotation is done out of place where they call attention.
+    Where the attention modules are given tables (cos, sin), the stock processors get none, and the rotation is done out
+    of place where they call attention. Where they are given something else, theirs stays, and the tables are a further
+    rotation behind it: cos 1 and sin 0 at first, by which any angle of theirs can be reached as well.
 
     Args:
-        transformer: one whose attention modules are given rotary tables.
+        transformer: one whose attention is full.
         layout: its layout.
         arguments: of a forward.
         grid: of that forward.
@@ -88,21 +90,29 @@ class RotaryTables(PositionalTables):
         self, transformer: Module, layout: TransformerLayout, arguments: Mapping[str, Tensor], grid: TokenGrid
     ) -> None:
         self._layout, self._grid = layout, grid
-        cos, sin = _given_tables(transformer, layout, arguments, grid)
+        given, heads, width = _given_tables(transformer, layout, arguments)
+        self._replaces = isinstance(given, (tuple, list)) and [isinstance(part, Tensor) for part in given] == [True] * 2
+        if self._replaces:
+            cos, sin = (_by_head(table.detach().float(), grid.video_tokens, heads, width) for table in given)
+        else:
+            cos = torch.ones(grid.video_tokens, 1, width, device=arguments["hidden_states"].device)
+            sin = torch.zeros_like(cos)
         both = {"cos": cos, "sin": sin}
         self.original = {f"{role}_{part}": table.clone() for role in ("query", "key") for part, table in both.items()}
 
     def applied(self, transformer: Module, tables: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        halves = self._layout.rotary_halves
+
         def rotate(call: AttentionCall, attention: Attention) -> Tensor:
             q, k = (
-                _rotated(tensor, tables[f"{role}_cos"], tables[f"{role}_sin"], self._grid)
+                _rotated(tensor, tables[f"{role}_cos"], tables[f"{role}_sin"], self._grid, halves)
                 for tensor, role in ((call.query, "query"), (call.key, "key"))
             )
             return attention(call.changed(q, k, call.value))
 
-        modules = self._layout.attention_modules(transformer)
+        modules, rotary = self._layout.attention_modules(transformer), _ignore if self._replaces else None
         return processors_wrapped(
-            modules, range(len(modules)), lambda layer, inner: EditingProcessor(inner, rotate, rotary=_ignore)
+            modules, range(len(modules)), lambda layer, inner: EditingProcessor(inner, rotate, rotary=rotary)
         )
 
 
@@ -118,7 +128,7 @@ def positional_tables(
         grid: of that forward.
 
     Raises:
-        ValueError: a model without a positional embedding that can be given to its attention.
+        ValueError: rotary tables that do not fit the tokens.
     """
     absolute = hasattr(getattr(transformer, "patch_embed", None), "_get_positional_embeddings")
     if absolute and not getattr(config_of(transformer), "use_rotary_positional_embeddings", False):
@@ -127,13 +137,10 @@ def positional_tables(
 
 
 def _given_tables(
-    transformer: Module, layout: TransformerLayout, arguments: Mapping[str, Tensor], grid: TokenGrid
-) -> tuple[Tensor, Tensor]:
-    """The (cos, sin) tables the first attention layer is given, seen in a forward that ends there.
-
-    Returns:
-        float32 `[tokens, heads or 1, D]` each.
-    """
+    transformer: Module, layout: TransformerLayout, arguments: Mapping[str, Tensor]
+) -> tuple[Any, int, int]:
+    """What the first attention layer is given as rotary tables, its heads and their width, from a forward that ends
+    there."""
     seen: list[object] = []
     queries: list[torch.Size] = []
 
@@ -149,14 +156,8 @@ def _given_tables(
     modules = layout.attention_modules(transformer)
     with torch.no_grad(), leaving_after(transformer, layout, 0) as leave, processors_wrapped(modules, (0,), looking):
         transformer(**arguments)
-    if not seen or not isinstance(seen[0], (tuple, list)) or len(seen[0]) != 2:
-        raise ValueError(
-            f"the attention of {type(transformer).__name__} is given no rotary tables (cos, sin), so there is no "
-            'positional embedding to optimise; take optimise="latent"'
-        )
     _, heads, _, width = queries[0]
-    cos, sin = (_by_head(table.detach().float(), grid.video_tokens, heads, width) for table in seen[0])
-    return cos, sin
+    return seen[0] if seen else None, heads, width
 
 
 def _by_head(table: Tensor, tokens: int, heads: int, width: int) -> Tensor:
@@ -172,15 +173,22 @@ def _by_head(table: Tensor, tokens: int, heads: int, width: int) -> Tensor:
     )
 
 
-def _rotated(tensor: Tensor, cos: Tensor, sin: Tensor, grid: TokenGrid) -> Tensor:
+def _rotated(tensor: Tensor, cos: Tensor, sin: Tensor, grid: TokenGrid, halves: int) -> Tensor:
     """`[B, H, N, D]` with its video tokens rotated pair by pair, out of place."""
     video = video_part(tensor, grid)
     # [heads or 1, tokens, D]
     cos, sin = (table.transpose(0, 1).to(video.device) for table in (cos, sin))
     wide = video.float()
-    real, imaginary = wide.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([-imaginary, real], dim=-1).flatten(-2)
-    return joined_with_text((wide * cos + turned * sin).to(tensor.dtype), tensor, grid)
+    return joined_with_text((wide * cos + _turned(wide, halves) * sin).to(tensor.dtype), tensor, grid)
+
+
+def _turned(wide: Tensor, halves: int) -> Tensor:
+    """Every pair of channels by a quarter turn; `halves` as in `TransformerLayout.rotary_halves`."""
+    if not halves:
+        real, imaginary = wide.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack([-imaginary, real], dim=-1).flatten(-2)
+    real, imaginary = wide.unflatten(-1, (halves, 2, -1)).unbind(-2)
+    return torch.stack([-imaginary, real], dim=-2).flatten(-3)
 
 
 def _ignore(tables: object) -> None:

@@ -2,8 +2,9 @@
 
 The pipeline's own loop denoises. Before the first call of the transformer in a guided step the latents or the
 positional embedding are optimised; the optimised latents then go into the transformer's calls and into the scheduler's
-step in place of the loop's. A resumed run walks through the loop with the stored state instead of computing the
-finished steps.
+step in place of the loop's. An objective that reads the model's prediction is minimised behind the calls, where that is
+known, and the prediction is made again for the latents that come of it. A resumed run walks through the loop with the
+stored state instead of computing the finished steps.
 """
 
 from __future__ import annotations
@@ -19,25 +20,42 @@ from torch import Tensor
 from torch.nn import Module
 
 from corrdit.integrations.diffusers.backbones.base import Backbone
-from corrdit.integrations.diffusers.host.forwards import Arguments, Forward, frozen, replaced_forward, transformers_of
+from corrdit.integrations.diffusers.host.forwards import (
+    Arguments,
+    Forward,
+    OneThread,
+    frozen,
+    replaced_forward,
+    transformers_of,
+    weights_kept_for_backward,
+)
 from corrdit.integrations.diffusers.host.steps import PipelineSteps, branches_of, rows_of
 from corrdit.integrations.diffusers.layouts import ForwardCall, forward_arguments
-from corrdit.integrations.diffusers.motion_transfer.attention_editing import KeysValues, injected, keys_values_of
-from corrdit.integrations.diffusers.motion_transfer.embeddings import PositionalTables, positional_tables
-from corrdit.integrations.diffusers.motion_transfer.methods import method_of
-from corrdit.integrations.diffusers.motion_transfer.observation import (
-    attention_observed,
-    features_observed,
-    gradient_checkpointing,
+from corrdit.integrations.diffusers.motion_transfer.attention_editing import (
+    AttentionParts,
+    injected,
 )
-from corrdit.integrations.diffusers.motion_transfer.optimisation import DivergedError, Leaves, optimised
-from corrdit.integrations.diffusers.motion_transfer.reference import ReferenceMotion, codec_latents
+from corrdit.integrations.diffusers.motion_transfer.embeddings import PositionalTables, positional_tables
+from corrdit.integrations.diffusers.motion_transfer.latents import LatentLayout, SkippedOutput
+from corrdit.integrations.diffusers.motion_transfer.objectives import MotionObjective
+from corrdit.integrations.diffusers.motion_transfer.observation import Reader, gradient_checkpointing
+from corrdit.integrations.diffusers.motion_transfer.optimisation import (
+    DivergedError,
+    Leaves,
+    LossFunction,
+    optimised,
+)
+from corrdit.integrations.diffusers.motion_transfer.predicted import StepCalls
+from corrdit.integrations.diffusers.motion_transfer.prediction_loss import prediction_loss
+from corrdit.integrations.diffusers.motion_transfer.reference import ReferenceMotion
 from corrdit.integrations.diffusers.motion_transfer.run_state import (
     RunState,
     restore_scheduler,
     scheduler_variables,
 )
-from corrdit.integrations.diffusers.motion_transfer.stored import StoredMotion
+from corrdit.integrations.diffusers.motion_transfer.schedule import SteeredStep, run_scheduler
+from corrdit.integrations.diffusers.motion_transfer.step_reference import StepReference
+from corrdit.integrations.diffusers.motion_transfer.stored import StoredMotion, mixed
 from corrdit.integrations.diffusers.transfer_settings import TransferSettings
 
 StepReport = Callable[[int, int, list[float]], None]
@@ -50,74 +68,77 @@ class GuidedRun:
     Args:
         backbone: whose pipeline runs.
         settings: with blocks counted from 0.
-        reference: its motion; None where nothing of it is needed (stored motion without injection, plain generation).
+        objective: what is optimised or injected.
+        reference: its motion; None where nothing of it is needed.
         state: where the run begins; changed as it goes.
         generator: of the pipeline's random numbers.
+        reader: makes the objective's readings of the new video.
         stored: latents or embeddings to inject instead of optimising.
         finished_step: called with the state after every denoising step.
         report: called after every denoising step.
+
+    Attributes:
+        window: the denoising steps that are guided.
     """
 
     def __init__(
         self,
         backbone: Backbone,
         settings: TransferSettings,
+        objective: MotionObjective,
         reference: ReferenceMotion | None,
         state: RunState,
         generator: torch.Generator,
+        reader: Reader,
         *,
         stored: StoredMotion | None = None,
         finished_step: Callable[[RunState], None] | None = None,
         report: StepReport | None = None,
     ) -> None:
         self._backbone, self._settings, self._reference = backbone, settings, reference
+        self._objective, self._reader = objective, reader
         self.state = state
         self._generator, self._stored = generator, stored
         self._finished_step, self._report = finished_step, report
-        self._layout = backbone.layout()
-        self._method = method_of(settings)
+        self._layout, self._latents = backbone.layout(), LatentLayout(backbone)
         # Stored motion goes in at the steps it was made at, whatever the settings would optimise.
-        self._guided_steps = settings.guided_steps if stored is None else max(stored.tensors, default=-1) + 1
+        self.window = settings.guided_window if stored is None else stored.window
         self._counter = PipelineSteps(backbone.pipe)
         self._inside = False
         self._shift: Tensor | None = None
+        self._loop_dtype: torch.dtype | None = None
         self._unshifted: Tensor | None = None
-        self._keys_values: KeysValues = {}
+        self._injected: AttentionParts = {}
         self._positions: PositionalTables | None = None
+        self._calls = StepCalls()
+        self._minimise: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
         """Steer the pipeline inside the block; it is as it was afterwards."""
         pipe = self._backbone.pipe
-        scheduler, own = self._scheduler(), pipe.scheduler
+        scheduler, own = run_scheduler(self._backbone, self._settings), pipe.scheduler
+        scheduler.step = SteeredStep(scheduler, functools.partial(self._scheduler_step, scheduler, scheduler.step))
         with contextlib.ExitStack() as stack:
             stack.callback(setattr, pipe, "scheduler", own)
             pipe.scheduler = scheduler
+            stack.enter_context(weights_kept_for_backward(pipe))
             for transformer in transformers_of(pipe):
+                thread = stack.enter_context(OneThread(transformer))
                 stack.enter_context(frozen(transformer))
-                through = functools.partial(self._forward, transformer)
-                stack.enter_context(replaced_forward(transformer, through))
+                through = functools.partial(self._forward, transformer, thread)
+                stack.enter_context(replaced_forward(transformer, through, round_hooks=True))
             yield
 
-    def _scheduler(self) -> Any:
-        """A scheduler of the settings' kind whose step takes the optimised latents."""
-        import diffusers
-
-        own = self._backbone.pipe.scheduler
-        kind: Any = type(own)
-        if self._settings.scheduler is not None:
-            kind = getattr(diffusers, self._settings.scheduler, None)
-            if kind is None:
-                raise ValueError(f"diffusers has no scheduler {self._settings.scheduler!r}")
-        spaced = "timestep_spacing" in own.config
-        scheduler = kind.from_config(
-            own.config, **({"timestep_spacing": self._settings.timestep_spacing} if spaced else {})
-        )
-        step = scheduler.step
-        scheduler.step = functools.wraps(step)(functools.partial(self._scheduler_step, scheduler, step))
-        return scheduler
-
-    def _forward(self, transformer: Module, own: Forward, args: tuple[object, ...], kwargs: Arguments) -> object:
+    def _forward(
+        self,
+        transformer: Module,
+        thread: OneThread,
+        own: Forward,
+        args: tuple[object, ...],
+        kwargs: Arguments,
+    ) -> object:
+        thread.check()
         if self._inside:
             return own(*args, **kwargs)
         arguments = forward_arguments(transformer, args, kwargs)
@@ -125,41 +146,70 @@ class GuidedRun:
         self._counter.advance(call)
         step = self._counter.step
         if step < self.state.finished:
-            return (torch.zeros_like(arguments["hidden_states"]),)
+            return SkippedOutput(arguments, self._latents.split(arguments["hidden_states"])[0])
         self._inside = True
         try:
             if self._counter.call == 0:
                 self._begin_step(transformer, arguments, call, step)
-            if self._shift is not None:
-                hidden = arguments["hidden_states"]
-                latents, condition = self._split(hidden)
-                arguments["hidden_states"] = self._joined((latents.float() + self._shift).to(hidden.dtype), condition)
-            with self._guided_model(transformer, call):
-                return own(**arguments)
+            output = self._shifted(transformer, own, arguments, call)
+            if self._minimise is not None:
+                self._calls.outputs.append(output[0])
+                self._calls.forwards.append(functools.partial(self._again, transformer, own, arguments, call))
+                self._calls.batched = self._layout.guidance == "batched" and self._counter.guided
+            return output
         finally:
             self._inside = False
 
+    def _shifted(self, transformer: Module, own: Forward, arguments: Arguments, call: ForwardCall) -> Any:
+        """The transformer's output for the latents that were shifted."""
+        if self._shift is not None:
+            hidden = arguments["hidden_states"]
+            latents, condition = self._latents.split(hidden)
+            moved = (latents.float() + self._shift).to(hidden.dtype)
+            arguments = {**arguments, "hidden_states": self._latents.joined(moved, condition)}
+        with self._guided_model(transformer, call):
+            return own(**arguments)
+
+    def _again(
+        self, transformer: Module, own: Forward, arguments: Arguments, call: ForwardCall, latents: Tensor
+    ) -> Tensor:
+        """The transformer's output for other latents."""
+        self._use({"latent": latents})
+        self._inside = True
+        try:
+            output: Tensor = self._shifted(transformer, own, arguments, call)[0]
+        finally:
+            self._inside = False
+        return output
+
     def _begin_step(self, transformer: Module, arguments: Arguments, call: ForwardCall, step: int) -> None:
-        self._shift, self._keys_values = None, {}
+        self._shift, self._injected, self._calls, self._minimise = None, {}, StepCalls(), None
         conditional = rows_of(arguments, self._conditional_rows(call), call.batch)
-        latents, condition = self._split(conditional["hidden_states"])
+        latents, condition = self._latents.split(conditional["hidden_states"])
+        self._unshifted = latents.detach()
         if step == 0:
             self.state.noise = latents.detach().clone()
-        if step >= self._guided_steps:
+            if self._settings.strength < 1:
+                self.state.start = self._source().noised(call, self.state.noise).to(latents.dtype)
+                self._use({"latent": self.state.start})
+                conditional["hidden_states"] = self._latents.joined(self.state.start, condition)
+        if step not in self.window:
             self.state.tables = {}
             return
-        self._unshifted = latents.detach()
-        if self._settings.injection_blocks and self._settings.method != "backbone":
-            self._keys_values = self._reference_keys_values(transformer, conditional, call, condition)
+        if self._settings.injection_blocks and self._objective.injects:
+            self._injected = self._source().parts(transformer, conditional, call, condition, self.state.noise)
         if self._stored is not None:
             self._take_stored(transformer, conditional, call, step)
-        elif self._settings.optimises:
+        elif self._objective.reads == "prediction":
+            wanted = self._wanted(transformer, call, step)
+            self._minimise = functools.partial(self._optimise_prediction, call, step, wanted)
+        elif self._objective.reads is not None:
             with gradient_checkpointing(transformer, self._settings.gradient_checkpointing):
                 self._optimise(transformer, conditional, call, step)
 
     def _optimise(self, transformer: Module, conditional: Arguments, call: ForwardCall, step: int) -> None:
-        self._check_reference(call)
-        latents, condition = self._split(conditional["hidden_states"])
+        latents, condition = self._latents.split(conditional["hidden_states"])
+        wanted = self._wanted(transformer, call, step)
 
         if self._settings.optimise == "latent":
             start: Mapping[str, Tensor] = {"latent": latents}
@@ -171,22 +221,65 @@ class GuidedRun:
         def loss_of(leaves: Leaves) -> Tensor:
             given = dict(conditional)
             if self._settings.optimise == "latent":
-                given["hidden_states"] = self._joined(leaves["latent"].to(latents.dtype), condition)
+                given["hidden_states"] = self._latents.joined(leaves["latent"].to(latents.dtype), condition)
             else:
                 self.state.tables.update(leaves)
-            return self._loss(transformer, given, call)
+            return self._loss(transformer, given, call, wanted)
 
-        half = latents.dtype == torch.float16
+        # Gradient checkpointing runs blocks again in the backward pass, so the model stays guided until it is done.
+        with self._guided_model(transformer, call):
+            self._use(self._minimised(start, loss_of, step, half=latents.dtype == torch.float16))
+
+    def _minimised(self, start: Mapping[str, Tensor], loss_of: LossFunction, step: int, *, half: bool) -> Leaves:
+        """What the optimiser makes of a step's start; noted in the state."""
+        within = None
+        if self._reader.region is not None and self._settings.optimise == "latent":
+            within = self._latents.region(self._reader.region)
         try:
-            # Gradient checkpointing runs blocks again in the backward pass, so the model stays guided until it is done.
-            with self._guided_model(transformer, call):
-                found, losses = optimised(start, loss_of, self._settings, step, self.state.memory, half_precision=half)
+            found, losses = optimised(
+                start, loss_of, self._settings, step, self.state.memory, half_precision=half, within=within
+            )
         except DivergedError as error:
             error.losses = [*self.state.losses, *error.losses]
             raise
         self.state.losses.append(losses)
         self.state.optimised[step] = {name: value.float().cpu() for name, value in found.items()}
+        return found
+
+    def _optimise_prediction(
+        self, call: ForwardCall, step: int, wanted: Any, sample: Tensor, prediction: Tensor
+    ) -> Tensor:
+        """Move the latents to the objective, and return the prediction there.
+
+        Args:
+            call: the first of the step.
+            step: of the denoising.
+            wanted: of the reference.
+            sample: the latents of the step.
+            prediction: of the pipeline for them.
+        """
+        predicted = self._calls.combined(prediction)
+        begun = self.state.noise if self.state.start is None else self.state.start
+        assert begun is not None
+        loss_of = prediction_loss(
+            self._backbone, self._objective, self._reader, call, step,
+            begun=begun, known=(sample, prediction), predicted=predicted, wanted=wanted,
+        )  # fmt: skip
+        found = self._minimised({"latent": sample}, loss_of, step, half=False)
+        result = predicted(found["latent"])
         self._use(found)
+        return result.to(prediction.dtype)
+
+    def _wanted(self, transformer: Module, call: ForwardCall, step: int) -> Any:
+        """What the loss compares with: by block, or of the prediction."""
+        if not self._objective.needs_reference:
+            return {}
+        return self._source().wanted(transformer, call, step, self.state.noise)
+
+    def _source(self) -> StepReference:
+        assert self._reference is not None
+        region = self._reader.region
+        return StepReference(self._backbone, self._settings, self._objective, self._reference, region)
 
     def _use(self, found: Mapping[str, Tensor]) -> None:
         if "latent" in found:
@@ -197,53 +290,23 @@ class GuidedRun:
 
     def _take_stored(self, transformer: Module, conditional: Arguments, call: ForwardCall, step: int) -> None:
         assert self._stored is not None
-        found = self._stored.tensors.get(step)
-        if found is None:
+        if step not in self._stored.tensors:
             return
         if self._stored.kind == "latent":
-            expected = {"latent": self._split(conditional["hidden_states"])[0].shape}
+            own: Mapping[str, Tensor] = {"latent": self._latents.split(conditional["hidden_states"])[0]}
         else:
-            originals = self._positional(transformer, conditional, call).original
-            expected = {name: table.shape for name, table in originals.items()}
-        given = {name: tensor.shape for name, tensor in found.items()}
-        if given != expected:
-            raise ValueError(
-                f"the stored {self._stored.kind} of step {step} has shapes {_shapes(given)}, this model and size need "
-                f"{_shapes(expected)}; generate with the model and size it was made with"
-            )
-        device = conditional["hidden_states"].device
-        self._use({name: tensor.to(device) for name, tensor in found.items()})
+            own = self._positional(transformer, conditional, call).original
+        found, region = self._stored.at(step, own), self._reader.region
+        self._use(found if region is None else mixed(found, own, region, self._latents.region(region)))
 
-    def _loss(self, transformer: Module, arguments: Arguments, call: ForwardCall) -> Tensor:
-        method, reference, blocks = self._method, self._reference, self._settings.blocks
-        assert method is not None
-        assert reference is not None
-        if method.reads == "attention":
-            operations = {
-                block: {"loss": functools.partial(method.loss_of_attention, reference=reference.wanted[block])}
-                for block in blocks
-            }
-            observed = attention_observed(transformer, arguments, operations)
-            losses = [observed[block]["loss"] for block in blocks]
-        else:
-            features = features_observed(transformer, self._layout, arguments, call.grid, lambda maps: maps, blocks)
-            losses = [method.loss_of_features(features[block], reference.wanted[block]) for block in blocks]
-        return torch.stack(losses).mean()
+    def _loss(self, transformer: Module, arguments: Arguments, call: ForwardCall, wanted: Mapping[int, Any]) -> Tensor:
+        assert self._objective.reads is not None
 
-    def _reference_keys_values(
-        self, transformer: Module, conditional: Arguments, call: ForwardCall, condition: Tensor | None
-    ) -> KeysValues:
-        self._check_reference(call)
-        assert self._reference is not None
-        assert self.state.noise is not None
-        backbone = self._backbone
-        timestep = float(torch.as_tensor(call.timestep).max())
-        clean = backbone.call_arguments(codec_latents(backbone, self._reference.latents), timestep, {})
-        latents, _ = self._split(clean["hidden_states"])
-        noise = self.state.noise.to(latents)
-        noisy = backbone.add_noise(latents, noise, timestep).to(latents.dtype)
-        given = {**conditional, "hidden_states": self._joined(noisy, condition)}
-        return keys_values_of(transformer, self._layout, given, call.grid, self._settings.injection_blocks)
+        def loss(block: int, read: Any) -> Tensor:
+            return self._objective.loss(read, wanted.get(block))
+
+        losses = self._reader.blocks(self._objective.reads, transformer, self._layout, arguments, call.grid, loss)
+        return torch.stack([losses[block] for block in self._settings.blocks]).mean()
 
     @contextlib.contextmanager
     def _guided_model(self, transformer: Module, call: ForwardCall) -> Iterator[None]:
@@ -251,8 +314,9 @@ class GuidedRun:
         with contextlib.ExitStack() as stack:
             if self.state.tables and self._positions is not None:
                 stack.enter_context(self._positions.applied(transformer, self.state.tables))
-            if self._keys_values:
-                stack.enter_context(injected(transformer, self._layout, call.grid, self._keys_values))
+            if self._injected:
+                region = self._reader.region
+                stack.enter_context(injected(transformer, self._layout, call.grid, self._injected, region))
             yield
 
     def _positional(self, transformer: Module, conditional: Arguments, call: ForwardCall) -> PositionalTables:
@@ -268,24 +332,34 @@ class GuidedRun:
                 if self.state.generator is not None:
                     self._generator.set_state(self.state.generator)
             return self.state.outputs
-        if self._shift is not None:
+        if self._shift is not None or self._minimise is not None:
             bound = inspect.signature(own).bind(*args, **kwargs)
             sample = bound.arguments["sample"]
             self._check_same_latents(sample)
-            bound.arguments["sample"] = (sample.float() + self._shift.to(sample.device)).to(sample.dtype)
+            # Float32 through the step, as in the released code: bfloat16 would round changes of a thousandth away.
+            self._loop_dtype = sample.dtype
+            wide = torch.promote_types(sample.dtype, torch.float32)
+            if self._minimise is not None:
+                begun = sample if self._shift is None else sample.to(wide) + self._shift.to(sample.device, wide)
+                bound.arguments["model_output"] = self._minimise(begun, bound.arguments["model_output"])
+            assert self._shift is not None
+            bound.arguments["sample"] = sample.to(wide) + self._shift.to(sample.device, wide)
             args, kwargs = bound.args, bound.kwargs
-        outputs = own(*args, **kwargs)
+        outputs: Any = own(*args, **kwargs)
+        if self._loop_dtype is not None:
+            # Schedulers of several steps keep the wide sample for the next one.
+            outputs = (outputs[0].to(self._loop_dtype), *outputs[1:])
         self.state.finished = index + 1
         self.state.outputs = tuple(outputs)
         self.state.scheduler = scheduler_variables(scheduler)
         self.state.generator = self._generator.get_state()
-        if index + 1 >= self._guided_steps:
+        if index + 1 not in self.window:
             self.state.tables = {}
         if self._finished_step is not None:
             self._finished_step(self.state)
         if self._report is not None:
-            losses = self.state.losses[index] if index < len(self.state.losses) else []
-            self._report(index + 1, self._counter.count, losses)
+            guided = self.state.losses and index in self.window
+            self._report(index + 1, self._counter.count, self.state.losses[-1] if guided else [])
         return outputs
 
     def _check_same_latents(self, sample: Tensor) -> None:
@@ -298,15 +372,6 @@ class GuidedRun:
                 'optimise="embedding"'
             )
 
-    def _check_reference(self, call: ForwardCall) -> None:
-        assert self._reference is not None
-        given, needed = self._reference.grid.without_text(), call.grid.without_text()
-        if given != needed:
-            raise ValueError(
-                f"the reference has {given.frames} frames of {given.height} x {given.width} tokens and the new video "
-                f"{needed.frames} of {needed.height} x {needed.width}; generate at the reference's length and size"
-            )
-
     def _conditional_rows(self, call: ForwardCall) -> slice:
         """The sample with the conditional prompt."""
         rows = branches_of(self._layout, call, self._counter)["cond"]
@@ -316,18 +381,3 @@ class GuidedRun:
                 f"motion is transferred to one video at a time, but the pipeline denoises {videos}; give one prompt"
             )
         return rows
-
-    def _split(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Noisy latents, and the image condition of a model that has one beside them."""
-        if not getattr(self._backbone, "takes_image", False):
-            return hidden, None
-        axis = self._backbone.channel_axis
-        latents, condition = hidden.tensor_split([self._backbone.latent_channels], dim=axis)
-        return latents, condition
-
-    def _joined(self, latents: Tensor, condition: Tensor | None) -> Tensor:
-        return latents if condition is None else torch.cat([latents, condition], dim=self._backbone.channel_axis)
-
-
-def _shapes(shapes: Mapping[str, torch.Size]) -> str:
-    return ", ".join(f"{name} {list(shape)}" for name, shape in sorted(shapes.items()))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +16,79 @@ from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.captures import Capture
 from corrdit.integrations.diffusers.host.forwards import EarlyExit, leaving_after, watched_output
 from corrdit.integrations.diffusers.layouts import TransformerLayout
+from corrdit.integrations.diffusers.motion_transfer.objectives import (
+    AttentionReading,
+    FeatureReading,
+    PredictionReading,
+)
+from corrdit.integrations.diffusers.motion_transfer.words import PromptWords
 from corrdit.integrations.diffusers.processors import Operation
+from corrdit.integrations.diffusers.transfer_settings import TransferSettings
 
-Features = TypeVar("Features")
+ReadBlock = Callable[[int, Any], Any]
+"""`function(block, reading)`, called while the forward's tensors are there."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Makes readings for an objective out of what a forward holds.
+
+    Args:
+        settings: of the transfer.
+        region: bool `[F, h, w]` of tokens; None for all.
+        words: of the prompt of the forward.
+    """
+
+    settings: TransferSettings
+    region: Tensor | None = None
+    words: PromptWords | None = None
+
+    def operation(self, function: Callable[[AttentionReading], Any]) -> Operation:
+        """A function of readings of attention as an operation of a capture."""
+
+        def operation(q: Tensor, k: Tensor, grid: TokenGrid, key_mask: Tensor | None) -> Any:
+            return function(AttentionReading(q=q, k=k, grid=grid, key_mask=key_mask, **self._shared()))
+
+        return operation
+
+    def features(self, features: Tensor, grid: TokenGrid) -> FeatureReading:
+        """The reading of features `[F, C, h, w]`."""
+        return FeatureReading(features=features, grid=grid, **self._shared())
+
+    def prediction(self, clean: Tensor, grid: TokenGrid) -> PredictionReading:
+        """The reading of predicted clean latents `[F, C, h, w]`."""
+        return PredictionReading(clean=clean, grid=grid, **self._shared())
+
+    def blocks(
+        self,
+        reads: str,
+        transformer: Module,
+        layout: TransformerLayout,
+        arguments: Mapping[str, object],
+        grid: TokenGrid,
+        function: ReadBlock,
+    ) -> dict[int, Any]:
+        """`function(block, reading)` for the settings' blocks in one forward, which ends after the last of them.
+
+        Args:
+            reads: "attention" or "features".
+            transformer: to run once.
+            layout: of it.
+            arguments: of its forward, by name.
+            grid: of the forward.
+            function: its results stay attached to the graph where gradients are on.
+        """
+        blocks = self.settings.blocks
+        if reads == "features":
+            # Behind the forward: gradient checkpointing would not find the function's graph in its second run.
+            maps = features_observed(transformer, layout, arguments, grid, blocks)
+            return {block: function(block, self.features(maps[block], grid)) for block in blocks}
+        operations = {block: {"read": self.operation(functools.partial(function, block))} for block in blocks}
+        observed = attention_observed(transformer, arguments, operations)
+        return {block: observed[block]["read"] for block in blocks}
+
+    def _shared(self) -> dict[str, Any]:
+        return {"settings": self.settings, "region": self.region, "words": self.words}
 
 
 def attention_observed(
@@ -43,10 +114,9 @@ def features_observed(
     layout: TransformerLayout,
     arguments: Mapping[str, object],
     grid: TokenGrid,
-    read: Callable[[Tensor], Features],
     layers: tuple[int, ...],
-) -> dict[int, Features]:
-    """`read(features)` of the blocks' outputs for the video tokens, `[F, C, h, w]`, by layer.
+) -> dict[int, Tensor]:
+    """The blocks' outputs for the video tokens, `[F, C, h, w]`, by layer.
 
     Arguments as for `attention_observed`; the forward ends after the last block.
 
@@ -54,7 +124,7 @@ def features_observed(
         ValueError: blocks whose output is not one vector for each video token.
     """
     blocks = [block for name in layout.block_lists(transformer) for block in transformer.get_submodule(name).children()]
-    results: dict[int, Features] = {}
+    results: dict[int, Tensor] = {}
 
     def keep(layer: int, output: Tensor | tuple[Tensor, ...]) -> None:
         # Gradient checkpointing runs the block again in the backward pass.
@@ -67,7 +137,7 @@ def features_observed(
                 f"{grid.video_tokens} video tokens; this method cannot read it"
             )
         maps = hidden[-1].unflatten(0, (grid.frames, grid.height, grid.width))
-        results[layer] = read(maps.movedim(-1, 1))
+        results[layer] = maps.movedim(-1, 1)
         if stop and layer == max(layers):
             raise EarlyExit
 

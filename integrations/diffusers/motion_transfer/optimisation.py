@@ -63,6 +63,7 @@ def optimised(
     memory: OptimiserMemory,
     *,
     half_precision: bool,
+    within: Tensor | None = None,
 ) -> tuple[Leaves, list[float]]:
     """Some steps of the optimiser on the loss.
 
@@ -70,14 +71,15 @@ def optimised(
         start: what is optimised, by name, in any precision; the optimiser works in float32 (float64).
         loss_of: the loss of leaves, a scalar, differentiable.
         settings: of the transfer.
-        step: guided step, from 0.
+        step: denoising step, from 0.
         memory: carried between the guided steps; changed.
         half_precision: scale the loss, because gradients pass through float16. A gradient that overflows is computed
             again with a smaller scale.
+        within: factor of the gradients, in the shape of the leaves; None for 1.
 
     Returns:
-        The optimised leaves, detached, and the loss before each step of the optimiser (NaN where the gradient of an
-        earlier guided step was used again, and no loss computed).
+        The optimised leaves, detached, and the loss before each step of the optimiser (NaN where an earlier gradient
+        was used again, and no loss computed).
 
     Raises:
         DivergedError: a loss, a gradient or a result that is not finite.
@@ -87,15 +89,19 @@ def optimised(
         for name, value in start.items()
     }
     optimiser = OPTIMISERS[settings.optimizer](leaves.values(), lr=settings.rate(step))
-    again = step % settings.gradient_interval != 0 and bool(memory.gradients)
+    again = (step - settings.guided_window.start) % settings.gradient_interval != 0 and bool(memory.gradients)
     losses: list[float] = []
-    for _ in range(settings.optimisation_steps):
-        if again:
+    for iteration in range(settings.optimisation_steps):
+        for group in optimiser.param_groups:
+            group["lr"] = settings.rate(step, iteration)
+        if again or iteration % settings.optimiser_interval:
             losses.append(math.nan)
             gradients = memory.gradients
         else:
             loss, gradients = _gradients(leaves, loss_of, memory, half_precision)
             losses.append(loss)
+            if within is not None:
+                gradients = {name: gradient * within.to(gradient) for name, gradient in gradients.items()}
             if not math.isfinite(loss) or not _finite(gradients):
                 what = f"the loss became {loss}" if not math.isfinite(loss) else "the gradient is not finite"
                 raise _diverged(what, settings, step, losses, leaves)

@@ -10,6 +10,7 @@ import torch
 from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.layouts import config_of
+from corrdit.integrations.diffusers.motion_transfer.methods import objective_of
 from corrdit.integrations.diffusers.transfer_settings import TransferSettings
 
 BACKWARD = 2
@@ -56,7 +57,12 @@ class TransferPlan:
 
 @torch.no_grad()
 def transfer_plan(
-    backbone: Backbone, settings: TransferSettings, size: tuple[int, int, int], *, optimises: bool, reads: bool
+    backbone: Backbone,
+    settings: TransferSettings,
+    size: tuple[int, int, int],
+    *,
+    optimises: bool,
+    reads: bool,
 ) -> TransferPlan:
     """The plan of one transfer; runs the model twice on a few tokens to see how fast it is.
 
@@ -64,9 +70,10 @@ def transfer_plan(
         backbone: that generates.
         settings: of the transfer.
         size: frames, height and width of the new video.
-        optimises: whether anything is optimised.
+        optimises: whether the objective is optimised, not stored motion injected.
         reads: whether a reference is read.
     """
+    objective = objective_of(settings)
     frames, height, width = size
     (dy, dx), pixels = backbone.token_stride, backbone.spatial_compression
     rows, columns = height // dy, width // dx
@@ -84,7 +91,7 @@ def transfer_plan(
         float(backbone.predict(latents, 500.0).flatten()[0])  # waits for the device
         seconds.append(time.perf_counter() - began)
     weights = sum(weight.numel() for weight in backbone.transformer.parameters())
-    width_of_attention = int(config.num_attention_heads) * int(config.attention_head_dim) * backbone.layers
+    width_of_attention = backbone.heads * backbone.layout().head_width(backbone.transformer) * backbone.layers
 
     def work(frames: int, rows: int, columns: int) -> float:
         text = backbone.with_text(TokenGrid(frames, rows, columns)).text_tokens
@@ -94,15 +101,18 @@ def transfer_plan(
     forward = min(seconds) * work(latent_frames, rows, columns) / work(PROBED_FRAMES, *small)
     read = forward * (max(settings.blocks) + 1) / backbone.layers
     branches = 1 if settings.guidance_scale is not None and settings.guidance_scale <= 1 else 2
-    iterations = settings.optimisation_steps if optimises else 0
-    total = settings.steps * branches * forward + settings.guided_steps * iterations * (1 + BACKWARD) * read
+    iterations = settings.optimisation_steps if optimises and objective.reads is not None else 0
+    injects = bool(objective.injects and settings.injection_blocks)
+    guided = settings.guided_steps if objective.reads is not None or injects or not optimises else 0
+    iteration = branches * forward if objective.reads == "prediction" else (1 + BACKWARD) * read
+    total = settings.steps * branches * forward + guided * iterations * iteration
     return TransferPlan(
         frames,
         height,
         width,
         tokens=latent_frames * rows * columns,
         steps=settings.steps,
-        guided_steps=settings.guided_steps,
+        guided_steps=guided,
         optimisation_steps=iterations,
         seconds=total + (read if reads else 0),
     )

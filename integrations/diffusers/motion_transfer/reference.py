@@ -17,8 +17,10 @@ from corrdit.arguments import whole_number
 from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.layouts import forward_arguments
-from corrdit.integrations.diffusers.motion_transfer.methods import method_of
-from corrdit.integrations.diffusers.motion_transfer.observation import attention_observed, features_observed
+from corrdit.integrations.diffusers.motion_transfer.latents import codec_latents
+from corrdit.integrations.diffusers.motion_transfer.methods import objective_of
+from corrdit.integrations.diffusers.motion_transfer.observation import Reader, attention_observed, features_observed
+from corrdit.integrations.diffusers.motion_transfer.words import PromptWords
 from corrdit.integrations.diffusers.processors import Operation
 from corrdit.integrations.diffusers.transfer_settings import TransferSettings
 from corrdit.tracking.encoding import working_size
@@ -40,7 +42,7 @@ class ReferenceMotion:
         latents: `[F, C, h, w]`.
         grid: video and text tokens of the model for it.
         flows: hard displacement between all frames by block, int64 `[F, F, h, w, 2]` (dx, dy) in tokens.
-        wanted: what the method's loss compares with, by block.
+        wanted: what the objective's loss compares with, by block; empty where that is read at every step.
     """
 
     frames: np.ndarray
@@ -120,17 +122,28 @@ def at_rate(
 
 
 @torch.no_grad()
-def reference_motion(backbone: Backbone, frames: np.ndarray, settings: TransferSettings) -> ReferenceMotion:
-    """The motion of a reference: one forward of the clean latents with the empty prompt.
+def reference_motion(
+    backbone: Backbone, frames: np.ndarray, settings: TransferSettings, *, region: Tensor | None = None
+) -> ReferenceMotion:
+    """The motion of a reference: one forward of the clean latents with the source prompt, as a rule the empty one.
 
     Args:
         backbone: that reads it.
         frames: as `prepared_frames` gives them.
         settings: of the transfer, blocks counted from 0.
+        region: bool `[F, h, w]`, the tokens whose motion is wanted; None for all.
     """
     latents = backbone.encode_video(frames, height=frames.shape[1], width=frames.shape[2])
+    return motion_of_latents(backbone, frames, latents, settings, region=region)
+
+
+@torch.no_grad()
+def motion_of_latents(
+    backbone: Backbone, frames: np.ndarray, latents: Tensor, settings: TransferSettings, *, region: Tensor | None = None
+) -> ReferenceMotion:
+    """`reference_motion` of frames that are encoded already, as latents `[F, C, h, w]`."""
     timestep = clean_timestep(backbone)
-    text = {name: value.to(backbone.device) for name, value in backbone.empty_prompt().items()}
+    text = source_text(backbone, settings)
     arguments = backbone.call_arguments(codec_latents(backbone, latents), timestep, text)
     transformer, layout = backbone.transformer_at(timestep), backbone.layout()
     call = layout.read_call(transformer, forward_arguments(transformer, (), arguments))
@@ -140,19 +153,44 @@ def reference_motion(backbone: Backbone, frames: np.ndarray, settings: TransferS
         heads, backend = settings.heads, settings.backend
         return ops.hard_displacement(q, k, grid, heads=heads, key_mask=key_mask, backend=backend)[0]
 
-    method = method_of(settings)
+    objective = objective_of(settings)
+    reader = source_reader(backbone, settings, region)
+    reads = objective.reads if objective.needs_reference and not settings.reference_noised else None
     operations: dict[str, Operation] = {"flow": flow}
-    if method is not None and method.reads == "attention":
-        operations["wanted"] = method.reference_of_attention
+    if reads == "attention":
+        operations["wanted"] = reader.operation(objective.of_reference)
     observed = attention_observed(transformer, arguments, dict.fromkeys(settings.blocks, operations))
     reference.flows = {block: results["flow"].cpu() for block, results in observed.items()}
-    if method is not None and method.reads == "attention":
+    if reads == "attention":
         reference.wanted = {block: results["wanted"] for block, results in observed.items()}
-    elif method is not None:
+    elif reads == "features":
         # They are compared with those of the transformer that denoises the noisy steps, so they are read from it.
-        keep, blocks = method.reference_of_features, settings.blocks
-        reference.wanted = features_observed(backbone.transformer, layout, arguments, call.grid, keep, blocks)
+        transformer = backbone.transformer
+        maps = features_observed(transformer, layout, arguments, call.grid, settings.blocks)
+        reference.wanted = {
+            block: objective.of_reference(reader.features(features, call.grid)) for block, features in maps.items()
+        }
     return reference
+
+
+def source_text(backbone: Backbone, settings: TransferSettings) -> dict[str, Tensor]:
+    """Text arguments that the reference is read with.
+
+    Raises:
+        ValueError: a source prompt for a pipeline without a text encoder.
+    """
+    if not settings.source_prompt:
+        text = backbone.empty_prompt()
+    elif getattr(backbone.pipe, "text_encoder", None) is None:
+        raise ValueError(f'{backbone.name} has no text encoder for the source prompt; give source_prompt=""')
+    else:
+        text = backbone.encoded_prompt(settings.source_prompt)
+    return {name: value.to(backbone.device) for name, value in text.items()}
+
+
+def source_reader(backbone: Backbone, settings: TransferSettings, region: Tensor | None) -> Reader:
+    """What makes readings of the reference."""
+    return Reader(settings, region, PromptWords(settings.source_prompt, getattr(backbone.pipe, "tokenizer", None)))
 
 
 def clean_timestep(backbone: Backbone) -> float:
@@ -161,14 +199,6 @@ def clean_timestep(backbone: Backbone) -> float:
     if share is not None and share(0.0) > 0.5:
         return float(backbone.pipe.scheduler.config.num_train_timesteps)
     return 0.0
-
-
-def codec_latents(backbone: Backbone, latents: Tensor) -> Tensor:
-    """Latents `[F, C, h, w]` of a backbone as `[1, F, C, h, w]` with F and C as the codec counts them."""
-    frames, _, height, width = latents.shape
-    joined = backbone.frames_per_token
-    latents = latents.to(device=backbone.device, dtype=backbone.dtype)
-    return latents.reshape(1, frames * joined, -1, height, width)
 
 
 def _tokens_of_a_frame(backbone: Backbone) -> int:
@@ -182,11 +212,12 @@ def _tokens_of_a_frame(backbone: Backbone) -> int:
 def _at_length(backbone: Backbone, frames: Tensor, num_frames: int | None, size: tuple[int, int]) -> Tensor:
     given = len(frames)
     ratio = backbone.temporal_compression
+    takes = f"1 + {ratio} n" if backbone.first_frame_alone else f"{ratio} n"
     wanted = given if num_frames is None else whole_number("num_frames", num_frames, 1)
-    fitting = (wanted - 1) // ratio * ratio + 1
+    fitting = backbone.fitting_frames(wanted)
     if fitting != wanted and num_frames is not None:
         raise ValueError(
-            f"num_frames {num_frames} does not fit {backbone.name}, whose codec takes 1 + {ratio} n frames; give "
+            f"num_frames {num_frames} does not fit {backbone.name}, whose codec takes {takes} frames; give "
             f"{fitting} or {fitting + ratio}"
         )
     if fitting < 2 or len(backbone.latent_frame_map(fitting)) < 2:

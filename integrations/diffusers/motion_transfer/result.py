@@ -23,6 +23,9 @@ class TransferResult:
         reference: the reference as the model was given it, uint8 `[T, H, W, 3]`; None where there was none.
         optimised: what was optimised, to be saved and injected into other generations; None where nothing was.
         seed: of the run's random numbers.
+        region: bool `[F, h, w]`, the tokens whose motion was wanted; None for all.
+        resumed_after: denoising steps that an earlier run had finished; 0 for a run from the beginning.
+        guided: the denoising steps that were guided.
     """
 
     video: np.ndarray
@@ -31,6 +34,9 @@ class TransferResult:
     reference: np.ndarray | None = None
     optimised: StoredMotion | None = None
     seed: int = 0
+    region: torch.Tensor | None = None
+    resumed_after: int = 0
+    guided: range = range(0)
 
     @property
     def flow(self) -> torch.Tensor:

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from corrdit.array_files import read_safetensors
 from corrdit.files import written_beside
 from corrdit.integrations.diffusers.motion_transfer.optimisation import LARGEST_LOSS_SCALE, OptimiserMemory
-from corrdit.integrations.diffusers.motion_transfer.stored import flattened, nested, read_safetensors
+from corrdit.integrations.diffusers.motion_transfer.stored import flattened, nested
 
-FORMAT = "corrdit transfer state 1"
+FORMAT = "corrdit transfer state 2"
 
 
 @dataclass
@@ -28,6 +29,7 @@ class RunState:
         scheduler: its variables.
         generator: state of the run's random numbers.
         noise: the run's initial latents, as the transformer was given them.
+        start: the latents it begins at where they are others.
         tables: optimised positional embedding that is carried on.
         memory: of the optimiser.
         losses: of each guided step so far.
@@ -40,6 +42,7 @@ class RunState:
     scheduler: dict[str, Any] = field(default_factory=dict)
     generator: Tensor | None = None
     noise: Tensor | None = None
+    start: Tensor | None = None
     tables: dict[str, Tensor] = field(default_factory=dict)
     memory: OptimiserMemory = field(default_factory=OptimiserMemory)
     losses: list[list[float]] = field(default_factory=list)
@@ -52,7 +55,7 @@ class RunState:
         tensors: dict[str, Tensor] = {f"optimised.{key}": value for key, value in flattened(self.optimised).items()}
         structure = {
             name: _packed(getattr(self, name), name, tensors)
-            for name in ("outputs", "scheduler", "generator", "noise", "tables", "losses", "finished")
+            for name in ("outputs", "scheduler", "generator", "noise", "start", "tables", "losses", "finished")
         }
         structure["gradients"] = _packed(self.memory.gradients, "gradients", tensors)
         structure["loss_scale"] = _packed(self.memory.loss_scale, "loss_scale", tensors)
@@ -68,7 +71,10 @@ class RunState:
         Raises:
             ValueError: another file, or the state of a run with another reference, prompt, model or settings.
         """
-        tensors, metadata = read_safetensors(path)
+        try:
+            tensors, metadata = read_safetensors(path)
+        except ValueError as error:
+            raise ValueError(f"{error}; it held the state of a transfer, remove it to begin anew") from error
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{os.fspath(path)} holds no state of a transfer; give another place for it")
         if metadata["fingerprint"] != fingerprint:

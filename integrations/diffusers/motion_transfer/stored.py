@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from corrdit.files import written_beside
+from corrdit.array_files import read_safetensors
+from corrdit.files import parsed_json, written_beside
 
 FORMAT = "corrdit motion 1"
 
@@ -41,6 +44,30 @@ class StoredMotion:
     def size(self) -> dict[str, int | None]:
         """Frames, height and width by name."""
         return {"num_frames": self.num_frames, "height": self.height, "width": self.width}
+
+    @property
+    def window(self) -> range:
+        """The denoising steps from the first to the last that something is stored for."""
+        return range(min(self.tensors), max(self.tensors) + 1) if self.tensors else range(0)
+
+    def at(self, step: int, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What is stored of a step, where the run's own tensors are.
+
+        Args:
+            step: one that something is stored for.
+            own: what of the run it takes the place of, by name.
+
+        Raises:
+            ValueError: other names or shapes than the run's.
+        """
+        found = self.tensors[step]
+        given, expected = ({name: tensor.shape for name, tensor in one.items()} for one in (found, own))
+        if given != expected:
+            raise ValueError(
+                f"the stored {self.kind} of step {step} has shapes {_shapes(given)}, this model and size need "
+                f"{_shapes(expected)}; generate with the model and size it was made with"
+            )
+        return {name: tensor.to(own[name].device) for name, tensor in found.items()}
 
     def check_fits(
         self,
@@ -90,25 +117,64 @@ class StoredMotion:
         tensors, metadata = read_safetensors(path)
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{path} holds no stored motion of a transfer; give a file that a transfer saved")
-        return cls(**json.loads(metadata["facts"]), tensors=nested(tensors))
+        try:
+            return cls(**parsed_json(metadata["facts"]), tensors=nested(tensors))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged: {error}; give a file that a transfer saved") from error
 
 
-def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file.
+def composed(inside: StoredMotion, outside: StoredMotion, tokens: Tensor, latents: Tensor) -> StoredMotion:
+    """The motion of one video in a region and that of another outside it.
+
+    Args:
+        inside: stored for the region.
+        outside: stored for what is outside, by a run of the same kind, model, steps, size and seed.
+        tokens: bool `[F, h, w]`, the region.
+        latents: the region as the transformer's latents, 1 inside.
+
+    Returns:
+        At the steps of both, the one's optimised latents or embeddings inside and the other's outside.
 
     Raises:
-        ValueError: not a safetensors file.
-        FileNotFoundError: no file.
+        ValueError: two that do not go together.
     """
-    from safetensors import SafetensorError, safe_open
+    facts = [{"kind": one.kind, "steps": one.steps, **one.size, "at": one.window} for one in (inside, outside)]
+    differing = [name for name in facts[0] if facts[0][name] != facts[1][name]]
+    if differing:
+        name = differing[0]
+        raise ValueError(
+            f"the two stored motions do not go together: {name} is {facts[0][name]} and {facts[1][name]}; store both "
+            "with the same settings, size and seed"
+        )
+    outside.check_fits(inside.model, inside.steps)
+    tensors = {step: mixed(by_name, outside.tensors[step], tokens, latents) for step, by_name in inside.tensors.items()}
+    return dataclasses.replace(inside, tensors=tensors)
 
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{os.fspath(path)} does not exist")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{os.fspath(path)} is not a whole safetensors file: {error}") from error
+
+def mixed(
+    inside: Mapping[str, Tensor], outside: Mapping[str, Tensor], tokens: Tensor, latents: Tensor
+) -> dict[str, Tensor]:
+    """Latents or embeddings of one step, by name, those of a region from one and the others from another.
+
+    Args:
+        inside, outside: the same names and shapes.
+        tokens: bool `[F, h, w]`, the region.
+        latents: the region as the transformer's latents, 1 inside.
+    """
+    chosen = {}
+    for name, own in inside.items():
+        if name == "latent":
+            share = latents.to(own)
+        else:
+            # A table has one axis of all video tokens.
+            axis = next(axis for axis, length in enumerate(own.shape) if length == tokens.numel())
+            share = tokens.flatten().to(own).reshape([-1 if at == axis else 1 for at in range(own.ndim)])
+        chosen[name] = torch.where(share > 0, own, outside[name].to(own))
+    return chosen
+
+
+def _shapes(shapes: Mapping[str, torch.Size]) -> str:
+    return ", ".join(f"{name} {list(shape)}" for name, shape in sorted(shapes.items()))
 
 
 def flattened(tensors: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -3,30 +3,39 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from corrdit.arguments import whole_number
 from corrdit.array_files import content_digest
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.backbones.loading import backbone_of
-from corrdit.integrations.diffusers.backbones.presets import published_preset
+from corrdit.integrations.diffusers.backbones.published_transfers import published_transfer
+from corrdit.integrations.diffusers.compatibility import check_takes_prompt, embeds_given
 from corrdit.integrations.diffusers.fingerprint import weights_fingerprint
 from corrdit.integrations.diffusers.host.forwards import Arguments
 from corrdit.integrations.diffusers.layouts import Pipeline
 from corrdit.integrations.diffusers.motion_transfer.guided_run import GuidedRun, StepReport
+from corrdit.integrations.diffusers.motion_transfer.latents import LatentLayout
+from corrdit.integrations.diffusers.motion_transfer.methods import objective_of
+from corrdit.integrations.diffusers.motion_transfer.observation import Reader
 from corrdit.integrations.diffusers.motion_transfer.plan import TransferPlan, transfer_plan
 from corrdit.integrations.diffusers.motion_transfer.reference import (
     ReferenceMotion,
+    clean_timestep,
     prepared_frames,
     reference_motion,
 )
+from corrdit.integrations.diffusers.motion_transfer.region import Region, region_tokens
 from corrdit.integrations.diffusers.motion_transfer.result import TransferResult
 from corrdit.integrations.diffusers.motion_transfer.run_state import RunState
-from corrdit.integrations.diffusers.motion_transfer.stored import StoredMotion
+from corrdit.integrations.diffusers.motion_transfer.stored import StoredMotion, composed
+from corrdit.integrations.diffusers.motion_transfer.words import PromptWords
 from corrdit.integrations.diffusers.transfer_settings import (
     TransferSettings,
     changed_settings,
@@ -42,17 +51,17 @@ Announce: TypeAlias = Callable[[str, TransferPlan], None]
 """`announce(phase, plan)` as a phase begins."""
 
 
-def settings_for(backbone: Backbone) -> TransferSettings:
+def settings_for(backbone: Backbone, method: object = None) -> TransferSettings:
     """The settings of the backbone's preset, those published for a model of its shape, or a starting point that says it
     is one.
 
-    A preset that was calibrated on this very model brings its layer along.
+    Where several methods were published for it, they are those for `method`, by its name. A preset that was calibrated
+    on this very model brings its layer along.
     """
     preset = backbone.preset
     if preset.transfer is not None:
         return preset.transfer
-    published = published_preset(backbone.family, backbone.layers, backbone.heads)
-    settings = None if published is None else published.transfer
+    settings = published_transfer(backbone.family, backbone.layers, backbone.heads, method)
     if settings is None:
         source = "a starting point at the published depth; nothing is published for this model"
         settings = TransferSettings(blocks=(backbone.layers // 2,), source=source)
@@ -77,9 +86,12 @@ class MotionTransfer:
 
     Attributes:
         settings: in use, blocks counted from 0.
+        objective: what is optimised or injected.
 
     Raises:
-        ValueError: an unknown setting, a value out of range, or a block the model does not have.
+        ValueError: an unknown setting, a value out of range, a block the model does not have, or a model whose
+            pipeline nothing can be transferred through.
+        TypeError: a method that is neither a name nor a `MotionObjective`.
     """
 
     def __init__(
@@ -96,13 +108,20 @@ class MotionTransfer:
             raise ValueError(f"MotionTransfer needs a backbone of corrdit.load_backbone, got {type(backbone).__name__}")
         if block is not None:
             changes["blocks"] = block
-        chosen = changed_settings(settings or settings_for(backbone), changes)
+        backbone.check_use("transfer")
+        chosen = changed_settings(settings or settings_for(backbone, changes.get("method")), changes)
         resolved = {
             name: resolved_blocks(name, getattr(chosen, name), backbone.layers, backbone.name)
             for name in ("blocks", "injection_blocks")
         }
         self.backbone = backbone
         self.settings = changed_settings(chosen, resolved)
+        self.objective = objective_of(self.settings)
+        if self.settings.strength < 1 and clean_timestep(backbone) != 0:
+            raise ValueError(
+                f"strength is {self.settings.strength}, but time of {backbone.name} runs from noise to clean, where "
+                "a later beginning is not known; give strength=1"
+            )
 
     @ordinary_defaults()
     def __call__(
@@ -111,6 +130,8 @@ class MotionTransfer:
         prompt: str = "",
         *,
         stored: StoredMotion | str | os.PathLike[str] | None = None,
+        region: Region | None = None,
+        elsewhere: StoredMotion | str | os.PathLike[str] | None = None,
         seed: int = 0,
         num_frames: int | None = None,
         height: int | None = None,
@@ -125,10 +146,15 @@ class MotionTransfer:
 
         Args:
             reference: a path, a list of PIL images, or uint8 or floating-point (0 to 1) frames `[T, H, W, 3]` or
-                `[T, 3, H, W]`; None with `stored`, or for the method "backbone".
+                `[T, 3, H, W]`; None with `stored`, or for an objective that needs none.
             prompt: for the new video.
             stored: motion optimised in an earlier run (`TransferResult.optimised` or the file it was saved to),
                 injected at its steps and at its size; nothing is optimised.
+            region: where the motion is wanted: a mask `[T, H, W]` or `[H, W]`, a box (left, top, right, bottom) in
+                shares of the frame, or such boxes with their times in front, (time, left, top, right, bottom) each.
+                Losses count its tokens alone, and latents change inside alone. None for everywhere.
+            elsewhere: with `stored` and `region`, the stored motion that goes in outside the region, of a run with the
+                same seed; None leaves what is outside as it comes.
             seed: of the initial noise.
             num_frames: None for as many as the reference has, the codec can stand for and the model's token budget
                 holds, which is that of one chunk of its preset.
@@ -146,7 +172,7 @@ class MotionTransfer:
                 that comes out as NaN.
             DivergedError: the loss became NaN or infinite; names the step, and `state_file` keeps the one before.
         """
-        motion = StoredMotion.load(stored) if isinstance(stored, (str, os.PathLike)) else stored
+        motion = _loaded(stored)
         self._check_prompts(prompt, pipeline_arguments)
         wanted = {"num_frames": num_frames, "height": height, "width": width}
         for name, value in wanted.items():
@@ -161,24 +187,36 @@ class MotionTransfer:
         else:
             self._check_no_reference(motion, num_frames)
         size = self._size(frames, **wanted)
+        tokens = None if region is None else region_tokens(self.backbone, region, size)
+        if elsewhere is not None:
+            motion, tokens = self._composed(motion, _loaded(elsewhere), tokens), None
         begins = self._announcer(announce, size, optimises=motion is None, reads=frames is not None)
         prepared = None
         if frames is not None:
             begins("reading the reference")
             with torch.inference_mode(False):
-                prepared = reference_motion(self.backbone, frames, self.settings)
+                prepared = reference_motion(self.backbone, frames, self.settings, region=tokens)
+            # Parts that are offloaded lie on the device until another comes; the pipeline begins with its text encoder.
+            getattr(self.backbone.pipe, "maybe_free_model_hooks", bool)()
         arguments = self._pipeline_arguments(prompt, size, pipeline_arguments)
-        state = self._state(state_file, prepared, prompt, seed, size, motion, pipeline_arguments)
+        state = self._state(state_file, prepared, prompt, seed, size, motion, tokens, pipeline_arguments)
+        begun = state.finished
+        if begun:
+            warnings.warn(f"the run goes on after denoising step {begun} of {self.settings.steps}", stacklevel=3)
         generator = torch.Generator().manual_seed(seed)
         save: Callable[[RunState], None] | None = None if state_file is None else lambda state: state.save(state_file)
+        words = PromptWords(prompt, getattr(self.backbone.pipe, "tokenizer", None), embeds_given(arguments))
         run = GuidedRun(
-            self.backbone, self.settings, prepared, state, generator, stored=motion, finished_step=save, report=report
+            self.backbone, self.settings, self.objective, prepared, state, generator,
+            Reader(self.settings, tokens, words), stored=motion, finished_step=save, report=report,
         )  # fmt: skip
         begins("denoising")
         # Lightning predicts in inference mode, whose tensors can have no gradients.
         with torch.inference_mode(False), torch.no_grad(), run.attached():
             output = self.backbone.pipe(generator=generator, **arguments)
         result = self._result(_as_uint8(output.frames[0]), run.state, prepared, size, seed)
+        result.region, result.resumed_after = tokens, begun
+        result.guided = run.window
         if state_file is not None and not keep_state and os.path.exists(state_file):
             os.remove(state_file)
         return result
@@ -190,7 +228,6 @@ class MotionTransfer:
         """`begins(phase)` for the phases of a run."""
         if announce is None:
             return lambda phase: None
-        optimises = optimises and self.settings.optimises
         plan = transfer_plan(self.backbone, self.settings, size, optimises=optimises, reads=reads)
         return lambda phase: announce(phase, plan)
 
@@ -198,14 +235,16 @@ class MotionTransfer:
         self,
         reference: Reference,
         *,
+        region: Region | None = None,
         num_frames: int | None = None,
         height: int | None = None,
         width: int | None = None,
     ) -> ReferenceMotion:
         """The motion of a reference at the settings' blocks, without a generation; arguments as for a call."""
         frames = self._prepared_frames(reference, num_frames=num_frames, height=height, width=width)
+        tokens = None if region is None else region_tokens(self.backbone, region, frames.shape[:3])
         with torch.inference_mode(False):
-            return reference_motion(self.backbone, frames, self.settings)
+            return reference_motion(self.backbone, frames, self.settings, region=tokens)
 
     def _prepared_frames(
         self, reference: Reference, *, num_frames: int | None, height: int | None, width: int | None
@@ -216,20 +255,29 @@ class MotionTransfer:
         )
 
     def _check_no_reference(self, motion: StoredMotion | None, num_frames: int | None) -> None:
-        if self.settings.injection_blocks and self.settings.method != "backbone":
+        if self.settings.injection_blocks and self.objective.injects:
             raise ValueError(
                 f"injection_blocks {self.settings.injection_blocks} need a reference for their keys and values; give "
                 "the reference, or injection_blocks=()"
             )
-        if motion is None and self.settings.method != "backbone":
+        if self.settings.strength < 1:
+            raise ValueError(f"strength {self.settings.strength} begins at a reference; give one, or strength=1")
+        if motion is None and self.objective.needs_reference:
             raise ValueError('give a reference video, stored motion, or method="backbone" for plain generation')
         if motion is None and num_frames is None:
             raise ValueError("without a reference or stored motion, num_frames has to be given")
+
+    def _composed(self, motion: StoredMotion | None, other: StoredMotion | None, tokens: Tensor | None) -> StoredMotion:
+        """Stored motion inside a region and another one outside."""
+        if motion is None or other is None or tokens is None:
+            raise ValueError("elsewhere goes with stored and region: that inside the region, the other one outside it")
+        return composed(motion, other, tokens, LatentLayout(self.backbone).region(tokens))
 
     def _check_prompts(self, prompt: str, further: Arguments) -> None:
         """Pipelines cut prompts that are too long without an error."""
         if not isinstance(prompt, str):
             raise ValueError(f"the prompt must be one string, got {type(prompt).__name__}")
+        check_takes_prompt(self.backbone.pipe, further)
         tokenizer = getattr(self.backbone.pipe, "tokenizer", None)
         negative = further.get("negative_prompt", self.settings.negative_prompt)
         for name, text in (("prompt", prompt), ("negative prompt", negative)):
@@ -266,12 +314,12 @@ class MotionTransfer:
         if settings.negative_prompt is not None:
             chosen["negative_prompt"] = settings.negative_prompt
         for name in ("prompt", "negative_prompt"):
-            if f"{name}_embeds" in further:
+            if embeds_given(further, name):
                 chosen.pop(name, None)
         refused = [name for name in further if name in _OWN_ARGUMENTS]
         if refused:
             raise ValueError(f"{', '.join(refused)} cannot be given to the pipeline: seed and settings say how it runs")
-        return {**chosen, **dict(settings.pipeline_options), **further}
+        return {**chosen, **self.backbone.call_options, **dict(settings.pipeline_options), **further}
 
     def _state(
         self,
@@ -281,13 +329,15 @@ class MotionTransfer:
         seed: int,
         size: tuple[int, int, int],
         motion: StoredMotion | None,
+        region: Tensor | None,
         further: Arguments,
     ) -> RunState:
         """The state a run begins at: that of the file, or a new one."""
         model = (self.backbone.name, weights_fingerprint(self.backbone.pipe))
         frames = None if prepared is None else prepared.frames
         stored = None if motion is None else (motion.kind, motion.tensors)
-        own = content_digest(model, prompt, seed, size, self.settings.described(), frames, stored, further)
+        made_with = (self.settings.described(), self.objective.described())
+        own = content_digest(model, prompt, seed, size, made_with, frames, stored, region, further)
         if file is None or not os.path.exists(file):
             return RunState(own)
         return RunState.load(file, own, self.backbone.device)
@@ -313,6 +363,10 @@ class MotionTransfer:
             optimised=optimised,
             seed=seed,
         )
+
+
+def _loaded(stored: StoredMotion | str | os.PathLike[str] | None) -> StoredMotion | None:
+    return StoredMotion.load(stored) if isinstance(stored, (str, os.PathLike)) else stored
 
 
 _OWN_ARGUMENTS = ("generator", "latents", "output_type", "num_inference_steps", "return_dict")

@@ -15,6 +15,7 @@ from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.captures import capture
 from corrdit.integrations.diffusers.host.forwards import transformers_of
+from corrdit.integrations.diffusers.layouts import forward_arguments
 from corrdit.integrations.diffusers.testing.subject import (
     AttentionRecorder,
     LayerRead,
@@ -69,22 +70,34 @@ def check_attention_reproduced(subject: Subject) -> None:
 
 
 def check_token_order(subject: Subject) -> None:
-    """Changing the latents under one token changes that token's query in the first layer, and no other."""
-    base = subject.read((0,))[0]
-    grid = base.grid
+    """Changing the latents under one token changes that token's query in the first layer, and no other.
+
+    In three sizes, one of them not square and one with an odd number of latent frames; a few places of the first, one
+    of the others.
+    """
+    for number, sized in enumerate(subject.sizes()):
+        base = sized.read((0,), early_exit=True)[0]
+        grid = base.grid
+        places = [(grid.frames - 1, grid.height - 1, grid.width - 1)]
+        if not number:
+            first = [] if sized.backbone.takes_image else [(0, 0, 0)]
+            places += [*first, (1 % grid.frames, 1, 2 % grid.width)]
+        for place in places:
+            _check_token(sized, base, place)
+
+
+def _check_token(subject: Subject, base: LayerRead, place: tuple[int, int, int]) -> None:
+    frame, row, column = place
     _, patch_h, patch_w = subject.backbone.layout().patch_size(subject.transformer)
-    places = [(0, 0, 0), (grid.frames - 1, grid.height - 1, grid.width - 1), (1 % grid.frames, 1, 2 % grid.width)]
-    if getattr(subject.backbone, "takes_image", False):
-        places = places[1:]
-    for frame, row, column in places:
-        latents = subject.latents.clone()
-        latents[:, frame, :, row * patch_h : (row + 1) * patch_h, column * patch_w : (column + 1) * patch_w] += 1
-        changed = _changed_tokens(base, subject.read((0,), latents=latents)[0])
-        expected = {grid.token(frame, row, column)}
-        assert changed == expected, (
-            f"latents of (frame {frame}, row {row}, column {column}) are token {sorted(expected)} by the grid, "
-            f"but the queries that change are {_short(changed)}"
-        )
+    latents = subject.latents.clone()
+    latents[:, frame, :, row * patch_h : (row + 1) * patch_h, column * patch_w : (column + 1) * patch_w] += 1
+    changed = _changed_tokens(base, subject.read((0,), latents=latents, early_exit=True)[0])
+    grid = base.grid
+    expected = {grid.token(frame, row, column)}
+    assert changed == expected, (
+        f"latents of (frame {frame}, row {row}, column {column}) are token {sorted(expected)} by the grid of "
+        f"{grid.frames} frames of {grid.height} x {grid.width}, but the queries that change are {_short(changed)}"
+    )
 
 
 def check_text_position(subject: Subject) -> None:
@@ -93,8 +106,8 @@ def check_text_position(subject: Subject) -> None:
     Where the prompt also enters through the time embedding (Mochi), all queries may change.
     """
     base = subject.read((0,))[0]
-    text = dict(subject.text)
-    text["encoder_hidden_states"] = text["encoder_hidden_states"] + 1
+    # Other channels, and not a shift of all, which a normalisation would take out again.
+    text = {name: value.flip(-1) if value.ndim == 3 else value for name, value in subject.text.items()}
     changed = _changed_tokens(base, subject.read((0,), text=text)[0])
     slots = set(range(base.grid.tokens)[base.grid.text_slice])
     used = slots if base.key_mask is None else {slot for slot in slots if bool(base.key_mask[0, slot])}
@@ -108,7 +121,7 @@ def check_text_position(subject: Subject) -> None:
 
 def check_masks(subject: Subject) -> None:
     """The key mask removes exactly the prompt's padding, and what stands there does not reach other tokens."""
-    mask = subject.text.get("encoder_attention_mask")
+    mask = subject.backbone.layout().text_mask(subject.arguments())
     reads = subject.read()
     for layer, read in reads.items():
         expected = torch.ones(read.q.shape[0], read.q.shape[2], dtype=torch.bool)
@@ -151,20 +164,21 @@ def check_gradient_checkpointing(subject: Subject) -> None:
 def check_generation(backbone: Backbone, generation: Mapping[str, Any]) -> None:
     """First and last step, both branches: the queries read are those of the sample with that branch's prompt.
 
-    The branch is recognised independently of the capture, by comparing the prompt each forward was given with
-    `prompt_embeds` and `negative_prompt_embeds`; the queries are compared with those of the same forward repeated.
+    The branch is recognised independently of the capture, by comparing the prompt each forward was given with the
+    arguments whose names begin with `prompt_embeds` and `negative_prompt_embeds`; the queries are compared with those
+    of the same forward repeated.
     """
     plain, calls, last = _recorded_generation(backbone, generation)
     layer = backbone.layers - 1
     with capture(backbone.pipe, layers=[layer], steps=[0, -1], operation=copy_of_inputs, branch="both") as captured:
         again = _generated(backbone, generation)
-    assert torch.equal(plain, again), "capturing changes the generated latents"
+    assert torch.equal(torch.as_tensor(plain), torch.as_tensor(again)), "capturing changes the generated latents"
     assert set(captured) == {(0, layer), (last, layer)}, (
         f"steps [0, -1] of a run of {last + 1} steps are kept as {sorted(captured)}"
     )
     for step, _ in captured:
         for branch, name in (("cond", "prompt_embeds"), ("uncond", "negative_prompt_embeds")):
-            expected = _queries_of_prompt(backbone, calls, step, layer, generation[name])
+            expected = _queries_of_prompt(backbone, calls, step, layer, _prompt_as_given(backbone, generation, name))
             given = captured[step, layer].get(branch)
             assert given is not None, f"step {step} has no {branch!r} result"
             assert given.q.shape == expected.shape, (
@@ -226,33 +240,45 @@ def _recorded_generation(
 ) -> tuple[torch.Tensor, list[RecordedCall], int]:
     """The generated latents, all forwards, and the last step's number."""
     calls: list[RecordedCall] = []
-    iteration = 0
+    timesteps: list[float] = []
 
-    def count(
-        pipe: object, step: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        nonlocal iteration
-        iteration = step + 1
-        return tensors
-
-    def record(transformer: torch.nn.Module, args: tuple[object, ...], arguments: dict[str, Any]) -> None:
+    def record(transformer: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
+        arguments = forward_arguments(transformer, args, kwargs)
+        timestep = float(torch.as_tensor(arguments["timestep"]).max())
+        if timestep not in timesteps:
+            timesteps.append(timestep)
         kept = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in arguments.items()}
-        calls.append(RecordedCall(transformer, kept, iteration))
+        calls.append(RecordedCall(transformer, kept, timesteps.index(timestep)))
 
     with ExitStack() as stack:
         for transformer in transformers_of(backbone.pipe):
             stack.callback(transformer.register_forward_pre_hook(record, with_kwargs=True).remove)
-        plain = _generated(backbone, generation, callback_on_step_end=count)
-    return plain, calls, iteration - 1
+        plain = _generated(backbone, generation)
+    return plain, calls, len(timesteps) - 1
 
 
-def _generated(backbone: Backbone, generation: Mapping[str, object], **further: object) -> torch.Tensor:
+def _generated(backbone: Backbone, generation: Mapping[str, object]) -> torch.Tensor:
     """The latents of one generation; a generator among the arguments starts anew."""
     arguments = dict(generation)
     source = arguments.get("generator")
     if isinstance(source, torch.Generator):
         arguments["generator"] = torch.Generator(source.device).manual_seed(source.initial_seed())
-    return backbone.pipe(**arguments, **further).frames
+    # Some pipelines draw the latents of an image from the global numbers.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return backbone.pipe(**arguments).frames
+
+
+@torch.no_grad()
+def _prompt_as_given(backbone: Backbone, generation: Mapping[str, Any], name: str) -> torch.Tensor:
+    """A prompt of a generation as the transformer is given it."""
+    embeds: torch.Tensor = next(generation[key] for key in generation if key.startswith(name))
+    if not hasattr(backbone.pipe, "connectors"):
+        return embeds
+    # The connectors of LTX-2 see a batch of both, and pad it to the same length.
+    mask = generation[name.replace("embeds", "attention_mask")]
+    connected: torch.Tensor = backbone.pipe.connectors(embeds, mask, padding_side="left")[0]
+    return connected
 
 
 @torch.no_grad()
@@ -264,7 +290,7 @@ def _queries_of_prompt(
         if call.step != step:
             continue
         given = call.arguments["encoder_hidden_states"].float()
-        rows = [row for row in range(len(given)) if torch.equal(given[row], prompt[0].float())]
+        rows = [row for row in range(len(given)) if torch.equal(given[row].flatten(), prompt.float().flatten())]
         if rows:
             with capture(call.transformer, layers=[layer], operation=copy_of_inputs) as captured:
                 call.transformer(**call.arguments)

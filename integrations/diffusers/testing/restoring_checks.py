@@ -82,7 +82,7 @@ def check_pickling(subject: Subject) -> None:
     kinds, own = ({type(module.processor).__name__ for module in modules} for modules in (copied, subject.modules))
     assert kinds == own, f"a pickled copy has processors {sorted(kinds)} instead of {sorted(own)}"
     with torch.no_grad():
-        again = duplicate(**subject.arguments(), return_dict=False)[0]
+        again = duplicate(**subject.arguments())[0]
     assert torch.equal(plain, again), "a pickled copy gives another output"
 
 

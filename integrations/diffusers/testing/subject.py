@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
@@ -108,7 +108,7 @@ class Subject:
         shape = (batch, frames, channels, rows * patch_h, columns * patch_w)
         text = {}
         for name, blank in backbone.blank_prompt().items():
-            if name.endswith("attention_mask"):
+            if "attention_mask" in name:
                 value = torch.ones_like(blank).expand(batch, -1).clone()
                 value[1:, -MASKED_TEXT_TOKENS:] = 0
             else:
@@ -116,6 +116,16 @@ class Subject:
             text[name] = value
         latents = torch.randn(shape, generator=source).to(device=backbone.device, dtype=backbone.dtype)
         return cls(backbone, latents, text, backbone.timestep(backbone.preset.reading.inference_steps // 2))
+
+    def sizes(self) -> list[Subject]:
+        """The subject, and two of other lengths and sizes unless the model has learned positions of one size."""
+        if getattr(self.backbone.config, "use_learned_positional_embeddings", False):
+            return [self]
+        _, patch_h, patch_w = self.backbone.layout().patch_size(self.transformer)
+        # One frame more with a row less, and one frame less with a column less; what there is more is seen already.
+        longer = torch.cat([self.latents, self.latents[:, :1]], dim=1)[..., :-patch_h, :]
+        shorter = self.latents[:, :-1, ..., :-patch_w]
+        return [self, *(replace(self, latents=latents) for latents in (longer, shorter) if latents.numel())]
 
     @property
     def transformer(self) -> torch.nn.Module:
@@ -144,7 +154,7 @@ class Subject:
     @torch.no_grad()
     def prediction(self) -> torch.Tensor:
         """The transformer's output."""
-        return self.transformer(**self.arguments(), return_dict=False)[0]
+        return self.transformer(**self.arguments())[0]
 
     def captured(self, operation: Operation | None = None, **options: Any) -> Capture:
         """A capture of every layer by `small_scalar`, unless another operation or other layers are given."""
@@ -157,9 +167,10 @@ class Subject:
         *,
         latents: torch.Tensor | None = None,
         text: Mapping[str, torch.Tensor] | None = None,
+        early_exit: bool = False,
     ) -> dict[int, LayerRead]:
         """Copies of queries and keys of layers, from one captured forward with other latents or text."""
-        with self.captured(copy_of_inputs, layers=layers or self.layers) as captured:
+        with self.captured(copy_of_inputs, layers=layers or self.layers, early_exit=early_exit) as captured:
             self.run(latents, text)
         return {layer: captured[0, layer] for layer in layers or self.layers}
 

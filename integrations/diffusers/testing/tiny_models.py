@@ -1,4 +1,4 @@
-"""Whole pipelines of the supported families with random weights, small enough for a CPU test.
+"""Tiny models of the supported families, small enough for a CPU test.
 
 They have a real video codec of their family and no text encoder, so prompts are given as embeddings.
 """
@@ -14,11 +14,17 @@ import diffusers
 import torch
 
 from corrdit.integrations.diffusers.backbones.base import Backbone
+from corrdit.integrations.diffusers.backbones.chronoedit import ChronoEditBackbone
 from corrdit.integrations.diffusers.backbones.loading import backbone_of
-
-TEXT_TOKENS = 8
-TEXT_CHANNELS = 16
-LATENT_CHANNELS = 4
+from corrdit.integrations.diffusers.testing import tiny_families as families
+from corrdit.integrations.diffusers.testing import tiny_pipelines as pipelines
+from corrdit.integrations.diffusers.testing.tiny_pipelines import (
+    LATENT_CHANNELS,
+    ROTARY,
+    TEXT_TOKENS,
+    masked_prompts,
+    prompts,
+)
 
 
 @dataclass(frozen=True)
@@ -26,14 +32,23 @@ class TinyModel:
     """One tiny model.
 
     Args:
-        build: makes its pipeline; weights come from torch's global random numbers.
-        generation: keyword arguments its pipeline's call needs beyond those all families share.
-        height: of the smallest video that makes a grid of 4 x 4 tokens (2 x 2 for LTX).
+        pipeline: class of its pipeline in diffusers.
+        build: makes it; weights come from torch's global random numbers.
+        generation: keyword arguments its call needs beyond those all families share, or in their place; None takes
+            one of those away.
+        height: of the smallest video that makes a grid of 4 x 4 tokens.
+        frames: of a video for it.
+        guidance: name of its guidance scale; None where the pipeline holds a guider.
+        variant: whether it differs little from another one.
     """
 
+    pipeline: str
     build: Callable[..., diffusers.DiffusionPipeline]
     generation: Callable[[torch.Generator], dict[str, Any]]
     height: int = 64
+    frames: int = 9
+    guidance: str | None = "guidance_scale"
+    variant: bool = False
 
 
 def tiny_pipeline(name: str, *, seed: int = 0) -> diffusers.DiffusionPipeline:
@@ -69,182 +84,126 @@ def tiny_generation(name: str, *, steps: int = 3, guided: bool = True, seed: int
     model = _model(name)
     source = torch.Generator().manual_seed(seed)
     arguments = model.generation(source)
-    if "hunyuanvideo" in name:
-        arguments["true_cfg_scale"] = 5.0 if guided else 1.0
-    else:
-        arguments["guidance_scale"] = 5.0 if guided else 1.0
+    if model.guidance is not None:
+        arguments[model.guidance] = 5.0 if guided else 1.0
+    elif not guided:
+        raise ValueError(
+            f"whether tiny {name} is guided is said by its pipeline's guider, not by arguments of the call"
+        )
     if not guided:
         arguments = {key: value for key, value in arguments.items() if not key.startswith("negative")}
-    return {
+    shared = {
         "num_inference_steps": steps,
-        "num_frames": 13 if name == "mochi" else 9,
+        "num_frames": model.frames,
         "height": model.height,
         "width": model.height,
         "output_type": "latent",
         "generator": torch.Generator().manual_seed(seed + 1),
-        **arguments,
     }
+    taken_away = {key for key, value in arguments.items() if key in shared and value is None}
+    return {key: value for key, value in {**shared, **arguments}.items() if key not in taken_away}
 
 
 def _model(name: str) -> TinyModel:
-    if name not in TINY_MODELS:
-        raise ValueError(f"unknown tiny model {name!r}; known are {', '.join(TINY_MODELS)}")
-    return TINY_MODELS[name]
+    if name in TINY_MODELS:
+        return TINY_MODELS[name]
+    if name in _MODELS:
+        raise ValueError(
+            f"tiny model {name!r} needs a diffusers with {_MODELS[name].pipeline}, which {diffusers.__version__} lacks"
+        )
+    raise ValueError(f"unknown tiny model {name!r}; known are {', '.join(TINY_MODELS)}")
 
 
-def _prompts(source: torch.Generator, *, image: bool = False, **further: Any) -> dict[str, Any]:
-    names = ("prompt_embeds", "negative_prompt_embeds")
-    prompts = {name: torch.randn(1, TEXT_TOKENS, TEXT_CHANNELS, generator=source) for name in names}
-    return {**prompts, **({"image": torch.rand(1, 3, 64, 64, generator=source)} if image else {}), **further}
+_short_prompts = partial(prompts, max_sequence_length=TEXT_TOKENS)
+_LARGE = {"patch_size_t": 2, "patch_bias": False, "sample_height": 32, "sample_width": 32}
+_cond = partial(prompts, image=True)
 
+_IMAGE_CHANNELS = {"in_channels": 2 * LATENT_CHANNELS}
 
-def _masked_prompts(source: torch.Generator, *, pooled: bool = False) -> dict[str, Any]:
-    """Prompts of different lengths."""
-    names = ("pooled_prompt_embeds", "negative_pooled_prompt_embeds") if pooled else ()
-    pooled_prompts = {name: torch.randn(1, 8, generator=source) for name in names}
-    valid = torch.arange(TEXT_TOKENS)[None]
-    masks = {
-        "prompt_attention_mask": valid < TEXT_TOKENS - 2,
-        "negative_prompt_attention_mask": valid < TEXT_TOKENS - 5,
-    }
-    return {**_prompts(source), **masks, **pooled_prompts}
-
-
-_SIZES = {"num_attention_heads": 2, "in_channels": LATENT_CHANNELS, "out_channels": LATENT_CHANNELS, "num_layers": 3}
-_CODEC = {"latent_channels": LATENT_CHANNELS, "block_out_channels": (8, 8, 8, 8)}
-
-
-def _cogvideox(**changes: Any) -> diffusers.DiffusionPipeline:
-    codec = diffusers.AutoencoderKLCogVideoX(**_CODEC, layers_per_block=1, norm_num_groups=2)
-    samples = {"sample_width": 8, "sample_height": 8, "sample_frames": 9}
-    text = {"text_embed_dim": TEXT_CHANNELS, "max_text_seq_length": TEXT_TOKENS}
-    config = {**_SIZES, "attention_head_dim": 16, "time_embed_dim": 8, **text, **samples, **changes}
-    transformer = diffusers.CogVideoXTransformer3DModel(**config)
-    scheduler = diffusers.CogVideoXDDIMScheduler(timestep_spacing="trailing", prediction_type="v_prediction")
-    return diffusers.CogVideoXPipeline(None, None, codec, transformer, scheduler)
-
-
-def _cogvideox_image() -> diffusers.DiffusionPipeline:
-    parts = _cogvideox(**_ROTARY, in_channels=2 * LATENT_CHANNELS).components
-    return diffusers.CogVideoXImageToVideoPipeline(**parts)
-
-
-def _hunyuanvideo() -> diffusers.DiffusionPipeline:
-    transformer = diffusers.HunyuanVideoTransformer3DModel(
-        **{**_SIZES, "num_layers": 2},
-        num_single_layers=2,
-        num_refiner_layers=1,
-        attention_head_dim=10,
-        rope_axes_dim=(2, 4, 4),
-        patch_size=2,
-        patch_size_t=1,
-        guidance_embeds=True,
-        text_embed_dim=TEXT_CHANNELS,
-        pooled_projection_dim=8,
-    )
-    codec = diffusers.AutoencoderKLHunyuanVideo(**_CODEC, layers_per_block=1, norm_num_groups=4)
-    absent = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0)
-    return diffusers.HunyuanVideoPipeline(transformer=transformer, vae=codec, scheduler=scheduler, **absent)
-
-
-def _wan_transformer(in_channels: int = LATENT_CHANNELS) -> torch.nn.Module:
-    return diffusers.WanTransformer3DModel(
-        **{**_SIZES, "in_channels": in_channels},
-        patch_size=(1, 2, 2),
-        attention_head_dim=12,
-        text_dim=TEXT_CHANNELS,
-        freq_dim=256,
-        ffn_dim=32,
-        cross_attn_norm=True,
-        rope_max_seq_len=32,
-    )
-
-
-def _wan(boundary_ratio: float | None = None) -> diffusers.DiffusionPipeline:
-    codec = diffusers.AutoencoderKLWan(
-        base_dim=4,
-        z_dim=LATENT_CHANNELS,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-        latents_mean=[0.1] * LATENT_CHANNELS,
-        latents_std=[0.9] * LATENT_CHANNELS,
-    )
-    return diffusers.WanPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        vae=codec,
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-        transformer=_wan_transformer(),
-        transformer_2=None if boundary_ratio is None else _wan_transformer(),
-        boundary_ratio=boundary_ratio,
-    )
-
-
-def _wan_image() -> diffusers.DiffusionPipeline:
-    """As Wan 2.2: a mask of four channels and the latents of the image beside the noisy ones, no image encoder."""
-    parts = {name: part for name, part in _wan().components.items() if name not in ("transformer", "transformer_2")}
-    transformer = _wan_transformer(2 * LATENT_CHANNELS + 4)
-    return diffusers.WanImageToVideoPipeline(**parts, transformer=transformer, image_processor=None, image_encoder=None)
-
-
-def _ltx() -> diffusers.DiffusionPipeline:
-    transformer = diffusers.LTXVideoTransformer3DModel(
-        **_SIZES, attention_head_dim=8, cross_attention_dim=16, caption_channels=TEXT_CHANNELS
-    )
-    codec = diffusers.AutoencoderKLLTXVideo(
-        **_CODEC,
-        decoder_block_out_channels=(8, 8, 8, 8),
-        layers_per_block=(1, 1, 1, 1, 1),
-        decoder_layers_per_block=(1, 1, 1, 1, 1),
-    )
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.1)
-    return diffusers.LTXPipeline(scheduler, codec, None, None, transformer)
-
-
-def _mochi() -> diffusers.DiffusionPipeline:
-    transformer = diffusers.MochiTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        num_layers=3,
-        in_channels=LATENT_CHANNELS,
-        patch_size=2,
-        pooled_projection_dim=16,
-        text_embed_dim=TEXT_CHANNELS,
-        time_embed_dim=4,
-        max_sequence_length=TEXT_TOKENS,
-    )
-    # Fresh weights start at 0, which makes the rotary embedding do nothing.
-    torch.nn.init.normal_(transformer.pos_frequencies)
-    codec = diffusers.AutoencoderKLMochi(
-        latent_channels=LATENT_CHANNELS,
-        latents_mean=None,
-        latents_std=None,
-        encoder_block_out_channels=(32, 32, 32, 32),
-        decoder_block_out_channels=(32, 32, 32, 32),
-        layers_per_block=(1, 1, 1, 1, 1),
-    )
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
-    return diffusers.MochiPipeline(scheduler, codec, None, None, transformer)
-
-
-_ROTARY = {"use_rotary_positional_embeddings": True}
-_short_prompts = partial(_prompts, max_sequence_length=TEXT_TOKENS)
-
-TINY_MODELS = {
-    "cogvideox": TinyModel(_cogvideox, _short_prompts),
-    "cogvideox-rotary": TinyModel(partial(_cogvideox, **_ROTARY), _short_prompts),
-    "cogvideox-1.5": TinyModel(
-        partial(_cogvideox, **_ROTARY, patch_size_t=2, patch_bias=False, sample_height=32, sample_width=32),
-        _short_prompts,
+_MODELS = {
+    "cogvideox": TinyModel("CogVideoXPipeline", pipelines.cogvideox, _short_prompts),
+    "cogvideox-rotary": TinyModel("CogVideoXPipeline", partial(pipelines.cogvideox, **ROTARY), _short_prompts),
+    "cogvideox-1.5": TinyModel("CogVideoXPipeline", partial(pipelines.cogvideox, **ROTARY, **_LARGE), _short_prompts),
+    "cogvideox-image": TinyModel(
+        "CogVideoXImageToVideoPipeline", pipelines.cogvideox_image, partial(_short_prompts, image=True)
     ),
-    "cogvideox-image": TinyModel(_cogvideox_image, partial(_short_prompts, image=True)),
-    "hunyuanvideo": TinyModel(_hunyuanvideo, partial(_masked_prompts, pooled=True)),
-    "wan": TinyModel(_wan, _prompts),
-    "wan-2.2": TinyModel(partial(_wan, boundary_ratio=0.875), _prompts),
-    "wan-image": TinyModel(_wan_image, partial(_prompts, image=True)),
-    "ltx": TinyModel(_ltx, _masked_prompts, height=128),
-    "mochi": TinyModel(_mochi, _masked_prompts),
+    "consisid": TinyModel("ConsisIDPipeline", families.consisid, partial(_short_prompts, image=True)),
+    "consisid-face": TinyModel(
+        "ConsisIDPipeline", partial(families.consisid, **families.FACE), families.face_prompts, variant=True
+    ),
+    "hunyuanvideo": TinyModel(
+        "HunyuanVideoPipeline",
+        pipelines.hunyuanvideo,
+        partial(masked_prompts, pooled=True),
+        guidance="true_cfg_scale",
+    ),
+    "hunyuanvideo-image": TinyModel(
+        "HunyuanSkyreelsImageToVideoPipeline",
+        partial(pipelines.hunyuanvideo, "HunyuanSkyreelsImageToVideoPipeline", **_IMAGE_CHANNELS),
+        partial(masked_prompts, pooled=True, image=True),
+        guidance="true_cfg_scale",
+        variant=True,
+    ),
+    "hunyuanvideo15": TinyModel(
+        "HunyuanVideo15Pipeline", families.hunyuanvideo15, families.glyph_prompts, guidance=None
+    ),
+    "motifvideo": TinyModel("MotifVideoPipeline", families.motifvideo, masked_prompts, guidance=None),
+    "motifvideo-decoder": TinyModel(
+        "MotifVideoPipeline",
+        partial(families.motifvideo, num_single_layers=3, num_decoder_layers=1),
+        masked_prompts,
+        guidance=None,
+        variant=True,
+    ),
+    "wan": TinyModel("WanPipeline", pipelines.wan, prompts),
+    "wan-2.2": TinyModel("WanPipeline", partial(pipelines.wan, boundary_ratio=0.875), prompts),
+    "wan-2.2-ti2v": TinyModel("WanPipeline", partial(pipelines.wan, expand_timesteps=True), prompts, variant=True),
+    "wan-image": TinyModel("WanImageToVideoPipeline", pipelines.wan_image, _cond),
+    "wan-2.1-image": TinyModel(
+        "WanImageToVideoPipeline",
+        partial(pipelines.wan_image, **pipelines.IMAGE_ENCODER),
+        partial(_cond, tokens=512),
+        variant=True,
+    ),
+    "wanvace": TinyModel("WanVACEPipeline", families.wanvace, prompts),
+    "wananimate": TinyModel("WanAnimatePipeline", families.wananimate, families.animated_prompts),
+    "chronoedit": TinyModel(
+        "ChronoEditPipeline", families.chronoedit, partial(_cond, tokens=512, **ChronoEditBackbone.call_options)
+    ),
+    "anyflow": TinyModel("AnyFlowPipeline", families.anyflow, prompts),
+    "skyreelsv2": TinyModel("SkyReelsV2Pipeline", families.skyreelsv2, prompts),
+    "skyreelsv2-image": TinyModel(
+        "SkyReelsV2ImageToVideoPipeline", families.skyreelsv2_image, partial(_cond, tokens=512), variant=True
+    ),
+    "ltx": TinyModel("LTXPipeline", pipelines.ltx, masked_prompts, height=128),
+    "ltx2": TinyModel("LTX2Pipeline", families.ltx2, partial(masked_prompts, **families.PLAIN_GUIDANCE), height=128),
+    "ltx2-image": TinyModel(
+        "LTX2ImageToVideoPipeline",
+        partial(families.ltx2, "LTX2ImageToVideoPipeline"),
+        partial(masked_prompts, image=True, image_crf=0, **families.PLAIN_GUIDANCE),
+        height=128,
+        variant=True,
+    ),
+    "mochi": TinyModel("MochiPipeline", pipelines.mochi, masked_prompts, frames=13),
+    "allegro": TinyModel(
+        "AllegroPipeline",
+        families.allegro,
+        partial(masked_prompts, clean_caption=False, negative_prompt=None),
+        frames=24,
+    ),
+    "easyanimate": TinyModel("EasyAnimatePipeline", families.easyanimate, masked_prompts),
+    "kandinsky5": TinyModel("Kandinsky5T2VPipeline", families.kandinsky5, families.kandinsky5_prompts),
+    "kandinsky5-image": TinyModel(
+        "Kandinsky5I2VPipeline",
+        partial(families.kandinsky5, "Kandinsky5I2VPipeline", visual_cond=True),
+        partial(families.kandinsky5_prompts, image=True),
+        # Its first frame is brought to the statistics of the five behind it.
+        frames=25,
+        variant=True,
+    ),
+    "cosmos": TinyModel("CosmosTextToWorldPipeline", families.cosmos, prompts, frames=17),
+    "cosmos-2": TinyModel("Cosmos2VideoToWorldPipeline", families.cosmos2, _cond, variant=True),
+    "cosmos-2.5": TinyModel("Cosmos2_5_PredictBasePipeline", families.cosmos25, prompts),
 }
-"""Tiny models by name: the five families and the variants that differ for a capture."""
+TINY_MODELS = {name: model for name, model in _MODELS.items() if model.pipeline in dir(diffusers)}
+"""Tiny models by name: the families and the variants that differ for a capture, as far as diffusers has them."""

@@ -29,6 +29,8 @@ from corrdit.integrations.embedded.pipeline import (
 )
 from corrdit.integrations.embedded.training.muon import MuonWithAdamW
 from corrdit.integrations.embedded.world import HELD_OUT_SEEDS, PROMPT_KINDS, WorldConfig, describe, render
+from corrdit.integrations.embedded.world.photographs import Photographs
+from corrdit.integrations.embedded.world.variety import Variety
 
 PRECISIONS = ("bf16-mixed", "32-true", "16-mixed")
 _WHOLE_NUMBERS = {"seed": 0, "steps": 1, "batch_size": 1, "warmup": 0, "workers": 0}
@@ -42,6 +44,10 @@ _NUMBERS = {
     "average_decay": (0.0, 1.0),
     "empty_prompts": (0.0, 1.0),
     "part_prompts": (0.0, 1.0),
+    "videos": (0.0, 1.0),
+    "pictures": (0.0, 1.0),
+    "bending": (0.0, 1.0),
+    "appearance": (0.0, 1.0),
 }
 
 
@@ -77,6 +83,8 @@ class TrainingConfig:
     shape.
 
     empty_prompts is the share of videos without a prompt, part_prompts of those with the subject or the scene alone.
+    videos, pictures, bending and appearance are the shares of a `Variety` of the world; photographs is the digest of
+    its pictures, which `train` fills in.
     workers is how many further processes render the videos; 0 renders them between the steps. The videos are the same.
     """
 
@@ -97,6 +105,11 @@ class TrainingConfig:
     average_decay: float = 0.998
     empty_prompts: float = 0.2
     part_prompts: float = 0.2
+    videos: float = 1.0
+    pictures: float = 0.0
+    bending: float = 0.0
+    appearance: float = 0.0
+    photographs: str = ""
     precision: str = "bf16-mixed"
     optimizer: str = "adamw"
     matrix_rate: float = 1.0
@@ -137,10 +150,18 @@ class TrainingBatch(TypedDict):
 class GeneratedBatches(IterableDataset):
     """Batches of generated videos, from a given step on, as process `rank` of `processes` holds them."""
 
-    def __init__(self, config: TrainingConfig, first_step: int = 0, rank: int = 0, processes: int = 1) -> None:
+    def __init__(
+        self,
+        config: TrainingConfig,
+        first_step: int = 0,
+        rank: int = 0,
+        processes: int = 1,
+        photographs: Photographs | None = None,
+    ) -> None:
         if config.batch_size % processes:
             raise ValueError(f"batch_size {config.batch_size} cannot be shared evenly by {processes} processes")
         self.config = config
+        self.variety = Variety(config.videos, config.pictures, config.bending, config.appearance, photographs)
         self.first_step = first_step
         each = config.batch_size // processes
         self.share = slice(rank * each, (rank + 1) * each)
@@ -156,7 +177,7 @@ class GeneratedBatches(IterableDataset):
         """This process's share of the batch of one step."""
         config = self.config
         frames, height, width = config.shapes[step % len(config.shapes)]
-        world = WorldConfig(frames, height, width)
+        world = WorldConfig(frames, height, width, variety=self.variety)
         first = (config.seed * config.steps + step) * config.batch_size
         scenes = [world.scene(first + index) for index in range(config.batch_size)]
         rng = np.random.default_rng([config.seed, step, 1])
@@ -172,15 +193,17 @@ class GeneratedBatches(IterableDataset):
 class WorldDataModule(lightning.LightningDataModule):
     """Generated training batches that start at the trainer's current step."""
 
-    def __init__(self, config: TrainingConfig) -> None:
+    def __init__(self, config: TrainingConfig, photographs: Photographs | None = None) -> None:
         super().__init__()
         self.config = config
+        self.photographs = photographs
+        GeneratedBatches(config, photographs=photographs)  # refuses a recipe that shows photographs without any
 
     def train_dataloader(self) -> DataLoader:
         """One endless epoch; batches come whole from the dataset."""
         run = self.trainer
-        place = () if run is None else (run.global_step, run.global_rank, run.world_size)
-        batches = GeneratedBatches(self.config, *place)
+        step, rank, processes = (0, 0, 1) if run is None else (run.global_step, run.global_rank, run.world_size)
+        batches = GeneratedBatches(self.config, step, rank, processes, self.photographs)
         return DataLoader(batches, batch_size=None, num_workers=self.config.workers)
 
 
@@ -239,6 +262,17 @@ class EmbeddedTraining(lightning.LightningModule):
         for layer in (*gates, self.transformer.proj_out):
             torch.nn.init.zeros_(layer.weight)
             torch.nn.init.zeros_(layer.bias)
+
+    def begin_with(self, trained: torch.nn.Module) -> None:
+        """Start from the weights of a trained transformer. Raises ValueError for one of another size."""
+        for model in (self.transformer, self.average):
+            try:
+                model.load_state_dict(trained.state_dict())
+            except RuntimeError as error:
+                raise ValueError(
+                    "the weights to start from are not of this recipe's layers, heads, head_dim and positions; give a "
+                    "pipeline trained by such a recipe"
+                ) from error
 
     def embed(self, prompts: list[str]) -> Tensor:
         """Text embeddings [B, text tokens, dim] of prompts."""

@@ -15,10 +15,12 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 
 from corrdit.arguments import whole_number
 from corrdit.files import OutputFolder, refuse_nested_aliases
+from corrdit.integrations.embedded.loading import load_embedded_pipeline
 from corrdit.integrations.embedded.pipeline import build_pipeline
 from corrdit.integrations.embedded.preset import PRESET_FILE
 from corrdit.integrations.embedded.training.model_card import Json, model_card
 from corrdit.integrations.embedded.training.module import EmbeddedTraining, TrainingConfig, WorldDataModule
+from corrdit.integrations.embedded.world.photographs import Photographs
 from corrdit.memory import is_out_of_memory
 from corrdit.runs import refuse_other_settings
 
@@ -107,6 +109,8 @@ def train(
     output: pathlib.Path,
     *,
     resume: bool = False,
+    start: str | pathlib.Path | None = None,
+    photographs: str | pathlib.Path | None = None,
     checkpoint_every: int = 200,
     threads: int | None = None,
     processes: int = 1,
@@ -117,6 +121,9 @@ def train(
 ) -> EmbeddedTraining:
     """Train a recipe in a folder, with checkpoints/step-*.ckpt and logs/part_*/metrics.csv.
 
+    start: the folder of a pipeline, as another run's `pipeline`, whose weights a fresh run begins with; "embedded"
+    for the shipped ones.
+    photographs: a folder of pictures, for a recipe with a share of `pictures`.
     resume: go on from the newest checkpoint; the rest of the run is the same as without the interruption. The recipe
     must be that of the checkpoint, but for `steps` and `workers`.
     processes: data-parallel processes; two with one thread each are faster on two busy cores than one with two threads.
@@ -126,14 +133,15 @@ def train(
     damaged checkpoint, for one of another recipe or with more steps, and for numbers out of range.
     """
     _check_numbers(config, checkpoint_every, threads, processes, minutes, stop_after)
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"the output folder {output} is a file; give a folder, which is made if need be")
-    if not resume and _checkpoints(output):
-        raise ValueError(f"{output} already holds checkpoints; resume that run or give another folder")
+    _check_beginning(output, resume, start)
+    data = _data(config, photographs)
+    config = data.config
     checkpoint = newest_checkpoint(output) if resume else None
     if checkpoint is not None:
         _check_resumable(config, output, checkpoint)
     module = EmbeddedTraining(config)
+    if start is not None:
+        module.begin_with(_trained(start))
     if threads is not None:
         torch.set_num_threads(threads)
     trainer = lightning.Trainer(
@@ -151,10 +159,32 @@ def train(
         enable_model_summary=False,
         default_root_dir=output,
     )
-    trainer.fit(module, WorldDataModule(config), ckpt_path=checkpoint, weights_only=True)
+    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     if trainer.global_step % checkpoint_every:
         trainer.save_checkpoint(output / _CHECKPOINTS / f"step-{trainer.global_step}.ckpt")
     return module
+
+
+def _check_beginning(output: pathlib.Path, resume: bool, start: str | pathlib.Path | None) -> None:
+    """Raises ValueError for a folder in which a run cannot begin or go on as asked for."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"the output folder {output} is a file; give a folder, which is made if need be")
+    if resume and start is not None:
+        raise ValueError("start is where a fresh run begins and resume goes on with an earlier one; give one of them")
+    if not resume and _checkpoints(output):
+        raise ValueError(f"{output} already holds checkpoints; resume that run or give another folder")
+
+
+def _data(config: TrainingConfig, photographs: str | pathlib.Path | None) -> WorldDataModule:
+    """The videos of a recipe, which gets the digest of the photographs."""
+    pictures = None if photographs is None else Photographs(photographs)
+    return WorldDataModule(dataclasses.replace(config, photographs=pictures.digest if pictures else ""), pictures)
+
+
+def _trained(start: str | pathlib.Path) -> torch.nn.Module:
+    """The transformer that a run begins with."""
+    folder = None if str(start) == "embedded" else pathlib.Path(start)
+    return load_embedded_pipeline(folder).transformer
 
 
 def _check_numbers(

@@ -2,7 +2,8 @@
 
 A video shows a textured background under a moving camera and one to five textured sprites with their own motion that
 occlude each other and leave the frame; light may change, and there may be blur and noise. Since every surface moves
-by a known similarity transform, the place and the visibility of any of its points in any frame are exact.
+by a known similarity transform, the place and the visibility of any of its points in any frame are exact. With a
+`Variety` surfaces are photographs, tilt and bend too, by maps whose inverse is as exact.
 
 Pixel coordinates: the origin is the frame's top left corner and the centre of the first pixel is (0.5, 0.5).
 """
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from corrdit.arguments import whole_number
 from corrdit.data.tapvid import TapVidVideo
+from corrdit.integrations.embedded.world.deformations import Deformations
+from corrdit.integrations.embedded.world.development import develop, exposures
 from corrdit.integrations.embedded.world.scene import (
     MOST_SPRITES,
     SPRITE_TEXTURES,
@@ -29,11 +32,12 @@ from corrdit.integrations.embedded.world.scene import (
     draw_scene,
 )
 from corrdit.integrations.embedded.world.shapes import SHAPES, signed_distance
-from corrdit.integrations.embedded.world.textures import (
-    BACKGROUND_EXTENT,
-    SPRITE_EXTENT,
-    background_images,
-    sprite_images,
+from corrdit.integrations.embedded.world.textures import BACKGROUND_EXTENT, SPRITE_EXTENT
+from corrdit.integrations.embedded.world.variety import (
+    Variety,
+    photographed_backgrounds,
+    photographed_sprites,
+    varied,
 )
 
 _RIM = 0.13
@@ -43,12 +47,13 @@ _CANDIDATES = 16
 @dataclass(frozen=True)
 class WorldConfig:
     """Size and content of the videos: frames, height and width in pixels (at least 8), least and most number of
-    sprites (1 to 5). Raises ValueError for others."""
+    sprites (1 to 5), and what they show beyond the plain world (None: nothing). Raises ValueError for others."""
 
     frames: int = 8
     height: int = 32
     width: int = 32
     sprites: tuple[int, int] = (1, MOST_SPRITES)
+    variety: Variety | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("frames", 1), ("height", 8), ("width", 8)):
@@ -62,7 +67,8 @@ class WorldConfig:
 
     def scene(self, seed: int) -> Scene:
         """The scene of a seed in this aspect ratio and number of frames."""
-        return draw_scene(seed, self.frames, self.width / self.height, self.sprites)
+        scene = draw_scene(seed, self.frames, self.width / self.height, self.sprites)
+        return scene if self.variety is None else varied(scene, self.variety)
 
 
 @dataclass(frozen=True)
@@ -100,13 +106,13 @@ def _sampled(images: Tensor, places: Tensor, padding_mode: str) -> Tensor:
 
 def _paint_background(scenes: Sequence[Scene], config: WorldConfig, grid: Tensor) -> Tensor:
     """[B, T, 3, H, W]"""
-    images = background_images(
-        [scene.background for scene in scenes], [scene.background_seed for scene in scenes], config.unit
-    )
+    names, seeds = [scene.background for scene in scenes], [scene.background_seed for scene in scenes]
+    images = photographed_backgrounds(names, seeds, config.unit, config.variety)
     cameras = [scene.camera for scene in scenes]
     center, angle, zoom = (_stacked(cameras, name).float() for name in ("center", "angle", "zoom"))
     matrix = _rotation(angle) * zoom[..., None, None]
     places = torch.einsum("btij,hwj->bthwi", matrix, grid) + center[:, :, None, None]
+    places, _ = Deformations([camera.deformation for camera in cameras], torch.float32).to_surface(places)
     return _sampled(images, places / BACKGROUND_EXTENT, "reflection").contiguous()
 
 
@@ -119,40 +125,23 @@ def _sprite_poses(sprites: Sequence[Sprite], dtype: torch.dtype) -> tuple[Tensor
 def _paint_sprites(sprites: Sequence[Sprite], config: WorldConfig, grid: Tensor) -> tuple[Tensor, Tensor]:
     """Colour [N, T, 3, H, W] and coverage [N, T, 1, H, W] of every sprite by itself, with a dark rim inside its
     outline."""
-    images = sprite_images(
-        [sprite.texture for sprite in sprites],
-        [sprite.colours for sprite in sprites],
-        [sprite.texture_seed for sprite in sprites],
-        0.25 * config.unit,
-    )
+    images = photographed_sprites(sprites, 0.25 * config.unit, config.variety)
     inverse, center, radius = _sprite_poses(sprites, torch.float32)
     offset = grid - center[:, :, None, None]
     local = torch.einsum("ntij,nthwj->nthwi", inverse, offset) / radius[:, :, None, None, None]
+    local, front = Deformations([sprite.deformation for sprite in sprites], torch.float32).to_surface(local)
     distance = signed_distance(local, [sprite.shape for sprite in sprites])
     pixels = (radius * config.unit)[:, :, None, None]
-    coverage = (0.5 - distance * pixels).clamp(0, 1)
+    softness, darkness = (
+        torch.tensor([getattr(sprite, name) for sprite in sprites]).reshape(-1, 1, 1, 1) for name in ("softness", "rim")
+    )
+    # Half of the pixel is covered on the outline itself, however soft it is.
+    coverage = (0.5 - distance * pixels / (softness * pixels).clamp(min=1)).clamp(0, 1)
+    if front is not None:
+        coverage = coverage * front
     rim = ((distance + _RIM) * pixels + 0.5).clamp(0, 1)
     colour = _sampled(images, local / SPRITE_EXTENT, "border")
-    return colour * (1 - 0.7 * rim[:, :, None]), coverage[:, :, None]
-
-
-def _develop(video: Tensor, scenes: Sequence[Scene], config: WorldConfig) -> Tensor:
-    """Light, blur and noise on painted frames [B, T, 3, H, W]."""
-    gain, offset = (_stacked(scenes, name).float()[:, :, None, None, None] for name in ("gain", "offset"))
-    video = video * gain + offset
-    for index, scene in enumerate(scenes):
-        sigma = scene.blur * config.unit
-        if sigma > 0.15:
-            radius = max(1, round(2.5 * sigma))
-            taps = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / sigma) ** 2)
-            taps = (taps / taps.sum()).expand(3, 1, 1, -1)
-            padded = F.pad(video[index], (radius,) * 4, mode="replicate")
-            video[index] = F.conv2d(F.conv2d(padded, taps, groups=3), taps.transpose(2, 3), groups=3)
-        if scene.noise > 0:
-            rng = np.random.default_rng(scene.noise_seed)
-            grain = rng.standard_normal((config.frames, 3, config.height, config.width), dtype=np.float32)
-            video[index] += scene.noise * torch.from_numpy(grain)
-    return video.clamp(0, 1)
+    return colour * (1 - (darkness * rim)[:, :, None]), coverage[:, :, None]
 
 
 def render(scenes: Sequence[Scene], config: WorldConfig) -> Tensor:
@@ -166,6 +155,16 @@ def render(scenes: Sequence[Scene], config: WorldConfig) -> Tensor:
                 f"the scene of seed {scene.seed} was drawn for {scene.frames} frames of aspect {scene.aspect:.4g}, not "
                 f"for {config}; draw it with config.scene(seed)"
             )
+    video = _paint(scenes, config)
+    blurred = [index for index, scene in enumerate(scenes) if scene.appearance and scene.appearance.shutter]
+    if blurred:
+        moments = [_paint(moment, config) for moment in exposures([scenes[index] for index in blurred])]
+        video[blurred] = torch.stack(moments).mean(0)
+    return develop(video, scenes, config.unit)
+
+
+def _paint(scenes: Sequence[Scene], config: WorldConfig) -> Tensor:
+    """Surfaces in their places, float32 [B, T, 3, H, W]."""
     rows = (torch.arange(config.height) + 0.5 - config.height / 2) / config.unit
     columns = (torch.arange(config.width) + 0.5 - config.width / 2) / config.unit
     # Pixel centres in units, [H, W, 2].
@@ -178,7 +177,7 @@ def render(scenes: Sequence[Scene], config: WorldConfig) -> Tensor:
         chosen = [index for index, value in enumerate(ranks) if value == rank]
         below = [owners[index] for index in chosen]
         video[below] += (colour[chosen] - video[below]) * coverage[chosen]
-    return _develop(video, scenes, config)
+    return video
 
 
 class Clip:
@@ -261,11 +260,16 @@ class Clip:
         inverse, center, radius = _sprite_poses(self.scene.sprites, torch.float64)
         offset = (xy - self._middle) / self.config.unit - center[:, frames, None]
         local = torch.einsum("ntij,ntpj->ntpi", inverse[:, frames], offset) / radius[:, frames, None, None]
-        return signed_distance(local, [sprite.shape for sprite in self.scene.sprites]) <= 0
+        rows = torch.arange(len(local))
+        deformations = Deformations([sprite.deformation for sprite in self.scene.sprites], torch.float64)
+        local, front = deformations.chosen(rows, torch.tensor(frames).expand(len(rows), -1)).to_surface(local)
+        covered = signed_distance(local, [sprite.shape for sprite in self.scene.sprites]) <= 0
+        return covered if front is None else covered & front
 
     def _move(self, frames: Tensor, xy: Tensor, layer: Tensor, targets: list[int]) -> Tensor:
         """Carry points [P, 2] seen on a layer of their frames to the target frames: [targets, P, 2]."""
         camera, sprites = self.scene.camera, self.scene.sprites
+        surfaces = Deformations([camera.deformation, *(sprite.deformation for sprite in sprites)], torch.float64)
         # As a screen-from-surface similarity the background has the inverse of the camera's zoom and angle.
         angle = torch.from_numpy(np.stack([-camera.angle, *(sprite.angle for sprite in sprites)]))
         scale = torch.from_numpy(np.stack([1 / camera.zoom, *(sprite.radius for sprite in sprites)]))
@@ -273,9 +277,12 @@ class Clip:
         background_shift = -torch.einsum("tij,tj->ti", matrix[0], torch.from_numpy(camera.center))
         shift = torch.stack([background_shift, *(torch.from_numpy(sprite.center) for sprite in sprites)])
         start = (xy - self._middle) / self.config.unit - shift[layer, frames]
-        surface = torch.linalg.solve(matrix[layer, frames], start)
+        seen = torch.linalg.solve(matrix[layer, frames], start)[:, None]
+        surface, _ = surfaces.chosen(layer, frames[:, None]).to_surface(seen)
+        surface = surface.expand(-1, len(targets), -1)
+        local = surfaces.chosen(layer, torch.tensor(targets).expand(len(layer), -1)).to_local(surface)
         matrix, shift = matrix[:, targets], shift[:, targets]
-        places = torch.einsum("ptij,pj->tpi", matrix[layer], surface) + shift[layer].transpose(0, 1)
+        places = torch.einsum("ptij,ptj->tpi", matrix[layer], local) + shift[layer].transpose(0, 1)
         return places * self.config.unit + self._middle
 
 

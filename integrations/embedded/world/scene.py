@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from corrdit.arguments import choice, whole_number
+from corrdit.integrations.embedded.world.deformations import Deformation
 from corrdit.integrations.embedded.world.shapes import SHAPES
 
 SPRITE_TEXTURES = ("striped", "dotted", "checkered", "marbled", "speckled", "patched")
@@ -42,7 +43,8 @@ _PATH_ODDS = (0.48, 0.14, 0.13, 0.13, 0.12)
 @dataclass(frozen=True)
 class Sprite:
     """One moving object. center [T, 2], angle [T] (radians, clockwise on the screen) and radius [T] are on the
-    screen."""
+    screen; deformation is within its radius. rim is how dark the inside of its outline is, softness the width of the
+    outline's blur in radii."""
 
     shape: str
     texture: str
@@ -53,6 +55,9 @@ class Sprite:
     angle: np.ndarray
     radius: np.ndarray
     texture_seed: int
+    deformation: Deformation | None = None
+    rim: float = 0.7
+    softness: float = 0.0
 
     @property
     def turns(self) -> bool:
@@ -67,12 +72,27 @@ class Sprite:
 
 @dataclass(frozen=True)
 class Camera:
-    """Maps a screen point u of frame t to the background: zoom[t] * R(angle[t]) @ u + center[t]."""
+    """Maps a screen point u of frame t to the background: zoom[t] * R(angle[t]) @ u + center[t], then deformed."""
 
     move: str
     center: np.ndarray
     angle: np.ndarray
     zoom: np.ndarray
+    deformation: Deformation | None = None
+
+
+@dataclass(frozen=True)
+class Appearance:
+    """How the picture of a surface changes on the way to the video.
+
+    light: [T, 3], gain of red, green and blue. shade: [T, 2], slope of the gain over the frame, per unit of length.
+    shutter: how much of the time between two frames each is exposed for. quality: of JPEG's compression, None for none.
+    """
+
+    light: np.ndarray
+    shade: np.ndarray
+    shutter: float
+    quality: int | None
 
 
 @dataclass(frozen=True)
@@ -91,6 +111,7 @@ class Scene:
     blur: float
     noise: float
     noise_seed: int
+    appearance: Appearance | None = None
 
 
 def _phase(frames: int) -> np.ndarray:

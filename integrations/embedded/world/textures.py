@@ -100,9 +100,16 @@ def _surface_grid(texels: int, extent: float) -> tuple[Tensor, Tensor]:
     return axis[None, :].expand(texels, texels), axis[:, None].expand(texels, texels)
 
 
+def image_side(pixels_per_unit: float, *, background: bool) -> int:
+    """Texels a side of the images of backgrounds or sprites."""
+    if background:
+        return max(48, math.ceil(2 * BACKGROUND_EXTENT * pixels_per_unit * 1.15))
+    return max(24, math.ceil(2 * SPRITE_EXTENT * pixels_per_unit * 1.3))
+
+
 def background_images(names: list[str], seeds: list[int], pixels_per_unit: float) -> Tensor:
     """RGB in about 0..1, [N, 3, M, M], over the square [-1.6, 1.6] of the background's own coordinates."""
-    texels = max(48, math.ceil(2 * BACKGROUND_EXTENT * pixels_per_unit * 1.15))
+    texels = image_side(pixels_per_unit, background=True)
     looks = [_BACKGROUND_LOOKS[name] for name in names]
     sizes = _octave_sizes(12, BACKGROUND_EXTENT, pixels_per_unit)
     fields = _fields(seeds, [(look[3], look[4]) for look in looks], sizes, texels)
@@ -142,7 +149,7 @@ def sprite_images(
 
     pixels_per_unit: pixels of a sprite's radius, for the finest detail.
     """
-    texels = max(24, math.ceil(2 * SPRITE_EXTENT * pixels_per_unit * 1.3))
+    texels = image_side(pixels_per_unit, background=False)
     sizes = _octave_sizes(4, SPRITE_EXTENT, pixels_per_unit)
     fields = _fields(seeds, [(1.0, 1.0)] * len(seeds), sizes, texels)
     share = torch.empty(len(seeds), 1, texels, texels)

@@ -1,0 +1,392 @@
+"""Whole pipelines of the other families with random weights; diffusers has to have them when they are built."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from PIL import Image
+
+from corrdit.integrations.diffusers.testing.tiny_pipelines import (
+    CODEC,
+    IMAGE_CHANNELS,
+    IMAGE_ENCODER,
+    LATENT_CHANNELS,
+    ROTARY,
+    SIZES,
+    TEXT_CHANNELS,
+    TEXT_TOKENS,
+    cogvideox,
+    image_encoder,
+    masked_prompts,
+    prompts,
+    wan_codec,
+    wan_parts,
+    wan_transformer,
+)
+
+FACE_CHANNELS = 8
+FACE_SCALES = 5
+
+
+def consisid(**changes: Any) -> diffusers.DiffusionPipeline:
+    config = dict(cogvideox(**ROTARY).transformer.config)
+    sizes = {name: value for name, value in config.items() if name in _ARGUMENTS_OF_CONSISID}
+    transformer = diffusers.ConsisIDTransformer3DModel(**{**sizes, "in_channels": 2 * LATENT_CHANNELS, **changes})
+    parts = {name: part for name, part in cogvideox().components.items() if name != "transformer"}
+    # By its module: diffusers offers the class only beside OpenCV, which it needs for drawing key points of faces.
+    from diffusers.pipelines.consisid.pipeline_consisid import ConsisIDPipeline
+
+    return ConsisIDPipeline(**parts, transformer=transformer)
+
+
+_ARGUMENTS_OF_CONSISID = (
+    *SIZES,
+    *("attention_head_dim", "time_embed_dim", "text_embed_dim", "max_text_seq_length"),
+    *("sample_width", "sample_height", "sample_frames", "use_rotary_positional_embeddings"),
+)
+FACE = {
+    "is_train_face": True,
+    "num_layers": 4,
+    "LFE_id_dim": FACE_CHANNELS,
+    "LFE_vit_dim": FACE_CHANNELS,
+    "LFE_depth": FACE_SCALES,
+    "LFE_num_scale": FACE_SCALES,
+    "LFE_dim_head": FACE_CHANNELS,
+    "LFE_num_heads": 1,
+    "LFE_num_id_token": 2,
+    "LFE_num_querie": 4,
+    # Two thirds of the width of the tokens.
+    "LFE_output_dim": 21,
+    "LFE_ff_mult": 2,
+    "cross_attn_dim_head": FACE_CHANNELS,
+    "cross_attn_num_heads": 1,
+}
+
+
+def face_prompts(source: torch.Generator) -> dict[str, Any]:
+    face = [torch.randn(1, 3, FACE_CHANNELS, generator=source) for _ in range(FACE_SCALES)]
+    cond = torch.randn(1, FACE_CHANNELS, generator=source)
+    return prompts(source, image=True, max_sequence_length=TEXT_TOKENS, id_vit_hidden=face, id_cond=cond)
+
+
+def wanvace() -> diffusers.DiffusionPipeline:
+    # The mask is given as the 8 x 8 pixels of a latent.
+    channels = 2 * LATENT_CHANNELS + 64
+    transformer = wan_transformer("WanVACETransformer3DModel", vace_layers=[0, 2], vace_in_channels=channels)
+    return diffusers.WanVACEPipeline(**wan_parts(transformer))
+
+
+def wananimate() -> diffusers.DiffusionPipeline:
+    transformer = wan_transformer(
+        "WanAnimateTransformer3DModel",
+        in_channels=IMAGE_CHANNELS,
+        latent_channels=LATENT_CHANNELS,
+        **IMAGE_ENCODER,
+        motion_encoder_channel_sizes={"4": 8, "8": 8, "16": 8},
+        motion_encoder_size=16,
+        motion_style_dim=8,
+        motion_dim=4,
+        motion_encoder_dim=16,
+        face_encoder_hidden_dim=16,
+        face_encoder_num_heads=2,
+        inject_face_latents_blocks=2,
+        num_layers=4,
+    )
+    return diffusers.WanAnimatePipeline(**wan_parts(transformer), **image_encoder())
+
+
+def animated_prompts(source: torch.Generator) -> dict[str, Any]:
+    def video(size: int) -> list[Image.Image]:
+        pixels = torch.randint(0, 256, (9, size, size, 3), generator=source, dtype=torch.uint8)
+        return [Image.fromarray(np.asarray(frame)) for frame in pixels]
+
+    found = {**prompts(source, tokens=512), "image": video(64)[0]}
+    return {**found, "pose_video": video(64), "face_video": video(16), "segment_frame_length": 9, "num_frames": None}
+
+
+def chronoedit() -> diffusers.DiffusionPipeline:
+    transformer = wan_transformer("ChronoEditTransformer3DModel", in_channels=IMAGE_CHANNELS, **IMAGE_ENCODER)
+    return diffusers.ChronoEditPipeline(**wan_parts(transformer), **image_encoder())
+
+
+def anyflow() -> diffusers.DiffusionPipeline:
+    scheduler = diffusers.FlowMapEulerDiscreteScheduler(shift=3.0)
+    return diffusers.AnyFlowPipeline(**wan_parts(wan_transformer("AnyFlowTransformer3DModel"), scheduler=scheduler))
+
+
+def skyreelsv2(**changes: Any) -> diffusers.DiffusionPipeline:
+    return diffusers.SkyReelsV2Pipeline(**wan_parts(wan_transformer("SkyReelsV2Transformer3DModel", **changes)))
+
+
+def skyreelsv2_image() -> diffusers.DiffusionPipeline:
+    transformer = wan_transformer("SkyReelsV2Transformer3DModel", in_channels=IMAGE_CHANNELS, **IMAGE_ENCODER)
+    return diffusers.SkyReelsV2ImageToVideoPipeline(**wan_parts(transformer), **image_encoder())
+
+
+def allegro() -> diffusers.DiffusionPipeline:
+    transformer = diffusers.AllegroTransformer3DModel(
+        **SIZES,
+        attention_head_dim=12,
+        cross_attention_dim=24,
+        caption_channels=TEXT_CHANNELS,
+        sample_height=8,
+        sample_width=8,
+        sample_frames=24,
+    )
+    codec = diffusers.AutoencoderKLAllegro(**CODEC, layers_per_block=1, norm_num_groups=2, sample_size=64)
+    codec.enable_tiling()
+    scheduler = diffusers.DDIMScheduler(timestep_spacing="trailing", beta_schedule="scaled_linear", clip_sample=False)
+    return diffusers.AllegroPipeline(None, None, codec, transformer, scheduler)
+
+
+def easyanimate() -> diffusers.DiffusionPipeline:
+    transformer = diffusers.EasyAnimateTransformer3DModel(
+        **SIZES,
+        attention_head_dim=16,
+        patch_size=2,
+        mmdit_layers=2,
+        time_embed_dim=8,
+        add_norm_text_encoder=True,
+        text_embed_dim=TEXT_CHANNELS,
+    )
+    codec = diffusers.AutoencoderKLMagvit(**CODEC, layers_per_block=1, norm_num_groups=2, spatial_group_norm=False)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return diffusers.EasyAnimatePipeline(codec, None, None, transformer, scheduler)
+
+
+PLAIN_GUIDANCE: dict[str, Any] = {
+    "stg_scale": 0.0,
+    "modality_scale": 1.0,
+    "audio_stg_scale": 0.0,
+    "audio_modality_scale": 1.0,
+}
+"""Without the further calls of LTX-2's own guidance in each step."""
+
+
+def ltx2(pipeline: str = "LTX2Pipeline") -> diffusers.DiffusionPipeline:
+    from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
+
+    transformer = diffusers.LTX2VideoTransformer3DModel(
+        **SIZES,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        audio_in_channels=4,
+        audio_out_channels=4,
+        audio_num_attention_heads=2,
+        audio_attention_head_dim=4,
+        audio_cross_attention_dim=8,
+        caption_channels=TEXT_CHANNELS,
+    )
+    codec = diffusers.AutoencoderKLLTX2Video(
+        latent_channels=LATENT_CHANNELS,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 16, 32),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1),
+        spatial_compression_ratio=32,
+        temporal_compression_ratio=8,
+    )
+    audio = diffusers.AutoencoderKLLTX2Audio(
+        base_channels=4, ch_mult=(1,), num_res_blocks=1, resolution=32, latent_channels=2, mel_bins=8
+    )
+    size = {"num_attention_heads": 2, "attention_head_dim": TEXT_CHANNELS // 2, "num_layers": 1}
+    streams = {f"{stream}_connector_{name}": value for stream in ("video", "audio") for name, value in size.items()}
+    registers = {f"{stream}_connector_num_learnable_registers": None for stream in ("video", "audio")}
+    kind: type[diffusers.DiffusionPipeline] = getattr(diffusers, pipeline)
+    return kind(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.1),
+        vae=codec,
+        audio_vae=audio,
+        text_encoder=None,
+        tokenizer=None,
+        connectors=LTX2TextConnectors(TEXT_CHANNELS, text_proj_in_factor=1, **streams, **registers),
+        transformer=transformer,
+        vocoder=LTX2Vocoder(
+            in_channels=16,
+            hidden_channels=8,
+            upsample_kernel_sizes=[4, 4],
+            upsample_factors=[2, 2],
+            resnet_kernel_sizes=[3],
+            resnet_dilations=[[1, 3, 5]],
+        ),
+    )
+
+
+def motifvideo(**changes: Any) -> diffusers.DiffusionPipeline:
+    config = {
+        **SIZES,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "in_channels": 2 * LATENT_CHANNELS + 1,
+        "attention_head_dim": 10,
+        "rope_axes_dim": (2, 4, 4),
+        "text_embed_dim": TEXT_CHANNELS,
+        **changes,
+    }
+    return diffusers.MotifVideoPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=wan_codec(),
+        text_encoder=None,
+        tokenizer=None,
+        transformer=diffusers.MotifVideoTransformer3DModel(**config),
+        guider=diffusers.ClassifierFreeGuidance(5.0),
+    )
+
+
+GLYPH_CHANNELS = 6
+
+
+def hunyuanvideo15() -> diffusers.DiffusionPipeline:
+    transformer = diffusers.HunyuanVideo15Transformer3DModel(
+        **{**SIZES, "in_channels": 2 * LATENT_CHANNELS + 1},
+        attention_head_dim=10,
+        rope_axes_dim=(2, 4, 4),
+        num_refiner_layers=1,
+        text_embed_dim=TEXT_CHANNELS,
+        text_embed_2_dim=GLYPH_CHANNELS,
+        image_embed_dim=8,
+        target_size=64,
+        task_type="t2v",
+    )
+    codec = diffusers.AutoencoderKLHunyuanVideo15(
+        latent_channels=LATENT_CHANNELS, block_out_channels=(8, 8, 8, 8, 8), layers_per_block=1
+    )
+    absent = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    pipe = diffusers.HunyuanVideo15Pipeline(
+        transformer=transformer,
+        vae=codec,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+        guider=diffusers.ClassifierFreeGuidance(5.0),
+        **absent,
+    )
+    # The padding alone is 2,000 tokens, whatever the model.
+    pipe.tokenizer_max_length, pipe.tokenizer_2_max_length, pipe.vision_num_semantic_tokens = TEXT_TOKENS, 4, 5
+    return pipe
+
+
+def glyph_prompts(source: torch.Generator) -> dict[str, Any]:
+    found = masked_prompts(source, name="prompt_embeds_mask")
+    for sign, valid in (("", 2), ("negative_", 0)):
+        found[f"{sign}prompt_embeds_2"] = torch.randn(1, 4, GLYPH_CHANNELS, generator=source)
+        found[f"{sign}prompt_embeds_mask_2"] = torch.arange(4)[None] < valid
+    return found
+
+
+def kandinsky5(pipeline: str = "Kandinsky5T2VPipeline", **changes: Any) -> diffusers.DiffusionPipeline:
+    config = {
+        "in_visual_dim": LATENT_CHANNELS,
+        "out_visual_dim": LATENT_CHANNELS,
+        "in_text_dim": TEXT_CHANNELS,
+        "in_text_dim2": 6,
+        "time_dim": 8,
+        "model_dim": 24,
+        "ff_dim": 32,
+        "num_text_blocks": 1,
+        "num_visual_blocks": 3,
+        "axes_dims": (4, 4, 4),
+        **changes,
+    }
+    transformer = diffusers.Kandinsky5Transformer3DModel(**config)
+    # Fresh weights start at 0, so that no block would add anything.
+    for name, parameter in transformer.named_parameters():
+        if "modulation" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    absent = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    kind: type[diffusers.DiffusionPipeline] = getattr(diffusers, pipeline)
+    return kind(
+        transformer=transformer,
+        vae=diffusers.AutoencoderKLHunyuanVideo(**CODEC, layers_per_block=1, norm_num_groups=4),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
+        **absent,
+    )
+
+
+def kandinsky5_prompts(source: torch.Generator, **further: Any) -> dict[str, Any]:
+    found = prompts(source, name="prompt_embeds_qwen", **further)
+    for sign in ("", "negative_"):
+        found[f"{sign}prompt_embeds_clip"] = torch.randn(1, 6, generator=source)
+        found[f"{sign}prompt_cu_seqlens"] = torch.tensor([0, TEXT_TOKENS], dtype=torch.int32)
+    return found
+
+
+class NoSafetyChecker:
+    """In place of NVIDIA's, whose package and weights a random model does not need."""
+
+    def to(self, device: object) -> NoSafetyChecker:
+        return self
+
+    def check_text_safety(self, prompt: str) -> bool:
+        return True
+
+    def check_video_safety(self, frames: np.ndarray) -> np.ndarray:
+        return frames
+
+
+def _cosmos_transformer(**changes: Any) -> torch.nn.Module:
+    model = diffusers.CosmosTransformer3DModel(
+        **{
+            **SIZES,
+            "attention_head_dim": 12,
+            "mlp_ratio": 2,
+            "text_embed_dim": TEXT_CHANNELS,
+            "adaln_lora_dim": 4,
+            "max_size": (8, 32, 32),
+            # Given as a picture, for whose resizing diffusers needs torchvision.
+            "concat_padding_mask": False,
+            **changes,
+        }
+    )
+    if model.learnable_pos_embed is not None:
+        for parameter in model.learnable_pos_embed.parameters():
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+def cosmos() -> diffusers.DiffusionPipeline:
+    codec = diffusers.AutoencoderKLCosmos(
+        latent_channels=LATENT_CHANNELS,
+        encoder_block_out_channels=(8, 8, 8, 8),
+        decode_block_out_channels=(8, 8, 8, 8),
+        attention_resolutions=(8,),
+        resolution=64,
+        num_layers=1,
+        patch_size=4,
+        latents_mean=None,
+        latents_std=None,
+    )
+    scheduler = diffusers.EDMEulerScheduler(
+        sigma_min=0.002, sigma_max=80, sigma_data=0.5, sigma_schedule="karras", rho=7.0, final_sigmas_type="sigma_min"
+    )
+    return diffusers.CosmosTextToWorldPipeline(
+        None, None, _cosmos_transformer(), codec, scheduler, safety_checker=NoSafetyChecker()
+    )
+
+
+def cosmos2() -> diffusers.DiffusionPipeline:
+    transformer = _cosmos_transformer(
+        in_channels=LATENT_CHANNELS + 1, extra_pos_embed_type=None, rope_scale=(1.0, 3.0, 3.0)
+    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
+    return diffusers.Cosmos2VideoToWorldPipeline(
+        None, None, transformer, wan_codec(), scheduler, safety_checker=NoSafetyChecker()
+    )
+
+
+def cosmos25() -> diffusers.DiffusionPipeline:
+    transformer = _cosmos_transformer(
+        in_channels=LATENT_CHANNELS + 1,
+        extra_pos_embed_type=None,
+        rope_scale=(1.0, 3.0, 3.0),
+        use_crossattn_projection=True,
+        crossattn_proj_in_channels=TEXT_CHANNELS,
+        encoder_hidden_states_channels=TEXT_CHANNELS,
+    )
+    scheduler = diffusers.UniPCMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=5.0, use_karras_sigmas=False
+    )
+    return diffusers.Cosmos2_5_PredictBasePipeline(
+        None, None, transformer, wan_codec(), scheduler, safety_checker=NoSafetyChecker()
+    )

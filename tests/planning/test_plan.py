@@ -1,0 +1,224 @@
+"""`corrdit plan`: planned peaks beside those of real runs, from configurations alone, and what is refused."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pathlib
+import sys
+
+import pytest
+import torch
+
+from corrdit import load_backbone
+from corrdit.cli import main
+from corrdit.integrations.diffusers.backbones.checkpoints import CHECKPOINTS, checkpoint_of
+from corrdit.integrations.diffusers.backbones.loading import backbone_of
+from corrdit.integrations.diffusers.placement import Placement
+from corrdit.integrations.diffusers.planning.cards import CARDS
+from corrdit.integrations.diffusers.planning.fake_model import fake_model
+from corrdit.integrations.diffusers.planning.memory_trace import MemoryTrace
+from corrdit.integrations.diffusers.planning.plan import plan
+from corrdit.integrations.diffusers.planning.residence import bytes_of, resident
+from corrdit.integrations.diffusers.testing.tiny_models import tiny_generation, tiny_pipeline
+
+SCRIPTS = pathlib.Path(__file__).parents[2] / "benchmarks"
+GPU, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def script():
+    sys.path.insert(0, str(SCRIPTS))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield importlib.import_module("plan_memory")
+    finally:
+        torch.set_num_threads(threads)
+        sys.path.remove(str(SCRIPTS))
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return load_backbone("embedded")
+
+
+@pytest.fixture(scope="module")
+def configurations(script, tmp_path_factory):
+    """A folder with configurations and no weights."""
+    return script.configured(tiny_pipeline("wan"), tmp_path_factory.mktemp("wan"))
+
+
+@pytest.mark.parametrize(
+    "task, settings",
+    [
+        ("transfer", {}),
+        ("transfer", {"gradient_checkpointing": True}),
+        ("track", {}),
+        ("cag", {}),
+        pytest.param("transfer", {"method": "smm"}, marks=pytest.mark.slow),
+        pytest.param("transfer", {"optimise": "embedding"}, marks=pytest.mark.slow),
+        pytest.param("capture", {}, marks=pytest.mark.slow),
+    ],
+)
+def test_planned_peaks_are_those_of_runs(task, settings, script, embedded):
+    call = {"prompt": "a red disc", "output_type": "np"}
+    size = (3, 48, 64)
+    taken = script.measured(embedded, task, size, 4, settings, call)
+    expected = script.planned("embedded", task, size, 4, settings)
+    assert expected.peak == pytest.approx(taken, rel=script.BAR)
+    weights = sum(expected.largest.weights.values())
+    # Without what is the same anyway.
+    assert expected.peak - weights == pytest.approx(taken - weights, rel=script.BAR)
+
+
+def test_decoding_is_planned_with_a_real_codec(script, configurations):
+    generation = tiny_generation("wan")
+    call = {key: value for key, value in generation.items() if "prompt" in key}
+    backbone = backbone_of(tiny_pipeline("wan"))
+    taken = script.measured(backbone, "generate", (9, 64, 64), 1, {}, {**call, "guidance_scale": 5.0})
+    found = script.planned(configurations, "generate", (9, 64, 64), 1, {})
+    assert found.largest.name == "decoding"
+    assert found.largest.parts["codec"] > 0.9 * sum(found.largest.parts.values())
+    assert found.peak == pytest.approx(taken, rel=script.BAR)
+
+
+def test_a_plan_reads_configurations_alone(configurations):
+    assert not list(configurations.rglob("*.safetensors"))
+    found = plan(configurations, "transfer", frames=9, height=64, width=64, steps=4)
+    assert (found.tokens, found.text_tokens, found.dtype) == (3 * 4 * 4, 0, "bfloat16")
+    weights = sum(weight.numel() for weight in tiny_pipeline("wan").transformer.parameters())
+    assert found.parameters["transformer"] == weights
+    assert all(fit is not None and fit[0] == found.way for fit in found.fits.values())
+    described = json.loads(json.dumps(found.described()))
+    assert described["peak_bytes"] == found.peak == max(phase["peak_bytes"] for phase in described["phases"])
+    assert described["measured_seconds"] is None
+    assert described["bound_seconds"]["H200 SXM"] == found.flop / 989.4e12
+    assert set(described["sources"]) == {"transformer", "vae", "scheduler"}
+
+
+def test_options_take_less(configurations):
+    """Each option against none, at a size where the guided step and the codec weigh."""
+    asked = {"frames": 9, "height": 128, "width": 128, "steps": 4, "search": False}
+    guided = {}
+    for name, more in {
+        "none": {},
+        "checkpointing": {"settings": {"gradient_checkpointing": True}},
+        "offload": {"placement": Placement("offload")},
+        "groups": {"placement": Placement("offload_groups"), "settings": {"gradient_checkpointing": True}},
+        "float8": {"placement": Placement(weights="float8")},
+    }.items():
+        phases = plan(configurations, "transfer", **asked, **more).phases
+        guided[name] = {phase.name: phase for phase in phases}
+    none = guided["none"]
+    assert guided["checkpointing"]["guided step"].peak < 0.8 * none["guided step"].peak
+    assert guided["checkpointing"]["decoding"] == none["decoding"]
+    assert guided["checkpointing"]["guided step"].flop > none["guided step"].flop
+    assert set(guided["offload"]["decoding"].weights) == {"vae"}
+    assert "transformer" not in guided["groups"]["guided step"].weights
+    brought = guided["groups"]["guided step"].parts["weights"]
+    assert 0 < brought < none["guided step"].weights["transformer"]
+    stored = guided["float8"]["denoising step"].weights["transformer"]
+    assert stored < 0.75 * none["denoising step"].weights["transformer"]
+    assert guided["float8"]["denoising step"].parts["weights"] > 0
+
+
+def test_offloaded_parts_stay_until_the_next_in_the_chain_runs():
+    parts = {"text_encoder": 9, "transformer": 10, "vae": 1}
+    order = ["text_encoder", "vae", "transformer", "", "text_encoder", "transformer", "vae"]
+    found = resident(order, parts, Placement("offload"))
+    expected = [{"text_encoder"}, {"text_encoder", "vae"}, {"vae", "transformer"}, set(), {"text_encoder"}]
+    assert [set(there) for there in found] == [*expected, {"transformer"}, {"vae"}]
+    assert resident(order, parts, Placement()) == [parts] * len(order)
+
+
+def test_packed_weights_take_a_byte():
+    model = fake_model("embedded", device=CPU)
+    own, packed = (bytes_of(model.parts, Placement(weights=kind)) for kind in ("own", "float8"))
+    linear = [module for module in model.parts["transformer"].modules() if isinstance(module, torch.nn.Linear)]
+    smallest = sum(weight.numel() for module in linear for weight in module.parameters())
+    assert packed["vae"] == own["vae"]
+    assert 0 < own["transformer"] - packed["transformer"] <= 3 * smallest
+
+
+def test_a_trace_counts_storages_until_they_are_gone():
+    weight = torch.randn(64, 64)
+    trace = MemoryTrace(weights=[weight])
+    with trace.phase() as phase:
+        first = torch.randn(64, 64, requires_grad=True)
+        saved = (first @ weight).exp()
+        view = saved.t()
+        del saved
+        view.sum().backward()
+    size = 64 * 64 * 4
+    # The leaf and what exp saves are there when their gradients come, the product's output was not kept.
+    assert phase.peak["saved for backward"] == pytest.approx(2 * size, abs=64)
+    assert phase.total == pytest.approx(4 * size, abs=2 * size)
+    assert phase.flop == 2 * 2 * 64**3
+    del first, view
+    with trace.phase() as after:
+        torch.empty(10)
+    assert after.total == 40
+
+
+def test_fake_tensors_leave_nothing_in_the_kernels_caches(configurations):
+    tables = pytest.importorskip("corrdit.kernels.shared.tables", exc_type=ImportError)
+    plan(configurations, "capture", frames=9, height=64, width=64, steps=2, search=False)
+    pairs = [(i, j) for i in range(3) for j in range(3)]
+    table = tables.frame_pairs([frame for pair in pairs for frame in pair], 3, CPU)
+    assert all(type(tensor) is torch.Tensor for tensor in table)
+    assert table.pairs.tolist() == [list(pair) for pair in pairs]
+
+
+def test_published_checkpoints_have_their_published_sizes():
+    """Billions of parameters as their pages have them."""
+    billions = {"cogvideox-5b": 5.57, "wan-2.1-1.3b": 1.42, "wan-2.1-14b": 14.3, "hunyuanvideo": 12.8, "mochi": 10.0}
+    for name, expected in billions.items():
+        transformer = fake_model(name, device=GPU).parts["transformer"]
+        assert sum(weight.numel() for weight in transformer.parameters()) / 1e9 == pytest.approx(expected, rel=0.01)
+    assert checkpoint_of("THUDM/CogVideoX-5b") is checkpoint_of("CogVideoX-5B") is CHECKPOINTS["cogvideox-5b"]
+    assert all(part.source for checkpoint in CHECKPOINTS.values() for part in checkpoint.parts.values())
+
+
+@pytest.mark.slow
+def test_a_published_transfer_fits_a_24_gigabyte_card_as_released():
+    found = plan("cogvideox-5b", "transfer", placement=Placement("offload", codec_tiling=True), search=False)
+    assert found.way.checkpointing
+    assert (found.tokens, found.text_tokens) == (13 * 30 * 45, 226)
+    assert 14 * 2**30 < found.peak < 17 * 2**30 < CARDS[1].bytes
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["cogvideox-9b"], "unknown model 'cogvideox-9b'"),
+        (["embedded", "--height", "50", "--width", "64"], "height 50 is not a multiple of 4"),
+        (["embedded", "--placement", "shards"], "spreads a model over several cards"),
+        (["embedded", "--placement", "offload_layers", "--weights", "float8"], "does not go with placement"),
+        (["embedded", "--task", "track", "--cag"], "cag goes with task=\"generate\""),
+        (["embedded", "--task", "track", "--method", "smm"], "method are settings of task=\"transfer\""),
+        (["embedded", "--frames", "0"], "frames must be a whole number of at least 1"),
+        (["embedded", "--steps", "0"], "steps must be a whole number of at least 1"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_planned_is_refused(arguments, message, capsys):
+    assert main(["plan", *arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("corrdit plan: ")
+    assert message in error
+
+
+def test_a_folder_without_a_transformer_is_refused(tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
+    with pytest.raises(ValueError, match="has no configuration of a transformer"):
+        plan(tmp_path)
+
+
+def test_the_command_shows_phases_and_cards(configurations, capsys):
+    arguments = ["plan", str(configurations), "--frames", "9", "--height", "64", "--width", "64", "--steps", "4"]
+    assert main([*arguments, "--task", "generate", "--cag"]) == 0
+    shown = capsys.readouterr().out
+    for words in ("denoising step", "decoding", "16 GB", "lower bound", "no time was measured"):
+        assert words in shown
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["task"] == "transfer"
