@@ -51,7 +51,6 @@ def run(arguments: Namespace) -> int:
     if importlib.util.find_spec("nicegui") is None:
         raise ValueError('the page needs NiceGUI, which is not installed; pip install ".[explore]" in a checkout')
     port = free_port(arguments.port)
-    from corrdit.cli.explore_page import serve
     from corrdit.files import output_folder
     from corrdit.integrations.diffusers.analysis import explore
     from corrdit.video import StreamedVideo
@@ -62,6 +61,8 @@ def run(arguments: Namespace) -> int:
     asked = named(arguments, "layers", "steps", "prompt")
     with progress_bar("reading") as report:
         exploration = explore(backbone, video, **asked, progress=report)
+    from corrdit.cli.explore_page import serve
+
     call = {"video": arguments.video, "model": arguments.model, **named(arguments, "start", "max_frames"), **asked}
     print(f"http://{HOST}:{port}  (Ctrl-C ends)", flush=True)
     serve(exploration, call, output=arguments.output, host=HOST, port=port)

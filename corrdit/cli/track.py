@@ -27,7 +27,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from corrdit.arguments import whole_number
 from corrdit.cli.devices import add_run_options, named, trainer_devices
 from corrdit.cli.lightning_runs import command_trainer, predict, quiet_lightning
 from corrdit.cli.model_options import add_model_options, checked_preset, chosen_placement, loaded_backbone
@@ -117,6 +116,8 @@ def track_densely(arguments: Namespace, preset: Preset | str | None, video: Stre
     """Follow every N-th pixel of the first frame and write what `dense.npz`, `.mp4` and `.png` hold."""
     from corrdit.tracking import PointTracker
     from corrdit.tracking.dense import DENSE_FILES, write_dense_results
+
+    from corrdit.arguments import whole_number
 
     began, every = time.perf_counter(), whole_number("--dense", arguments.dense, 1)
     options = {"crops": (), **given_tracker_options(arguments)}

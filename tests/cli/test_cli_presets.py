@@ -137,7 +137,7 @@ COMMANDS = {
         ("not JSON", "is not a preset as `corrdit calibrate` writes it"),
         ("[1, 2]", "it holds a list"),
         ('{"step": 3}', "a preset needs a layer"),
-        ('{"layer": "two"}', "layer must be a whole number, got 'two'"),
+        ('{"layer": "two"}', "layer must be a whole number of at least 0, got 'two'"),
         ('{"layer": 1, "heads": "all"}', "heads must be one of probabilities, logits"),
         ('{"layer": 1, "head_weights": [1, "x"]}', "head_weights must be a list of numbers"),
         ('{"layer": 1, "inference_steps": 0}', "inference_steps must be a whole number of at least 1, got 0"),

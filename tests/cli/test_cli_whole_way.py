@@ -64,7 +64,7 @@ def test_wrong_models_and_options(
 ) -> None:
     (tmp_path / "empty").mkdir()
     for name, expected in (
-        ("cogvid", "unknown model 'cogvid'; accepted are embedded"),
+        ("cogvid", "unknown model 'cogvid'; did you mean cogvideox-5b?; accepted are embedded"),
         (tmp_path / "empty", "no model_index.json"),
         (tmp_path / "nowhere", "unknown model"),
     ):

@@ -174,19 +174,19 @@ class CrossAttentionGuidance:
         if steps.call == 0:
             self._shift = None
         branches = branches_of(layout, call, steps)
+        scale = self._scale_now(call) if branches.keys() != {"uncond"} else 0.0
+        if scale and torch.is_grad_enabled():
+            raise ValueError(
+                "a forward with gradients ran under guidance; guidance is for sampling, which pipelines do without, "
+                "and does not go together with optimising through the model (MotionTransfer): leave its block first"
+            )
         if not branches:
             raise ValueError(
                 f"the pipeline calls its transformer {steps.call + 1} times in step {steps.step}; guidance knows a "
                 "conditional and an unconditional call"
             )
-        scale = self._scale_now(call) if "cond" in branches else 0.0
         if not scale:
             return None
-        if torch.is_grad_enabled():
-            raise ValueError(
-                "a forward with gradients ran under guidance; guidance is for sampling, which pipelines do without, "
-                "and does not go together with optimising through the model (MotionTransfer): leave its block first"
-            )
         return GuidedSamples(branches["cond"], scale, self._renormalizes())
 
     def _finished(self, output: object, shift: torch.Tensor | None) -> object:
