@@ -114,10 +114,9 @@ def run(arguments: Namespace) -> int:
 
 def track_densely(arguments: Namespace, preset: Preset | str | None, video: StreamedVideo) -> int:
     """Follow every N-th pixel of the first frame and write what `dense.npz`, `.mp4` and `.png` hold."""
+    from corrdit.arguments import whole_number
     from corrdit.tracking import PointTracker
     from corrdit.tracking.dense import DENSE_FILES, write_dense_results
-
-    from corrdit.arguments import whole_number
 
     began, every = time.perf_counter(), whole_number("--dense", arguments.dense, 1)
     options = {"crops": (), **given_tracker_options(arguments)}

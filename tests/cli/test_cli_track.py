@@ -253,7 +253,10 @@ class TestBadOptions:
         "arguments, expected",
         [
             (["--layer", "last"], "layer"),
-            (["--preset", "best"], "--preset best is not understood; accepted are default, published, ditracker, heft or a preset.json"),
+            (
+                ["--preset", "best"],
+                "--preset best is not understood; accepted are default, published, ditracker, heft or a preset.json",
+            ),
             (["--colour", "red"], "unrecognized arguments: --colour"),
             (["--config", "nowhere.yaml"], "nowhere.yaml"),
             (["--max-side", "0"], "max_side=0"),
