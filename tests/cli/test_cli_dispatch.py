@@ -29,7 +29,7 @@ class Endless:
     def __init__(self, backbone, **options):
         pass
 
-    def track(self, video, queries, progress=None):
+    def track(self, video, queries, **options):
         print("tracking", flush=True)
         time.sleep(60)
 

@@ -114,7 +114,7 @@ def test_frames_are_resized_as_the_released_evaluation_does():
     for size in ((256, 256), (48, 64)):
         frames = torch.nn.functional.interpolate(frames, size=size, mode="bilinear", align_corners=False)
     seen = []
-    backbone._encode = lambda clips: seen.append(clips) or torch.zeros(len(clips), 4, 1, 6, 8)
+    backbone._encode = lambda clips, seeds: seen.append(clips) or torch.zeros(len(clips), 4, 1, 6, 8)
     for resizing in ({"first": (256, 256), "antialias": False}, {"antialias": False}, {}):
         backbone.encode_frames(video, height=48, width=64, **resizing)
     assert torch.allclose(seen[0][:, :, 0], frames / 127.5 - 1, atol=1e-5)

@@ -52,7 +52,10 @@ class WatchedBackbone(PixelBackbone):
         self.bytes: list[int] = []
 
     def forward(self, *arguments):
-        alive = [thing.untyped_storage() for thing in gc.get_objects() if type(thing) is torch.Tensor]
+        tensors = [thing for thing in gc.get_objects() if type(thing) is torch.Tensor]
+        alive = [
+            tensor.untyped_storage() for tensor in tensors if tensor.layout == torch.strided and not tensor.is_meta
+        ]
         self.bytes.append(sum({storage.data_ptr(): storage.nbytes() for storage in alive}.values()))
         return super().forward(*arguments)
 
