@@ -110,7 +110,7 @@ def test_generation_is_analysed(family: Case) -> None:
     assert found.video.shape == family.video.shape
 
 
-@pytest.mark.parametrize("optimise", ["latent", "embedding"])
+@pytest.mark.parametrize("optimise", ["latent", pytest.param("embedding", marks=pytest.mark.slow)])
 def test_motion_is_transferred(family: Case, optimise: str) -> None:
     arguments = {name: value for name, value in family.call.items() if name not in SHAPED}
     settings = {"block": 1, "steps": 3, "guided_share": 0.6, "optimisation_steps": 3, "learning_rate": 0.05}

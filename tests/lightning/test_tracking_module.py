@@ -233,6 +233,7 @@ def counts(output: pathlib.Path) -> list[int]:
     return numbers
 
 
+@pytest.mark.slow
 def test_two_processes_finish_what_one_began_with_the_same_results(videos, backbone, results, tmp_path):
     output = tmp_path / "output"
     begun = VideoDataModule(videos, output=output, names=["a.mp4", "b.mp4"])

@@ -106,7 +106,9 @@ def test_an_image_model_keeps_its_condition(case):
     assert result.optimised.tensors[0]["latent"].shape == (1, 3, backbone.latent_channels, 8, 8)
 
 
-@pytest.mark.parametrize("name", ["cogvideox-rotary", "wan", pytest.param("hunyuanvideo", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["wan", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cogvideox-rotary", "hunyuanvideo"))]
+)
 def test_injection_into_compiled_blocks(case, name):
     options = {"method": "injection", "injection_blocks": (0, 1, 2), "steps": 12, "guided_share": 1.0}
     backbone, video, arguments = case(name)
