@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from corrdit.integrations.components import INDEX_FILE, component_class, pipeline_class, read_index
 from corrdit.integrations.diffusers.backbones.base import Backbone
@@ -137,7 +137,8 @@ def _built(name: str, part: Part, dtype: torch.dtype, mode: FakeTensorMode) -> A
     if not issubclass(kind, nn.Module):
         return kind.from_config(dict(part.config)) if hasattr(kind, "from_config") else None
     try:
-        with torch.device("meta"):
+        # Fake as well, for a device mode that something left behind would have its way before this one's.
+        with mode, torch.device("meta"):
             if getattr(kind, "config_class", None) is not None:
                 model = kind(kind.config_class(**part.config))
             else:
@@ -161,6 +162,8 @@ def _fill(model: nn.Module, dtype: torch.dtype, mode: FakeTensorMode) -> None:
                     if id(tensor) not in made:
                         kind = dtype if tensor.is_floating_point() else tensor.dtype
                         fake = torch.empty(tensor.shape, dtype=kind)
+                        # Before a model's worth of memory is taken.
+                        assert isinstance(fake, FakeTensor), "the mode of fake tensors is not at work"
                         is_weight = isinstance(tensor, nn.Parameter)
                         made[id(tensor)] = nn.Parameter(fake, requires_grad=False) if is_weight else fake
                     held[key] = made[id(tensor)]  # type: ignore[assignment]
