@@ -44,6 +44,7 @@ def test_refinement_lowers_the_error(backbone, clips):
     assert (refined <= 2).float().mean() > (whole_tokens <= 2).float().mean()
 
 
+@pytest.mark.slow
 def test_crops_lower_the_error_further_and_moving_points_are_followed(backbone, clips):
     whole_frames = moving_errors(PointTracker(backbone, crops=()).track, clips)
     looked_again = moving_errors(PointTracker(backbone).track, clips)
