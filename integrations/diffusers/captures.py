@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -25,6 +25,7 @@ from corrdit.integrations.diffusers.host.forwards import (
     watched_forwards,
     weights_kept_for_backward,
 )
+from corrdit.integrations.diffusers.host.layers import Layers, layer_count, layer_list
 from corrdit.integrations.diffusers.host.skipped import Firings, run_whole
 from corrdit.integrations.diffusers.host.steps import PipelineSteps, TransformerSteps, branches_of
 from corrdit.integrations.diffusers.layouts import ForwardCall, TransformerLayout, layout_of
@@ -44,7 +45,7 @@ CaptureCallback = Callable[[int, int, Any], None]
 def capture(
     model: Any,
     *,
-    layers: int | Iterable[int] | Literal["all"],
+    layers: Layers,
     steps: int | Iterable[int] | None = None,
     operation: Operation | Mapping[str, Operation],
     branch: str | None = None,
@@ -102,9 +103,10 @@ def capture(
     """
     if not isinstance(model, torch.nn.Module) and hasattr(model, "pipe"):
         model = model.pipe
+    wanted = layer_list(layers)
     return Capture(
         model,
-        operations=dict.fromkeys(_chosen_layers(model, layers), named_operations(operation)),
+        operations=dict.fromkeys(range(layer_count(model)) if wanted == "all" else wanted, named_operations(operation)),
         steps=None if steps is None else whole_indices("steps", steps),
         named=isinstance(operation, Mapping),
         branch=branch,
@@ -114,15 +116,6 @@ def capture(
         on_skip=on_skip,
         attention=attention,
     )
-
-
-def _chosen_layers(model: Any, layers: int | Iterable[int] | Literal["all"]) -> Iterable[int]:
-    if not isinstance(layers, str):
-        return whole_indices("layers", layers)
-    if layers != "all":
-        raise ValueError(f'layers must be "all" or whole numbers, got {layers!r}')
-    counts = [len(layout_of(transformer).attention_modules(transformer)) for transformer in transformers_of(model)]
-    return range(min(counts, default=0))
 
 
 class Capture(Mapping[tuple[int, int], Any]):

@@ -11,10 +11,11 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from corrdit.arguments import whole_indices, whole_number
+from corrdit.integrations.diffusers.host.layers import layer_list
 from corrdit.integrations.diffusers.processors import Operation
 from corrdit.integrations.lightning.discovery import VideoModel, find_video_model
 from corrdit.integrations.lightning.measurement import MatchMeasurement
-from corrdit.integrations.lightning.reading import layer_indices, layer_list, repeated_items, timed_capture
+from corrdit.integrations.lightning.reading import layer_indices, repeated_items, timed_capture
 from corrdit.integrations.lightning.reports import (
     FOLDER,
     Report,

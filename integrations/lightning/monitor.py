@@ -15,9 +15,10 @@ from corrdit.arguments import whole_number
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.backbones.loading import backbone_of
 from corrdit.integrations.diffusers.host.forwards import transformers_of
+from corrdit.integrations.diffusers.host.layers import layer_list
 from corrdit.integrations.lightning.discovery import VideoModel, find_held_model, find_video_model
 from corrdit.integrations.lightning.measurement import MatchMeasurement, WorldProbe, first_frame_hits, summed_hits
-from corrdit.integrations.lightning.reading import layer_indices, layer_list, timed_capture
+from corrdit.integrations.lightning.reading import layer_indices, timed_capture
 from corrdit.integrations.lightning.reports import (
     FOLDER,
     Report,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterator, Sized
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, cast
 
@@ -11,9 +11,10 @@ from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import BatchSampler, DistributedSampler
 
-from corrdit.arguments import resolved_index, whole_indices
+from corrdit.arguments import resolved_index
 from corrdit.integrations.diffusers.captures import capture
 from corrdit.integrations.diffusers.host.forwards import transformers_of, watched_forwards
+from corrdit.integrations.diffusers.host.layers import layer_count
 from corrdit.integrations.diffusers.layouts import ForwardCall, layout_of
 from corrdit.integrations.diffusers.processors import Operation
 from corrdit.integrations.lightning.discovery import VideoModel
@@ -119,27 +120,13 @@ def repeated_items(loader: object, batch: int) -> list[bool] | None:
 _EVENING_OUT = (DistributedSampler.__iter__, DistributedSamplerWrapper.__iter__)
 
 
-def layer_list(layers: int | Iterable[int] | str) -> list[int] | str:
-    """Layers as they are given to a callback: "all", or whole numbers as a list, which a generator is only once.
-
-    Raises:
-        ValueError: another word, or anything but whole numbers.
-    """
-    if isinstance(layers, str):
-        if layers != "all":
-            raise ValueError(f'layers must be whole numbers or "all", got {layers!r}')
-        return layers
-    return whole_indices("layers", layers)
-
-
 def layer_indices(model: VideoModel, layers: list[int] | str) -> list[int]:
     """Non-negative indices of the layers asked for, in order.
 
     Raises:
         ValueError: an index out of range.
     """
-    transformer = transformers_of(model)[0]
-    count = len(layout_of(transformer).attention_modules(transformer))
+    count = layer_count(model)
     wanted = range(count) if isinstance(layers, str) else layers
     return sorted(
         {resolved_index("layer", layer, count, f"the model, which has layers 0 to {count - 1}") for layer in wanted}

@@ -51,5 +51,5 @@ def test_all_layers():
     with capture(pipe, layers="all", steps=[-1], operation=lambda q, k, grid, key_mask: q.sum()) as captured:
         pipe(**tiny_generation("wan", steps=2))
     assert list(captured) == [(1, layer) for layer in range(len(pipe.transformer.blocks))]
-    with pytest.raises(ValueError, match="layers must be \"all\" or whole numbers, got '45'"):
+    with pytest.raises(ValueError, match="layers must be whole numbers or \"all\", got '45'"):
         capture(pipe, layers="45", operation=lambda q, k, grid, key_mask: q.sum())
