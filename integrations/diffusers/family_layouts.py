@@ -235,6 +235,18 @@ class Kandinsky5Layout(BlockLayout):
         return int(sum(config_of(transformer).axes_dims))
 
 
+class Kandinsky6Layout(Kandinsky5Layout):
+    """Kandinsky 6: as Kandinsky 5, with a stream of audio beside it; an image stands behind the frames of the video."""
+
+    family = "kandinsky6"
+    transformers = ("Kandinsky6Transformer3DModel",)
+    attention = "video_dec_block.self_attention"
+    cross = "video_dec_block.cross_attention"
+
+    def refusal(self, transformer: nn.Module) -> str | None:
+        return None
+
+
 FAMILY_LAYOUTS: dict[str, type[TransformerLayout]] = {
     name: layout
     for layout in (
@@ -248,6 +260,7 @@ FAMILY_LAYOUTS: dict[str, type[TransformerLayout]] = {
         HunyuanVideo15Layout,
         HunyuanVideoLayout,
         Kandinsky5Layout,
+        Kandinsky6Layout,
         LTX2Layout,
         LTXLayout,
         MochiLayout,

@@ -59,7 +59,7 @@ def _case(name: str, backbone: Backbone) -> Case:
 @pytest.fixture(scope="module", params=NAMES)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     """One loaded model for all tests of its family."""
-    from corrdit.integrations.diffusers.testing.tiny_families import NoSafetyChecker
+    from corrdit.integrations.diffusers.testing.tiny_cosmos import NoSafetyChecker
     from corrdit.testing import tiny_pipeline
 
     pipe = tiny_pipeline(request.param)

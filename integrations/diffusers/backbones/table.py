@@ -13,6 +13,7 @@ from corrdit.integrations.diffusers.backbones.easyanimate import EasyAnimateBack
 from corrdit.integrations.diffusers.backbones.hunyuanvideo import HunyuanVideoBackbone
 from corrdit.integrations.diffusers.backbones.hunyuanvideo15 import HunyuanVideo15Backbone
 from corrdit.integrations.diffusers.backbones.kandinsky5 import Kandinsky5Backbone
+from corrdit.integrations.diffusers.backbones.kandinsky6 import Kandinsky6Backbone
 from corrdit.integrations.diffusers.backbones.ltx import LTXBackbone
 from corrdit.integrations.diffusers.backbones.ltx2 import LTX2Backbone
 from corrdit.integrations.diffusers.backbones.mochi import MochiBackbone
@@ -34,6 +35,7 @@ BACKBONES: tuple[type[Backbone], ...] = (
     HunyuanVideoBackbone,
     HunyuanVideo15Backbone,
     Kandinsky5Backbone,
+    Kandinsky6Backbone,
     LTXBackbone,
     LTX2Backbone,
     MochiBackbone,
