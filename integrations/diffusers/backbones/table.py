@@ -9,6 +9,7 @@ from corrdit.integrations.diffusers.backbones.chronoedit import ChronoEditBackbo
 from corrdit.integrations.diffusers.backbones.cogvideox import CogVideoXBackbone
 from corrdit.integrations.diffusers.backbones.consisid import ConsisIDBackbone
 from corrdit.integrations.diffusers.backbones.cosmos import CosmosBackbone
+from corrdit.integrations.diffusers.backbones.cosmos3 import Cosmos3Backbone
 from corrdit.integrations.diffusers.backbones.easyanimate import EasyAnimateBackbone
 from corrdit.integrations.diffusers.backbones.hunyuanvideo import HunyuanVideoBackbone
 from corrdit.integrations.diffusers.backbones.hunyuanvideo15 import HunyuanVideo15Backbone
@@ -31,6 +32,7 @@ BACKBONES: tuple[type[Backbone], ...] = (
     CogVideoXBackbone,
     ConsisIDBackbone,
     CosmosBackbone,
+    Cosmos3Backbone,
     EasyAnimateBackbone,
     HunyuanVideoBackbone,
     HunyuanVideo15Backbone,
@@ -45,6 +47,11 @@ BACKBONES: tuple[type[Backbone], ...] = (
     WanAnimateBackbone,
     WanVACEBackbone,
 )
+CAPTURED_ALONE = {
+    "MiniMaxH3Transformer3DModel": "diffusers runs it by a modular pipeline alone, which is not supported; `capture` "
+    "reads its transformer"
+}
+"""Why transformers with a layout have no backbone."""
 FAMILIES = {
     transformer: backbone
     for transformer, layout in FAMILY_LAYOUTS.items()

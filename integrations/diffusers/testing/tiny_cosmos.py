@@ -94,3 +94,38 @@ def cosmos25() -> diffusers.DiffusionPipeline:
     return diffusers.Cosmos2_5_PredictBasePipeline(
         None, None, transformer, wan_codec(), scheduler, safety_checker=NoSafetyChecker()
     )
+
+
+WORDS = ("<pad>", "<unk>", "<eos>", "<|vision_start|>", "a", "red", "disc", "moves", "left", "over", "sand")
+
+
+def cosmos3() -> diffusers.DiffusionPipeline:
+    """Of a model that reads token ids itself, so that its pipeline has a tokenizer and no text encoder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    transformer = diffusers.Cosmos3OmniTransformer(
+        head_dim=12,
+        hidden_size=24,
+        intermediate_size=32,
+        latent_channel=LATENT_CHANNELS,
+        num_attention_heads=4,
+        num_hidden_layers=3,
+        num_key_value_heads=2,
+        patch_latent_dim=4 * LATENT_CHANNELS,
+        vocab_size=len(WORDS),
+        rope_axes_dim=(2, 2, 2),
+    )
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    special = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "<eos>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **special)
+    scheduler = diffusers.UniPCMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=5.0, use_karras_sigmas=False
+    )
+    return diffusers.Cosmos3OmniPipeline(transformer, fast, wan_codec(), scheduler, enable_safety_checker=False)
+
+
+def worded_prompts(source: torch.Generator) -> dict[str, Any]:
+    return {"prompt": "a red disc moves left", "negative_prompt": "sand"}

@@ -15,7 +15,6 @@ from corrdit.integrations.diffusers.testing.tiny_pipelines import (
     prompts,
 )
 
-
 _SIZES: dict[str, Any] = {
     "in_visual_dim": LATENT_CHANNELS,
     "out_visual_dim": LATENT_CHANNELS,

@@ -41,6 +41,8 @@ class TinyModel:
         frames: of a video for it.
         guidance: name of its guidance scale; None where the pipeline holds a guider.
         variant: whether it differs little from another one.
+        packed: whether a forward packs one sample with the words of its prompt, so that `check_backbone`, which makes a
+            batch and a prompt by itself, does not fit it.
     """
 
     pipeline: str
@@ -50,6 +52,7 @@ class TinyModel:
     frames: int = 9
     guidance: str | None = "guidance_scale"
     variant: bool = False
+    packed: bool = False
 
 
 def tiny_pipeline(name: str, *, seed: int = 0) -> diffusers.DiffusionPipeline:
@@ -202,12 +205,11 @@ _MODELS = {
         frames=25,
         variant=True,
     ),
-    "kandinsky6": TinyModel(
-        "Kandinsky6TI2VAPipeline", tiny_kandinsky.kandinsky6, tiny_kandinsky.kandinsky6_prompts
-    ),
+    "kandinsky6": TinyModel("Kandinsky6TI2VAPipeline", tiny_kandinsky.kandinsky6, tiny_kandinsky.kandinsky6_prompts),
     "cosmos": TinyModel("CosmosTextToWorldPipeline", tiny_cosmos.cosmos, prompts, frames=17),
     "cosmos-2": TinyModel("Cosmos2VideoToWorldPipeline", tiny_cosmos.cosmos2, _cond, variant=True),
     "cosmos-2.5": TinyModel("Cosmos2_5_PredictBasePipeline", tiny_cosmos.cosmos25, prompts),
+    "cosmos3": TinyModel("Cosmos3OmniPipeline", tiny_cosmos.cosmos3, tiny_cosmos.worded_prompts, packed=True),
 }
 TINY_MODELS = {name: model for name, model in _MODELS.items() if model.pipeline in dir(diffusers)}
 """Tiny models by name: the families and the variants that differ for a capture, as far as diffusers has them."""
