@@ -136,10 +136,15 @@ class CorrespondenceProcessor(DelegatingProcessor):
             return self.delegated(interceptors, attn, *args, **kwargs)
         hidden_states = args[0] if args else kwargs["hidden_states"]
         assert isinstance(hidden_states, Tensor)
-        gathered = calls_of_layer(hidden_states.shape[0], request.grid, _text_mask(kwargs))
+        # Without a batch where a forward packs one sample (Cosmos 3).
+        batch = hidden_states.shape[0] if hidden_states.ndim > 2 else 1
+        gathered = calls_of_layer(batch, request.grid, _text_mask(kwargs))
 
         def observe(call: AttentionCall, attention: Attention) -> Tensor:
-            if gathered.add(AttentionInputs.of_call(call)):
+            inputs = AttentionInputs.of_call(call).over_all_tokens(request.grid)
+            if inputs is None:
+                return attention(call)
+            if gathered.add(inputs):
                 self._fire(request, gathered.joined())
             # Where the forward ends here the real output is never used; but a checkpointed block runs again in backward
             # and has to make the same graph then.
@@ -214,9 +219,10 @@ class CorrespondenceProcessor(DelegatingProcessor):
         reads, self._compiled_reads = self._compiled_reads, []
         if not reads or self._request is None:
             return
-        batch = sum(inputs.query.shape[0] for inputs in reads)
+        whole = [each for each in (inputs.over_all_tokens(self._request.grid) for inputs in reads) if each is not None]
+        batch = sum(inputs.query.shape[0] for inputs in whole)
         gathered = calls_of_layer(batch, self._request.grid, self._compiled_text_mask)
-        for inputs in reads:
+        for inputs in whole:
             gathered.add(inputs)
         self._fire(self._request, gathered.joined())
 
