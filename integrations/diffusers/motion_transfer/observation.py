@@ -44,7 +44,9 @@ class Reader:
     region: Tensor | None = None
     words: PromptWords | None = None
 
-    def operation(self, function: Callable[[Any], Any], kind: type[AttentionReading | TextReading]) -> Operation:
+    def operation(
+        self, function: Callable[[Any], Any], kind: type[AttentionReading | TextReading] = AttentionReading
+    ) -> Operation:
         """A function of readings of attention as an operation of a capture."""
 
         def operation(q: Tensor, k: Tensor, grid: Any, key_mask: Tensor | None) -> Any:

@@ -49,7 +49,7 @@ def _cosmos_transformer(**changes: Any) -> torch.nn.Module:
     return model
 
 
-def cosmos() -> diffusers.DiffusionPipeline:
+def cosmos(pipeline: str = "CosmosTextToWorldPipeline", **changes: Any) -> diffusers.DiffusionPipeline:
     codec = diffusers.AutoencoderKLCosmos(
         latent_channels=LATENT_CHANNELS,
         encoder_block_out_channels=(8, 8, 8, 8),
@@ -64,9 +64,8 @@ def cosmos() -> diffusers.DiffusionPipeline:
     scheduler = diffusers.EDMEulerScheduler(
         sigma_min=0.002, sigma_max=80, sigma_data=0.5, sigma_schedule="karras", rho=7.0, final_sigmas_type="sigma_min"
     )
-    return diffusers.CosmosTextToWorldPipeline(
-        None, None, _cosmos_transformer(), codec, scheduler, safety_checker=NoSafetyChecker()
-    )
+    kind: type[diffusers.DiffusionPipeline] = getattr(diffusers, pipeline)
+    return kind(None, None, _cosmos_transformer(**changes), codec, scheduler, safety_checker=NoSafetyChecker())
 
 
 def cosmos2() -> diffusers.DiffusionPipeline:
@@ -88,9 +87,9 @@ def cosmos25() -> diffusers.DiffusionPipeline:
         crossattn_proj_in_channels=TEXT_CHANNELS,
         encoder_hidden_states_channels=TEXT_CHANNELS,
     )
-    scheduler = diffusers.UniPCMultistepScheduler(
-        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=5.0, use_karras_sigmas=False
-    )
+    # As the published one, whose range of noise Predict2's scheduler has, too.
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    scheduler = diffusers.UniPCMultistepScheduler(use_karras_sigmas=True, sigma_max=200.0, sigma_min=0.01, **flow)
     return diffusers.Cosmos2_5_PredictBasePipeline(
         None, None, transformer, wan_codec(), scheduler, safety_checker=NoSafetyChecker()
     )

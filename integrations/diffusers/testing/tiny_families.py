@@ -21,6 +21,7 @@ from corrdit.integrations.diffusers.testing.tiny_pipelines import (
     cogvideox,
     image_encoder,
     masked_prompts,
+    picture,
     prompts,
     wan_codec,
     wan_parts,
@@ -142,9 +143,9 @@ def allegro() -> diffusers.DiffusionPipeline:
     return diffusers.AllegroPipeline(None, None, codec, transformer, scheduler)
 
 
-def easyanimate() -> diffusers.DiffusionPipeline:
+def easyanimate(pipeline: str = "EasyAnimatePipeline", **changes: Any) -> diffusers.DiffusionPipeline:
     transformer = diffusers.EasyAnimateTransformer3DModel(
-        **SIZES,
+        **{**SIZES, **changes},
         attention_head_dim=16,
         patch_size=2,
         mmdit_layers=2,
@@ -154,7 +155,14 @@ def easyanimate() -> diffusers.DiffusionPipeline:
     )
     codec = diffusers.AutoencoderKLMagvit(**CODEC, layers_per_block=1, norm_num_groups=2, spatial_group_norm=False)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    return diffusers.EasyAnimatePipeline(codec, None, None, transformer, scheduler)
+    kind: type[diffusers.DiffusionPipeline] = getattr(diffusers, pipeline)
+    return kind(codec, None, None, transformer, scheduler)
+
+
+def inpainting_prompts(source: torch.Generator) -> dict[str, Any]:
+    """With a video of which nothing is given."""
+    video, mask = torch.rand(1, 3, 9, 64, 64, generator=source), torch.full((1, 1, 9, 64, 64), 255.0)
+    return {**masked_prompts(source), "video": video, "mask_video": mask}
 
 
 PLAIN_GUIDANCE: dict[str, Any] = {
@@ -215,7 +223,7 @@ def ltx2(pipeline: str = "LTX2Pipeline") -> diffusers.DiffusionPipeline:
     )
 
 
-def motifvideo(**changes: Any) -> diffusers.DiffusionPipeline:
+def motifvideo(pipeline: str = "MotifVideoPipeline", **changes: Any) -> diffusers.DiffusionPipeline:
     config = {
         **SIZES,
         "num_layers": 2,
@@ -226,20 +234,22 @@ def motifvideo(**changes: Any) -> diffusers.DiffusionPipeline:
         "text_embed_dim": TEXT_CHANNELS,
         **changes,
     }
-    return diffusers.MotifVideoPipeline(
+    kind: type[diffusers.DiffusionPipeline] = getattr(diffusers, pipeline)
+    return kind(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=wan_codec(),
         text_encoder=None,
         tokenizer=None,
         transformer=diffusers.MotifVideoTransformer3DModel(**config),
         guider=diffusers.ClassifierFreeGuidance(5.0),
+        **({"feature_extractor": None} if "Image" in pipeline else {}),
     )
 
 
 GLYPH_CHANNELS = 6
 
 
-def hunyuanvideo15() -> diffusers.DiffusionPipeline:
+def hunyuanvideo15(pipeline: str = "HunyuanVideo15Pipeline") -> diffusers.DiffusionPipeline:
     transformer = diffusers.HunyuanVideo15Transformer3DModel(
         **{**SIZES, "in_channels": 2 * LATENT_CHANNELS + 1},
         attention_head_dim=10,
@@ -249,26 +259,40 @@ def hunyuanvideo15() -> diffusers.DiffusionPipeline:
         text_embed_2_dim=GLYPH_CHANNELS,
         image_embed_dim=8,
         target_size=64,
-        task_type="t2v",
+        task_type="i2v" if "Image" in pipeline else "t2v",
     )
     codec = diffusers.AutoencoderKLHunyuanVideo15(
         latent_channels=LATENT_CHANNELS, block_out_channels=(8, 8, 8, 8, 8), layers_per_block=1
     )
     absent = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-    pipe = diffusers.HunyuanVideo15Pipeline(
+    kind: type[diffusers.DiffusionPipeline] = getattr(diffusers, pipeline)
+    pipe = kind(
         transformer=transformer,
         vae=codec,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
         guider=diffusers.ClassifierFreeGuidance(5.0),
         **absent,
+        **(_siglip() if "Image" in pipeline else {}),
     )
     # The padding alone is 2,000 tokens, whatever the model.
     pipe.tokenizer_max_length, pipe.tokenizer_2_max_length, pipe.vision_num_semantic_tokens = TEXT_TOKENS, 4, 5
     return pipe
 
 
-def glyph_prompts(source: torch.Generator) -> dict[str, Any]:
+def _siglip() -> dict[str, Any]:
+    """A picture as 4 features, and what prepares it."""
+    from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
+
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 2}
+    model = SiglipVisionModel(SiglipVisionConfig(**size, image_size=32, patch_size=16))
+    return {"image_encoder": model, "feature_extractor": SiglipImageProcessor(size={"height": 32, "width": 32})}
+
+
+def glyph_prompts(source: torch.Generator, *, image: bool = False) -> dict[str, Any]:
     found = masked_prompts(source, name="prompt_embeds_mask")
+    if image:
+        # The size of the video is that of the picture.
+        found |= {"image": picture(source), "height": None, "width": None}
     for sign, valid in (("", 2), ("negative_", 0)):
         found[f"{sign}prompt_embeds_2"] = torch.randn(1, 4, GLYPH_CHANNELS, generator=source)
         found[f"{sign}prompt_embeds_mask_2"] = torch.arange(4)[None] < valid

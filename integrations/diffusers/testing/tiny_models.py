@@ -148,10 +148,43 @@ _MODELS = {
         guidance="true_cfg_scale",
         variant=True,
     ),
+    "hunyuanvideo-i2v": TinyModel(
+        "HunyuanVideoImageToVideoPipeline",
+        partial(
+            pipelines.hunyuanvideo,
+            "HunyuanVideoImageToVideoPipeline",
+            in_channels=2 * LATENT_CHANNELS + 1,
+            image_condition_type="latent_concat",
+        ),
+        partial(masked_prompts, pooled=True, image=True),
+        guidance="true_cfg_scale",
+        variant=True,
+    ),
+    "hunyuanvideo-i2v-replace": TinyModel(
+        "HunyuanVideoImageToVideoPipeline",
+        partial(pipelines.hunyuanvideo, "HunyuanVideoImageToVideoPipeline", image_condition_type="token_replace"),
+        partial(masked_prompts, pooled=True, image=True),
+        guidance="true_cfg_scale",
+        variant=True,
+    ),
     "hunyuanvideo15": TinyModel(
         "HunyuanVideo15Pipeline", families.hunyuanvideo15, families.glyph_prompts, guidance=None
     ),
+    "hunyuanvideo15-image": TinyModel(
+        "HunyuanVideo15ImageToVideoPipeline",
+        partial(families.hunyuanvideo15, "HunyuanVideo15ImageToVideoPipeline"),
+        partial(families.glyph_prompts, image=True),
+        guidance=None,
+        variant=True,
+    ),
     "motifvideo": TinyModel("MotifVideoPipeline", families.motifvideo, masked_prompts, guidance=None),
+    "motifvideo-image": TinyModel(
+        "MotifVideoImage2VideoPipeline",
+        partial(families.motifvideo, "MotifVideoImage2VideoPipeline"),
+        partial(masked_prompts, image=True, prompt=None),
+        guidance=None,
+        variant=True,
+    ),
     "motifvideo-decoder": TinyModel(
         "MotifVideoPipeline",
         partial(families.motifvideo, num_single_layers=3, num_decoder_layers=1),
@@ -180,6 +213,13 @@ _MODELS = {
         "SkyReelsV2ImageToVideoPipeline", families.skyreelsv2_image, partial(_cond, tokens=512), variant=True
     ),
     "ltx": TinyModel("LTXPipeline", pipelines.ltx, masked_prompts, height=128),
+    "ltx-image": TinyModel(
+        "LTXImageToVideoPipeline",
+        partial(pipelines.ltx, "LTXImageToVideoPipeline"),
+        partial(masked_prompts, image=True),
+        height=128,
+        variant=True,
+    ),
     "ltx2": TinyModel("LTX2Pipeline", families.ltx2, partial(masked_prompts, **families.PLAIN_GUIDANCE), height=128),
     "ltx2-image": TinyModel(
         "LTX2ImageToVideoPipeline",
@@ -196,6 +236,12 @@ _MODELS = {
         frames=24,
     ),
     "easyanimate": TinyModel("EasyAnimatePipeline", families.easyanimate, masked_prompts),
+    "easyanimate-inpaint": TinyModel(
+        "EasyAnimateInpaintPipeline",
+        partial(families.easyanimate, "EasyAnimateInpaintPipeline", in_channels=2 * LATENT_CHANNELS + 1),
+        families.inpainting_prompts,
+        variant=True,
+    ),
     "kandinsky5": TinyModel("Kandinsky5T2VPipeline", tiny_kandinsky.kandinsky5, tiny_kandinsky.kandinsky5_prompts),
     "kandinsky5-image": TinyModel(
         "Kandinsky5I2VPipeline",
@@ -207,6 +253,13 @@ _MODELS = {
     ),
     "kandinsky6": TinyModel("Kandinsky6TI2VAPipeline", tiny_kandinsky.kandinsky6, tiny_kandinsky.kandinsky6_prompts),
     "cosmos": TinyModel("CosmosTextToWorldPipeline", tiny_cosmos.cosmos, prompts, frames=17),
+    "cosmos-image": TinyModel(
+        "CosmosVideoToWorldPipeline",
+        partial(tiny_cosmos.cosmos, "CosmosVideoToWorldPipeline", in_channels=LATENT_CHANNELS + 1),
+        _cond,
+        frames=17,
+        variant=True,
+    ),
     "cosmos-2": TinyModel("Cosmos2VideoToWorldPipeline", tiny_cosmos.cosmos2, _cond, variant=True),
     "cosmos-2.5": TinyModel("Cosmos2_5_PredictBasePipeline", tiny_cosmos.cosmos25, prompts),
     "cosmos3": TinyModel("Cosmos3OmniPipeline", tiny_cosmos.cosmos3, tiny_cosmos.worded_prompts, packed=True),
