@@ -23,6 +23,7 @@ from corrdit.integrations.diffusers.attention_inputs import AttentionInputs, cal
 from corrdit.integrations.diffusers.compatibility import check_attention_backend, check_processor
 from corrdit.integrations.diffusers.host.attention import Attention, AttentionCall, DelegatingProcessor, Interceptors
 from corrdit.integrations.diffusers.host.forwards import EarlyExit
+from corrdit.integrations.diffusers.host.parallel import KEPT_GRAPH_IS_SPREAD, token_group
 from corrdit.integrations.diffusers.result_guard import released, saved_tensors_kept_apart, unchanged
 
 Operation = Callable[[Tensor, Tensor, Any, Tensor | None], Any]
@@ -137,9 +138,12 @@ class CorrespondenceProcessor(DelegatingProcessor):
         hidden_states = args[0] if args else kwargs["hidden_states"]
         assert isinstance(hidden_states, Tensor)
         gathered = calls_of_layer(hidden_states.shape[0], request.grid, _text_mask(kwargs))
+        group = token_group(self)
+        if group is not None and request.keep_graph:
+            raise ValueError(KEPT_GRAPH_IS_SPREAD)
 
         def observe(call: AttentionCall, attention: Attention) -> Tensor:
-            if gathered.add(AttentionInputs.of_call(call)):
+            if gathered.add(AttentionInputs.of_call(call).whole(group)):
                 self._fire(request, gathered.joined())
             # Where the forward ends here the real output is never used; but a checkpointed block runs again in backward
             # and has to make the same graph then.
@@ -186,7 +190,7 @@ class CorrespondenceProcessor(DelegatingProcessor):
         Raises:
             ValueError: the inner processor's attention cannot be read.
         """
-        check_processor(self.inner)
+        check_processor(self.inner, spread=True)
         self._request = request
 
     def leave_when_read(self) -> None:
@@ -217,7 +221,7 @@ class CorrespondenceProcessor(DelegatingProcessor):
         batch = sum(inputs.query.shape[0] for inputs in reads)
         gathered = calls_of_layer(batch, self._request.grid, self._compiled_text_mask)
         for inputs in reads:
-            gathered.add(inputs)
+            gathered.add(inputs.whole(token_group(self)))
         self._fire(self._request, gathered.joined())
 
     @property
