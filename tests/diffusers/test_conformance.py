@@ -11,7 +11,7 @@ import torch
 
 from corrdit.integrations.diffusers import family_layouts, layouts, processors
 from corrdit.integrations.diffusers.host import attention
-from corrdit.integrations.diffusers.testing.accelerated_checks import ACCELERATED_CHECKS
+from corrdit.integrations.diffusers.testing.accelerated_checks import ACCELERATED_CHECKS, NO_GROUPS
 from corrdit.integrations.diffusers.testing.conformance import CHECKS, GENERATION_CHECK
 from corrdit.testing import TINY_MODELS, check_backbone, tiny_backbone, tiny_generation
 
@@ -41,7 +41,11 @@ def test_families_conform(name):
 def test_families_conform_however_they_are_run(name):
     results = check_backbone(tiny_backbone(name), only=tuple(ACCELERATED_CHECKS))
     assert [result.name for result in results] == list(ACCELERATED_CHECKS)
-    absent = {"quantized": "torchao is not installed", "lora": "peft is not installed"}
+    absent = {
+        "quantized": "torchao is not installed",
+        "lora": "peft is not installed",
+        "group offload": NO_GROUPS,
+    }
     for result in results:
         assert result.passed or result.name == "fused projections" or result.skipped == absent[result.name]
 
@@ -289,6 +293,8 @@ def test_mistakes_of_a_layout_that_show_when_the_model_is_run_otherwise(name, mo
         pytest.importorskip({"quantized": "torchao", "lora": "peft"}[name])
     family = "hunyuanvideo" if "block_lists" in methods else "wan"
     backbone = tiny_backbone(family)
+    if check_backbone(backbone, only=(name,))[0].skipped == NO_GROUPS:
+        pytest.skip(NO_GROUPS)
     layout = type("Broken", (LAYOUTS[family],), methods)
     monkeypatch.setitem(layouts._registered, type(backbone.transformer).__name__, layout)
     with pytest.raises(AssertionError, match=f"- {name}: ") as failed:
