@@ -322,7 +322,8 @@ class MotionTransfer:
         for name in ("prompt", "negative_prompt"):
             if embeds_given(further, name):
                 chosen.pop(name, None)
-                if name in taken and taken[name].default is inspect.Parameter.empty:
+                # Some pipelines want a prompt, or have "" for one, and refuse it beside embeddings.
+                if name in taken and taken[name].default is not None:
                     chosen[name] = None
         refused = [name for name in further if name in _OWN_ARGUMENTS]
         if refused:
