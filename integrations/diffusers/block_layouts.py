@@ -68,6 +68,8 @@ class TransformerLayout(abc.ABC):
         transformers: names of the classes it is the layout of.
         text: where the text stands in the token axis of self-attention; None where it does not.
         axes: of the latents a call is given, in their order: batch, channels, frames, height and width.
+        compared_calls: whether what its pipelines predict is one sum of differences, so that a shift of every
+            prediction of a step, in whatever number of calls, shifts the result by the same.
         rotary_halves: in how many parts of a head's channels rotary embedding pairs the two halves of the part; 0
             where it pairs neighbours.
     """
@@ -77,6 +79,7 @@ class TransformerLayout(abc.ABC):
     transformers: ClassVar[tuple[str, ...]] = ()
     text: ClassVar[Literal["first", "last"] | None] = None
     axes: ClassVar[str] = "BCFHW"
+    compared_calls: ClassVar[bool] = False
     rotary_halves: ClassVar[int] = 0
 
     @abc.abstractmethod

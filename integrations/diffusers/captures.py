@@ -12,11 +12,7 @@ from typing import Any
 import torch
 
 from corrdit.arguments import choice, flag, resolved_index, whole_indices
-from corrdit.integrations.diffusers.compatibility import (
-    check_processor,
-    check_transformer,
-    has_compiled_blocks,
-)
+from corrdit.integrations.diffusers.compatibility import check_processor, check_transformer, has_compiled_blocks
 from corrdit.integrations.diffusers.host.attention import processors_wrapped
 from corrdit.integrations.diffusers.host.forwards import (
     Arguments,
@@ -26,6 +22,7 @@ from corrdit.integrations.diffusers.host.forwards import (
     weights_kept_for_backward,
 )
 from corrdit.integrations.diffusers.host.layers import Layers, layer_count, layer_list
+from corrdit.integrations.diffusers.host.parallel import check_spread
 from corrdit.integrations.diffusers.host.skipped import Firings, run_whole
 from corrdit.integrations.diffusers.host.steps import PipelineSteps, TransformerSteps, branches_of
 from corrdit.integrations.diffusers.layouts import ForwardCall, TransformerLayout, layout_of
@@ -66,7 +63,8 @@ def capture(
     Args:
         model: a diffusers video pipeline (or a backbone, for its pipeline), or a bare transformer. Blocks may be
             compiled one by one; their queries and keys then live until the end of the forward. Inside the block its
-            forwards come from one thread; a model that several threads share is loaded once for each.
+            forwards come from one thread; a model that several threads share is loaded once for each. Under diffusers'
+            context parallelism (`enable_parallelism`) every process opens the same capture, and has all tokens in it.
         layers: indices over all attention blocks in the order they run (HunyuanVideo: dual, then single);
             negative ones count from the last; or "all".
         steps: denoising steps of the pipeline's loop, negative ones counted from the last; None for every step.
@@ -176,6 +174,8 @@ class Capture(Mapping[tuple[int, int], Any]):
         self._early_exit = flag("early_exit", early_exit)
         self._of_text = choice("attention", attention, ("self", "cross")) == "cross"
         self._computes = choice("on_skip", on_skip, ("error", "compute")) == "compute"
+        self._said = {"steps": steps, "branch": branch, "keep_graph": keep_graph, "early_exit": early_exit}
+        self._said |= {"on_skip": on_skip, "attention": attention}
         self._operations = self._resolved_layers(operations)
         self._last_step: int | None = None
         self._results: dict[tuple[int, int], Any] = {}
@@ -188,7 +188,9 @@ class Capture(Mapping[tuple[int, int], Any]):
             raise ValueError("this capture is already open; make another with capture(...)")
         self._counter = TransformerSteps() if self._pipe is None else PipelineSteps(self._pipe)
         self._firings = Firings(self._operations)
+        settings = self._said | {"layers": {str(layer): list(names) for layer, names in self._operations.items()}}
         for transformer, layout in self._models:
+            check_spread(transformer, layout, settings)
             self._check(transformer, layout)
         with ExitStack() as stack:
             for transformer, layout in self._models:
@@ -259,14 +261,14 @@ class Capture(Mapping[tuple[int, int], Any]):
         return dict(sorted(resolved.items()))
 
     def _check(self, transformer: torch.nn.Module, layout: TransformerLayout) -> None:
-        check_transformer(transformer, caches=self._computes)
+        check_transformer(transformer, caches=self._computes, spread=True)
         for module in self._modules(layout, transformer):
             if getattr(module.processor, "captured", False):
                 raise ValueError(
                     f"this {type(transformer).__name__} is already being captured; give all layers, steps and "
                     "operations to one capture, or close the other first"
                 )
-            check_processor(without_leftover(module.processor))
+            check_processor(without_leftover(module.processor), spread=True)
 
     def _attach(self, transformer: torch.nn.Module, layout: TransformerLayout, stack: ExitStack) -> None:
         processors: dict[int, CorrespondenceProcessor] = {}

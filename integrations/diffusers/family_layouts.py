@@ -163,9 +163,14 @@ class LTXLayout(BlockLayout):
 
 
 class LTX2Layout(LTXLayout):
-    """LTX-2: as LTX-Video, with a stream of audio beside it."""
+    """LTX-2: as LTX-Video, with a stream of audio beside it.
+
+    Its pipelines call it again in a step, with skipped attention (STG) and with the streams apart, and add multiples of
+    what these differ by from the conditional prediction.
+    """
 
     family = "ltx2"
+    compared_calls = True
     transformers = ("LTX2VideoTransformer3DModel",)
 
 

@@ -23,6 +23,7 @@ from corrdit.integrations.diffusers.attention_inputs import AttentionInputs, cal
 from corrdit.integrations.diffusers.compatibility import check_attention_backend, check_processor
 from corrdit.integrations.diffusers.host.attention import Attention, AttentionCall, DelegatingProcessor, Interceptors
 from corrdit.integrations.diffusers.host.forwards import EarlyExit
+from corrdit.integrations.diffusers.host.parallel import KEPT_GRAPH_IS_SPREAD, token_group
 from corrdit.integrations.diffusers.result_guard import released, saved_tensors_kept_apart, unchanged
 
 Operation = Callable[[Tensor, Tensor, Any, Tensor | None], Any]
@@ -139,9 +140,12 @@ class CorrespondenceProcessor(DelegatingProcessor):
         # Without a batch where a forward packs one sample (Cosmos 3).
         batch = hidden_states.shape[0] if hidden_states.ndim > 2 else 1
         gathered = calls_of_layer(batch, request.grid, _text_mask(kwargs))
+        group = token_group(self)
+        if group is not None and request.keep_graph:
+            raise ValueError(KEPT_GRAPH_IS_SPREAD)
 
         def observe(call: AttentionCall, attention: Attention) -> Tensor:
-            inputs = AttentionInputs.of_call(call).over_all_tokens(request.grid)
+            inputs = AttentionInputs.of_call(call).whole(group).over_all_tokens(request.grid)
             if inputs is None:
                 return attention(call)
             if gathered.add(inputs):
@@ -191,7 +195,7 @@ class CorrespondenceProcessor(DelegatingProcessor):
         Raises:
             ValueError: the inner processor's attention cannot be read.
         """
-        check_processor(self.inner)
+        check_processor(self.inner, spread=True)
         self._request = request
 
     def leave_when_read(self) -> None:
@@ -219,7 +223,9 @@ class CorrespondenceProcessor(DelegatingProcessor):
         reads, self._compiled_reads = self._compiled_reads, []
         if not reads or self._request is None:
             return
-        whole = [each for each in (inputs.over_all_tokens(self._request.grid) for inputs in reads) if each is not None]
+        group, grid = token_group(self), self._request.grid
+        joined = (inputs.whole(group).over_all_tokens(grid) for inputs in reads)
+        whole = [inputs for inputs in joined if inputs is not None]
         batch = sum(inputs.query.shape[0] for inputs in whole)
         gathered = calls_of_layer(batch, self._request.grid, self._compiled_text_mask)
         for inputs in whole:

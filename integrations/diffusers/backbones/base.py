@@ -15,6 +15,7 @@ from corrdit.integrations.diffusers.backbones.presets import Preset, preset_for
 from corrdit.integrations.diffusers.backbones.prompts import PromptEncoder
 from corrdit.integrations.diffusers.captures import Capture
 from corrdit.integrations.diffusers.fingerprint import weights_fingerprint
+from corrdit.integrations.diffusers.host.parallel import output_options
 from corrdit.integrations.diffusers.inversion import Path, Scheduler, denoised_latents, inverted_latents
 from corrdit.integrations.diffusers.layouts import (
     Arguments,
@@ -270,7 +271,7 @@ class Backbone(PromptEncoder):
             early_exit=early_exit,
         )
         with torch.set_grad_enabled(keep_graph and torch.is_grad_enabled()), reader:
-            transformer(**arguments)
+            transformer(**arguments, **output_options(transformer))
         results = {}
         for layer, operation in operations.items():
             by_name = reader[0, layer % self.layers]
@@ -284,7 +285,8 @@ class Backbone(PromptEncoder):
         Arguments and errors as for `forward`.
         """
         arguments = self.forward_arguments(latents, timestep, image=image)
-        output = self.transformer_at(timestep)(**arguments)[0]
+        transformer = self.transformer_at(timestep)
+        output = transformer(**arguments, **output_options(transformer))[0]
         return self.output_latents(output, self._batched(latents)).reshape(latents.shape).float()
 
     def fingerprint(self) -> str:

@@ -8,7 +8,8 @@ classifier-free guidance and s that of this guidance, the sampler is to use
     u + w (c - u) + s (c - p).
 
 Adding s (c - p) to both u and c gives exactly that, whatever w is and whenever the pipeline decides on it; and c alone
-gives c + s (c - p) where there is no classifier-free guidance. So the pipeline's own code stays as it is.
+gives c + s (c - p) where there is no classifier-free guidance. So the pipeline's own code stays as it is. Where a
+pipeline adds multiples of further differences c - d (LTX-2), d is moved by the same, and the differences stay.
 """
 
 from __future__ import annotations
@@ -180,12 +181,12 @@ class CrossAttentionGuidance:
                 "a forward with gradients ran under guidance; guidance is for sampling, which pipelines do without, "
                 "and does not go together with optimising through the model (MotionTransfer): leave its block first"
             )
-        if not branches:
+        if not branches and not layout.compared_calls:
             raise ValueError(
                 f"the pipeline calls its transformer {steps.call + 1} times in step {steps.step}; guidance knows a "
                 "conditional and an unconditional call"
             )
-        if not scale:
+        if not scale or not branches:
             return None
         return GuidedSamples(branches["cond"], scale, self._renormalizes())
 

@@ -17,9 +17,9 @@ from corrdit.array_files import content_digest
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.backbones.loading import backbone_of
 from corrdit.integrations.diffusers.backbones.published_transfers import published_transfer
-from corrdit.integrations.diffusers.compatibility import check_takes_prompt, embeds_given
+from corrdit.integrations.diffusers.compatibility import check_takes_prompt, check_transformer, embeds_given
 from corrdit.integrations.diffusers.fingerprint import weights_fingerprint
-from corrdit.integrations.diffusers.host.forwards import Arguments
+from corrdit.integrations.diffusers.host.forwards import Arguments, transformers_of
 from corrdit.integrations.diffusers.layouts import Pipeline
 from corrdit.integrations.diffusers.motion_transfer.guided_run import GuidedRun, StepReport
 from corrdit.integrations.diffusers.motion_transfer.latents import LatentLayout
@@ -278,6 +278,8 @@ class MotionTransfer:
         """Pipelines cut prompts that are too long without an error."""
         if not isinstance(prompt, str):
             raise ValueError(f"the prompt must be one string, got {type(prompt).__name__}")
+        for transformer in transformers_of(self.backbone.pipe):
+            check_transformer(transformer, caches=True)
         check_takes_prompt(self.backbone.pipe, further)
         tokenizer = getattr(self.backbone.pipe, "tokenizer", None)
         negative = further.get("negative_prompt", self.settings.negative_prompt)
@@ -320,7 +322,8 @@ class MotionTransfer:
         for name in ("prompt", "negative_prompt"):
             if embeds_given(further, name):
                 chosen.pop(name, None)
-                if name in taken and taken[name].default is inspect.Parameter.empty:
+                # Some pipelines want a prompt, or have "" for one, and refuse it beside embeddings.
+                if name in taken and taken[name].default is not None:
                     chosen[name] = None
         refused = [name for name in further if name in _OWN_ARGUMENTS]
         if refused:
