@@ -27,7 +27,8 @@ REFUSED_TRANSFORMERS = {
     "Kandinsky6SRTransformer3DModel": "its sparse attention (NABLA) reorders the tokens",
     "LatteTransformer3DModel": "it attends within frames and across time in separate layers (factored attention)",
     "SanaVideoTransformer3DModel": "its attention is linear, without a softmax over tokens",
-    "SanaWMTransformer3DModel": "its attention is linear, without a softmax over tokens",
+    "SanaWMTransformer3DModel": "but for every softmax_every_n-th layer its attention is linear, without a softmax "
+    "over tokens",
     "WanAnimate2Transformer3DModel": "each of its frames attends to a reference video's tokens of that frame beside "
     "all frames, by a mask of FlexAttention that differs from frame to frame",
 }

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from corrdit import CrossAttentionGuidance, TokenGrid, capture, ops
 from corrdit.integrations.diffusers.backbones.base import Backbone
@@ -153,3 +154,14 @@ def test_given_frames_are_clean(backbone: Backbone) -> None:
     assert ours["vision_noisy_frame_indexes"][0].tolist() == [1, 2]
     assert len(ours["vision_timesteps"]) == 2 * 16
     assert (backbone.predict(latents, 500.0, image=latents[:1])[0] == 0).all()
+
+
+def test_an_image_is_the_first_frame_of_a_generation(backbone: Backbone) -> None:
+    call = tiny_generation("cosmos3", steps=2)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    with capture(backbone.pipe, layers=0, steps=[-1], operation=lambda q, k, grid, mask: grid) as read:
+        made = backbone.pipe(**call, image=image).video
+    assert read[1, 0].without_text() == TokenGrid(3, 4, 4)
+    assert torch.isfinite(made).all()
+    clean = backbone.encode_video(np.asarray(image)[None])
+    torch.testing.assert_close(made[0, :, 0].float(), clean[0], rtol=1e-3, atol=1e-3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import re
 
@@ -9,6 +10,7 @@ import diffusers
 import pytest
 import torch
 
+from corrdit.integrations.diffusers.backbones.followers import follower_preset
 from corrdit.integrations.diffusers.backbones.published_checkpoints import (
     CHECKPOINTS,
     UNKNOWN_CHECKPOINTS,
@@ -92,6 +94,8 @@ def test_shapes_and_tokens_follow_from_the_configuration(name: str) -> None:
     if name in IN_THE_NAME:
         assert billions == pytest.approx(IN_THE_NAME[name], rel=0.03)
     assert backbone.preset.reading.layer < backbone.layers
+    if name == "cosmos-predict2-2b":
+        assert follower_preset("heft", backbone).reading.head == 6
     assert {part for part, source in model.sources.items() if source.startswith("unknown")} == set(checkpoint.unknown)
 
 
@@ -145,7 +149,20 @@ def test_what_depends_on_values_is_refused() -> None:
         plan("hunyuanvideo-1.5-480p", "capture", steps=2, search=False)
 
 
-PLANNED = [name for name in CHECKPOINTS if not name.startswith("hunyuanvideo-1.5")]
+RESIZES = importlib.util.find_spec("torchvision") is None
+"""Cosmos' padding mask, with a package that is not here."""
+PLANNED = [
+    name
+    for name in CHECKPOINTS
+    if not name.startswith("hunyuanvideo-1.5") and not (RESIZES and name.startswith("cosmos"))
+]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not RESIZES, reason="torchvision is installed")
+def test_cosmos_names_the_package_it_resizes_with() -> None:
+    with pytest.raises(ValueError, match="resizes its padding mask with torchvision, which is missing"):
+        plan("cosmos-predict2-2b", "capture", steps=2, search=False)
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -11,19 +10,18 @@ import torch
 
 from corrdit.arguments import resolved_index, whole_number
 from corrdit.grid import TokenGrid
-from corrdit.integrations.diffusers.backbones.frames import FrameEncoder, conditioning_latents
+from corrdit.integrations.diffusers.backbones.frames import conditioning_latents
 from corrdit.integrations.diffusers.backbones.presets import Preset, preset_for
+from corrdit.integrations.diffusers.backbones.prompts import PromptEncoder
 from corrdit.integrations.diffusers.captures import Capture
 from corrdit.integrations.diffusers.fingerprint import weights_fingerprint
 from corrdit.integrations.diffusers.host.parallel import output_options
 from corrdit.integrations.diffusers.inversion import Path, Scheduler, denoised_latents, inverted_latents
 from corrdit.integrations.diffusers.layouts import (
     Arguments,
-    Config,
     Pipeline,
     Text,
     TransformerLayout,
-    config_of,
     has_layout,
     register_layout,
 )
@@ -37,7 +35,7 @@ NO_IMAGE = MappingProxyType({"image": "diffusers has no pipeline that gives it a
 """Limits of a family without image-to-video models."""
 
 
-class Backbone(FrameEncoder):
+class Backbone(PromptEncoder):
     """A diffusers video pipeline seen as encoder, transformer and token grid.
 
     Latents are `[F, C, h, w]` (or `[B, F, C, h, w]`), where one entry of F is one frame of tokens; families that join
@@ -51,7 +49,6 @@ class Backbone(FrameEncoder):
     Attributes:
         layout: where its transformers keep their attention.
         pipelines: names of the classes of diffusers that run its models, those that are given an image last.
-        text_option: name of the option of the transformer that says how many channels a prompt's embeddings have.
         limits: why its models cannot be used for something, by its name: "tracking", "analysis" (of a generation),
             "guidance", "transfer" or "image" (to video). Nothing stands there for what they can be used for.
         partly: likewise, what holds for some of the models only.
@@ -62,7 +59,6 @@ class Backbone(FrameEncoder):
 
     layout: ClassVar[type[TransformerLayout]]
     pipelines: ClassVar[tuple[str, ...]] = ()
-    text_option: ClassVar[str] = "text_embed_dim"
     limits: ClassVar[Mapping[str, str]] = MappingProxyType({})
     partly: ClassVar[Mapping[str, str]] = MappingProxyType({})
     call_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
@@ -87,7 +83,6 @@ class Backbone(FrameEncoder):
             )
         if (head := self.preset.reading.head) is not None and head >= self.heads:
             raise ValueError(f"the preset of {name} reads head {head}, but there are {self.heads} heads")
-        self._empty_prompt: dict[str, torch.Tensor] | None = None
 
     @property
     def family(self) -> str:
@@ -98,11 +93,6 @@ class Backbone(FrameEncoder):
         """Raises ValueError, with the reason, where `limits` has one against this use."""
         if use in self.limits:
             raise ValueError(f"{self.name} cannot be used for {use}: {self.limits[use]}")
-
-    @property
-    def config(self) -> Config:
-        """Options the transformer was built with."""
-        return config_of(self.transformer)
 
     @property
     def token_stride(self) -> tuple[int, int]:
@@ -119,30 +109,6 @@ class Backbone(FrameEncoder):
     def channel_axis(self) -> int:
         """Axis of the channels in the latents the transformer is given."""
         return self.layout.axes.index("C")
-
-    @property
-    def text_tokens(self) -> int:
-        """Tokens to which the pipeline pads a prompt."""
-        return 512
-
-    @property
-    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the transformer's text arguments for one prompt, by argument name; masks have it in theirs."""
-        return {"encoder_hidden_states": (self.text_tokens, int(getattr(self.config, self.text_option)))}
-
-    def encoded_prompt(self, prompt: str) -> dict[str, torch.Tensor]:
-        """The transformer's text arguments for one prompt, batch 1, by argument name."""
-        embeds = self.pipe.encode_prompt(
-            prompt, do_classifier_free_guidance=False, max_sequence_length=self.text_tokens
-        )[0]
-        return {"encoder_hidden_states": embeds.to(self.dtype)}
-
-    def blank_prompt(self) -> dict[str, torch.Tensor]:
-        """Zeros in the shapes of `encoded_prompt`, batch 1, none of them masked."""
-        return {
-            name: torch.full((1, *shape), float("mask" in name), device=self.device, dtype=self.dtype)
-            for name, shape in self.prompt_shapes.items()
-        }
 
     def call_arguments(
         self,
@@ -259,19 +225,6 @@ class Backbone(FrameEncoder):
         if self.layout.text is None:
             return video
         return self._layout.with_text(video, self._layout.text_tokens(self.empty_prompt()))
-
-    @torch.no_grad()
-    def empty_prompt(self) -> dict[str, torch.Tensor]:
-        """Text arguments of the empty prompt, batch 1; zeros, said once, for a pipeline without a text encoder."""
-        if self._empty_prompt is None:
-            if getattr(self.pipe, "text_encoder", None) is None:
-                warnings.warn(
-                    f"{self.name} has no text encoder; its empty prompt is taken as zeros", UserWarning, stacklevel=3
-                )
-                self._empty_prompt = self.blank_prompt()
-            else:
-                self._empty_prompt = self.encoded_prompt("")
-        return self._empty_prompt
 
     def forward(
         self,
@@ -390,30 +343,6 @@ class Backbone(FrameEncoder):
             raise ValueError(f"{self.name} takes no image beside the latents; leave image out")
         given = conditioning_latents(self._batched(image), batched, frames_per_token=self.frames_per_token)
         return self.call_arguments(batched, timestep, text, given)
-
-    def _text(
-        self, prompt_embeds: torch.Tensor | Mapping[str, torch.Tensor] | None, batch: int
-    ) -> dict[str, torch.Tensor]:
-        text = dict(self.empty_prompt())
-        if isinstance(prompt_embeds, Mapping):
-            text = dict(prompt_embeds)
-        elif prompt_embeds is not None:
-            text = self.text_with(text, prompt_embeds)
-        moved = {name: value.to(self.device) for name, value in text.items()}
-        for name, value in moved.items():
-            if len(value) not in (1, batch):
-                raise ValueError(f"{name} has {len(value)} samples and the latents {batch}; give 1 or {batch} prompts")
-        return {
-            name: value.expand(batch, *value.shape[1:]) if value.shape[0] == 1 else value
-            for name, value in moved.items()
-        }
-
-    def text_with(self, text: Text, prompt_embeds: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Text arguments with other embeddings, all of whose tokens take part."""
-        changed = {**text, "encoder_hidden_states": prompt_embeds.to(self.dtype)}
-        if (mask := text.get("encoder_attention_mask")) is not None:
-            changed["encoder_attention_mask"] = torch.ones(prompt_embeds.shape[:2]).to(mask)
-        return changed
 
     def _batched(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents as `[B, frames, C, h, w]`, frames and C as the codec counts them."""

@@ -7,6 +7,7 @@ share of noise as timestep; of Cosmos 1 scaled as EDM scales them (Karras et al.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from types import MappingProxyType
 
@@ -110,6 +111,8 @@ class CosmosBackbone(FlowMatchingBackbone):
     def further_arguments(
         self, latents: torch.Tensor, times: torch.Tensor, text: Text, image: torch.Tensor | None
     ) -> Arguments:
+        if self.config.concat_padding_mask and importlib.util.find_spec("torchvision") is None:
+            raise ValueError(f"{self.name} resizes its padding mask with torchvision, which is missing; install it")
         height, width = (side * self.spatial_compression for side in latents.shape[3:])
         arguments: Arguments = {"padding_mask": latents.new_zeros(1, 1, height, width)}
         if self.generation in FRAME_RATES:

@@ -279,7 +279,6 @@ class PublishedModel:
 
 PUBLISHED_NEGATIVE_PROMPT = "bad quality, distortions, unrealistic, distorted image, watermark, signature"
 
-
 _DITFLOW = TransferSettings(
     blocks=(15,),
     guidance_scale=7.0,
