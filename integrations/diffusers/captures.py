@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from corrdit.arguments import choice, flag, resolved_index, whole_indices
+from corrdit.display import outline, table_html
 from corrdit.integrations.diffusers.compatibility import (
     check_processor,
     check_transformer,
@@ -235,8 +236,14 @@ class Capture(Mapping[tuple[int, int], Any]):
         return len(self._results)
 
     def __repr__(self) -> str:
-        model = type(self._models[0][0] if self._pipe is None else self._pipe).__name__
-        return f"<Capture of {model}: {', '.join(map(str, self._results)) or 'no results'}>"
+        return f"<Capture of {self._model_name()}: {', '.join(map(str, self._results)) or 'no results'}>"
+
+    def _repr_html_(self) -> str:
+        rows = {f"step {step}, layer {layer}": outline(result) for (step, layer), result in self._results.items()}
+        return table_html(f"Capture of {self._model_name()}", rows or {"results": "none"})
+
+    def _model_name(self) -> str:
+        return type(self._models[0][0] if self._pipe is None else self._pipe).__name__
 
     def __reduce__(self) -> tuple[type[dict[tuple[int, int], object]], tuple[object]]:
         return (dict, (self._results,))
