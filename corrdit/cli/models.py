@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from corrdit.integrations.diffusers.backbones.coverage import FamilyRow
 
 HELP = "list the backbones with their layers and presets, and the families that are supported"
+EXAMPLES = ("corrdit models", "corrdit models --json")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -33,8 +34,8 @@ def run(arguments: Namespace) -> int:
         for backbone in backbones:
             preset = backbone["preset"]
             print(json.dumps({**backbone, "preset": None if preset is None else preset.described()}))
-        for family in families:
-            print(json.dumps(family))
+        for row in (*families, *_checkpoints(families)):
+            print(json.dumps(row))
         return 0
     rows = []
     for backbone in backbones:
@@ -47,8 +48,37 @@ def run(arguments: Namespace) -> int:
     print_table(("family", "transformer", *USES), [_family_cells(family, reasons) for family in families])
     for number, reason in enumerate(reasons, 1):
         print(f"[{number}] {reason}")
-    print("A folder written by save_pretrained and a hub id such as THUDM/CogVideoX-2b are accepted too.")
+    published = [
+        (str(row["hub_id"]), str(row["name"]), str(row["family"]), str(row["pipeline"]), str(row["size"]))
+        for row in _checkpoints(families)
+    ]
+    print_table(("published checkpoint", "for plan", "family", "pipeline", "frames x height x width"), published)
+    print(
+        "--model takes the names of the first table, these checkpoints and others of the families by their hub ids, "
+        "and folders of save_pretrained. The tests run every family with small random weights of the same classes."
+    )
     return 0
+
+
+def _checkpoints(families: list[FamilyRow]) -> list[dict[str, object]]:
+    """Published checkpoints whose configuration is known, each with what its family can be used for."""
+    from corrdit.integrations.diffusers.backbones.checkpoints import CHECKPOINTS
+
+    rows: list[dict[str, object]] = []
+    for name, checkpoint in CHECKPOINTS.items():
+        family = next(row for row in families if checkpoint.pipeline in row["pipelines"])
+        rows.append(
+            {
+                "hub_id": checkpoint.hub_id,
+                "name": name,
+                "family": family["family"],
+                "pipeline": checkpoint.pipeline,
+                "dtype": checkpoint.dtype,
+                "size": " x ".join(map(str, checkpoint.size)),
+                "uses": family["uses"],
+            }
+        )
+    return rows
 
 
 def _preset_text(preset: Preset | None) -> str:

@@ -62,7 +62,10 @@ def test_models_lists_what_load_backbone_takes(capsys: pytest.CaptureFixture[str
     families = {row["transformers"][0]: row for row in rows if "transformers" in row}
     assert families["WanTransformer3DModel"]["uses"]["transfer"] == {"supported": "yes", "reason": ""}
     assert families["LatteTransformer3DModel"]["uses"]["tracking"]["supported"] == "no"
-    rows = [row for row in rows if "transformers" not in row]
+    checkpoints = {row["hub_id"]: row for row in rows if "hub_id" in row}
+    wan = checkpoints["Wan-AI/Wan2.1-T2V-1.3B-Diffusers"]
+    assert (wan["family"], wan["uses"]["tracking"]["supported"], wan["size"]) == ("wan", "yes", "81 x 480 x 832")
+    rows = [row for row in rows if "transformers" not in row and "hub_id" not in row]
     by_name = {row["name"]: row for row in rows}
     assert by_name["cogvideox-2b"]["layers"] == 30
     assert by_name["cogvideox-2b"]["preset"]["layer"] == 17
@@ -72,6 +75,7 @@ def test_models_lists_what_load_backbone_takes(capsys: pytest.CaptureFixture[str
     reason = families["CosmosTransformer3DModel"]["uses"]["transfer"]["reason"]
     number = next(line for line in table.splitlines() if line.endswith(reason)).partition(" ")[0]
     assert f"partly {number}" in next(line for line in table.splitlines() if "CosmosTransformer3DModel" in line)
+    assert all(hub_id in table for hub_id in checkpoints)
     for row in rows:
         line = next(line for line in table.splitlines() if line.strip().startswith(row["name"] + " "))
         assert row["source"] in line
