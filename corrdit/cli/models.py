@@ -7,6 +7,7 @@ writes  a table to standard output, or with --json one JSON object a line
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from corrdit.cli.terminal import print_table
 
 if TYPE_CHECKING:
     from corrdit.integrations.diffusers import Preset
+    from corrdit.integrations.diffusers.backbones.checkpoints import Checkpoint
     from corrdit.integrations.diffusers.backbones.coverage import FamilyRow
 
 HELP = "list the backbones with their layers and presets, and the families that are supported"
@@ -28,14 +30,21 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(arguments: Namespace) -> int:
     from corrdit.integrations.diffusers import available_backbones
     from corrdit.integrations.diffusers.backbones.coverage import USES, coverage
+    from corrdit.integrations.diffusers.backbones.published_checkpoints import CHECKPOINTS, UNKNOWN_CHECKPOINTS
 
     backbones, families = available_backbones(), coverage()
     if arguments.json:
         for backbone in backbones:
             preset = backbone["preset"]
             print(json.dumps({**backbone, "preset": None if preset is None else preset.described()}))
-        for row in (*families, *_checkpoints(families)):
-            print(json.dumps(row))
+        for family in families:
+            print(json.dumps(family))
+        for name, point in CHECKPOINTS.items():
+            family = _family_of(point, families)
+            facts = {"family": family["family"], "uses": family["uses"]}
+            print(json.dumps({"checkpoint": name, **dataclasses.asdict(point), **facts}))
+        for hub_id, missing in UNKNOWN_CHECKPOINTS.items():
+            print(json.dumps({"hub_id": hub_id, "unknown": missing}))
         return 0
     rows = []
     for backbone in backbones:
@@ -48,37 +57,27 @@ def run(arguments: Namespace) -> int:
     print_table(("family", "transformer", *USES), [_family_cells(family, reasons) for family in families])
     for number, reason in enumerate(reasons, 1):
         print(f"[{number}] {reason}")
-    published = [
-        (str(row["hub_id"]), str(row["name"]), str(row["family"]), str(row["pipeline"]), str(row["size"]))
-        for row in _checkpoints(families)
+    shown = [
+        (
+            *(name, point.hub_id, _family_of(point, families)["family"], point.pipeline),
+            *(_size_text(point.size), ", ".join(point.unknown)),
+        )
+        for name, point in CHECKPOINTS.items()
     ]
-    print_table(("published checkpoint", "for plan", "family", "pipeline", "frames x height x width"), published)
+    print_table(("checkpoint", "hub id", "family", "pipeline", "made for", "unknown"), shown)
+    for hub_id, missing in UNKNOWN_CHECKPOINTS.items():
+        print(f"{hub_id}: no public file states its {missing}; `corrdit plan FOLDER` reads its own")
+    print("`corrdit plan` takes these checkpoints by either name, without their weights.")
     print(
-        "--model takes the names of the first table, these checkpoints and others of the families by their hub ids, "
-        "and folders of save_pretrained. The tests run every family with small random weights of the same classes."
+        "--model takes the names of the first table, checkpoints of these families by their hub ids, and folders of "
+        "save_pretrained. The tests run every family with small random weights of the same classes."
     )
     return 0
 
 
-def _checkpoints(families: list[FamilyRow]) -> list[dict[str, object]]:
-    """Published checkpoints whose configuration is known, each with what its family can be used for."""
-    from corrdit.integrations.diffusers.backbones.checkpoints import CHECKPOINTS
-
-    rows: list[dict[str, object]] = []
-    for name, checkpoint in CHECKPOINTS.items():
-        family = next(row for row in families if checkpoint.pipeline in row["pipelines"])
-        rows.append(
-            {
-                "hub_id": checkpoint.hub_id,
-                "name": name,
-                "family": family["family"],
-                "pipeline": checkpoint.pipeline,
-                "dtype": checkpoint.dtype,
-                "size": " x ".join(map(str, checkpoint.size)),
-                "uses": family["uses"],
-            }
-        )
-    return rows
+def _family_of(point: Checkpoint, families: list[FamilyRow]) -> FamilyRow:
+    """The row of the family whose pipelines a published checkpoint is of."""
+    return next(family for family in families if point.pipeline in family["pipelines"])
 
 
 def _preset_text(preset: Preset | None) -> str:
@@ -92,6 +91,11 @@ def _preset_text(preset: Preset | None) -> str:
     elif read.tokens_per_frame:
         size = f"at most {read.tokens_per_frame} tokens a frame"
     return f"layer {read.layer}, step {step} of {read.inference_steps}, {read.frames_per_chunk} frames a chunk, {size}"
+
+
+def _size_text(size: tuple[int, int, int]) -> str:
+    frames, height, width = size
+    return f"{frames} frames, {height} x {width}"
 
 
 def _family_cells(family: FamilyRow, reasons: list[str]) -> tuple[str, ...]:

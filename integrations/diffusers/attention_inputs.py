@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from torch.distributed import ProcessGroup
 
 from corrdit.grid import CrossGrid, TokenGrid
 from corrdit.integrations.diffusers.host.attention import AttentionCall
+from corrdit.integrations.diffusers.host.parallel import gathered
 
 ADDITIVE_MASK_LIMIT = -1000.0
 """Additive masks at or below this remove a key: diffusers writes -10000 or the type's lowest value."""
@@ -25,6 +28,7 @@ class AttentionInputs:
         mask: attn_mask as it was given, or None.
         causal: whether the call asked for a causal mask.
         key_mask: bool `[B, N]`, True where a key may be attended; set once the calls of a layer are joined.
+        keys_spread: whether this process has a part of the keys only, where tokens are spread over several.
     """
 
     query: torch.Tensor
@@ -32,12 +36,62 @@ class AttentionInputs:
     mask: torch.Tensor | None = None
     causal: bool = False
     key_mask: torch.Tensor | None = None
+    keys_spread: bool = False
 
     @classmethod
     def of_call(cls, call: AttentionCall) -> AttentionInputs:
         """What of a call is read."""
         attended = call.as_attended()
-        return cls(query=attended.query, key=attended.key, mask=call.mask, causal=call.causal)
+        spread = call.kwargs.get("parallel_config") is not None
+        return cls(attended.query, attended.key, call.mask, call.causal, keys_spread=spread)
+
+    def whole(self, group: ProcessGroup | None) -> AttentionInputs:
+        """Those of all tokens, without gradients, where they are spread over the processes of a group.
+
+        Raises:
+            ValueError: a mask that is not over keys alone.
+        """
+        if group is None:
+            return self
+        query = gathered(self.query, group, 2)
+        if not self.keys_spread:
+            return replace(self, query=query)
+        mask = self.mask
+        if mask is not None:
+            if mask.ndim > 1 and mask.shape[-2] > 1:
+                raise ValueError("the model's attention mask is not over keys alone, so it cannot be joined from parts")
+            mask = gathered(mask, group, -1)
+        return replace(self, query=query, key=gathered(self.key, group, 2), mask=mask, keys_spread=False)
+
+    def over_all_tokens(self, grid: TokenGrid | CrossGrid) -> AttentionInputs | None:
+        """With a query for every token: of text that attends to itself alone they are zeros; None for its own call."""
+        part = part_of_layer(self.query, self.key, self.causal, grid)
+        if part == "text":
+            return None
+        if part == "all" or not isinstance(grid, TokenGrid):
+            return self
+        return replace(self, query=with_text_queries(self.query, grid))
+
+
+def part_of_layer(
+    query: torch.Tensor, key: torch.Tensor, causal: bool, grid: TokenGrid | CrossGrid
+) -> Literal["all", "text", "video"]:
+    """Whose queries a call of attention has, by their number.
+
+    As a rule those of all tokens. Where the text, which stands first, attends causally to itself alone (Cosmos 3), a
+    layer has a call for it, and one for the video, whose keys are those of both.
+    """
+    if not isinstance(grid, TokenGrid) or not grid.text_tokens or not grid.text_first:
+        return "all"
+    queries, keys = query.shape[2], key.shape[2]
+    if causal and queries == keys == grid.text_tokens:
+        return "text"
+    return "video" if (queries, keys) == (grid.video_tokens, grid.tokens) else "all"
+
+
+def with_text_queries(query: torch.Tensor, grid: TokenGrid) -> torch.Tensor:
+    """Queries of the video with zeros before them where a grid has its text."""
+    return F.pad(query, (0, 0, grid.tokens - query.shape[2], 0))
 
 
 class GatheredCalls:

@@ -68,6 +68,8 @@ class TransformerLayout(abc.ABC):
         transformers: names of the classes it is the layout of.
         text: where the text stands in the token axis of self-attention; None where it does not.
         axes: of the latents a call is given, in their order: batch, channels, frames, height and width.
+        compared_calls: whether what its pipelines predict is one sum of differences, so that a shift of every
+            prediction of a step, in whatever number of calls, shifts the result by the same.
         rotary_halves: in how many parts of a head's channels rotary embedding pairs the two halves of the part; 0
             where it pairs neighbours.
     """
@@ -77,6 +79,7 @@ class TransformerLayout(abc.ABC):
     transformers: ClassVar[tuple[str, ...]] = ()
     text: ClassVar[Literal["first", "last"] | None] = None
     axes: ClassVar[str] = "BCFHW"
+    compared_calls: ClassVar[bool] = False
     rotary_halves: ClassVar[int] = 0
 
     @abc.abstractmethod
@@ -152,8 +155,8 @@ class BlockLayout(TransformerLayout):
 
     Attributes:
         lists: names of the module lists that hold the blocks, in the order they run.
-        attention: name of the attention module in a block.
-        cross: name of the module in a block that attends to the text, where that is apart.
+        attention: name of the attention module in a block, or its path there.
+        cross: likewise of the module in a block that attends to the text, where that is apart.
     """
 
     lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
@@ -161,10 +164,13 @@ class BlockLayout(TransformerLayout):
     cross: ClassVar[str] = "attn2"
 
     def attention_modules(self, transformer: nn.Module) -> list[nn.Module]:
-        return [getattr(block, self.attention) for name in self.lists for block in getattr(transformer, name)]
+        return self._in_blocks(transformer, self.attention)
 
     def cross_attention_modules(self, transformer: nn.Module) -> list[nn.Module]:
-        return [getattr(block, self.cross) for name in self.lists for block in getattr(transformer, name)]
+        return self._in_blocks(transformer, self.cross)
+
+    def _in_blocks(self, transformer: nn.Module, path: str) -> list[nn.Module]:
+        return [block.get_submodule(path) for name in self.lists for block in getattr(transformer, name)]
 
     def block_lists(self, transformer: nn.Module) -> list[str]:
         return list(self.lists)

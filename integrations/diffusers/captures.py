@@ -13,11 +13,7 @@ import torch
 
 from corrdit.arguments import choice, flag, resolved_index, whole_indices
 from corrdit.display import outline, table_html
-from corrdit.integrations.diffusers.compatibility import (
-    check_processor,
-    check_transformer,
-    has_compiled_blocks,
-)
+from corrdit.integrations.diffusers.compatibility import check_processor, check_transformer, has_compiled_blocks
 from corrdit.integrations.diffusers.host.attention import processors_wrapped
 from corrdit.integrations.diffusers.host.forwards import (
     Arguments,
@@ -27,6 +23,7 @@ from corrdit.integrations.diffusers.host.forwards import (
     weights_kept_for_backward,
 )
 from corrdit.integrations.diffusers.host.layers import Layers, layer_count, layer_list
+from corrdit.integrations.diffusers.host.parallel import check_spread
 from corrdit.integrations.diffusers.host.skipped import Firings, run_whole
 from corrdit.integrations.diffusers.host.steps import PipelineSteps, TransformerSteps, branches_of
 from corrdit.integrations.diffusers.layouts import ForwardCall, TransformerLayout, layout_of
@@ -67,7 +64,8 @@ def capture(
     Args:
         model: a diffusers video pipeline (or a backbone, for its pipeline), or a bare transformer. Blocks may be
             compiled one by one; their queries and keys then live until the end of the forward. Inside the block its
-            forwards come from one thread; a model that several threads share is loaded once for each.
+            forwards come from one thread; a model that several threads share is loaded once for each. Under diffusers'
+            context parallelism (`enable_parallelism`) every process opens the same capture, and has all tokens in it.
         layers: indices over all attention blocks in the order they run (HunyuanVideo: dual, then single);
             negative ones count from the last; or "all".
         steps: denoising steps of the pipeline's loop, negative ones counted from the last; None for every step.
@@ -132,9 +130,7 @@ class Capture(Mapping[tuple[int, int], Any]):
         branch: as for `capture`.
         callback: as for `capture`.
         keep_graph: as for `capture`.
-        early_exit: as for `capture`.
-        on_skip: as for `capture`.
-        attention: as for `capture`.
+        early_exit, on_skip, attention: as for `capture`.
     """
 
     def __init__(
@@ -177,6 +173,8 @@ class Capture(Mapping[tuple[int, int], Any]):
         self._early_exit = flag("early_exit", early_exit)
         self._of_text = choice("attention", attention, ("self", "cross")) == "cross"
         self._computes = choice("on_skip", on_skip, ("error", "compute")) == "compute"
+        self._said = {"steps": steps, "branch": branch, "keep_graph": keep_graph, "early_exit": early_exit}
+        self._said |= {"on_skip": on_skip, "attention": attention}
         self._operations = self._resolved_layers(operations)
         self._last_step: int | None = None
         self._results: dict[tuple[int, int], Any] = {}
@@ -189,7 +187,9 @@ class Capture(Mapping[tuple[int, int], Any]):
             raise ValueError("this capture is already open; make another with capture(...)")
         self._counter = TransformerSteps() if self._pipe is None else PipelineSteps(self._pipe)
         self._firings = Firings(self._operations)
+        settings = self._said | {"layers": {str(layer): list(names) for layer, names in self._operations.items()}}
         for transformer, layout in self._models:
+            check_spread(transformer, layout, settings)
             self._check(transformer, layout)
         with ExitStack() as stack:
             for transformer, layout in self._models:
@@ -236,14 +236,11 @@ class Capture(Mapping[tuple[int, int], Any]):
         return len(self._results)
 
     def __repr__(self) -> str:
-        return f"<Capture of {self._model_name()}: {', '.join(map(str, self._results)) or 'no results'}>"
+        model = type(self._models[0][0] if self._pipe is None else self._pipe).__name__
+        return f"<Capture of {model}: {', '.join(map(str, self._results)) or 'no results'}>"
 
     def _repr_html_(self) -> str:
-        rows = {f"step {step}, layer {layer}": outline(result) for (step, layer), result in self._results.items()}
-        return table_html(f"Capture of {self._model_name()}", rows or {"results": "none"})
-
-    def _model_name(self) -> str:
-        return type(self._models[0][0] if self._pipe is None else self._pipe).__name__
+        return table_html(repr(self)[1:-1], {str(place): outline(result) for place, result in self._results.items()})
 
     def __reduce__(self) -> tuple[type[dict[tuple[int, int], object]], tuple[object]]:
         return (dict, (self._results,))
@@ -266,14 +263,14 @@ class Capture(Mapping[tuple[int, int], Any]):
         return dict(sorted(resolved.items()))
 
     def _check(self, transformer: torch.nn.Module, layout: TransformerLayout) -> None:
-        check_transformer(transformer, caches=self._computes)
+        check_transformer(transformer, caches=self._computes, spread=True)
         for module in self._modules(layout, transformer):
             if getattr(module.processor, "captured", False):
                 raise ValueError(
                     f"this {type(transformer).__name__} is already being captured; give all layers, steps and "
                     "operations to one capture, or close the other first"
                 )
-            check_processor(without_leftover(module.processor))
+            check_processor(without_leftover(module.processor), spread=True)
 
     def _attach(self, transformer: torch.nn.Module, layout: TransformerLayout, stack: ExitStack) -> None:
         processors: dict[int, CorrespondenceProcessor] = {}

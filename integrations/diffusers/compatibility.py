@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from corrdit.integrations.diffusers.host.attention import DelegatingProcessor, calls_dispatcher
+from corrdit.integrations.diffusers.host.parallel import token_group
 
 SDPA_BACKENDS = frozenset({"native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math"})
 """Attention backends of diffusers that call `scaled_dot_product_attention`."""
@@ -30,13 +31,17 @@ _HOSTS = ("accelerate", "corrdit", "diffusers", "peft", "torch")
 
 PARALLEL_HOOKS = {"context_parallel": "context parallelism", "tensor_parallel": "tensor parallelism"}
 
+FOREIGN_PARALLELISM = {"_cp_config": "cache-dit", "_is_parallelized": "ParaAttention"}
+"""Packages that spread the tokens of a model over processes by themselves, by the attribute they leave in it."""
 
-def check_transformer(transformer: torch.nn.Module, *, caches: bool = False) -> None:
+
+def check_transformer(transformer: torch.nn.Module, *, caches: bool = False, spread: bool = False) -> None:
     """Refuses a transformer whose queries and keys cannot be read whole.
 
     Args:
         transformer: of a model.
         caches: whether a feature cache that skips blocks may be enabled.
+        spread: whether its tokens may be spread over processes by diffusers' context parallelism.
 
     Raises:
         ValueError: whole-model compilation, context or tensor parallelism, or a feature cache that skips blocks.
@@ -46,14 +51,19 @@ def check_transformer(transformer: torch.nn.Module, *, caches: bool = False) -> 
             "the whole transformer is compiled, so its forwards cannot be told apart; compile its blocks instead "
             "(transformer.compile_repeated_blocks(), or block.compile() for each block)"
         )
+    for holder in (transformer, *(getattr(module, "processor", None) for module in transformer.modules())):
+        for attribute, package in FOREIGN_PARALLELISM.items():
+            if getattr(holder, attribute, None):
+                _refuse_parallelism(f"{package}'s own parallelism")
     config = getattr(transformer, "_parallel_config", None)
-    if config is not None:
+    spread = spread and token_group(transformer) is not None
+    if config is not None and not spread:
         tensor_parallel = getattr(config, "tensor_parallel_config", None) is not None
         _refuse_parallelism("tensor parallelism" if tensor_parallel else "context parallelism")
     for module in transformer.modules():
         registry = getattr(module, "_diffusers_hook", None)
         if registry is not None:
-            _check_hooks(registry.hooks.values(), caches)
+            _check_hooks(registry.hooks.values(), caches, spread)
 
 
 def embeds_given(arguments: Mapping[str, object], prompt: str = "prompt") -> bool:
@@ -79,13 +89,17 @@ def check_takes_prompt(pipe: object, arguments: Mapping[str, object]) -> None:
             )
 
 
-def check_processor(processor: object) -> None:
+def check_processor(processor: object, *, spread: bool = False) -> None:
     """Refuses an attention processor whose backend or parallelism hides queries and keys.
+
+    Args:
+        processor: of an attention module.
+        spread: as for `check_transformer`.
 
     Raises:
         ValueError: context parallelism, or an attention backend that does not call scaled_dot_product_attention.
     """
-    if getattr(processor, "_parallel_config", None) is not None:
+    if getattr(processor, "_parallel_config", None) is not None and not (spread and token_group(processor)):
         _refuse_parallelism("context parallelism")
     check_attention_backend(processor)
 
@@ -176,10 +190,10 @@ def is_skipping(hook: object) -> bool:
     return type(hook).__module__.rpartition(".")[2] in SKIPPING_HOOKS
 
 
-def _check_hooks(hooks: Iterable[object], caches: bool) -> None:
+def _check_hooks(hooks: Iterable[object], caches: bool, spread: bool) -> None:
     for hook in hooks:
         origin = type(hook).__module__.rpartition(".")[2]
-        if origin in PARALLEL_HOOKS:
+        if origin in PARALLEL_HOOKS and not (spread and origin == "context_parallel"):
             _refuse_parallelism(PARALLEL_HOOKS[origin])
         if origin in SKIPPING_HOOKS and not caches:
             raise ValueError(
@@ -192,5 +206,6 @@ def _check_hooks(hooks: Iterable[object], caches: bool) -> None:
 def _refuse_parallelism(kind: str) -> None:
     raise ValueError(
         f"the transformer runs under {kind}: each process holds only a part of the queries and keys, so correspondence "
-        "cannot be read; load it on one device"
+        "cannot be read or changed; load it on one device (a capture without gradients reads families whose text is "
+        "not among the tokens, such as Wan and LTX, under diffusers' own context parallelism)"
     )

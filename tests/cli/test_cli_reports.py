@@ -62,20 +62,27 @@ def test_models_lists_what_load_backbone_takes(capsys: pytest.CaptureFixture[str
     families = {row["transformers"][0]: row for row in rows if "transformers" in row}
     assert families["WanTransformer3DModel"]["uses"]["transfer"] == {"supported": "yes", "reason": ""}
     assert families["LatteTransformer3DModel"]["uses"]["tracking"]["supported"] == "no"
-    checkpoints = {row["hub_id"]: row for row in rows if "hub_id" in row}
-    wan = checkpoints["Wan-AI/Wan2.1-T2V-1.3B-Diffusers"]
-    assert (wan["family"], wan["uses"]["tracking"]["supported"], wan["size"]) == ("wan", "yes", "81 x 480 x 832")
-    rows = [row for row in rows if "transformers" not in row and "hub_id" not in row]
+    points = {row["checkpoint"]: row for row in rows if "checkpoint" in row}
+    assert points["wan-2.2-ti2v-5b"]["hub_id"] == "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
+    assert "convert_wan_to_diffusers" in points["wan-2.2-ti2v-5b"]["parts"]["transformer"]["source"]
+    assert {"hub_id": "Motif-Technologies/Motif-Video-2B", "unknown": "layers and heads"} in rows
+    assert (points["wan-2.2-ti2v-5b"]["family"], points["wan-2.2-ti2v-5b"]["uses"]["tracking"]["supported"]) == (
+        "wan",
+        "yes",
+    )
+    rows = [row for row in rows if "name" in row]
     by_name = {row["name"]: row for row in rows}
     assert by_name["cogvideox-2b"]["layers"] == 30
     assert by_name["cogvideox-2b"]["preset"]["layer"] == 17
     assert "embedded" in by_name
     assert main(["models"]) == 0
     table = capsys.readouterr().out
+    assert "Wan-AI/Wan2.2-TI2V-5B-Diffusers" in table
+    assert "nvidia/Cosmos3-Nano: no public file states its layers and heads" in table
     reason = families["CosmosTransformer3DModel"]["uses"]["transfer"]["reason"]
     number = next(line for line in table.splitlines() if line.endswith(reason)).partition(" ")[0]
     assert f"partly {number}" in next(line for line in table.splitlines() if "CosmosTransformer3DModel" in line)
-    assert all(hub_id in table for hub_id in checkpoints)
+    assert all(point["hub_id"] in table for point in points.values())
     for row in rows:
         line = next(line for line in table.splitlines() if line.strip().startswith(row["name"] + " "))
         assert row["source"] in line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 
 import numpy as np
@@ -16,41 +17,35 @@ from corrdit.integrations.diffusers.guidance import CrossAttentionGuidance
 from corrdit.integrations.diffusers.host.attention import AttentionCall, DelegatingProcessor, intercepting
 from corrdit.integrations.diffusers.layouts import layout_of
 from corrdit.integrations.diffusers.motion_transfer import MotionTransfer
+from corrdit.integrations.diffusers.testing.plain_attention import (
+    PLAIN_BACKEND,
+    plain_attention,
+    plain_backend,
+    use_backend,
+)
+from corrdit.integrations.diffusers.testing.tiny_pipelines import wan_transformer
 from corrdit.testing import tiny_backbone, tiny_generation, tiny_pipeline
 
 FAMILIES = ("hunyuanvideo", "wan", "ltx")
-PLAIN = AttentionBackendName.XFORMERS.value
-"""The name under which the plain backend below stands in."""
-BACKENDS = ("native", "_native_math", "flex", PLAIN)
-
-
-def plain_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
-    """Attention of `[B, N, H, D]` written out."""
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    logits = torch.einsum("bqhd,bkhd->bhqk", query, key) * scale
-    if attn_mask is not None:
-        mask = attn_mask if attn_mask.ndim == 4 else attn_mask[:, None, None]
-        logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
-    return torch.einsum("bhqk,bkhd->bqhd", logits.softmax(-1).nan_to_num(0), value)
+PLAIN = PLAIN_BACKEND.value
+STAND_INS = (PLAIN, "flash", "sage")
+"""Names of backends that are not installed, under which attention written out stands in."""
+BACKENDS = ("native", "_native_math", "flex", *STAND_INS)
+PACKAGES = {"flash": "flash_attn", "sage": "sageattention", "xformers": "xformers"}
 
 
 @pytest.fixture(autouse=True)
-def plain_backend(monkeypatch):
-    name = AttentionBackendName(PLAIN)
-    arguments = {"query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale"}
-    monkeypatch.setitem(_AttentionBackendRegistry._backends, name, plain_attention)
-    monkeypatch.setitem(_AttentionBackendRegistry._supported_arg_names, name, arguments)
-    monkeypatch.setitem(_AttentionBackendRegistry._constraints, name, [])
-    with warnings.catch_warnings():
+def plain():
+    with contextlib.ExitStack() as stack:
+        for name in STAND_INS:
+            stack.enter_context(plain_backend(AttentionBackendName(name)))
+        stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
-        yield
+        yield stack
 
 
 def use(transformer, backend):
-    """Not by set_attention_backend, which also changes the backend of every other model in the process."""
-    for module in transformer.modules():
-        if hasattr(module, "processor"):
-            module.processor._attention_backend = AttentionBackendName(backend)
+    use_backend(transformer, AttentionBackendName(backend))
 
 
 def output(transformer, arguments):
@@ -73,6 +68,34 @@ def test_capture(name, backend, transformer_call, scores):
     if backend != "flex":
         # The mask over keys is taken for one over queries there.
         torch.testing.assert_close(captured[0, 1], native[0, 1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the real kernels need a GPU")
+@pytest.mark.parametrize("backend", PACKAGES)
+def test_the_real_kernels_on_a_gpu(backend, request):
+    """Bit-identical to the run without us, under kernels that compute in half precision and take no mask."""
+    pytest.importorskip(PACKAGES[backend])
+    request.getfixturevalue("plain").close()
+    # Heads of 64 channels, which all of them have.
+    transformer = wan_transformer(attention_head_dim=64).to("cuda", torch.float16)
+    source = torch.Generator().manual_seed(0)
+    arguments = {
+        "hidden_states": torch.randn(1, 4, 3, 16, 16, generator=source).to("cuda", torch.float16),
+        "encoder_hidden_states": torch.randn(1, 8, 16, generator=source).to("cuda", torch.float16),
+        "timestep": torch.full((1,), 500, device="cuda"),
+    }
+
+    def keep(q, k, *further):
+        return q.clone(), k.clone()
+
+    with torch.no_grad(), capture(transformer, layers=[0, 2], operation=keep) as native:
+        transformer(**arguments)
+    use(transformer, backend)
+    plain = output(transformer, arguments)
+    with capture(transformer, layers=[0, 2], operation=keep) as captured:
+        during = output(transformer, arguments)
+    assert torch.equal(plain, during)
+    assert all(torch.equal(one, two) for one, two in zip(captured[0, 0], native[0, 0], strict=True))
 
 
 @pytest.mark.parametrize("name", ["wan", pytest.param("hunyuanvideo", marks=pytest.mark.slow)])
@@ -107,6 +130,28 @@ def test_gradients_and_leaving_early(name, transformer_call):
         gradients.append(torch.autograd.grad(captured[0, 1], arguments["hidden_states"])[0])
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(gradients[2], gradients[1])
+
+
+@pytest.mark.parametrize("name", ["cogvideox-rotary", *FAMILIES])
+def test_processors_set_for_the_whole_model_as_users_type_it(name, transformer_call, scores):
+    transformer, arguments = transformer_call(name)
+    layout = layout_of(transformer)
+    modules, grid = layout.attention_modules(transformer), layout.read_call(transformer, arguments).grid
+    with capture(transformer, layers="all", operation=scores) as captured:
+        plain = output(transformer, arguments)
+    stock = transformer.attn_processors
+    mine = {
+        key: CorrespondenceProcessor(processor, grid, scores)
+        for key, processor in stock.items()
+        if any(processor is module.processor for module in modules)
+    }
+    transformer.set_attn_processor({**stock, **mine})
+    assert torch.equal(output(transformer, arguments), plain)
+    assert [module.processor for module in modules] == list(mine.values())
+    for layer, module in enumerate(modules):
+        assert torch.equal(module.processor.result, captured[0, layer])
+    transformer.set_attn_processor(dict(stock))
+    assert transformer.attn_processors == stock
 
 
 @pytest.mark.parametrize("heads", [None, [1]])

@@ -61,7 +61,7 @@ def test_the_example_is_found_once_it_is_installed(tmp_path: Path) -> None:
         text=True,
         check=True,
     )
-    assert ran.stdout.split("\n")[0] == "14 ['frames_first:load (entry point)']"
+    assert ran.stdout.split("\n")[0] == "23 ['frames_first:load (entry point)']"
 
 
 def unknown(**config: object) -> tuple[torch.nn.Module, dict[str, object]]:

@@ -233,3 +233,40 @@ def test_the_share_of_the_steps_ends_before_its_last(
         pipe(**tiny_generation(name, steps=4))
     assert steps == guided
     assert [step for step in range(4) if guidance.options.includes(step, 4)] == guided
+
+
+@pytest.mark.parametrize(
+    "further",
+    [
+        {"stg_scale": 1.5, "spatio_temporal_guidance_blocks": [1]},
+        {"modality_scale": 2.0},
+        {"stg_scale": 1.5, "spatio_temporal_guidance_blocks": [1], "modality_scale": 2.0, "guidance_scale": 1.0},
+    ],
+    ids=["stg", "modality", "both without cfg"],
+)
+def test_further_calls_of_a_step_keep_their_differences(further: dict[str, Any]) -> None:
+    """What the guidance adds to the latents in a step does not depend on what else the pipeline adds.
+
+    (Rescaling, which follows, looks at the whole.)
+    """
+    seen: list[torch.Tensor] = []
+
+    def keep(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == 0:
+            seen.append(tensors["latents"].clone())
+        return {}
+
+    pipe = tiny_pipeline("ltx2")
+
+    def run(options: dict[str, Any]) -> None:
+        call = {**tiny_generation("ltx2", steps=2), "guidance_scale": 3.0, "guidance_rescale": 0.0, **options}
+        pipe(**call, callback_on_step_end=keep)
+
+    for options in ({}, further):
+        run(options)
+        with CrossAttentionGuidance(pipe, layers=(1,), scale=2.0):
+            run(options)
+    plain, guided, plain_with_more, guided_with_more = seen
+    assert (guided - plain).abs().max() > 1e-3
+    assert not torch.equal(plain_with_more, plain)
+    torch.testing.assert_close(guided_with_more - plain_with_more, guided - plain, rtol=1e-4, atol=1e-5)

@@ -16,6 +16,7 @@ from corrdit.integrations.diffusers.backbones.frames import FrameEncoder, condit
 from corrdit.integrations.diffusers.backbones.presets import Preset, preset_for
 from corrdit.integrations.diffusers.captures import Capture
 from corrdit.integrations.diffusers.fingerprint import weights_fingerprint
+from corrdit.integrations.diffusers.host.parallel import output_options
 from corrdit.integrations.diffusers.inversion import Path, Scheduler, denoised_latents, inverted_latents
 from corrdit.integrations.diffusers.layouts import (
     Arguments,
@@ -206,6 +207,11 @@ class Backbone(FrameEncoder):
         """Whether the transformer is given the latents of an image beside the noisy ones."""
         return False
 
+    @property
+    def has_condition(self) -> bool:
+        """Whether the transformer is given any channels behind those of the noisy latents."""
+        return self.takes_image
+
     def output_latents(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """The transformer's output for latents `[B, F, C, h, w]` in their shape."""
         channels = latents.shape[2]
@@ -329,7 +335,7 @@ class Backbone(FrameEncoder):
             early_exit=early_exit,
         )
         with torch.set_grad_enabled(keep_graph and torch.is_grad_enabled()), reader:
-            transformer(**arguments)
+            transformer(**arguments, **output_options(transformer))
         results = {}
         for layer, operation in operations.items():
             by_name = reader[0, layer % self.layers]
@@ -343,7 +349,8 @@ class Backbone(FrameEncoder):
         Arguments and errors as for `forward`.
         """
         arguments = self.forward_arguments(latents, timestep, image=image)
-        output = self.transformer_at(timestep)(**arguments)[0]
+        transformer = self.transformer_at(timestep)
+        output = transformer(**arguments, **output_options(transformer))[0]
         return self.output_latents(output, self._batched(latents)).reshape(latents.shape).float()
 
     def fingerprint(self) -> str:

@@ -8,7 +8,8 @@ classifier-free guidance and s that of this guidance, the sampler is to use
     u + w (c - u) + s (c - p).
 
 Adding s (c - p) to both u and c gives exactly that, whatever w is and whenever the pipeline decides on it; and c alone
-gives c + s (c - p) where there is no classifier-free guidance. So the pipeline's own code stays as it is.
+gives c + s (c - p) where there is no classifier-free guidance. So the pipeline's own code stays as it is. Where a
+pipeline adds multiples of further differences c - d (LTX-2), d is moved by the same, and the differences stay.
 """
 
 from __future__ import annotations
@@ -180,12 +181,12 @@ class CrossAttentionGuidance:
                 "a forward with gradients ran under guidance; guidance is for sampling, which pipelines do without, "
                 "and does not go together with optimising through the model (MotionTransfer): leave its block first"
             )
-        if not branches:
+        if not branches and not layout.compared_calls:
             raise ValueError(
                 f"the pipeline calls its transformer {steps.call + 1} times in step {steps.step}; guidance knows a "
                 "conditional and an unconditional call"
             )
-        if not scale:
+        if not scale or not branches:
             return None
         return GuidedSamples(branches["cond"], scale, self._renormalizes())
 
@@ -199,9 +200,9 @@ def _shifted(output: object, shift: torch.Tensor) -> object:
     """The transformer's output with the same shift added to every branch in it."""
     prediction = prediction_of(output)
     branches = prediction.unflatten(0, (-1, shift.shape[0])).to(shift.dtype)
-    moved = (branches + shift).flatten(0, 1).to(prediction.dtype)
+    moved: object = (branches + shift).flatten(0, 1).to(prediction.dtype)
     if isinstance(output, tuple):
-        return (moved, *output[1:])
+        return ([moved] if isinstance(output[0], list) else moved, *output[1:])
     if dataclasses.is_dataclass(output) and not isinstance(output, type):
         return dataclasses.replace(output, **{dataclasses.fields(output)[0].name: moved})
     raise ValueError(f"the transformer returned a {type(output).__name__}; guidance needs a tuple or a model output")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from corrdit.integrations.diffusers.compatibility import has_compiled_blocks, is_offloaded
+from corrdit.integrations.diffusers.host.parallel import token_group
 from corrdit.integrations.diffusers.layouts import ForwardCall, TransformerLayout, forward_arguments
 
 _ABSENT = object()
@@ -199,13 +200,13 @@ def leaving_after(transformer: torch.nn.Module, layout: TransformerLayout, layer
     """Inside the block, forwards of the transformer end after attention layer `layer`.
 
     Normally the processor raises `EarlyExit` there, which is caught round the transformer's own forward; the call then
-    returns None. Offload hooks would miss the end of their module's forward, and compiled code cannot raise: there
-    the blocks behind the layer are left out instead, and the call returns a prediction of no use.
+    returns None. Hooks that offload or spread tokens would miss the end of their module's forward, and compiled code
+    cannot raise: there the blocks behind the layer are left out instead, and the call returns a prediction of no use.
 
     Yields:
         Whether the processor of the layer is to raise `EarlyExit`.
     """
-    if is_offloaded(transformer) or has_compiled_blocks(transformer):
+    if is_offloaded(transformer) or has_compiled_blocks(transformer) or token_group(transformer) is not None:
         with contextlib.ExitStack() as stack:
             remaining = layer + 1
             for name in layout.block_lists(transformer):

@@ -31,39 +31,54 @@ def run_scheduler(backbone: Backbone, settings: TransferSettings) -> Any:
     changes = {"timestep_spacing": settings.timestep_spacing} if spaced else {}
     scheduler = kind.from_config(own.config, **changes, **dict(settings.scheduler_options))
     if settings.strength < 1:
-        _begin_later(scheduler, settings.strength)
+        scheduler.set_timesteps = LaterTimesteps(scheduler, settings.strength)
     return scheduler
 
 
-def _begin_later(scheduler: Any, strength: float) -> None:
-    """Let a scheduler make its steps over the cleaner part of a schedule.
+class LaterTimesteps:
+    """A scheduler's set_timesteps, by which it makes its steps over the cleaner part of a schedule.
 
     Noise levels lie as those of a schedule of more steps whose first are left out, which for flow matching are the
-    levels of the whole one times the strength, before any shift.
-    """
-    own = scheduler.set_timesteps
+    levels of the whole one times the strength, before any shift. A deep copy of the scheduler (LTX-2 makes one for its
+    audio) begins as late; a pickled one, which is loaded without this package too, has its class's own.
 
-    @functools.wraps(own)
-    def set_timesteps(*args: object, **kwargs: object) -> None:
-        bound = inspect.signature(own).bind(*args, **kwargs)
+    Args:
+        scheduler: whose timesteps are set.
+        strength: the share of the schedule that is left.
+    """
+
+    def __init__(self, scheduler: Any, strength: float) -> None:
+        self._own = type(scheduler).set_timesteps.__get__(scheduler)
+        functools.update_wrapper(self, self._own)
+        self._scheduler, self._strength = scheduler, strength
+
+    def __call__(self, *args: object, **kwargs: object) -> None:
+        scheduler, strength = self._scheduler, self._strength
+        bound = inspect.signature(self._own).bind(*args, **kwargs)
         given = bound.arguments
         if given.get("sigmas") is not None:
             given["sigmas"] = np.asarray(given["sigmas"], dtype=np.float64) * strength
-            own(*bound.args, **bound.kwargs)
+            self._own(*bound.args, **bound.kwargs)
             return
         steps = int(given["num_inference_steps"])
         given["num_inference_steps"] = whole = max(steps, round(steps / strength))
-        own(*bound.args, **bound.kwargs)
+        self._own(*bound.args, **bound.kwargs)
         scheduler.timesteps = scheduler.timesteps[whole - steps :]
         sigmas = getattr(scheduler, "sigmas", None)
         if sigmas is not None and len(sigmas) == whole + 1:
             scheduler.sigmas = sigmas[whole - steps :]
 
-    scheduler.set_timesteps = set_timesteps
+    def __deepcopy__(self, memo: dict[int, Any]) -> object:
+        return LaterTimesteps(memo[id(self._scheduler)], self._strength)
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[Any, str]]:
+        return (getattr, (self._scheduler, "set_timesteps"))
 
 
 class SteeredStep:
     """A scheduler's step as a run has it; that of a copy (LTX-2 makes one for its audio) is the copy's own.
+
+    So is that of a pickled one, which is loaded without this package too.
 
     Args:
         scheduler: whose step is replaced.
@@ -77,5 +92,6 @@ class SteeredStep:
     def __call__(self, *args: object, **kwargs: object) -> object:
         return self._step(*args, **kwargs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> object:
-        return type(self._scheduler).step.__get__(memo[id(self._scheduler)])
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[Any, str]]:
+        # Of the scheduler that is being made, which at that moment has its class's step alone.
+        return (getattr, (self._scheduler, "step"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Iterable
@@ -16,9 +17,9 @@ from corrdit.array_files import content_digest
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.backbones.loading import backbone_of
 from corrdit.integrations.diffusers.backbones.published_transfers import published_transfer
-from corrdit.integrations.diffusers.compatibility import check_takes_prompt, embeds_given
+from corrdit.integrations.diffusers.compatibility import check_takes_prompt, check_transformer, embeds_given
 from corrdit.integrations.diffusers.fingerprint import weights_fingerprint
-from corrdit.integrations.diffusers.host.forwards import Arguments
+from corrdit.integrations.diffusers.host.forwards import Arguments, transformers_of
 from corrdit.integrations.diffusers.layouts import Pipeline
 from corrdit.integrations.diffusers.motion_transfer.guided_run import GuidedRun, StepReport
 from corrdit.integrations.diffusers.motion_transfer.latents import LatentLayout
@@ -277,6 +278,8 @@ class MotionTransfer:
         """Pipelines cut prompts that are too long without an error."""
         if not isinstance(prompt, str):
             raise ValueError(f"the prompt must be one string, got {type(prompt).__name__}")
+        for transformer in transformers_of(self.backbone.pipe):
+            check_transformer(transformer, caches=True)
         check_takes_prompt(self.backbone.pipe, further)
         tokenizer = getattr(self.backbone.pipe, "tokenizer", None)
         negative = further.get("negative_prompt", self.settings.negative_prompt)
@@ -308,7 +311,10 @@ class MotionTransfer:
     def _pipeline_arguments(self, prompt: str, size: tuple[int, int, int], further: Arguments) -> Arguments:
         settings = self.settings
         chosen: Arguments = {"prompt": prompt, "num_inference_steps": settings.steps, "output_type": "np"}
-        chosen |= dict(zip(("num_frames", "height", "width"), size, strict=True))
+        taken = inspect.signature(type(self.backbone.pipe).__call__).parameters
+        # HunyuanVideo 1.5's image-to-video pipeline takes the size of its image, and no other.
+        sizes = zip(("num_frames", "height", "width"), size, strict=True)
+        chosen |= {name: value for name, value in sizes if name in taken}
         if settings.guidance_scale is not None:
             chosen["guidance_scale"] = settings.guidance_scale
         if settings.negative_prompt is not None:
@@ -316,6 +322,9 @@ class MotionTransfer:
         for name in ("prompt", "negative_prompt"):
             if embeds_given(further, name):
                 chosen.pop(name, None)
+                # Some pipelines want a prompt, or have "" for one, and refuse it beside embeddings.
+                if name in taken and taken[name].default is not None:
+                    chosen[name] = None
         refused = [name for name in further if name in _OWN_ARGUMENTS]
         if refused:
             raise ValueError(f"{', '.join(refused)} cannot be given to the pipeline: seed and settings say how it runs")

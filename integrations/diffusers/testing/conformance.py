@@ -8,7 +8,8 @@ from typing import Any
 
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.testing import reading_checks, restoring_checks
-from corrdit.integrations.diffusers.testing.subject import Check, Subject
+from corrdit.integrations.diffusers.testing.accelerated_checks import ACCELERATED_CHECKS
+from corrdit.integrations.diffusers.testing.subject import Check, Skipped, Subject
 
 CHECKS: dict[str, Check] = {
     "grid": reading_checks.check_grid,
@@ -25,6 +26,7 @@ CHECKS: dict[str, Check] = {
     "pickling": restoring_checks.check_pickling,
     "saving": restoring_checks.check_saving,
     "memory": restoring_checks.check_memory,
+    **ACCELERATED_CHECKS,
 }
 """Checks of a backbone by name, in the order they run."""
 
@@ -33,15 +35,16 @@ GENERATION_CHECK = "steps and branches"
 
 @dataclass(frozen=True)
 class CheckResult:
-    """Outcome of one check; `problem` is empty if it passed."""
+    """Outcome of one check; `problem` is empty if it passed, `skipped` says why it was not made."""
 
     name: str
     problem: str
+    skipped: str = ""
 
     @property
     def passed(self) -> bool:
-        """Whether nothing was wrong."""
-        return not self.problem
+        """Whether it was made, and nothing was wrong."""
+        return not self.problem and not self.skipped
 
 
 def check_backbone(
@@ -82,19 +85,21 @@ def check_backbone(
     if unknown:
         raise ValueError(f"unknown checks {sorted(unknown)}; there are {', '.join([*CHECKS, GENERATION_CHECK])}")
     subject = Subject.random(backbone, frames=frames, batch=max(2, batch), seed=seed)
-    results = [
-        CheckResult(name, _problem(check, subject)) for name, check in checks.items() if only is None or name in only
-    ]
-    failed = [result for result in results if not result.passed]
+    results = [_checked(name, check, subject) for name, check in checks.items() if only is None or name in only]
+    failed = [result for result in results if result.problem]
     if failed:
         listed = "\n".join(f"- {result.name}: {result.problem}" for result in failed)
         raise AssertionError(f"{backbone.name} fails {len(failed)} of {len(results)} checks:\n{listed}")
     return results
 
 
-def _problem(check: Check, subject: Subject) -> str:
+def _checked(name: str, check: Check, subject: Subject) -> CheckResult:
     try:
         check(subject)
+    except Skipped as reason:
+        return CheckResult(name, "", skipped=f"{reason}")
     except (AssertionError, ValueError, TypeError, RuntimeError, AttributeError, KeyError) as error:
-        return f"{error}" if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
-    return ""
+        return CheckResult(
+            name, f"{error}" if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
+        )
+    return CheckResult(name, "")

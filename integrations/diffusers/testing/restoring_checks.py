@@ -27,7 +27,7 @@ def check_restored_after_exit(subject: Subject) -> None:
     """Processors, hooks and attributes are the same objects as before."""
     for early_exit in (False, True):
         cause = f"a capture (early_exit={early_exit})"
-        with _unchanged(subject.transformer, cause), subject.captured(early_exit=early_exit):
+        with unchanged(subject.transformer, cause), subject.captured(early_exit=early_exit):
             subject.run()
 
 
@@ -37,7 +37,7 @@ def check_restored_after_exception(subject: Subject) -> None:
     def failing(q: torch.Tensor, k: torch.Tensor, grid: TokenGrid, key_mask: torch.Tensor | None) -> None:
         raise _Interruption
 
-    with _unchanged(subject.transformer, "an exception in the operation"):
+    with unchanged(subject.transformer, "an exception in the operation"):
         try:
             with subject.captured(failing):
                 subject.run()
@@ -51,7 +51,7 @@ def check_restored_after_nesting(subject: Subject) -> None:
     under a capture still works, and both come off."""
     grid = subject.read((0,))[0].grid
     module: Any = subject.modules[0]
-    with _unchanged(subject.transformer, "nesting"):
+    with unchanged(subject.transformer, "nesting"):
         original = module.processor
         module.processor = CorrespondenceProcessor(original, grid, small_scalar)
         with subject.captured(layers=[0]) as outer:
@@ -122,7 +122,7 @@ def check_memory(subject: Subject) -> None:
 
 
 @contextmanager
-def _unchanged(transformer: torch.nn.Module, cause: str) -> Iterator[None]:
+def unchanged(transformer: torch.nn.Module, cause: str) -> Iterator[None]:
     """Afterwards everything a capture touches must be the same objects as before, in each module."""
     before = _state(transformer)
     yield

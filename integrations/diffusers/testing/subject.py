@@ -21,6 +21,10 @@ from corrdit.integrations.diffusers.processors import Operation
 MASKED_TEXT_TOKENS = 3
 
 
+class Skipped(Exception):
+    """Raised by a check that cannot be made of this model or here, with the reason."""
+
+
 @dataclass(frozen=True)
 class LayerRead:
     """Copies of what an operation was given: q, k `[B, H, N, D]`, the grid, and the key mask `[B, N]` or None."""
@@ -86,12 +90,14 @@ class Subject:
         latents: `[B, F, C, h, w]` as `Backbone.forward` takes them.
         text: the transformer's text arguments by name, for the whole batch.
         timestep: of the forward.
+        model: runs in place of the backbone's transformer; None for that one.
     """
 
     backbone: Backbone
     latents: torch.Tensor
     text: dict[str, torch.Tensor]
     timestep: float
+    model: torch.nn.Module | None = None
     layers: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -130,7 +136,7 @@ class Subject:
     @property
     def transformer(self) -> torch.nn.Module:
         """The transformer that runs at the subject's timestep."""
-        return self.backbone.transformer_at(self.timestep)
+        return self.backbone.transformer_at(self.timestep) if self.model is None else self.model
 
     @property
     def modules(self) -> list[torch.nn.Module]:
@@ -167,10 +173,13 @@ class Subject:
         *,
         latents: torch.Tensor | None = None,
         text: Mapping[str, torch.Tensor] | None = None,
-        early_exit: bool = False,
+        **options: Any,
     ) -> dict[int, LayerRead]:
-        """Copies of queries and keys of layers, from one captured forward with other latents or text."""
-        with self.captured(copy_of_inputs, layers=layers or self.layers, early_exit=early_exit) as captured:
+        """Copies of queries and keys of layers, from one captured forward with other latents or text.
+
+        Further options are those of `capture`.
+        """
+        with self.captured(copy_of_inputs, layers=layers or self.layers, **options) as captured:
             self.run(latents, text)
         return {layer: captured[0, layer] for layer in layers or self.layers}
 
