@@ -191,12 +191,12 @@ def test_a_published_transfer_fits_a_24_gigabyte_card_as_released():
     "arguments, message",
     [
         (["cogvideox-9b"], "unknown model 'cogvideox-9b'"),
-        (["embedded", "--height", "50", "--width", "64"], "height 50 is not a multiple of 4"),
+        (["embedded", "--size", "50x64"], "height 50 is not a multiple of 4"),
         (["embedded", "--placement", "shards"], "spreads a model over several cards"),
         (["embedded", "--placement", "offload_layers", "--weights", "float8"], "does not go with placement"),
         (["embedded", "--task", "track", "--cag"], "cag goes with task=\"generate\""),
         (["embedded", "--task", "track", "--method", "smm"], "method are settings of task=\"transfer\""),
-        (["embedded", "--frames", "0"], "frames must be a whole number of at least 1"),
+        (["embedded", "--num-frames", "0"], "frames must be a whole number of at least 1"),
         (["embedded", "--steps", "0"], "steps must be a whole number of at least 1"),
     ],
 )  # fmt: skip
@@ -214,7 +214,7 @@ def test_a_folder_without_a_transformer_is_refused(tmp_path):
 
 
 def test_the_command_shows_phases_and_cards(configurations, capsys):
-    arguments = ["plan", str(configurations), "--frames", "9", "--height", "64", "--width", "64", "--steps", "4"]
+    arguments = ["plan", str(configurations), "--num-frames", "9", "--size", "64x64", "--steps", "4"]
     assert main([*arguments, "--task", "generate", "--cag"]) == 0
     shown = capsys.readouterr().out
     for words in ("denoising step", "decoding", "16 GB", "lower bound", "no time was measured"):
