@@ -28,6 +28,7 @@ REQUIREMENTS = [
     "matplotlib>=3.8,<4",
     "safetensors>=0.5,<1",
     "pillow>=10,<14",
+    "tqdm>=4.64,<5",
 ]
 EXTRAS = {
     "metrics": ["torchmetrics>=1.4,<2"],
@@ -35,6 +36,8 @@ EXTRAS = {
     "parquet": ["pyarrow>=15,<27"],
     "opencv": ["opencv-python-headless>=4.9,<6"],
     "explore": ["nicegui>=3.4,<4"],
+    "completion": ["shtab>=1.7,<2"],
+    "rerun": ["rerun-sdk>=0.24,<0.50"],
     "docs": ["mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.27,<2"],
     "test": [
         "pytest>=8,<10",
@@ -45,6 +48,7 @@ EXTRAS = {
         "tensorboard>=2.16,<3",
         "nicegui>=3.4,<4",
         "setuptools>=77,<90",
+        "shtab>=1.7,<2",
         "pyarrow>=15,<27",
     ],
     "lint": ["ruff>=0.9,<1", "mypy>=1.14,<3", "pre-commit>=4,<5"],

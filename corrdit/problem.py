@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -93,6 +93,18 @@ class TokenAxis:
         held = list(self.frames.values())
         return slice(held[0].place.start, held[-1].place.stop)
 
+    def places(self, frames: int) -> list[int]:
+        """(place of the frame's token 0, first token held, stop) of each of so many frames one after the other.
+
+        Places are among the video tokens that the tensor holds; (0, 0, 0) stands for a frame of which it holds nothing.
+        """
+        start = self.video.start
+        numbers: list[int] = []
+        for frame in range(frames):
+            held = self.frames.get(frame)
+            numbers += (0, 0, 0) if held is None else (held.origin - start, held.first, held.stop)
+        return numbers
+
     def between(self, first: int, last: int) -> slice:
         """Where the tokens of frames `first` to `last` stand that it holds, if they are neighbours; may be empty."""
         held = [self.frames[frame].place for frame in range(first, last + 1) if frame in self.frames]
@@ -109,6 +121,7 @@ class PairProblem:
         factor: what q.k is multiplied by before a softmax: scale, times the temperature where there is one.
         heads: what is averaged over heads, one of `HEAD_MODES`; "none" too where there is nothing to choose.
         weights: `[H]` of the query heads in that average, summing to 1, in the working precision; None for "none".
+        read_heads: the query heads whose weight is not 0, in order, where some are known to have weight 0; else None.
         pairs: (query frame, key frame) the operation visits; empty where it is not about pairs.
         key_mask: bool `[B, tokens of k]`, True = may be attended.
         window, center: radius in tokens of the keys a query sees, and `[B, R, 2]` places (x, y) round which it lies
@@ -124,6 +137,7 @@ class PairProblem:
     factor: float
     heads: str = "none"
     weights: Tensor | None = None
+    read_heads: list[int] | None = None
     pairs: FramePairs = field(default_factory=list)
     key_mask: Tensor | None = None
     window: int | None = None
@@ -131,6 +145,15 @@ class PairProblem:
     with_lse: bool = False
     memory_budget: int | None = None
     precision: str = "ieee"
+
+    def of_read_heads(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, PairProblem]:
+        """q, k and the problem without the query heads of weight 0, which are neither read nor multiplied."""
+        if self.read_heads is None or self.weights is None:
+            return q, k, self
+        group = q.shape[1] // k.shape[1]
+        keys = k if group == q.shape[1] else _heads(k, [head // group for head in self.read_heads])
+        weights = _heads(self.weights.unsqueeze(0), self.read_heads).squeeze(0)
+        return _heads(q, self.read_heads), keys, replace(self, weights=weights, read_heads=None)
 
     def pair_rows(self) -> list[slice]:
         """Where the queries of each pair stand in an axis that holds those of every pair one after the other."""
@@ -160,6 +183,14 @@ class PairProblem:
             mask = of_held.new_zeros(len(of_held), self.grid.video_tokens)
         mask[:, start : start + video.stop - video.start] = True if of_held is None else of_held
         return mask
+
+
+def _heads(tensor: Tensor, heads: list[int]) -> Tensor:
+    """`[B, H, ...]` of some heads in rising order: a view where they are evenly spaced, else a copy."""
+    step = heads[1] - heads[0] if len(heads) > 1 else 1
+    if step > 0 and heads == list(range(heads[0], heads[-1] + 1, step)):
+        return tensor[:, heads[0] : heads[-1] + 1 : step]
+    return torch.stack([tensor[:, head] for head in heads], 1)
 
 
 _scopes: ContextVar[tuple[tuple[object, str], ...]] = ContextVar("float32 precision", default=())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,12 @@ Picture = tuple[str, np.ndarray, str]
 
 
 def write_report(
-    output: str | os.PathLike[str], results: AnalysisResults, *, pictures: Sequence[Picture] = (), parquet: bool = False
+    output: str | os.PathLike[str],
+    results: AnalysisResults,
+    *,
+    pictures: Sequence[Picture] = (),
+    parquet: bool = False,
+    made_with: Mapping[str, object] | None = None,
 ) -> list[str]:
     """Write report.html, analysis.csv and videos.csv (and analysis.parquet) from the results of videos.
 
@@ -40,6 +45,7 @@ def write_report(
         results: as `corrdit.analysis.results.read_results` gives them.
         pictures: further ones, by section.
         parquet: also write Parquet.
+        made_with: what the report says of its making, such as command, version, commit and device.
 
     Returns:
         Names of the files.
@@ -68,7 +74,7 @@ def write_report(
             page.section(title)
             section = title
         page.picture(pixels, caption)
-    _record(page, results, files)
+    _record(page, results, files, made_with or {})
     page.write(folder / REPORT_FILE)
     return [REPORT_FILE, *files]
 
@@ -203,12 +209,23 @@ def _attention(page: ReportPage, table: AnalysisTable) -> None:
     )
 
 
-def _record(page: ReportPage, results: AnalysisResults, files: Sequence[str]) -> None:
+def _record(page: ReportPage, results: AnalysisResults, files: Sequence[str], made_with: Mapping[str, object]) -> None:
     page.section("How it was made")
     page.links("Tables beside this page:", files)
-    settings = {**results.settings, **results.settings.get("options", {})}
-    settings.pop("options", None)
-    page.table(["setting", "value"], [[name, str(value)] for name, value in settings.items()])
+    page.table(["setting", "value"], list(_in_words({**made_with, **results.settings})))
+
+
+def _in_words(settings: Mapping[str, object], before: str = "") -> Iterator[tuple[str, str]]:
+    """Names and values of settings; those inside others as "preset: layer", and what is not set left out."""
+    for name, value in settings.items():
+        title = f"{before}{name.replace('_', ' ')}"
+        if isinstance(value, Mapping):
+            yield from _in_words(value, f"{title}: ")
+        elif isinstance(value, (list, tuple)):
+            if len(value):
+                yield title, ", ".join(map(str, value))
+        elif value is not None:
+            yield title, ("yes" if value else "no") if isinstance(value, bool) else str(value)
 
 
 def _by_layer_and_step(table: AnalysisTable, panels: Mapping[str, np.ndarray], *, percent: bool = True) -> np.ndarray:

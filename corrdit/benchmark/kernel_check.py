@@ -1,7 +1,7 @@
 """Every kernel against the definition in float64: what a machine that has never run them is asked first.
 
 It needs torch, triton and numpy alone. On a CUDA device all cases run, at sizes of several tiles; on a CPU, under
-triton's interpreter, the same cases at a few dozen tokens.
+triton's interpreter, as many of them as show every mode and option of every operation once, at a few dozen tokens.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -44,6 +44,7 @@ class Case:
         options: arguments of the operation; tensors are made by `arguments`.
         masked: share of keys that a mask removes; 1 removes all.
         moved: whether the windows lie round random places.
+        key_heads: of k and v; None for as many as q has.
     """
 
     operation: str
@@ -56,6 +57,7 @@ class Case:
     layout: str = "tokens first"
     masked: float = 0.0
     moved: bool = False
+    key_heads: int | None = None
     precision: str = "ieee"
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -65,12 +67,15 @@ class Case:
         return f"{self.operation}, {self.about}, {dtype}, head_dim {self.head_dim}, {self.layout}"
 
     def tensors(self, device: torch.device) -> list[Tensor]:
-        """q, k and v (of the operation that takes it) in their dtype and layout."""
+        """q, k and v (of the operation that takes it) in their dtype and layout, of the tokens that are asked for."""
         generator = torch.Generator().manual_seed(self.head_dim + self.heads)
-        count = 3 if self.operation == "frame_local_attention" else 2
-        size = (self.batch, self.heads, self.grid.tokens, self.head_dim)
-        drawn = [1.6 * torch.randn(size, generator=generator) for _ in range(count)]
-        return [laid_out(tensor.to(device=device, dtype=self.dtype), self.layout) for tensor in drawn]
+        tensors = []
+        for heads, part in ((self.heads, "queries"), *[(self.key_heads or self.heads, "keys")] * 2):
+            drawn = 1.6 * torch.randn(self.batch, heads, self.grid.tokens, self.head_dim, generator=generator)
+            if part in self.options:
+                drawn = drawn[:, :, self.grid.video_slice][:, :, slice(*self.options[part])]
+            tensors.append(laid_out(drawn.to(device=device, dtype=self.dtype), self.layout))
+        return tensors if self.operation == "frame_local_attention" else tensors[:2]
 
     def arguments(self, device: torch.device) -> dict[str, Any]:
         """Of the operation, beside q, k, v and the grid."""
@@ -151,7 +156,8 @@ def cases(device: torch.device) -> Iterator[Case]:
     head_dims = (16, 10, 24) if small else (64, 128, 96, 10, 256)
     dtypes = itertools.cycle((BRAIN, SINGLE, HALF))
     turns = zip(itertools.cycle(head_dims), itertools.cycle(LAYOUTS), strict=False)
-    for case in _plain_cases(grid):
+    chosen = [*_plain_cases(grid), *_part_cases(grid)]
+    for case in covering(chosen) if small else chosen:
         # The options of a mode run in all dtypes, or one after the other where an interpreter is slow.
         for dtype in [next(dtypes)] if small else (BRAIN, HALF, SINGLE):
             head_dim, layout = next(turns)
@@ -161,6 +167,39 @@ def cases(device: torch.device) -> Iterator[Case]:
             Case("soft_displacement", f"heads={mode}, tf32", grid, SINGLE, precision="tf32", options={"heads": mode})
             for mode in ("none", "logits")
         )
+
+
+def covering(cases: Iterable[Case]) -> Iterator[Case]:
+    """Those of the cases that have something about them, of their operation, that none before them has."""
+    seen: set[tuple[str, str]] = set()
+    for case in cases:
+        about = {(case.operation, word) for word in case.about.split(", ")}
+        if not about <= seen:
+            seen |= about
+            yield case
+
+
+def _part_cases(grid: TokenGrid) -> Iterator[Case]:
+    """Ranges of queries and of keys with ends inside frames, one key head for all heads of q, and the log-sum-exp."""
+    size = grid.tokens_per_frame
+    queries, keys = (size // 2 + 1, size + size // 2), (5, (grid.frames - 1) * size + size // 3)
+    both = {"queries": queries, "keys": keys}
+    token = {"tokens": [size // 2 + 1, size - 1]}
+    for mode in MODES:
+        options = {**both, "heads": mode, **({} if mode == "probabilities" else {"return_lse": True})}
+        case = Case("soft_displacement", f"heads={mode}, part", grid, key_heads=1, options=options)
+        yield from (case, replace(case, about=f"{case.about}, part in a window", options={**options, "window": 2}))
+        yield replace(case, about=f"{case.about}, part and mask", masked=0.3)
+        of_mode = {"heads": mode}
+        yield Case("hard_displacement", f"heads={mode}, part", grid, key_heads=1, options={**both, **of_mode})
+        yield Case("match", f"heads={mode}, keys of a part", grid, key_heads=1, options={**of_mode, "keys": keys})
+        forward = {**of_mode, **both, "bidirectional": False}
+        yield Case("match", f"heads={mode}, part", grid, key_heads=1, options={**forward, "refine": 1})
+        yield Case("cost_rows", f"heads={mode}, part", grid, key_heads=1, options={**forward, **token})
+        yield Case("attention_mass", f"heads={mode}, part", grid, key_heads=1, options={**of_mode, **both, **token})
+    for renormalize in (True, False):
+        options = {**both, "renormalize": renormalize, "return_lse": True}
+        yield Case("frame_local_attention", f"renormalize={renormalize}, part", grid, key_heads=1, options=options)
 
 
 def _plain_cases(grid: TokenGrid) -> Iterator[Case]:

@@ -29,6 +29,8 @@ _WAYS = {
 }
 _OTHER_BACKENDS = ("#7F7F7F", "h")
 _TEXT = 9
+_SPREAD = 0.6
+"""Share of a line's height over which its marks are spread."""
 
 
 class _Quantity(NamedTuple):
@@ -110,9 +112,9 @@ def _draw_panel(axis: Axes, rows: Sequence[Row], quantity: _Quantity, handles: d
         here = [row for row in rows if row["competitor"] == competitor]
         color, marker = _style(competitor)
         if competitor.startswith("corrdit "):
-            look = {"markersize": 6, "linewidth": 2.2, "zorder": 3}
+            look = {"markersize": 8, "linewidth": 2.6, "zorder": 2}
         else:
-            look = {"markersize": 5, "linewidth": 1.1, "zorder": 2}
+            look = {"markersize": 4.5, "linewidth": 1.1, "zorder": 3}
         timed = [row for row in here if "milliseconds" in row]
         _draw_lines(axis, timed, quantity.value, handles, _name(competitor), color=color, marker=marker, **look)
         for row in here:
@@ -167,15 +169,21 @@ def _write_limits(rows: Sequence[Row], path: pathlib.Path) -> None:
     shape = largest_shape(rows)
     timed = [row for row in rows if "milliseconds" in row and row["shape"]["name"] == shape.name]
     lines = [(name, p) for name in COMPARISONS for p in FILES if any(_line(row) == (name, p) for row in timed)]
-    figure = Figure(figsize=(9.5, 1.6 + 0.33 * len(lines)), layout="constrained")
+    figure = Figure(figsize=(9.5, 1.6 + 0.4 * len(lines)), layout="constrained")
     axis = figure.subplots()
     handles: dict[str, Artist] = {}
+    present = {_name(row["competitor"]) for row in timed}
+    ways = [*(name for name in _WAYS if name in present), *sorted(present - _WAYS.keys())]
     for row in sorted(timed, key=lambda row: row["competitor"].startswith("corrdit ")):
         color, marker = _style(row["competitor"])
         own = row["competitor"].startswith("corrdit ")
+        # Ways of nearly the same speed stand one above the other, in the order of the legend.
+        height = lines.index(_line(row)) + _SPREAD * (
+            ways.index(_name(row["competitor"])) / max(len(ways) - 1, 1) - 0.5
+        )
         drawn = axis.plot(
-            row["share_of_limit"], lines.index(_line(row)), color=color, marker=marker, linestyle="none",
-            markersize=9 if own else 6, zorder=3 if own else 2,
+            row["share_of_limit"], height, color=color, marker=marker, linestyle="none",
+            markersize=7 if own else 6, zorder=3 if own else 2,
         )  # fmt: skip
         handles.setdefault(_name(row["competitor"]), drawn[0])
     bounds = {_line(row): row["bound"] for row in timed}
@@ -190,7 +198,9 @@ def _write_limits(rows: Sequence[Row], path: pathlib.Path) -> None:
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_xlabel("share of the device's measured limit (in brackets: which one)", fontsize=_TEXT)
     axis.tick_params(labelsize=_TEXT)
-    axis.grid(alpha=0.3)
+    axis.grid(axis="x", alpha=0.3)
+    for line in range(0, len(lines), 2):
+        axis.axhspan(line - 0.5, line + 0.5, color="black", alpha=0.04, linewidth=0)
     axis.set_axisbelow(True)
     figure.suptitle(f"{shape.name}: {shape.label}\n{_caption(timed)}", fontsize=_TEXT + 1)
     _draw_legend(figure, None, handles)

@@ -125,7 +125,11 @@ def _at(rows: Sequence[Row], shape: str, operation: str, passes: str) -> list[Ro
 
 
 def _time(row: Row) -> str:
-    return milliseconds(row["milliseconds"]["median"]) if "milliseconds" in row else str(row["status"])
+    if "milliseconds" not in row:
+        return str(row["status"])
+    predicted = row.get("predicted_milliseconds")
+    told = f" (predicted {milliseconds(predicted)})" if predicted is not None else ""
+    return milliseconds(row["milliseconds"]["median"]) + told
 
 
 def _memory(row: Row) -> str:

@@ -18,6 +18,7 @@ from corrdit.benchmark.comparisons import COMPARISONS, Baseline, Results, Scene
 from corrdit.benchmark.environment import environment
 from corrdit.benchmark.floors import Ceilings, Floor, floor_of
 from corrdit.benchmark.measure import Call, peak_extra_bytes, replay, time_interleaved
+from corrdit.benchmark.predictions import predicted_milliseconds
 from corrdit.benchmark.shapes import SHAPES, Shape
 from corrdit.files import parsed_json
 from corrdit.memory import is_out_of_memory
@@ -112,6 +113,10 @@ def run_piece(
     for name, row in rows.items():
         if "milliseconds" in row:
             row["share_of_limit"] = floor.milliseconds / row["milliseconds"]["median"]
+            if row.get("about") == "triton":
+                row["predicted_milliseconds"] = predicted_milliseconds(
+                    piece.operation, piece.passes, piece.shape.name, where["device"], where["dtype"]
+                )
         yield {
             "operation": piece.operation,
             "pass": piece.passes,

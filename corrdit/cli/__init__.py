@@ -6,17 +6,19 @@ that `corrdit --help` needs neither torch nor jsonargparse.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import difflib
 import linecache
 import os
 import re
+import shlex
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from corrdit.cli import (
     analyze,
@@ -35,8 +37,11 @@ from corrdit.cli import (
     transfer,
     world,
 )
+from corrdit.cli.earlier_names import take_earlier_names
+from corrdit.cli.help import HelpFormatter, shaped
 from corrdit.cli.signals import Stopped, handle_signals
 from corrdit.files import refuse_nested_aliases
+from corrdit.progress import hidden_bars
 
 if TYPE_CHECKING:
     from argparse import Action
@@ -45,10 +50,18 @@ if TYPE_CHECKING:
 
 
 class Command(Protocol):
-    """A module that is a command; its docstring says what it reads and writes, and `USAGE`, if it is there, how."""
+    """A module that is a command.
+
+    Its docstring says what it does, in a second paragraph what it reads and writes, and in further ones what only
+    --help-all shows. `USAGE` and `MAIN`, if they are there, are how it is called and the options of the short help.
+    """
 
     __name__: str
     HELP: str
+
+    @property
+    def EXAMPLES(self) -> tuple[str, ...]:
+        """Calls that the help shows first."""
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         """Declare the command's arguments."""
@@ -79,7 +92,8 @@ Point correspondence, guidance and motion transfer from the attention of video d
 commands:
 {commands}
 
-`corrdit COMMAND --help` tells what a command reads and writes. Exit status: 0 success, 2 bad input, 130 Ctrl-C.
+`corrdit COMMAND --help` tells what a command reads and writes, --help-all every option. Exit status: 0 success,
+1 a fault of ours, 2 bad input, 130 Ctrl-C. `corrdit --print-completion bash` (or zsh, tcsh) completes as you type.
 Errors are one line; --traceback after any command, or CORRDIT_DEBUG=1, shows where they come from."""
 
 
@@ -96,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--traceback" in arguments or os.environ.get("CORRDIT_DEBUG", "0") not in ("", "0")
     arguments = [argument for argument in arguments if argument != "--traceback"]
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
+    if not arguments or arguments[0] in ("-h", "--help", "--help-all", "help"):
         print(_overview())
         return _SUCCESS
     if arguments[0] in ("-V", "--version", "version"):
@@ -104,10 +118,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"corrdit {__version__}")
         return _SUCCESS
+    if arguments[0] == "--print-completion":
+        with _one_line_warnings("--print-completion"):
+            return _run_guarded("--print-completion", arguments[1:], debug)
     command = arguments[0]
     if command not in MODULES:
         return _unknown_command(command)
-    with _one_line_warnings(command):
+    with _one_line_warnings(command), hidden_bars():  # commands have bars of their own
         return _run_guarded(command, arguments[1:], debug)
 
 
@@ -140,38 +157,19 @@ def _run_guarded(command: str, arguments: list[str], debug: bool) -> int:
     return status
 
 
-def _run_plainly(module: Command, command: str, arguments: list[str]) -> int:
-    """A command of plain options where jsonargparse is not installed: a machine that only measures kernels."""
-    from argparse import ArgumentParser, RawDescriptionHelpFormatter
-
-    parser = ArgumentParser(
-        prog=f"corrdit {command}", description=module.__doc__, formatter_class=RawDescriptionHelpFormatter
-    )
-    module.add_arguments(parser)  # type: ignore[arg-type]
-    return int(module.run(parser.parse_args(arguments)))  # type: ignore[arg-type]
-
-
 def _run(command: str, arguments: list[str]) -> int:
-    from argparse import RawDescriptionHelpFormatter
     from importlib.util import find_spec
 
-    module = MODULES[command]
-    if command in _PLAIN and find_spec("jsonargparse") is None:
-        return _run_plainly(module, command, arguments)
-    from jsonargparse import ArgumentParser, DefaultHelpFormatter
+    if command == "--print-completion":
+        from corrdit.cli.completion import completion_script
 
-    parser = ArgumentParser(
-        prog=f"corrdit {command}",
-        usage=f"corrdit {command} {getattr(module, 'USAGE', '[options]')}",
-        description=module.__doc__ or module.HELP,
-        # Keeps the paragraphs of the description as they are written.
-        formatter_class=type("HelpFormatter", (RawDescriptionHelpFormatter, DefaultHelpFormatter), {}),
-        exit_on_error=False,
-    )
-    module.add_arguments(parser)
+        print(completion_script(" ".join(arguments), COMMANDS, command_parser))
+        return _SUCCESS
+    if command in _PLAIN and find_spec("jsonargparse") is None:
+        parsed = command_parser(command, arguments, plain=True).parse_args(arguments)
+        return int(MODULES[command].run(parsed))  # type: ignore[arg-type]
+    parser = command_parser(command, arguments)
     options = {name: action for action in parser._actions for name in action.option_strings}
-    if not any("--config" in action.option_strings for action in parser._actions):
-        parser.add_argument("--config", action="config", help="YAML file with values for these options")
     for before, after in zip(arguments, [*arguments[1:], ""], strict=False):
         config = Path(after if before == "--config" else before.removeprefix("--config="))
         if before.startswith("--config") and config.is_file():
@@ -182,7 +180,36 @@ def _run(command: str, arguments: list[str]) -> int:
         raise ValueError(_parser_words(_one_line(error), parser._actions)) from error
     if parsed.get("output") == "":
         raise ValueError("--output is an empty name; give that of a folder or file, which is made if need be")
-    return int(module.run(parsed))
+    take_earlier_names(parser, parsed)
+    parsed.called = shlex.join(["corrdit", command, *arguments])
+    return int(MODULES[command].run(parsed))
+
+
+def command_parser(command: str, arguments: Sequence[str] = (), *, plain: bool = False) -> ArgumentParser:
+    """The parser of a command, with its help as the arguments ask for it.
+
+    Args:
+        command: its name.
+        arguments: those of the call, for `--help` and `--help-all`.
+        plain: by argparse alone, for a machine that only measures kernels and has no jsonargparse.
+    """
+    module, everything = MODULES[command], "--help-all" in arguments
+    prog = f"corrdit {command}"
+    usage = f"{prog} {getattr(module, 'USAGE', '[options]')}"
+    parser: Any
+    if plain:
+        parser = argparse.ArgumentParser(prog=prog, usage=usage, formatter_class=HelpFormatter)
+    else:
+        from jsonargparse import ArgumentParser
+
+        parser = ArgumentParser(prog=prog, usage=usage, formatter_class=HelpFormatter, exit_on_error=False)
+    parser.add_argument("--help-all", action="help", help="show every option")
+    module.add_arguments(parser)
+    if not plain and not any("--config" in action.option_strings for action in parser._actions):
+        parser.add_argument("--config", action="config", metavar="FILE", help="YAML file with values for these options")
+    main = getattr(module, "MAIN", None)
+    shaped(parser, module.__doc__ or module.HELP, module.EXAMPLES, main, everything=everything)
+    return cast("ArgumentParser", parser)
 
 
 def _with_joined_values(arguments: Sequence[str], options: Mapping[str, Action]) -> list[str]:

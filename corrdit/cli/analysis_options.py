@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from corrdit.cli.devices import OptionTable, add_options, add_run_options, add_shards_option, given_options
+from corrdit.cli.frame_options import add_num_frames_option, add_size_option
 from corrdit.cli.model_options import add_model_options, chosen_placement
 
 if TYPE_CHECKING:
@@ -78,9 +79,8 @@ def add_analysis_options(parser: ArgumentParser) -> None:
     source.add_argument(
         "--pipeline", type=dict | None, default=None, metavar="JSON", help="arguments of the call that generates"
     )
-    source.add_argument("--frames", type=int, default=8, help="with --world: frames of each video")
-    source.add_argument("--height", type=int, default=64, help="with --world: pixels")
-    source.add_argument("--width", type=int, default=96, help="with --world: pixels")
+    add_num_frames_option(source, "with --world: frames of each video", default=8)
+    add_size_option(source, "with --world: of the frames in pixels", default="64x96")
     parser.add_argument("--layers", default="all", help="all, or numbers with commas such as 3,4,-1")
     parser.add_argument("--steps", default="spread:10", help="all, spread:N evenly with the last one, or numbers")
     parser.add_argument("--protocol", choices=["default", "published"], default="default", help="ways of measuring")
@@ -164,7 +164,9 @@ def source_of(arguments: Namespace) -> dict[str, object]:
         "difftrack": ("difftrack", "pipeline"),
         "tapvid": ("tapvid", "first_frames"),
     }
-    return {name: arguments[name] for name in names.get(kind, (kind, "tracks", "tracker", "points"))}
+    named_otherwise = {"frames": "num_frames"}
+    listed = names.get(kind, (kind, "tracks", "tracker", "points"))
+    return {name: arguments[named_otherwise.get(name, name)] for name in listed}
 
 
 def settings_of(arguments: Namespace, options: AnalysisOptions, backbone: Backbone) -> dict[str, object]:

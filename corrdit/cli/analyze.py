@@ -1,23 +1,23 @@
 """Analyse how well the layers, heads and denoising steps of a video transformer match frames.
 
-reads   one of
-        --world N         N generated videos with exact truth
-        --videos FOLDER   video files; their true tracks as NAME.npz beside them (as `corrdit world` writes), in
-                          --tracks, or from another tracker by --tracker
-        --tapvid PATH     a TAP-Vid file, or a folder of its shards
-        --difftrack DIR   a folder in the layout of DiffTrack's data set; where it holds no videos, as the released
-                          ones, they are generated from its prompt.txt (and image/), all with seed 42
-        --prompts FILE    one prompt a line: videos are generated and their denoising is analysed; --tracker stands in
-                          for the truth
+reads   one of --world N (generated videos with exact truth), --videos DIR, --tapvid PATH, --difftrack DIR, and
+        --prompts FILE (videos are generated and their denoising is analysed)
 writes  into the folder --output, where a stopped run goes on:
         report.html       all of it on one page, pictures inside
-        analysis.csv      one row for each step, layer and reading; analysis.parquet with --parquet
-        videos.csv        one row for each video
-        videos/NAME/      analysis.npz, the counts of one video, or failed.json, why there are none
+        analysis.csv      one row for each step, layer and reading; videos.csv: one for each video
         pictures/NAME/    the first --pictures videos at chosen steps and layers: sheets as PNG, all frames as mp4
+        preset.json       with --calibrate: the layer, step and head that match best; --preset takes it
+
+Further files:
+        analysis.parquet  with --parquet: the table of analysis.csv
+        videos/NAME/      analysis.npz, the counts of one video, or failed.json, why there are none
         released/         with --protocol published: the tables in the formats of DiffTrack's released scripts
-        preset.json       with --calibrate: the layer, step and head that match best, for `corrdit calibrate` too
         dataset/          videos that were generated, tracks and visibility in the layout of DiffTrack's data set
+
+True tracks of --videos lie as NAME.npz beside them (as `corrdit world` writes), in --tracks, or come from another
+tracker by --tracker; it stands in for the truth with --prompts too. --difftrack is a folder in the layout of
+DiffTrack's data set; where it holds no videos, as the released ones, they are generated from its prompt.txt (and
+image/), all with seed 42. --tapvid is a file, or a folder of its shards.
 """
 
 from __future__ import annotations
@@ -51,6 +51,15 @@ if TYPE_CHECKING:
 
 HELP = "measure how layers, heads and denoising steps match frames, as one report"
 USAGE = "--world N | --videos DIR | --tapvid PATH | --difftrack DIR | --prompts FILE  --output DIR [options]"
+EXAMPLES = (
+    "corrdit analyze --world 20 --output analysis --calibrate",
+    "corrdit analyze --videos my_videos --tracker lucas-kanade --output analysis",
+    "corrdit analyze --prompts prompts.txt --tracker cotracker --model cogvideox-2b --device cuda --output analysis",
+)
+MAIN = (
+    *("help", "help_all", "output", "model", "device", "dtype", "preset", *SOURCES, "tracks", "tracker", "points"),
+    *("layers", "steps", "pictures", "calibrate", "processes"),
+)
 
 
 add_arguments = add_analysis_options
@@ -153,7 +162,7 @@ def _items(arguments: Namespace) -> Iterable[Item]:
     if arguments.world is not None:
         from corrdit.integrations.embedded.world.analysis_items import world_items
 
-        size = {"frames": arguments.frames, "height": arguments.height, "width": arguments.width}
+        size = {"frames": arguments.num_frames, "height": arguments.height, "width": arguments.width}
         return world_items(arguments.world, seed=arguments.seed or 0, points=arguments.points, **size)
     if arguments.tapvid is not None:
         if not Path(arguments.tapvid).exists():
@@ -238,6 +247,7 @@ def _prompts(path: str) -> list[str]:
 def _finish(
     arguments: Namespace, backbone: Backbone, items: Iterable[Item], options: AnalysisOptions, began: float
 ) -> int:
+    from corrdit.benchmark.environment import environment
     from corrdit.cli.calibrate import write_calibration
     from corrdit.integrations.diffusers.analysis import finish_analysis
 
@@ -251,6 +261,7 @@ def _finish(
         pictures=arguments.pictures,
         choice=picture_choice(arguments),
         parquet=arguments.parquet,
+        made_with={"command": arguments.called, **environment(backbone.device)},
     )
     for name, error in results.failures.items():
         print(f"corrdit analyze: {name}: {error}", file=sys.stderr)

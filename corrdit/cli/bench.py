@@ -3,15 +3,12 @@
 reads   nothing but the package (inputs are random); with --resume or --redraw the results.json of the folder
 writes  the times to standard output; into --output results.json, table.md, and pictures of time and memory against
         tokens and of the share of the device's limit
+Status 3 says that the time of --minutes was up, status 1 that one of our own results is wrong or failed.
 
 On a CUDA device the Triton kernels run over the shapes of published models, on a CPU the streaming backend over smaller
 ones. Every row has the commit, the device and the versions it was measured with. A way that is wrong, has no memory or
 fails has a row that says so. results.json is complete after every measurement; for machines that are lent by the
-minute, repeat
-
-    corrdit bench --output DIR --resume --minutes 8
-
-until it ends with status 0: status 3 says that time was up, status 1 that one of our own results is wrong or failed.
+minute, repeat `corrdit bench --output DIR --resume --minutes 8` until it ends with status 0.
 """
 
 from __future__ import annotations
@@ -20,6 +17,11 @@ import argparse
 import os
 
 HELP = "time the operations against other ways to compute them"
+EXAMPLES = (
+    "corrdit bench --output bench",
+    "corrdit bench --output bench --operations match --resume --minutes 8",
+    "corrdit bench --operations list",
+)
 USAGE = "[--output DIR [--resume] [--minutes N]] [--operations NAMES] [--baselines NAMES] [--shapes NAMES] [options]"
 
 

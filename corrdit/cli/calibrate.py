@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 HELP = "choose layer, step and head of a model from an analysis, as a preset"
 USAGE = "--analysis DIR --output FILE [--threshold PIXELS]"
+EXAMPLES = (
+    "corrdit calibrate --analysis analysis --output preset.json",
+    "corrdit track my_video.mp4 --output tracks --preset preset.json",
+)
 
 
 def add_arguments(parser: ArgumentParser) -> None:

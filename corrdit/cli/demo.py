@@ -7,6 +7,8 @@ writes  a table of errors to standard output: the tracker beside points that sta
         clip.mp4    the clip (try `corrdit track` on it)
         truth.npz   its exact tracks: xy, visible, queries, as in tracks.npz
         tracks.npz, tracks.mp4, tracks.png  as `corrdit track` writes them
+
+It takes about 40 s on two CPU cores.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 HELP = "track points through a generated clip and compare with its exact truth"
 USAGE = "--output DIR [--seed N] [--model embedded] [options]"
+EXAMPLES = ("corrdit demo --output demo", "corrdit demo --output demo --seed 3 --points 24")
+MAIN = ("help", "help_all", "output", "seed", "points", "model", "device")
 _FPS = 10.0
 _MOVED_PIXELS = 8.0
 _THRESHOLDS = (2.0, 4.0, 8.0)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from argparse import ArgumentTypeError
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypedDict
 
 if TYPE_CHECKING:
@@ -100,23 +100,14 @@ def add_options(parser: ArgumentParser | ArgumentGroup, options: OptionTable, wo
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind | None, default=None, help=text + words)
 
 
-def given_options(arguments: Namespace, options: OptionTable) -> dict[str, Any]:
-    """The options of a table that were given, by name."""
+def given_options(arguments: Namespace, options: Iterable[str]) -> dict[str, Any]:
+    """The options, of a table or by their names, that were given."""
     return {name: arguments[name] for name in options if arguments[name] is not None}
 
 
 def named(arguments: Namespace, *names: str) -> dict[str, Any]:
     """Arguments by name, for a function that has them under the same names."""
     return {name: arguments[name] for name in names}
-
-
-def take_earlier_names(arguments: Namespace, **names: str) -> None:
-    """Move values of options that are called otherwise now, with a warning."""
-    for old, new in names.items():
-        if arguments[old] is not None:
-            said = f"--{old.replace('_', '-')} is now --{new.replace('_', '-')}"
-            warnings.warn(f"{said}; the old name goes in corrdit 0.3", stacklevel=2)
-            arguments[new] = arguments[old]
 
 
 def trainer_devices(arguments: Namespace, *, unset: str = "cpu") -> TrainerDevices:

@@ -17,6 +17,7 @@ import re
 from corrdit.cli.terminal import print_table
 
 HELP = "show versions, devices and backends, and why a backend cannot run"
+EXAMPLES = ("corrdit doctor", "corrdit doctor --json")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,21 +1,24 @@
 """Evaluate point trackers on TAP-Vid or on generated videos, over any number of processes and machines.
 
-reads   --data: TAP-Vid's file (DAVIS, RGB-Stacking: tapvid_davis.pkl), a folder of its shards (Kinetics:
-        0000_of_0010.pkl ...), or a folder that `corrdit world` wrote
-        --badja: the same for a folder of annotated joints (bear.json beside bear.mp4, as BADJA's) and of true flow
-        (NAME_frame1.png, NAME_frame2.png, NAME_flow_gt.png, as KITTI's); figures of each video are printed too
-        --config: a published setting by name (see below), or a YAML file with values for these options
-writes  into the folder --output:
-        videos/TRACKER/VIDEO.json  the figures of each video as it is done, and VIDEO.npz its tracks: a run that was
-                                   stopped or killed goes on when the same command is given again
-        broken/TRACKER/VIDEO.json  why a video could not be evaluated
-        table.json, table.csv      the means over videos: average Jaccard, average share of points within a threshold,
-                                   occlusion accuracy, both shares at 1, 2, 4, 8 and 16 pixels of 256, with 95 %
-                                   intervals, and how many videos are in them or left out, and why
-        videos.csv                 the figures of all videos, with intervals over their points; PCK at .2 sqrt(mask
-                                   area) where masks lie beside joints
-        splits.csv                 the figures of points that move little or much, and of those that come back
+reads   --data: TAP-Vid's file (tapvid_davis.pkl), a folder of its shards (Kinetics: 0000_of_0010.pkl ...), a folder
+        that `corrdit world` wrote, or one of annotated clips
+        --config: a published setting by name, or a YAML file with values for these options
+writes  into the folder --output, where a stopped run goes on:
+        table.json, table.csv      the means over videos in %, with 95 % intervals, and how many videos are in them
+        videos.csv, splits.csv     the figures of each video, and of points by how they move
+        videos/TRACKER/VIDEO.json  the figures of one video, and VIDEO.npz its tracks
         pictures/TRACKER/VIDEO.mp4 and .png  with --pictures: the tracks, and the true ones in pictures/truth
+
+Files, further:
+        broken/TRACKER/VIDEO.json  why a video could not be evaluated
+        table.json, table.csv      average Jaccard, average share of points within a threshold, occlusion accuracy, both
+                                   shares at 1, 2, 4, 8 and 16 pixels of 256, and which videos are left out, and why
+        videos.csv                 with intervals over the points of a video; PCK at .2 sqrt(mask area) where masks lie
+                                   beside joints
+        splits.csv                 the figures of points that move little or much, and of those that come back
+
+--badja is --data under another name, for a folder of annotated joints (bear.json beside bear.mp4, as BADJA's) and of
+true flow (NAME_frame1.png, NAME_frame2.png, NAME_flow_gt.png, as KITTI's); figures of each video are printed too.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from __future__ import annotations
 import sys
 import time
 import warnings
+from argparse import SUPPRESS
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +45,14 @@ if TYPE_CHECKING:
 
 HELP = "evaluate trackers on TAP-Vid or on generated videos"
 USAGE = "--data PATH --output DIR [--config NAME|FILE] [--trackers ours,released,...] [options]"
+EXAMPLES = (
+    "corrdit evaluate --data world --output scores --trackers ours,patches,still",
+    "corrdit evaluate --data tapvid_davis.pkl --config cogvideox-2b-davis --output davis --processes 8",
+)
+MAIN = (
+    *("help", "help_all", "data", "output", "config", "trackers", "model", "device", "dtype", "preset", "mode"),
+    *("max_frames", "pictures", "processes", "machines"),
+)
 TABLES = ("table.json", "table.csv", "videos.csv", "splits.csv")
 _EARLIER = {"trainer.devices": "processes", "trainer.num_nodes": "machines", "trainer.accelerator": "device"}
 _COLUMNS = {
@@ -49,6 +61,11 @@ _COLUMNS = {
     "occlusion_accuracy": "OA",
     **{f"pts_within_{threshold}": f"<{threshold}" for threshold in (1, 2, 4, 8, 16)},
 }
+_MAIN_FIGURES = ("average_jaccard", "average_pts_within_thresh", "occlusion_accuracy")
+_UNITS = (
+    "Percent, means over videos [95 % interval]. AJ: average Jaccard; <d avg: points within 1, 2, 4, 8 and 16 pixels of"
+    " 256 x 256 on average; OA: occlusion accuracy; <N: points within N of these pixels"
+)
 _DISTANCES = [name for name in _COLUMNS if "pts_within" in name]
 
 
@@ -115,9 +132,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     add_run_options(parser, on_broken="raise")
     parser.add_argument("--machines", type=int, default=1, metavar="N", help="that take part and all see --output")
-    parser.add_argument("--skip-broken", action="store_true", help="now --on-broken report; goes in corrdit 0.3")
-    for old, new in _EARLIER.items():
-        parser.add_argument(f"--{old}", type=int | str | list[int], default=None, help=f"now --{new}; goes in 0.3")
+    parser.add_argument("--skip-broken", action="store_true", help=SUPPRESS)
+    for old in _EARLIER:
+        parser.add_argument(f"--{old}", type=int | str | list[int], default=None, help=SUPPRESS)
     parser.add_argument(
         "--queries-at-once", type=int, default=4096, metavar="N", help="most queries a tracker is given together"
     )
@@ -191,7 +208,12 @@ def _report_videos(results: EvaluationResults, labels: list[str], names: list[st
             shown = ["-" if value is None else f"{100 * value:.1f}" for value in (*map(figures.get, _DISTANCES), pck)]
             rows.append([name, label, shown[0], between, *shown[1:]])
     shown_as = [_COLUMNS[column] for column in _DISTANCES]
-    print_table(["video", "tracker", shown_as[0], "over points", *shown_as[1:], "PCK"], rows)
+    print_table(
+        ["video", "tracker", shown_as[0], "over points", *shown_as[1:], "PCK"],
+        rows,
+        title="Percent, for each video; intervals of 95 % over its points",
+        numbers=True,
+    )
 
 
 def plain(value: Any) -> Any:
@@ -226,7 +248,15 @@ def _report(summaries: list[TrackerSummary]) -> None:
         without, left = summary.without_visible_points, summary.left
         reasons = {"without visible points": without, "broken": summary.broken, "not yet evaluated": left}
         left_out = [f"{len(videos)} {reason}" for reason, videos in reasons.items() if videos]
-        figures = [summary.figures[name] for name in _COLUMNS]
-        shown = ["-" if value is None else f"{100 * value:.1f}" for value in figures]
+        shown = [_with_interval(summary, name) for name in _COLUMNS]
         rows.append([summary.tracker, str(summary.videos), *shown, ", ".join(left_out) or "none"])
-    print_table(["tracker", "videos", *_COLUMNS.values(), "left out"], rows)
+    print_table(["tracker", "videos", *_COLUMNS.values(), "left out"], rows, title=_UNITS, numbers=True)
+
+
+def _with_interval(summary: TrackerSummary, name: str) -> str:
+    """Percent, with the interval of the three main figures."""
+    value, ends = summary.figures[name], summary.intervals.get(name)
+    if value is None:
+        return "-"
+    between = "" if ends is None or name not in _MAIN_FIGURES else " [{:.1f}, {:.1f}]".format(*(100 * e for e in ends))
+    return f"{100 * value:.1f}{between}"

@@ -17,7 +17,7 @@ import socket
 from typing import TYPE_CHECKING
 
 from corrdit.cli.devices import named
-from corrdit.cli.model_options import add_model_options, checked_preset, loaded_backbone
+from corrdit.cli.model_options import add_model_options, checked_preset, loaded_backbone, note_on_real_videos
 from corrdit.cli.terminal import progress_bar
 
 if TYPE_CHECKING:
@@ -25,6 +25,14 @@ if TYPE_CHECKING:
 
 HELP = "click a point of a video in a browser and see its cost maps, track and attention"
 USAGE = "VIDEO [--model embedded] [--prompt TEXT] [--steps 49 ...] [--output DIR] [options]"
+EXAMPLES = (
+    "corrdit explore my_video.mp4 --max-frames 8",
+    'corrdit explore my_video.mp4 --prompt "a dog runs" --model cogvideox-2b --device cuda --layers [15,17]',
+)
+MAIN = (
+    *("help", "help_all", "video", "output", "model", "device", "dtype", "preset", "prompt", "layers", "steps"),
+    *("start", "max_frames", "port"),
+)
 HOST = "127.0.0.1"
 
 
@@ -58,6 +66,7 @@ def run(arguments: Namespace) -> int:
     output_folder(arguments.output)
     video = StreamedVideo(arguments.video, max_side=720, **named(arguments, "start", "max_frames"))
     backbone = loaded_backbone(arguments, checked_preset(arguments.preset))
+    note_on_real_videos(arguments.model, "explore")
     asked = named(arguments, "layers", "steps", "prompt")
     with progress_bar("reading") as report:
         exploration = explore(backbone, video, **asked, progress=report)

@@ -4,11 +4,13 @@ reads   PROMPT, or --prompts: a text file with one prompt a line (empty lines an
 writes  into the folder --output, all of them or none; with --prompts into a folder 0000, 0001, ... of it for each, and
         the next run with the same settings does what is left:
         video.mp4         the video; with --cag the guided one
+        sheet.png         a contact sheet of it; with --cag each frame beside that without guidance
         plain.mp4         with --cag: the same seed without guidance
-        side_by_side.mp4  with --cag: both, without guidance on the left
+        side_by_side.mp4  with --cag: both, with their names, small videos enlarged
         generation.json   prompt, seed and settings
-        vbench/           with --vbench: copies named PROMPT-SAMPLE.mp4, in guided/ and plain/, for VBench's own tool;
-                          the names of long prompts are cut, and prompts.json says which video is of which prompt
+
+With --vbench also vbench/: copies named PROMPT-SAMPLE.mp4, in guided/ and plain/, for VBench's own tool; the names of
+long prompts are cut, and prompts.json says which video is of which prompt.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from corrdit.cli.devices import add_run_options, named, take_earlier_names, trainer_devices
+from corrdit.cli.devices import add_run_options, named, trainer_devices
+from corrdit.cli.earlier_names import add_earlier_name
+from corrdit.cli.frame_options import add_num_frames_option, add_size_option
 from corrdit.cli.lightning_runs import command_trainer, predict, quiet_lightning
 from corrdit.cli.model_options import add_model_options, checked_preset, chosen_placement, loaded_backbone
 from corrdit.files import OutputFolder, write_json
@@ -28,6 +32,16 @@ if TYPE_CHECKING:
 
 HELP = "generate videos from prompts, with cross-attention guidance beside without"
 USAGE = "PROMPT | --prompts FILE  --output DIR [--cag] [--model embedded] [options]"
+EXAMPLES = (
+    'corrdit generate "a red disc moves left over grass" --output made',
+    'corrdit generate "a red disc moves left over grass" --cag --output guided',
+    "corrdit generate --prompts prompts.txt --cag --model cogvideox-2b --device cuda --output guided --processes 8",
+)
+MAIN = (
+    *("help", "help_all", "prompt", "prompts", "output", "model", "device", "dtype", "preset", "seed", "samples"),
+    *("num_frames", "size", "steps", "guidance_scale", "negative_prompt", "cag", "cag_layers", "cag_scale"),
+    *("processes",),
+)
 _VARIANTS = {"default": None, "masked": True, "zeroed": False}
 _GUIDANCE: dict[str, dict[str, Any]] = {
     "layers": {
@@ -71,9 +85,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="with --prompts: every prompt from --seed, not from the numbers after it",
     )
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="with --prompts: videos for each prompt")
-    parser.add_argument("--frames", type=int | None, default=None, metavar="N", help="frames; the model's if left out")
-    parser.add_argument("--height", type=int | None, default=None, help="pixels; the model's if left out")
-    parser.add_argument("--width", type=int | None, default=None, help="pixels; the model's if left out")
+    add_num_frames_option(parser, "frames; the model's if left out")
+    add_size_option(parser, "of the frames in pixels, such as 480x720; the model's if left out")
     parser.add_argument("--steps", type=int | None, default=None, metavar="N", help="denoising steps")
     parser.add_argument("--guidance-scale", type=float | None, default=None, help="of classifier-free guidance")
     parser.add_argument("--negative-prompt", default=None, help="for classifier-free guidance")
@@ -82,7 +95,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--fps", type=float, default=8.0, help="frames per second of the files")
     add_run_options(parser, on_broken="raise")
-    parser.add_argument("--devices", type=int | None, default=None, help="now --processes; goes in corrdit 0.3")
+    add_earlier_name(parser, "devices", "processes", type=int | None)
     parser.add_argument("--vbench", action="store_true", help="also lay the videos out for VBench's own tool")
     group = parser.add_argument_group("cross-attention guidance")
     group.add_argument("--cag", action="store_true", help="guide, and write the video without guidance too")
@@ -94,7 +107,6 @@ def run(arguments: Namespace) -> int:
     if (arguments.prompt is None) == (arguments.prompts is None):
         given = "both were given" if arguments.prompt is not None else "neither was given"
         raise ValueError(f"generate takes a PROMPT or --prompts FILE; {given}")
-    take_earlier_names(arguments, devices="processes")
     _check_guidance_is_on(arguments)
     if arguments.prompt is not None:
         return _one(arguments)
@@ -173,7 +185,7 @@ def _many(arguments: Namespace) -> int:
 def _call(arguments: Namespace) -> dict[str, object]:
     """Arguments of the pipeline's call that were given."""
     named = {
-        "num_frames": arguments.frames,
+        "num_frames": arguments.num_frames,
         "height": arguments.height,
         "width": arguments.width,
         "num_inference_steps": arguments.steps,

@@ -1,20 +1,21 @@
 """Compile every Triton kernel ahead of time, without a GPU, and read its cost from the machine code.
 
+reads   nothing; with --output results.json, what that file already holds of the same kernel sources
+writes  a table to standard output, or with --json one JSON object a line, a row for each kernel and dtype: registers,
+        spilled bytes, shared memory, tensor cores, blocks at once, instructions of the main loop for each element;
+        with --output the same in a file, so that a run can be stopped and taken up again
 With --check nothing is compiled ahead: every operation runs in every mode and with every option, forward and backward,
 and is compared with float64, on a CUDA device, or under triton's interpreter without one. It needs torch, triton and
 numpy alone. Exit status 1 at the first wrong result.
 
-reads   nothing; with --output results.json, what that file already holds of the same kernel sources
-writes  to standard output a table, or with --json one JSON object a line: op, pass ("forward" or "backward"), heads,
-        variant ("plain", or a call with a "mask", a "window", "weights" of the heads, or a "large frame"), dtype,
-        head_dim, arch, kernel, tiles (rows, columns, dims, warps, stages), registers, spill_bytes, shared_bytes,
-        launchable, tensor_cores (in every matrix product; true where there is none), serialized_products, repetition
-        (threads that compute each score), resident_blocks (of a multiprocessor), overlap (share of the exponentials
-        taken while a product is under way), tile_use and wave_use (shares of tiles, and of places for blocks, that
-        have work), triton (its version), instructions_per_element (of the main
-        loop), cycles_per_element (of each unit), and for soft displacement of single heads floor_cycles_per_element;
-        with --output the same in a file, with the command, the commit and the versions, written anew after each call
-        so that a run can be stopped and taken up again
+Columns: op, pass ("forward" or "backward"), heads, variant ("plain", or a call with a "mask", a "window", "weights" of
+the heads, or a "large frame"), dtype, head_dim, arch, kernel, tiles (rows, columns, dims, warps, stages), registers,
+spill_bytes, shared_bytes, launchable, tensor_cores (in every matrix product; true where there is none),
+serialized_products, repetition (threads that compute each score), resident_blocks (of a multiprocessor), overlap (share
+of the exponentials taken while a product is under way), tile_use and wave_use (shares of tiles, and of places for
+blocks, that have work), triton (its version), instructions_per_element (of the main loop), cycles_per_element (of each
+unit), and for soft displacement of single heads floor_cycles_per_element. The file has also the command, the commit and
+the versions.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ import sys
 from collections.abc import Sequence
 
 HELP = "compile every Triton kernel without a GPU and show registers, spills and instructions"
+EXAMPLES = (
+    "corrdit kernels --arch h100",
+    "corrdit kernels --arch 80 90 --op match --dtype bfloat16 --json",
+    "corrdit kernels --check --device cuda",
+)
 USAGE = (
     "[--arch 80 90 ...] [--json] [--output FILE] [--op OP ...] [--variant V ...] [--dtype T ...] [--head-dim D ...]\n"
     "       corrdit kernels --check [--device cuda]"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +20,12 @@ if TYPE_CHECKING:
 
 def add_model_options(parser: ArgumentParser, *, preset: bool = True) -> None:
     """--model, where it runs and, if asked for, --preset."""
-    parser.add_argument("--model", default="embedded", help="embedded, a local diffusers folder, or a hub id")
+    parser.add_argument(
+        "--model",
+        default="embedded",
+        metavar="NAME|DIR",
+        help="embedded, another name of `corrdit models`, a folder of save_pretrained, or a hub id",
+    )
     add_device_options(parser)
     if not preset:
         return
@@ -27,9 +33,8 @@ def add_model_options(parser: ArgumentParser, *, preset: bool = True) -> None:
         "--preset",
         default="default",
         metavar="default|published|ditracker|heft|FILE",
-        help="settings of reading, tracking, guidance and motion transfer at once: the model's own, those of the"
-        " released code of DiffTrack and DiTFlow, what the trackers DiTracker and HeFT read of their models, or a"
-        " preset.json that `corrdit calibrate` wrote",
+        help="settings of reading, tracking, guidance and transfer: the model's own, those of the released code of"
+        " DiffTrack and DiTFlow, of DiTracker or HeFT, or a preset.json of `corrdit calibrate`",
     )
 
 
@@ -67,6 +72,17 @@ def loaded_backbone(
     if placement.parts != "device":
         device = device or offloading_device()
     return placed_backbone(arguments.model, device=device, dtype=arguments.dtype, placement=placement, preset=preset)
+
+
+def note_on_real_videos(model: str, command: str) -> None:
+    """Says on the error stream what to expect of the shipped model on a real video, and which one to take."""
+    if model == "embedded":
+        print(
+            f"corrdit {command}: note: the embedded model has seen generated videos only; on a real one expect it to"
+            " lose many points after the first frames. With a GPU take --model cogvideox-2b --device cuda --preset"
+            " published (corrdit plan cogvideox-2b --task track says what it needs)",
+            file=sys.stderr,
+        )
 
 
 def offloading_device() -> torch.device:

@@ -16,9 +16,11 @@ from corrdit.cli.terminal import print_table
 
 if TYPE_CHECKING:
     from corrdit.integrations.diffusers import Preset
+    from corrdit.integrations.diffusers.backbones.checkpoints import Checkpoint
     from corrdit.integrations.diffusers.backbones.coverage import FamilyRow
 
 HELP = "list the backbones with their layers and presets, and the families that are supported"
+EXAMPLES = ("corrdit models", "corrdit models --json")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -38,7 +40,9 @@ def run(arguments: Namespace) -> int:
         for family in families:
             print(json.dumps(family))
         for name, point in CHECKPOINTS.items():
-            print(json.dumps({"checkpoint": name, **dataclasses.asdict(point)}))
+            family = _family_of(point, families)
+            facts = {"family": family["family"], "uses": family["uses"]}
+            print(json.dumps({"checkpoint": name, **dataclasses.asdict(point), **facts}))
         for hub_id, missing in UNKNOWN_CHECKPOINTS.items():
             print(json.dumps({"hub_id": hub_id, "unknown": missing}))
         return 0
@@ -54,15 +58,26 @@ def run(arguments: Namespace) -> int:
     for number, reason in enumerate(reasons, 1):
         print(f"[{number}] {reason}")
     shown = [
-        (name, point.hub_id, point.pipeline, _size_text(point.size), ", ".join(point.unknown))
+        (
+            *(name, point.hub_id, _family_of(point, families)["family"], point.pipeline),
+            *(_size_text(point.size), ", ".join(point.unknown)),
+        )
         for name, point in CHECKPOINTS.items()
     ]
-    print_table(("checkpoint", "hub id", "pipeline", "made for", "unknown"), shown)
+    print_table(("checkpoint", "hub id", "family", "pipeline", "made for", "unknown"), shown)
     for hub_id, missing in UNKNOWN_CHECKPOINTS.items():
         print(f"{hub_id}: no public file states its {missing}; `corrdit plan FOLDER` reads its own")
     print("`corrdit plan` takes these checkpoints by either name, without their weights.")
-    print("A folder written by save_pretrained and a hub id such as THUDM/CogVideoX-2b are accepted too.")
+    print(
+        "--model takes the names of the first table, checkpoints of these families by their hub ids, and folders of "
+        "save_pretrained. The tests run every family with small random weights of the same classes."
+    )
     return 0
+
+
+def _family_of(point: Checkpoint, families: list[FamilyRow]) -> FamilyRow:
+    """The row of the family whose pipelines a published checkpoint is of."""
+    return next(family for family in families if point.pipeline in family["pipelines"])
 
 
 def _preset_text(preset: Preset | None) -> str:

@@ -3,6 +3,7 @@
 reads   MODEL: embedded, a folder with model_index.json and a config.json for each component, or a published checkpoint
         by its short name or hub id. Weights are neither read nor downloaded
 writes  a table to standard output, or with --json one JSON object
+
 The transformer, the codec and the text encoders run the task's own code on tensors without contents; each storage is
 followed from its making to its end. Not counted are CUDA's context, libraries' workspaces and fragments: a card of N GB
 is taken to have N x 10^9 bytes for the task, about 7 % less than it has. Times are lower bounds: the work at the rate
@@ -16,6 +17,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from corrdit.cli.devices import add_fitting_options, add_options, dtype_name, given_options, named
+from corrdit.cli.frame_options import add_num_frames_option, add_size_option
 from corrdit.cli.model_options import chosen_placement
 from corrdit.cli.terminal import print_table
 
@@ -26,7 +28,16 @@ if TYPE_CHECKING:
     from corrdit.integrations.diffusers.planning.plan import Plan
 
 HELP = "memory and work of a task before anything is loaded"
-USAGE = "MODEL [--task transfer] [--frames N --height N --width N] [options]"
+USAGE = "MODEL [--task transfer] [--num-frames N --size HEIGHTxWIDTH] [options]"
+EXAMPLES = (
+    "corrdit plan cogvideox-2b --task track",
+    "corrdit plan cogvideox-5b --task transfer --num-frames 24 --size 480x720",
+    "corrdit plan cogvideox-2b --task generate --cag --json",
+)
+MAIN = (
+    *("help", "help_all", "model", "task", "cag", "num_frames", "size", "steps", "layers", "device", "dtype"),
+    *("placement", "weights", "json"),
+)
 _TASKS = ("track", "capture", "generate", "transfer")
 _SETTINGS: OptionTable = {
     "method": (str, "of the transfer: ditflow, smm, ..."),
@@ -45,9 +56,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--task", choices=_TASKS, default="transfer", help="what is planned")
     parser.add_argument("--cag", action="store_true", help="with --task generate: cross-attention guidance")
-    parser.add_argument("--frames", type=int | None, default=None, metavar="N", help="frames; the model's if left out")
-    parser.add_argument("--height", type=int | None, default=None, help="pixels; the model's if left out")
-    parser.add_argument("--width", type=int | None, default=None, help="pixels; the model's if left out")
+    add_num_frames_option(parser, "frames; the model's if left out")
+    add_size_option(parser, "of the frames in pixels, such as 480x720; the model's if left out")
     parser.add_argument("--steps", type=int | None, default=None, metavar="N", help="denoising steps")
     parser.add_argument("--layers", type=list[int] | None, default=None, help="that are captured or guided, as [17]")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="that is planned for")
@@ -73,7 +83,8 @@ def run(arguments: Namespace) -> int:
         layers=layers,
         placement=chosen_placement(arguments),
         settings=given_options(arguments, _SETTINGS),
-        **named(arguments, "frames", "height", "width", "steps", "device", "cag"),
+        frames=arguments.num_frames,
+        **named(arguments, "height", "width", "steps", "device", "cag"),
     )
     if arguments.json:
         print(json.dumps(found.described()))

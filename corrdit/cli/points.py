@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import math
 from pathlib import Path
@@ -11,9 +12,12 @@ if TYPE_CHECKING:
     import numpy as np
 
 _COLUMNS = ("frame", "x", "y")
+OWN_NAMES = ("xy", "visible", "score", "queries", "hdr", "point")
+"""Of arrays and columns in the files of results."""
 _ACCEPTED = (
     "accepted are grid:N (N x N points on the first frame) and a CSV file with the columns frame,x,y: frames count"
-    " from 0, x and y are pixels from the frame's top left corner"
+    " from 0, x and y are pixels from the frame's top left corner; further columns, such as label, need a first line"
+    " with the names of all"
 )
 
 
@@ -21,9 +25,9 @@ def read_points(spec: str, *, frames: int, height: int, width: int) -> np.ndarra
     """Query points from `grid:N` or the name of a CSV file.
 
     Args:
-        spec: "grid:16", or a file whose lines are `frame,x,y`. A first line with these names, in any order, is a header
-            and says which column is which; without it the order is frame, x, y. Empty lines and lines that begin with
-            # are passed over.
+        spec: "grid:16", or a file whose lines are `frame,x,y`. A first line with these names, in any order and among
+            others, is a header and says which column is which; without it the order is frame, x, y. Empty lines and
+            lines that begin with # are passed over.
         frames, height, width: of the video, in whose pixels the points are given.
 
     Returns:
@@ -38,7 +42,7 @@ def read_points(spec: str, *, frames: int, height: int, width: int) -> np.ndarra
     if spec.startswith("grid:"):
         return _grid(spec, height, width)
     points = []
-    for line, (frame, x, y) in _csv_rows(Path(spec)):
+    for line, (frame, x, y), _ in _csv_rows(Path(spec)):
         if frame != math.floor(frame):
             raise ValueError(f"{spec}, line {line}: frame {frame:g} is not a whole number")
         if not 0 <= frame < frames:
@@ -52,6 +56,23 @@ def read_points(spec: str, *, frames: int, height: int, width: int) -> np.ndarra
             )
         points.append((frame, x, y))
     return np.array(points, dtype=np.float32)
+
+
+def point_columns(spec: str) -> dict[str, np.ndarray]:
+    """Further columns of a points file by name, such as labels: whole numbers, numbers, or text `[P]`."""
+    import numpy as np
+
+    rows = [] if spec.startswith("grid:") else [further for _, _, further in _csv_rows(Path(spec))]
+    columns: dict[str, np.ndarray] = {}
+    for name in rows[0] if rows else ():
+        cells = [row[name] for row in rows]
+        kinds = (int, float) if all(map(_is_number, cells)) else ()
+        columns[name] = np.array(cells)
+        for kind in kinds:
+            with contextlib.suppress(ValueError, OverflowError):
+                columns[name] = np.array([kind(cell) for cell in cells])
+                break
+    return columns
 
 
 def check_points_spec(spec: str) -> None:
@@ -71,30 +92,40 @@ def _grid(spec: str, height: int, width: int) -> np.ndarray:
     return grid_points(side, height, width)
 
 
-def _csv_rows(path: Path) -> list[tuple[int, tuple[float, float, float]]]:
-    """(line number, (frame, x, y)) of each row; every number finite."""
+def _csv_rows(path: Path) -> list[tuple[int, tuple[float, float, float], dict[str, str]]]:
+    """(line number, (frame, x, y), further cells by column) of each row; every number finite."""
     rows = _text_rows(path)
     if not rows:
         raise ValueError(f"the points file {path} is empty; {_ACCEPTED}")
-    order = (0, 1, 2)
-    names = [cell.lower() for cell in rows[0][1]]
-    if not any(_is_number(cell) for cell in names):
-        if sorted(names) != sorted(_COLUMNS):
-            raise ValueError(f"{path} has the columns {','.join(names)}; {_ACCEPTED}")
-        order = (names.index("frame"), names.index("x"), names.index("y"))
+    names = list(_COLUMNS)
+    if not any(_is_number(cell) for cell in rows[0][1]):
+        names = _header(path, rows[0][1])
         rows = rows[1:]
         if not rows:
             raise ValueError(f"the points file {path} has a header and no points; {_ACCEPTED}")
     points = []
     for line, cells in rows:
-        if len(cells) != len(_COLUMNS):
+        if len(cells) != len(names):
             raise ValueError(f"{path}, line {line} has {len(cells)} columns; {_ACCEPTED}")
-        for name, index in zip(_COLUMNS, order, strict=True):
-            if not _is_number(cells[index]) or not math.isfinite(float(cells[index])):
-                raise ValueError(f"{path}, line {line}: {name} is {cells[index]!r}, not a finite number; {_ACCEPTED}")
-        frame, x, y = (float(cells[index]) for index in order)
-        points.append((line, (frame, x, y)))
+        row = dict(zip(names, cells, strict=True))
+        for name in _COLUMNS:
+            if not _is_number(row[name]) or not math.isfinite(float(row[name])):
+                raise ValueError(f"{path}, line {line}: {name} is {row[name]!r}, not a finite number; {_ACCEPTED}")
+        frame, x, y = (float(row.pop(name)) for name in _COLUMNS)
+        points.append((line, (frame, x, y), row))
     return points
+
+
+def _header(path: Path, cells: list[str]) -> list[str]:
+    """Names of the columns: frame, x and y in small letters, others as they stand."""
+    names = [cell.lower() if cell.lower() in _COLUMNS else cell for cell in cells]
+    if not set(_COLUMNS) <= set(names) or len(set(names)) < len(names):
+        raise ValueError(f"{path} has the columns {','.join(names)}; {_ACCEPTED}")
+    if taken := [name for name in names if name in OWN_NAMES or not name]:
+        raise ValueError(
+            f"{path} has a column named {taken[0]!r}, as the results name their own; call it otherwise, such as label"
+        )
+    return names
 
 
 def _text_rows(path: Path) -> list[tuple[int, list[str]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,7 @@ from importlib.util import find_spec
 from typing import Protocol
 
 SECONDS_BETWEEN_LINES = 10.0
+_NUMBERS = re.compile(r"[-\d., \[\]]+")
 
 
 class Report(Protocol):
@@ -65,8 +67,13 @@ class _Lines:
         self._printed = time.monotonic()
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:
-    """Print a table; where the output is no terminal, wide enough that nothing is cut. Plain where rich is missing."""
+def print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None, numbers: bool = False
+) -> None:
+    """Print a table; where the output is no terminal, wide enough that nothing is cut. Plain where rich is missing.
+
+    With `numbers` columns of numbers, intervals and dashes are set to the right.
+    """
     if find_spec("rich") is None:
         lines = [tuple(columns), *rows]
         widths = [max(map(len, cells)) + 2 for cells in zip(*lines, strict=True)]
@@ -79,6 +86,9 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title:
     from rich.text import Text
 
     table = Table(*columns, title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    if numbers:
+        for column, cells in zip(table.columns, zip(*rows, strict=True), strict=False):
+            column.justify = "right" if all(_NUMBERS.fullmatch(cell) for cell in cells) else "left"
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     console = Console()

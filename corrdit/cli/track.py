@@ -1,22 +1,24 @@
 """Follow points through a video by the attention of a video diffusion transformer.
 
-reads   VIDEO: an mp4, mov, webm, mkv, avi or gif file, or a folder of png or jpg frames; or a folder of such videos,
-        with its subfolders
-        --points: grid:16 for 16 x 16 points on the first frame, or a CSV file with the columns frame,x,y
-        (frame counts from 0 at the first frame read; x, y in pixels from the frame's top left corner; a first line
-        with the names of the columns may be there or not)
+reads   VIDEO: a video or gif file or a folder of png or jpg frames; or a folder of such videos, with its subfolders
+        --points: grid:16 for 16 x 16 points on the first frame, or a CSV file with the columns frame,x,y (frame counts
+        from 0 at the first frame read; x, y in pixels from the frame's top left corner) and any others, such as label
 writes  into the folder --output, all of them or none:
-        tracks.npz  xy [frames, points, 2] in pixels, visible and score [frames, points], queries [points, 3]
+        tracks.npz  xy [frames, points, 2] in pixels, visible and score [frames, points], queries [points, 3], and
+                    further columns of the points file by their names [points]
         tracks.mp4  the video with dots and trails coloured by start position; points that are hidden are hollow
-        tracks.png  a contact sheet of it
-        with --dense in their place, for one video:
+        tracks.png  a contact sheet of it; with --rerun also tracks.rrd
+        for a folder of videos these in DIR/VIDEO of each, or failed.json, which says why not (status 2)
+
+With --dense in their place, for one video:
         dense.npz  displacement [frames, rows, columns, 2] in pixels from start [rows, columns, 2], visible and score
                    [frames, rows, columns], and frame, the first one read
         dense.mp4  displacements as colours: hue is the direction, white is none, dark is hidden
         dense.png  a contact sheet of it
-        a run of a video longer than --frames-per-block that was stopped goes on when the same command is given again
-        for a folder of videos these three in DIR/VIDEO of each, as each is done: a run that was stopped goes on when
-        the same command is given again; DIR/VIDEO/failed.json says why a video could not be tracked (status 2)
+
+The first line of a points file may name the columns; without it there are three, frame, x and y. A run that was stopped
+goes on when the same command is given again: with a folder of videos at the first one that is not done, with a video
+longer than --frames-per-block at the block it had come to.
 """
 
 from __future__ import annotations
@@ -29,8 +31,14 @@ from typing import TYPE_CHECKING
 
 from corrdit.cli.devices import add_run_options, named, trainer_devices
 from corrdit.cli.lightning_runs import command_trainer, predict, quiet_lightning
-from corrdit.cli.model_options import add_model_options, checked_preset, chosen_placement, loaded_backbone
-from corrdit.cli.points import check_points_spec, read_points
+from corrdit.cli.model_options import (
+    add_model_options,
+    checked_preset,
+    chosen_placement,
+    loaded_backbone,
+    note_on_real_videos,
+)
+from corrdit.cli.points import check_points_spec, point_columns, read_points
 from corrdit.cli.terminal import progress_bar
 from corrdit.cli.tracker_options import add_tracker_options, given_tracker_options
 from corrdit.files import OutputFolder, file_digest
@@ -40,9 +48,19 @@ if TYPE_CHECKING:
 
     from corrdit.integrations.diffusers.backbones.presets import Preset
     from corrdit.video import StreamedVideo
+    from corrdit.visualization import TrackStyle
 
 HELP = "follow points through a video"
 USAGE = "VIDEO --output DIR [--points grid:16 | FILE.csv] [--model embedded] [options]"
+EXAMPLES = (
+    "corrdit track my_video.mp4 --output tracks",
+    "corrdit track my_video.mp4 --output tracks --points points.csv --max-frames 24",
+    "corrdit track my_videos/ --output tracks --model cogvideox-2b --device cuda --preset published",
+)
+MAIN = (
+    *("help", "help_all", "video", "output", "points", "model", "device", "dtype", "preset", "start", "max_frames"),
+    *("dense", "trail", "fade", "radius", "hide_hidden", "rerun", "processes"),
+)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -69,6 +87,10 @@ def add_arguments(parser: ArgumentParser) -> None:
         " --crops asks for them",
     )
     parser.add_argument("--trail", type=int, default=6, metavar="N", help="frames of path drawn behind a point")
+    parser.add_argument("--fade", type=float, default=0.45, help="grey the video is drawn in, 0 (as is) to 1")
+    parser.add_argument("--radius", type=float | None, default=None, help="of a dot, in pixels of the drawn picture")
+    parser.add_argument("--hide-hidden", action="store_true", help="draw no rings where points are hidden")
+    parser.add_argument("--rerun", action="store_true", help="also write tracks.rrd for the rerun viewer")
     add_run_options(parser)
     add_tracker_options(parser)
 
@@ -76,18 +98,26 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(arguments: Namespace) -> int:
     from corrdit.tracking import PointTracker
     from corrdit.tracking.files import PARTS, track_at_size, write_track_results
+    from corrdit.tracking.rerun_file import RERUN_FILE, require_rerun, write_rerun
     from corrdit.video import StreamedVideo
 
     began = time.perf_counter()
+    if arguments.rerun:
+        require_rerun()
     if is_folder_of_videos(Path(arguments.video), arguments.output):
         if arguments.dense is not None:
             raise ValueError(f"--dense {arguments.dense} is for one video; {arguments.video} is a folder of videos")
+        if arguments.rerun:
+            raise ValueError(f"--rerun is for one video; {arguments.video} is a folder of videos")
         return track_folder(arguments, checked_preset(arguments.preset))
+    if arguments.rerun and arguments.dense is not None:
+        raise ValueError("--rerun shows points and --dense follows every pixel; leave one of them out")
     if arguments.processes != 1:
         raise ValueError(
             f"--processes {arguments.processes} shares out the videos of a folder; {arguments.video} is one"
         )
     check_points_spec(arguments.points)
+    drawn_style(arguments)  # refused before the model is loaded
     preset = checked_preset(arguments.preset)
     video = StreamedVideo(arguments.video, **named(arguments, "start", "max_frames", "max_side"))
     if arguments.dense is not None:
@@ -100,15 +130,23 @@ def run(arguments: Namespace) -> int:
         with progress_bar("tracking") as report:
             tracks = track_at_size(tracker, video, queries, (height, width), progress=report, resume=parts)
         with progress_bar("drawing") as report:
-            write_track_results(folder, video, tracks, queries, trail=arguments.trail, progress=report)
+            columns = point_columns(arguments.points)
+            write_track_results(
+                folder, video, tracks, queries, columns=columns, style=drawn_style(arguments), progress=report
+            )
+        if arguments.rerun:
+            with progress_bar("recording") as report:
+                shown = video.at_size(height, width)
+                write_rerun(folder / RERUN_FILE, shown, tracks, labels=columns.get("label"), progress=report)
     shutil.rmtree(parts, ignore_errors=True)
     visible = 100 * float(tracks.visible.float().mean())
     print(
         f"{len(queries)} points through {len(video)} frames of {height} x {width} in"
         f" {time.perf_counter() - began:.1f} s; visible {visible:.0f} %"
     )
-    for name in ("tracks.npz", "tracks.mp4", "tracks.png"):
+    for name in ("tracks.npz", "tracks.mp4", "tracks.png", *([RERUN_FILE] if arguments.rerun else [])):
         print(f"  {Path(arguments.output) / name}")
+    note_on_real_videos(arguments.model, "track")
     return 0
 
 
@@ -137,7 +175,19 @@ def track_densely(arguments: Namespace, preset: Preset | str | None, video: Stre
     )
     for name in DENSE_FILES:
         print(f"  {Path(arguments.output) / name}")
+    note_on_real_videos(arguments.model, "track")
     return 0
+
+
+def drawn_style(arguments: Namespace) -> TrackStyle:
+    """What --trail, --fade, --radius and --hide-hidden say.
+
+    Raises:
+        ValueError: one of them is out of range.
+    """
+    from corrdit.visualization import TrackStyle
+
+    return TrackStyle(hidden=not arguments.hide_hidden, **named(arguments, "trail", "fade", "radius"))
 
 
 def is_folder_of_videos(path: Path, output: str | None = None) -> bool:
@@ -174,7 +224,9 @@ def track_folder(arguments: Namespace, preset: Preset | str | None) -> int:
             model_preset=preset,
             options=given_tracker_options(arguments),
             placement=chosen_placement(arguments),
-            **named(arguments, "output", "dtype", "on_broken", "start", "max_frames", "max_side", "trail"),
+            columns=point_columns(spec),
+            style=drawn_style(arguments),
+            **named(arguments, "output", "dtype", "on_broken", "start", "max_frames", "max_side"),
         )
         module.check_settings()  # before Lightning starts processes that would each say it
         trainer = command_trainer(several=arguments.processes > 1, **devices)
@@ -191,4 +243,5 @@ def track_folder(arguments: Namespace, preset: Preset | str | None) -> int:
         f" {time.perf_counter() - began:.1f} s; {len(report['failed'])} could not be tracked"
     )
     print(f"  {Path(arguments.output)}/VIDEO/tracks.npz, tracks.mp4, tracks.png")
+    note_on_real_videos(arguments.model, "track")
     return 2 if report["failed"] or report["left"] else 0

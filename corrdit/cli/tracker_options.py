@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from corrdit.cli.devices import OptionTable, add_options, given_options
+from corrdit.cli.frame_options import add_size_option
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -37,8 +38,6 @@ _OPTIONS: OptionTable = {
     "stride": (int, "frames between the starts of consecutive chunks"),
     "interval": (int, "frames from one to the next within an interleaved chunk"),
     "average_overlap": (bool, "average the costs of frames that several chunks hold"),
-    "height": (int, "height in pixels at which frames are encoded; goes with --width"),
-    "width": (int, "width in pixels at which frames are encoded; goes with --height"),
     "tokens_per_frame": (int, "most tokens a frame is encoded to, in place of a size"),
     "resize_first": (tuple[int, int], "size [height,width] frames are brought to before they are encoded"),
     "antialias": (bool, "resize frames with antialiasing"),
@@ -62,12 +61,13 @@ _OPTIONS: OptionTable = {
 def add_tracker_options(parser: ArgumentParser) -> None:
     """One option for each field of `TrackerOptions`, all of them unset."""
     group = parser.add_argument_group("tracker options (default: what --preset and the model say)")
+    add_size_option(group, "at which frames are encoded, such as 480x720")
     add_options(group, _OPTIONS)
 
 
 def given_tracker_options(arguments: Namespace) -> dict[str, Any]:
     """The options that were given, by their names in `TrackerOptions`."""
-    given = given_options(arguments, _OPTIONS)
+    given = {**given_options(arguments, _OPTIONS), **given_options(arguments, ("height", "width"))}
     for name in ("layers", "steps"):
         if name in given and not given[name]:
             raise ValueError(f"--{name} [] names none; give at least one, such as --{name} [4,5], or leave it out")

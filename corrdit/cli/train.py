@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
 HELP = "train the embedded model on generated videos"
+EXAMPLES = (
+    "corrdit train --output trained --recipe smoke",
+    "corrdit train --output trained --resume --minutes 60",
+    "corrdit track my_video.mp4 --output tracks --model trained/pipeline",
+)
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -2,26 +2,28 @@
 
 reads   REFERENCE: a video file or a folder of frames; the word none with --stored and for methods without a reference
         PROMPT: what the new video shows
-        or TABLE: a CSV file with the columns video and prompt (or caption, subject and scene, a pair for each) and
-        perhaps start, end, step, seed and name; or DiTFlow's prompts.js with --videos DAVIS/JPEGImages/480p
-        --stored: motion.safetensors of an earlier transfer, which is injected instead of optimising anything
-        --region: where the motion is wanted: a video, picture or folder of frames that is white there, or a box in
-        shares of the frame, "[left, top, right, bottom]"
-writes  into the folder --output, all of them or none:
-        result.mp4          the new video, and beside it reference.mp4, the reference as the model was given it;
-                            comparison.mp4 shows reference, result and motion flow side by side
+        or TABLE: a CSV file with the columns video and prompt
+writes  into the folder --output, all of them or none, and for a table in a folder of it for each pair:
+        result.mp4          the new video; comparison.mp4, beside reference.mp4 as the model was given it, and the flow
         flow.npz            displacement (dx, dy) in tokens of the reference between all frames, one array a block:
-                            [frames, frames, rows, columns, 2]; flow_BLOCK_colours.png and flow_BLOCK_arrows.png show
-                            it; beside them, as "latents", what nearest neighbours on the latents find, for comparison
+                            [frames, frames, rows, columns, 2]; and pictures of it
         losses.png          the loss over the guided steps
         motion.safetensors  the optimised latents or embeddings, for --stored
         metrics.json        settings, losses, motion fidelity and, with --clip, the prompt's cosine
-        for a table these in a folder for each pair, as each is done, pair.json with it, and table.csv, table.md and
-        table.json: means over pairs by kind of prompt, with --compare in a folder for each method or value and beside
-        what DiTFlow published. The same command goes on where it was stopped
-A run that is killed goes on after its last finished denoising step when the same command is given again.
-CogVideoX-2B and 5B run on a GPU as DiTFlow released them, unless --placement and the options beside it say otherwise:
-parts offloaded, the codec in tiles and slices, gradient checkpointing.
+
+flow_BLOCK_colours.png and flow_BLOCK_arrows.png show the flow; beside them, as "latents", what nearest neighbours on
+the latents find, for comparison. --stored takes the motion.safetensors of an earlier transfer, which is injected
+instead of optimising anything. --region says where the motion is wanted: a video, picture or folder of frames that is
+white there, or a box in shares of the frame, "[left, top, right, bottom]".
+
+A table's columns are video and prompt (or caption, subject and scene, a pair for each) and perhaps start, end, step,
+seed and name; DiTFlow's prompts.js goes with --videos DAVIS/JPEGImages/480p. Its results are in a folder for each pair,
+as each is done, pair.json with it, and table.csv, table.md and table.json: means over pairs by kind of prompt, with
+--compare in a folder for each method or value and beside what DiTFlow published.
+
+The same command goes on where it was stopped: with a table at the first pair that is not done, with one reference after
+its last finished denoising step. CogVideoX-2B and 5B run on a GPU as DiTFlow released them, unless --placement and the
+options beside it say otherwise: parts offloaded, the codec in tiles and slices, gradient checkpointing.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ from corrdit.cli.devices import (
     given_options,
     named,
 )
+from corrdit.cli.frame_options import add_num_frames_option, add_size_option
 from corrdit.cli.model_options import add_model_options, checked_preset, loaded_backbone
 from corrdit.cli.terminal import Report, progress_bar
 from corrdit.cli.transfer_table import TABLE_SUFFIXES, transfer_table
@@ -59,6 +62,15 @@ WITHOUT_REFERENCE = ("steady", "path", "backbone")
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 HELP = "give a new video the motion of a reference"
 USAGE = "REFERENCE PROMPT | TABLE  --output DIR [--model embedded] [--method ditflow] [options]"
+EXAMPLES = (
+    'corrdit transfer reference.mp4 "a blue star over sand" --num-frames 8 --size 32x48 --output transferred',
+    'corrdit transfer reference.mp4 "a bear walks" --model cogvideox-5b --device cuda --output transferred',
+    "corrdit transfer pairs.csv --compare table1 --output compared",
+)
+MAIN = (
+    *("help", "help_all", "reference", "prompt", "output", "model", "device", "dtype", "preset", "method", "blocks"),
+    *("steps", "seed", "num_frames", "size", "max_frames", "stored"),
+)
 
 _SETTINGS: OptionTable = {
     "method": (
@@ -123,15 +135,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--elsewhere", default=None, metavar="FILE", help="with --stored and --region: stored motion for outside it"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the initial noise")
-    parser.add_argument(
-        "--num-frames",
-        type=int | None,
-        default=None,
-        metavar="N",
-        help="of the new video; what fits the model if left out",
-    )
-    parser.add_argument("--height", type=int | None, default=None, help="of the new video; goes with --width")
-    parser.add_argument("--width", type=int | None, default=None, help="of the new video; goes with --height")
+    add_num_frames_option(parser, "of the new video; what fits the model if left out")
+    add_size_option(parser, "of the new video in pixels, such as 480x720; what fits the model if left out")
     parser.add_argument("--start", type=int, default=0, metavar="N", help="skip the first N frames of the reference")
     parser.add_argument("--max-frames", type=int | None, default=None, metavar="N", help="read at most N frames")
     parser.add_argument("--stride", type=int | None, default=None, metavar="N", help="take every N-th of these frames")
@@ -178,7 +183,7 @@ def run(arguments: Namespace) -> int:
     began = time.perf_counter()
     _check_kind(arguments)
     if (arguments.height is None) != (arguments.width is None):
-        raise ValueError("--height and --width go together; give both or none")
+        raise ValueError("height and width go together; give --size HEIGHTxWIDTH")
     if _is_table(arguments):
         return transfer_table(arguments, given_options(arguments, _SETTINGS))
     preset = checked_preset(arguments.preset)

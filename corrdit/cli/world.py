@@ -16,6 +16,8 @@ import csv
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from corrdit.cli.devices import named
+from corrdit.cli.frame_options import add_num_frames_option, add_size_option
 from corrdit.cli.terminal import progress_bar
 from corrdit.files import OutputFolder, write_csv
 
@@ -27,6 +29,10 @@ if TYPE_CHECKING:
 
 HELP = "write generated videos with exact tracks, flow and prompts"
 USAGE = "--output DIR [--videos N] [--seed S] [options]"
+EXAMPLES = (
+    "corrdit world --output world --videos 12 --seed 7",
+    "corrdit world --output world --videos 2 --num-frames 8 --size 64x96 --tapvid",
+)
 _FPS = 8.0
 _SEEDS = 100_000
 """From the first seed of a set to that of the next."""
@@ -36,9 +42,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the videos, made if need be")
     parser.add_argument("--videos", type=int, default=10, metavar="N", help="how many")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="video i follows from seed 100000 * S + i")
-    parser.add_argument("--frames", type=int, default=24, help="frames of each video")
-    parser.add_argument("--height", type=int, default=160, help="height in pixels")
-    parser.add_argument("--width", type=int, default=240, help="width in pixels")
+    add_num_frames_option(parser, "frames of each video", default=24)
+    add_size_option(parser, "of the frames in pixels", default="160x240")
     parser.add_argument("--points", type=int, default=256, metavar="P", help="tracked points of each video")
     parser.add_argument("--tapvid", action="store_true", help="also write world.pkl in the layout of TAP-Vid")
 
@@ -53,7 +58,7 @@ def run(arguments: Namespace) -> int:
             raise ValueError(f"--{name} {getattr(arguments, name)} was given; accepted is 1 or more")
     if arguments.seed < 0:
         raise ValueError(f"--seed {arguments.seed} was given; accepted is 0 or more")
-    config = WorldConfig(arguments.frames, arguments.height, arguments.width)
+    config = WorldConfig(arguments.num_frames, arguments.height, arguments.width)
     _refuse_other_videos(Path(arguments.output), arguments)
     table: list[dict[str, object]] = []
     annotated = []
@@ -92,8 +97,8 @@ def _refuse_other_videos(output: Path, arguments: Namespace) -> None:
             "empty folder or remove the old videos"
         )
     if found and (earlier := _earlier(output)):
-        names = ("seed", "frames", "height", "width", "points")
-        refuse_other_settings(output, earlier, {name: arguments[name] for name in names if name in earlier})
+        now = {"frames": arguments.num_frames, **named(arguments, "seed", "height", "width", "points")}
+        refuse_other_settings(output, earlier, {name: value for name, value in now.items() if name in earlier})
 
 
 def _earlier(output: Path) -> dict[str, object]:

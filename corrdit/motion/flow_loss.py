@@ -104,11 +104,12 @@ def attention_flow_loss(
         raise ValueError(f"reference must be a tensor of displacements {shape}, got {given}")
     reference = reference.to(q.device)
     counted, divisor = _counted(reference, variant, weights)
-    name = backend_name(backend, q, k, problem)
+    q, k, problem = problem.of_read_heads(q, k)
+    name = backend_name(backend, q, problem)
     differentiated = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
     if name != "streaming" or heads == "probabilities" or reference.requires_grad or not differentiated:
         with full_precision(q):
-            rows, _ = select_backend(backend, q, k, problem).soft_displacement(q, k, problem)
+            rows, _ = select_backend(backend, q, problem).soft_displacement(q, k, problem)
         return flow_loss(by_heads(rows, problem, axes), reference, variant=variant, weights=weights)
     rows = reference.reshape(q.shape[0], -1, problem.rows, 2)
     if counted is not None:

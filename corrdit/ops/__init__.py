@@ -17,8 +17,11 @@ Every operation also takes a part of the tokens: `queries=(start, stop)`, a flat
 The tensors then hold those video tokens alone, or those with the text at its end of the axis as in the whole. Queries
 are rows of the whole result, keys outside a shard are as if removed by `key_mask`, which covers the tokens of k, or the
 whole axis. k and v may have fewer heads than q: query head i reads key head `i // (H // Hk)`. Results of shards are
-merged by `merge` from the log-sum-exp that `return_lse=True` gives. The kernels take none of this yet: "auto" takes
-"streaming" for it.
+merged by `merge` from the log-sum-exp that `return_lse=True` gives.
+
+Heads whose entry of `head_weights` is 0 are neither read nor multiplied, nor does a NaN in one count; heads that are
+not evenly spaced are copied. Where values cannot be looked at (a tensor of weights in a compiled or captured caller)
+they are multiplied by 0.
 
 The kernels multiply float32 exactly; within `corrdit.kernels.float32_precision("tf32")` they take tensor cores and ten
 bits. The last two products of the gradient of averaged logits are PyTorch's and follow PyTorch's own setting.

@@ -80,7 +80,8 @@ def attention_mass(
     )  # fmt: skip
     source = checks.check_frame("source", source, grid)
     chosen = checks.check_frame_tokens(tokens, problem, source, q.device)
+    q, k, problem = problem.of_read_heads(q, k)
     with full_precision(q):
-        implementation = select_backend(backend, q, k, problem)
+        implementation = select_backend(backend, q, problem)
         mass = AttentionMass(*implementation.attention_mass(q, k, problem, chosen, source=source))
     return mass if heads == "none" else AttentionMass(*(part.squeeze(1) for part in mass))

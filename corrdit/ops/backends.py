@@ -51,9 +51,9 @@ class Backend(Protocol):
         """(attention in the shape and dtype of q, log-sum-exp `[B, H, tokens of q]` if asked for)."""
 
 
-def select_backend(backend: str, q: Tensor, k: Tensor, problem: PairProblem) -> Backend:
+def select_backend(backend: str, q: Tensor, problem: PairProblem) -> Backend:
     """The implementation that runs an operation; see `backend_name`. torch.compile traces through it."""
-    name = backend_name(backend, q, k, problem)
+    name = backend_name(backend, q, problem)
     if torch.compiler.is_compiling():
         _load(name)
     return _module(name)
@@ -63,7 +63,7 @@ class BackendUnavailableError(RuntimeError):
     """The backend that was asked for cannot run on this machine or on such tensors' device."""
 
 
-def backend_name(backend: str, q: Tensor, k: Tensor | None = None, problem: PairProblem | None = None) -> str:
+def backend_name(backend: str, q: Tensor, problem: PairProblem | None = None) -> str:
     """What a name stands for: "triton", "streaming" or "reference"; for the problem or for plain tensors like q.
 
     Raises:
@@ -73,9 +73,8 @@ def backend_name(backend: str, q: Tensor, k: Tensor | None = None, problem: Pair
     """
     choice("backend", backend, BACKENDS)
     unfit = unfit_tensor(q.dtype, q.shape[-1])
-    if problem is not None and k is not None:
+    if problem is not None:
         check_budget(backend, problem.memory_budget)
-        unfit = unfit or beyond_kernels(problem, q, k)
     if backend == "auto":
         return _fixed_choice(device_of(q), q.dtype, unfit)
     if backend == "triton" and (reason := unfit or _fixed_reason(device_of(q))):
@@ -88,15 +87,6 @@ def check_budget(backend: str, memory_budget: int | None) -> None:
     """Raises ValueError for a memory budget that the backend would ignore."""
     if memory_budget is not None and backend in ("triton", "reference"):
         raise ValueError(f'memory_budget is for backend="streaming" or "auto"; backend="{backend}" would ignore it')
-
-
-def beyond_kernels(problem: PairProblem, q: Tensor, k: Tensor) -> str | None:
-    """What the kernels do not take of a problem, None where they take it."""
-    if problem.queries.selection != "all" or problem.keys.selection != "all":
-        return "the kernels take the whole token axis, not queries=, query_frames= or keys="
-    if q.shape[1] != k.shape[1]:
-        return f"the kernels take as many key heads as query heads, got {k.shape[1]} and {q.shape[1]}"
-    return "the kernels give no log-sum-exp (return_lse)" if problem.with_lse else None
 
 
 def _module(name: str) -> Backend:
@@ -129,8 +119,7 @@ def _automatic(device: str, dtype: torch.dtype, unfit: str | None) -> str:
     """The backend "auto" stands for; the choice is logged once for each kind of tensor.
 
     On a CUDA device it is the kernels, and the streaming backend, with a warning that says why, for what they do not
-    take: float64, head_dim outside 8 to 256, a part of the tokens or heads, AMD devices and compute capability below
-    8.0.
+    take: float64, head_dim outside 8 to 256, AMD devices and compute capability below 8.0.
     """
     if device != PLANNED and device.partition(":")[0] != "cuda":
         return "streaming"

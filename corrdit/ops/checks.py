@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -42,13 +43,15 @@ def checked_problem(
             'return_lse with heads="probabilities" has no single softmax to give the log-sum-exp of; take '
             'heads="none", and average after ops.merge'
         )
+    weights, read_heads = check_heads(heads, head_weights, q)
     return PairProblem(
         grid,
         query_axis,
         key_axis,
         factor * check_factor("temperature", temperature),
         heads=heads,
-        weights=check_heads(heads, head_weights, q),
+        weights=weights,
+        read_heads=read_heads,
         key_mask=check_key_mask(key_mask, k, key_axis, grid),
         with_lse=bool(return_lse),
         memory_budget=None if memory_budget is None else whole_number("memory_budget (bytes)", memory_budget, 1),
@@ -171,19 +174,25 @@ def check_key_mask(key_mask: Tensor | None, k: Tensor, axis: TokenAxis, grid: To
     return torch.cat(parts, 1)
 
 
-def check_heads(heads: str, head_weights: Tensor | Iterable[float] | None, q: Tensor) -> Tensor | None:
-    """The weights over heads `[H]` (summing to 1, in the working precision), None for heads="none"."""
+def check_heads(
+    heads: str, head_weights: Tensor | Iterable[float] | None, q: Tensor
+) -> tuple[Tensor | None, list[int] | None]:
+    """The weights over heads `[H]` (summing to 1, in the working precision; None for heads="none"), and those not 0.
+
+    The heads whose weight is not 0 are None where that is all of them, or cannot be known without breaking a graph.
+    """
     choice("heads", heads, HEAD_MODES)
     dtype, count = working_dtype(q.dtype), q.shape[1]
     if heads == "none":
         if head_weights is not None:
             raise ValueError('head_weights average heads, but heads="none" keeps them apart; drop one of the two')
-        return None
+        return None, None
     if head_weights is None:
         # One number expanded: by its stride a backend knows equal weights without reading them from the device.
-        return torch.full((1,), 1 / count, dtype=dtype, device=q.device).expand(count)
+        return torch.full((1,), 1 / count, dtype=dtype, device=q.device).expand(count), None
     if isinstance(head_weights, Tensor):
-        return _weights_of_tensor(head_weights.detach(), count).to(device=q.device, dtype=dtype)
+        weights, numbers = _weights_of_tensor(head_weights.detach(), count)
+        return weights.to(device=q.device, dtype=dtype), _not_zero(numbers)
     numbers = [finite_number("a weight of head_weights", entry) for entry in entries("head_weights", head_weights)]
     if len(numbers) != count:
         raise ValueError(f"head_weights must have one weight a head, [{count}], got [{len(numbers)}]")
@@ -191,22 +200,30 @@ def check_heads(heads: str, head_weights: Tensor | Iterable[float] | None, q: Te
     if min(numbers) < 0 or largest <= 0:
         raise ValueError(f"head_weights must be finite, not negative and not all zero, got {numbers}")
     shares = [number / largest for number in numbers]
-    return torch.tensor([share / sum(shares) for share in shares], dtype=dtype, device=q.device)
+    weights = torch.tensor([share / sum(shares) for share in shares], dtype=dtype, device=q.device)
+    return weights, _not_zero(shares)
 
 
-def _weights_of_tensor(weights: Tensor, count: int) -> Tensor:
-    """`[H]` normalised to sum 1."""
+def _not_zero(numbers: list[float] | None) -> list[int] | None:
+    """The places of those that are not 0, None for all of them or where they are not known."""
+    kept = [place for place, number in enumerate(numbers or []) if number]
+    return None if numbers is None or len(kept) == len(numbers) else kept
+
+
+def _weights_of_tensor(weights: Tensor, count: int) -> tuple[Tensor, list[float] | None]:
+    """`[H]` normalised to sum 1, and the numbers as given where they may be read."""
     check_readable("head_weights", weights)
     if list(weights.shape) != [count] or weights.is_complex():
         raise ValueError(
             f"head_weights must have one real weight a head, [{count}], got {list(weights.shape)} {weights.dtype}"
         )
     weights = weights.to(working_dtype(weights.dtype))
-    if may_read(weights) and not bool((weights.isfinite() & (weights >= 0)).all() & (weights > 0).any()):
-        raise ValueError(f"head_weights must be finite, not negative and not all zero, got {weights.tolist()}")
+    numbers = weights.tolist() if may_read(weights) else None
+    if numbers is not None and not (all(0 <= number < math.inf for number in numbers) and any(numbers)):
+        raise ValueError(f"head_weights must be finite, not negative and not all zero, got {numbers}")
     # By the largest first: the sum of large weights might overflow.
     weights = weights / weights.amax()
-    return weights / weights.sum()
+    return weights / weights.sum(), numbers
 
 
 def check_frame(name: str, frame: object, grid: TokenGrid) -> int:

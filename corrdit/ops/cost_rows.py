@@ -67,8 +67,9 @@ def cost_rows(
     chosen = checks.check_frame_tokens(tokens, problem, source, q.device)
     if flag("bidirectional", bidirectional):
         checks.check_both_directions(problem)
+    q, k, problem = problem.of_read_heads(q, k)
     with full_precision(q):
-        implementation = select_backend(backend, q, k, problem)
+        implementation = select_backend(backend, q, problem)
         rows = implementation.cost_rows(q, k, problem, chosen, bidirectional=bool(bidirectional))
     rows = rows.unflatten(-1, (grid.height, grid.width))
     return rows if heads == "none" else rows.squeeze(1)

@@ -163,8 +163,9 @@ def soft_displacement(
         center=center, scale=scale, key_mask=key_mask, queries=queries, query_frames=query_frames, keys=keys,
         memory_budget=memory_budget, return_lse=return_lse,
     )  # fmt: skip
+    q, k, problem = problem.of_read_heads(q, k)
     with full_precision(q):
-        rows, lse = select_backend(backend, q, k, problem).soft_displacement(q, k, problem)
+        rows, lse = select_backend(backend, q, problem).soft_displacement(q, k, problem)
     moved = by_heads(rows, problem, axes)
     return moved if lse is None else (moved, by_heads(lse, problem, axes))
 
@@ -206,8 +207,9 @@ def hard_displacement(
         center=center, scale=scale, key_mask=key_mask, queries=queries, query_frames=query_frames, keys=keys,
         memory_budget=memory_budget,
     )  # fmt: skip
+    q, k, problem = problem.of_read_heads(q, k)
     with full_precision(q):
-        rows = select_backend(backend, q, k, problem).hard_displacement(q, k, problem)
+        rows = select_backend(backend, q, problem).hard_displacement(q, k, problem)
     return by_heads(rows, problem, axes)
 
 

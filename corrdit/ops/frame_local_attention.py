@@ -101,7 +101,7 @@ def frame_local_attention(
         return_lse=return_lse, memory_budget=memory_budget,
     )  # fmt: skip
     with full_precision(q):
-        attended, lse = select_backend(backend, q, k, problem).frame_local_attention(
+        attended, lse = select_backend(backend, q, problem).frame_local_attention(
             q,
             k,
             v,

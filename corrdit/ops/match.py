@@ -88,8 +88,9 @@ def match(
     held = checks.held_source(problem, source)
     if flag("bidirectional", bidirectional):
         checks.check_both_directions(problem)
+    q, k, problem = problem.of_read_heads(q, k)
     with full_precision(q):
-        xy, score = select_backend(backend, q, k, problem).match(
+        xy, score = select_backend(backend, q, problem).match(
             q,
             k,
             problem,

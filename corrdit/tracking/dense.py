@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from corrdit.array_files import write_arrays
+from corrdit.progress import Progress, hidden_bars, progress_or_bar
 from corrdit.tracking.tracks import Tracks
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class AskedReading(Protocol):
 
 
 def dense_tracks(
-    reading: AskedReading, frame: int, every: int, together: int, progress: Callable[[int, int], None] | None
+    reading: AskedReading, frame: int, every: int, together: int, progress: Progress | None
 ) -> DenseTracks:
     """Tracks of the centres of the `every` x `every` cells of a frame, so many points at a time."""
     _, height, width = reading.shape[:3]
@@ -73,12 +73,12 @@ def dense_tracks(
     start = torch.stack((x, y), -1)
     points = torch.cat((torch.full((rows * columns, 1), float(frame)), start.flatten(0, 1)), 1)
     parts: list[Tracks] = []
+    report = progress_or_bar(progress, "points")
     for part in points.split(together):
-        if progress is not None:
-            progress(together * len(parts), len(points))
-        parts.append(reading.track(part))
-    if progress is not None:
-        progress(len(points), len(points))
+        report(together * len(parts), len(points))
+        with hidden_bars():
+            parts.append(reading.track(part))
+    report(len(points), len(points))
     xy, visible, score = (
         torch.cat([getattr(part, name) for part in parts], 1).unflatten(1, (rows, columns))
         for name in ("xy", "visible", "score")
@@ -91,7 +91,7 @@ def write_dense_results(
     video: StreamedVideo,
     dense: DenseTracks,
     *,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Write `DENSE_FILES` into a folder: the arrays, and the displacement as colours (hue its direction, white none).
 

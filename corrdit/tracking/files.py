@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 
+from corrdit.progress import Progress
 from corrdit.tracking.queries import Frames, check_queries
 from corrdit.tracking.tracks import Tracks
 from corrdit.video.folders import check_not_mixed
 from corrdit.video.info import FRAME_SUFFIXES, VIDEO_SUFFIXES
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import ArrayLike
+
     from corrdit.video import StreamedVideo
+    from corrdit.visualization import TrackStyle
 
 RESULT_FILE = "tracks.npz"
 PARTS = ".parts"
 """Folder, within that of the results, for the finished blocks of a video that is being tracked."""
-Progress = Callable[[int, int], None]
 
 
 class Tracker(Protocol):
@@ -121,7 +125,8 @@ def write_track_results(
     queries: np.ndarray,
     *,
     pictures: bool = True,
-    trail: int = 16,
+    columns: Mapping[str, ArrayLike] | None = None,
+    style: TrackStyle | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Write `tracks.npz` and, with `pictures`, `tracks.mp4` and `tracks.png` into a folder.
@@ -132,10 +137,11 @@ def write_track_results(
         tracks: in pixels of the file.
         queries: float `[P, 3]` (frame, x, y) in pixels of the file.
         pictures: whether to draw.
-        trail: frames of path drawn behind a point.
+        columns: further facts of the points, such as labels, `[P]` each, by name; stored along.
+        style: how they are drawn.
         progress: called with (frames drawn, frames in all).
     """
-    from corrdit.visualization import TrackStyle, write_track_pictures
+    from corrdit.visualization import write_track_pictures
 
     folder = Path(folder)
     if pictures:
@@ -147,7 +153,7 @@ def write_track_results(
             fps=video.info.fps,
             video_path=folder / "tracks.mp4",
             sheet_path=folder / "tracks.png",
-            style=TrackStyle(trail=trail),
+            style=style,
             progress=progress,
         )
-    tracks.save(folder / RESULT_FILE, queries=queries, hdr=video.info.hdr)
+    tracks.save(folder / RESULT_FILE, queries=queries, columns=columns, hdr=video.info.hdr)

@@ -10,7 +10,9 @@ from typing import Any, Protocol, cast
 
 import torch
 
+from corrdit.display import table_html
 from corrdit.pipelines import backbone_of_pipeline
+from corrdit.progress import Progress
 from corrdit.surroundings import ordinary_defaults
 from corrdit.tracking.chunk_costs import Settings
 from corrdit.tracking.chunks import anchored_chunks, chained_chunks, frame_blocks
@@ -21,7 +23,7 @@ from corrdit.tracking.options import PRESETS, Options, ReadingOptions, ReadingPr
 from corrdit.tracking.queries import Frames, VideoLike, check_video
 from corrdit.tracking.readings import ReadBackbone, Reading, stepping
 from corrdit.tracking.tracks import Tracks
-from corrdit.tracking.video_reading import Progress, VideoReading
+from corrdit.tracking.video_reading import VideoReading
 
 __all__ = ["PointTracker", "TrackingBackbone", "resized", "working_size"]
 
@@ -93,6 +95,23 @@ class PointTracker:
                 raise ValueError(f"layer must be from 0 to {backbone.layers - 1} for this backbone, got {layer}")
         self._check_served()
 
+    def __repr__(self) -> str:
+        return f"<PointTracker of {getattr(self.backbone, 'name', 'a model')}: {', '.join(self._read_where())}>"
+
+    def _repr_html_(self) -> str:
+        named = {field.name: getattr(self.options, field.name) for field in fields(self.options)}
+        usual = TrackerOptions()
+        rows = {"reads": ", ".join(self._read_where())}
+        rows |= {name: value for name, value in named.items() if value != getattr(usual, name)}
+        return table_html(f"PointTracker of {getattr(self.backbone, 'name', 'a model')}", rows)
+
+    def _read_where(self) -> list[str]:
+        """Layers, steps and chunks in words."""
+        reading = self._reading()
+        layers, steps = (", ".join(map(str, numbers)) for numbers in (self.layers, reading.steps))
+        said = [f"layer {layers}", f"step {steps} of {reading.inference_steps}"]
+        return [*said, f"{self._chosen('frames_per_chunk')} frames a chunk"]
+
     def track(
         self,
         video: VideoLike,
@@ -108,7 +127,8 @@ class PointTracker:
                 `[T, 3, H, W]`; all that `corrdit.video.as_frames` takes.
             queries: `[P, 3]` (frame, x, y), frame a whole number, x and y in pixels from the frame's top left corner;
                 or "grid:16" for 16 x 16 points on the first frame.
-            progress: called with (forward passes done, forward passes in all).
+            progress: called with (forward passes done, forward passes in all); a bar of tqdm in notebooks and on
+                terminals if left out.
             resume: a folder for the tracks of each block of frames (`frames_per_block`) as it is done, from which a run
                 that was stopped goes on. For a video that is given as a path.
 

@@ -5,17 +5,31 @@ And the stretching of tracks of latent frames over video frames, as DiffTrack's 
 
 from __future__ import annotations
 
+import html
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from corrdit.arguments import whole_number
 from corrdit.array_files import read_arrays, write_arrays
+from corrdit.files import write_csv
+from corrdit.video.frames import VideoLike, as_frames
+from corrdit.video.info import DEFAULT_FPS
+
+if TYPE_CHECKING:
+    from corrdit.visualization import TrackStyle
+
+_DRAWN = (".mp4", ".mov", ".gif")
+_OWN_NAMES = ("xy", "visible", "score", "queries", "hdr")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Tracks:
     """Positions of P points in the T frames of a video.
 
@@ -68,19 +82,87 @@ class Tracks:
         """The arrays by name: xy float32 `[T, P, 2]`, visible bool `[T, P]`, score float32 `[T, P]`."""
         return {"xy": self.xy.numpy(), "visible": self.visible.numpy(), "score": self.score.numpy()}
 
-    def save(self, path: str | os.PathLike[str], *, queries: object = None, hdr: str | None = None) -> None:
-        """Write `xy`, `visible`, `score` (and `queries`) as a compressed .npz file, beside and then renamed.
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        queries: object = None,
+        columns: Mapping[str, ArrayLike] | None = None,
+        hdr: str | None = None,
+        video: VideoLike | None = None,
+        fps: float | None = None,
+        style: TrackStyle | None = None,
+    ) -> None:
+        """Write the tracks, beside and then renamed, as the file's ending says.
+
+        - .npz: `xy`, `visible`, `score` and what is given of `queries`, `columns` and `hdr`; `load` reads it.
+        - .csv: a row for each point and frame: frame, point, x, y, visible (0 or 1), score, then the columns.
+        - .mp4, .mov, .gif: the tracks drawn over `video`.
 
         Args:
-            path: the file, with its full name; nothing is appended to it.
-            queries: float `[P, 3]` (frame, x, y) in pixels, stored along when given.
-            hdr: "PQ" or "HLG" of a video of high dynamic range (`VideoInfo.hdr`), stored along when given.
+            path: the file.
+            queries: float `[P, 3]` (frame, x, y) in pixels.
+            columns: further facts of the points, such as labels, `[P]` each, by name.
+            hdr: "PQ" or "HLG" of a video of high dynamic range (`VideoInfo.hdr`).
+            video: that was tracked, in any form that `track` takes.
+            fps: frames per second of the drawn video; those of its file, or 24.
+            style: how it is drawn.
 
         Raises:
-            ValueError: `queries` of another shape than `[P, 3]`.
+            ValueError: another ending, `queries` of another shape than `[P, 3]`, columns of another length or named as
+                what is there already, a drawing without its video or with one of other frames.
             OSError: the folder is missing, cannot be written, or the disk is full; no part of the file is left.
         """
-        arrays = self.numpy()
+        suffix = Path(path).suffix.lower()
+        further = {name: np.asarray(values) for name, values in (columns or {}).items()}
+        for name, values in further.items():
+            if values.shape != (self.points,) or name in (*_OWN_NAMES, "frame", "point", "x", "y"):
+                raise ValueError(
+                    f"column {name!r} has shape {list(values.shape)}; accepted is [points] = [{self.points}] under a "
+                    "name that the file does not use itself"
+                )
+        if suffix == ".npz":
+            write_arrays(path, {**self.numpy(), **self._given(queries, hdr), **further})
+        elif suffix == ".csv":
+            write_csv(path, self._rows(further))
+        elif suffix in _DRAWN:
+            if video is None:
+                raise ValueError(f"{path} shows tracks over their video; give it as video=")
+            self._write_drawn(path, video, fps, style)
+        else:
+            raise ValueError(f"{path} does not end in .npz, .csv, {', '.join(_DRAWN)}, as which tracks are written")
+
+    def draw(self, video: VideoLike, *, style: TrackStyle | None = None) -> np.ndarray:
+        """The frames of the video with the tracks on them, see `corrdit.visualization.draw_tracks`.
+
+        Args:
+            video: that was tracked, in any form that `track` takes.
+            style: a `corrdit.visualization.TrackStyle`.
+
+        Returns:
+            uint8 `[T, h, w, 3]`, enlarged where the shorter side is under 240 pixels.
+
+        Raises:
+            ValueError: the video and the tracks have different numbers of frames.
+        """
+        from corrdit.visualization import draw_tracks
+
+        frames = as_frames(video)
+        return draw_tracks(np.asarray(frames[0 : len(frames)]), self, style=style)
+
+    def __repr__(self) -> str:
+        return f"Tracks({self.points} points through {self.frames} frames, {self._visible_share()} visible)"
+
+    def _repr_html_(self) -> str:
+        from corrdit.visualization.tracks_page import tracks_svg
+
+        return f"<div>{tracks_svg(self.xy.numpy(), self.visible.numpy())}<br>{html.escape(repr(self))}</div>"
+
+    def _visible_share(self) -> str:
+        return f"{100 * float(self.visible.float().mean()):.0f} %" if self.points else "none"
+
+    def _given(self, queries: object, hdr: str | None) -> dict[str, np.ndarray]:
+        arrays = {}
         if queries is not None:
             table = _tensor("queries", queries, torch.float32)
             if table.shape != (self.points, 3):
@@ -88,7 +170,38 @@ class Tracks:
             arrays["queries"] = table.numpy()
         if hdr is not None:
             arrays["hdr"] = np.array(hdr)
-        write_arrays(path, arrays)
+        return arrays
+
+    def _rows(self, columns: Mapping[str, np.ndarray]) -> list[dict[str, object]]:
+        """One for each point and frame, point by point."""
+        return [
+            {
+                "frame": frame,
+                "point": point,
+                **{name: round(float(self.xy[frame, point, axis]), 3) for axis, name in enumerate(("x", "y"))},
+                "visible": int(self.visible[frame, point]),
+                "score": round(float(self.score[frame, point]), 6),
+                **{name: values[point] for name, values in columns.items()},
+            }
+            for point in range(self.points)
+            for frame in range(self.frames)
+        ]
+
+    def _write_drawn(
+        self, path: str | os.PathLike[str], video: VideoLike, fps: float | None, style: TrackStyle | None
+    ) -> None:
+        from corrdit.video import VideoWriter
+        from corrdit.visualization import iterate_drawn_tracks
+
+        frames = as_frames(video)
+        if len(frames) != self.frames:
+            raise ValueError(f"the video has {len(frames)} frames, the tracks have {self.frames}; they must agree")
+        known = getattr(video if hasattr(video, "fps") else getattr(frames, "info", None), "fps", DEFAULT_FPS)
+        height, width = frames.shape[1:3]
+        shown = (np.asarray(frames[index : index + 1])[0] for index in range(len(frames)))
+        with VideoWriter(path, fps or known) as writer:
+            for picture in iterate_drawn_tracks(shown, self, height, width, style=style):
+                writer.write(picture)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Tracks:

@@ -16,6 +16,7 @@ from corrdit.array_files import content_digest, read_safetensors
 from corrdit.files import file_digest, written_beside
 from corrdit.geometry import bilinear_tokens
 from corrdit.grid import TokenGrid
+from corrdit.progress import Progress, progress_or_bar
 from corrdit.surroundings import ordinary_defaults
 from corrdit.tracking.chunk_costs import ChunkReader, CostAccumulator, HeldChunk, Settings
 from corrdit.tracking.chunks import Chunk, last_visits
@@ -28,7 +29,6 @@ from corrdit.tracking.track_parts import TrackParts
 from corrdit.tracking.tracks import Tracks
 from corrdit.video import StreamedVideo
 
-Progress = Callable[[int, int], None]
 FORMAT = "corrdit video reading 1"
 DENSE_BYTES = 2**28
 """Of cost maps, for the points of a dense reading that are followed together."""
@@ -317,12 +317,12 @@ class _Passes:
 
     def __init__(self) -> None:
         self._done, self._total = 0, 0
-        self._progress: Progress | None = None
+        self._progress: Progress = _unheard
 
     def begin(self, total: int, progress: Progress | None) -> None:
-        self._done, self._total, self._progress = 0, total, progress
-        if progress is not None:
-            progress(0, total)
+        self._done, self._total = 0, total
+        self._progress = progress_or_bar(progress, "forward passes")
+        self._progress(0, total)
 
     def done(self) -> None:
         self.skip(1)
@@ -330,8 +330,11 @@ class _Passes:
     def skip(self, passes: int) -> None:
         """Count passes that somebody made before."""
         self._done += passes
-        if self._progress is not None:
-            self._progress(self._done, self._total)
+        self._progress(self._done, self._total)
+
+
+def _unheard(done: int, total: int) -> None:
+    """Passes before any are counted."""
 
 
 class _ShapeOnly:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from corrdit.display import animation_html
+
 VIDEO_SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".gif")
 FRAME_SUFFIXES = (".png", ".jpg", ".jpeg")
 ACCEPTED = "accepted are mp4, mov, webm, mkv, avi and gif files and folders of png or jpg frames"
@@ -42,7 +44,7 @@ class Moment(NamedTuple):
     corrupt: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Video:
     """A video in memory.
 
@@ -57,3 +59,10 @@ class Video:
     fps: float
     times: np.ndarray
     info: VideoInfo
+
+    def __repr__(self) -> str:
+        frames, height, width = self.frames.shape[:3]
+        return f"Video({frames} frames of {height} x {width}, {self.fps:g} a second, {self.info.path.name})"
+
+    def _repr_html_(self) -> str:
+        return animation_html(self.frames, self.fps, repr(self))

@@ -31,7 +31,7 @@ def draw_heatmaps(
     column_title: str,
     percent: bool = True,
 ) -> np.ndarray:
-    """Draw tables as colours, the largest entry of each framed.
+    """Draw tables as colours on one scale, so that they compare; the largest entry of each is framed.
 
     Args:
         panels: values `[len(rows), len(columns)]` by title; NaN is drawn grey.
@@ -62,12 +62,14 @@ def draw_heatmaps(
     height = min(7.0, max(2.2, 0.32 * len(rows) + 1.3))
     figure = Figure(figsize=(width * side_by_side, height * down), dpi=_DPI, layout="constrained", facecolor="white")
     axes = figure.subplots(down, side_by_side, squeeze=False)
+    limits = _limits(np.stack(list(tables.values())))
     for place, (title, table) in enumerate(tables.items()):
         axis = axes[place // side_by_side, place % side_by_side]
-        image = _panel(axis, table, title, _limits(table), rows, columns, percent)
+        image = _panel(axis, table, title, limits, rows, columns, percent)
         axis.set_xlabel(column_title, color=INK, fontsize=9)
         axis.set_ylabel(row_title, color=INK, fontsize=9)
-        figure.colorbar(image, ax=axis, shrink=0.9, format="%g %%" if percent else "%g").ax.tick_params(labelsize=7)
+    scale = figure.colorbar(image, ax=axes, shrink=0.9, aspect=30, format="%g %%" if percent else "%g")
+    scale.ax.tick_params(labelsize=7)
     for place in range(len(tables), down * side_by_side):
         axes[place // side_by_side, place % side_by_side].set_axis_off()
     return figure_pixels(figure)

@@ -28,7 +28,10 @@ h1 { font-size: 26px; margin-bottom: 4px; } h2 { font-size: 19px; margin-top: 40
 table { border-collapse: collapse; font-size: 13.5px; margin: 12px 0; } th, td { padding: 4px 12px 4px 0;
   text-align: left; border-bottom: 1px solid #eef0f2; vertical-align: top; } td.number, th.number { text-align: right;
   font-variant-numeric: tabular-nums; } .problem { color: #b23a1d; } .lead { font-size: 16.5px; } a { color: #2a6fbb; }
-.scroll { overflow-x: auto; }"""
+.scroll { overflow-x: auto; } figure { overflow-x: auto; }
+@media (max-width: 760px) { body { margin: 16px auto; padding: 0 12px; } figure img { max-width: none; width: 720px; }
+  h1 { font-size: 22px; } td.number { white-space: nowrap; }
+  td:last-child:not(.number) { overflow-wrap: anywhere; } }"""
 _MOVING = (".mp4", ".webm", ".mov", ".mkv")
 _PICTURES = (".gif", ".png", ".jpg", ".jpeg")
 
@@ -63,9 +66,8 @@ class ReportPage:
         )
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """A table; numbers are set to the right, None is a dash."""
-        numeric = [bool(rows) and all(isinstance(row[n], (int, float, type(None))) for row in rows)
-                   for n in range(len(columns))]  # fmt: skip
+        """A table; columns of numbers, as values or text, are set to the right, with one decimal; None is a dash."""
+        numeric = [bool(rows) and all(_is_number(row[n]) for row in rows) for n in range(len(columns))]
         head = "".join(_table_cell(name, "th", right) for name, right in zip(columns, numeric, strict=True))
         body = ""
         for row in rows:
@@ -145,7 +147,11 @@ def _table_cell(value: object, tag: str, right: bool) -> str:
     if value is None:
         text = "–"
     elif isinstance(value, float):
-        text = f"{value:.4g}"
+        text = f"{value:.1f}"
     else:
         text = html.escape(str(value))
     return f'<{tag} class="number">{text}</{tag}>' if right else f"<{tag}>{text}</{tag}>"
+
+
+def _is_number(value: object) -> bool:
+    return value is None or isinstance(value, (int, float)) or (isinstance(value, str) and value.isdecimal())

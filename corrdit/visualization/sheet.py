@@ -17,6 +17,7 @@ _MARGIN = 16
 _GAP = 10
 _LABEL = 24
 _SHEET_WIDTH = 1600
+_LARGEST_CELL = 320
 
 
 def sheet_frames(frames: int, cells: int = 12) -> list[int]:
@@ -37,6 +38,13 @@ def cell_size(cells: int, height: int, width: int) -> tuple[int, int]:
     cell_width = (_SHEET_WIDTH - 2 * _MARGIN - (columns - 1) * _GAP) // columns
     cell_width = min(cell_width, max(320, 2 * width))
     return max(1, round(cell_width * height / width)), cell_width
+
+
+def fit_columns(pictures: Sequence[np.ndarray], columns: int) -> list[np.ndarray]:
+    """Pictures, uint8 `[h, w, 3]`, enlarged or shrunk so that `columns` of them make a sheet's width."""
+    width = min(_LARGEST_CELL, (_SHEET_WIDTH - 2 * _MARGIN) // columns - _GAP)
+    size = max(1, round(width * pictures[0].shape[0] / pictures[0].shape[1])), width
+    return [resize_frame(picture, *size) for picture in pictures]
 
 
 def contact_sheet(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from corrdit.arguments import choice, flag, resolved_index, whole_indices
+from corrdit.display import outline, table_html
 from corrdit.integrations.diffusers.compatibility import check_processor, check_transformer, has_compiled_blocks
 from corrdit.integrations.diffusers.host.attention import processors_wrapped
 from corrdit.integrations.diffusers.host.forwards import (
@@ -129,9 +130,7 @@ class Capture(Mapping[tuple[int, int], Any]):
         branch: as for `capture`.
         callback: as for `capture`.
         keep_graph: as for `capture`.
-        early_exit: as for `capture`.
-        on_skip: as for `capture`.
-        attention: as for `capture`.
+        early_exit, on_skip, attention: as for `capture`.
     """
 
     def __init__(
@@ -239,6 +238,9 @@ class Capture(Mapping[tuple[int, int], Any]):
     def __repr__(self) -> str:
         model = type(self._models[0][0] if self._pipe is None else self._pipe).__name__
         return f"<Capture of {model}: {', '.join(map(str, self._results)) or 'no results'}>"
+
+    def _repr_html_(self) -> str:
+        return table_html(repr(self)[1:-1], {str(place): outline(result) for place, result in self._results.items()})
 
     def __reduce__(self) -> tuple[type[dict[tuple[int, int], object]], tuple[object]]:
         return (dict, (self._results,))

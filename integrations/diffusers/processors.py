@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -275,7 +276,7 @@ def named_operations(operation: Operation | Mapping[str, Operation]) -> dict[str
     """An operation, or operations by name, as a checked dict.
 
     Raises:
-        ValueError: not callable, or an empty dict.
+        ValueError: not callable, callable with other arguments than the four, or an empty dict.
     """
     operations = dict(operation) if isinstance(operation, Mapping) else {"operation": operation}
     if not operations:
@@ -285,7 +286,23 @@ def named_operations(operation: Operation | Mapping[str, Operation]) -> dict[str
             raise ValueError(
                 f"operation {name!r} must be a function operation(q, k, grid, key_mask) -> tensors, got {candidate!r}"
             )
+        _check_takes_four(name, candidate)
     return operations
+
+
+def _check_takes_four(name: str, operation: Operation) -> None:
+    try:
+        signature = inspect.signature(operation)
+    except ValueError:
+        return  # what is not written in Python says nothing of its arguments
+    try:
+        signature.bind(None, None, None, None)
+    except TypeError as error:
+        called = getattr(operation, "__name__", type(operation).__name__)
+        raise ValueError(
+            f"operation {name!r} is {called}{signature}, which cannot be called with (q, k, grid, key_mask): {error}; "
+            "give a function of these four"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import warnings
 import zlib
 from typing import ClassVar
 
@@ -44,7 +45,10 @@ def _read_words(path: str) -> list[str]:
 
 
 class WordTokenizer(PreTrainedTokenizer):
-    """Lower-case words to ids; a word that is not in the list gets one of `hash_buckets` further ids by its CRC-32."""
+    """Lower-case words to ids; a word that is not in the list gets one of `hash_buckets` further ids by its CRC-32.
+
+    Such words are warned of, each once.
+    """
 
     vocab_files_names: ClassVar[dict[str, str]] = {"vocab_file": VOCABULARY_FILE}
     model_input_names: ClassVar[list[str]] = ["input_ids", "attention_mask"]
@@ -53,6 +57,7 @@ class WordTokenizer(PreTrainedTokenizer):
         self.words = world_vocabulary() if vocab_file is None else _read_words(vocab_file)
         self.word_ids = {word: index for index, word in enumerate(self.words)}
         self.hash_buckets = hash_buckets
+        self._named: set[str] = set()
         kwargs.setdefault("pad_token", PADDING)
         kwargs.setdefault("eos_token", END)
         super().__init__(hash_buckets=hash_buckets, **kwargs)
@@ -67,7 +72,23 @@ class WordTokenizer(PreTrainedTokenizer):
         return dict(self.word_ids)
 
     def _tokenize(self, text: str, **kwargs: object) -> list[str]:
-        return re.findall(r"[^\W_]+", text.lower())
+        words = re.findall(r"[^\W_]+", text.lower())
+        self._name_unknown(words)
+        return words
+
+    def _name_unknown(self, words: list[str]) -> None:
+        """Warns of words that are not in the list, of each once."""
+        unknown = [word for word in dict.fromkeys(words) if word not in self.word_ids and word not in self._named]
+        if not unknown:
+            return
+        self._named.update(unknown)
+        warnings.warn(
+            f"the embedded model does not know {', '.join(map(repr, unknown))}: it has seen no video of that. It knows "
+            f"{', '.join(SHAPES[:3])} and other shapes that move over {', '.join(BACKGROUNDS[:3])} ..., as in 'a red "
+            "disc moves left over grass'",
+            UserWarning,
+            stacklevel=2,
+        )
 
     def _convert_token_to_id(self, token: str) -> int:
         known = self.word_ids.get(token)

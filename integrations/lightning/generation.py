@@ -135,11 +135,11 @@ class GenerationModule(ResumableModule[PromptItem]):
     Trainer().predict(module, PromptDataModule("prompts.txt", output="results"), return_predictions=False)
     ```
 
-    `output/NAME/` gets `video.mp4`, `generation.json` and, with `guidance`, `plain.mp4` (the same seed without it) and
-    `side_by_side.mp4`. Videos appear by one rename when all of them are written, `generation.json` last; with
-    `PromptDataModule(..., output=output)` the next run does what is left. `output/settings.json` says how the results
-    were made; a run with other settings or weights is refused. To guide without the comparison, give the Trainer a
-    `GuidanceCallback`, whose settings are kept too.
+    `output/NAME/` gets `video.mp4`, `sheet.png`, `generation.json` and, with `guidance`, `plain.mp4` (the same seed
+    without it) and `side_by_side.mp4`. Videos appear by one rename when all of them are written, `generation.json`
+    last; with `PromptDataModule(..., output=output)` the next run does what is left. `output/settings.json` says how
+    the results were made; a run with other settings or weights is refused. To guide without the comparison, give the
+    Trainer a `GuidanceCallback`, whose settings are kept too.
 
     Args:
         model: for `corrdit.load_backbone`, or a backbone that is loaded already.

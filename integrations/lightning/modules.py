@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from corrdit.arguments import flag
 from corrdit.evaluation import evaluate_video
@@ -21,10 +22,12 @@ from corrdit.integrations.lightning.data_modules import tracking_results
 from corrdit.integrations.lightning.resumable import Model, ResumableModule
 from corrdit.integrations.lightning.tapvid_data import TapVidDataModule, TapVidItem, sample_of
 from corrdit.metrics import TapVidMetric
+from corrdit.progress import hidden_bars
 from corrdit.runs import Keywords
 from corrdit.tracking import PointTracker
 from corrdit.tracking.files import PARTS, RESULT_FILE, track_at_size, write_track_results
 from corrdit.tracking.queries import check_queries, grid_points, grid_side
+from corrdit.visualization import TrackStyle
 
 Queries = int | str | np.ndarray | Callable[[int, int, int], np.ndarray]
 
@@ -62,7 +65,9 @@ class TrackingModule(ResumableModule[Mapping[str, str]]):
         max_frames: most frames to read of each.
         max_side: frames are shrunk to at most this many pixels on the longer side while they are read.
         pictures: whether to draw `tracks.mp4` and `tracks.png`.
-        trail: frames of path drawn behind a point.
+        trail: frames of path drawn behind a point, where no `style` is given.
+        style: how the tracks are drawn.
+        columns: further facts of the points, such as labels, `[P]` each, by name; stored along.
         placement: where the parts of the model lie and in what form, or the word for where; see
             `corrdit.integrations.diffusers.placement.Placement`.
         on_broken: "report" writes `failed.json` for a video that cannot be read or tracked and goes on; "raise" stops.
@@ -90,12 +95,15 @@ class TrackingModule(ResumableModule[Mapping[str, str]]):
         max_side: int | None = 720,
         pictures: bool = True,
         trail: int = 16,
+        style: TrackStyle | None = None,
+        columns: Mapping[str, ArrayLike] | None = None,
         placement: Placement | str = "device",
         on_broken: str = "report",
     ) -> None:
         self.queries, self.preset, self.options = queries, preset, dict(options or {})
         self.start, self.max_frames, self.max_side = start, max_frames, max_side
-        self.pictures, self.trail = flag("pictures", pictures), trail
+        self.pictures, self.style = flag("pictures", pictures), style or TrackStyle(trail=trail)
+        self.columns = columns
         settings = {
             "queries": queries_description or _description(queries),
             "preset": preset,
@@ -145,7 +153,15 @@ class TrackingModule(ResumableModule[Mapping[str, str]]):
         parts = self.results.path / PARTS / name
         tracks = track_at_size(self._tracker, video, queries, size, resume=parts)
         with self.results.result(name, inputs, last=RESULT_FILE) as result:
-            write_track_results(result.folder, video, tracks, queries, pictures=self.pictures, trail=self.trail)
+            write_track_results(
+                result.folder,
+                video,
+                tracks,
+                queries,
+                pictures=self.pictures,
+                columns=self.columns,
+                style=self.style,
+            )
             result.facts.update(frames=tracks.frames, points=tracks.points)
         shutil.rmtree(parts, ignore_errors=True)
         return result.facts
@@ -159,7 +175,8 @@ class TrackingModule(ResumableModule[Mapping[str, str]]):
         """
         try:
             sample = sample_of(batch)
-            outcome = evaluate_video(self._tracker.track, sample)
+            with hidden_bars():
+                outcome = evaluate_video(self._tracker.track, sample)
         except (ValueError, OSError) as error:
             if self.on_broken == "raise":
                 raise ValueError(f"video {batch['name']}: {error}") from error

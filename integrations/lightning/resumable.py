@@ -22,6 +22,7 @@ from corrdit.integrations.diffusers.placement import (
     preset_for_loading,
 )
 from corrdit.integrations.lightning.data_modules import Sample, on_first_process
+from corrdit.progress import hidden_bars
 from corrdit.runs import ResultFolder, check_on_broken
 
 Model = str | os.PathLike[str] | Backbone
@@ -139,7 +140,8 @@ class ResumableModule(lightning.LightningModule, Generic[Sample]):
         """
         began, name = time.perf_counter(), self.name_of(batch)
         try:
-            made = self.make(batch)
+            with hidden_bars():
+                made = self.make(batch)
         except (ValueError, OSError) as error:
             if self.on_broken == "raise":
                 raise ValueError(f"{self.sample_kind} {name}: {error}") from error

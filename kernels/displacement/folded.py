@@ -11,62 +11,86 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from corrdit.kernels.displacement.soft_forward import (
-    key_range,
-    load_centers,
-    masked_scores,
-    store_displacement,
-    window_kind,
+from corrdit.kernels.displacement.soft_forward import masked_scores, store_displacement
+from corrdit.kernels.shared.launch import choose_tiles, launch
+from corrdit.kernels.shared.primitives import (
+    accumulate_moments,
+    coordinate_tile,
+    head_scores,
+    key_frame,
+    query_frame,
+    weighted_scale,
+    wide,
 )
-from corrdit.kernels.shared.launch import choose_tiles, launch, tile_count
-from corrdit.kernels.shared.primitives import accumulate_moments, coordinate_tile, head_scores, weighted_scale, wide
 from corrdit.kernels.shared.tables import FramePairTable, coordinate_table
+from corrdit.kernels.shared.windows import (
+    block_count,
+    block_tokens,
+    load_centers,
+    reciprocal,
+    rectangle_tokens,
+    window_bounds,
+    window_kind,
+    window_rectangle,
+)
 from corrdit.problem import product_precision
 
 
 @triton.jit
 def folded_forward_kernel(
     q, k, head_weights, displacement, statistics, table, pairs, key_mask, center, visited,
-    q_strides, k_strides, mask_strides, heads, pair_count, frame_tokens, width, scale, radius,
+    q_strides, k_strides, mask_strides, heads, group, row_count, tiles, width, height, scale, radius,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_MASK: tl.constexpr,
     WINDOW: tl.constexpr, WEIGHTED: tl.constexpr, COUNTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of query rows of one frame pair, batch): displacement and base-2 log-sum-exp of its rows."""
-    tiles = tl.cdiv(frame_tokens, BLOCK_M)
     pair = tl.program_id(0) // tiles
+    tile = tl.program_id(0) % tiles
     batch = tl.program_id(1)
-    rows = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    kept_rows = rows < frame_tokens
-    # Rows past the end repeat the last one and are not stored, which saves the products their masks.
-    q_rows = tl.minimum(rows, frame_tokens - 1)
+    q_place, q_first, q_stop, row_place = query_frame(pairs, pair)
+    k_place, k_first, k_stop = key_frame(pairs, pair)
+    rows, kept_rows = block_tokens(tile, q_first, q_stop, width, BLOCK_M, WINDOW)
+    # Rows past the end repeat the first one and are not stored, which saves the products their masks.
+    q_rows = tl.where(kept_rows, rows, q_first)
     columns = tl.arange(0, BLOCK_N)
-    q += wide(batch) * q_strides[0] + wide(tl.load(pairs + 2 * pair)) * frame_tokens * q_strides[2]
-    key_frame = wide(tl.load(pairs + 2 * pair + 1))
-    k += wide(batch) * k_strides[0] + key_frame * frame_tokens * k_strides[2]
-    key_mask += wide(batch) * mask_strides[0] + key_frame * frame_tokens * mask_strides[1]
-
-    first_row = (wide(batch) * pair_count + pair) * frame_tokens
-    center_x, center_y = load_centers(center, first_row, rows, kept_rows, width, WINDOW)
-    start, end = key_range(center_y, kept_rows, radius, width, frame_tokens, WINDOW)
+    q += wide(batch) * q_strides[0] + q_place * q_strides[2]
+    k += wide(batch) * k_strides[0] + k_place * k_strides[2]
+    key_mask += wide(batch) * mask_strides[0] + k_place * mask_strides[1]
     scale = weighted_scale(scale, head_weights, heads, WEIGHTED)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     moments = tl.zeros([BLOCK_M, 16], tl.float32)
-    for first in range(start, end, BLOCK_N):
-        inside = first + columns < end
-        k_rows = tl.minimum(first + columns, frame_tokens - 1)
+    center_x, center_y = load_centers(center, wide(batch) * row_count + row_place, rows, kept_rows, width, WINDOW)
+    count = k_stop - k_first
+    if WINDOW > 0:
+        left, top, across, count = window_rectangle(center_x, center_y, kept_rows, radius, width, height)
+        inverse = reciprocal(across)
+    else:
+        # None where q holds less of this frame than of others.
+        count = tl.where(q_first + tile * BLOCK_M < q_stop, count, 0)
+    lowest, highest = window_bounds(center_x, center_y, radius)
+    for first in range(0, count, BLOCK_N):
+        if WINDOW > 0:
+            tokens, x, y, inside = rectangle_tokens(
+                first + columns, count, left, top, across, inverse, k_first, k_stop, width
+            )
+        else:
+            tokens = k_first + first + columns
+            x, y, inside = tokens, tokens, first + columns < count
+        k_rows = tl.where(inside, tokens, k_first)
         scores = head_scores(
-            q, k, q_rows, k_rows, kept_rows, inside, q_strides, k_strides, head_weights, 0, heads,
+            q, k, q_rows, k_rows, kept_rows, inside, q_strides, k_strides, 1, group, head_weights, 0, heads,
             D, BLOCK_D, WEIGHTED, False, PRECISION,
         )  # fmt: skip
         scores = masked_scores(
-            scores, first + columns, inside, key_mask, mask_strides[1], center_x, center_y, radius, width,
-            HAS_MASK, WINDOW,
-        )  # fmt: skip
-        coordinates = coordinate_tile(table + first * 16, columns, inside, True)
+            scores, tokens, x, y, inside, key_mask, mask_strides[1], lowest, highest, HAS_MASK, WINDOW
+        )
+        coordinates = coordinate_tile(table, tokens, inside, True)
         peak, moments = accumulate_moments(peak, moments, scores, scale, coordinates, PRECISION)
     if COUNTED:
-        tl.atomic_add(visited, tl.cdiv(end - start, BLOCK_N))
-    store_displacement(displacement, statistics, peak, moments, scale, width, rows, kept_rows, first_row)
+        tl.atomic_add(visited, tl.cdiv(count, BLOCK_N))
+    store_displacement(
+        displacement, statistics, peak, moments, scale, width, rows, kept_rows, wide(batch) * row_count + row_place
+    )
 
 
 def folded_scale(heads: int, scale: float, weights: Tensor | None) -> tuple[float, Tensor | None]:
@@ -87,8 +111,6 @@ def folded_forward(
     k: Tensor,
     weights: Tensor | None,
     table: FramePairTable,
-    height: int,
-    width: int,
     scale: float,
     key_mask: Tensor | None,
     center: Tensor | None,
@@ -101,22 +123,23 @@ def folded_forward(
         weights: `[H]` summing to 1, None for the mean. The rest as in `soft_forward`.
 
     Returns:
-        float32 `[B, 1, P, S, 2]` and `[B, 1, P, S]`.
+        float32 `[B, 1, R, 2]` and `[B, 1, R]`.
     """
     batch, heads, _, head_dim = q.shape
-    frame_tokens, pair_count = height * width, table.pairs.shape[0]
-    displacement = torch.empty(batch, 1, pair_count, frame_tokens, 2, dtype=torch.float32, device=q.device)
-    statistics = torch.empty(batch, 1, pair_count, frame_tokens, dtype=torch.float32, device=q.device)
-    guarded = key_mask is not None or window >= 0 or weights is not None
-    tiles = choose_tiles("folded_forward", q, guarded)
+    displacement = torch.empty(batch, 1, table.rows, 2, dtype=torch.float32, device=q.device)
+    statistics = torch.empty(batch, 1, table.rows, dtype=torch.float32, device=q.device)
+    guarded = key_mask is not None or weights is not None
+    tiles = choose_tiles("folded_forward_window" if window >= 0 else "folded_forward", q, guarded)
+    blocks = block_count(tiles.rows, table.longest, table.height, table.width, window)
     mask = table.pairs if key_mask is None else key_mask
     exponent, factors = folded_scale(heads, scale, weights)
     launch(
-        folded_forward_kernel, (pair_count * tile_count(frame_tokens, tiles.rows), batch),
+        folded_forward_kernel, (len(table.pairs) * blocks, batch),
         q, k, table.pairs if factors is None else factors, displacement, statistics,
-        coordinate_table(height, width, q.dtype, q.device), table.pairs, mask,
+        coordinate_table(table.height, table.width, q.dtype, q.device), table.pairs, mask,
         table.pairs if center is None else center, table.pairs if visited is None else visited,
-        q.stride(), k.stride(), mask.stride(), heads, pair_count, frame_tokens, width, exponent, window,
+        q.stride(), k.stride(), mask.stride(), heads, heads // k.shape[1], table.rows, blocks, table.width,
+        table.height, exponent, window,
         D=head_dim, BLOCK_D=tiles.dims, BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, HAS_MASK=key_mask is not None,
         WINDOW=window_kind(window, center), WEIGHTED=int(factors is not None), COUNTED=visited is not None,
         PRECISION=product_precision(), tiles=tiles,

@@ -18,11 +18,18 @@ import triton.language as tl
 from torch import Tensor
 
 from corrdit.kernels.displacement.folded import folded_scale
-from corrdit.kernels.displacement.soft_backward import gradient_rows, load_gradient_rows, logit_gradients
-from corrdit.kernels.displacement.soft_forward import key_range, load_centers, masked_scores, window_kind
+from corrdit.kernels.displacement.gradient_rows import gradient_rows, load_gradient_rows, logit_gradients
+from corrdit.kernels.displacement.soft_forward import masked_scores
 from corrdit.kernels.shared.launch import LOG2_E, choose_tiles, launch, tile_count
-from corrdit.kernels.shared.primitives import coordinate_tile, head_scores, weighted_scale, wide
-from corrdit.kernels.shared.tables import coordinate_table
+from corrdit.kernels.shared.primitives import (
+    coordinate_tile,
+    head_scores,
+    key_frame,
+    query_frame,
+    weighted_scale,
+)
+from corrdit.kernels.shared.tables import FramePairTable, coordinate_table
+from corrdit.kernels.shared.windows import extent, load_centers, window_bounds, window_kind
 from corrdit.problem import product_precision
 
 # A chunk of dlogit that the two products after it still find in the L2 cache of 9.0, 50 MiB.
@@ -34,73 +41,107 @@ _ROWS_OF_TILE = 128
 
 @triton.jit
 def folded_gradient_kernel(
-    q, k, head_weights, workspace, planes, shifts, table, key_mask, center,
-    q_strides, k_strides, mask_strides, workspace_stride, heads, first_query, row_count, frame_tokens, width, scale,
-    radius, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_MASK: tl.constexpr, WINDOW: tl.constexpr, WEIGHTED: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, head_weights, workspace, planes, shifts, table, pairs, key_mask, center,
+    q_strides, k_strides, mask_strides, workspace_stride, heads, group, first_pair, tiles, first_column, first_row,
+    row_count, width, scale, radius, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_MASK: tl.constexpr, WINDOW: tl.constexpr, WEIGHTED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of query rows, tile of keys of one pair of the run): dlogit into `workspace [R, pairs * S]`.
+    """Program (tile of query rows, tile of keys of one pair of the run): dlogit into `workspace [R, columns]`.
 
     Args:
-        q, k, key_mask, planes, shifts, center: at the first token (or row) of the query frame and of the first of a
-            run of pairs whose key frames follow each other.
+        q, k, planes, shifts, key_mask, center: at the first token (or row) of the sample.
+        first_pair: of the run. first_column: place of its first key in k. first_row: token of the query frame whose
+            row is the workspace's first; row_count: of the workspace.
     """
-    tiles = tl.cdiv(frame_tokens, BLOCK_N)
-    pair = wide(tl.program_id(1) // tiles) * frame_tokens
-    first_key = tl.program_id(1) % tiles * BLOCK_N
-    rows = first_query + tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    kept_rows = rows < first_query + row_count
-    keys = first_key + tl.arange(0, BLOCK_N)
-    inside = keys < frame_tokens
-    center_x, center_y = load_centers(center, pair, rows, kept_rows, width, WINDOW)
-    start, end = key_range(center_y, kept_rows, radius, width, frame_tokens, WINDOW)
+    pair = first_pair + tl.program_id(1) // tiles
+    q_place, q_first, _, row_place = query_frame(pairs, pair)
+    k_place, k_first, k_stop = key_frame(pairs, pair)
+    local = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = first_row + local
+    kept_rows = local < row_count
+    keys = k_first + tl.program_id(1) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = keys < k_stop
+    center_x, center_y = load_centers(center, row_place, rows, kept_rows, width, WINDOW)
     scale = weighted_scale(scale, head_weights, heads, WEIGHTED)
+    lowest, highest = window_bounds(center_x, center_y, radius)
     stored = kept_rows[:, None] & inside[None, :]
-    if (first_key < end) & (first_key + BLOCK_N > start):
+    reached = k_first < k_stop
+    if WINDOW > 0:
+        top_y, bottom_y = extent(center_y, kept_rows)
+        first_y, last_y = extent(keys // width, inside)
+        reached = reached & (top_y - radius <= last_y) & (bottom_y + radius >= first_y)
+    # The workspace is small: int32 places.
+    column = (k_place - first_column).to(tl.int32) + keys
+    if reached:
         scores = head_scores(
-            q, k + pair * k_strides[2], tl.minimum(rows, frame_tokens - 1), tl.minimum(keys, frame_tokens - 1),
-            kept_rows, inside, q_strides, k_strides, head_weights, 0, heads, D, BLOCK_D, WEIGHTED, False, PRECISION,
+            q + q_place * q_strides[2], k + k_place * k_strides[2], tl.where(kept_rows, rows, q_first),
+            tl.where(inside, keys, k_first), kept_rows, inside, q_strides, k_strides, 1, group, head_weights, 0, heads,
+            D, BLOCK_D, WEIGHTED, False, PRECISION,
         )  # fmt: skip
         scores = masked_scores(
-            scores, keys, inside, key_mask + pair * mask_strides[1], mask_strides[1], center_x, center_y, radius, width,
-            HAS_MASK, WINDOW,
+            scores, keys, keys % width, keys // width, inside, key_mask + k_place * mask_strides[1], mask_strides[1],
+            lowest, highest, HAS_MASK, WINDOW,
         )  # fmt: skip
-        row_planes, shift = load_gradient_rows(planes, shifts, pair, rows, kept_rows, True)
+        row_planes, shift = load_gradient_rows(planes, shifts, row_place, rows, kept_rows, True)
         coordinates = coordinate_tile(table, keys, inside, True)
         dlogit = logit_gradients(scores, scale, shift[:, None], row_planes, coordinates, PRECISION)
-        # The workspace is small: int32 places, worked out after the product whose registers they would take.
-        places = workspace + (rows - first_query)[:, None] * workspace_stride + (pair.to(tl.int32) + keys)[None, :]
+        if WINDOW > 0:
+            # An undefined query reaches the keys in its window alone.
+            dlogit = tl.where(scores == float("-inf"), 0.0, dlogit)
+        places = workspace + local[:, None] * workspace_stride + column[None, :]
         tl.store(places, dlogit.to(workspace.dtype.element_ty), mask=stored)
     else:
         # Out of reach of every window of the tile.
-        places = workspace + (rows - first_query)[:, None] * workspace_stride + (pair.to(tl.int32) + keys)[None, :]
+        places = workspace + local[:, None] * workspace_stride + column[None, :]
         tl.store(places, tl.zeros([BLOCK_M, BLOCK_N], workspace.dtype.element_ty), mask=stored)
 
 
 class _KeyRun(NamedTuple):
-    """Pairs of one query frame, next to each other in the list, whose key frames follow each other."""
+    """Pairs of one query frame, next to each other in the list, whose keys follow each other in k.
+
+    Attributes:
+        first_query, queries: place of the query frame's first held token in q, and how many there are.
+        first_token: its number in the frame.
+        first_key, keys: the same of the keys of all pairs in k.
+    """
 
     first_pair: int
-    query_frame: int
-    key_frame: int
     length: int
+    query_frame: int
+    first_query: int
+    queries: int
+    first_token: int
+    first_key: int
+    keys: int
 
 
-def key_runs(pairs: Sequence[int], longest: int) -> list[_KeyRun]:
-    """The pairs (i0, j0, i1, j1, ...) cut into runs of at most `longest` pairs, in order and as equal as can be."""
-    runs: list[_KeyRun] = []
+def key_runs(pairs: Sequence[int], queries: Sequence[int], keys: Sequence[int], longest: int) -> list[_KeyRun]:
+    """The pairs (i0, j0, i1, j1, ...) cut into runs of at most `longest` pairs, in order and as equal as can be.
+
+    Args:
+        queries, keys: what q and k hold of every frame, see `TokenAxis.places`. Pairs without any are left out.
+    """
+    runs: list[list[_KeyRun]] = []
     for index, (i, j) in enumerate(zip(pairs[::2], pairs[1::2], strict=True)):
-        last = runs[-1] if runs else None
-        if last and last.query_frame == i and last.key_frame + last.length == j:
-            runs[-1] = last._replace(length=last.length + 1)
+        (place, first, stop), (k_place, k_first, k_stop) = queries[3 * i : 3 * i + 3], keys[3 * j : 3 * j + 3]
+        if first == stop or k_first == k_stop:
+            continue
+        one = _KeyRun(index, 1, i, place + first, stop - first, first, k_place + k_first, k_stop - k_first)
+        last = runs[-1][-1] if runs else None
+        follows = last and (last.query_frame, last.first_pair + 1, last.first_key + last.keys) == (
+            i, index, one.first_key,
+        )  # fmt: skip
+        if follows:
+            runs[-1].append(one)
         else:
-            runs.append(_KeyRun(index, i, j, 1))
+            runs.append([one])
     cut: list[_KeyRun] = []
     for run in runs:
-        parts = tile_count(run.length, longest)
-        starts = [part * run.length // parts for part in range(parts + 1)]
+        parts = tile_count(len(run), longest)
+        starts = [part * len(run) // parts for part in range(parts + 1)]
         cut += [
-            _KeyRun(run.first_pair + start, run.query_frame, run.key_frame + start, stop - start)
+            run[start]._replace(length=stop - start, keys=sum(one.keys for one in run[start:stop]))
             for start, stop in itertools.pairwise(starts)
         ]
     return cut
@@ -132,6 +173,16 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
 
 
+def summed_queries(q: Tensor, factors: Tensor | None, key_heads: int) -> Tensor:
+    """`[Hk, N, D]` of one sample: the mean of the queries that read each key head, each times its factor."""
+    group = q.shape[0] // key_heads
+    if group == 1:
+        return q
+    weights = torch.ones(q.shape[0], device=q.device) if factors is None else factors[:-1]
+    by_key = q.to(torch.float32).unflatten(0, (key_heads, group))
+    return torch.einsum("jgnd,jg->jnd", by_key, weights.unflatten(0, (key_heads, group)) / group).to(q.dtype)
+
+
 class _FoldedGradient(NamedTuple):
     """What every chunk of dlogit is computed from; see `folded_backward`."""
 
@@ -141,29 +192,26 @@ class _FoldedGradient(NamedTuple):
     planes: Tensor
     shifts: Tensor
     coordinates: Tensor
+    table: FramePairTable
     key_mask: Tensor | None
     center: Tensor | None
     window: int
     exponent: float
-    frame_tokens: int
-    width: int
 
     def write_chunk(self, workspace: Tensor, sample: int, run: _KeyRun, first: int, count: int) -> Tensor:
-        """dlogit `[count, pairs * S]` of query rows `first` on against the keys of the run, in the workspace."""
-        columns = run.length * self.frame_tokens
-        dlogit = workspace[: count * aligned(columns)].view(count, -1)[:, :columns]
-        start_q, start_k = run.query_frame * self.frame_tokens, run.key_frame * self.frame_tokens
+        """dlogit `[count, keys]` of the run's query rows `first` on against its keys, in the workspace."""
+        dlogit = workspace[: count * aligned(run.keys)].view(count, -1)[:, : run.keys]
         tiles = choose_tiles("folded_gradient", self.q)
-        mask = dlogit if self.key_mask is None else self.key_mask[sample : sample + 1, start_k:]
+        blocks = tile_count(self.table.longest, tiles.columns)
+        mask = dlogit if self.key_mask is None else self.key_mask[sample : sample + 1]
         launch(
-            folded_gradient_kernel,
-            (tile_count(count, tiles.rows), run.length * tile_count(self.frame_tokens, tiles.columns)),
-            self.q[sample, :, start_q:], self.k[sample, :, start_k:],
-            self.coordinates if self.factors is None else self.factors, dlogit,
-            self.planes[sample, 0, run.first_pair :], self.shifts[sample, 0, run.first_pair :], self.coordinates, mask,
-            self.coordinates if self.center is None else self.center[sample, run.first_pair :],
-            self.q.stride(), self.k.stride(), mask.stride(), dlogit.stride(0), self.q.shape[1], first, count,
-            self.frame_tokens, self.width, self.exponent, self.window,
+            folded_gradient_kernel, (tile_count(count, tiles.rows), run.length * blocks),
+            self.q[sample], self.k[sample], self.coordinates if self.factors is None else self.factors, dlogit,
+            self.planes[sample, 0], self.shifts[sample, 0], self.coordinates, self.table.pairs, mask,
+            self.coordinates if self.center is None else self.center[sample],
+            self.q.stride(), self.k.stride(), mask.stride(), dlogit.stride(0), self.q.shape[1],
+            self.q.shape[1] // self.k.shape[1], run.first_pair, blocks, run.first_key, run.first_token + first, count,
+            self.table.width, self.exponent, self.window,
             D=self.q.shape[-1], BLOCK_D=tiles.dims, BLOCK_M=tiles.rows, BLOCK_N=tiles.columns,
             HAS_MASK=self.key_mask is not None, WINDOW=window_kind(self.window, self.center),
             WEIGHTED=int(self.factors is not None), PRECISION=product_precision(), tiles=tiles,
@@ -179,70 +227,99 @@ def chunk_rows(frame_tokens: int, columns: int, room: int) -> int:
 
 
 def folded_backward(
-    gradient: Tensor,
+    gradient: Tensor | None,
+    grad_level: Tensor | None,
     q: Tensor,
     k: Tensor,
     weights: Tensor | None,
     displacement: Tensor,
     statistics: Tensor,
     pairs: Sequence[int],
-    height: int,
-    width: int,
+    queries: Sequence[int],
+    keys: Sequence[int],
+    table: FramePairTable,
     scale: float,
     key_mask: Tensor | None,
     center: Tensor | None,
     window: int,
     wanted: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dq, dk) `[B, H, F*S, D]` in the dtype of q, of those that are `wanted`.
+    """(dq, dk) in the shapes and dtype of q and k, of those that are `wanted`.
 
     Beyond them it takes the workspace of `WORKSPACE_BYTES`, one sample of q and k, and the sums of one sample in
     float32: a frame takes part in many pairs, and rounding each contribution to the dtype of q would add up.
 
     Args:
-        gradient: float32 `[B, 1, P, S, 2]`; displacement, statistics: what `folded_forward` gave.
-        pairs: flat (i0, j0, i1, j1, ...). The rest as in `folded_forward`.
+        gradient: float32 `[B, 1, R, 2]`; grad_level: `[B, 1, R]`; displacement, statistics: what `folded_forward` gave.
+        pairs: flat (i0, j0, i1, j1, ...); queries, keys: see `key_runs`. The rest as in `folded_forward`.
     """
-    frame_tokens = height * width
-    coordinates = coordinate_table(height, width, q.dtype, q.device)
-    planes, shifts, ranges = gradient_rows(gradient.contiguous(), displacement, statistics, coordinates.dtype, width)
+    coordinates = coordinate_table(table.height, table.width, q.dtype, q.device)
+    planes, shifts, ranges = gradient_rows(gradient, grad_level, displacement, statistics, coordinates.dtype, table)
     exponent, factors = folded_scale(q.shape[1], scale, weights)
-    chunks = _FoldedGradient(
-        q, k, factors, planes, shifts, coordinates, key_mask, center, window, exponent, frame_tokens, width
-    )
+    chunks = _FoldedGradient(q, k, factors, planes, shifts, coordinates, table, key_mask, center, window, exponent)
     # A chunk as square as may be is added to the fewest rows of dq and dk together: all rows of a frame, if they fit.
-    room = max(WORKSPACE_BYTES // q.element_size(), aligned(frame_tokens))
-    runs = key_runs(pairs, max(1, room // aligned(frame_tokens) // max(frame_tokens, _ROWS_OF_TILE)))
-    longest = max(run.length for run in runs) * frame_tokens
-    steps = chunk_rows(frame_tokens, longest, room)
+    room = max(WORKSPACE_BYTES // q.element_size(), aligned(table.longest))
+    runs = key_runs(pairs, queries, keys, max(1, room // aligned(table.longest) // max(table.longest, _ROWS_OF_TILE)))
+    longest = max((run.keys for run in runs), default=1)
+    steps = chunk_rows(max((run.queries for run in runs), default=1), longest, room)
     workspace = torch.empty(steps * aligned(longest), dtype=q.dtype, device=q.device)
-    dq, dk = (torch.empty(q.shape, dtype=q.dtype, device=q.device) if asked else None for asked in wanted)
+    dq, dk = (
+        torch.empty(like.shape, dtype=q.dtype, device=q.device) if asked else None
+        for like, asked in zip((q, k), wanted, strict=True)
+    )
     for sample in range(q.shape[0]):
-        removed = None if key_mask is None else ~key_mask[sample, :, None]
-        # A NaN in a removed key would reach every query through the product.
-        kept = k[sample] if removed is None or dq is None else k[sample].masked_fill(removed, 0.0)
-        queries, keys = (None if out is None else joined_heads(t) for out, t in ((dk, q[sample]), (dq, kept)))
-        sum_q, sum_k = (
-            torch.zeros(q.shape[2], q.shape[1] * q.shape[3], dtype=torch.float32, device=q.device) if asked else None
-            for asked in wanted
-        )
-        for run in runs:
-            columns = slice(run.key_frame * frame_tokens, (run.key_frame + run.length) * frame_tokens)
-            for first in range(0, frame_tokens, steps):
-                count = min(steps, frame_tokens - first)
-                dlogit = chunks.write_chunk(workspace, sample, run, first, count)
-                rows = slice(run.query_frame * frame_tokens + first, run.query_frame * frame_tokens + first + count)
-                if sum_q is not None and keys is not None:
-                    add_product(sum_q[rows], dlogit, keys[columns])
-                if sum_k is not None and queries is not None:
-                    add_product(sum_k[columns], dlogit.transpose(0, 1), queries[rows])
-        if removed is not None and sum_k is not None:
-            sum_k.masked_fill_(removed, 0.0)
-        for output, total in ((dq, sum_q), (dk, sum_k)):
-            if output is not None and total is not None:
-                by_head = total.unflatten(1, (q.shape[1], -1)).transpose(0, 1)  # [H, N, D]
-                factor = ranges[sample, 0] * (exponent / LOG2_E)
-                if factors is not None:
-                    factor = (factor * factors[-1] * factors[:-1])[:, None, None]
-                torch.mul(by_head, factor, out=output[sample])
+        _sample_gradients(chunks, sample, runs, steps, workspace, ranges[sample, 0], dq, dk)
     return dq, dk
+
+
+def _sample_gradients(
+    chunks: _FoldedGradient,
+    sample: int,
+    runs: Sequence[_KeyRun],
+    steps: int,
+    workspace: Tensor,
+    gradient_range: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+) -> None:
+    """Writes dq and dk of one sample, of those that are there. Head h of dq takes the sums of its key head."""
+    q, k, factors = chunks.q[sample], chunks.k[sample], chunks.factors
+    key_heads = k.shape[0]
+    group = q.shape[0] // key_heads
+    removed = None if chunks.key_mask is None else ~chunks.key_mask[sample, :, None]
+    keys = queries = sum_q = sum_k = None
+    if dq is not None:
+        # A NaN in a removed key, or in one outside a window, would reach every query through the product.
+        kept = k if removed is None else k.masked_fill(removed, 0.0)
+        keys = joined_heads(kept if chunks.window < 0 else kept.nan_to_num(0.0, 0.0, 0.0))
+        sum_q = torch.zeros(q.shape[1], keys.shape[1], dtype=torch.float32, device=q.device)
+    if dk is not None:
+        queries = joined_heads(summed_queries(q, factors, key_heads))
+        sum_k = torch.zeros(k.shape[1], queries.shape[1], dtype=torch.float32, device=q.device)
+    for run in runs:
+        columns = slice(run.first_key, run.first_key + run.keys)
+        for first in range(0, run.queries, steps):
+            count = min(steps, run.queries - first)
+            dlogit = chunks.write_chunk(workspace, sample, run, first, count)
+            rows = slice(run.first_query + first, run.first_query + first + count)
+            if sum_q is not None and keys is not None:
+                add_product(sum_q[rows], dlogit, keys[columns])
+            if sum_k is not None and queries is not None:
+                add_product(sum_k[columns], dlogit.transpose(0, 1), queries[rows])
+    if removed is not None and sum_k is not None:
+        sum_k.masked_fill_(removed, 0.0)
+    factor = gradient_range * (chunks.exponent / LOG2_E)
+    of_heads = factor.expand(q.shape[0]) if factors is None else factor * factors[-1] * factors[:-1]
+    if dq is not None and sum_q is not None:
+        by_head = sum_q.unflatten(1, (key_heads, 1, -1)).permute(1, 2, 0, 3)  # [Hk, 1, N, D]
+        factors_of_heads = of_heads.unflatten(0, (key_heads, group, 1, 1))
+        torch.mul(by_head, factors_of_heads, out=dq[sample].unflatten(0, (key_heads, group)))
+    if dk is not None and sum_k is not None:
+        if group > 1:
+            # The weights are in the queries' sum, a mean.
+            of_heads = (factor * group if factors is None else factor * group * factors[-1]).expand(key_heads)
+        by_head = sum_k.unflatten(1, (key_heads, -1)).transpose(0, 1)  # [Hk, N, D]
+        torch.mul(by_head, of_heads[:, None, None], out=dk[sample])
+        if chunks.window >= 0:
+            # An undefined key has its scores, and no gradient: see `corrdit.reference.scores`.
+            dk[sample].masked_fill_(~k.isfinite().all(-1, keepdim=True), 0.0)

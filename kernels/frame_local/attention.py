@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from corrdit.kernels.frame_local.backward import local_backward
-from corrdit.kernels.frame_local.forward import LocalLayout, local_forward
+from corrdit.kernels.frame_local.forward import local_forward
+from corrdit.kernels.frame_local.layout import local_table, stretches, tables_made_outside
 from corrdit.kernels.shared.inputs import kernel_input
 from corrdit.kernels.shared.launch import (
     LOG2_E,
@@ -17,6 +18,7 @@ from corrdit.kernels.shared.launch import (
     autocast_off,
     canonical,
     given,
+    natural_log_sum_exp,
     refuse_second_derivative,
     taken,
     wanted_gradients,
@@ -29,14 +31,20 @@ def compute_frame_local_attention(
     k: Tensor,
     v: Tensor,
     key_mask: Tensor | None,
-    layout: Sequence[int],
+    queries: Sequence[int],
+    keys: Sequence[int],
+    span: int,
     scale: float,
     renormalize: bool,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
-    """(attention `[B, H, N, D]`, log-sum-exp float32 `[B, H, N]`)."""
+    """(attention `[B, H, Nq, D]`, base-2 log-sum-exp float32 `[B, H, Nq]`).
+
+    Args:
+        queries, keys: `stretches` of the two token axes.
+    """
     with float32_precision(precision):
-        return local_forward(q, k, v, LocalLayout(*layout), scale, key_mask, renormalize)
+        return local_forward(q, k, v, local_table(queries, keys, span, q.device), scale, key_mask, renormalize)
 
 
 _frame_local_attention = torch.library.custom_op(
@@ -50,25 +58,34 @@ def _(q: Tensor, *options: object) -> tuple[Tensor, Tensor]:
 
 
 def compute_frame_local_attention_backward(
-    gradient: Tensor,
+    gradient: Tensor | None,
+    grad_level: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     key_mask: Tensor | None,
     output: Tensor,
     statistics: Tensor,
-    layout: Sequence[int],
+    queries: Sequence[int],
+    keys: Sequence[int],
+    span: int,
     scale: float,
     renormalize: bool,
     precision: str,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) `[B, H, N, D]` in the dtype of q; `[0]` for what is not `wanted`."""
+    """(dq, dk, dv) in the shapes and dtype of q, k and v; `[0]` for what is not `wanted`.
+
+    Args:
+        gradient, grad_level: of the attention and of the log-sum-exp; None for one that nothing depends on.
+    """
     of_q, of_keys = wanted
+    tables = local_table(queries, keys, span, q.device), local_table(keys, queries, span, q.device)
     with float32_precision(precision), autocast_off(q):
         gradients = local_backward(
-            gradient, q, k, v, output, statistics, LocalLayout(*layout), scale, key_mask, renormalize, (of_q, of_keys)
-        )
+            torch.zeros_like(output) if gradient is None else gradient, grad_level, q, k, v, output, statistics, tables,
+            scale, key_mask, renormalize, (of_q, of_keys),
+        )  # fmt: skip
     dq, dk, dv = given(gradients, q)
     return dq, dk, dv
 
@@ -79,7 +96,9 @@ _frame_local_attention_backward = torch.library.custom_op(
 
 
 @_frame_local_attention_backward.register_fake
-def _(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    gradient: object, grad_level: object, q: Tensor, k: Tensor, v: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     of_q, of_keys = options[-1]
     return (
         q.new_empty(q.shape if of_q else 0),
@@ -90,16 +109,19 @@ def _(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple
 
 def _save(ctx: SavedContext, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, key_mask, *ctx.options = inputs
-    ctx.mark_non_differentiable(output[1])
+    # The log-sum-exp is often asked for by nobody: its gradient then is None, not zeros.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, key_mask, *output)
 
 
-def _differentiate(ctx: SavedContext, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: SavedContext, gradient: Tensor | None, grad_level: Tensor | None) -> tuple[Tensor | None, ...]:
     of_q, of_k, of_v = wanted_gradients(ctx, 3)
+    if gradient is None and grad_level is None:
+        return (None,) * 10
     # One kernel makes dk and dv.
     wanted = [of_q, of_k or of_v]
-    gradients = _frame_local_attention_backward(gradient, *ctx.saved_tensors, *ctx.options, wanted)
-    return *taken(gradients, [of_q, of_k, of_v]), *(None,) * 5
+    gradients = _frame_local_attention_backward(gradient, grad_level, *ctx.saved_tensors, *ctx.options, wanted)
+    return *taken(gradients, [of_q, of_k, of_v]), *(None,) * 7
 
 
 _frame_local_attention.register_autograd(_differentiate, setup_context=_save)
@@ -108,15 +130,16 @@ _frame_local_attention_backward.register_autograd(refuse_second_derivative("fram
 
 def frame_local_attention(
     q: Tensor, k: Tensor, v: Tensor, problem: PairProblem, *, renormalize: bool, span: int
-) -> tuple[Tensor, None]:
-    """(attention `[B, H, N, D]` in the dtype of q, differentiable once; None: no log-sum-exp yet).
+) -> tuple[Tensor, Tensor | None]:
+    """(attention `[B, H, Nq, D]` in the dtype of q, log-sum-exp `[B, H, Nq]` if asked for), differentiable once.
 
     See `corrdit.ops.frame_local_attention`; arguments and errors as in `corrdit.kernels.soft_displacement`.
     """
     q, k, problem = kernel_input(q, k, problem, video_only=False)
     q, positive = canonical(q, problem.factor)
-    layout = list(LocalLayout.of(problem.grid, span))
-    attended, _ = _frame_local_attention(
-        q, k, v, problem.key_mask, layout, positive * LOG2_E, renormalize, problem.precision
+    queries, keys = (stretches(axis, problem.grid.frames) for axis in (problem.queries, problem.keys))
+    tables_made_outside(queries, keys, span, q)
+    attended, statistics = _frame_local_attention(
+        q, k, v, problem.key_mask, queries, keys, span, positive * LOG2_E, renormalize, problem.precision
     )
-    return attended, None
+    return attended, natural_log_sum_exp(statistics) if problem.with_lse else None

@@ -1,8 +1,4 @@
-"""Gradients of frame-local attention: dq in one kernel, dk and dv in another, neither with atomics.
-
-With P recomputed from the saved log-sum-exp and o the output, `dlogit = P * (do.v - do.o)`; do.v is 0 for keys whose
-weight is dropped after the softmax, which still take part through the normalisation.
-"""
+"""Gradients of frame-local attention: one kernel for dq, one for dk and dv, neither with atomics."""
 
 from __future__ import annotations
 
@@ -11,146 +7,202 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from corrdit.kernels.frame_local.forward import LocalLayout, tile_stretch, visible_stretch
+from corrdit.kernels.frame_local.layout import LocalTable, head_of, load_run, tile_stretch, visible_runs
 from corrdit.kernels.shared.configs import padded_head_dim
-from corrdit.kernels.shared.launch import LOG2_E, choose_tiles, launch
+from corrdit.kernels.shared.launch import LOG2_E, choose_tiles, launch, tile_count
 from corrdit.kernels.shared.primitives import exponentials, load_allowed, load_tile, multiply, product, store_tile, wide
 from corrdit.problem import product_precision
 
 
 @triton.jit
+def add_keys(
+    sum_q, q_tile, gradient_tile, level, delta, k, v, tokens, inside, dims, k_strides, v_strides, scale,
+    D: tl.constexpr, SEEN: tl.constexpr, GUARD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq `[M, D]` with what one tile of keys adds; arguments as in `attend`."""
+    k_tile = load_tile(k, tokens, dims, k_strides, inside, GUARD, D)  # [N, D]
+    scores = product(q_tile, tl.trans(k_tile), PRECISION)
+    if GUARD:
+        scores = tl.where(inside[None, :], scores, float("-inf"))
+    weights = exponentials(scores, scale, level[:, None])
+    if SEEN:
+        v_tile = load_tile(v, tokens, dims, v_strides, inside, GUARD, D)
+        dlogit = weights * (product(gradient_tile, tl.trans(v_tile), PRECISION) - delta[:, None])
+    else:
+        dlogit = -weights * delta[:, None]
+    return multiply(dlogit.to(k_tile.dtype), k_tile, sum_q, PRECISION)
+
+
+@triton.jit
 def local_backward_query_kernel(
-    q, k, v, gradient, dq, statistics, deltas, key_mask, q_strides, k_strides, v_strides, gradient_strides, dq_strides,
-    mask_strides, heads, tokens, layout, scale, logit_scale,
+    q, k, v, gradient, dq, statistics, deltas, own, runs, starts, key_mask, q_strides, k_strides, v_strides,
+    gradient_strides, dq_strides, mask_strides, heads, group, rows_of_head, tiles, scale, logit_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
     HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of queries, batch * head): dq of its rows."""
     batch = tl.program_id(1) // heads
     head = tl.program_id(1) % heads
-    first_row, last_row, frame = tile_stretch(tl.program_id(0), layout, BLOCK_M)
+    first_row, last_row, stretch = tile_stretch(tl.program_id(0), tiles, own, BLOCK_M)
     rows = first_row + tl.arange(0, BLOCK_M)
     kept_rows = rows < last_row
     dims = tl.arange(0, BLOCK_D)
-    q += wide(batch) * q_strides[0] + wide(head) * q_strides[1]
-    k += wide(batch) * k_strides[0] + wide(head) * k_strides[1]
-    v += wide(batch) * v_strides[0] + wide(head) * v_strides[1]
-    gradient += wide(batch) * gradient_strides[0] + wide(head) * gradient_strides[1]
-    dq += wide(batch) * dq_strides[0] + wide(head) * dq_strides[1]
+    columns = tl.arange(0, BLOCK_N)
+    k, v = head_of(k, batch, head // group, k_strides), head_of(v, batch, head // group, v_strides)
     key_mask += wide(batch) * mask_strides[0]
-    q_tile = load_tile(q, rows, dims, q_strides, kept_rows, True, D)  # [M, D]
+    q_tile = load_tile(head_of(q, batch, head, q_strides), rows, dims, q_strides, kept_rows, True, D)  # [M, D]
+    gradient = head_of(gradient, batch, head, gradient_strides)
     gradient_tile = load_tile(gradient, rows, dims, gradient_strides, kept_rows, True, D)
-    own = wide(tl.program_id(1)) * tokens + rows
-    level = tl.load(statistics + own, mask=kept_rows, other=float("inf"))
-    delta = tl.load(deltas + own, mask=kept_rows, other=0.0)
-    accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    own_row = wide(tl.program_id(1)) * rows_of_head + rows
+    level = tl.load(statistics + own_row, mask=kept_rows, other=float("inf"))
+    delta = tl.load(deltas + own_row, mask=kept_rows, other=0.0)
+    sum_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for part in tl.static_range(PARTS):
-        start, end = visible_stretch(part, frame, layout)
-        for first in range(start, end, BLOCK_N):
-            columns = first + tl.arange(0, BLOCK_N)
-            inside = load_allowed(key_mask, columns, columns < end, mask_strides[1], HAS_MASK)
-            k_tile = load_tile(k, columns, dims, k_strides, inside, True, D)  # [N, D]
-            scores = product(q_tile, tl.trans(k_tile), PRECISION)
-            scores = tl.where(inside[None, :], scores, float("-inf"))
-            weights = exponentials(scores, scale, level[:, None])
-            if part < 2:
-                v_tile = load_tile(v, columns, dims, v_strides, inside, True, D)
-                dlogit = weights * (product(gradient_tile, tl.trans(v_tile), PRECISION) - delta[:, None])
+        first_run, last_run = visible_runs(starts, stretch, part, first_row < last_row)
+        for index in range(first_run, last_run):
+            start, end = load_run(runs, index)
+            if HAS_MASK:
+                for first in range(start, end, BLOCK_N):
+                    tokens = first + columns
+                    inside = load_allowed(key_mask, tokens, tokens < end, mask_strides[1], HAS_MASK)
+                    sum_q = add_keys(
+                        sum_q, q_tile, gradient_tile, level, delta, k, v, tokens, inside, dims, k_strides, v_strides,
+                        scale, D, part == 0, True, PRECISION,
+                    )  # fmt: skip
             else:
-                dlogit = -weights * delta[:, None]
-            accumulator = multiply(dlogit.to(k_tile.dtype), k_tile, accumulator, PRECISION)
-    store_tile(dq, accumulator * logit_scale, rows, dims, dq_strides, kept_rows, D)
+                bulk = start + (end - start) // BLOCK_N * BLOCK_N
+                for first in range(start, bulk, BLOCK_N):
+                    tokens = first + columns
+                    sum_q = add_keys(
+                        sum_q, q_tile, gradient_tile, level, delta, k, v, tokens, tokens < end, dims, k_strides,
+                        v_strides, scale, D, part == 0, False, PRECISION,
+                    )  # fmt: skip
+                if bulk < end:
+                    tokens = bulk + columns
+                    sum_q = add_keys(
+                        sum_q, q_tile, gradient_tile, level, delta, k, v, tokens, tokens < end, dims, k_strides,
+                        v_strides, scale, D, part == 0, True, PRECISION,
+                    )  # fmt: skip
+    store_tile(head_of(dq, batch, head, dq_strides), sum_q * logit_scale, rows, dims, dq_strides, kept_rows, D)
+
+
+@triton.jit
+def add_queries(
+    sum_k, sum_v, k_tile, v_tile, q, gradient, statistics, deltas, rows, kept_rows, dims, q_strides, gradient_strides,
+    scale, D: tl.constexpr, SEEN: tl.constexpr, GUARD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(dk, dv) `[N, D]` with what one tile of queries adds; `statistics` and `deltas` are at its head's first row."""
+    if GUARD:
+        # Rows past the end have weight 0 by their infinite log-sum-exp.
+        level = tl.load(statistics + rows, mask=kept_rows, other=float("inf"))
+        delta = tl.load(deltas + rows, mask=kept_rows, other=0.0)
+    else:
+        level, delta = tl.load(statistics + rows), tl.load(deltas + rows)
+    q_tile = load_tile(q, rows, dims, q_strides, kept_rows, GUARD, D)  # [M, D]
+    # Transposed, so that the products with weights and dlogit take them from registers as they are.
+    weights = exponentials(product(k_tile, tl.trans(q_tile), PRECISION), scale, level[None, :])  # [N, M]
+    if SEEN:
+        gradient_tile = load_tile(gradient, rows, dims, gradient_strides, kept_rows, GUARD, D)
+        sum_v = multiply(weights.to(gradient_tile.dtype), gradient_tile, sum_v, PRECISION)
+        dlogit = weights * (product(v_tile, tl.trans(gradient_tile), PRECISION) - delta[None, :])
+    else:
+        dlogit = -weights * delta[None, :]
+    return multiply(dlogit.to(q_tile.dtype), q_tile, sum_k, PRECISION), sum_v
 
 
 @triton.jit
 def local_backward_key_kernel(
-    q, k, v, gradient, dk, dv, statistics, deltas, key_mask, q_strides, k_strides, v_strides, gradient_strides,
-    dk_strides, mask_strides, heads, tokens, layout, scale, logit_scale,
+    q, k, v, gradient, dk, dv, statistics, deltas, own, runs, starts, key_mask, q_strides, k_strides, v_strides,
+    gradient_strides, dk_strides, mask_strides, heads, group, rows_of_head, tiles, scale, logit_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
     HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of keys, batch * head): dk and dv of its keys, over the queries that see them."""
-    batch = tl.program_id(1) // heads
-    head = tl.program_id(1) % heads
-    first_key, last_key, frame = tile_stretch(tl.program_id(0), layout, BLOCK_N)
+    """Program (tile of keys, batch * key head): dk and dv of its keys, over the queries of its `group` heads."""
+    key_heads = heads // group
+    batch = tl.program_id(1) // key_heads
+    key_head = tl.program_id(1) % key_heads
+    first_key, last_key, stretch = tile_stretch(tl.program_id(0), tiles, own, BLOCK_N)
     keys = first_key + tl.arange(0, BLOCK_N)
     inside = keys < last_key
     dims = tl.arange(0, BLOCK_D)
-    q += wide(batch) * q_strides[0] + wide(head) * q_strides[1]
-    k += wide(batch) * k_strides[0] + wide(head) * k_strides[1]
-    v += wide(batch) * v_strides[0] + wide(head) * v_strides[1]
-    gradient += wide(batch) * gradient_strides[0] + wide(head) * gradient_strides[1]
-    dk += wide(batch) * dk_strides[0] + wide(head) * dk_strides[1]
-    dv += wide(batch) * dk_strides[0] + wide(head) * dk_strides[1]
+    queries = tl.arange(0, BLOCK_M)
     kept = load_allowed(key_mask + wide(batch) * mask_strides[0], keys, inside, mask_strides[1], HAS_MASK)
-    k_tile = load_tile(k, keys, dims, k_strides, kept, True, D)  # [N, D]
-    v_tile = load_tile(v, keys, dims, v_strides, kept, True, D)
+    k_tile = load_tile(head_of(k, batch, key_head, k_strides), keys, dims, k_strides, kept, True, D)  # [N, D]
+    v_tile = load_tile(head_of(v, batch, key_head, v_strides), keys, dims, v_strides, kept, True, D)
     sum_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     sum_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for part in tl.static_range(PARTS):
-        start, end = visible_stretch(part, frame, layout)
-        for first in range(start, end, BLOCK_M):
-            rows = first + tl.arange(0, BLOCK_M)
-            kept_rows = rows < end
-            own = wide(tl.program_id(1)) * tokens + rows
-            # Rows past the end have weight 0 by their infinite log-sum-exp.
-            level = tl.load(statistics + own, mask=kept_rows, other=float("inf"))
-            delta = tl.load(deltas + own, mask=kept_rows, other=0.0)
-            q_tile = load_tile(q, rows, dims, q_strides, kept_rows, True, D)  # [M, D]
-            # Transposed, so that the products with weights and dlogit take them from registers as they are.
-            weights = exponentials(product(k_tile, tl.trans(q_tile), PRECISION), scale, level[None, :])  # [N, M]
-            if part < 2:
-                gradient_tile = load_tile(gradient, rows, dims, gradient_strides, kept_rows, True, D)
-                sum_v = multiply(weights.to(gradient_tile.dtype), gradient_tile, sum_v, PRECISION)
-                dlogit = weights * (product(v_tile, tl.trans(gradient_tile), PRECISION) - delta[None, :])
-            else:
-                dlogit = -weights * delta[None, :]
-            sum_k = multiply(dlogit.to(q_tile.dtype), q_tile, sum_k, PRECISION)
+        first_run, last_run = visible_runs(starts, stretch, part, first_key < last_key)
+        for turn in range(0, (last_run - first_run) * group):
+            head = key_head * group + turn % group
+            start, end = load_run(runs, first_run + turn // group)
+            first_row = (wide(batch) * heads + head) * rows_of_head
+            q_head = head_of(q, batch, head, q_strides)
+            gradient_head = head_of(gradient, batch, head, gradient_strides)
+            bulk = start + (end - start) // BLOCK_M * BLOCK_M
+            for first in range(start, bulk, BLOCK_M):
+                rows = first + queries
+                sum_k, sum_v = add_queries(
+                    sum_k, sum_v, k_tile, v_tile, q_head, gradient_head, statistics + first_row, deltas + first_row,
+                    rows, rows < end, dims, q_strides, gradient_strides, scale, D, part == 0, False, PRECISION,
+                )  # fmt: skip
+            if bulk < end:
+                rows = bulk + queries
+                sum_k, sum_v = add_queries(
+                    sum_k, sum_v, k_tile, v_tile, q_head, gradient_head, statistics + first_row, deltas + first_row,
+                    rows, rows < end, dims, q_strides, gradient_strides, scale, D, part == 0, True, PRECISION,
+                )  # fmt: skip
     sum_k = tl.where(kept[:, None], sum_k * logit_scale, 0.0)
     sum_v = tl.where(kept[:, None], sum_v, 0.0)
-    store_tile(dk, sum_k, keys, dims, dk_strides, inside, D)
-    store_tile(dv, sum_v, keys, dims, dk_strides, inside, D)
+    store_tile(head_of(dk, batch, key_head, dk_strides), sum_k, keys, dims, dk_strides, inside, D)
+    store_tile(head_of(dv, batch, key_head, dk_strides), sum_v, keys, dims, dk_strides, inside, D)
 
 
 def local_backward(
     gradient: Tensor,
+    grad_level: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     output: Tensor,
     statistics: Tensor,
-    layout: LocalLayout,
+    tables: tuple[LocalTable, LocalTable],
     scale: float,
     key_mask: Tensor | None,
     renormalize: bool,
     wanted: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dq, dk, dv) `[B, H, N, D]` in the dtype of q: dq, and dk with dv, only if `wanted`.
+    """(dq, dk, dv) in the shapes of q, k and v and the dtype of q: dq, and dk with dv, only if `wanted`.
 
     Args:
-        gradient: `[B, H, N, D]` with respect to `output`, any strides.
-        output, statistics: what `local_forward` gave. The rest as there.
+        gradient: `[B, H, Nq, D]` with respect to `output`, any strides; grad_level: `[B, H, Nq]` to `statistics`.
+        output, statistics: what `local_forward` gave.
+        tables: of the queries and of the keys, what each sees of the other. The rest as in `local_forward`.
     """
     batch, heads, tokens, head_dim = q.shape
     deltas = torch.einsum("bhnd,bhnd->bhn", gradient.to(torch.float32), output.to(torch.float32)).contiguous()
+    if grad_level is not None:
+        # The log-sum-exp raises each logit's gradient by its weight, as the weighted mean of the values' lowers it.
+        deltas = deltas - LOG2_E * grad_level
     mask = deltas[0] if key_mask is None else key_mask
-    of_q, of_keys = wanted
-    dq, dk, dv = (
-        torch.empty(q.shape, dtype=q.dtype, device=q.device) if asked else None for asked in (of_q, of_keys, of_keys)
-    )
-    for name, kernel, outputs in (
-        ("local_backward_query", local_backward_query_kernel, (dq,)),
-        ("local_backward_key", local_backward_key_kernel, (dk, dv)),
+    outputs: list[Tensor | None] = [
+        torch.empty(like.shape, dtype=q.dtype, device=q.device) if asked else None
+        for like, asked in ((q, wanted[0]), (k, wanted[1]), (v, wanted[1]))
+    ]
+    for name, kernel, results, table in (
+        ("local_backward_query", local_backward_query_kernel, outputs[:1], tables[0]),
+        ("local_backward_key", local_backward_key_kernel, outputs[1:], tables[1]),
     ):
-        if outputs[0] is None:
+        if (first := results[0]) is None:
             continue
         tiles = choose_tiles(name, q)
-        size = tiles.rows if len(outputs) == 1 else tiles.columns
+        blocks = tile_count(table.longest, tiles.rows if len(results) == 1 else tiles.columns)
         launch(
-            kernel, (layout.tile_count(size), batch * heads),
-            q, k, v, gradient, *outputs, statistics, deltas, mask, q.stride(), k.stride(), v.stride(),
-            gradient.stride(), outputs[0].stride(), mask.stride(), heads, tokens, tuple(layout), scale, scale / LOG2_E,
+            kernel, (len(table.own) * blocks, batch * first.shape[1]),
+            q, k, v, gradient, *results, statistics, deltas, *table[:3], mask, q.stride(), k.stride(), v.stride(),
+            gradient.stride(), first.stride(), mask.stride(), heads, heads // k.shape[1], tokens, blocks, scale,
+            scale / LOG2_E,
             D=head_dim, BLOCK_D=padded_head_dim(head_dim), BLOCK_M=tiles.rows, BLOCK_N=tiles.columns,
-            PARTS=2 if renormalize else 4, HAS_MASK=key_mask is not None, PRECISION=product_precision(), tiles=tiles,
+            PARTS=1 if renormalize else 2, HAS_MASK=key_mask is not None, PRECISION=product_precision(), tiles=tiles,
         )  # fmt: skip
-    return dq, dk, dv
+    return outputs[0], outputs[1], outputs[2]

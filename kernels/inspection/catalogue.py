@@ -17,15 +17,16 @@ from corrdit.arguments import choice
 from corrdit.grid import TokenGrid
 from corrdit.kernels.displacement.soft import compute_soft_displacement, compute_soft_displacement_backward
 from corrdit.kernels.frame_local.attention import compute_frame_local_attention, compute_frame_local_attention_backward
-from corrdit.kernels.frame_local.forward import LocalLayout
+from corrdit.kernels.frame_local.layout import stretches
 from corrdit.kernels.inspection.ahead_of_time import ARCHITECTURES, Compiled, meta_heads, recording
 from corrdit.kernels.inspection.floors import soft_floor
 from corrdit.kernels.matching.costs import compute_cost_rows
 from corrdit.kernels.matching.hard import compute_hard_displacement
-from corrdit.kernels.matching.mass import compute_attention_mass
+from corrdit.kernels.matching.mass import compute_attention_mass, mass_segments
 from corrdit.kernels.matching.match import compute_match
 from corrdit.kernels.shared.configs import Tiles
-from corrdit.problem import float32_precision, product_precision
+from corrdit.kernels.shared.tables import whole_frames
+from corrdit.problem import TokenAxis, float32_precision, product_precision
 
 # CogVideoX-5B.
 HEADS = 48
@@ -67,6 +68,12 @@ class Inputs(NamedTuple):
         """Every pair of frames, flat."""
         frames = range(self.grid.frames)
         return [frame for i in frames for j in frames for frame in (i, j)]
+
+    @property
+    def places(self) -> tuple[list[int], list[int], int, int]:
+        """What q and k hold of every frame, height and width."""
+        whole = whole_frames(self.grid.frames, self.grid.tokens_per_frame)
+        return whole, whole, self.grid.height, self.grid.width
 
 
 _HEADS = {
@@ -202,28 +209,25 @@ def tile_use(frame_tokens: int, tiles: Tiles) -> float:
 
 def _soft_displacement(inputs: Inputs) -> Callable[[], object]:
     """Each of these makes the forward pass of an operation, and gives the backward pass where there is one."""
-    q, k, grid, weights, mask = inputs.q, inputs.q, inputs.grid, inputs.weights, inputs.key_mask
-    options = (
-        inputs.pairs, grid.height, grid.width, inputs.heads == "logits", 0.18, inputs.window, product_precision(),
-    )  # fmt: skip
+    q, k, weights, mask = inputs.q, inputs.q, inputs.weights, inputs.key_mask
+    options = (inputs.pairs, *inputs.places, inputs.heads == "logits", 0.18, inputs.window, product_precision())
     moved, sums = compute_soft_displacement(q, k, weights, mask, None, *options)
     gradient = torch.empty_like(moved)
     return lambda: compute_soft_displacement_backward(
-        gradient, q, k, weights, mask, None, moved, sums, *options, [True, True]
+        gradient, None, q, k, weights, mask, None, moved, sums, *options, [True, True]
     )
 
 
 def _hard_displacement(inputs: Inputs) -> None:
     compute_hard_displacement(
-        inputs.q, inputs.q, inputs.weights, inputs.key_mask, None, inputs.pairs, inputs.grid.height, inputs.grid.width,
+        inputs.q, inputs.q, inputs.weights, inputs.key_mask, None, inputs.pairs, *inputs.places,
         inputs.heads, 0.12, inputs.window, product_precision(),
     )  # fmt: skip
 
 
 def _match(inputs: Inputs) -> None:
-    grid = inputs.grid
     compute_match(
-        inputs.q, inputs.q, inputs.weights, inputs.key_mask, inputs.pairs[2 : 2 * grid.frames], grid.height, grid.width,
+        inputs.q, inputs.q, inputs.weights, inputs.key_mask, inputs.pairs[2 : 2 * inputs.grid.frames], *inputs.places,
         inputs.heads, 0.12, True, 1, product_precision(),
     )  # fmt: skip
 
@@ -231,25 +235,26 @@ def _match(inputs: Inputs) -> None:
 def _cost_rows(inputs: Inputs) -> None:
     tokens = torch.empty(64, dtype=torch.int64, device="meta")
     compute_cost_rows(
-        inputs.q, inputs.q, tokens, inputs.weights, inputs.key_mask, 0, inputs.grid.height, inputs.grid.width,
+        inputs.q, inputs.q, tokens, inputs.weights, inputs.key_mask, 0, *inputs.places,
         inputs.heads, 0.12, True, product_precision(),
     )  # fmt: skip
 
 
 def _attention_mass(inputs: Inputs) -> None:
-    tokens, grid = torch.empty(64, dtype=torch.int64, device="meta"), inputs.grid
+    tokens, axis = torch.empty(64, dtype=torch.int64, device="meta"), TokenAxis.of_grid(inputs.grid)
     compute_attention_mass(
-        inputs.q, inputs.q, tokens, inputs.weights, inputs.key_mask, 0, grid.text_tokens, grid.video_start, grid.frames,
-        0, inputs.heads, 0.12, product_precision(),
+        inputs.q, inputs.q, tokens, inputs.weights, inputs.key_mask, axis.frames[0].origin,
+        mass_segments(axis, inputs.grid.frames), inputs.heads, 0.12, product_precision(),
     )  # fmt: skip
 
 
 def _frame_local_attention(inputs: Inputs) -> Callable[[], object]:
     q, mask = inputs.q, inputs.key_mask
-    options = (list(LocalLayout.of(inputs.grid, 0)), 0.18, inputs.heads == "renormalized", product_precision())
+    place = stretches(TokenAxis.of_grid(inputs.grid), inputs.grid.frames)
+    options = (place, place, 0, 0.18, inputs.heads == "renormalized", product_precision())
     attended, sums, *_ = compute_frame_local_attention(q, q, q, mask, *options)
     return lambda: compute_frame_local_attention_backward(
-        q, q, q, q, mask, attended, sums, *options, [True, True]
+        q, None, q, q, q, mask, attended, sums, *options, [True, True]
     )  # fmt: skip
 
 

@@ -17,27 +17,29 @@ from corrdit.kernels.displacement.folded import folded_forward, folded_scale
 from corrdit.kernels.displacement.soft_forward import soft_forward
 from corrdit.kernels.shared.launch import LOG2_E, canonical
 from corrdit.kernels.shared.primitives import exponentials, head_scores, weighted_scale, wide
-from corrdit.kernels.shared.tables import frame_pairs
+from corrdit.kernels.shared.tables import FramePairTable
 
 
 @triton.jit
 def cost_tile(
-    q, k, head_weights, forward, backward, rows, columns, kept_rows, kept_columns, allowed_rows, allowed_columns,
-    forward_places, backward_places, forward_stride, backward_stride, q_strides, k_strides, first_head, heads, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, FOLDED: tl.constexpr, BIDIRECTIONAL: tl.constexpr,
-    WEIGHTED: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, head_weights, forward, backward, q_rows, k_columns, k_rows, q_columns, kept_rows, kept_columns, allowed_rows,
+    allowed_columns, forward_places, backward_places, forward_stride, backward_stride, q_strides, k_strides, group,
+    first_head, heads, scale, D: tl.constexpr, BLOCK_D: tl.constexpr, FOLDED: tl.constexpr,
+    BIDIRECTIONAL: tl.constexpr, WEIGHTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`[M, N]` cost of the source tokens `rows [M]` with the target tokens `columns [N]`.
+    """`[M, N]` cost of M source tokens with N target tokens.
 
     Args:
-        q, k: pointers to the batch entry. rows, columns: tokens in their token axis.
+        q, k: pointers to the batch entry. q_rows `[M]`, k_columns `[N]`: where source tokens stand in q and target
+            tokens in k; k_rows, q_columns: the other way round, for the backward direction.
         head_weights: float32 `[H]`: weights of the probabilities; FOLDED and WEIGHTED: `[H + 1]`, see `head_scores`.
         forward, backward: pointers to the base-2 log-sum-exp of the batch entry's first head; a head further on lies
             `forward_stride` (`backward_stride`) further, and `forward_places [M]` (`backward_places [N]`) within it.
-        allowed_rows, allowed_columns: which tokens may be keys.
+        kept_rows, kept_columns: which tokens there are. allowed_rows, allowed_columns: which of them may be keys and
+            are held by k.
         FOLDED: whether `heads` heads make one softmax (averaged logits) or their softmaxes are averaged.
     """
-    cost = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
+    cost = tl.zeros([q_rows.shape[0], k_columns.shape[0]], tl.float32)
     if FOLDED:
         turns = 1
         depth = heads
@@ -55,16 +57,16 @@ def cost_tile(
         if BIDIRECTIONAL:
             share = share * 0.5
         scores = head_scores(
-            q, k, rows, columns, kept_rows, kept_columns, q_strides, k_strides, head_weights, head, depth,
-            D, BLOCK_D, FIRST, True, PRECISION,
+            q, k, q_rows, k_columns, kept_rows, allowed_columns, q_strides, k_strides, 1, group, head_weights, head,
+            depth, D, BLOCK_D, FIRST, True, PRECISION,
         )  # fmt: skip
         level = tl.load(forward + wide(turn) * forward_stride + forward_places, mask=kept_rows, other=float("inf"))
         weights = exponentials(scores, scale, level[:, None])
         cost += share * tl.where(allowed_columns[None, :], weights, 0.0)
         if BIDIRECTIONAL:
             scores = head_scores(
-                k, q, rows, columns, kept_rows, kept_columns, k_strides, q_strides, head_weights, head, depth,
-                D, BLOCK_D, SECOND, True, PRECISION,
+                k, q, k_rows, q_columns, allowed_rows, kept_columns, k_strides, q_strides, group, 1, head_weights, head,
+                depth, D, BLOCK_D, SECOND, True, PRECISION,
             )  # fmt: skip
             places = backward + wide(turn) * backward_stride + backward_places
             level = tl.load(places, mask=kept_columns, other=float("inf"))
@@ -109,9 +111,7 @@ def exponent(q: Tensor, scale: float, arrangement: Heads) -> tuple[Tensor, float
 def pair_statistics(
     q: Tensor,
     k: Tensor,
-    pairs: list[tuple[int, int]],
-    height: int,
-    width: int,
+    table: FramePairTable,
     arrangement: Heads,
     weights: Tensor | None,
     scale: float,
@@ -119,15 +119,11 @@ def pair_statistics(
     center: Tensor | None = None,
     window: int = -1,
 ) -> Tensor:
-    """Base-2 log-sum-exp `[B, H, P, S]` (`[B, 1, P, S]` for folded heads) of the frame pairs.
+    """Base-2 log-sum-exp `[B, H, R]` (`[B, 1, R]` for folded heads) of the frame pairs.
 
     Args:
-        scale: factor of q.k, above 0. center: int32 `[B, P, S, 2]`.
+        scale: factor of q.k, above 0. center: int32 `[B, R, 2]`.
     """
-    flat = [frame for pair in pairs for frame in pair]
-    table = frame_pairs(flat, q.shape[2] // (height * width), q.device)
     if arrangement.folded:
-        forward = folded_forward(q, k, weights, table, height, width, scale * LOG2_E, key_mask, center, window)
-    else:
-        forward = soft_forward(q, k, table, height, width, scale * LOG2_E, key_mask, center, window)
-    return forward[1]
+        return folded_forward(q, k, weights, table, scale * LOG2_E, key_mask, center, window)[1]
+    return soft_forward(q, k, table, scale * LOG2_E, key_mask, center, window)[1]

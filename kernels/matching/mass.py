@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,14 +12,13 @@ from corrdit.kernels.matching.token_rows import mass_of_rows, row_statistics
 from corrdit.kernels.shared.inputs import kernel_input
 from corrdit.kernels.shared.launch import unequal_weights
 from corrdit.kernels.shared.tables import segments_made_outside
-from corrdit.problem import PairProblem, float32_precision
+from corrdit.problem import PairProblem, TokenAxis, float32_precision
 
 
-def mass_segments(
-    text_first: int, text_tokens: int, video_first: int, frames: int, frame_tokens: int
-) -> list[tuple[int, int]]:
-    """(first token, tokens) of the text and of every frame."""
-    return [(text_first, text_tokens), *((video_first + f * frame_tokens, frame_tokens) for f in range(frames))]
+def mass_segments(keys: TokenAxis, frames: int) -> list[int]:
+    """(first token, tokens) of what k holds of the text and of every frame, flat."""
+    held = (keys.frames[frame].place if frame in keys.frames else slice(0, 0) for frame in range(frames))
+    return [number for place in (keys.text, *held) for number in (place.start, place.stop - place.start)]
 
 
 def compute_attention_mass(
@@ -26,23 +27,22 @@ def compute_attention_mass(
     tokens: Tensor,
     weights: Tensor | None,
     key_mask: Tensor | None,
-    text_first: int,
-    text_tokens: int,
-    video_first: int,
-    frames: int,
-    source: int,
+    first_query: int,
+    segments: Sequence[int],
     heads: str,
     scale: float,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
-    """(sum, peak) float32 `[B, H or 1, 1 + F, R]` over the text (0 without text), then each frame."""
-    frame_tokens = (q.shape[2] - text_tokens) // frames
+    """(sum, peak) float32 `[B, H or 1, 1 + F, R]` over the text (0 without text), then each frame.
+
+    Args:
+        tokens: `[R]` in the source frame, whose token 0 would stand at `first_query` in q. segments: `mass_segments`.
+    """
     arrangement = arrange_heads(q, heads, weights)
     q, factor = exponent(q, scale, arrangement)
-    rows = tokens.to(torch.int64) + video_first + source * frame_tokens
-    segments = mass_segments(text_first, text_tokens, video_first, frames, frame_tokens)
+    rows = tokens.to(torch.int64) + first_query
     with float32_precision(precision):
-        statistics = row_statistics(q, k, rows, [(0, q.shape[2])], arrangement, factor, key_mask)
+        statistics = row_statistics(q, k, rows, [0, k.shape[2]], arrangement, factor, key_mask)
         return mass_of_rows(q, k, rows, segments, arrangement, factor, key_mask, statistics)
 
 
@@ -51,10 +51,10 @@ _attention_mass = torch.library.custom_op("corrdit::attention_mass", compute_att
 
 @_attention_mass.register_fake
 def _(
-    q: Tensor, k: Tensor, tokens: Tensor, weights: object, key_mask: object, text_first: int, text_tokens: int,
-    video_first: int, frames: int, source: int, heads: str, scale: float, precision: str,
+    q: Tensor, k: Tensor, tokens: Tensor, weights: object, key_mask: object, first_query: int, segments: Sequence[int],
+    heads: str, scale: float, precision: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    shape = (q.shape[0], q.shape[1] if heads == "none" else 1, 1 + frames, tokens.shape[0])
+    shape = (q.shape[0], q.shape[1] if heads == "none" else 1, len(segments) // 2, tokens.shape[0])
     return q.new_empty(shape, dtype=torch.float32), q.new_empty(shape, dtype=torch.float32)
 
 
@@ -66,13 +66,12 @@ def attention_mass(
     Arguments and errors as in `corrdit.kernels.soft_displacement`.
     """
     q, k, problem = kernel_input(q, k, problem, video_only=False)
-    grid = problem.grid
-    text_place = grid.text_slice.start, grid.text_tokens
-    segments_made_outside(mass_segments(*text_place, grid.video_start, grid.frames, grid.tokens_per_frame), q)
-    segments_made_outside([(0, grid.tokens)], q)
+    segments = mass_segments(problem.keys, problem.grid.frames)
+    for flat in (segments, [0, k.shape[2]]):
+        segments_made_outside(flat, q)
     sums, peaks = _attention_mass(
-        q.detach(), k.detach(), tokens, unequal_weights(problem.weights), problem.key_mask, grid.text_slice.start,
-        grid.text_tokens, grid.video_start, grid.frames, source, problem.heads, problem.factor, problem.precision,
+        q.detach(), k.detach(), tokens, unequal_weights(problem.weights), problem.key_mask,
+        problem.queries.frames[source].origin, segments, problem.heads, problem.factor, problem.precision,
     )  # fmt: skip
     text, frames = sums[..., 0, :], sums[..., 1:, :].transpose(-1, -2)
     return text, frames, peaks[..., 0, :], peaks[..., 1:, :].transpose(-1, -2)

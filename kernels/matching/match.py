@@ -16,7 +16,7 @@ from corrdit.kernels.matching.correspondence import arrange_heads, exponent, pai
 from corrdit.kernels.matching.refinement import refine
 from corrdit.kernels.shared.inputs import kernel_input
 from corrdit.kernels.shared.launch import canonical, unequal_weights
-from corrdit.kernels.shared.tables import made_outside
+from corrdit.kernels.shared.tables import frame_pairs, made_outside, pair_places, row_count
 from corrdit.problem import PairProblem, float32_precision
 
 
@@ -26,6 +26,8 @@ def compute_match(
     weights: Tensor | None,
     key_mask: Tensor | None,
     pairs: Sequence[int],
+    queries: Sequence[int],
+    keys: Sequence[int],
     height: int,
     width: int,
     heads: str,
@@ -34,26 +36,36 @@ def compute_match(
     radius: int,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
-    """(position `[B, H or 1, P, S, 2]`, score `[B, H or 1, P, S]`), both float32."""
+    """(position `[B, H or 1, R, 2]`, score `[B, H or 1, R]`), both float32.
+
+    Args:
+        pairs, queries, keys: as in `compute_soft_displacement`.
+    """
     arrangement = arrange_heads(q, heads, weights)
-    both = list(zip(pairs[::2], pairs[1::2], strict=True))
-    swapped = [(j, i) for i, j in both]
+    table, swapped = (
+        frame_pairs(flat, queries, keys, height, width, q.device) for flat in (pairs, swapped_pairs(pairs))
+    )
     positive = canonical(q, scale)[1]
     q, factor = exponent(q, scale, arrangement)
-    options = (height, width, arrangement, weights, positive, key_mask)
+    options = (arrangement, weights, positive, key_mask)
     with float32_precision(precision):
-        forward = pair_statistics(q, k, both, *options)
+        forward = pair_statistics(q, k, table, *options)
         backward = pair_statistics(q, k, swapped, *options) if bidirectional else None
         tokens, scores = best_match(
-            q, k, both, height, width, arrangement, factor, key_mask,
-            forward=forward, backward=backward, allowed_only=False,
+            q, k, table, arrangement, factor, key_mask,
+            forward=forward, swapped=swapped, backward=backward, allowed_only=False,
         )  # fmt: skip
         if radius == 0:
             return token_positions(tokens, width).to(torch.float32), scores
         positions = refine(
-            q, k, both, height, width, arrangement, factor, key_mask, forward, backward, tokens, radius
+            q, k, table, arrangement, factor, key_mask, forward, swapped, backward, tokens, radius
         )  # fmt: skip
     return positions, scores
+
+
+def swapped_pairs(pairs: Sequence[int]) -> list[int]:
+    """(j0, i0, j1, i1, ...) of (i0, j0, i1, j1, ...)."""
+    return [frame for both in zip(pairs[1::2], pairs[::2], strict=True) for frame in both]
 
 
 _match = torch.library.custom_op("corrdit::match", compute_match, mutates_args=())
@@ -61,10 +73,11 @@ _match = torch.library.custom_op("corrdit::match", compute_match, mutates_args=(
 
 @_match.register_fake
 def _(
-    q: Tensor, k: Tensor, weights: object, key_mask: object, pairs: Sequence[int], height: int, width: int, heads: str,
-    scale: float, bidirectional: bool, radius: int, precision: str,
+    q: Tensor, k: Tensor, weights: object, key_mask: object, pairs: Sequence[int], queries: Sequence[int],
+    keys: Sequence[int], height: int, width: int, heads: str, scale: float, bidirectional: bool, radius: int,
+    precision: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    shape = (q.shape[0], q.shape[1] if heads == "none" else 1, len(pairs) // 2, height * width)
+    shape = (q.shape[0], q.shape[1] if heads == "none" else 1, row_count(pairs, queries))
     return q.new_empty(*shape, 2, dtype=torch.float32), q.new_empty(shape, dtype=torch.float32)
 
 
@@ -74,13 +87,11 @@ def match(q: Tensor, k: Tensor, problem: PairProblem, *, bidirectional: bool, re
     Arguments and errors as in `corrdit.kernels.soft_displacement`.
     """
     q, k, problem = kernel_input(q, k, problem)
-    pairs = [frame for pair in problem.pairs for frame in pair]
-    swapped = [frame for i, j in problem.pairs for frame in (j, i)]
-    for flat in (pairs, swapped):
-        made_outside(flat, problem.grid.frames, problem.grid.height, problem.grid.width, q)
+    pairs, places = pair_places(problem)
+    for flat in (pairs, swapped_pairs(pairs)):
+        made_outside(flat, *places, q)
     xy, score = _match(
-        q.detach(), k.detach(), unequal_weights(problem.weights), problem.key_mask,
-        pairs, problem.grid.height, problem.grid.width, problem.heads, problem.factor, bidirectional, refine,
-        problem.precision,
+        q.detach(), k.detach(), unequal_weights(problem.weights), problem.key_mask, pairs, *places, problem.heads,
+        problem.factor, bidirectional, refine, problem.precision,
     )  # fmt: skip
-    return xy.flatten(2, 3), score.flatten(2, 3)
+    return xy, score

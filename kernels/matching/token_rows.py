@@ -14,6 +14,7 @@ from corrdit.kernels.shared.launch import choose_tiles, launch, tile_count
 from corrdit.kernels.shared.primitives import (
     exponentials,
     head_scores,
+    held_frame,
     is_nan,
     load_allowed,
     log_sum_exp,
@@ -21,14 +22,14 @@ from corrdit.kernels.shared.primitives import (
     weighted_scale,
     wide,
 )
-from corrdit.kernels.shared.tables import token_segments
+from corrdit.kernels.shared.tables import FramePairTable, token_segments
 from corrdit.problem import product_precision
 
 
 @triton.jit
 def row_statistics_kernel(
     q, k, head_weights, statistics, tokens, segments, key_mask, q_strides, k_strides, mask_strides,
-    outer, inner, row_count, segment_count, scale,
+    outer, inner, group, row_count, segment_count, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_MASK: tl.constexpr,
     WEIGHTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -53,8 +54,8 @@ def row_statistics_kernel(
         inside = columns < end
         allowed = load_allowed(key_mask, columns, inside, mask_strides[1], HAS_MASK)
         scores = head_scores(
-            q, k, row_tokens, columns, kept_rows, inside, q_strides, k_strides, head_weights, first_head, inner,
-            D, BLOCK_D, WEIGHTED, True, PRECISION,
+            q, k, row_tokens, columns, kept_rows, inside, q_strides, k_strides, 1, group, head_weights, first_head,
+            inner, D, BLOCK_D, WEIGHTED, True, PRECISION,
         )  # fmt: skip
         scores = tl.where(allowed[None, :], scores, float("-inf"))
         peak, shift, shrink = raise_peak(peak, scores, scale)
@@ -65,8 +66,8 @@ def row_statistics_kernel(
 
 @triton.jit
 def cost_rows_kernel(
-    q, k, head_weights, forward, backward, costs, tokens, key_mask, q_strides, k_strides, mask_strides,
-    outer, inner, row_count, frames, frame_tokens, scale,
+    q, k, head_weights, forward, backward, costs, tokens, queries, keys, key_mask, q_strides, k_strides, mask_strides,
+    outer, inner, group, row_count, frames, frame_tokens, source, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FOLDED: tl.constexpr,
     BIDIRECTIONAL: tl.constexpr, HAS_MASK: tl.constexpr, WEIGHTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -83,7 +84,12 @@ def cost_rows_kernel(
     k += wide(batch) * k_strides[0]
     key_mask += wide(batch) * mask_strides[0]
     row_tokens = tl.load(tokens + rows, mask=kept_rows, other=0)
-    column_tokens = wide(frame) * frame_tokens + columns
+    source_q, _, _ = held_frame(queries, source)
+    source_k, source_first, source_stop = held_frame(keys, source)
+    frame_q, _, _ = held_frame(queries, frame)
+    frame_k, frame_first, frame_stop = held_frame(keys, frame)
+    held_rows = kept_rows & (row_tokens >= source_first) & (row_tokens < source_stop)
+    held_columns = inside & (columns >= frame_first) & (columns < frame_stop)
     if FOLDED:
         head = wide(batch)
     else:
@@ -92,10 +98,11 @@ def cost_rows_kernel(
     backward_stride = wide(frames) * frame_tokens
     cost = cost_tile(
         q, k, head_weights, forward + head * forward_stride + wide(frame) * row_count,
-        backward + head * backward_stride + wide(frame) * frame_tokens, row_tokens, column_tokens, kept_rows, inside,
-        load_allowed(key_mask, row_tokens, kept_rows, mask_strides[1], HAS_MASK),
-        load_allowed(key_mask, column_tokens, inside, mask_strides[1], HAS_MASK),
-        rows, columns, forward_stride, backward_stride, q_strides, k_strides, first_head, inner, scale,
+        backward + head * backward_stride + wide(frame) * frame_tokens, source_q + row_tokens, frame_k + columns,
+        source_k + row_tokens, frame_q + columns, kept_rows, inside,
+        load_allowed(key_mask, source_k + row_tokens, held_rows, mask_strides[1], HAS_MASK),
+        load_allowed(key_mask, frame_k + columns, held_columns, mask_strides[1], HAS_MASK),
+        rows, columns, forward_stride, backward_stride, q_strides, k_strides, group, first_head, inner, scale,
         D, BLOCK_D, FOLDED, BIDIRECTIONAL, WEIGHTED, PRECISION,
     )  # fmt: skip
     row = wide(tl.program_id(1)) * row_count + rows
@@ -106,7 +113,7 @@ def cost_rows_kernel(
 @triton.jit
 def attention_mass_kernel(
     q, k, head_weights, statistics, sums, peaks, tokens, segments, key_mask, q_strides, k_strides, mask_strides,
-    outer, inner, row_count, segment_count, scale,
+    outer, inner, group, row_count, segment_count, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FOLDED: tl.constexpr,
     HAS_MASK: tl.constexpr, WEIGHTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -134,9 +141,9 @@ def attention_mass_kernel(
         inside = columns < end
         allowed = load_allowed(key_mask, columns, inside, mask_strides[1], HAS_MASK)
         weights = cost_tile(
-            q, k, head_weights, statistics, statistics, row_tokens, columns, kept_rows, inside, kept_rows, allowed,
-            rows, columns, row_count, row_count, q_strides, k_strides, first_head, inner, scale,
-            D, BLOCK_D, FOLDED, False, WEIGHTED, PRECISION,
+            q, k, head_weights, statistics, statistics, row_tokens, columns, row_tokens, columns, kept_rows, inside,
+            kept_rows, allowed, rows, columns, row_count, row_count, q_strides, k_strides, group, first_head, inner,
+            scale, D, BLOCK_D, FOLDED, False, WEIGHTED, PRECISION,
         )  # fmt: skip
         mass += tl.sum(weights, 1)
         peak = tl.maximum(peak, tl.max(weights, 1))
@@ -150,7 +157,7 @@ def row_statistics(
     q: Tensor,
     k: Tensor,
     tokens: Tensor,
-    segments: Sequence[tuple[int, int]],
+    segments: Sequence[int],
     arrangement: Heads,
     factor: float,
     key_mask: Tensor | None,
@@ -158,21 +165,21 @@ def row_statistics(
     """float32 `[B, H, G, R]` (`[B, 1, G, R]` for folded heads): base-2 log-sum-exp of R tokens over G segments of keys.
 
     Args:
-        q, k: `[B, H, N, D]`. tokens: int64 `[R]` in their token axis. segments: (first token, tokens) in it.
-        factor: turns a product into a base-2 exponent. key_mask: bool `[B, N]`.
+        q: `[B, H, Nq, D]`, k: `[B, Hk, Nk, D]`. tokens: int64 `[R]`, places in q.
+        segments: (first token, tokens) of stretches of k, flat.
+        factor: turns a product into a base-2 exponent. key_mask: bool `[B, Nk]`.
     """
     outer, inner = (1, arrangement.inner) if arrangement.folded else (q.shape[1], 1)
     table = token_segments(tuple(segments), q.device)
-    statistics = torch.empty(
-        q.shape[0], outer, len(segments), tokens.shape[0], dtype=torch.float32, device=q.device
-    )  # fmt: skip
+    rows = tokens.shape[0]
+    statistics = torch.empty(q.shape[0], outer, len(table), rows, dtype=torch.float32, device=q.device)
     tiles = choose_tiles("statistics", q)
     mask = table if key_mask is None else key_mask
     factors = arrangement.factors if arrangement.folded else None
     launch(
-        row_statistics_kernel, (len(segments) * tile_count(tokens.shape[0], tiles.rows), q.shape[0] * outer),
+        row_statistics_kernel, (len(table) * tile_count(rows, tiles.rows), q.shape[0] * outer),
         q, k, table if factors is None else factors, statistics, tokens, table, mask,
-        q.stride(), k.stride(), mask.stride(), outer, inner, tokens.shape[0], len(segments), factor,
+        q.stride(), k.stride(), mask.stride(), outer, inner, q.shape[1] // k.shape[1], rows, len(table), factor,
         D=q.shape[-1], BLOCK_D=tiles.dims, BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, HAS_MASK=key_mask is not None,
         WEIGHTED=int(factors is not None), PRECISION=product_precision(), tiles=tiles,
     )  # fmt: skip
@@ -183,30 +190,33 @@ def cost_of_rows(
     q: Tensor,
     k: Tensor,
     tokens: Tensor,
-    frames: int,
+    source: int,
+    table: FramePairTable,
     arrangement: Heads,
     factor: float,
     key_mask: Tensor | None,
     forward: Tensor,
     backward: Tensor | None,
 ) -> Tensor:
-    """float32 `[B, outer heads, R, F, S]`: cost of R tokens with every token of every frame.
+    """float32 `[B, outer heads, R, F, S]`: cost of R tokens of the source frame with every token of every frame.
 
     Args:
-        forward: `[B, H or 1, F, R]`; backward: `[B, H or 1, F, S]` log-sum-exp, None for the forward direction alone.
+        table: of the pairs (frame, source), every frame once and in order; `backward [B, H or 1, F * S]` is their
+            log-sum-exp, None for the forward direction alone. forward: `[B, H or 1, F, R]`.
     """
-    frame_tokens = q.shape[2] // frames
+    frames, rows = table.frames, tokens.shape[0]
     costs = torch.empty(
-        q.shape[0], arrangement.outer, tokens.shape[0], frames, frame_tokens, dtype=torch.float32, device=q.device
+        q.shape[0], arrangement.outer, rows, frames, table.frame_tokens, dtype=torch.float32, device=q.device
     )
     tiles = choose_tiles("correspondence", q)
-    mask = costs.flatten(1) if key_mask is None else key_mask
-    programs = tile_count(tokens.shape[0], tiles.rows) * frames * tile_count(frame_tokens, tiles.columns)
+    mask = table.pairs if key_mask is None else key_mask
+    programs = tile_count(rows, tiles.rows) * frames * tile_count(table.frame_tokens, tiles.columns)
     launch(
         cost_rows_kernel, (programs, q.shape[0] * arrangement.outer),
         q, k, costs if arrangement.factors is None else arrangement.factors, forward,
-        forward if backward is None else backward, costs, tokens, mask, q.stride(), k.stride(), mask.stride(),
-        arrangement.outer, arrangement.inner, tokens.shape[0], frames, frame_tokens, factor,
+        forward if backward is None else backward, costs, tokens, table.queries, table.keys, mask, q.stride(),
+        k.stride(), mask.stride(), arrangement.outer, arrangement.inner, q.shape[1] // k.shape[1], rows, frames,
+        table.frame_tokens, source, factor,
         D=q.shape[-1], BLOCK_D=tiles.dims, BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, FOLDED=arrangement.folded,
         BIDIRECTIONAL=backward is not None, HAS_MASK=key_mask is not None,
         WEIGHTED=int(arrangement.factors is not None), PRECISION=product_precision(), tiles=tiles,
@@ -218,7 +228,7 @@ def mass_of_rows(
     q: Tensor,
     k: Tensor,
     tokens: Tensor,
-    segments: Sequence[tuple[int, int]],
+    segments: Sequence[int],
     arrangement: Heads,
     factor: float,
     key_mask: Tensor | None,
@@ -230,16 +240,16 @@ def mass_of_rows(
         statistics: `[B, H or 1, 1, R]` log-sum-exp over all keys.
     """
     table = token_segments(tuple(segments), q.device)
-    shape = (q.shape[0], arrangement.outer, len(segments), tokens.shape[0])
+    shape = (q.shape[0], arrangement.outer, len(table), tokens.shape[0])
     sums, peaks = (torch.empty(shape, dtype=torch.float32, device=q.device) for _ in range(2))
     tiles = choose_tiles("correspondence", q)
     mask = table if key_mask is None else key_mask
     launch(
         attention_mass_kernel,
-        (len(segments) * tile_count(tokens.shape[0], tiles.rows), q.shape[0] * arrangement.outer),
+        (len(table) * tile_count(tokens.shape[0], tiles.rows), q.shape[0] * arrangement.outer),
         q, k, table if arrangement.factors is None else arrangement.factors, statistics, sums, peaks, tokens, table,
-        mask, q.stride(), k.stride(), mask.stride(), arrangement.outer, arrangement.inner, tokens.shape[0],
-        len(segments), factor,
+        mask, q.stride(), k.stride(), mask.stride(), arrangement.outer, arrangement.inner, q.shape[1] // k.shape[1],
+        tokens.shape[0], len(table), factor,
         D=q.shape[-1], BLOCK_D=tiles.dims, BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, FOLDED=arrangement.folded,
         HAS_MASK=key_mask is not None, WEIGHTED=int(arrangement.factors is not None), PRECISION=product_precision(),
         tiles=tiles,

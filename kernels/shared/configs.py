@@ -27,6 +27,12 @@ class Tiles(NamedTuple):
     stages: int
 
 
+# With a window: blocks of 4 x 4 tokens, whose windows reach few tokens that none of them sees, on mma.sync. Averaged
+# logits read every head's tiles anew and take 8 x 8.
+_WINDOWED = {
+    kernel: {64: Tiles(16, 16, 64, 1, 2), 128: Tiles(16, 16, 128, 1, 1), 256: Tiles(16, 16, 256, 2, 1)}
+    for kernel in ("soft_forward_window", "soft_backward_query_window", "soft_backward_key_window")
+} | {"folded_forward_window": {256: Tiles(64, 64, 64, 4, 3)}, "best_match_window": {256: Tiles(64, 64, 64, 4, 2)}}
 # kernel -> padded head_dim up to which a row holds -> tiles. 16-bit operands, shared memory of 9.0 and 10.0. Four warps
 # cover 64 rows of a product (columns, in the kernels of dk): more warps than rows would compute every score twice.
 _LARGE = {
@@ -55,6 +61,7 @@ _LARGE = {
         256: Tiles(128, 16, 256, 8, 1),
     },
     "local_backward_key": {64: Tiles(64, 128, 64, 8, 2), 128: Tiles(32, 128, 128, 8, 2), 256: Tiles(32, 32, 256, 8, 1)},
+    **_WINDOWED,
 }
 # The same for the shared memory of 8.0 (163 KiB) and of 8.9 (99 KiB), where products run on mma.sync.
 _MEDIUM = {
@@ -70,6 +77,7 @@ _MEDIUM = {
     "local_forward": {64: Tiles(128, 64, 64, 8, 2), 128: Tiles(64, 32, 128, 4, 2), 256: Tiles(64, 16, 256, 4, 1)},
     "local_backward_query": {64: Tiles(64, 64, 64, 4, 2), 128: Tiles(64, 32, 128, 4, 1), 256: Tiles(64, 16, 256, 4, 1)},
     "local_backward_key": {64: Tiles(64, 64, 64, 4, 2), 128: Tiles(32, 64, 128, 4, 1), 256: Tiles(16, 64, 256, 8, 1)},
+    **_WINDOWED,
 }
 # Where a mask, a window or weights of the heads take registers too; the other kernels fit them beside their own tiles.
 _GUARDED = {

@@ -26,13 +26,18 @@ def kernel_input(
     check_tensors(q, k)
     check_device(q)
     if video_only:
-        video, mask = problem.grid.video_slice, problem.key_mask
-        q, k = q[:, :, video], k[:, :, video]
-        problem = replace(problem, grid=problem.grid.without_text(), key_mask=None if mask is None else mask[:, video])
+        queries, keys = problem.queries.video, problem.keys.video
+        mask = None if problem.key_mask is None else problem.key_mask[:, keys]
+        q, k = q[:, :, queries], k[:, :, keys]
+        problem = replace(problem, grid=problem.grid.without_text(), key_mask=mask)
     if problem.heads == "features":
         weights, dtype = problem.weights, q.dtype
         assert weights is not None
-        q, k = (torch.einsum("bhnd,h->bnd", t.to(weights.dtype), weights).unsqueeze(1) for t in (q, k))
+        of_keys = weights.unflatten(0, (k.shape[1], -1)).sum(1)  # a head of k counts for all heads of q that read it
+        q, k = (
+            torch.einsum("bhnd,h->bnd", tensor.to(weights.dtype), shares).unsqueeze(1)
+            for tensor, shares in ((q, weights), (k, of_keys))
+        )
         if dtype != q.dtype:
             q, k = tensor_core_parts(q, k, dtype)
         equal = torch.full((1,), 1 / q.shape[1], dtype=weights.dtype, device=q.device).expand(q.shape[1])

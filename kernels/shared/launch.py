@@ -15,6 +15,7 @@ from corrdit.kernels.shared import configs
 from corrdit.kernels.shared.primitives import INTERPRETED
 
 LOG2_E = 1.4426950408889634
+LN_2 = 0.6931471805599453
 
 # What `ahead_of_time` puts here is called in place of every launch, and names the architecture to compile for.
 Compiler = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]
@@ -104,6 +105,11 @@ def canonical(q: Tensor, logit_scale: float) -> tuple[Tensor, float]:
     if logit_scale > 0:
         return q, logit_scale
     return (q * 0.0, 1.0) if logit_scale == 0 else (-q, -logit_scale)
+
+
+def natural_log_sum_exp(statistics: Tensor) -> Tensor:
+    """Base e from the kernels' base 2, whose rows without keys have +inf: -inf here, without a gradient."""
+    return torch.where(statistics == float("inf"), float("-inf"), statistics * LN_2)
 
 
 def unequal_weights(weights: Tensor | None) -> Tensor | None:

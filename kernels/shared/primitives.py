@@ -24,6 +24,30 @@ def wide(index):
 
 
 @triton.jit
+def query_frame(pairs, pair):
+    """(place, first token, stop) of what q holds of the query frame, and the place of the rows, of an entry of `pairs`.
+
+    Places, of token 0 of the frame, are int64; see `corrdit.kernels.shared.tables`.
+    """
+    entry = pairs + 8 * pair
+    return wide(tl.load(entry)), tl.load(entry + 1), tl.load(entry + 2), wide(tl.load(entry + 6))
+
+
+@triton.jit
+def key_frame(pairs, pair):
+    """(place, first token, stop) of what k holds of the key frame."""
+    entry = pairs + 8 * pair + 3
+    return wide(tl.load(entry)), tl.load(entry + 1), tl.load(entry + 2)
+
+
+@triton.jit
+def held_frame(frames, frame):
+    """(place, first token, stop) of what a tensor holds of a frame."""
+    entry = frames + 3 * frame
+    return wide(tl.load(entry)), tl.load(entry + 1), tl.load(entry + 2)
+
+
+@triton.jit
 def multiply(a, b, accumulator, PRECISION: tl.constexpr):
     """accumulator `[M, N]` float32 + a `[M, K]` @ b `[K, N]`, on tensor cores for 16-bit operands."""
     if INTERPRETED:
@@ -136,23 +160,23 @@ def log_sum_exp(peak, total, scale):
 
 
 @triton.jit
-def gradient_planes(grad_x, grad_y, mean_x, mean_y):
-    """What the product with coordinate rows (1, x, y, 1, x, y, 0, 0) needs to give g.(p' - e) / norm.
+def gradient_planes(grad_x, grad_y, mean_x, mean_y, grad_level):
+    """What the product with coordinate rows (1, x, y, 1, x, y, 0, 0) needs to give (g.(p' - e) + l) / norm.
 
     float16 keeps eleven bits, so each number is held as its rounding (lanes 0 to 2) and the rest (lanes 3 to 5).
 
     Args:
         grad_x, grad_y: `[M]` gradient g of the displacement.
-        mean_x, mean_y: `[M]` expected position e.
+        mean_x, mean_y: `[M]` expected position e. grad_level: `[M]` gradient l of the log-sum-exp.
 
     Returns:
-        planes `[M, 8]` float32 and norm `[M]`, the larger of |g_x| and |g_y|; rows of norm 0 give zeros.
+        planes `[M, 8]` float32 and norm `[M]`, the largest of |g_x|, |g_y| and |l|; rows of norm 0 give zeros.
     """
-    norm = tl.maximum(tl.abs(grad_x), tl.abs(grad_y))
+    norm = tl.maximum(tl.maximum(tl.abs(grad_x), tl.abs(grad_y)), tl.abs(grad_level))
     divisor = tl.where(norm < _SMALLEST_NORMAL, 1.0, norm)
     x = grad_x / divisor
     y = grad_y / divisor
-    constant = -(x * mean_x + y * mean_y)
+    constant = grad_level / divisor - (x * mean_x + y * mean_y)
     lanes = tl.arange(0, GRADIENT_LANES)[None, :]
     exact = tl.where(lanes % 3 == 0, constant[:, None], tl.where(lanes % 3 == 1, x[:, None], y[:, None]))
     rounded = exact.to(tl.float16).to(tl.float32)
@@ -171,34 +195,15 @@ def gradient_shift(statistics, norm, gradient_range):
 
 
 @triton.jit
-def keep_window(scores, x, y, center_x, center_y, radius):
-    """Scores, -inf where key (x, y) `[1, N]` lies outside the square of `radius` round the centre `[M, 1]`.
-
-    The places may as well be `[N, 1]` and the centres `[1, M]`, for transposed scores.
-    """
-    near_x = tl.abs(x - center_x) <= radius
-    near_y = tl.abs(y - center_y) <= radius
-    return tl.where(near_x & near_y, scores, float("-inf"))
-
-
-@triton.jit
-def window_rows(center_y, kept, radius, height):
-    """(first, end) of the token rows that the windows of a tile reach; equal where no row of the tile is kept."""
-    top = tl.min(tl.where(kept, center_y, _NO_TOKEN), 0)
-    bottom = tl.max(tl.where(kept, center_y, -1), 0)
-    first = tl.minimum(tl.maximum(top - radius, 0), height)
-    return first, tl.maximum(tl.minimum(bottom + radius + 1, height), first)
-
-
-@triton.jit
 def head_scores(
-    q, k, q_tokens, k_tokens, q_kept, k_kept, q_strides, k_strides, head_weights, first_head, heads,
+    q, k, q_tokens, k_tokens, q_kept, k_kept, q_strides, k_strides, q_group, k_group, head_weights, first_head, heads,
     D: tl.constexpr, BLOCK_D: tl.constexpr, WEIGHTED: tl.constexpr, GUARD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`[M, N]` raw scores summed over `heads` heads from `first_head` on: one product over the folded axis heads * D.
 
     Args:
         q, k: pointers to the batch entry; the head and dim axes are walked by their strides, nothing is copied.
+        q_group, k_group: how many heads share one head of q, or of k.
         head_weights: float32 `[H + 1]`, read if WEIGHTED: the first tile (1) or the second (2), whichever holds the
             queries, is multiplied by its head's weight.
     """
@@ -207,8 +212,8 @@ def head_scores(
     for index in range(0, heads * chunks):
         head = first_head + index // chunks
         dims = (index % chunks) * BLOCK_D + tl.arange(0, BLOCK_D)
-        q_tile = load_tile(q + wide(head) * q_strides[1], q_tokens, dims, q_strides, q_kept, GUARD, D)
-        k_tile = load_tile(k + wide(head) * k_strides[1], k_tokens, dims, k_strides, k_kept, GUARD, D)
+        q_tile = load_tile(q + wide(head // q_group) * q_strides[1], q_tokens, dims, q_strides, q_kept, GUARD, D)
+        k_tile = load_tile(k + wide(head // k_group) * k_strides[1], k_tokens, dims, k_strides, k_kept, GUARD, D)
         if WEIGHTED == 1:
             q_tile = (q_tile.to(tl.float32) * tl.load(head_weights + head)).to(k_tile.dtype)
         elif WEIGHTED == 2:
@@ -229,6 +234,18 @@ def weighted_scale(scale, head_weights, heads, WEIGHTED: tl.constexpr):
 @triton.jit
 def is_nan(values):
     return values != values  # noqa: PLR0124
+
+
+@triton.jit
+def all_defined(tile):
+    """`[T]` which rows of a `[T, D]` tile hold neither NaN nor infinity."""
+    return tl.min((tl.abs(tile.to(tl.float32)) < float("inf")).to(tl.int32), 1) > 0
+
+
+@triton.jit
+def zero_where_undefined(tile):
+    """The tile with 0 in place of NaN and infinity."""
+    return tl.where(tl.abs(tile.to(tl.float32)) < float("inf"), tile, 0.0).to(tile.dtype)
 
 
 @triton.jit

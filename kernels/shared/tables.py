@@ -17,50 +17,94 @@ _LARGEST_SIDE = 2048
 
 
 class FramePairTable(NamedTuple):
-    """Frame pairs as a kernel walks them.
+    """Frame pairs as the kernels walk them. A place is where token 0 of a frame would stand in a tensor's token axis.
 
     Attributes:
-        pairs: int32 `[P, 2]` (query frame, key frame).
+        pairs: int32 `[P, 8]`: place, first token and stop of what q holds of the query frame, the same of k and the key
+            frame, the place of the pair's rows in an axis of R, and 0.
+        queries, keys: int32 `[F, 3]`: place, first token and stop of every frame; first == stop where nothing is held.
         query_starts: int32 `[F + 1]`, query_order: int32 `[P]`: the pairs of query frame i are
             `query_order[query_starts[i] : query_starts[i + 1]]`, in rising order.
         key_starts, key_order: the same by key frame.
+        rows: R, the queries of all pairs. longest: the most tokens that a frame has in q or k.
+        height, width: of a frame.
     """
 
     pairs: Tensor
+    queries: Tensor
+    keys: Tensor
     query_starts: Tensor
     query_order: Tensor
     key_starts: Tensor
     key_order: Tensor
+    rows: int
+    longest: int
+    height: int
+    width: int
+
+    @property
+    def frames(self) -> int:
+        return self.queries.shape[0]
+
+    @property
+    def frame_tokens(self) -> int:
+        return self.height * self.width
 
 
-def frame_pairs(flat: Sequence[int], frames: int, device: torch.device) -> FramePairTable:
-    """The table of the pairs (i0, j0, i1, j1, ...)."""
-    return _frame_pairs(tuple(flat), frames, device)
+def whole_frames(frames: int, frame_tokens: int) -> list[int]:
+    """(place, first token, stop) of every frame of a tensor that holds them all; see `TokenAxis.places`."""
+    return [number for frame in range(frames) for number in (frame * frame_tokens, 0, frame_tokens)]
 
 
-def made_outside(flat: Sequence[int], frames: int, height: int, width: int, like: Tensor) -> None:
+Places = tuple[list[int], list[int], int, int]
+"""What q and k hold of every frame, see `TokenAxis.places`, and height and width of a frame."""
+
+
+def pair_places(problem: PairProblem) -> tuple[list[int], Places]:
+    """The pairs (i0, j0, i1, j1, ...) of a problem, and where their tokens are."""
+    grid = problem.grid
+    pairs = [frame for pair in problem.pairs for frame in pair]
+    return pairs, (problem.queries.places(grid.frames), problem.keys.places(grid.frames), grid.height, grid.width)
+
+
+def row_count(pairs: Sequence[int], queries: Sequence[int]) -> int:
+    """R: the queries that q holds of the pairs (i0, j0, i1, j1, ...) together."""
+    return sum(queries[3 * i + 2] - queries[3 * i + 1] for i in pairs[::2])
+
+
+def frame_pairs(
+    flat: Sequence[int], queries: Sequence[int], keys: Sequence[int], height: int, width: int, device: torch.device
+) -> FramePairTable:
+    """The table of the pairs (i0, j0, i1, j1, ...) of frames that q and k hold as `TokenAxis.places` says."""
+    return _frame_pairs(tuple(flat), tuple(queries), tuple(keys), height, width, device)
+
+
+def made_outside(
+    flat: Sequence[int], queries: Sequence[int], keys: Sequence[int], height: int, width: int, like: Tensor
+) -> None:
     """Makes the tables of a call before it, where none of them is part of a graph.
 
     `torch.compile` calls this once, as it traces a caller: the first call of an operator may already be captured, and
     what is allocated in a capture belongs to the graph.
     """
-    _make(tuple(flat), frames, height, width, like.dtype, like.device)
+    _make(tuple(flat), tuple(queries), tuple(keys), height, width, like.dtype, like.device)
 
 
 def _make(
-    flat: tuple[int, ...], frames: int, height: int, width: int, dtype: torch.dtype, device: torch.device
-) -> bool:
-    _frame_pairs(flat, frames, device)
+    flat: tuple[int, ...], queries: tuple[int, ...], keys: tuple[int, ...], height: int, width: int,
+    dtype: torch.dtype, device: torch.device,
+) -> bool:  # fmt: skip
+    _frame_pairs(flat, queries, keys, height, width, device)
     coordinate_table(height, width, dtype, device)
     return True
 
 
-def segments_made_outside(segments: Sequence[tuple[int, int]], like: Tensor) -> None:
+def segments_made_outside(segments: Sequence[int], like: Tensor) -> None:
     """The same for `token_segments`."""
     _make_segments(tuple(segments), like.device)
 
 
-def _make_segments(segments: tuple[tuple[int, int], ...], device: torch.device) -> bool:
+def _make_segments(segments: tuple[int, ...], device: torch.device) -> bool:
     token_segments(segments, device)
     return True
 
@@ -80,27 +124,44 @@ def refuse_capture(device: torch.device) -> None:
 
 # Never evicted: a captured CUDA graph keeps reading the tables its warm-up made, and they are a few kilobytes each.
 @functools.cache
-def _frame_pairs(flat: tuple[int, ...], frames: int, device: torch.device) -> FramePairTable:
+def _frame_pairs(
+    flat: tuple[int, ...], queries: tuple[int, ...], keys: tuple[int, ...], height: int, width: int,
+    device: torch.device,
+) -> FramePairTable:  # fmt: skip
     refuse_capture(device)
-    with _no_modes():
-        pairs = torch.tensor(flat, dtype=torch.int32, device="cpu").reshape(-1, 2)
-        tables = [pairs]
+    with no_modes():
+        axes = [torch.tensor(places, dtype=torch.int32, device="cpu").reshape(-1, 3) for places in (queries, keys)]
+        held = [places[:, 2] - places[:, 1] for places in axes]
+        both = torch.tensor(flat, dtype=torch.int64, device="cpu").reshape(-1, 2)
+        pairs = torch.zeros(len(both), 8, dtype=torch.int32, device="cpu")
+        pairs[:, 0:3], pairs[:, 3:6] = axes[0][both[:, 0]], axes[1][both[:, 1]]
+        counts = held[0][both[:, 0]]
+        # Of a pair's row for token 0 of the frame, though the first row is that of the first held token.
+        pairs[:, 6] = counts.cumsum(0) - counts - pairs[:, 1]
+        tables = [pairs, *axes]
         for column in (0, 1):
-            of_frame = pairs[:, column].long()
-            counts = torch.bincount(of_frame, minlength=frames)
+            of_frame = both[:, column]
+            counts = torch.bincount(of_frame, minlength=len(axes[0]))
             tables += [torch.cat((counts.new_zeros(1), counts.cumsum(0))), of_frame.argsort(stable=True)]
-        return FramePairTable(*(table.to(device=device, dtype=torch.int32).contiguous() for table in tables))
+        on_device = [table.to(device=device, dtype=torch.int32).contiguous() for table in tables]
+        longest = int(torch.stack(held).max())
+        of_pairs, of_queries, of_keys, *orders = on_device
+        query_starts, query_order, key_starts, key_order = orders
+        return FramePairTable(
+            of_pairs, of_queries, of_keys, query_starts, query_order, key_starts, key_order,
+            row_count(flat, queries), longest, height, width,
+        )  # fmt: skip
 
 
 @functools.cache
-def token_segments(segments: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+def token_segments(segments: tuple[int, ...], device: torch.device) -> Tensor:
     """int32 `[G, 2]` (first token, tokens) of stretches of the token axis; kept as long as the process, like pairs."""
     refuse_capture(device)
-    with _no_modes():
-        return torch.tensor(segments, dtype=torch.int32, device="cpu").to(device)
+    with no_modes():
+        return torch.tensor(segments, dtype=torch.int32, device="cpu").reshape(-1, 2).to(device)
 
 
-def _no_modes() -> contextlib.AbstractContextManager[None]:
+def no_modes() -> contextlib.AbstractContextManager[None]:
     """Inside, tensors are real: a mode, such as that of fake ones, would leave its own in a cache that outlives it."""
     guard: contextlib.AbstractContextManager[None] = torch._C._DisableTorchDispatch()
     return guard
@@ -135,15 +196,26 @@ def _coordinates(height: int, width: int, dtype: torch.dtype, device: torch.devi
 
 
 def window_centers(problem: PairProblem) -> Tensor | None:
-    """int32 `[B, P, S, 2]` tokens (x, y): centres rounded to the nearest token and moved into the frame."""
+    """int32 `[B, R, 2]` tokens (x, y): centres rounded to the nearest token and moved into the frame."""
     if problem.center is None:
         return None
     x = problem.center[..., 0].round().clamp(0, problem.grid.width - 1)
     y = problem.center[..., 1].round().clamp(0, problem.grid.height - 1)
-    places = torch.stack((x, y), dim=-1).unflatten(1, (len(problem.pairs), -1))
-    return places.to(torch.int32).contiguous()
+    return torch.stack((x, y), dim=-1).to(torch.int32).contiguous()
 
 
 def window_radius(problem: PairProblem) -> int:
-    """The radius as the kernels read it: -1 without a window."""
-    return -1 if problem.window is None else min(problem.window, max(problem.grid.height, problem.grid.width))
+    """The radius as the kernels read it: -1 without a window.
+
+    Raises:
+        ValueError: a frame with so many tokens that the kernels would lose count of those in a window.
+    """
+    height, width = problem.grid.height, problem.grid.width
+    if problem.window is None:
+        return -1
+    if width * width * height >= 2**32:
+        raise ValueError(
+            f"the Triton kernels take windows in frames of width * width * height below 2**32, got {height} x {width}; "
+            'use backend="streaming"'
+        )
+    return min(problem.window, max(height, width))

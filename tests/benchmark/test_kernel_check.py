@@ -42,6 +42,29 @@ def test_the_cases_cover_what_can_be_asked():
     assert {case.precision for case in of_gpu} == {"ieee", "tf32"}
 
 
+def test_the_interpreter_shows_every_mode_and_option_once():
+    def about(device: torch.device) -> set[tuple[str, str]]:
+        return {(case.operation, word) for case in kernel_check.cases(device) for word in case.about.split(", ")}
+
+    few = list(kernel_check.cases(CPU))
+    assert about(CPU) == about(CUDA) - {("soft_displacement", "tf32")}
+    assert len(few) <= 80
+    assert {case.dtype for case in few} == set(kernel_check.TOLERANCE)
+    assert {case.layout for case in few} == set(kernel_check.LAYOUTS)
+    assert any(case.key_heads and "return_lse" in case.options and "queries" in case.options for case in few)
+
+
+@pytest.mark.slow
+def test_the_kernels_are_right_under_the_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    done = subprocess.run(
+        [sys.executable, "-m", "corrdit", "kernels", "--check", "--device", "cpu"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "cases are right" in done.stdout
+
+
 SOFT = Case("soft_displacement", "", kernel_check._SMALL_GRID, head_dim=16, options={"heads": "logits"})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -72,8 +73,48 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     assert main([command, "--help"]) == 0
     text = capsys.readouterr().out
     assert text.startswith(f"usage: corrdit {command}")
-    assert "reads" in text
-    assert "writes" in text
+    assert text.count("\n") <= 50
+    assert "null" not in text
+    assert text.index("examples:") < text.index("\nreads ") < text.index("\noptions:")
+    assert "\nwrites " in text
+    assert main([command, "--help-all"]) == 0
+    everything = capsys.readouterr().out
+    parser = corrdit.cli.command_parser(command)
+    shown = [action for action in parser._actions if action.help != "==SUPPRESS=="]
+    assert all(option in everything for action in shown for option in action.option_strings[:1])
+    assert set(getattr(module, "MAIN", ())) <= {action.dest for action in parser._actions}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_examples_of_the_help_are_accepted(command: str) -> None:
+    for example in corrdit.cli.MODULES[command].EXAMPLES:
+        name, *words = shlex.split(example)[1:]
+        if "--config" in words:  # names a file of the package, which the command looks up
+            del words[words.index("--config") : words.index("--config") + 2]
+        corrdit.cli.command_parser(name).parse_args(words)
+
+
+def test_completion_knows_commands_options_and_models(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("shtab")
+    assert main(["--print-completion", "bash"]) == 0
+    script = tmp_path / "completion.bash"
+    script.write_text(capsys.readouterr().out)
+
+    def completed(*words: str) -> list[str]:
+        call = f"source {script}; COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; _shtab_corrdit; "
+        done = subprocess.run(
+            ["bash", "-c", call + 'echo "${COMPREPLY[@]}"'], capture_output=True, text=True, check=True
+        )
+        return done.stdout.split()
+
+    assert completed("corrdit", "tra") == ["track", "train", "transfer"]
+    assert completed("corrdit", "track", "--model", "cog") == ["cogvideox-2b", "cogvideox-5b"]
+    assert completed("corrdit", "generate", "text", "--num") == ["--num-frames"]
+
+
+def test_completion_names_its_shells(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--print-completion", "dish"]) == 2
+    assert "--print-completion dish was given; accepted are bash, zsh, tcsh" in capsys.readouterr().err
 
 
 def test_no_command_prints_the_overview(capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,6 +134,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     """A command that does what the test puts into its `run`."""
     module = types.ModuleType("corrdit.cli.experiment", "reads and writes nothing")
     module.HELP = "experiment"  # type: ignore[attr-defined]
+    module.EXAMPLES = ()  # type: ignore[attr-defined]
     module.add_arguments = lambda parser: None  # type: ignore[attr-defined]
     monkeypatch.setitem(corrdit.cli.MODULES, "experiment", module)
     return module

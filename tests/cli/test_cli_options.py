@@ -1,5 +1,6 @@
 """Wrong values on the command line: refused by the option's name, with status 2."""
 
+from argparse import ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 
 from corrdit.cli import main
+from corrdit.cli.frame_options import frame_size
 
 
 @pytest.mark.parametrize(
@@ -81,3 +83,27 @@ def test_a_backend_that_cannot_run_here_is_bad_input(
 ) -> None:
     assert main(["track", str(clip), "--output", str(tmp_path / "out"), "--backend", "triton"]) == 2
     assert 'backend="triton" cannot run' in capsys.readouterr().err
+
+
+def test_earlier_names_work_with_one_warning_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    world = ["world", "--videos", "1", "--points", "2"]
+    assert main([*world, "--num-frames", "2", "--size", "16x24", "--output", str(tmp_path / "new")]) == 0
+    assert "warning" not in capsys.readouterr().err
+    earlier = ["--frames", "2", "--height", "16", "--width", "24"]
+    assert main([*world, *earlier, "--output", str(tmp_path / "old")]) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        "corrdit world: warning: --height is now --size HEIGHTxWIDTH; the old name goes in corrdit 0.3",
+        "corrdit world: warning: --frames is now --num-frames; the old name goes in corrdit 0.3",
+    ]
+    assert (tmp_path / "old" / "0000.npz").read_bytes() == (tmp_path / "new" / "0000.npz").read_bytes()
+    config = tmp_path / "world.yaml"
+    config.write_text("size: [16, 24]\nframes: 2\n")
+    assert main([*world, "--config", str(config), "--output", str(tmp_path / "told")]) == 0
+    assert (tmp_path / "told" / "0000.npz").read_bytes() == (tmp_path / "new" / "0000.npz").read_bytes()
+
+
+def test_sizes_are_height_by_width() -> None:
+    assert frame_size("480x720") == frame_size([480, 720]) == (480, 720)
+    for wrong in ("480", "480x", "-4x8", "480x720x3", "axb"):
+        with pytest.raises(ArgumentTypeError, match="is not a size; accepted is HEIGHTxWIDTH in pixels"):
+            frame_size(wrong)

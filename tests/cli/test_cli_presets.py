@@ -66,7 +66,7 @@ def test_track_reads_the_model_as_the_file_says(
 
 def test_evaluate_keeps_it_in_the_settings(model: str, preset: Path, tmp_path: Path) -> None:
     world = tmp_path / "world"
-    size = ["--videos", "1", "--frames", "4", "--height", "32", "--width", "32", "--points", "4"]
+    size = ["--videos", "1", "--num-frames", "4", "--size", "32x32", "--points", "4"]
     assert main(["world", "--output", str(world), *size]) == 0
     arguments = ["evaluate", "--data", str(world), "--model", model, "--trainer.accelerator", "cpu"]
     arguments += ["--output", str(tmp_path / "out")]
@@ -81,7 +81,7 @@ def test_evaluate_keeps_it_in_the_settings(model: str, preset: Path, tmp_path: P
 def test_generate_guides_the_layer_it_names(
     model: str, preset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["generate", "a red disc", "--model", model, "--frames", "4", "--steps", "1", "--cag"]
+    arguments = ["generate", "a red disc", "--model", model, "--num-frames", "4", "--steps", "1", "--cag"]
     assert main([*arguments, "--preset", str(preset), "--output", str(tmp_path / "out")]) == 0
     assert "guided in layers 1" in capsys.readouterr().out
 
@@ -94,7 +94,7 @@ def test_transfer_compares_the_layer_it_names(model: str, video: Path, preset: P
 
 
 def test_analyze_begins_from_it(model: str, preset: Path, tmp_path: Path) -> None:
-    arguments = ["analyze", "--world", "1", "--frames", "4", "--height", "32", "--width", "32", "--model", model]
+    arguments = ["analyze", "--world", "1", "--num-frames", "4", "--size", "32x32", "--model", model]
     arguments += ["--layers", "1", "--steps", "3", "--pictures", "0", "--preset", str(preset)]
     assert main([*arguments, "--output", str(tmp_path / "out")]) == 0
     assert json.loads((tmp_path / "out" / "settings.json").read_text())["preset"]["inference_steps"] == 4
@@ -115,7 +115,9 @@ def test_published_means_the_same_on_every_command(
     short = ["--steps", "1", "--guided-share", "1.0", "--optimisation-steps", "1", "--metrics", "false"]
     assert main(["transfer", str(video), "a red disc", *short, *given, str(tmp_path / "transfer")]) == 0
     capsys.readouterr()
-    assert main(["generate", "a red disc", "--frames", "4", "--steps", "1", "--cag", *given, str(tmp_path / "g")]) == 0
+    assert (
+        main(["generate", "a red disc", "--num-frames", "4", "--steps", "1", "--cag", *given, str(tmp_path / "g")]) == 0
+    )
     layer = load_backbone(model).preset.reading.layer
     assert f"guided in layers {layer}" in capsys.readouterr().out
 

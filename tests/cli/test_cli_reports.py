@@ -66,6 +66,10 @@ def test_models_lists_what_load_backbone_takes(capsys: pytest.CaptureFixture[str
     assert points["wan-2.2-ti2v-5b"]["hub_id"] == "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
     assert "convert_wan_to_diffusers" in points["wan-2.2-ti2v-5b"]["parts"]["transformer"]["source"]
     assert {"hub_id": "Motif-Technologies/Motif-Video-2B", "unknown": "layers and heads"} in rows
+    assert (points["wan-2.2-ti2v-5b"]["family"], points["wan-2.2-ti2v-5b"]["uses"]["tracking"]["supported"]) == (
+        "wan",
+        "yes",
+    )
     rows = [row for row in rows if "name" in row]
     by_name = {row["name"]: row for row in rows}
     assert by_name["cogvideox-2b"]["layers"] == 30
@@ -78,6 +82,7 @@ def test_models_lists_what_load_backbone_takes(capsys: pytest.CaptureFixture[str
     reason = families["CosmosTransformer3DModel"]["uses"]["transfer"]["reason"]
     number = next(line for line in table.splitlines() if line.endswith(reason)).partition(" ")[0]
     assert f"partly {number}" in next(line for line in table.splitlines() if "CosmosTransformer3DModel" in line)
+    assert all(point["hub_id"] in table for point in points.values())
     for row in rows:
         line = next(line for line in table.splitlines() if line.strip().startswith(row["name"] + " "))
         assert row["source"] in line

@@ -12,9 +12,11 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 
+import corrdit.visualization
 from corrdit.cli import main
-from corrdit.tracking import Tracks
+from corrdit.tracking import Tracks, rerun_file
 from corrdit.video import probe_video, read_video, write_video
+from corrdit.visualization import TrackStyle
 
 Refused = Callable[..., str]
 HEIGHT, WIDTH, FRAMES = 48, 64, 6
@@ -64,7 +66,12 @@ def test_prints_what_it_did(
     out, err = capsys.readouterr()
     assert out.startswith("4 points through 6 frames of 48 x 64 in ")
     assert str(tmp_path / "tracks.mp4") in out
-    assert err == ""
+    assert err.startswith(
+        "corrdit track: note: the embedded model has seen generated videos only; on a real one expect"
+    )
+    assert "take --model cogvideox-2b --device cuda" in err
+    assert main(["track", str(clip), "--output", str(tmp_path), "--points", "grid:2", "--model", "mine"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_points_of_a_file_start_and_length(clip: Path, tmp_path: Path, drifting_tracker: Any) -> None:
@@ -111,7 +118,10 @@ def test_command_line_offers_exactly_the_options_of_the_tracker() -> None:
     from corrdit.tracking.options import PRESETS, TrackerOptions
 
     types = typing.get_type_hints(TrackerOptions)
-    assert list(tracker_options._OPTIONS) == [field.name for field in dataclasses.fields(TrackerOptions)]
+    sides = ("height", "width")  # of --size
+    assert [*tracker_options._OPTIONS] == [
+        field.name for field in dataclasses.fields(TrackerOptions) if field.name not in sides
+    ]
     for name, (kind, _) in tracker_options._OPTIONS.items():
         wanted = types[name] if type(None) not in typing.get_args(types[name]) else typing.get_args(types[name])[0]
         assert kind == wanted or name == "head_weights", name
@@ -246,6 +256,57 @@ class TestBadPoints:
         assert main(["track", str(clip), "--output", str(tmp_path / "out"), "--points", str(points)]) == 0
         np.testing.assert_array_equal(drifting_tracker.asked["queries"], [(3, 1.5, 2)])
 
+    @pytest.mark.usefixtures("drifting_tracker")
+    def test_further_columns_are_carried_through(self, tmp_path: Path, clip: Path) -> None:
+        points = tmp_path / "points.csv"
+        points.write_text("label,x,frame,y,part,weight\nleft ear,1.5,3,2,7,0.5\nnose,4,0,5,8,1\n")
+        assert main(["track", str(clip), "--output", str(tmp_path / "out"), "--points", str(points)]) == 0
+        with np.load(tmp_path / "out" / "tracks.npz") as held:
+            np.testing.assert_array_equal(held["queries"], [(3, 1.5, 2), (0, 4, 5)])
+            assert held["label"].tolist() == ["left ear", "nose"]
+            assert held["part"].dtype.kind == "i"
+            assert held["part"].tolist() == [7, 8]
+            assert held["weight"].tolist() == [0.5, 1.0]
+
+    @pytest.mark.usefixtures("drifting_tracker")
+    def test_names_of_results_are_no_names_of_columns(self, workplace: Path, clip: Path, refused: Refused) -> None:
+        given = workplace / "given.csv"
+        given.write_text("frame,x,y,score\n0,1,1,3\n")
+        line = refused("track", clip, "--output", workplace / "out", "--points", given)
+        assert "has a column named 'score', as the results name their own; call it otherwise" in line
+
+    @pytest.mark.usefixtures("drifting_tracker")
+    def test_look_of_the_pictures(self, tmp_path: Path, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        drawn: list[TrackStyle] = []
+        monkeypatch.setattr(
+            corrdit.visualization, "write_track_pictures", lambda *given, style, **further: drawn.append(style)
+        )
+        look = ["--trail", "3", "--fade", "0.2", "--radius", "4.5", "--hide-hidden"]
+        assert main(["track", str(clip), "--output", str(tmp_path / "out"), *look]) == 0
+        assert drawn == [TrackStyle(trail=3, fade=0.2, radius=4.5, hidden=False)]
+
+
+def test_a_recording_for_the_rerun_viewer(tmp_path: Path, clip: Path, drifting_tracker: Any) -> None:
+    pytest.importorskip("rerun")
+    points = tmp_path / "points.csv"
+    points.write_text("label,frame,x,y\nnose,0,4,5\near,1,9,9\n")
+    call = ["track", str(clip), "--output", str(tmp_path / "out"), "--points", str(points), "--rerun"]
+    assert main(call) == 0
+    recording = (tmp_path / "out" / "tracks.rrd").read_bytes()
+    assert recording.startswith(b"RRF")
+    assert all(path in recording for path in (b"/video/visible", b"/video/hidden"))
+
+
+def test_a_recording_without_its_package_or_its_points(
+    tmp_path: Path, clip: Path, drifting_tracker: Any, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rerun_file, "find_spec", lambda name: None)
+    assert 'pip install ".[rerun]" in a checkout' in refused("track", clip, "--output", tmp_path / "out", "--rerun")
+    monkeypatch.setattr(rerun_file, "find_spec", lambda name: True)
+    line = refused("track", clip, "--output", tmp_path / "out", "--rerun", "--dense", "4")
+    assert "--rerun shows points and --dense follows every pixel" in line
+    assert not (tmp_path / "out").exists()
+
 
 @pytest.mark.usefixtures("drifting_tracker")
 class TestBadOptions:
@@ -262,6 +323,8 @@ class TestBadOptions:
             (["--max-side", "0"], "max_side=0"),
             (["--max-frames", "0"], "max_frames=0"),
             (["--trail", "-1"], "trail=-1"),
+            (["--fade", "2"], "fade=2.0"),
+            (["--radius", "0"], "radius=0.0"),
             (["--device", "toaster"], "--device toaster is not a device; accepted are cpu"),
             (["--device", "cuda:99"], "--device cuda:99 is not usable here; accepted are cpu"),
         ],
@@ -339,6 +402,7 @@ class TestBadDisk:
         self, tmp_path: Path, clip: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert main(["track", str(clip), "--output", str(tmp_path / "out"), "--points", "grid:2"]) == 0
+        capsys.readouterr()
         before = snapshot(tmp_path)
 
         def stopped(*arguments: Any, **options: Any) -> None:

@@ -19,7 +19,7 @@ from corrdit.tracking import Tracks
 from corrdit.video import write_video
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no text encoder")
-SIZE = ["--height", "64", "--width", "64", "--points", "grid:2"]
+SIZE = ["--size", "64x64", "--points", "grid:2"]
 
 
 @pytest.fixture(scope="module")

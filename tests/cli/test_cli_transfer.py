@@ -114,7 +114,7 @@ def test_a_region_and_what_goes_elsewhere(model, reference, tmp_path):
 
 
 def test_methods_without_a_reference(model, reference, tmp_path, capsys):
-    size = ["--num-frames", "4", "--height", "16", "--width", "16", "--metrics", "false", "--model", model, *SHORT]
+    size = ["--num-frames", "4", "--size", "16x16", "--metrics", "false", "--model", model, *SHORT]
     path = ["--method", "path", "--word", "disc", "--path", "[[0, 0, 0, 0.5, 1], [1, 0.5, 0, 1, 1]]"]
     for name, options in {"path": path, "steady": ["--method", "steady"]}.items():
         assert main(["transfer", "none", "a red disc", "--output", str(tmp_path / name), *options, *size]) == 0
@@ -182,8 +182,8 @@ def test_a_run_killed_while_it_measures_does_not_denoise_again(model, reference,
     [
         (["--blocks", "[7]"], "names layer 7, but .* has 2 attention layers"),
         (["--method", "magic"], "method must be one of ditflow"),
-        (["--height", "16"], "--height and --width go together"),
-        (["--height", "18", "--width", "16"], "height 18 is not a multiple of 4"),
+        (["--size", "16"], "16 is not a size; accepted is HEIGHTxWIDTH"),
+        (["--size", "18x16"], "height 18 is not a multiple of 4"),
         (["--stored", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
         (["--num-frames", "0"], "num_frames must be a whole number of at least 1"),
         (["--fps", "0"], "fps must be above 0"),
@@ -291,7 +291,7 @@ def test_lines_take_the_place_of_the_bar_where_there_is_no_terminal(capsys, monk
     ("number", "status"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)]
 )
 def test_signals_end_a_forward_pass_of_half_a_million_tokens(model, large_reference, tmp_path, number, status):
-    size = ["--height", "480", "--width", "720", "--num-frames", "24"]
+    size = ["--size", "480x720", "--num-frames", "24"]
     # A suite that a shell runs in the background inherits an ignored SIGINT, and so would the command.
     code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     code += "from corrdit.cli import entry_point; entry_point()"

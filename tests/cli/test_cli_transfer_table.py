@@ -15,7 +15,7 @@ from corrdit.integrations.diffusers.motion_transfer.published import COMPARISONS
 from corrdit.tracking import pseudo_truth
 from corrdit.video import write_video
 
-FAST = ["--steps", "2", "--guided-share", "0.5", "--num-frames", "3", "--height", "16", "--width", "16"]
+FAST = ["--steps", "2", "--guided-share", "0.5", "--num-frames", "3", "--size", "16x16"]
 
 
 @pytest.fixture

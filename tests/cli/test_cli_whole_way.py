@@ -33,7 +33,7 @@ def test_every_family_tracks_from_a_folder(
     name: str, clip: Path, tmp_path: Path, saved_model: Callable[[str], Path]
 ) -> None:
     folder = saved_model(name)
-    size = ["--height", "64", "--width", "64", "--frames-per-chunk", "4", "--points", "grid:2"]
+    size = ["--size", "64x64", "--frames-per-chunk", "4", "--points", "grid:2"]
     command = ["track", str(clip), "--model", str(folder), *size]
     assert main([*command, "--output", str(tmp_path / "out")]) == 0
     tracks = Tracks.load(tmp_path / "out" / "tracks.npz")
@@ -47,7 +47,7 @@ def test_every_family_tracks_from_a_folder(
 def test_track_with_a_pipeline_from_a_folder(model: Path, clip: Path, tmp_path: Path) -> None:
     points = tmp_path / "points.csv"
     points.write_text("0,10,10\n0,40.5,30\n3,20,20\n")
-    size = ["--height", "64", "--width", "64", "--frames-per-chunk", "4"]
+    size = ["--size", "64x64", "--frames-per-chunk", "4"]
     arguments = ["track", str(clip), "--model", str(model), "--points", str(points), *size]
     assert main([*arguments, "--output", str(tmp_path / "out")]) == 0
     tracks = Tracks.load(tmp_path / "out" / "tracks.npz")
@@ -75,7 +75,7 @@ def test_wrong_models_and_options(
     for option, value, expected in (
         ("--layer", "9", "layer must be from 0 to"),
         ("--schedule", "random", "schedule must be one of"),
-        ("--height", "64", "height and width of the encoded frames go together"),
+        ("--size", "64", "64 is not a size; accepted is HEIGHTxWIDTH in pixels, such as 480x720"),
     ):
         line = refused("track", clip, "--model", model, "--output", tmp_path / "out", option, value)
         assert expected in line

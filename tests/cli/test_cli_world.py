@@ -12,7 +12,7 @@ from corrdit.data import TapVidSet
 from corrdit.integrations.embedded import world
 from corrdit.integrations.embedded.world import Clip, WorldConfig, clips
 
-SMALL = ("--frames", "2", "--height", "33", "--width", "47", "--points", "3")
+SMALL = ("--num-frames", "2", "--size", "33x47", "--points", "3")
 
 
 def test_a_smaller_set_is_not_written_over_a_larger_one(refused: Callable[..., str], tmp_path: Path) -> None:
@@ -24,7 +24,7 @@ def test_a_smaller_set_is_not_written_over_a_larger_one(refused: Callable[..., s
     assert "0001.mp4, which this call would leave" in refused(*output, "--videos", "1", "--seed", "3", "--tapvid")
     assert "world.pkl, which this call would leave" in refused(*output, "--videos", "2", "--seed", "3")
     assert "other settings: seed 0 (now 3); give" in refused(*output, "--videos", "3", "--seed", "3", "--tapvid")
-    assert "width 47 (now 48)" in refused(*output, "--videos", "3", "--tapvid", "--width", "48")
+    assert "width 47 (now 48)" in refused(*output, "--videos", "3", "--tapvid", "--size", "33x48")
     assert {path.name: path.read_bytes() for path in (tmp_path / "world").iterdir()} == before
     assert main([*output, "--videos", "3", "--tapvid"]) == 0
     assert len(TapVidSet(tmp_path / "world").index()) == 3
@@ -56,8 +56,8 @@ def test_a_set_that_another_call_finished_meanwhile_is_not_replaced(
     ("options", "message"),
     [
         (("--videos", "0"), "--videos 0 was given; accepted is 1 or more"),
-        (("--height", "4"), "height of a generated video must be a whole number of at least 8, got 4"),
-        (("--frames", "2.5"), "frames"),
+        (("--size", "4x16"), "height of a generated video must be a whole number of at least 8, got 4"),
+        (("--num-frames", "2.5"), "frames"),
         (("--seed", "-1"), "--seed -1 was given"),
     ],
 )

@@ -227,6 +227,21 @@ def test_lora(transformer_call, scores):
     assert not torch.allclose(captured[0, 0], reference[0, 0])
 
 
+@pytest.mark.parametrize("early_exit", [False, True])
+def test_layers_placed_by_a_device_map(early_exit, transformer_call, scores, tmp_path):
+    from accelerate import dispatch_model
+
+    transformer, arguments = transformer_call("wan")
+    reference = assert_reads_the_same(transformer, arguments, scores)
+    places = {name: "cpu" for name, _ in transformer.named_children() if name != "blocks"}
+    places |= {"scale_shift_table": "cpu", "blocks.0": "cpu", "blocks.1": "disk", "blocks.2": "disk"}
+    dispatch_model(transformer, device_map=places, main_device="cpu", offload_dir=tmp_path)
+    with torch.no_grad(), capture(transformer, layers=[0, 1], operation=scores, early_exit=early_exit) as captured:
+        during = output(transformer, arguments)
+    assert all(torch.equal(captured[key], reference[key]) for key in reference)
+    assert torch.equal(during, output(transformer, arguments)) or early_exit
+
+
 @pytest.mark.parametrize("name", ["cogvideox-rotary", "hunyuanvideo", "wan", "ltx"])
 def test_fused_projections(name, transformer_call, scores):
     transformer, arguments = transformer_call(name)

@@ -12,6 +12,7 @@ import torch
 
 from corrdit import CorrespondenceProcessor, TokenGrid
 from corrdit.integrations.diffusers.layouts import layout_of
+from corrdit.integrations.diffusers.processors import named_operations
 
 FAMILIES = ("cogvideox", "cogvideox-rotary", "hunyuanvideo", "wan", "ltx", "mochi")
 
@@ -134,6 +135,21 @@ def test_operations_that_hold_or_change_the_model_are_caught(operation, message,
     module.processor = CorrespondenceProcessor(module.processor, grid, operation)
     with pytest.raises(ValueError, match=message):
         run(transformer, arguments)
+
+
+@pytest.mark.parametrize(
+    ("operation", "said"),
+    [
+        (lambda q, k: q, r"<lambda>\(q, k\), which cannot be called with \(q, k, grid, key_mask\): too many"),
+        (lambda q, k, grid, key_mask, scale: q, "missing a required argument: 'scale'"),
+        (lambda *, q, k, grid, key_mask: q, "too many positional arguments"),
+    ],
+)
+def test_an_operation_with_other_arguments_is_named_before_the_model_runs(operation, said):
+    with pytest.raises(ValueError, match=f"operation 'mine' is .*{said}.*give a function of these four"):
+        named_operations({"mine": operation})
+    takes = {"some": lambda q, k, *further: q, "optional": lambda q, k, grid, mask, scale=1: q, "builtin": max}
+    assert named_operations(takes) == takes
 
 
 def test_results_of_other_kinds_are_passed_on(attached):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import warnings
 
 import pytest
 import torch
@@ -73,6 +74,17 @@ def test_unknown_words_have_a_place_of_their_own_and_case_does_not_matter() -> N
     assert tokenizer("gravel").input_ids[0] != tokenizer("asphalt").input_ids[0]
     assert tokenizer("").input_ids == [1]
     assert max(tokenizer("zebra quagga okapi").input_ids) < tokenizer.vocab_size
+
+
+def test_unknown_words_are_named_once() -> None:
+    tokenizer = WordTokenizer()
+    with pytest.warns(UserWarning, match="does not know 'dog', 'meadow': it has seen no video of that. It knows disc"):
+        tokenizer("a dog moves over a meadow, a dog")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokenizer(["a dog", "a red disc moves left over grass", ""])
+    with pytest.warns(UserWarning, match="does not know 'cat':"):
+        tokenizer("a cat and a dog")
 
 
 def test_encoder_is_deterministic_and_tells_subjects_apart() -> None:

@@ -51,7 +51,7 @@ def world(tmp_path_factory) -> pathlib.Path:
     from corrdit.cli import main
 
     folder = tmp_path_factory.mktemp("world") / "videos"
-    options = ["--videos", "3", "--seed", "7", "--frames", "5", "--height", "32", "--width", "48", "--points", "8"]
+    options = ["--videos", "3", "--seed", "7", "--num-frames", "5", "--size", "32x48", "--points", "8"]
     assert main(["world", "--output", str(folder), *options]) == 0
     return folder
 

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -62,7 +63,10 @@ def test_the_table_is_printed_and_written(expected, kinetics, capsys):
     line = next(line for line in said.splitlines() if line.strip().startswith("still"))
     shown = ["average_jaccard", "average_pts_within_thresh", "occlusion_accuracy"]
     shown += [f"pts_within_{threshold}" for threshold in (1, 2, 4, 8, 16)]
-    assert line.split()[:10] == ["still", "4", *(f"{100 * row[name]:.1f}" for name in shown)]
+    without_intervals = re.sub(r"\[[^]]*\]", "", line)
+    assert without_intervals.split()[:10] == ["still", "4", *(f"{100 * row[name]:.1f}" for name in shown)]
+    assert "[{:.1f}, {:.1f}]".format(*(100 * end for end in row["intervals"]["average_jaccard"])) in line
+    assert "Percent, means over videos [95 % interval]" in said
     assert line.endswith("1 without visible points")
     assert "0 of 5 videos evaluated now" in said
     (written,) = csv.DictReader((expected / "table.csv").open())

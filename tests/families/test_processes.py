@@ -35,7 +35,7 @@ def test_the_four_uses_from_the_command_line(name: str, tmp_path: Path, with_wor
     write_video(str(clip), video, 8)
     start = np.array([[20.0, 20.0], [40.0, 30.0]], np.float32)
     np.savez(clip.with_suffix(".npz"), xy=np.repeat(start[None], frames, 0), visible=np.ones((frames, 2), bool))
-    size = ["--height", side, "--width", side]
+    size = ["--size", f"{side}x{side}"]
     corrdit("track", clip, "--model", model, "--points", "grid:2", *size, "--output", tmp_path / "track")
     assert (tmp_path / "track" / "tracks.npz").is_file()
     corrdit(
@@ -53,7 +53,7 @@ def test_the_four_uses_from_the_command_line(name: str, tmp_path: Path, with_wor
     )
     assert (tmp_path / "analysis" / "analysis.csv").is_file()
     words, run = "a red disc moves left", ["--steps", "2", "--model", model]
-    made = ["--cag", "--cag-layers", "1", "--frames", frames, *size]
+    made = ["--cag", "--cag-layers", "1", "--num-frames", frames, *size]
     corrdit("generate", words, *run, *made, "--output", tmp_path / "generated")
     assert (tmp_path / "generated" / "video.mp4").is_file()
     transferred = ["--optimisation-steps", "2", "--blocks", "[1]", "--output", tmp_path / "transferred"]

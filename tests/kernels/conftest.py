@@ -43,6 +43,8 @@ LARGE = Tiles(64, 64, 32, 1, 1)
 KERNELS = (
     "soft_forward", "soft_backward_query", "soft_backward_key", "folded_forward", "folded_gradient", "statistics",
     "correspondence", "best_match", "refinement", "local_forward", "local_backward_query", "local_backward_key",
+    "soft_forward_window", "soft_backward_query_window", "soft_backward_key_window", "folded_forward_window",
+    "best_match_window",
 )  # fmt: skip
 
 
@@ -76,7 +78,9 @@ def undefined_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         return memory.fill_(float("nan") if memory.is_floating_point() else 2**30)
 
     monkeypatch.setattr(torch, "empty", poisoned)
-    monkeypatch.setattr(torch, "empty_like", lambda t, **options: poisoned(t.shape, **{"dtype": t.dtype, **options}))
+    monkeypatch.setattr(
+        torch, "empty_like", lambda t, **options: poisoned(t.shape, **{"dtype": t.dtype, "device": t.device, **options})
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +98,10 @@ def large_tiles() -> Iterator[None]:
 
 
 class Case(NamedTuple):
-    """One pinned input; `options` go to the operation as they are."""
+    """One pinned input; `options` go to the operation as they are.
+
+    `queries` and `keys` are the video tokens that q, and k with v, hold; `undefined_key` makes the first key NaN.
+    """
 
     dtype: torch.dtype = torch.float32
     head_dim: int = 16
@@ -109,21 +116,42 @@ class Case(NamedTuple):
     options: dict[str, Any] | None = None
     window: int | None = None
     moved: bool = False
+    key_heads: int | None = None
+    queries: tuple[int, int] | None = None
+    keys: tuple[int, int] | None = None
+    with_lse: bool = False
+    undefined_key: bool = False
     pairs: tuple[tuple[int, int], ...] = ((0, 1), (1, 0))
 
+    def held(self) -> dict[str, TokenAxis]:
+        """Which tokens q and k hold, of those that do not hold all."""
+        ranges = {"queries": self.queries, "keys": self.keys}
+        return {name: TokenAxis.of_range(self.grid, *held, text=False) for name, held in ranges.items() if held}
+
     def tensor(self, seed: int) -> Tensor:
-        """`[B, H, N, D]`, in memory as the layout says."""
+        """q (seed 0), k or v: `[B, H, N, D]`, in memory as the layout says."""
+        heads = self.key_heads if seed and self.key_heads else self.heads
+        drawn = self._drawn(seed, heads)
+        held = self.keys if seed else self.queries
+        if held is not None:
+            drawn = drawn[:, :, self.grid.video_slice][:, :, slice(*held)]
+        if seed == 1 and self.undefined_key:
+            drawn = drawn.clone()
+            drawn[:, :, 0] = float("nan")
+        return drawn
+
+    def _drawn(self, seed: int, heads: int) -> Tensor:
         generator = torch.Generator(DEVICE).manual_seed(seed)
         tokens = self.grid.tokens
         if self.layout == "tokens first":
-            drawn = torch.randn(self.batch, tokens, self.heads, self.head_dim, generator=generator).transpose(1, 2)
+            drawn = torch.randn(self.batch, tokens, heads, self.head_dim, generator=generator).transpose(1, 2)
         elif self.layout == "slices":
-            wide = torch.randn(self.batch, self.heads, tokens + 9, 2 * self.head_dim + 1, generator=generator)
+            wide = torch.randn(self.batch, heads, tokens + 9, 2 * self.head_dim + 1, generator=generator)
             drawn = wide[:, :, 5 : 5 + tokens, 1::2]
         elif self.layout == "dims first":
-            drawn = torch.randn(self.batch, self.heads, self.head_dim, tokens, generator=generator).transpose(2, 3)
+            drawn = torch.randn(self.batch, heads, self.head_dim, tokens, generator=generator).transpose(2, 3)
         else:
-            drawn = torch.randn(self.batch, self.heads, tokens, self.head_dim, generator=generator)
+            drawn = torch.randn(self.batch, heads, tokens, self.head_dim, generator=generator)
         return (drawn * self.size).to(self.dtype)
 
     def key_mask(self) -> Tensor | None:
@@ -131,7 +159,8 @@ class Case(NamedTuple):
             return None
         generator = torch.Generator(DEVICE).manual_seed(7)
         # A slice of something longer, as the operations pass it.
-        return (torch.rand(self.batch, self.grid.tokens + 3, generator=generator) < self.kept)[:, 3:]
+        kept = (torch.rand(self.batch, self.grid.tokens + 3, generator=generator) < self.kept)[:, 3:]
+        return kept if self.keys is None else kept[:, self.grid.video_slice][:, slice(*self.keys)]
 
     def head_weights(self) -> Tensor | None:
         if self.mode in (None, "none"):
@@ -154,7 +183,10 @@ def errors(result: Tensor, exact: Tensor) -> tuple[float, float]:
 def assert_as_exact_as_plain(what: str, result: Tensor, exact: Tensor, plain: Tensor) -> None:
     """The tolerance; a plain result that happens to be exact still grants a few roundings of the largest value."""
     assert result.shape == exact.shape, what
-    assert not result.isnan().any(), f"{what} holds NaN"
+    undefined = ~exact.isfinite()
+    assert torch.equal(result.isnan(), exact.isnan()), f"{what} holds NaN elsewhere than float64 has it"
+    assert torch.equal(result[undefined].nan_to_num(7.0), exact[undefined].to(result.dtype).nan_to_num(7.0)), what
+    result, exact, plain = (tensor.masked_fill(undefined, 0.0) for tensor in (result, exact, plain))
     rounding = 4 * torch.finfo(result.dtype).eps * (float(exact.detach().abs().max()) or 1.0)
     for kind, factor, mine, theirs in zip(
         ("worst element", "root mean square"),
@@ -178,12 +210,16 @@ def whole_problem(
     key_mask: Tensor | None = None,
     window: int | None = None,
     center: Tensor | None = None,
+    queries: TokenAxis | None = None,
+    keys: TokenAxis | None = None,
+    with_lse: bool = False,
 ) -> PairProblem:
-    """A problem about every token; `center` is `[B, P, h, w, 2]`."""
-    axis = TokenAxis.of_grid(grid)
+    """A problem about every token unless an axis is given; `center` is `[B, P, h, w, 2]`."""
+    whole = TokenAxis.of_grid(grid)
     return PairProblem(
-        grid, axis, axis, scale * temperature, heads=heads, weights=weights, pairs=pairs, key_mask=key_mask,
-        window=window, center=None if center is None else center.flatten(1, 3), precision=product_precision(),
+        grid, queries or whole, keys or whole, scale * temperature, heads=heads, weights=weights, pairs=pairs,
+        key_mask=key_mask, with_lse=with_lse, window=window, center=None if center is None else center.flatten(1, 3),
+        precision=product_precision(),
     )  # fmt: skip
 
 
@@ -206,10 +242,12 @@ def call_backend(backend: Any, operation: str, *arguments: Any, **options: Any) 
         own["source"] = source
     found = getattr(backend, operation)(*inputs, whole_problem(grid, pairs, **options), *rest, **own)
     if operation == "frame_local_attention":
-        return found[0]
+        return found if options.get("with_lse") else found[0]
     parts = [found] if isinstance(found, Tensor) else [part for part in found if part is not None]
     if heads != "none":
         parts = [part.squeeze(1) for part in parts]
+    if "queries" in options:
+        return tuple(parts)
     if operation.endswith("displacement"):
         return parts[0].unflatten(-2, (-1, grid.height, grid.width))
     if operation == "match":
@@ -224,6 +262,9 @@ def results(module: Any, operation: str, case: Case, dtype: torch.dtype, gradien
     count = 3 if operation == "frame_local_attention" else 2
     inputs = [case.tensor(seed).to(dtype).requires_grad_(gradients) for seed in range(count)]
     options: dict[str, Any] = {"scale": 0.8 * case.head_dim**-0.5, "key_mask": case.key_mask(), **(case.options or {})}
+    options.update(case.held())
+    if case.with_lse:
+        options["with_lse"] = True
     if case.mode is not None:
         weights = case.head_weights()
         # The kernels read float32 weights, whatever the dtype.
@@ -239,10 +280,13 @@ def results(module: Any, operation: str, case: Case, dtype: torch.dtype, gradien
     if not gradients:
         return outputs
     generator = torch.Generator(DEVICE).manual_seed(9)
-    towards = torch.randn(outputs[0].shape, generator=generator)
-    # Rows of very different gradients: each is to be as exact as if it were alone.
-    towards = towards * torch.rand(outputs[0].shape[:-1], generator=generator).pow(4)[..., None]
-    return outputs + list(torch.autograd.grad(outputs[0], inputs, towards.to(outputs[0].dtype)))
+    towards = []
+    for output in outputs:
+        drawn = torch.randn(output.shape, generator=generator)
+        # Rows of very different gradients: each is to be as exact as if it were alone. None of an undefined one.
+        drawn = drawn * torch.rand(output.shape[:-1], generator=generator).pow(4)[..., None]
+        towards.append(drawn.to(output.dtype).masked_fill(~output.detach().isfinite(), 0.0))
+    return outputs + list(torch.autograd.grad(outputs, inputs, towards))
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -23,9 +24,15 @@ FORWARD_BAR, OVERLAP = 7.0, 0.6
 BACKWARD_INSTRUCTIONS = {"soft_backward_query": 1.4, "soft_backward_key": 1.75}
 
 
-def compiled(*options: str) -> list[dict[str, Any]]:
-    """Rows of `corrdit kernels --json` from a process that does not interpret."""
+# A folder with another version of triton, as `pip install --no-deps --target FOLDER triton==VERSION` makes it.
+ANOTHER_TRITON = os.environ.get("CORRDIT_ANOTHER_TRITON")
+
+
+def compiled(*options: str, triton: str | None = None) -> list[dict[str, Any]]:
+    """Rows of `corrdit kernels --json` from a process that does not interpret, with the triton of a folder."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    if triton is not None:
+        environment["PYTHONPATH"] = os.pathsep.join([triton, environment.get("PYTHONPATH", "")])
     script = shutil.which("corrdit", path=str(Path(sys.executable).parent))
     assert script is not None
     done = subprocess.run([script, "kernels", "--json", *options], capture_output=True, text=True, env=environment,
@@ -42,6 +49,17 @@ def assert_sound(row: dict[str, Any]) -> None:
     assert row["tensor_cores"] or row["dtype"] == "float32", row
     if row["dtype"] != "float32":
         assert row["spill_bytes"] == 0, row
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(ANOTHER_TRITON is None, reason="CORRDIT_ANOTHER_TRITON names no folder with another triton")
+@pytest.mark.parametrize("variant", ["plain", "window"])
+def test_the_main_kernels_on_another_triton(variant):
+    options = ("--arch", "90", "--op", "soft_displacement", "--variant", variant, "--dtype", "bfloat16")
+    rows = compiled(*options, "--head-dim", "64", triton=ANOTHER_TRITON)
+    assert {row["triton"] for row in rows} != {importlib.metadata.version("triton")}
+    for row in rows:
+        assert_sound(row)
 
 
 def test_soft_displacement_of_one_head_on_hopper():

@@ -14,6 +14,7 @@ from corrdit import TokenGrid, ops
 from corrdit.kernels.displacement import folded_backward
 from corrdit.kernels.displacement.soft import compute_soft_displacement_backward
 from corrdit.kernels.shared import launch
+from corrdit.kernels.shared.tables import whole_frames
 
 HEADS, HEAD_DIM, FRAMES, HEIGHT, WIDTH = 48, 64, 13, 30, 45
 FRAME = HEIGHT * WIDTH
@@ -39,14 +40,16 @@ def folded_gradient(wanted: list[bool], masked: bool = False) -> tuple[Products,
     """The gradient of averaged logits of CogVideoX-5B, every pair of its frames."""
     q = torch.empty(1, HEADS, FRAMES * FRAME, HEAD_DIM, dtype=torch.bfloat16, device="meta")
     pairs = [frame for i in range(FRAMES) for j in range(FRAMES) for frame in (i, j)]
-    statistics = torch.empty(1, 1, FRAMES**2, FRAME, device="meta")
+    statistics = torch.empty(1, 1, FRAMES**2 * FRAME, device="meta")
+    places = whole_frames(FRAMES, FRAME)
     moved = torch.empty(*statistics.shape, 2, device="meta")
     mask = torch.empty(1, q.shape[2], dtype=torch.bool, device="meta") if masked else None
     launches: Counter[str] = Counter()
     with launch.compile_only("9.0", lambda kernel, *_: launches.update([kernel.__name__])), Products() as products:
         compute_soft_displacement_backward(
-            moved, q, q, None, mask, None, moved, statistics, pairs, HEIGHT, WIDTH, True, 0.1, -1, "ieee", wanted
-        )
+            moved, None, q, q, None, mask, None, moved, statistics, pairs, places, places, HEIGHT, WIDTH, True, 0.1, -1,
+            "ieee", wanted,
+        )  # fmt: skip
     return products, launches
 
 

@@ -9,6 +9,7 @@ import torch
 
 from corrdit import TokenGrid, kernels
 from corrdit.kernels.matching import best_match, correspondence
+from corrdit.kernels.shared import tables
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 RAGGED = TokenGrid(2, 5, 7)
@@ -155,11 +156,10 @@ def test_nan_of_a_match_stays_in_its_row(case, call):
 def test_windows_skip_tiles_of_the_argmax():
     q = torch.randn(1, 1, 96, 16)
     arrangement = correspondence.arrange_heads(q, "none", None)
+    table = tables.frame_pairs([0, 0], [0, 0, 96], [0, 0, 96], 12, 8, q.device)
     counts = {}
     for window in (-1, 1, 0):
         visited = torch.zeros(1, dtype=torch.int32)
-        best_match.best_match(
-            q, q, [(0, 0)], 12, 8, arrangement, 1.0, None, allowed_only=True, window=window, visited=visited
-        )
+        best_match.best_match(q, q, table, arrangement, 1.0, None, allowed_only=True, window=window, visited=visited)
         counts[window] = int(visited)
     assert counts == {-1: 6 * 6, 1: 6 * 2, 0: 6 * 1}

@@ -9,16 +9,27 @@ import pytest
 import torch
 
 from corrdit import TokenGrid
-from corrdit.kernels.displacement import folded, folded_backward, soft_backward, soft_forward
+from corrdit.kernels.displacement import folded, folded_backward, gradient_rows, soft_backward, soft_forward
 from corrdit.kernels.frame_local import backward as frame_local_backward
 from corrdit.kernels.frame_local import forward as frame_local_forward
+from corrdit.kernels.frame_local import layout as frame_local_layout
 from corrdit.kernels.matching import best_match, correspondence, refinement, token_rows
-from corrdit.kernels.shared import primitives
+from corrdit.kernels.shared import primitives, windows
 
 pytestmark = pytest.mark.slow
 TEXT = TokenGrid(2, 3, 6, text_tokens=19)
 LOCAL = {"mode": None, "grid": TokenGrid(3, 1, 6, text_tokens=3), "kept": 0.7, "heads": 1}
 WIDE = {"window": 1, "grid": TokenGrid(2, 5, 7), "pairs": ((1, 0),)}
+# Parts of both axes with ends inside frames, and a head of k for each two of q.
+SHARED = {
+    "heads": 4,
+    "key_heads": 2,
+    "grid": TokenGrid(3, 3, 7),
+    "queries": (25, 40),
+    "keys": (8, 60),
+    "pairs": ((1, 0), (1, 2)),
+}
+SOFT = "soft_displacement"
 ZEROED = {**LOCAL, "options": {"renormalize": False, "span": 0}}
 KEPT = {**LOCAL, "options": {"renormalize": True, "span": 0}}
 MATCH = {"mode": "probabilities", "options": {"bidirectional": True, "refine": 0, "positional": [1, [0]]}}
@@ -28,59 +39,80 @@ MASS = {"mode": "probabilities", "grid": TEXT, "options": {"source": 1, "positio
 
 # (module, function, what stands there, what is planted, operation, case): one row a mistake.
 PLANTED: list[tuple[Any, str, str, str, str, dict[str, Any]]] = [
-    (primitives, "accumulate_moments", "moments * shrink[:, None]", "moments", "soft_displacement", {}),
-    (primitives, "raise_peak", "tl.exp2(peak * scale - shift)", "tl.exp2(peak - shift)", "soft_displacement", {}),
-    (primitives, "log_sum_exp", "shift + tl.log2", "tl.log2", "soft_displacement", {}),
+    (primitives, "accumulate_moments", "moments * shrink[:, None]", "moments", SOFT, {}),
+    (primitives, "raise_peak", "tl.exp2(peak * scale - shift)", "tl.exp2(peak - shift)", SOFT, {}),
+    (primitives, "log_sum_exp", "shift + tl.log2", "tl.log2", SOFT, {}),
     (primitives, "gradient_planes", "lanes % 3 == 1, x[:, None], y[:, None]", "lanes % 3 == 1, y[:, None], x[:, None]",
-     "soft_displacement", {}),
-    (primitives, "keep_window", "near_x & near_y", "near_x | near_y", "soft_displacement", {"window": 1}),
-    (primitives, "window_rows", "bottom + radius + 1", "bottom + radius", "soft_displacement", WIDE),
-    (soft_forward, "store_displacement", "lane(moments, 1)", "lane(moments, 2)", "soft_displacement", {}),
-    (primitives, "load_allowed", "kept & tl.load", "kept | tl.load", "soft_displacement", {"kept": 0.6}),
-    (primitives, "gradient_shift", "statistics - tl.where", "statistics + tl.where", "soft_displacement", {}),
-    (soft_forward, "guarded_tile", "first + columns < end", "first + columns < end + 16", "soft_displacement", {}),
-    (soft_forward, "soft_forward_kernel", "wide(batch) * mask_strides[0]", "wide(batch) * 0", "soft_displacement",
+     SOFT, {}),
+    (windows, "in_window", "(highest - code)", "_GUARD", SOFT, {"window": 1}),
+    (windows, "window_rectangle", "highest_y + radius + 1", "highest_y + radius", SOFT, WIDE),
+    (windows, "rectangle_tokens", "top + down", "top", SOFT, WIDE),
+    (windows, "block_tokens", "place // ACROSS) * width", "place // ACROSS) * width + width", SOFT, WIDE),
+    (soft_forward, "store_displacement", "lane(moments, 1)", "lane(moments, 2)", SOFT, {}),
+    (primitives, "load_allowed", "kept & tl.load", "kept | tl.load", SOFT, {"kept": 0.6}),
+    (primitives, "gradient_shift", "statistics - tl.where", "statistics + tl.where", SOFT, {}),
+    (soft_forward, "soft_forward_kernel", "tokens < k_stop, dims", "tokens < k_stop + 16, dims", SOFT, {}),
+    (soft_forward, "soft_forward_kernel", "head // group", "head * 0", SOFT, {**SHARED, "pairs": ((1, 0),)}),
+    (soft_forward, "soft_forward_kernel", "k_first + bulk + columns", "bulk + columns", SOFT, SHARED),
+    (soft_forward, "soft_forward_kernel", "k_place * k_strides[2]", "k_first * k_strides[2]", SOFT, SHARED),
+    (soft_backward, "soft_backward_key_kernel", "turn % group", "turn % group * 0", SOFT, SHARED),
+    (soft_backward, "soft_backward_key_kernel", "row_next = q_frame + wide(q_first)", "row_next = q_frame + wide(0)",
+     SOFT, SHARED),
+    (soft_backward, "soft_backward_query_kernel", "k_first + bulk + columns", "bulk + columns", SOFT,
+     SHARED),
+    (gradient_rows, "gradient_rows_kernel", "other=0.0) * LOG2_E_CONSTANT", "other=0.0)", SOFT,
+     {**SHARED, "with_lse": True}),
+    (soft_backward, "guarded_keys", "zero_where_undefined(k_tile)", "k_tile", SOFT,
+     {"window": 1, "undefined_key": True}),
+    (soft_backward, "guarded_queries", "0.0, dlogit)", "dlogit, dlogit)", SOFT, {"window": 1, "undefined_key": True}),
+    (folded_backward, "folded_gradient_kernel", "0.0, dlogit)", "dlogit, dlogit)", SOFT,
+     {"window": 1, "undefined_key": True, "mode": "logits"}),
+    (primitives, "head_scores", "head // k_group", "head * 0", SOFT, {**SHARED, "mode": "logits"}),
+    (folded_backward, "folded_gradient_kernel", "(k_place - first_column)", "(k_place * 0)", SOFT,
+     {**SHARED, "mode": "logits"}),
+    (soft_forward, "soft_forward_kernel", "wide(batch) * mask_strides[0]", "wide(batch) * 0", SOFT,
      {"kept": 0.6, "batch": 2, "heads": 1, "pairs": ((1, 0),)}),
-    (soft_forward, "soft_forward_kernel", "scores = ahead", "scores = scores", "soft_displacement", {"pairs": ((1, 0),),
+    (soft_forward, "soft_forward_kernel", "scores = ahead", "scores = scores", SOFT, {"pairs": ((1, 0),),
      "grid": TokenGrid(2, 5, 7)}),
-    (soft_forward, "soft_forward_kernel", "(first - BLOCK_N) * 16", "first * 16", "soft_displacement",
+    (soft_forward, "soft_forward_kernel", "(first - BLOCK_N) * COORDINATE_LANES", "first * COORDINATE_LANES", SOFT,
      {"pairs": ((1, 0),), "grid": TokenGrid(2, 5, 7)}),
-    (soft_forward, "soft_forward_kernel", "(bulk - BLOCK_N) * 16", "(bulk - BLOCK_N) * 0", "soft_displacement",
+    (soft_forward, "soft_forward_kernel", "(bulk - BLOCK_N) * COORDINATE_LANES", "(bulk - BLOCK_N) * 0", SOFT,
      {"pairs": ((1, 0),), "grid": TokenGrid(2, 5, 7)}),
-    (primitives, "weighted_scale", "scale * tl.load(head_weights + heads)", "scale", "soft_displacement",
+    (primitives, "weighted_scale", "scale * tl.load(head_weights + heads)", "scale", SOFT,
      {"mode": "logits", "weights": (0.8, 0.2), "pairs": ((1, 0),)}),
     (soft_backward, "soft_backward_query_kernel", "accumulator * (logit_scale * gradient_range)",
-     "accumulator * gradient_range", "soft_displacement", {}),
+     "accumulator * gradient_range", SOFT, {}),
     (soft_backward, "soft_backward_key_kernel", "accumulator * (logit_scale * gradient_range)",
-     "accumulator * logit_scale", "soft_displacement", {}),
-    (soft_backward, "guarded_keys", "inside, mask_stride", "inside, mask_stride * 2", "soft_displacement",
+     "accumulator * logit_scale", SOFT, {}),
+    (soft_backward, "guarded_keys", "inside, mask_stride", "inside, mask_stride * 2", SOFT,
      {"kept": 0.6}),
-    (soft_backward, "guarded_queries", "center_y[None, :]", "center_x[None, :]", "soft_displacement", WIDE),
-    (soft_backward, "gradient_rows_kernel", "mean_x, mean_y)", "mean_y, mean_x)", "soft_displacement", {}),
-    (folded, "folded_forward_kernel", "scale, width, rows", "scale * 2, width, rows", "soft_displacement",
+    (soft_backward, "guarded_queries", "lowest[None, :]", "highest[None, :]", SOFT, WIDE),
+    (gradient_rows, "gradient_rows_kernel", "mean_x, mean_y, of_level)", "mean_y, mean_x, of_level)", SOFT, {}),
+    (folded, "folded_forward_kernel", "scale, width, rows", "scale * 2, width, rows", SOFT,
      {"mode": "logits"}),
-    (folded_backward, "folded_gradient_kernel", "k + pair * k_strides[2]", "k", "soft_displacement",
+    (folded_backward, "folded_gradient_kernel", "k + k_place * k_strides[2]", "k", SOFT,
      {"mode": "logits", "pairs": ((0, 0), (0, 1))}),
-    (primitives, "head_scores", "index // chunks", "index // chunks * 0", "soft_displacement", {"mode": "logits"}),
+    (primitives, "head_scores", "index // chunks", "index // chunks * 0", SOFT, {"mode": "logits"}),
     (primitives, "better_match", "tile_best > best", "tile_best < best", "hard_displacement", {}),
-    (best_match, "best_match_kernel", "candidates & near_x & near_y", "candidates & near_x", "hard_displacement",
+    (best_match, "best_match_kernel", "place_code(x, y, allowed)", "place_code(x, y * 0, allowed)", "hard_displacement",
      {"window": 1}),
     (best_match, "best_match_kernel", "allowed[None, :]", "inside[None, :]", "hard_displacement", {"kept": 0.5}),
     (correspondence, "cost_tile", "share * 0.5", "share", "match", MATCH),
     (correspondence, "cost_tile", "allowed_rows[:, None]", "kept_rows[:, None]", "match", {**MATCH, "kept": 0.6}),
     (correspondence, "cost_tile", "level[None, :]", "level[None, :] * 0", "match", MATCH),
     (refinement, "refinement_kernel", "sum_y / divisor", "sum_x / divisor", "match", REFINE),
-    (token_rows, "cost_rows_kernel", "wide(frame) * frame_tokens + columns", "columns", "cost_rows", ROWS),
+    (token_rows, "cost_rows_kernel", "frame_k + columns", "columns", "cost_rows", ROWS),
     (token_rows, "row_statistics_kernel", "total * shrink", "total", "attention_mass", MASS),
     (token_rows, "attention_mass_kernel", "tl.maximum(peak, tl.max(weights, 1))", "tl.max(weights, 1)",
      "attention_mass", MASS),
-    (frame_local_forward, "local_forward_kernel", "mean * shrink[:, None]", "mean", "frame_local_attention", KEPT),
-    (frame_local_forward, "visible_stretch", "frame + layout[5] + 1", "frame + layout[5] + 2", "frame_local_attention",
-     KEPT),
-    (frame_local_backward, "local_backward_query_kernel", "- delta[:, None])", ")", "frame_local_attention", KEPT),
+    (frame_local_forward, "attend", "mean * shrink[:, None]", "mean", "frame_local_attention", KEPT),
+    (frame_local_layout, "visible_runs", "part + 1", "part + 2", "frame_local_attention", KEPT),
+    (frame_local_backward, "local_backward_key_kernel", "turn % group", "turn % group * 0", "frame_local_attention",
+     {**KEPT, "heads": 2, "key_heads": 1}),
+    (frame_local_backward, "add_keys", "- delta[:, None])", ")", "frame_local_attention", KEPT),
     (frame_local_backward, "local_backward_key_kernel", "sum_k * logit_scale", "sum_k", "frame_local_attention", KEPT),
-    (frame_local_backward, "local_backward_key_kernel", "- delta[None, :])", ")", "frame_local_attention", KEPT),
-    (frame_local_backward, "local_backward_key_kernel", "-weights * delta", "weights * delta", "frame_local_attention",
+    (frame_local_backward, "add_queries", "- delta[None, :])", ")", "frame_local_attention", KEPT),
+    (frame_local_backward, "add_queries", "-weights * delta", "weights * delta", "frame_local_attention",
      ZEROED),
 ]  # fmt: skip
 

@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from corrdit import TokenGrid, kernels, ops, problem
-from corrdit.kernels.frame_local.forward import LocalLayout
 from corrdit.kernels.shared import configs, launch
+from corrdit.kernels.shared.tables import whole_frames
 
 GRID = TokenGrid(2, 1, 4)
+HELD = (whole_frames(2, 4),) * 2
+STRETCHES = [0, 0, 0, 4, 4, 8]
 
 
 def operator(name: str) -> Any:
@@ -31,7 +33,7 @@ def test_opcheck_of_soft_displacement(inputs, folded):
     q, k = (t.requires_grad_() for t in inputs[:2])
     weights = torch.tensor([0.3, 0.7]) if folded else None
     torch.library.opcheck(
-        operator("soft_displacement"), (q, k, weights, None, None, [0, 1], 1, 4, folded, 0.5, -1, "ieee")
+        operator("soft_displacement"), (q, k, weights, None, None, [0, 1], *HELD, 1, 4, folded, 0.5, -1, "ieee")
     )
 
 
@@ -39,23 +41,23 @@ def test_opcheck_of_soft_displacement(inputs, folded):
 def test_opcheck_of_frame_local_attention(inputs):
     q, k, v = (t.requires_grad_() for t in inputs)
     torch.library.opcheck(
-        operator("frame_local_attention"), (q, k, v, None, list(LocalLayout.of(GRID, 0)), 0.5, False, "ieee")
+        operator("frame_local_attention"), (q, k, v, None, STRETCHES, STRETCHES, 0, 0.5, False, "ieee")
     )
 
 
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
-        ("hard_displacement", (None, None, None, [0, 1], 1, 4, "none", 0.5, -1, "ieee")),
+        ("hard_displacement", (None, None, None, [0, 1], *HELD, 1, 4, "none", 0.5, -1, "ieee")),
         pytest.param(
-            "match", (None, None, [0, 1], 1, 4, "probabilities", 0.5, True, 1, "ieee"), marks=pytest.mark.slow
+            "match", (None, None, [0, 1], *HELD, 1, 4, "probabilities", 0.5, True, 1, "ieee"), marks=pytest.mark.slow
         ),
         pytest.param(
             "cost_rows",
-            (torch.tensor([1, 3]), None, None, 0, 1, 4, "probabilities", 0.5, True, "ieee"),
+            (torch.tensor([1, 3]), None, None, 0, *HELD, 1, 4, "probabilities", 0.5, True, "ieee"),
             marks=pytest.mark.slow,
         ),
-        ("attention_mass", (torch.tensor([1, 3]), None, None, 0, 0, 0, 2, 0, "none", 0.5, "ieee")),
+        ("attention_mass", (torch.tensor([1, 3]), None, None, 0, [0, 0, 0, 4, 4, 4], "none", 0.5, "ieee")),
     ],
 )
 def test_opcheck_of_measures(inputs, name, arguments):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from corrdit import TokenGrid, ops
 
-# 12 rows of 8 tokens: a tile of 16 is two rows, a frame six tiles.
+# 12 rows of 8 tokens: a tile of 16 is two rows, with a window a block of 4 x 4; a frame is six tiles.
 FRAME = TokenGrid(1, 12, 8)
 LONG = TokenGrid(4, 2, 8)
 
@@ -42,10 +42,11 @@ def tensors(grid: TokenGrid, count: int = 2, heads: int = 1) -> list[Tensor]:
     return [torch.randn(1, heads, grid.tokens, 16, requires_grad=True) for _ in range(count)]
 
 
-# Tiles of keys for the six tiles of queries: all, two rows round their own (two border tiles see one less), their own.
-@pytest.mark.parametrize(("window", "tiles"), [(None, 36), (2, 16), (0, 6)])
+# Tiles of keys for the six tiles of queries: all; three for the 6 x 6 or 8 x 6 keys round a block, or, in the gradient
+# of averaged logits, two rows round the two of a tile (two border tiles see one less); their own.
+@pytest.mark.parametrize(("window", "tiles", "rows"), [(None, 36, 36), (2, 18, 16), (0, 6, 6)])
 @pytest.mark.parametrize(("heads", "head_count", "forward", "backward"), [("none", 1, 2, 6), ("logits", 2, 3, 3)])
-def test_gradients_visit_the_tiles_of_the_window(products, heads, head_count, forward, backward, window, tiles):
+def test_gradients_visit_the_tiles_of_the_window(products, heads, head_count, forward, backward, window, tiles, rows):
     q, k = tensors(FRAME, heads=head_count)
     found: list[Tensor] = []
 
@@ -55,7 +56,8 @@ def test_gradients_visit_the_tiles_of_the_window(products, heads, head_count, fo
     # A tile takes a product for the scores of each head and one for the coordinates; its gradients three for dq and
     # three for dk of single heads, and for averaged logits (whose last two products are of PyTorch) one for the planes.
     assert products(move) == forward * tiles
-    assert products(lambda: torch.autograd.grad(found[0].square().sum(), (q, k))) == backward * tiles
+    in_gradient = backward * (tiles if heads == "none" else rows)
+    assert products(lambda: torch.autograd.grad(found[0].square().sum(), (q, k))) == in_gradient
 
 
 @pytest.mark.parametrize("heads", ["none", "logits"])
@@ -69,6 +71,19 @@ def test_pairs_that_are_not_asked_for_cost_nothing(products, heads):
     assert products(work([(2, 0), (0, 1), (3, 3)])) == 3 * one
     assert products(work(0)) == 4 * one
     assert products(work(None)) == 16 * one
+
+
+@pytest.mark.parametrize("heads", ["logits", "probabilities"])
+def test_heads_of_weight_0_cost_nothing(products, heads):
+    grid = TokenGrid(2, 1, 8)
+    q, k = tensors(grid, heads=3)
+
+    def work(q: Tensor, k: Tensor, weights: list[float]) -> Callable[[], Any]:
+        options = {"heads": heads, "head_weights": weights, "backend": "triton"}
+        return lambda: ops.soft_displacement(q, k, grid, **options).sum().backward()
+
+    assert products(work(q, k, [1.0, 0.0, 2.0])) == products(work(q[:, :2], k[:, :2], [1.0, 2.0]))
+    assert products(work(q, k, [0.0, 0.0, 2.0])) == products(work(q[:, :1], k[:, :1], [2.0]))
 
 
 def test_a_moved_window_visits_the_tiles_where_it_is(products):

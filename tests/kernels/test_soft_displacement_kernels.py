@@ -69,24 +69,25 @@ def test_windows_skip_tiles(mode):
     from corrdit.kernels.displacement.soft_forward import soft_forward
 
     q = torch.randn(1, 1, 96, 16)
-    table = tables.frame_pairs([0, 0], 1, q.device)
+    table = tables.frame_pairs([0, 0], [0, 0, 96], [0, 0, 96], 12, 8, q.device)
     visited = torch.zeros(1, dtype=torch.int32)
     counts = {}
     for window in (-1, 1, 0):
         visited.zero_()
         if mode == "none":
-            soft_forward(q, q, table, 12, 8, 1.0, None, None, window, visited)
+            soft_forward(q, q, table, 1.0, None, None, window, visited)
         else:
-            folded_forward(q, q, None, table, 12, 8, 1.0, None, None, window, visited)
+            folded_forward(q, q, None, table, 1.0, None, None, window, visited)
         counts[window] = int(visited)
-    # Six tiles of two token rows: all keys are six tiles, four rows (three at the border) two, its own two rows one.
+    # Blocks of 4 x 4 tokens: all keys are six tiles; the windows of a block reach 5 x 6 of them (5 x 5 in a corner), in
+    # two tiles of 16; its own 16 are one.
     assert counts == {-1: 6 * 6, 1: 6 * 2, 0: 6 * 1}
-    far = torch.zeros(1, 1, 96, 2, dtype=torch.int32)
+    far = torch.zeros(1, 96, 2, dtype=torch.int32)
     visited.zero_()
     if mode == "none":
-        soft_forward(q, q, table, 12, 8, 1.0, None, far, 0, visited)
+        soft_forward(q, q, table, 1.0, None, far, 0, visited)
     else:
-        folded_forward(q, q, None, table, 12, 8, 1.0, None, far, 0, visited)
+        folded_forward(q, q, None, table, 1.0, None, far, 0, visited)
     assert int(visited) == 6
 
 

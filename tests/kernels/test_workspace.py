@@ -19,6 +19,7 @@ from corrdit.kernels.matching.hard import compute_hard_displacement
 from corrdit.kernels.matching.mass import compute_attention_mass
 from corrdit.kernels.matching.match import compute_match
 from corrdit.kernels.shared import launch
+from corrdit.kernels.shared.tables import whole_frames
 
 MIB = 2**20
 # heads, head_dim, frames, height, width
@@ -84,6 +85,11 @@ def scene(shape: str, count: int = 2) -> tuple[list[Tensor], tuple[int, int, int
     )  # fmt: skip
 
 
+def whole(frames: int, height: int, width: int) -> tuple[list[int], list[int], int, int]:
+    """What q and k hold of every frame, height and width."""
+    return whole_frames(frames, height * width), whole_frames(frames, height * width), height, width
+
+
 @EVERY_SHAPE
 @pytest.mark.parametrize("folded_heads", [True, False])
 @pytest.mark.parametrize("masked", [True, False])
@@ -91,14 +97,14 @@ def test_soft_displacement_takes_a_fixed_workspace_and_sums(shape, folded_heads,
     (q, k), (frames, height, width) = scene(shape)
     pairs = [frame for i in range(frames) for j in range(frames) for frame in (i, j)]
     mask = torch.empty(1, q.shape[2], dtype=torch.bool, device="meta") if masked else None
-    options = (pairs, height, width, folded_heads, 0.1, -1, "ieee")
+    options = (pairs, *whole(frames, height, width), folded_heads, 0.1, -1, "ieee")
     # Less than a single score map of a head and a pair of frames.
     assert extra_bytes(lambda: compute_soft_displacement(q, k, None, mask, None, *options)) <= 4 * MIB
     moved, statistics = compute(compute_soft_displacement, q, k, None, mask, None, *options)
     gradient = torch.empty_like(moved)
     backward = extra_bytes(
         lambda: compute_soft_displacement_backward(
-            gradient, q, k, None, mask, None, moved, statistics, *options, [True, True]
+            gradient, None, q, k, None, mask, None, moved, statistics, *options, [True, True]
         )
     )
     # Gradient planes and shift of each row.
@@ -122,17 +128,19 @@ def test_matching_and_measures_take_numbers_of_tokens_and_heads(shape, heads):
     pairs = [frame for target in range(1, frames) for frame in (0, target)]
     chosen = torch.empty(256, dtype=torch.int64, device="meta")
     log_sums = 4 * head_count * tokens
+    held = whole(frames, height, width)
+    segments = [0, 0, *(number for frame in range(frames) for number in (frame * height * width, height * width))]
     assert extra_bytes(
-        lambda: compute_match(q, k, None, None, pairs, height, width, heads, 0.1, True, 1, "ieee")
+        lambda: compute_match(q, k, None, None, pairs, *held, heads, 0.1, True, 1, "ieee")
     ) <= 8 * log_sums + 4 * MIB  # fmt: skip
     assert extra_bytes(
-        lambda: compute_hard_displacement(q, k, None, None, None, pairs, height, width, heads, 0.1, -1, "ieee")
+        lambda: compute_hard_displacement(q, k, None, None, None, pairs, *held, heads, 0.1, -1, "ieee")
     ) <= 12 * log_sums + 4 * MIB  # fmt: skip
     assert extra_bytes(
-        lambda: compute_cost_rows(q, k, chosen, None, None, 0, height, width, heads, 0.1, True, "ieee")
+        lambda: compute_cost_rows(q, k, chosen, None, None, 0, *held, heads, 0.1, True, "ieee")
     ) <= 8 * log_sums + 4 * MIB  # fmt: skip
     assert extra_bytes(
-        lambda: compute_attention_mass(q, k, chosen, None, None, 0, 0, 0, frames, 0, heads, 0.1, "ieee")
+        lambda: compute_attention_mass(q, k, chosen, None, None, 0, segments, heads, 0.1, "ieee")
     ) <= 4 * MIB  # fmt: skip
 
 
@@ -140,13 +148,14 @@ def test_matching_and_measures_take_numbers_of_tokens_and_heads(shape, heads):
 @pytest.mark.parametrize("renormalize", [True, False])
 def test_frame_local_attention_takes_a_number_for_each_row(shape, renormalize):
     (q, k, v), (frames, height, width) = scene(shape, 3)
-    layout = [0, 0, 0, frames, height * width, 0]
-    assert extra_bytes(lambda: compute_frame_local_attention(q, k, v, None, layout, 0.1, renormalize, "ieee")) == 0
-    attended, statistics = compute(compute_frame_local_attention, q, k, v, None, layout, 0.1, renormalize, "ieee")
+    limits = [place * height * width for frame in range(frames) for place in (frame, frame + 1)]
+    layout = ([0, 0, *limits], [0, 0, *limits], 0)
+    assert extra_bytes(lambda: compute_frame_local_attention(q, k, v, None, *layout, 0.1, renormalize, "ieee")) == 0
+    attended, statistics = compute(compute_frame_local_attention, q, k, v, None, *layout, 0.1, renormalize, "ieee")
     gradient = torch.empty_like(attended)
     backward = extra_bytes(
         lambda: compute_frame_local_attention_backward(
-            gradient, q, k, v, None, attended, statistics, layout, 0.1, renormalize, "ieee", [True, True]
+            gradient, None, q, k, v, None, attended, statistics, *layout, 0.1, renormalize, "ieee", [True, True]
         )
     )
     assert backward <= 2 * 4 * q.numel() + 4 * statistics.numel() + 4 * MIB

@@ -1,6 +1,8 @@
-"""Parts of the tokens that do not fit, shards that cannot be merged, and what the kernels do not take yet."""
+"""Parts of the tokens that do not fit, shards that cannot be merged, heads that take no part."""
 
 from __future__ import annotations
+
+import importlib
 
 import pytest
 import torch
@@ -59,25 +61,38 @@ def test_what_cannot_be_merged():
     assert ops.merge([result.bfloat16()], [lse]).dtype == torch.bfloat16
 
 
-def test_the_kernels_refuse_parts_and_auto_takes_streaming(monkeypatch, caplog):
+def test_auto_takes_the_kernels_for_parts_and_streaming_for_what_they_refuse(monkeypatch, caplog):
     from corrdit.ops import backends
 
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    generator = torch.Generator().manual_seed(5)
-    q = torch.randn(2, 4, GRID.tokens, 8, generator=generator)
+    backends._automatic.cache_clear()
+    monkeypatch.setattr(backends, "_fixed_reason", lambda device: None)
+    monkeypatch.setattr(backends, "device_of", lambda tensor: "cuda")
+    q = torch.zeros(1, 4, GRID.tokens, 8)
+    taken: list[str] = []
+    monkeypatch.setattr(
+        backends, "_module", lambda name: taken.append(name) or importlib.import_module("corrdit.reference")
+    )
     part = q[:, :, GRID.video_slice][:, :, :10]
-    for arguments, options, reason in (
-        ((part, q), {"queries": (0, 10)}, "whole token axis"),
-        ((q[:, :, GRID.frame_slice(1)], q), {"query_frames": [1]}, "whole token axis"),
-        ((q, part), {"keys": (0, 10)}, "whole token axis"),
-        ((q, q[:, :2]), {}, "as many key heads as query heads, got 2 and 4"),
-        ((q, q), {"return_lse": True}, "no log-sum-exp"),
-    ):
-        with pytest.raises(ValueError, match=f'backend="triton" cannot run: .*{reason}.*use backend="streaming"'):
-            ops.soft_displacement(*arguments, GRID, backend="triton", **options)
-        ops.soft_displacement(*arguments, GRID, **options)
+    ops.soft_displacement(part, q[:, :2], GRID, queries=(0, 10), return_lse=True)
+    ops.soft_displacement(q, part, GRID, keys=(0, 10))
+    ops.soft_displacement(part.double(), q.double(), GRID, queries=(0, 10))
+    assert taken == ["triton", "triton", "streaming"]
+    assert "not float64" in caplog.text
     backends._automatic.cache_clear()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert backends._automatic("cuda", torch.bfloat16, "the kernels take the whole token axis") == "streaming"
-    assert "whole token axis" in caplog.text
-    backends._automatic.cache_clear()
+
+
+def test_heads_of_weight_0_take_no_part():
+    q, k = (tensor.double() for tensor in tensors())
+    for weights in ([0.0, 3.0, 0.0, 1.0], [2.0, 0.0, 0.0, 1.0], torch.tensor([0.0, 0.0, 1.0, 0.0])):
+        idle = [head for head, weight in enumerate(weights) if weight == 0]
+        undefined = q.clone()
+        undefined[:, idle] = float("nan")
+        undefined.requires_grad_()
+        for heads in ("logits", "features", "probabilities"):
+            for backend in ("reference", "streaming"):
+                options = {"heads": heads, "head_weights": weights, "backend": backend}
+                found = ops.soft_displacement(undefined, k, GRID, **options)
+                torch.testing.assert_close(found, ops.soft_displacement(q, k, GRID, **options))
+                (gradient,) = torch.autograd.grad(found.square().sum(), undefined)
+                assert gradient.isfinite().all()
+                assert (gradient[:, idle] == 0).all()

@@ -17,10 +17,12 @@ ROOT = pathlib.Path(__file__).parents[2]
 FLOORS = (
     (
         "corrdit.arguments",
+        "corrdit.display",
         "corrdit.files",
         "corrdit.memory",
         "corrdit.moved",
         "corrdit.pipelines",
+        "corrdit.progress",
         "corrdit.surroundings",
         "corrdit.version",
     ),

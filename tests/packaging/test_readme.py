@@ -41,6 +41,16 @@ def run_blocks(blocks: list[str], name: str) -> dict[str, object]:
     return namespace
 
 
+def test_few_blocks_are_not_run_and_each_says_why():
+    skipped = [
+        (page.name, reason.strip())
+        for page in PAGES
+        for reason in re.findall(r"<!-- not run:([^>]*)-->", page.read_text(encoding="utf-8"))
+    ]
+    assert len(skipped) <= 5
+    assert all(len(reason.split()) > 3 for _, reason in skipped)
+
+
 def test_readme_shows_python():
     assert len(BLOCKS) >= 2
 
@@ -112,7 +122,8 @@ def test_no_page_installs_from_an_index():
 def test_site_has_every_page_and_its_api_every_public_name():
     site = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     listed = re.findall(r"[\w-]+\.md", str(site["nav"]))
-    assert sorted(listed) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
+    notebooks = sorted(f"{file.stem}.md" for file in (ROOT / "docs" / "notebooks").glob("*.ipynb"))
+    assert sorted(listed) == sorted([*(page.name for page in (ROOT / "docs").glob("*.md")), *notebooks])
     spec = importlib.util.spec_from_file_location("site_hooks", ROOT / "docs" / "site_hooks.py")
     hooks = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(hooks)
@@ -120,6 +131,11 @@ def test_site_has_every_page_and_its_api_every_public_name():
     assert {"::: corrdit.ops.match.match", "::: corrdit.metrics.tapvid.tapvid"} <= set(api.splitlines())
     for module, name in re.findall(r"^::: ([\w.]+)\.(\w+)$", api, re.MULTILINE):
         assert hasattr(importlib.import_module(module), name)
+    assert hooks.on_page_markdown("[one](notebooks/a-b.ipynb)") == "[one](notebooks/a-b.md)"
+    page = hooks.notebook_page(ROOT / "docs" / "notebooks" / "track-points.ipynb")
+    assert page.startswith("# Track points through a video")
+    assert "<svg" in page
+    assert page.count("```python") == 5
     outside = hooks.on_page_markdown("see [the card](../integrations/card.md) and [this](results.md)")
     assert outside == "see the card (`integrations/card.md`) and [this](results.md)"
 

@@ -164,9 +164,10 @@ def test_fake_tensors_leave_nothing_in_the_kernels_caches(configurations):
     tables = pytest.importorskip("corrdit.kernels.shared.tables", exc_type=ImportError)
     plan(configurations, "capture", frames=9, height=64, width=64, steps=2, search=False)
     pairs = [(i, j) for i in range(3) for j in range(3)]
-    table = tables.frame_pairs([frame for pair in pairs for frame in pair], 3, CPU)
-    assert all(type(tensor) is torch.Tensor for tensor in table)
-    assert table.pairs.tolist() == [list(pair) for pair in pairs]
+    places = tables.whole_frames(3, 4)
+    table = tables.frame_pairs([frame for pair in pairs for frame in pair], places, places, 2, 2, CPU)
+    assert all(type(tensor) is torch.Tensor for tensor in table[:7])
+    assert table.pairs[:, [0, 3]].tolist() == [[4 * i, 4 * j] for i, j in pairs]
 
 
 def test_published_checkpoints_have_their_published_sizes():
@@ -191,12 +192,12 @@ def test_a_published_transfer_fits_a_24_gigabyte_card_as_released():
     "arguments, message",
     [
         (["cogvideox-9b"], "unknown model 'cogvideox-9b'"),
-        (["embedded", "--height", "50", "--width", "64"], "height 50 is not a multiple of 4"),
+        (["embedded", "--size", "50x64"], "height 50 is not a multiple of 4"),
         (["embedded", "--placement", "shards"], "spreads a model over several cards"),
         (["embedded", "--placement", "offload_layers", "--weights", "float8"], "does not go with placement"),
         (["embedded", "--task", "track", "--cag"], "cag goes with task=\"generate\""),
         (["embedded", "--task", "track", "--method", "smm"], "method are settings of task=\"transfer\""),
-        (["embedded", "--frames", "0"], "frames must be a whole number of at least 1"),
+        (["embedded", "--num-frames", "0"], "frames must be a whole number of at least 1"),
         (["embedded", "--steps", "0"], "steps must be a whole number of at least 1"),
     ],
 )  # fmt: skip
@@ -214,7 +215,7 @@ def test_a_folder_without_a_transformer_is_refused(tmp_path):
 
 
 def test_the_command_shows_phases_and_cards(configurations, capsys):
-    arguments = ["plan", str(configurations), "--frames", "9", "--height", "64", "--width", "64", "--steps", "4"]
+    arguments = ["plan", str(configurations), "--num-frames", "9", "--size", "64x64", "--steps", "4"]
     assert main([*arguments, "--task", "generate", "--cag"]) == 0
     shown = capsys.readouterr().out
     for words in ("denoising step", "decoding", "16 GB", "lower bound", "no time was measured"):

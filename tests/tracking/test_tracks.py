@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import csv
+from xml.etree import ElementTree
+
 import numpy as np
 import pytest
 import torch
 
 from corrdit import Tracks
 from corrdit.files import written_beside
+from corrdit.video import read_video
+from corrdit.visualization import TrackStyle, draw_tracks
 
 
 def some_tracks(frames: int = 4, points: int = 3) -> Tracks:
@@ -109,3 +114,59 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 def test_writing_into_a_missing_folder_names_it(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         some_tracks().save(tmp_path / "absent" / "tracks.npz")
+
+
+def test_save_writes_a_table_by_the_ending(tmp_path):
+    tracks = some_tracks()
+    tracks.save(tmp_path / "tracks.csv", columns={"label": ["ear", "nose", "=tail"]})
+    rows = list(csv.DictReader((tmp_path / "tracks.csv").open()))
+    assert list(rows[0]) == ["frame", "point", "x", "y", "visible", "score", "label"]
+    assert len(rows) == tracks.frames * tracks.points
+    for row in rows:
+        place = int(row["frame"]), int(row["point"])
+        assert [float(row["x"]), float(row["y"])] == pytest.approx(tracks.xy[place].tolist(), abs=1e-3)
+        assert bool(int(row["visible"])) == bool(tracks.visible[place])
+        assert row["label"] == ["ear", "nose", "'=tail"][place[1]]
+
+
+def test_drawings_are_those_of_draw_tracks(tmp_path):
+    tracks = some_tracks()
+    video = np.random.default_rng(0).integers(0, 255, (tracks.frames, 24, 32, 3), dtype=np.uint8)
+    style = TrackStyle(trail=2)
+    drawn = tracks.draw(list(video), style=style)
+    np.testing.assert_array_equal(drawn, draw_tracks(video, tracks, style=style))
+    tracks.save(tmp_path / "tracks.gif", video=video, fps=5, style=style)
+    assert read_video(tmp_path / "tracks.gif").frames.shape == drawn.shape
+    with pytest.raises(ValueError, match=r"the video has 2 frames, the tracks have 4"):
+        tracks.save(tmp_path / "other.mp4", video=video[:2])
+    assert [path.name for path in tmp_path.iterdir()] == ["tracks.gif"]
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("tracks.txt", {}, r"tracks.txt does not end in .npz, .csv, .mp4, .mov, .gif"),
+        ("tracks.mp4", {}, "shows tracks over their video; give it as video="),
+        ("tracks.npz", {"columns": {"label": ["one"]}}, r"column 'label' has shape \[1\]; accepted is \[points\]"),
+        ("tracks.npz", {"columns": {"score": [1, 2, 3]}}, "under a name that the file does not use itself"),
+    ],
+)
+def test_save_refuses_what_it_cannot_write(tmp_path, name, given, message):
+    with pytest.raises(ValueError, match=message):
+        some_tracks().save(tmp_path / name, **given)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_notebook_shows_moving_tracks():
+    tracks = some_tracks()
+    assert repr(tracks) == "Tracks(3 points through 4 frames, 67 % visible)"
+    page = ElementTree.fromstring(tracks._repr_html_().replace("<br>", "<br/>"))
+    circles = page.findall(".//{*}circle")
+    assert len(circles) == tracks.points
+    for circle in circles:
+        values = {move.get("attributeName"): move.get("values").split(";") for move in circle}
+        assert {name: len(found) for name, found in values.items()} == {"cx": 4, "cy": 4, "opacity": 4}
+    empty = Tracks(np.zeros((2, 0, 2)), np.zeros((2, 0), bool), np.zeros((2, 0)))
+    assert "0 points through 2 frames" in empty._repr_html_()
+    many = Tracks(np.random.default_rng(0).random((90, 1000, 2)) * 400, np.ones((90, 1000), bool), np.ones((90, 1000)))
+    assert len(many._repr_html_()) < 80_000

@@ -34,6 +34,17 @@ def test_heatmap_shows_values_frames_the_largest_and_greys_what_is_missing():
         draw_heatmaps({}, **labels)
 
 
+def test_compared_maps_have_one_scale():
+    labels = {"rows": [0, 1], "columns": [10, 20], "row_title": "layer", "column_title": "timestep"}
+    dark = (68, 1, 84)  # the smallest in viridis
+    low, high = np.array([[0.0, 0.1], [0.1, 0.1]]), np.array([[0.8, 0.9], [0.9, 1.0]])
+    apart = share_of(draw_heatmaps({"high": high}, **labels), dark)
+    together = draw_heatmaps({"low": low, "high": high}, **labels)
+    assert apart > 0.02
+    assert share_of(together[:, : together.shape[1] // 2], dark) > 0.02
+    assert share_of(together[:, together.shape[1] // 2 : -120], dark, 20) == 0
+
+
 def test_curves_begin_with_the_first_x():
     rising = draw_curves([999, 500, 19], {"a": np.array([0.0, 0.5, 1.0])}, title="t", x_title="x", y_title="y")
     blue = np.argwhere((np.abs(rising.astype(int) - (0x2A, 0x6F, 0xBB)) < 12).all(-1))

@@ -20,6 +20,7 @@ from corrdit.integrations.diffusers.analysis.capturing import reading_forward
 from corrdit.integrations.diffusers.analysis.video_pictures import prompt_words
 from corrdit.integrations.diffusers.analysis.videos import analysis_axes, encoded_video, given_latents
 from corrdit.integrations.diffusers.backbones.base import Backbone
+from corrdit.progress import progress_or_bar
 from corrdit.tracking.peaks import refined_peaks
 from corrdit.tracking.readings import image_given
 from corrdit.video import as_frames
@@ -184,6 +185,7 @@ def explore(
     words, places = prompt_words(backbone, prompt)
     text = backbone.encoded_prompt(prompt) if words else None
     read: dict[tuple[int, int], Read] = {}
+    report = progress_or_bar(progress, "steps")
     timesteps = dict(zip(table.steps, table.timesteps, strict=True))
     for done, (step, latents) in enumerate(given_latents(backbone, encoded.latents, timesteps, options), start=1):
         reading_forward(
@@ -197,7 +199,6 @@ def explore(
             text=text,
             image=image_given(backbone, encoded.latents).get("image"),
         )
-        if progress is not None:
-            progress(done, len(timesteps))
+        report(done, len(timesteps))
     shown = [group[len(group) // 2] for group in encoded.truth.frame_map]
     return Exploration(backbone, encoded.frames[shown], encoded.scale, read, words, places, options)

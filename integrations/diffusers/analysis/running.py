@@ -135,6 +135,7 @@ def finish_analysis(
     pictures: int = 1,
     choice: PictureChoice | None = None,
     parquet: bool = False,
+    made_with: Mapping[str, object] | None = None,
 ) -> tuple[AnalysisResults, list[str]]:
     """Draw the first videos at the layer and step that match best or at chosen ones, and write report and tables.
 
@@ -150,6 +151,7 @@ def finish_analysis(
         pictures: how many videos are drawn.
         choice: what is drawn of them.
         parquet: also write Parquet.
+        made_with: what the report says of its making, such as command, version, commit and device.
 
     Returns:
         The results, and the names of the files.
@@ -177,7 +179,7 @@ def finish_analysis(
         left -= 1
     order = list(dict.fromkeys(section for section, _, _ in drawn))
     drawn.sort(key=lambda picture: order.index(picture[0]))
-    files = [*write_report(output, results, pictures=drawn, parquet=parquet), *files]
+    files = [*write_report(output, results, pictures=drawn, parquet=parquet, made_with=made_with), *files]
     if options.average == "released":
         files += [str(file.relative_to(output)) for file in write_released_tables(output, results.tables)]
     return results, files

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from corrdit.arguments import resolved_index, whole_number
+from corrdit.display import table_html
 from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.backbones.frames import conditioning_latents
 from corrdit.integrations.diffusers.backbones.presets import Preset, preset_for
@@ -83,6 +84,22 @@ class Backbone(PromptEncoder):
             )
         if (head := self.preset.reading.head) is not None and head >= self.heads:
             raise ValueError(f"the preset of {name} reads head {head}, but there are {self.heads} heads")
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name}: {self.layers} layers of {self.heads} heads>"
+
+    def _repr_html_(self) -> str:
+        reading = self.preset.reading
+        rows = {
+            "family": self.family,
+            "transformer": type(self.transformer).__name__,
+            "layers x heads": f"{self.layers} x {self.heads}",
+            "parameters": f"{sum(weight.numel() for weight in self.transformer.parameters()) / 1e6:,.1f} million",
+            "dtype, device": f"{self.dtype}, {self.device}",
+            "reads": f"layer {reading.layer}, step {reading.step} of {reading.inference_steps}",
+            "not for": "; ".join(f"{use}: {reason}" for use, reason in self.limits.items()) or "nothing",
+        }
+        return table_html(f"{type(self).__name__} {self.name}", rows)
 
     @property
     def family(self) -> str:

@@ -27,7 +27,9 @@ VIDEO_FILE = "video.mp4"
 PLAIN_FILE = "plain.mp4"
 BOTH_FILE = "side_by_side.mp4"
 DETAILS_FILE = "generation.json"
-GAP_PIXELS = 8
+SHEET_FILE = "sheet.png"
+SHEET_FRAMES = 6
+UNGUIDED, GUIDED = "no guidance", "guided"
 VBENCH_FOLDER = "vbench"
 LONGEST_NAME = 220
 """Bytes of a file's name; file systems take 255, of which writing beside it needs some."""
@@ -131,17 +133,9 @@ def generate(
     return GeneratedVideo(prompt, seed, video, generated_frames(pipe, arguments, seed), sample)
 
 
-def side_by_side(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Two videos of one shape beside each other, `[T, H, 2 W + gap, 3]`, with a white gap."""
-    if left.shape != right.shape:
-        raise ValueError(f"the videos differ in shape, {left.shape} and {right.shape}, so they do not fit side by side")
-    gap = np.full((*left.shape[:2], GAP_PIXELS, 3), 255, dtype=np.uint8)
-    return np.concatenate([left, gap, right], axis=2)
-
-
 def write_generated(folder: str | os.PathLike[str], generated: GeneratedVideo, *, fps: float) -> list[Path]:
-    """Write the videos of one result into an existing folder: `video.mp4`, and with guidance `plain.mp4` and
-    `side_by_side.mp4` (without guidance on the left).
+    """Write the videos of one result into an existing folder: `video.mp4` and `sheet.png`, and with guidance
+    `plain.mp4` and `side_by_side.mp4` (without guidance on the left).
 
     Args:
         folder: must exist.
@@ -152,14 +146,30 @@ def write_generated(folder: str | os.PathLike[str], generated: GeneratedVideo, *
         The files.
     """
     from corrdit.video import write_video
+    from corrdit.visualization import write_side_by_side
 
     place = Path(folder)
-    videos = {VIDEO_FILE: generated.video}
+    files = [place / VIDEO_FILE]
+    write_video(files[0], generated.video, fps)
     if generated.plain is not None:
-        videos |= {PLAIN_FILE: generated.plain, BOTH_FILE: side_by_side(generated.plain, generated.video)}
-    for name, frames in videos.items():
-        write_video(place / name, frames, fps)
-    return [place / name for name in videos]
+        files += [place / PLAIN_FILE, place / BOTH_FILE]
+        write_video(files[1], generated.plain, fps)
+        panels = {UNGUIDED: generated.plain, GUIDED: generated.video}
+        write_side_by_side(files[2], panels, fps, caption=f"{generated.prompt}, seed {generated.seed}")
+    _write_sheet(place / SHEET_FILE, generated)
+    return [*files, place / SHEET_FILE]
+
+
+def _write_sheet(path: Path, generated: GeneratedVideo) -> None:
+    """Frames side by side; with guidance a row without it and one with it."""
+    from corrdit.visualization.sheet import contact_sheet, fit_columns, sheet_frames
+
+    chosen = sheet_frames(len(generated.video), SHEET_FRAMES)
+    rows = {"": generated.video} if generated.plain is None else {UNGUIDED: generated.plain, GUIDED: generated.video}
+    pictures = fit_columns([video[frame] for video in rows.values() for frame in chosen], len(chosen))
+    labels = [f"{name}{', ' if name else ''}frame {frame}" for name in rows for frame in chosen]
+    caption = f"{generated.prompt}, seed {generated.seed}"
+    contact_sheet(pictures, labels, path=path, columns=len(chosen), caption=caption)
 
 
 def generation_facts(generated: GeneratedVideo, fps: float) -> dict[str, object]:

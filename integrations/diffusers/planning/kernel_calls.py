@@ -56,16 +56,16 @@ def _attention(q: Tensor, k: Tensor, *options: object) -> float:
 
 
 KERNEL_FLOP: dict[str, Callable[..., float]] = {
-    "corrdit::soft_displacement": lambda q, k, w, m, c, pairs, h, wd, *o: _pairs_of_frames(q, pairs, h, wd),
-    "corrdit::soft_displacement_backward": lambda g, q, k, w, m, c, d, s, pairs, h, wd, *o: (
+    "corrdit::soft_displacement": lambda q, k, w, m, c, pairs, qs, ks, h, wd, *o: _pairs_of_frames(q, pairs, h, wd),
+    "corrdit::soft_displacement_backward": lambda g, level, q, k, w, m, c, d, s, pairs, qs, ks, h, wd, *o: (
         3 * _pairs_of_frames(q, pairs, h, wd)
     ),
-    "corrdit::hard_displacement": lambda q, k, w, m, c, pairs, h, wd, *o: _pairs_of_frames(q, pairs, h, wd),
-    "corrdit::match": lambda q, k, w, m, pairs, h, wd, *o: _pairs_of_frames(q, pairs, h, wd),
+    "corrdit::hard_displacement": lambda q, k, w, m, c, pairs, qs, ks, h, wd, *o: _pairs_of_frames(q, pairs, h, wd),
+    "corrdit::match": lambda q, k, w, m, pairs, qs, ks, h, wd, *o: _pairs_of_frames(q, pairs, h, wd),
     "corrdit::cost_rows": _rows,
     "corrdit::attention_mass": _rows,
     "corrdit::frame_local_attention": _attention,
-    "corrdit::frame_local_attention_backward": lambda gradient, q, k, *options: 2.5 * _attention(q, k),
+    "corrdit::frame_local_attention_backward": lambda gradient, level, q, k, *options: 2.5 * _attention(q, k),
 }
 """Floating-point operations by operator, from its arguments."""
 
