@@ -101,7 +101,9 @@ def windowed(shape: Shape) -> Kernel:
         for top in range(0, shape.height, 8)
         for left in range(0, shape.width, 8)
     )
-    return Kernel("folded_forward_window", shape.frames**2 * pairs, shape.channels + 16, 1, 30, UNHIDDEN)
+    return Kernel(
+        "folded_forward_window", shape.frames**2 * pairs, shape.channels + 16, 1, 3.6 * shape.channels / 64, UNHIDDEN
+    )
 
 
 def _reached(start: int, side: int) -> int:

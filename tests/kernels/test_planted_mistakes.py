@@ -57,7 +57,7 @@ PLANTED: list[tuple[Any, str, str, str, str, dict[str, Any]]] = [
     (soft_forward, "soft_forward_kernel", "k_place * k_strides[2]", "k_first * k_strides[2]", SOFT, SHARED),
     (soft_backward, "soft_backward_key_kernel", "turn % group", "turn % group * 0", SOFT, SHARED),
     (soft_backward, "soft_backward_key_kernel", "row_next = q_frame + wide(q_first)", "row_next = q_frame + wide(0)",
-     SOFT, SHARED),
+     SOFT, {**SHARED, "queries": (22, 42)}),
     (soft_backward, "soft_backward_query_kernel", "k_first + bulk + columns", "bulk + columns", SOFT,
      SHARED),
     (gradient_rows, "gradient_rows_kernel", "other=0.0) * LOG2_E_CONSTANT", "other=0.0)", SOFT,
