@@ -207,8 +207,9 @@ def command_parser(command: str, arguments: Sequence[str] = (), *, plain: bool =
     module.add_arguments(parser)
     if not plain and not any("--config" in action.option_strings for action in parser._actions):
         parser.add_argument("--config", action="config", metavar="FILE", help="YAML file with values for these options")
-    main = getattr(module, "MAIN", None)
-    shaped(parser, module.__doc__ or module.HELP, module.EXAMPLES, main, everything=everything)
+    if {"-h", "--help", "--help-all"} & {*arguments}:
+        main = getattr(module, "MAIN", None)
+        shaped(parser, module.__doc__ or module.HELP, module.EXAMPLES, main, everything=everything)
     return cast("ArgumentParser", parser)
 
 

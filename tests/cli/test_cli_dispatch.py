@@ -110,6 +110,7 @@ def test_completion_knows_commands_options_and_models(capsys: pytest.CaptureFixt
     assert completed("corrdit", "tra") == ["track", "train", "transfer"]
     assert completed("corrdit", "track", "--model", "cog") == ["cogvideox-2b", "cogvideox-5b"]
     assert completed("corrdit", "generate", "text", "--num") == ["--num-frames"]
+    assert completed("corrdit", "track", "video", "--low") == ["--low-pass"]  # one that only --help-all shows
 
 
 def test_completion_names_its_shells(capsys: pytest.CaptureFixture[str]) -> None:
