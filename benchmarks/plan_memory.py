@@ -21,8 +21,8 @@ from experiment import CPU, Record, facts, new_parser, write_json
 from corrdit import CrossAttentionGuidance, MotionTransfer, PointTracker, capture, load_backbone, ops
 from corrdit.benchmark.measure import peak_extra_bytes
 from corrdit.integrations.diffusers.backbones.base import Backbone
-from corrdit.integrations.diffusers.backbones.checkpoints import CHECKPOINTS
 from corrdit.integrations.diffusers.backbones.loading import backbone_of
+from corrdit.integrations.diffusers.backbones.published_checkpoints import CHECKPOINTS
 from corrdit.integrations.diffusers.planning.plan import Plan, plan
 from corrdit.integrations.diffusers.testing.tiny_models import tiny_generation, tiny_pipeline
 

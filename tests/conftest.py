@@ -36,7 +36,7 @@ def golden() -> Callable[[str], dict[str, np.ndarray]]:
 @pytest.fixture
 def saved_model(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], pathlib.Path]:
     """Saves a tiny pipeline into a folder, and makes up for packages its pipeline is loaded with."""
-    from corrdit.integrations.diffusers.testing.tiny_families import NoSafetyChecker
+    from corrdit.integrations.diffusers.testing.tiny_cosmos import NoSafetyChecker
     from corrdit.integrations.diffusers.testing.tiny_models import TINY_MODELS, tiny_pipeline
 
     def save(name: str) -> pathlib.Path:

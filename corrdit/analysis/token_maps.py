@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,12 +19,10 @@ class AttentionPicture(NamedTuple):
 
     Attributes:
         rows: `[P, F, h, w]` query-key cost of chosen points in every frame, mean over heads.
-        text: `[T, F, h, w]` attention of chosen text tokens on the video, mean over heads; T is 0 without text.
         queries, keys: `[F, h, w, 3]` first three principal components over all video tokens, 0 to 1.
     """
 
     rows: Tensor
-    text: Tensor
     queries: Tensor
     keys: Tensor
 
@@ -49,7 +46,6 @@ def attention_picture(
     key_mask: Tensor | None,
     *,
     points: Tensor,
-    text_tokens: Sequence[int],
     stride: Stride,
     options: AnalysisOptions,
 ) -> AttentionPicture:
@@ -58,22 +54,15 @@ def attention_picture(
     Args:
         q, k, grid, key_mask: as an operation is given them, one video.
         points: `[P, 2]` (x, y) in pixels of the encoded first frame.
-        text_tokens: which text tokens to show, counted from the first one.
         stride: (dy, dx) pixels a token spans.
         options: `bidirectional`, `backend` and `memory_budget` are used.
     """
     tokens = point_tokens(points, grid, stride, "nearest")
     both = options.bidirectional
     rows = ops.cost_rows(q, k, grid, tokens, bidirectional=both, key_mask=key_mask, **options.execution)
-    shown = [index for index in text_tokens if index < grid.text_tokens]
-    chosen = q[:, :, [grid.text_slice.start + index for index in shown]].float()
-    logits = torch.einsum("bhtd,bhnd->bhtn", chosen, k.float()) * q.shape[-1] ** -0.5
-    if key_mask is not None:
-        logits = logits.masked_fill(~key_mask[:, None, None], float("-inf"))
-    text = logits.softmax(-1).mean(1)[0, :, grid.video_slice]
     maps = (grid.frames, grid.height, grid.width)
     parts = [principal_components(part[0, :, grid.video_slice].transpose(0, 1).flatten(1)) for part in (q, k)]
-    return AttentionPicture(rows[0].cpu(), text.unflatten(-1, maps).cpu(), *(part.unflatten(0, maps) for part in parts))
+    return AttentionPicture(rows[0].cpu(), *(part.unflatten(0, maps) for part in parts))
 
 
 def feature_picture(features: Tensor, grid: TokenGrid, *, points: Tensor, stride: Stride) -> FeaturePicture:

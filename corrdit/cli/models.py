@@ -7,6 +7,7 @@ writes  a table to standard output, or with --json one JSON object a line
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING
@@ -27,6 +28,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(arguments: Namespace) -> int:
     from corrdit.integrations.diffusers import available_backbones
     from corrdit.integrations.diffusers.backbones.coverage import USES, coverage
+    from corrdit.integrations.diffusers.backbones.published_checkpoints import CHECKPOINTS, UNKNOWN_CHECKPOINTS
 
     backbones, families = available_backbones(), coverage()
     if arguments.json:
@@ -35,6 +37,10 @@ def run(arguments: Namespace) -> int:
             print(json.dumps({**backbone, "preset": None if preset is None else preset.described()}))
         for family in families:
             print(json.dumps(family))
+        for name, point in CHECKPOINTS.items():
+            print(json.dumps({"checkpoint": name, **dataclasses.asdict(point)}))
+        for hub_id, missing in UNKNOWN_CHECKPOINTS.items():
+            print(json.dumps({"hub_id": hub_id, "unknown": missing}))
         return 0
     rows = []
     for backbone in backbones:
@@ -47,6 +53,14 @@ def run(arguments: Namespace) -> int:
     print_table(("family", "transformer", *USES), [_family_cells(family, reasons) for family in families])
     for number, reason in enumerate(reasons, 1):
         print(f"[{number}] {reason}")
+    shown = [
+        (name, point.hub_id, point.pipeline, _size_text(point.size), ", ".join(point.unknown))
+        for name, point in CHECKPOINTS.items()
+    ]
+    print_table(("checkpoint", "hub id", "pipeline", "made for", "unknown"), shown)
+    for hub_id, missing in UNKNOWN_CHECKPOINTS.items():
+        print(f"{hub_id}: no public file states its {missing}; `corrdit plan FOLDER` reads its own")
+    print("`corrdit plan` takes these checkpoints by either name, without their weights.")
     print("A folder written by save_pretrained and a hub id such as THUDM/CogVideoX-2b are accepted too.")
     return 0
 
@@ -62,6 +76,11 @@ def _preset_text(preset: Preset | None) -> str:
     elif read.tokens_per_frame:
         size = f"at most {read.tokens_per_frame} tokens a frame"
     return f"layer {read.layer}, step {step} of {read.inference_steps}, {read.frames_per_chunk} frames a chunk, {size}"
+
+
+def _size_text(size: tuple[int, int, int]) -> str:
+    frames, height, width = size
+    return f"{frames} frames, {height} x {width}"
 
 
 def _family_cells(family: FamilyRow, reasons: list[str]) -> tuple[str, ...]:

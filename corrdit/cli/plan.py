@@ -89,6 +89,9 @@ def _show(found: Plan) -> None:
     )
     parameters = ", ".join(f"{name} {count / 1e9:.2f}" for name, count in found.parameters.items())
     print(f"parameters in billions: {parameters}")
+    unknown = [name for name, source in found.sources.items() if source.startswith("unknown")]
+    if unknown:
+        print(f"not known, and in no figure: {', '.join(unknown)}")
     print(f"as asked for ({found.way}):")
     rows = []
     for phase in found.phases:

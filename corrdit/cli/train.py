@@ -76,4 +76,7 @@ def run(arguments: Namespace) -> int:
             return 0
     folder = export_checkpoint(newest_checkpoint(output), exported)
     print(f"exported {folder}")
+    if not arguments.export_only and module.trainer.global_step < config.steps:
+        print(f"stopped at step {module.trainer.global_step} of {config.steps}; --resume goes on")
+        return 0 if arguments.minutes is not None else 1
     return 0

@@ -13,19 +13,37 @@ import torch
 from torch import Tensor
 
 from corrdit.arguments import finite_number, whole_indices
-from corrdit.grid import TokenGrid
+from corrdit.grid import CrossGrid, TokenGrid
+
+
+def weights_on_text(q: Tensor, k: Tensor, key_mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """Attention weights `[..., F * S, T]` of the video on the text: a softmax over the text's tokens alone.
+
+    Args:
+        q: `[..., F * S, D]`, of the video.
+        k: `[..., T, D]`, of the text.
+        key_mask: bool, broadcastable to `[..., 1, T]`; tokens that it leaves out get nothing.
+        scale: factor of q.k; None for D**-0.5.
+
+    Returns:
+        float32, or float64 for float64.
+    """
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    logits = q.to(dtype) @ k.to(dtype).transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    return (logits if key_mask is None else logits.masked_fill(~key_mask, float("-inf"))).softmax(-1)
 
 
 def word_attention(
-    q: Tensor, k: Tensor, grid: TokenGrid, words: Iterable[int], *, key_mask: Tensor | None = None
+    q: Tensor, k: Tensor, grid: TokenGrid | CrossGrid, words: Iterable[int], *, key_mask: Tensor | None = None
 ) -> Tensor:
     """Share of its attention on the text that each video token gives to some text tokens.
 
     Args:
-        q, k: `[B, H, N, D]` of joint attention.
-        grid: how the N tokens are arranged; with text.
+        q, k: `[B, H, N, D]` of joint attention, or `[B, H, F * S, D]` of the video and `[B, H, T, D]` of the text, as
+            `capture(..., attention="cross")` gives them.
+        grid: how the tokens are arranged: a `TokenGrid` with text, or a `CrossGrid`.
         words: positions among the text tokens.
-        key_mask: bool `[B, N]`; text tokens that it leaves out get nothing.
+        key_mask: bool `[B, N]` or `[B, T]`; text tokens that it leaves out get nothing.
 
     Returns:
         float32 (float64 for float64) `[B, F, h, w]`, 0 to 1, the mean over heads.
@@ -33,21 +51,20 @@ def word_attention(
     Raises:
         ValueError: a grid without text, or positions outside it.
     """
-    if not grid.text_tokens:
+    tokens = grid.keys if isinstance(grid, CrossGrid) else grid.text_tokens
+    if not tokens:
         raise ValueError(
             "this attention holds no text tokens (the model reads its prompt by cross-attention), so no word's "
-            "attention can be read from it; take a model with joint attention (CogVideoX, HunyuanVideo, Mochi)"
+            'attention can be read from it; read the attention to the text, capture(..., attention="cross")'
         )
     places = whole_indices("words", words)
-    if min(places) < 0 or max(places) >= grid.text_tokens:
-        raise ValueError(f"words must be positions from 0 to {grid.text_tokens - 1}, got {places}")
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    logits = q[:, :, grid.video_slice].to(dtype) @ k[:, :, grid.text_slice].to(dtype).transpose(-1, -2)
-    logits = logits * q.shape[-1] ** -0.5
-    if key_mask is not None:
-        logits = logits.masked_fill(~key_mask[:, None, None, grid.text_slice], float("-inf"))
-    weights = logits.softmax(-1)[..., places].sum(-1).mean(1)
-    return weights.unflatten(1, (grid.frames, grid.height, grid.width))
+    if min(places) < 0 or max(places) >= tokens:
+        raise ValueError(f"words must be positions from 0 to {tokens - 1}, got {places}")
+    if isinstance(grid, TokenGrid):
+        q, k = q[:, :, grid.video_slice], k[:, :, grid.text_slice]
+        key_mask = None if key_mask is None else key_mask[:, grid.text_slice]
+    weights = weights_on_text(q, k, None if key_mask is None else key_mask[:, None, None])
+    return weights[..., places].sum(-1).mean(1).unflatten(1, (grid.frames, grid.height, grid.width))
 
 
 def inside_loss(attention: Tensor, region: Tensor) -> Tensor:

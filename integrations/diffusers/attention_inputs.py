@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +62,36 @@ class AttentionInputs:
                 raise ValueError("the model's attention mask is not over keys alone, so it cannot be joined from parts")
             mask = gathered(mask, group, -1)
         return replace(self, query=query, key=gathered(self.key, group, 2), mask=mask, keys_spread=False)
+
+    def over_all_tokens(self, grid: TokenGrid | CrossGrid) -> AttentionInputs | None:
+        """With a query for every token: of text that attends to itself alone they are zeros; None for its own call."""
+        part = part_of_layer(self.query, self.key, self.causal, grid)
+        if part == "text":
+            return None
+        if part == "all" or not isinstance(grid, TokenGrid):
+            return self
+        return replace(self, query=with_text_queries(self.query, grid))
+
+
+def part_of_layer(
+    query: torch.Tensor, key: torch.Tensor, causal: bool, grid: TokenGrid | CrossGrid
+) -> Literal["all", "text", "video"]:
+    """Whose queries a call of attention has, by their number.
+
+    As a rule those of all tokens. Where the text, which stands first, attends causally to itself alone (Cosmos 3), a
+    layer has a call for it, and one for the video, whose keys are those of both.
+    """
+    if not isinstance(grid, TokenGrid) or not grid.text_tokens or not grid.text_first:
+        return "all"
+    queries, keys = query.shape[2], key.shape[2]
+    if causal and queries == keys == grid.text_tokens:
+        return "text"
+    return "video" if (queries, keys) == (grid.video_tokens, grid.tokens) else "all"
+
+
+def with_text_queries(query: torch.Tensor, grid: TokenGrid) -> torch.Tensor:
+    """Queries of the video with zeros before them where a grid has its text."""
+    return F.pad(query, (0, 0, grid.tokens - query.shape[2], 0))
 
 
 class GatheredCalls:

@@ -155,8 +155,8 @@ class BlockLayout(TransformerLayout):
 
     Attributes:
         lists: names of the module lists that hold the blocks, in the order they run.
-        attention: name of the attention module in a block.
-        cross: name of the module in a block that attends to the text, where that is apart.
+        attention: name of the attention module in a block, or its path there.
+        cross: likewise of the module in a block that attends to the text, where that is apart.
     """
 
     lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
@@ -164,10 +164,13 @@ class BlockLayout(TransformerLayout):
     cross: ClassVar[str] = "attn2"
 
     def attention_modules(self, transformer: nn.Module) -> list[nn.Module]:
-        return [getattr(block, self.attention) for name in self.lists for block in getattr(transformer, name)]
+        return self._in_blocks(transformer, self.attention)
 
     def cross_attention_modules(self, transformer: nn.Module) -> list[nn.Module]:
-        return [getattr(block, self.cross) for name in self.lists for block in getattr(transformer, name)]
+        return self._in_blocks(transformer, self.cross)
+
+    def _in_blocks(self, transformer: nn.Module, path: str) -> list[nn.Module]:
+        return [block.get_submodule(path) for name in self.lists for block in getattr(transformer, name)]
 
     def block_lists(self, transformer: nn.Module) -> list[str]:
         return list(self.lists)

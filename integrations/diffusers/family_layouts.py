@@ -11,7 +11,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
-from corrdit.integrations.diffusers.block_layouts import Arguments, BlockLayout, TransformerLayout, config_of
+from corrdit.grid import TokenGrid
+from corrdit.integrations.diffusers.block_layouts import (
+    Arguments,
+    BlockLayout,
+    ForwardCall,
+    TransformerLayout,
+    config_of,
+)
 
 REFUSED_TRANSFORMERS = {
     "AnyFlowFARTransformer3DModel": "its attention is causal over chunks of frames",
@@ -21,6 +28,8 @@ REFUSED_TRANSFORMERS = {
     "LatteTransformer3DModel": "it attends within frames and across time in separate layers (factored attention)",
     "SanaVideoTransformer3DModel": "its attention is linear, without a softmax over tokens",
     "SanaWMTransformer3DModel": "its attention is linear, without a softmax over tokens",
+    "WanAnimate2Transformer3DModel": "each of its frames attends to a reference video's tokens of that frame beside "
+    "all frames, by a mask of FlexAttention that differs from frame to frame",
 }
 """Reason by class name for video transformers none of whose models has a plain softmax map from frame to frame."""
 
@@ -85,6 +94,32 @@ class HunyuanVideo15Layout(BlockLayout):
         if bool((image != 0).any()):
             valid = valid + image.shape[1]
         return torch.arange(self.text_tokens(arguments), device=image.device) < torch.as_tensor(valid)[:, None]
+
+
+class MiniMaxH3Layout(BlockLayout):
+    """MiniMax-H3: text, sound and frames packed into one sequence; text and sound stand for its text."""
+
+    family = "minimaxh3"
+    transformers = ("MiniMaxH3Transformer3DModel",)
+    guidance = "separate"
+    attention = "attn"
+    text = "first"
+    axes = "BNC"
+
+    def text_tokens(self, arguments: Arguments) -> int:
+        return len(arguments["position_ids"]) - len(arguments["video_indices"])
+
+    def read_call(self, transformer: nn.Module, arguments: Arguments) -> ForwardCall:
+        rows, before = arguments["video_indices"], self.text_tokens(arguments)
+        frames, height, width = (len(axis.unique()) for axis in arguments["position_ids"][rows].unbind(1))
+        behind = bool((rows == torch.arange(before, before + len(rows), device=rows.device)).all())
+        if not behind or frames * height * width != len(rows):
+            raise ValueError(
+                "this forward of MiniMax-H3 packs pictures or other videos beside the frames, so its tokens are not a "
+                "grid of frames; use text to video"
+            )
+        grid = self.with_text(TokenGrid(frames, height, width), before)
+        return ForwardCall(batch=len(arguments["hidden_states"]), grid=grid, timestep=arguments["timestep"])
 
 
 class MotifVideoLayout(HunyuanVideoLayout):
@@ -154,6 +189,38 @@ class CosmosLayout(BlockLayout):
     transformers = ("CosmosTransformer3DModel",)
     guidance = "separate"
     rotary_halves = 1
+
+
+class Cosmos3Layout(BlockLayout):
+    """Cosmos 3: text, which attends to itself alone, then frames, packed into one sequence without a batch."""
+
+    family = "cosmos3"
+    transformers = ("Cosmos3OmniTransformer",)
+    guidance = "separate"
+    lists = ("layers",)
+    attention = "self_attn"
+    text = "first"
+    rotary_halves = 1
+
+    def patch_size(self, transformer: nn.Module) -> tuple[int, int, int]:
+        patch = int(config_of(transformer).latent_patch_size)
+        return (1, patch, patch)
+
+    def head_width(self, transformer: nn.Module) -> int:
+        return int(config_of(transformer).head_dim)
+
+    def text_tokens(self, arguments: Arguments) -> int:
+        return int(arguments["input_ids"].shape[-1])
+
+    def read_call(self, transformer: nn.Module, arguments: Arguments) -> ForwardCall:
+        shapes = arguments["vision_token_shapes"]
+        if len(shapes) > 1 or any(arguments.get(f"{other}_tokens") is not None for other in ("sound", "action")):
+            raise ValueError(
+                "this forward of Cosmos 3 packs sound, actions or several videos beside the frames, so its tokens are "
+                "not a grid of frames; leave enable_sound and action out, and give one video"
+            )
+        grid = self.with_text(TokenGrid(*shapes[0]), self.text_tokens(arguments))
+        return ForwardCall(batch=1, grid=grid, timestep=arguments["vision_timesteps"])
 
 
 class MochiLayout(BlockLayout):
@@ -240,6 +307,18 @@ class Kandinsky5Layout(BlockLayout):
         return int(sum(config_of(transformer).axes_dims))
 
 
+class Kandinsky6Layout(Kandinsky5Layout):
+    """Kandinsky 6: as Kandinsky 5, with a stream of audio beside it; an image stands behind the frames of the video."""
+
+    family = "kandinsky6"
+    transformers = ("Kandinsky6Transformer3DModel",)
+    attention = "video_dec_block.self_attention"
+    cross = "video_dec_block.cross_attention"
+
+    def refusal(self, transformer: nn.Module) -> str | None:
+        return None
+
+
 FAMILY_LAYOUTS: dict[str, type[TransformerLayout]] = {
     name: layout
     for layout in (
@@ -249,12 +328,15 @@ FAMILY_LAYOUTS: dict[str, type[TransformerLayout]] = {
         CogVideoXLayout,
         ConsisIDLayout,
         CosmosLayout,
+        Cosmos3Layout,
         EasyAnimateLayout,
         HunyuanVideo15Layout,
         HunyuanVideoLayout,
         Kandinsky5Layout,
+        Kandinsky6Layout,
         LTX2Layout,
         LTXLayout,
+        MiniMaxH3Layout,
         MochiLayout,
         MotifVideoLayout,
         SkyReelsV2Layout,

@@ -60,8 +60,8 @@ def layout_of(transformer: nn.Module) -> TransformerLayout:
             layout, reason = None, REFUSED_TRANSFORMERS.get(candidate.__name__)
         if reason is not None:
             raise ValueError(
-                f"{candidate.__name__} is not supported: {reason}, so there is no softmax map from frame to frame to "
-                "read; if that is not so for this model, register a layout with "
+                f"{candidate.__name__} is not supported: {reason}, so there is no plain softmax map from frame to "
+                "frame to read; if that is not so for this model, register a layout with "
                 "corrdit.integrations.diffusers.register_layout"
             )
         if layout is not None:

@@ -137,13 +137,18 @@ class CorrespondenceProcessor(DelegatingProcessor):
             return self.delegated(interceptors, attn, *args, **kwargs)
         hidden_states = args[0] if args else kwargs["hidden_states"]
         assert isinstance(hidden_states, Tensor)
-        gathered = calls_of_layer(hidden_states.shape[0], request.grid, _text_mask(kwargs))
+        # Without a batch where a forward packs one sample (Cosmos 3).
+        batch = hidden_states.shape[0] if hidden_states.ndim > 2 else 1
+        gathered = calls_of_layer(batch, request.grid, _text_mask(kwargs))
         group = token_group(self)
         if group is not None and request.keep_graph:
             raise ValueError(KEPT_GRAPH_IS_SPREAD)
 
         def observe(call: AttentionCall, attention: Attention) -> Tensor:
-            if gathered.add(AttentionInputs.of_call(call).whole(group)):
+            inputs = AttentionInputs.of_call(call).whole(group).over_all_tokens(request.grid)
+            if inputs is None:
+                return attention(call)
+            if gathered.add(inputs):
                 self._fire(request, gathered.joined())
             # Where the forward ends here the real output is never used; but a checkpointed block runs again in backward
             # and has to make the same graph then.
@@ -218,10 +223,13 @@ class CorrespondenceProcessor(DelegatingProcessor):
         reads, self._compiled_reads = self._compiled_reads, []
         if not reads or self._request is None:
             return
-        batch = sum(inputs.query.shape[0] for inputs in reads)
+        group, grid = token_group(self), self._request.grid
+        joined = (inputs.whole(group).over_all_tokens(grid) for inputs in reads)
+        whole = [inputs for inputs in joined if inputs is not None]
+        batch = sum(inputs.query.shape[0] for inputs in whole)
         gathered = calls_of_layer(batch, self._request.grid, self._compiled_text_mask)
-        for inputs in reads:
-            gathered.add(inputs.whole(token_group(self)))
+        for inputs in whole:
+            gathered.add(inputs)
         self._fire(self._request, gathered.joined())
 
     @property

@@ -16,6 +16,7 @@ from corrdit.arguments import choice, resolved_index, whole_indices
 from corrdit.grid import CrossGrid, TokenGrid
 from corrdit.integrations.diffusers.layouts import Arguments, ForwardCall, TransformerLayout
 from corrdit.integrations.diffusers.processors import Operation
+from corrdit.motion.word_attention import weights_on_text
 
 
 class TextAttention:
@@ -37,7 +38,7 @@ class TextAttention:
     def operations(self, operations: Mapping[str, Operation]) -> dict[str, Operation]:
         """The operations, given the video's queries and the text's keys alone."""
         joint = self._layout.text is not None
-        return {name: _of_text(operation) if joint else operation for name, operation in operations.items()}
+        return {name: of_text(operation) if joint else operation for name, operation in operations.items()}
 
     def grid(self, call: ForwardCall, arguments: Arguments) -> TokenGrid | CrossGrid:
         """What a layer is read with in a call."""
@@ -47,7 +48,9 @@ class TextAttention:
         return CrossGrid(call.grid.frames, call.grid.height, call.grid.width, int(tokens))
 
 
-def _of_text(operation: Operation) -> Operation:
+def of_text(operation: Operation) -> Operation:
+    """An operation on the video's queries and the text's keys, as one on all of joint attention."""
+
     def read(q: Tensor, k: Tensor, grid: TokenGrid, key_mask: Tensor | None) -> object:
         cross = CrossGrid(grid.frames, grid.height, grid.width, grid.text_tokens)
         mask = None if key_mask is None else key_mask[:, grid.text_slice]
@@ -100,15 +103,12 @@ def text_maps(
             raise ValueError(f"{name} must have the grid's {wanted} {what} tokens, got {got}")
     chosen = list(range(grid.keys)) if tokens is None else whole_indices("tokens", tokens)
     chosen = [resolved_index("tokens", token, grid.keys, f"a text of {grid.keys} tokens") for token in chosen]
-    factor = q.shape[-1] ** -0.5 if scale is None else scale
     group = q.shape[1] // k.shape[1]
-    removed = None if key_mask is None else ~key_mask[:, None]
+    mask = None if key_mask is None else key_mask[:, None]
     maps = []
     # A head at a time, because a text of 512 tokens makes every map 512 times as large as the video.
     for head in range(q.shape[1]):
-        logits = q[:, head].float() @ k[:, head // group].float().transpose(-1, -2) * factor
-        if removed is not None:
-            logits = logits.masked_fill(removed, -torch.inf)
-        maps.append(logits.softmax(-1)[..., chosen].transpose(1, 2))
+        weights = weights_on_text(q[:, head], k[:, head // group], mask, scale)
+        maps.append(weights[..., chosen].transpose(1, 2).float())
     stacked = torch.stack(maps, dim=1) if heads == "none" else sum(maps[1:], maps[0]) / len(maps)
     return stacked.unflatten(-1, (grid.frames, grid.height, grid.width))

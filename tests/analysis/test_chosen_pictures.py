@@ -59,7 +59,7 @@ def test_maps_of_a_generated_video_are_those_of_its_own_denoising(tiny_folder, t
         assert np.array_equal(each.encoded.frames, made.video)
         assert each.words == ("dog", "runs")
         assert each.attention.rows.shape == (2, 3, 4, 4)
-        assert each.attention.text.shape == (2, 3, 4, 4)
+        assert each.text.shape == (2, 3, 4, 4)
         assert each.marks[0].tolist() == [[10.0, 20.0], [50.0, 40.0]]
         assert np.isnan(each.marks[1:]).all()
     # The second word is the third token, whichever is drawn first.
@@ -74,7 +74,7 @@ def test_maps_of_a_generated_video_are_those_of_its_own_denoising(tiny_folder, t
         options=OPTIONS,
         choice=PictureChoice(words=("runs",)),
     )
-    torch.testing.assert_close(other[0].attention.text[0], found[3].attention.text[1])
+    torch.testing.assert_close(other[0].text[0], found[3].text[1])
     assert len(other[0].marks[0]) == 3
 
 

@@ -62,13 +62,19 @@ def test_models_lists_what_load_backbone_takes(capsys: pytest.CaptureFixture[str
     families = {row["transformers"][0]: row for row in rows if "transformers" in row}
     assert families["WanTransformer3DModel"]["uses"]["transfer"] == {"supported": "yes", "reason": ""}
     assert families["LatteTransformer3DModel"]["uses"]["tracking"]["supported"] == "no"
-    rows = [row for row in rows if "transformers" not in row]
+    points = {row["checkpoint"]: row for row in rows if "checkpoint" in row}
+    assert points["wan-2.2-ti2v-5b"]["hub_id"] == "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
+    assert "convert_wan_to_diffusers" in points["wan-2.2-ti2v-5b"]["parts"]["transformer"]["source"]
+    assert {"hub_id": "Motif-Technologies/Motif-Video-2B", "unknown": "layers and heads"} in rows
+    rows = [row for row in rows if "name" in row]
     by_name = {row["name"]: row for row in rows}
     assert by_name["cogvideox-2b"]["layers"] == 30
     assert by_name["cogvideox-2b"]["preset"]["layer"] == 17
     assert "embedded" in by_name
     assert main(["models"]) == 0
     table = capsys.readouterr().out
+    assert "Wan-AI/Wan2.2-TI2V-5B-Diffusers" in table
+    assert "nvidia/Cosmos3-Nano: no public file states its layers and heads" in table
     reason = families["CosmosTransformer3DModel"]["uses"]["transfer"]["reason"]
     number = next(line for line in table.splitlines() if line.endswith(reason)).partition(" ")[0]
     assert f"partly {number}" in next(line for line in table.splitlines() if "CosmosTransformer3DModel" in line)

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from corrdit.cli import main
+
 pytest.importorskip("lightning")
+
+from corrdit.integrations.embedded.training import recipe
 
 
 @pytest.mark.parametrize(
@@ -40,3 +45,21 @@ def test_a_folder_in_the_way_of_the_export_is_said_before_training(refused: Call
 def test_an_output_that_is_a_file(refused: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "run").write_text("", encoding="utf-8")
     assert "is a file; give a folder" in refused("train", "--recipe", "smoke", "--output", tmp_path / "run")
+
+
+@pytest.mark.parametrize(("words", "status"), [((), 1), (("--minutes", "1"), 0)])
+def test_a_run_that_stopped_early_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    words: tuple[str, ...],
+    status: int,
+) -> None:
+    def stopped(config: object, output: Path, **options: object) -> SimpleNamespace:
+        return SimpleNamespace(trainer=SimpleNamespace(is_global_zero=True, global_step=3))
+
+    monkeypatch.setattr(recipe, "train", stopped)
+    monkeypatch.setattr(recipe, "newest_checkpoint", lambda output: output)
+    monkeypatch.setattr(recipe, "export_checkpoint", lambda checkpoint, folder: folder)
+    assert main(["train", "--recipe", "smoke", "--steps", "5", "--output", str(tmp_path), *words]) == status
+    assert "stopped at step 3 of 5; --resume goes on" in capsys.readouterr().out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 import pathlib
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from corrdit.integrations.embedded import load_embedded_pipeline
+from corrdit.integrations.embedded import load_embedded_pipeline, read_preset
 from corrdit.integrations.embedded.pipeline import build_pipeline, build_transformer
 from corrdit.integrations.embedded.training.module import (
     EmbeddedTraining,
@@ -64,6 +65,7 @@ def test_a_run_starts_from_given_weights_and_shows_photographs(tmp_path: pathlib
     """With a learning rate of zero the exported weights are those that were given."""
     trained = build_pipeline(build_transformer(layers=2, heads=2, head_dim=16))
     trained.save_pretrained(tmp_path / "trained")
+    (tmp_path / "trained" / "preset.json").write_text(json.dumps({"layer": 1, "step": -2}))
     (tmp_path / "pictures").mkdir()
     noise = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "pictures" / "noise.png")
@@ -74,6 +76,7 @@ def test_a_run_starts_from_given_weights_and_shows_photographs(tmp_path: pathlib
     pipe = load_embedded_pipeline(export_checkpoint(newest_checkpoint(tmp_path / "run"), tmp_path / "exported"))
     for name, weight in trained.transformer.named_parameters():
         torch.testing.assert_close(pipe.transformer.get_parameter(name).data, weight.half().float(), atol=0, rtol=0)
+    assert read_preset(tmp_path / "exported") == {"layer": 1, "step": -2}
     with pytest.raises(ValueError, match="resume goes on with an earlier one; give one of them"):
         train(config, tmp_path / "run", resume=True, **given)
     Image.fromarray(noise[::-1]).save(tmp_path / "pictures" / "noise.png")

@@ -4,37 +4,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from corrdit.testing import TINY_MODELS, tiny_pipeline
+from corrdit.testing import TINY_MODELS
 from corrdit.video import write_video
 
 FAMILIES = ("cogvideox-rotary", "ltx", "mochi", "allegro")
 """Whose text encoder is T5 alone, and whose pipelines need no package that cleans prompts."""
 
 pytestmark = pytest.mark.slow
-
-
-def with_text(name: str, folder: Path) -> None:
-    """Saves a tiny pipeline with a tiny T5 and a tokenizer of a few words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
-
-    words = ["<pad>", "<unk>", "a", "red", "disc", "moves", "left", "over", "sand"]
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    pipe = tiny_pipeline(name)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        encoder = T5EncoderModel(
-            T5Config(vocab_size=len(words), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-        ).eval()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>")
-    type(pipe)(**{**pipe.components, "text_encoder": encoder, "tokenizer": fast}).save_pretrained(folder)
 
 
 def corrdit(*arguments: object) -> None:
@@ -44,9 +26,8 @@ def corrdit(*arguments: object) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_four_uses_from_the_command_line(name: str, tmp_path: Path) -> None:
-    model, side, frames = tmp_path / "model", TINY_MODELS[name].height, TINY_MODELS[name].frames
-    with_text(name, model)
+def test_the_four_uses_from_the_command_line(name: str, tmp_path: Path, with_words: Callable[[str], Path]) -> None:
+    model, side, frames = with_words(name), TINY_MODELS[name].height, TINY_MODELS[name].frames
     picture = np.random.default_rng(0).integers(0, 256, (side // 8, side // 8, 3), dtype=np.uint8)
     video = [np.roll(picture.repeat(8, 0).repeat(8, 1), 5 * frame, axis=1) for frame in range(frames)]
     clip = tmp_path / "videos" / "clip.mp4"

@@ -16,9 +16,13 @@ from corrdit.testing import TINY_MODELS, tiny_generation, tiny_pipeline
 SCALE = 1.7
 LAYERS = (1, 2)
 FIRST = ("cogvideox", "hunyuanvideo", "wan", "ltx", "mochi")
-OWN_FORMULA = [name for name in TINY_MODELS if name.partition("-")[0] not in FIRST or TINY_MODELS[name].variant]
+OWN_FORMULA = [
+    name
+    for name, model in TINY_MODELS.items()
+    if (name.partition("-")[0] not in FIRST or model.variant) and not model.packed
+]
 """Whose pipelines combine the branches in ways of their own."""
-SHARED_FORMULA = [name for name in TINY_MODELS if name not in OWN_FORMULA]
+SHARED_FORMULA = [name for name, model in TINY_MODELS.items() if name not in OWN_FORMULA and not model.packed]
 
 
 def guided_run(branches: ModuleType, pipe: Any, generation: dict[str, Any], guided: bool = True, **options: Any) -> Any:

@@ -90,7 +90,7 @@ class Misinjecting(MotionObjective):
         ("tedium", ValueError, "method must be one of ditflow, smm"),
         (3, TypeError, "or a MotionObjective as a class or an instance, got 3"),
         (torch.nn.MSELoss, TypeError, "as a class or an instance"),
-        (Mislabelled, TypeError, "reads must be one of attention, features, prediction"),
+        (Mislabelled, TypeError, "reads must be one of attention, text attention, features, prediction"),
         (Misinjecting, TypeError, "injects may be query, key and value"),
         ("path", ValueError, '"path" needs word'),
         ("query-injection", ValueError, '"query-injection" needs injection_blocks'),

@@ -12,8 +12,8 @@ import torch
 
 from corrdit import load_backbone
 from corrdit.cli import main
-from corrdit.integrations.diffusers.backbones.checkpoints import CHECKPOINTS, checkpoint_of
 from corrdit.integrations.diffusers.backbones.loading import backbone_of
+from corrdit.integrations.diffusers.backbones.published_checkpoints import CHECKPOINTS, checkpoint_of
 from corrdit.integrations.diffusers.placement import Placement
 from corrdit.integrations.diffusers.planning.cards import CARDS
 from corrdit.integrations.diffusers.planning.fake_model import fake_model

@@ -109,13 +109,17 @@ class ReadingCapture(Capture):
         assert isinstance(request.grid, TokenGrid)
         for _, rows in request.rows:
             for name, features in (("attention output", before), ("projected output", after)):
-                result = self._feature_operation(video_features(features[rows].detach(), request.grid), request.grid)
+                samples = features if features.ndim > 2 else features[None]
+                result = self._feature_operation(video_features(samples[rows].detach(), request.grid), request.grid)
                 self._give(self._step, layer, name, result)
 
 
 def _projection_of(module: Any) -> torch.nn.Module | None:
     """What projects the output of an attention module; None where its block does, together with something else."""
     listed, single = getattr(module, "to_out", None), getattr(module, "out_layer", None)
+    if isinstance(listed, torch.nn.Linear):
+        # Of the text, in Cosmos 3; the video has its own.
+        listed, single = None, module.to_add_out
     projection: torch.nn.Module | None = single if listed is None else listed[0]
     return projection
 

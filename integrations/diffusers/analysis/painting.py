@@ -119,8 +119,11 @@ class _Painter:
 
     def text(self) -> list[Drawn]:
         """One sheet, a row a word; nothing without words."""
-        rows = dict(zip(self.found.words, self.found.attention.text.numpy(), strict=True))
-        caption = "What words of the prompt attend to in the video (softmax over all tokens)."
+        rows = dict(zip(self.found.words, self.found.text.numpy(), strict=True))
+        caption = (
+            "How much each place attends to words of the prompt: a softmax over the prompt's tokens, padding included "
+            "where the model attends to it, mean over heads. Each frame is scaled by itself."
+        )
         return [self._maps("words", TEXT, rows, dict.fromkeys(rows, _WORD_GAIN), caption)] if rows else []
 
     def components(self) -> list[Drawn]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,11 +19,13 @@ from corrdit.analysis.protocols import FEATURE_READINGS, AnalysisOptions
 from corrdit.analysis.sources import AnalysisVideo
 from corrdit.analysis.token_maps import AttentionPicture, FeaturePicture, attention_picture, feature_picture
 from corrdit.arguments import finite_number
-from corrdit.grid import TokenGrid
+from corrdit.grid import CrossGrid, TokenGrid
 from corrdit.integrations.diffusers.analysis.capturing import ReadingCapture, reading_forward
 from corrdit.integrations.diffusers.analysis.videos import EncodedVideo, encoded_video, given_latents
 from corrdit.integrations.diffusers.backbones.base import Backbone
+from corrdit.integrations.diffusers.captures import capture
 from corrdit.integrations.diffusers.guidance.comparison import generated_frames
+from corrdit.integrations.diffusers.text_attention import of_text, text_maps
 from corrdit.tracking.readings import image_given
 
 SHOWN_POINTS = 3
@@ -65,6 +69,7 @@ class VideoPictures:
         encoded: the frames that were read and their truth.
         marks: float `[T, P', 2]`, places of the chosen points in pixels of the video; NaN where hidden or not known.
         words: text tokens shown.
+        text: `[words, F, h, w]`, how much each place attends to them (`text_maps`, which see).
         attention: maps of queries and keys.
         features: maps by the name of the feature; none where features were left out.
         reading: matches of all points, for tracks drawn over the video.
@@ -76,6 +81,7 @@ class VideoPictures:
     encoded: EncodedVideo
     marks: np.ndarray
     words: tuple[str, ...]
+    text: Tensor
     attention: AttentionPicture
     features: dict[str, FeaturePicture]
     reading: AttentionReading
@@ -91,6 +97,7 @@ class _PictureReader:
     options: AnalysisOptions
     choice: PictureChoice
     found: dict[Place, dict[str, Any]] = field(default_factory=dict)
+    step: int = 0
 
     def __post_init__(self) -> None:
         self.points, self.marks = _chosen_points(self.encoded, self.choice.points)
@@ -99,14 +106,32 @@ class _PictureReader:
 
     def attention(
         self, q: Tensor, k: Tensor, grid: TokenGrid, key_mask: Tensor | None
-    ) -> tuple[AttentionPicture, AttentionReading]:
-        """The operation on queries and keys."""
+    ) -> tuple[AttentionPicture, AttentionReading, Tensor | None]:
+        """The operation on queries and keys, and on the text beside the video where it is in them."""
         plain = replace(self.options, per_head=True)
         queries = self.encoded.truth.queries
-        drawn = attention_picture(
-            q, k, grid, key_mask, points=self.points, text_tokens=self.tokens, stride=self.stride, options=plain
-        )
-        return drawn, read_attention(q, k, grid, key_mask, points=queries, stride=self.stride, options=plain)
+        drawn = attention_picture(q, k, grid, key_mask, points=self.points, stride=self.stride, options=plain)
+        reading = read_attention(q, k, grid, key_mask, points=queries, stride=self.stride, options=plain)
+        return drawn, reading, of_text(self.text)(q, k, grid, key_mask) if grid.text_tokens else None  # type: ignore[return-value]
+
+    def text(self, q: Tensor, k: Tensor, grid: CrossGrid, key_mask: Tensor | None) -> Tensor:
+        """The operation on queries of the video and keys of the text."""
+        shown = [token for token in self.tokens if token < grid.keys]
+        if not shown:
+            return torch.zeros(0, grid.frames, grid.height, grid.width)
+        return text_maps(q, k, grid, key_mask, tokens=shown)[0].cpu()
+
+    def watching_text(
+        self, model: Any, layers: Sequence[int], steps: Sequence[int] | None
+    ) -> AbstractContextManager[object]:
+        """A capture of a model's cross-attention to the text, where that is apart and there are words."""
+        if self.backbone.layout.text is not None or not self.tokens:
+            return contextlib.nullcontext()
+
+        def kept(step: int, layer: int, result: Tensor) -> None:
+            self.take(self.step if steps is None else step, layer, "words", result)
+
+        return capture(model, layers=layers, steps=steps, operation=self.text, callback=kept, attention="cross")
 
     def of_features(self, features: Tensor, grid: TokenGrid) -> FeaturePicture:
         """The operation on features."""
@@ -125,10 +150,12 @@ class _PictureReader:
         """All that was found, by steps and layers."""
         made = []
         for (step, layer), parts in sorted(self.found.items()):
-            drawn, reading = parts["attention"]
+            drawn, reading, text = parts["attention"]
+            text = parts.get("words", text)
+            text = torch.zeros(0, *drawn.rows.shape[1:]) if text is None else text
             features = {name: parts[name] for name in FEATURE_READINGS if name in parts}
-            words, known = self.words[: len(drawn.text)], (step, layer, timesteps[step], self.encoded, self.marks)
-            made.append(VideoPictures(*known, words, drawn, features, reading))
+            words, known = self.words[: len(text)], (step, layer, timesteps[step], self.encoded, self.marks)
+            made.append(VideoPictures(*known, words, text, drawn, features, reading))
         return made
 
 
@@ -158,17 +185,19 @@ def video_pictures(
     reader = _PictureReader(backbone, encoded, given.prompt, options, choice or PictureChoice())
     text = backbone.encoded_prompt(given.prompt) if reader.tokens else None
     for step, latents in given_latents(backbone, encoded.latents, timesteps, options):
-        reading_forward(
-            backbone,
-            latents,
-            timesteps[step],
-            layers=tuple(layers),
-            operation=reader.attention,
-            feature_operation=reader.features,
-            deliver=functools.partial(reader.take, step),
-            text=text,
-            image=image_given(backbone, encoded.latents).get("image"),
-        )
+        reader.step = step
+        with reader.watching_text(backbone.transformer_at(timesteps[step]), layers, None):
+            reading_forward(
+                backbone,
+                latents,
+                timesteps[step],
+                layers=tuple(layers),
+                operation=reader.attention,
+                feature_operation=reader.features,
+                deliver=functools.partial(reader.take, step),
+                text=text,
+                image=image_given(backbone, encoded.latents).get("image"),
+            )
     return reader.pictures(timesteps)
 
 
@@ -205,7 +234,7 @@ def generated_pictures(
         feature_operation=reader.features,
         deliver=reader.take,
     )
-    with capturing:
+    with reader.watching_text(backbone.pipe, layers, tuple(timesteps)), capturing:
         video = generated_frames(backbone.pipe, call, seed)
     reader.encoded = replace(encoded, frames=video)
     return reader.pictures(timesteps)

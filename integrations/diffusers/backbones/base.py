@@ -190,6 +190,11 @@ class Backbone(FrameEncoder):
         """Whether the transformer is given the latents of an image beside the noisy ones."""
         return False
 
+    @property
+    def has_condition(self) -> bool:
+        """Whether the transformer is given any channels behind those of the noisy latents."""
+        return self.takes_image
+
     def output_latents(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """The transformer's output for latents `[B, F, C, h, w]` in their shape."""
         channels = latents.shape[2]

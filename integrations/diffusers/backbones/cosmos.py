@@ -50,7 +50,7 @@ class CosmosBackbone(FlowMatchingBackbone):
         """1, 2, or 3 for Predict2.5."""
         if hasattr(self.pipe.scheduler, "precondition_inputs"):
             return 1
-        return 2 if self.pipe.scheduler.config.get("sigma_max") else 3
+        return 3 if self.config.use_crossattn_projection else 2
 
     @property
     def text_option(self) -> str:  # type: ignore[override]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Literal, TypedDict
 
 from corrdit.integrations.diffusers.backbones.base import Backbone
-from corrdit.integrations.diffusers.backbones.table import BACKBONES
-from corrdit.integrations.diffusers.layouts import REFUSED_TRANSFORMERS
+from corrdit.integrations.diffusers.backbones.table import BACKBONES, CAPTURED_ALONE
+from corrdit.integrations.diffusers.layouts import FAMILY_LAYOUTS, REFUSED_TRANSFORMERS
 
 USES = ("tracking", "analysis", "guidance", "transfer", "image")
 """Reading given videos, analysing a generation, cross-attention guidance, motion transfer, image to video."""
@@ -49,13 +49,13 @@ def coverage() -> list[FamilyRow]:
     ]
     return rows + [
         FamilyRow(
-            family="",
+            family=FAMILY_LAYOUTS[name].family if name in FAMILY_LAYOUTS else "",
             transformers=[name],
             pipelines=[],
             missing=[] if name in present else [name],
             uses={use: UseRow(supported="no", reason=reason) for use in USES},
         )
-        for name, reason in REFUSED_TRANSFORMERS.items()
+        for name, reason in {**CAPTURED_ALONE, **REFUSED_TRANSFORMERS}.items()
     ]
 
 

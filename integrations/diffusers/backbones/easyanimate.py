@@ -5,6 +5,8 @@ Source: diffusers, `EasyAnimateTransformer3DModel` and the `EasyAnimatePipeline`
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import torch
 
 from corrdit.integrations.diffusers.backbones.flow_matching import FlowMatchingBackbone
@@ -20,6 +22,12 @@ class EasyAnimateBackbone(FlowMatchingBackbone):
 
     layout = EasyAnimateLayout
     pipelines = ("EasyAnimatePipeline", "EasyAnimateControlPipeline", "EasyAnimateInpaintPipeline")
+    limits = MappingProxyType(
+        {
+            "image": "the inpainting pipeline of diffusers asks the codec for an option it does not have "
+            "(cache_mag_vae) where a frame is given"
+        }
+    )
 
     @property
     def spatial_compression(self) -> int:

@@ -5,6 +5,8 @@ Source: diffusers, `HunyuanVideoTransformer3DModel` and `HunyuanVideoPipeline`.
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import torch
 
 from corrdit.integrations.diffusers.backbones.flow_matching import FlowMatchingBackbone
@@ -24,6 +26,14 @@ class HunyuanVideoBackbone(FlowMatchingBackbone):
 
     layout = HunyuanVideoLayout
     pipelines = ("HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline", "HunyuanSkyreelsImageToVideoPipeline")
+    partly = MappingProxyType(
+        {
+            "image": "of the model that is given the image beside the latents (33 channels) the pipeline drops the "
+            "first latent frame of the video, so its generations are not analysed; where the image takes the place of "
+            "the first latent frame (16 channels) the scheduler sees the others alone, so that motion is transferred "
+            'with optimise="embedding" only'
+        }
+    )
     text_tokens = 256
 
     @property

@@ -5,19 +5,21 @@ Source: diffusers, `Kandinsky5Transformer3DModel` and `Kandinsky5T2VPipeline`.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
 from corrdit.integrations.diffusers.backbones.flow_matching import FlowMatchingBackbone
 from corrdit.integrations.diffusers.backbones.frames import with_image_and_mask
 from corrdit.integrations.diffusers.family_layouts import Kandinsky5Layout
-from corrdit.integrations.diffusers.layouts import Arguments, Text
+from corrdit.integrations.diffusers.layouts import Arguments, Text, TransformerLayout
 
 
 class Kandinsky5Backbone(FlowMatchingBackbone):
     """Kandinsky 5, text to video, and image to video where an image is given."""
 
-    layout = Kandinsky5Layout
-    pipelines = ("Kandinsky5T2VPipeline", "Kandinsky5I2VPipeline")
+    layout: ClassVar[type[TransformerLayout]] = Kandinsky5Layout
+    pipelines: ClassVar[tuple[str, ...]] = ("Kandinsky5T2VPipeline", "Kandinsky5I2VPipeline")
     text_option = "in_text_dim"
 
     @property

@@ -5,6 +5,8 @@ Source: diffusers, `LTXVideoTransformer3DModel` and `LTXPipeline`. The transform
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import ClassVar
 
 import numpy as np
@@ -23,10 +25,16 @@ FRAME_RATE = 25
 
 
 class LTXBackbone(MaskedTextBackbone, FlowMatchingBackbone):
-    """LTX-Video, text to video."""
+    """LTX-Video, text to video; run on a video by itself it is given no image."""
 
     layout: ClassVar[type[TransformerLayout]] = LTXLayout
     pipelines: ClassVar[tuple[str, ...]] = ("LTXPipeline", "LTXImageToVideoPipeline")
+    partly: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            "image": "the scheduler of LTX-Video's pipeline sees the frames behind the image alone, so that motion is "
+            'transferred to a generation from one with optimise="embedding" only'
+        }
+    )
     text_option = "caption_channels"
     longest_shift = 1.15
 

@@ -5,6 +5,8 @@ Source: diffusers, `LTX2VideoTransformer3DModel` and `LTX2Pipeline`.
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import torch
 
 from corrdit.integrations.diffusers.backbones.ltx import LTXBackbone
@@ -20,6 +22,7 @@ class LTX2Backbone(LTXBackbone):
 
     layout = LTX2Layout
     pipelines = ("LTX2Pipeline", "LTX2ImageToVideoPipeline")
+    partly = MappingProxyType({})
     longest_shift = 2.05
 
     @property

@@ -9,10 +9,12 @@ from corrdit.integrations.diffusers.backbones.chronoedit import ChronoEditBackbo
 from corrdit.integrations.diffusers.backbones.cogvideox import CogVideoXBackbone
 from corrdit.integrations.diffusers.backbones.consisid import ConsisIDBackbone
 from corrdit.integrations.diffusers.backbones.cosmos import CosmosBackbone
+from corrdit.integrations.diffusers.backbones.cosmos3 import Cosmos3Backbone
 from corrdit.integrations.diffusers.backbones.easyanimate import EasyAnimateBackbone
 from corrdit.integrations.diffusers.backbones.hunyuanvideo import HunyuanVideoBackbone
 from corrdit.integrations.diffusers.backbones.hunyuanvideo15 import HunyuanVideo15Backbone
 from corrdit.integrations.diffusers.backbones.kandinsky5 import Kandinsky5Backbone
+from corrdit.integrations.diffusers.backbones.kandinsky6 import Kandinsky6Backbone
 from corrdit.integrations.diffusers.backbones.ltx import LTXBackbone
 from corrdit.integrations.diffusers.backbones.ltx2 import LTX2Backbone
 from corrdit.integrations.diffusers.backbones.mochi import MochiBackbone
@@ -30,10 +32,12 @@ BACKBONES: tuple[type[Backbone], ...] = (
     CogVideoXBackbone,
     ConsisIDBackbone,
     CosmosBackbone,
+    Cosmos3Backbone,
     EasyAnimateBackbone,
     HunyuanVideoBackbone,
     HunyuanVideo15Backbone,
     Kandinsky5Backbone,
+    Kandinsky6Backbone,
     LTXBackbone,
     LTX2Backbone,
     MochiBackbone,
@@ -43,6 +47,11 @@ BACKBONES: tuple[type[Backbone], ...] = (
     WanAnimateBackbone,
     WanVACEBackbone,
 )
+CAPTURED_ALONE = {
+    "MiniMaxH3Transformer3DModel": "diffusers runs it by a modular pipeline alone, which is not supported; `capture` "
+    "reads its transformer"
+}
+"""Why transformers with a layout have no backbone."""
 FAMILIES = {
     transformer: backbone
     for transformer, layout in FAMILY_LAYOUTS.items()

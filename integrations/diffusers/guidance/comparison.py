@@ -224,5 +224,7 @@ def list_for_vbench(root: str | os.PathLike[str], prompts: Iterable[tuple[str, i
 def generated_frames(pipe: Pipeline, arguments: Mapping[str, object], seed: int) -> np.ndarray:
     """uint8 `[T, H, W, 3]` of a call whose output type is "np", the noise drawn on the CPU."""
     generator = torch.Generator("cpu").manual_seed(seed)
-    frames = np.asarray(pipe(**arguments, generator=generator).frames[0])
+    output = pipe(**arguments, generator=generator)
+    # Cosmos 3 gives the one video it has made.
+    frames = np.asarray(output.video if hasattr(output, "video") else output.frames[0])
     return np.round(frames * 255).clip(0, 255).astype(np.uint8)

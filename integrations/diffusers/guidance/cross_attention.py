@@ -200,9 +200,9 @@ def _shifted(output: object, shift: torch.Tensor) -> object:
     """The transformer's output with the same shift added to every branch in it."""
     prediction = prediction_of(output)
     branches = prediction.unflatten(0, (-1, shift.shape[0])).to(shift.dtype)
-    moved = (branches + shift).flatten(0, 1).to(prediction.dtype)
+    moved: object = (branches + shift).flatten(0, 1).to(prediction.dtype)
     if isinstance(output, tuple):
-        return (moved, *output[1:])
+        return ([moved] if isinstance(output[0], list) else moved, *output[1:])
     if dataclasses.is_dataclass(output) and not isinstance(output, type):
         return dataclasses.replace(output, **{dataclasses.fields(output)[0].name: moved})
     raise ValueError(f"the transformer returned a {type(output).__name__}; guidance needs a tuple or a model output")

@@ -90,7 +90,7 @@ class GuidedForwards:
         samples = self._wanted(self._layout, call)
         if samples is not None:
             self._guided = (samples, call, arguments)
-            self._pass.keep_prefix(samples.rows)
+            self._pass.keep_prefix(samples.rows, call.batch)
 
     def _after(self, output: object) -> object:
         guided, self._guided = self._guided, None

@@ -13,7 +13,7 @@ from torch.nn import Module
 
 from corrdit import ops
 from corrdit.grid import TokenGrid
-from corrdit.integrations.diffusers.attention_inputs import key_mask_of
+from corrdit.integrations.diffusers.attention_inputs import key_mask_of, part_of_layer, with_text_queries
 from corrdit.integrations.diffusers.compatibility import check_attention_backend
 from corrdit.integrations.diffusers.host.attention import Attention, AttentionCall, DelegatingProcessor, Interceptors
 
@@ -108,6 +108,15 @@ class SubstituteAttention:
     def __call__(self, call: AttentionCall, full_attention: Attention) -> Tensor:
         """The answer, `[B, H, N, D]`."""
         call = call.as_attended()
+        part = part_of_layer(call.query, call.key, call.causal, self._grid)
+        if part == "text":
+            return full_attention(call)
+        if part == "all":
+            return self._answer(call, full_attention)
+        whole = call.changed(with_text_queries(call.query, self._grid), call.key, call.value)
+        return self._answer(whole, full_attention)[:, :, self._grid.text_tokens :]
+
+    def _answer(self, call: AttentionCall, full_attention: Attention) -> Tensor:
         query, key, value = call.query, call.key, call.value
         batch, heads, tokens, _ = query.shape
         grid = self._grid_of(tokens, key.shape[2], call.causal)

@@ -68,10 +68,11 @@ class PerturbedPass:
                 stack.enter_context(watched_output(self._blocks[index], functools.partial(self._keep, index)))
             yield
 
-    def keep_prefix(self, rows: slice) -> None:
-        """Keep these samples of the next forward."""
+    def keep_prefix(self, rows: slice, batch: int) -> None:
+        """Keep these samples of the next forward, which has so many."""
         self._kept.clear()
-        self._rows = rows
+        # The blocks of a forward that packs one sample (Cosmos 3) have no batch to take it from.
+        self._rows = rows if batch > 1 else slice(None)
 
     def forget(self) -> None:
         """Let go of what was kept."""
@@ -163,8 +164,9 @@ def _reading_suspended(modules: list[torch.nn.Module]) -> Iterator[None]:
 
 
 def prediction_of(output: Any) -> torch.Tensor:
-    """The prediction in what a transformer's forward returned."""
-    return output[0]
+    """The prediction in what a transformer's forward returned, of one video where it returns a list of them."""
+    prediction: torch.Tensor | list[torch.Tensor] = output[0]
+    return prediction[0] if isinstance(prediction, list) else prediction
 
 
 def _check_can_be_left_out(block: torch.nn.Module) -> None:

@@ -22,8 +22,8 @@ class LatentLayout:
         self._backbone = backbone
 
     def split(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Noisy latents, and the image condition of a model that has one beside them."""
-        if not getattr(self._backbone, "takes_image", False):
+        """Noisy latents, and the condition of a model that has one beside them."""
+        if not getattr(self._backbone, "has_condition", False):
             return hidden, None
         axis = self._backbone.channel_axis
         latents, condition = hidden.tensor_split([self._backbone.latent_channels], dim=axis)

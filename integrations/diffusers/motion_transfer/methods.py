@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from corrdit import ops
-from corrdit.grid import FramePairs, TokenGrid
+from corrdit.grid import CrossGrid, FramePairs, TokenGrid
 from corrdit.integrations.diffusers.motion_transfer.objectives import (
     READS,
     AttentionReading,
     FeatureReading,
     MotionObjective,
     PredictionReading,
+    TextReading,
     all_finite,
     mean_within,
 )
@@ -186,7 +187,7 @@ class SteadyAttention(MotionObjective):
 class FollowedPath(MotionObjective):
     """An object follows the settings' `path`: the attention of its word stays inside the moving box."""
 
-    reads = "attention"
+    reads = "text attention"
     needs_reference = False
 
     def check(self, settings: TransferSettings) -> None:
@@ -196,7 +197,7 @@ class FollowedPath(MotionObjective):
                 "((time, left, top, right, bottom), ...) in shares of the video"
             )
 
-    def loss(self, read: AttentionReading, wanted: None) -> Tensor:
+    def loss(self, read: TextReading, wanted: None) -> Tensor:
         settings, grid = read.settings, read.grid
         if read.region is not None:
             raise ValueError('method "path" has places of its own, the boxes of path; leave region out')
@@ -207,7 +208,7 @@ class FollowedPath(MotionObjective):
         return inside_loss(attention, path_tokens(settings.path, grid).to(attention.device))
 
 
-def path_tokens(path: tuple[tuple[float, ...], ...], grid: TokenGrid) -> Tensor:
+def path_tokens(path: tuple[tuple[float, ...], ...], grid: TokenGrid | CrossGrid) -> Tensor:
     """A path as the tokens of each latent frame, bool `[F, h, w]`."""
     times = [frame / max(grid.frames - 1, 1) for frame in range(grid.frames)]
     return boxes_on_path(path, times, grid.height, grid.width)

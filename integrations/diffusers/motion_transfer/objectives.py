@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from corrdit.grid import TokenGrid
+from corrdit.grid import CrossGrid, TokenGrid
 from corrdit.integrations.diffusers.motion_transfer.words import PromptWords
 from corrdit.integrations.diffusers.transfer_settings import TransferSettings
 
-READS = ("attention", "features", "prediction")
+READS = ("attention", "text attention", "features", "prediction")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,13 +21,11 @@ class Reading:
 
     Args:
         settings: of the transfer.
-        grid: the token axis of the forward.
         region: bool `[F, h, w]`, the tokens whose motion is wanted; None for all.
         words: of the prompt the video is read or made with.
     """
 
     settings: TransferSettings
-    grid: TokenGrid
     region: Tensor | None = None
     words: PromptWords | None = None
 
@@ -38,11 +36,30 @@ class AttentionReading(Reading):
 
     Args:
         q, k: `[1, H, N, D]`, after normalisation and rotary embedding, text included.
+        grid: the token axis of the forward.
         key_mask: bool `[1, N]` of the keys that take part; None for all.
     """
 
     q: Tensor
     k: Tensor
+    grid: TokenGrid
+    key_mask: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextReading(Reading):
+    """Queries of the video and keys of the text of one layer.
+
+    Args:
+        q: `[1, H, F * S, D]`, of the video.
+        k: `[1, H, T, D]`, of the text.
+        grid: of both.
+        key_mask: bool `[1, T]` of the text tokens that take part; None for all.
+    """
+
+    q: Tensor
+    k: Tensor
+    grid: CrossGrid
     key_mask: Tensor | None
 
 
@@ -51,6 +68,7 @@ class FeatureReading(Reading):
     """The output of one block for the video tokens, features `[F, C, h, w]`."""
 
     features: Tensor
+    grid: TokenGrid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +81,7 @@ class PredictionReading(Reading):
     """
 
     clean: Tensor
+    grid: TokenGrid
 
     @property
     def latent_region(self) -> Tensor | None:
@@ -78,8 +97,8 @@ class MotionObjective:
     or tensors, and is written into the results' settings.
 
     Attributes:
-        reads: "attention" gives `loss` an `AttentionReading` of each block, "features" a `FeatureReading`,
-            "prediction" one `PredictionReading`; None for an objective without a loss.
+        reads: "attention" gives `loss` an `AttentionReading` of each block, "text attention" a `TextReading`,
+            "features" a `FeatureReading`, "prediction" one `PredictionReading`; None for an objective without a loss.
         moves: what its gradient may change, of "latent" and "embedding". That of a prediction reaches latents only.
         needs_reference: whether there has to be a reference video.
         injects: what of the reference's attention goes into the settings' `injection_blocks` at guided steps: some of

@@ -20,6 +20,7 @@ from corrdit.integrations.diffusers.motion_transfer.objectives import (
     AttentionReading,
     FeatureReading,
     PredictionReading,
+    TextReading,
 )
 from corrdit.integrations.diffusers.motion_transfer.words import PromptWords
 from corrdit.integrations.diffusers.processors import Operation
@@ -43,11 +44,13 @@ class Reader:
     region: Tensor | None = None
     words: PromptWords | None = None
 
-    def operation(self, function: Callable[[AttentionReading], Any]) -> Operation:
+    def operation(
+        self, function: Callable[[Any], Any], kind: type[AttentionReading | TextReading] = AttentionReading
+    ) -> Operation:
         """A function of readings of attention as an operation of a capture."""
 
-        def operation(q: Tensor, k: Tensor, grid: TokenGrid, key_mask: Tensor | None) -> Any:
-            return function(AttentionReading(q=q, k=k, grid=grid, key_mask=key_mask, **self._shared()))
+        def operation(q: Tensor, k: Tensor, grid: Any, key_mask: Tensor | None) -> Any:
+            return function(kind(q=q, k=k, grid=grid, key_mask=key_mask, **self._shared()))
 
         return operation
 
@@ -71,7 +74,7 @@ class Reader:
         """`function(block, reading)` for the settings' blocks in one forward, which ends after the last of them.
 
         Args:
-            reads: "attention" or "features".
+            reads: "attention", "text attention" or "features".
             transformer: to run once.
             layout: of it.
             arguments: of its forward, by name.
@@ -83,8 +86,9 @@ class Reader:
             # Behind the forward: gradient checkpointing would not find the function's graph in its second run.
             maps = features_observed(transformer, layout, arguments, grid, blocks)
             return {block: function(block, self.features(maps[block], grid)) for block in blocks}
-        operations = {block: {"read": self.operation(functools.partial(function, block))} for block in blocks}
-        observed = attention_observed(transformer, arguments, operations)
+        kind = TextReading if reads == "text attention" else AttentionReading
+        operations = {block: {"read": self.operation(functools.partial(function, block), kind)} for block in blocks}
+        observed = attention_observed(transformer, arguments, operations, of_text=kind is TextReading)
         return {block: observed[block]["read"] for block in blocks}
 
     def _shared(self) -> dict[str, Any]:
@@ -92,7 +96,11 @@ class Reader:
 
 
 def attention_observed(
-    transformer: Module, arguments: Mapping[str, object], operations: Mapping[int, Mapping[str, Operation]]
+    transformer: Module,
+    arguments: Mapping[str, object],
+    operations: Mapping[int, Mapping[str, Operation]],
+    *,
+    of_text: bool = False,
 ) -> dict[int, dict[str, Any]]:
     """Results of operations on queries and keys, by layer and name; the forward ends after the last layer.
 
@@ -100,9 +108,15 @@ def attention_observed(
         transformer: to run once.
         arguments: of its forward, by name.
         operations: by layer (counted from 0) and name. Results stay attached to the graph where gradients are on.
+        of_text: whether they are of the attention to the text.
     """
     reader = Capture(
-        transformer, operations=operations, named=True, keep_graph=torch.is_grad_enabled(), early_exit=True
+        transformer,
+        operations=operations,
+        named=True,
+        keep_graph=torch.is_grad_enabled(),
+        early_exit=True,
+        attention="cross" if of_text else "self",
     )
     with reader:
         transformer(**arguments)

@@ -163,6 +163,10 @@ def motion_of_latents(
     reference.flows = {block: results["flow"].cpu() for block, results in observed.items()}
     if reads == "attention":
         reference.wanted = {block: results["wanted"] for block, results in observed.items()}
+    elif reads == "text attention":
+        reference.wanted = reader.blocks(
+            reads, transformer, layout, arguments, call.grid, lambda block, read: objective.of_reference(read)
+        )
     elif reads == "features":
         # They are compared with those of the transformer that denoises the noisy steps, so they are read from it.
         transformer = backbone.transformer

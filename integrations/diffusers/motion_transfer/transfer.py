@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Iterable
@@ -310,7 +311,10 @@ class MotionTransfer:
     def _pipeline_arguments(self, prompt: str, size: tuple[int, int, int], further: Arguments) -> Arguments:
         settings = self.settings
         chosen: Arguments = {"prompt": prompt, "num_inference_steps": settings.steps, "output_type": "np"}
-        chosen |= dict(zip(("num_frames", "height", "width"), size, strict=True))
+        taken = inspect.signature(type(self.backbone.pipe).__call__).parameters
+        # HunyuanVideo 1.5's image-to-video pipeline takes the size of its image, and no other.
+        sizes = zip(("num_frames", "height", "width"), size, strict=True)
+        chosen |= {name: value for name, value in sizes if name in taken}
         if settings.guidance_scale is not None:
             chosen["guidance_scale"] = settings.guidance_scale
         if settings.negative_prompt is not None:
@@ -318,6 +322,8 @@ class MotionTransfer:
         for name in ("prompt", "negative_prompt"):
             if embeds_given(further, name):
                 chosen.pop(name, None)
+                if name in taken and taken[name].default is inspect.Parameter.empty:
+                    chosen[name] = None
         refused = [name for name in further if name in _OWN_ARGUMENTS]
         if refused:
             raise ValueError(f"{', '.join(refused)} cannot be given to the pipeline: seed and settings say how it runs")

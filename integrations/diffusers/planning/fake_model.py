@@ -18,10 +18,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from corrdit.integrations.components import INDEX_FILE, component_class, pipeline_class, read_index
 from corrdit.integrations.diffusers.backbones.base import Backbone
-from corrdit.integrations.diffusers.backbones.checkpoints import CHECKPOINTS, Part, checkpoint_of
+from corrdit.integrations.diffusers.backbones.checkpoints import Part
 from corrdit.integrations.diffusers.backbones.loading import EMBEDDED, backbone_of, default_dtype
 from corrdit.integrations.diffusers.backbones.presets import Preset
+from corrdit.integrations.diffusers.backbones.published_checkpoints import CHECKPOINTS, checkpoint_of
 
+UNKNOWN = "unknown; no public file states its configuration, so it is in no figure"
 Factory = Any
 """A class of diffusers or transformers, known by its name alone."""
 
@@ -36,7 +38,7 @@ class FakeModel:
         mode: in which it runs.
         dtype: of its weights.
         size: frames, height and width it was made for, where that is known.
-        sources: where the configuration of each component is from.
+        sources: where the configuration of each component is from, or that it is not known.
     """
 
     backbone: Backbone
@@ -82,7 +84,8 @@ def fake_model(
     text = os.fspath(name)
     folder = pathlib.Path(text)
     checkpoint = checkpoint_of(text)
-    size = None
+    size: tuple[int, int, int] | None = None
+    unknown: tuple[str, ...] = ()
     if text == EMBEDDED:
         from corrdit.integrations.embedded.preset import WEIGHTS, read_preset
 
@@ -92,7 +95,8 @@ def fake_model(
         if preset is None and (folder / "preset.json").is_file():
             preset = Preset.from_file(folder / "preset.json")
     elif checkpoint is not None:
-        pipeline, parts, values, size = checkpoint.pipeline, dict(checkpoint.parts), {}, checkpoint.size
+        pipeline, parts, size = checkpoint.pipeline, dict(checkpoint.parts), checkpoint.size
+        values, unknown = dict(checkpoint.options), checkpoint.unknown
         dtype = dtype or (getattr(torch, checkpoint.dtype) if device.type != "cpu" else None)
     else:
         raise ValueError(
@@ -107,6 +111,7 @@ def fake_model(
     encoders = {part: built.pop(part) for part in sorted(built) if part.startswith("text_encoder")}
     backbone = backbone_of(_assembled(pipeline, text, {**values, **built}), name=text, preset=preset)
     sources = {part: description.source for part, description in parts.items()}
+    sources |= {part: UNKNOWN for part in unknown if part not in parts}
     return FakeModel(backbone, encoders, mode, chosen, size, sources)
 
 
@@ -169,6 +174,10 @@ def _fill(model: nn.Module, dtype: torch.dtype, mode: FakeTensorMode) -> None:
                     held[key] = made[id(tensor)]  # type: ignore[assignment]
 
 
+class _NoSafetyChecker:
+    """In place of NVIDIA's, without which a pipeline of Cosmos asks for its package; no task runs it."""
+
+
 def _assembled(class_name: str, source: str, parts: Mapping[str, Any]) -> Any:
     if class_name == "EmbeddedVideoPipeline":
         from corrdit.integrations.embedded.pipeline import EmbeddedVideoPipeline
@@ -182,6 +191,8 @@ def _assembled(class_name: str, source: str, parts: Mapping[str, Any]) -> Any:
         for name, parameter in wanted.items()
         if name != "self" and (name in parts or parameter.default is inspect.Parameter.empty)
     }
+    if "safety_checker" in wanted and given.get("safety_checker") is None:
+        given["safety_checker"] = _NoSafetyChecker()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return kind(**given)

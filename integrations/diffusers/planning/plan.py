@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from corrdit.arguments import choice, whole_number
 from corrdit.integrations.diffusers.backbones.presets import Preset, default_layers
@@ -251,7 +252,7 @@ class _Planner:
                     continue
                 kind = trace.kind("codec") if phase.component == "vae" else contextlib.nullcontext()
                 with kind, trace.phase() as found:
-                    phase.run()
+                    self._run(phase)
                 self._known[self._key(phase, way)] = found
         traced = {phase.name: self._known[self._key(phase, way)] for phase in listed if phase.component}
         return [
@@ -262,6 +263,15 @@ class _Planner:
             )
             for phase, there in zip(listed, weights, strict=True) if phase.component
         ]  # fmt: skip
+
+    def _run(self, phase: Phase) -> None:
+        try:
+            phase.run()
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise ValueError(
+                f"{self._model.backbone.name} cannot be planned: what its {phase.component} computes in {phase.name} "
+                f"depends on values ({error}), which a model without weights does not have"
+            ) from error
 
     def fitting(self, way: Way, peak: int) -> dict[str, tuple[Way, int] | None]:
         """For each card the first way that fits it: the one asked for, or one that takes less memory and more time."""

@@ -21,6 +21,7 @@ from corrdit.integrations.diffusers.testing.tiny_pipelines import (
     cogvideox,
     image_encoder,
     masked_prompts,
+    picture,
     prompts,
     wan_codec,
     wan_parts,
@@ -142,9 +143,9 @@ def allegro() -> diffusers.DiffusionPipeline:
     return diffusers.AllegroPipeline(None, None, codec, transformer, scheduler)
 
 
-def easyanimate() -> diffusers.DiffusionPipeline:
+def easyanimate(pipeline: str = "EasyAnimatePipeline", **changes: Any) -> diffusers.DiffusionPipeline:
     transformer = diffusers.EasyAnimateTransformer3DModel(
-        **SIZES,
+        **{**SIZES, **changes},
         attention_head_dim=16,
         patch_size=2,
         mmdit_layers=2,
@@ -154,7 +155,14 @@ def easyanimate() -> diffusers.DiffusionPipeline:
     )
     codec = diffusers.AutoencoderKLMagvit(**CODEC, layers_per_block=1, norm_num_groups=2, spatial_group_norm=False)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    return diffusers.EasyAnimatePipeline(codec, None, None, transformer, scheduler)
+    kind: type[diffusers.DiffusionPipeline] = getattr(diffusers, pipeline)
+    return kind(codec, None, None, transformer, scheduler)
+
+
+def inpainting_prompts(source: torch.Generator) -> dict[str, Any]:
+    """With a video of which nothing is given."""
+    video, mask = torch.rand(1, 3, 9, 64, 64, generator=source), torch.full((1, 1, 9, 64, 64), 255.0)
+    return {**masked_prompts(source), "video": video, "mask_video": mask}
 
 
 PLAIN_GUIDANCE: dict[str, Any] = {
@@ -215,7 +223,7 @@ def ltx2(pipeline: str = "LTX2Pipeline") -> diffusers.DiffusionPipeline:
     )
 
 
-def motifvideo(**changes: Any) -> diffusers.DiffusionPipeline:
+def motifvideo(pipeline: str = "MotifVideoPipeline", **changes: Any) -> diffusers.DiffusionPipeline:
     config = {
         **SIZES,
         "num_layers": 2,
@@ -226,20 +234,22 @@ def motifvideo(**changes: Any) -> diffusers.DiffusionPipeline:
         "text_embed_dim": TEXT_CHANNELS,
         **changes,
     }
-    return diffusers.MotifVideoPipeline(
+    kind: type[diffusers.DiffusionPipeline] = getattr(diffusers, pipeline)
+    return kind(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=wan_codec(),
         text_encoder=None,
         tokenizer=None,
         transformer=diffusers.MotifVideoTransformer3DModel(**config),
         guider=diffusers.ClassifierFreeGuidance(5.0),
+        **({"feature_extractor": None} if "Image" in pipeline else {}),
     )
 
 
 GLYPH_CHANNELS = 6
 
 
-def hunyuanvideo15() -> diffusers.DiffusionPipeline:
+def hunyuanvideo15(pipeline: str = "HunyuanVideo15Pipeline") -> diffusers.DiffusionPipeline:
     transformer = diffusers.HunyuanVideo15Transformer3DModel(
         **{**SIZES, "in_channels": 2 * LATENT_CHANNELS + 1},
         attention_head_dim=10,
@@ -249,144 +259,41 @@ def hunyuanvideo15() -> diffusers.DiffusionPipeline:
         text_embed_2_dim=GLYPH_CHANNELS,
         image_embed_dim=8,
         target_size=64,
-        task_type="t2v",
+        task_type="i2v" if "Image" in pipeline else "t2v",
     )
     codec = diffusers.AutoencoderKLHunyuanVideo15(
         latent_channels=LATENT_CHANNELS, block_out_channels=(8, 8, 8, 8, 8), layers_per_block=1
     )
     absent = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-    pipe = diffusers.HunyuanVideo15Pipeline(
+    kind: type[diffusers.DiffusionPipeline] = getattr(diffusers, pipeline)
+    pipe = kind(
         transformer=transformer,
         vae=codec,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
         guider=diffusers.ClassifierFreeGuidance(5.0),
         **absent,
+        **(_siglip() if "Image" in pipeline else {}),
     )
     # The padding alone is 2,000 tokens, whatever the model.
     pipe.tokenizer_max_length, pipe.tokenizer_2_max_length, pipe.vision_num_semantic_tokens = TEXT_TOKENS, 4, 5
     return pipe
 
 
-def glyph_prompts(source: torch.Generator) -> dict[str, Any]:
+def _siglip() -> dict[str, Any]:
+    """A picture as 4 features, and what prepares it."""
+    from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
+
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 2}
+    model = SiglipVisionModel(SiglipVisionConfig(**size, image_size=32, patch_size=16))
+    return {"image_encoder": model, "feature_extractor": SiglipImageProcessor(size={"height": 32, "width": 32})}
+
+
+def glyph_prompts(source: torch.Generator, *, image: bool = False) -> dict[str, Any]:
     found = masked_prompts(source, name="prompt_embeds_mask")
+    if image:
+        # The size of the video is that of the picture.
+        found |= {"image": picture(source), "height": None, "width": None}
     for sign, valid in (("", 2), ("negative_", 0)):
         found[f"{sign}prompt_embeds_2"] = torch.randn(1, 4, GLYPH_CHANNELS, generator=source)
         found[f"{sign}prompt_embeds_mask_2"] = torch.arange(4)[None] < valid
     return found
-
-
-def kandinsky5(pipeline: str = "Kandinsky5T2VPipeline", **changes: Any) -> diffusers.DiffusionPipeline:
-    config = {
-        "in_visual_dim": LATENT_CHANNELS,
-        "out_visual_dim": LATENT_CHANNELS,
-        "in_text_dim": TEXT_CHANNELS,
-        "in_text_dim2": 6,
-        "time_dim": 8,
-        "model_dim": 24,
-        "ff_dim": 32,
-        "num_text_blocks": 1,
-        "num_visual_blocks": 3,
-        "axes_dims": (4, 4, 4),
-        **changes,
-    }
-    transformer = diffusers.Kandinsky5Transformer3DModel(**config)
-    # Fresh weights start at 0, so that no block would add anything.
-    for name, parameter in transformer.named_parameters():
-        if "modulation" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    absent = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-    kind: type[diffusers.DiffusionPipeline] = getattr(diffusers, pipeline)
-    return kind(
-        transformer=transformer,
-        vae=diffusers.AutoencoderKLHunyuanVideo(**CODEC, layers_per_block=1, norm_num_groups=4),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
-        **absent,
-    )
-
-
-def kandinsky5_prompts(source: torch.Generator, **further: Any) -> dict[str, Any]:
-    found = prompts(source, name="prompt_embeds_qwen", **further)
-    for sign in ("", "negative_"):
-        found[f"{sign}prompt_embeds_clip"] = torch.randn(1, 6, generator=source)
-        found[f"{sign}prompt_cu_seqlens"] = torch.tensor([0, TEXT_TOKENS], dtype=torch.int32)
-    return found
-
-
-class NoSafetyChecker:
-    """In place of NVIDIA's, whose package and weights a random model does not need."""
-
-    def to(self, device: object) -> NoSafetyChecker:
-        return self
-
-    def check_text_safety(self, prompt: str) -> bool:
-        return True
-
-    def check_video_safety(self, frames: np.ndarray) -> np.ndarray:
-        return frames
-
-
-def _cosmos_transformer(**changes: Any) -> torch.nn.Module:
-    model = diffusers.CosmosTransformer3DModel(
-        **{
-            **SIZES,
-            "attention_head_dim": 12,
-            "mlp_ratio": 2,
-            "text_embed_dim": TEXT_CHANNELS,
-            "adaln_lora_dim": 4,
-            "max_size": (8, 32, 32),
-            # Given as a picture, for whose resizing diffusers needs torchvision.
-            "concat_padding_mask": False,
-            **changes,
-        }
-    )
-    if model.learnable_pos_embed is not None:
-        for parameter in model.learnable_pos_embed.parameters():
-            torch.nn.init.normal_(parameter)
-    return model
-
-
-def cosmos() -> diffusers.DiffusionPipeline:
-    codec = diffusers.AutoencoderKLCosmos(
-        latent_channels=LATENT_CHANNELS,
-        encoder_block_out_channels=(8, 8, 8, 8),
-        decode_block_out_channels=(8, 8, 8, 8),
-        attention_resolutions=(8,),
-        resolution=64,
-        num_layers=1,
-        patch_size=4,
-        latents_mean=None,
-        latents_std=None,
-    )
-    scheduler = diffusers.EDMEulerScheduler(
-        sigma_min=0.002, sigma_max=80, sigma_data=0.5, sigma_schedule="karras", rho=7.0, final_sigmas_type="sigma_min"
-    )
-    return diffusers.CosmosTextToWorldPipeline(
-        None, None, _cosmos_transformer(), codec, scheduler, safety_checker=NoSafetyChecker()
-    )
-
-
-def cosmos2() -> diffusers.DiffusionPipeline:
-    transformer = _cosmos_transformer(
-        in_channels=LATENT_CHANNELS + 1, extra_pos_embed_type=None, rope_scale=(1.0, 3.0, 3.0)
-    )
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
-    return diffusers.Cosmos2VideoToWorldPipeline(
-        None, None, transformer, wan_codec(), scheduler, safety_checker=NoSafetyChecker()
-    )
-
-
-def cosmos25() -> diffusers.DiffusionPipeline:
-    transformer = _cosmos_transformer(
-        in_channels=LATENT_CHANNELS + 1,
-        extra_pos_embed_type=None,
-        rope_scale=(1.0, 3.0, 3.0),
-        use_crossattn_projection=True,
-        crossattn_proj_in_channels=TEXT_CHANNELS,
-        encoder_hidden_states_channels=TEXT_CHANNELS,
-    )
-    scheduler = diffusers.UniPCMultistepScheduler(
-        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=5.0, use_karras_sigmas=False
-    )
-    return diffusers.Cosmos2_5_PredictBasePipeline(
-        None, None, transformer, wan_codec(), scheduler, safety_checker=NoSafetyChecker()
-    )

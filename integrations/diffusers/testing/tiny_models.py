@@ -16,6 +16,7 @@ import torch
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.backbones.chronoedit import ChronoEditBackbone
 from corrdit.integrations.diffusers.backbones.loading import backbone_of
+from corrdit.integrations.diffusers.testing import tiny_cosmos, tiny_kandinsky
 from corrdit.integrations.diffusers.testing import tiny_families as families
 from corrdit.integrations.diffusers.testing import tiny_pipelines as pipelines
 from corrdit.integrations.diffusers.testing.tiny_pipelines import (
@@ -40,6 +41,8 @@ class TinyModel:
         frames: of a video for it.
         guidance: name of its guidance scale; None where the pipeline holds a guider.
         variant: whether it differs little from another one.
+        packed: whether a forward packs one sample with the words of its prompt, so that `check_backbone`, which makes a
+            batch and a prompt by itself, does not fit it.
     """
 
     pipeline: str
@@ -49,6 +52,7 @@ class TinyModel:
     frames: int = 9
     guidance: str | None = "guidance_scale"
     variant: bool = False
+    packed: bool = False
 
 
 def tiny_pipeline(name: str, *, seed: int = 0) -> diffusers.DiffusionPipeline:
@@ -144,10 +148,43 @@ _MODELS = {
         guidance="true_cfg_scale",
         variant=True,
     ),
+    "hunyuanvideo-i2v": TinyModel(
+        "HunyuanVideoImageToVideoPipeline",
+        partial(
+            pipelines.hunyuanvideo,
+            "HunyuanVideoImageToVideoPipeline",
+            in_channels=2 * LATENT_CHANNELS + 1,
+            image_condition_type="latent_concat",
+        ),
+        partial(masked_prompts, pooled=True, image=True),
+        guidance="true_cfg_scale",
+        variant=True,
+    ),
+    "hunyuanvideo-i2v-replace": TinyModel(
+        "HunyuanVideoImageToVideoPipeline",
+        partial(pipelines.hunyuanvideo, "HunyuanVideoImageToVideoPipeline", image_condition_type="token_replace"),
+        partial(masked_prompts, pooled=True, image=True),
+        guidance="true_cfg_scale",
+        variant=True,
+    ),
     "hunyuanvideo15": TinyModel(
         "HunyuanVideo15Pipeline", families.hunyuanvideo15, families.glyph_prompts, guidance=None
     ),
+    "hunyuanvideo15-image": TinyModel(
+        "HunyuanVideo15ImageToVideoPipeline",
+        partial(families.hunyuanvideo15, "HunyuanVideo15ImageToVideoPipeline"),
+        partial(families.glyph_prompts, image=True),
+        guidance=None,
+        variant=True,
+    ),
     "motifvideo": TinyModel("MotifVideoPipeline", families.motifvideo, masked_prompts, guidance=None),
+    "motifvideo-image": TinyModel(
+        "MotifVideoImage2VideoPipeline",
+        partial(families.motifvideo, "MotifVideoImage2VideoPipeline"),
+        partial(masked_prompts, image=True, prompt=None),
+        guidance=None,
+        variant=True,
+    ),
     "motifvideo-decoder": TinyModel(
         "MotifVideoPipeline",
         partial(families.motifvideo, num_single_layers=3, num_decoder_layers=1),
@@ -176,6 +213,13 @@ _MODELS = {
         "SkyReelsV2ImageToVideoPipeline", families.skyreelsv2_image, partial(_cond, tokens=512), variant=True
     ),
     "ltx": TinyModel("LTXPipeline", pipelines.ltx, masked_prompts, height=128),
+    "ltx-image": TinyModel(
+        "LTXImageToVideoPipeline",
+        partial(pipelines.ltx, "LTXImageToVideoPipeline"),
+        partial(masked_prompts, image=True),
+        height=128,
+        variant=True,
+    ),
     "ltx2": TinyModel("LTX2Pipeline", families.ltx2, partial(masked_prompts, **families.PLAIN_GUIDANCE), height=128),
     "ltx2-image": TinyModel(
         "LTX2ImageToVideoPipeline",
@@ -192,18 +236,33 @@ _MODELS = {
         frames=24,
     ),
     "easyanimate": TinyModel("EasyAnimatePipeline", families.easyanimate, masked_prompts),
-    "kandinsky5": TinyModel("Kandinsky5T2VPipeline", families.kandinsky5, families.kandinsky5_prompts),
+    "easyanimate-inpaint": TinyModel(
+        "EasyAnimateInpaintPipeline",
+        partial(families.easyanimate, "EasyAnimateInpaintPipeline", in_channels=2 * LATENT_CHANNELS + 1),
+        families.inpainting_prompts,
+        variant=True,
+    ),
+    "kandinsky5": TinyModel("Kandinsky5T2VPipeline", tiny_kandinsky.kandinsky5, tiny_kandinsky.kandinsky5_prompts),
     "kandinsky5-image": TinyModel(
         "Kandinsky5I2VPipeline",
-        partial(families.kandinsky5, "Kandinsky5I2VPipeline", visual_cond=True),
-        partial(families.kandinsky5_prompts, image=True),
+        partial(tiny_kandinsky.kandinsky5, "Kandinsky5I2VPipeline", visual_cond=True),
+        partial(tiny_kandinsky.kandinsky5_prompts, image=True),
         # Its first frame is brought to the statistics of the five behind it.
         frames=25,
         variant=True,
     ),
-    "cosmos": TinyModel("CosmosTextToWorldPipeline", families.cosmos, prompts, frames=17),
-    "cosmos-2": TinyModel("Cosmos2VideoToWorldPipeline", families.cosmos2, _cond, variant=True),
-    "cosmos-2.5": TinyModel("Cosmos2_5_PredictBasePipeline", families.cosmos25, prompts),
+    "kandinsky6": TinyModel("Kandinsky6TI2VAPipeline", tiny_kandinsky.kandinsky6, tiny_kandinsky.kandinsky6_prompts),
+    "cosmos": TinyModel("CosmosTextToWorldPipeline", tiny_cosmos.cosmos, prompts, frames=17),
+    "cosmos-image": TinyModel(
+        "CosmosVideoToWorldPipeline",
+        partial(tiny_cosmos.cosmos, "CosmosVideoToWorldPipeline", in_channels=LATENT_CHANNELS + 1),
+        _cond,
+        frames=17,
+        variant=True,
+    ),
+    "cosmos-2": TinyModel("Cosmos2VideoToWorldPipeline", tiny_cosmos.cosmos2, _cond, variant=True),
+    "cosmos-2.5": TinyModel("Cosmos2_5_PredictBasePipeline", tiny_cosmos.cosmos25, prompts),
+    "cosmos3": TinyModel("Cosmos3OmniPipeline", tiny_cosmos.cosmos3, tiny_cosmos.worded_prompts, packed=True),
 }
 TINY_MODELS = {name: model for name, model in _MODELS.items() if model.pipeline in dir(diffusers)}
 """Tiny models by name: the families and the variants that differ for a capture, as far as diffusers has them."""

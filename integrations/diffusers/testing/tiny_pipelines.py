@@ -6,6 +6,7 @@ from typing import Any
 
 import diffusers
 import torch
+from PIL import Image
 
 TEXT_TOKENS = 8
 TEXT_CHANNELS = 16
@@ -24,6 +25,11 @@ def prompts(
     names = (name, f"negative_{name}")
     found = {each: torch.randn(1, tokens, TEXT_CHANNELS, generator=source) for each in names}
     return {**found, **({"image": torch.rand(1, 3, 64, 64, generator=source)} if image else {}), **further}
+
+
+def picture(source: torch.Generator) -> Image.Image:
+    """For pipelines that take no tensor."""
+    return Image.fromarray(torch.randint(0, 256, (64, 64, 3), generator=source, dtype=torch.uint8).numpy())
 
 
 def masked_prompts(
@@ -72,6 +78,8 @@ def hunyuanvideo(pipeline: str = "HunyuanVideoPipeline", **changes: Any) -> diff
     )
     codec = diffusers.AutoencoderKLHunyuanVideo(**CODEC, layers_per_block=1, norm_num_groups=4)
     absent = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    if pipeline == "HunyuanVideoImageToVideoPipeline":
+        absent["image_processor"] = None
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0)
     kind: type[diffusers.DiffusionPipeline] = getattr(diffusers, pipeline)
     return kind(transformer=transformer, vae=codec, scheduler=scheduler, **absent)
@@ -146,7 +154,7 @@ def image_encoder() -> dict[str, Any]:
     return {"image_encoder": model, "image_processor": CLIPImageProcessor(**sizes)}
 
 
-def ltx() -> diffusers.DiffusionPipeline:
+def ltx(pipeline: str = "LTXPipeline") -> diffusers.DiffusionPipeline:
     transformer = diffusers.LTXVideoTransformer3DModel(
         **SIZES, attention_head_dim=8, cross_attention_dim=16, caption_channels=TEXT_CHANNELS
     )
@@ -157,7 +165,8 @@ def ltx() -> diffusers.DiffusionPipeline:
         decoder_layers_per_block=(1, 1, 1, 1, 1),
     )
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.1)
-    return diffusers.LTXPipeline(scheduler, codec, None, None, transformer)
+    kind: type[diffusers.DiffusionPipeline] = getattr(diffusers, pipeline)
+    return kind(scheduler, codec, None, None, transformer)
 
 
 def mochi() -> diffusers.DiffusionPipeline:

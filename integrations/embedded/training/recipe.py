@@ -14,10 +14,10 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, Timer
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 from corrdit.arguments import whole_number
-from corrdit.files import OutputFolder, refuse_nested_aliases
+from corrdit.files import OutputFolder, refuse_nested_aliases, write_json
 from corrdit.integrations.embedded.loading import load_embedded_pipeline
 from corrdit.integrations.embedded.pipeline import build_pipeline
-from corrdit.integrations.embedded.preset import PRESET_FILE
+from corrdit.integrations.embedded.preset import PRESET_FILE, WEIGHTS, read_preset
 from corrdit.integrations.embedded.training.model_card import Json, model_card
 from corrdit.integrations.embedded.training.module import EmbeddedTraining, TrainingConfig, WorldDataModule
 from corrdit.integrations.embedded.world.photographs import Photographs
@@ -122,7 +122,7 @@ def train(
     """Train a recipe in a folder, with checkpoints/step-*.ckpt and logs/part_*/metrics.csv.
 
     start: the folder of a pipeline, as another run's `pipeline`, whose weights a fresh run begins with; "embedded"
-    for the shipped ones.
+    for the shipped ones. Its preset.json is kept beside the checkpoints, for the export.
     photographs: a folder of pictures, for a recipe with a share of `pictures`.
     resume: go on from the newest checkpoint; the rest of the run is the same as without the interruption. The recipe
     must be that of the checkpoint, but for `steps` and `workers`.
@@ -142,6 +142,8 @@ def train(
     module = EmbeddedTraining(config)
     if start is not None:
         module.begin_with(_trained(start))
+    if not resume:
+        _keep_preset(start, output)
     if threads is not None:
         torch.set_num_threads(threads)
     trainer = lightning.Trainer(
@@ -181,10 +183,23 @@ def _data(config: TrainingConfig, photographs: str | pathlib.Path | None) -> Wor
     return WorldDataModule(dataclasses.replace(config, photographs=pictures.digest if pictures else ""), pictures)
 
 
+def _start_folder(start: str | pathlib.Path) -> pathlib.Path:
+    return WEIGHTS if str(start) == "embedded" else pathlib.Path(start)
+
+
 def _trained(start: str | pathlib.Path) -> torch.nn.Module:
     """The transformer that a run begins with."""
-    folder = None if str(start) == "embedded" else pathlib.Path(start)
-    return load_embedded_pipeline(folder).transformer
+    return load_embedded_pipeline(_start_folder(start)).transformer
+
+
+def _keep_preset(start: str | pathlib.Path | None, output: pathlib.Path) -> None:
+    """What a run ends with is read where the weights it begins with are."""
+    kept = output / PRESET_FILE
+    if start is not None and (_start_folder(start) / PRESET_FILE).is_file():
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(kept, read_preset(_start_folder(start)))
+    else:
+        kept.unlink(missing_ok=True)
 
 
 def _check_numbers(
@@ -272,12 +287,15 @@ def export_checkpoint(
     """Write the averaged weights as a float16 diffusers pipeline folder that `load_embedded_pipeline` reads, with a
     card.
 
-    preset: where to read correspondence, written as preset.json; measured and notes: for the model card.
+    preset: where to read correspondence, written as preset.json; that of the weights the run began with by default.
+    measured and notes: for the model card.
     The folder is replaced as a whole, only after everything is written. Raises ValueError for a damaged or foreign
     checkpoint, for weights that are not finite, and for a folder that holds anything but an exported pipeline.
     """
     refuse_other_folder(folder)
     module, steps = _module_and_steps(checkpoint)
+    if preset is None and (checkpoint.parents[1] / PRESET_FILE).is_file():
+        preset = read_preset(checkpoint.parents[1])
     pipe = build_pipeline(module.average.to(torch.float16))
     if not all(bool(weight.isfinite().all()) for weight in module.average.parameters()):
         raise ValueError(
