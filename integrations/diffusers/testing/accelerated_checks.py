@@ -22,6 +22,7 @@ from corrdit.integrations.diffusers.testing.subject import LayerRead, Skipped, S
 
 VALUE_TOLERANCE = 1e-4
 LORA_RANK = 2
+FAILS_ITSELF = "the model itself fails when it runs so"
 NO_GROUPS = "this diffusers offloads groups only where there is an accelerator"
 """It is one before 0.42."""
 
@@ -46,20 +47,33 @@ class Acceleration:
         accelerated = replace(subject, model=copy.deepcopy(subject.transformer))
         plain = subject.read() if self.same_values else {}
         try:
-            with self.change(accelerated.transformer), unchanged(accelerated.transformer, "a capture"):
-                check_output_unchanged(accelerated)
-                reads = accelerated.read()
-                if self.same_values:
-                    _assert_alike(reads, plain, "the model as it is")
-                else:
-                    check_attention_reproduced(accelerated)
-                some = accelerated.layers[: max(1, len(accelerated.layers) - 1)]
-                early = accelerated.read(some, early_exit=True)
-                _assert_alike(early, {layer: reads[layer] for layer in some}, "the whole forward")
+            with self.change(accelerated.transformer):
+                _assert_runs(accelerated)
+                with unchanged(accelerated.transformer, "a capture"):
+                    self._read(accelerated, plain)
         except Skipped:
             raise
         except Exception as error:
             raise AssertionError(f"{_said(error)}; {self.advice}") from error
+
+    def _read(self, accelerated: Subject, plain: dict[int, LayerRead]) -> None:
+        check_output_unchanged(accelerated)
+        reads = accelerated.read()
+        if self.same_values:
+            _assert_alike(reads, plain, "the model as it is")
+        else:
+            check_attention_reproduced(accelerated)
+        some = accelerated.layers[: max(1, len(accelerated.layers) - 1)]
+        early = accelerated.read(some, early_exit=True)
+        _assert_alike(early, {layer: reads[layer] for layer in some}, "the whole forward")
+
+
+def _assert_runs(subject: Subject) -> None:
+    """Raises `Skipped` where the model fails without anything of ours."""
+    try:
+        subject.prediction()
+    except Exception as error:
+        raise Skipped(f"{FAILS_ITSELF} ({_said(error)})") from error
 
 
 def check_step_cache(subject: Subject) -> None:
@@ -149,7 +163,7 @@ def _fused(model: Any) -> Iterator[None]:
         raise Skipped(f"{type(model).__name__} has no fuse_qkv_projections")
     try:
         model.fuse_qkv_projections()
-    except (AttributeError, NotImplementedError, ValueError) as error:
+    except (AttributeError, NotImplementedError, RuntimeError, ValueError) as error:
         raise Skipped(f"{type(model).__name__} cannot fuse its projections ({error})") from error
     yield
 
