@@ -192,6 +192,20 @@ def planned_checkpoints(result: Record) -> str:
     return markdown_table((*head, "16 GB card", "24 GB card", "48 GB card", "PFLOP"), rows)
 
 
+def accelerated(result: Record) -> str:
+    families: Record = result["families"]
+    names = dict.fromkeys(name for found in families.values() for name in found)
+    rows = []
+    for name in names:
+        found = {family: outcomes[name] for family, outcomes in families.items() if name in outcomes}
+        alike = [family for family, said in found.items() if said in ("identical", "equal")]
+        not_made = [family for family, said in found.items() if said.startswith("not made")]
+        others = [family for family in found if family not in (*alike, *not_made)]
+        whole = [f"all {len(families)}"] if len(alike) == len(families) else alike
+        rows.append([name, *(", ".join(listed) or "-" for listed in (whole, not_made, others))])
+    return markdown_table(("run", "identical", "not made", "fails"), rows)
+
+
 def _fit(found: Record | None) -> str:
     if found is None:
         return "-"
@@ -209,6 +223,7 @@ TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "transfer": ("transfer_quality.json", transfer),
     "guidance": ("guidance_quality.json", guidance),
     "planned_peaks": ("plan_memory.json", planned_peaks),
+    "accelerated": ("accelerated.json", accelerated),
     "planned_checkpoints": ("plan_memory.json", planned_checkpoints),
 }
 

@@ -11,7 +11,7 @@ import torch
 
 from corrdit.integrations.diffusers import family_layouts, layouts, processors
 from corrdit.integrations.diffusers.host import attention
-from corrdit.integrations.diffusers.testing.accelerated_checks import ACCELERATED_CHECKS, NO_GROUPS
+from corrdit.integrations.diffusers.testing.accelerated_checks import ACCELERATED_CHECKS, FAILS_ITSELF, NO_GROUPS
 from corrdit.integrations.diffusers.testing.conformance import CHECKS, GENERATION_CHECK
 from corrdit.testing import TINY_MODELS, check_backbone, tiny_backbone, tiny_generation
 
@@ -41,10 +41,10 @@ def test_families_conform(name):
     assert all(result.passed for result in results)
 
 
-BATCHED = [name for name, model in TINY_MODELS.items() if not model.packed]
+OTHERS = [name for name, model in TINY_MODELS.items() if name != "wan" and not model.packed]
 
 
-@pytest.mark.parametrize("name", ["wan", *(pytest.param(n, marks=pytest.mark.slow) for n in BATCHED if n != "wan")])
+@pytest.mark.parametrize("name", ["wan", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_families_conform_however_they_are_run(name):
     results = check_backbone(tiny_backbone(name), only=tuple(ACCELERATED_CHECKS))
     assert [result.name for result in results] == list(ACCELERATED_CHECKS)
@@ -53,7 +53,11 @@ def test_families_conform_however_they_are_run(name):
         "lora": "peft is not installed",
         "group offload": NO_GROUPS,
     }
+    itself = {"ltx2": ["offload"], "ltx2-image": ["offload"]}.get(name, [])
     for result in results:
+        if result.name in itself:
+            assert result.skipped.startswith(FAILS_ITSELF)
+            continue
         assert result.passed or result.name == "fused projections" or result.skipped == absent[result.name]
 
 

@@ -22,7 +22,7 @@ FAST = ("cogvideox-rotary", "hunyuanvideo", "wan", "ltx", "mochi")
 OTHERS = [
     name
     for name, model in TINY_MODELS.items()
-    if "-" not in name and not (model.variant or model.packed) and name not in FAST
+    if "-" not in name and not model.variant and not model.packed and name not in FAST
 ]
 FAMILIES = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS if name != "cogvideox")]
 WITHOUT_WHOLE_BLOCKS = ("kandinsky5", "kandinsky6", "ltx2")

@@ -208,12 +208,14 @@ def leaving_after(transformer: torch.nn.Module, layout: TransformerLayout, layer
     """
     if is_offloaded(transformer) or has_compiled_blocks(transformer) or token_group(transformer) is not None:
         with contextlib.ExitStack() as stack:
-            remaining = layer + 1
+            first, count = 0, len(layout.attention_modules(transformer))
             for name in layout.block_lists(transformer):
                 original = transformer.get_submodule(name)
-                kept = list(original.children())[:remaining]
-                remaining -= len(kept)
+                blocks = dict(enumerate(original.children(), first))
+                first += len(blocks)
                 stack.callback(setattr, transformer, name, original)
+                # Blocks behind the layers (Motif-Video's decoder) stay: the model counts them from the last.
+                kept = [block for index, block in blocks.items() if not layer < index < count]
                 setattr(transformer, name, torch.nn.ModuleList(kept))
             yield False
         return

@@ -21,7 +21,10 @@ from corrdit.integrations.diffusers.testing.restoring_checks import unchanged
 from corrdit.integrations.diffusers.testing.subject import LayerRead, Skipped, Subject
 
 VALUE_TOLERANCE = 1e-4
+BACKEND_TOLERANCE = 1e-2
+"""Of models that compute in bfloat16 inside (Kandinsky 5), where another order of sums rounds otherwise."""
 LORA_RANK = 2
+FAILS_ITSELF = "the model itself fails when it runs so"
 NO_GROUPS = "this diffusers offloads groups only where there is an accelerator"
 """It is one before 0.42."""
 
@@ -35,31 +38,46 @@ class Acceleration:
         advice: what an adapter has to look after.
         same_values: whether the model computes the same as without; where it does not, what is read is compared with
             its own attention.
+        tolerance: between the same values, of the largest.
     """
 
     change: Callable[[Module], contextlib.AbstractContextManager[object]]
     advice: str
     same_values: bool = True
+    tolerance: float = VALUE_TOLERANCE
 
     def __call__(self, subject: Subject) -> None:
         """Raises AssertionError, with what was found and the advice, where the model is not read as it should be."""
         accelerated = replace(subject, model=copy.deepcopy(subject.transformer))
         plain = subject.read() if self.same_values else {}
         try:
-            with self.change(accelerated.transformer), unchanged(accelerated.transformer, "a capture"):
-                check_output_unchanged(accelerated)
-                reads = accelerated.read()
-                if self.same_values:
-                    _assert_alike(reads, plain, "the model as it is")
-                else:
-                    check_attention_reproduced(accelerated)
-                some = accelerated.layers[: max(1, len(accelerated.layers) - 1)]
-                early = accelerated.read(some, early_exit=True)
-                _assert_alike(early, {layer: reads[layer] for layer in some}, "the whole forward")
+            with self.change(accelerated.transformer):
+                _assert_runs(accelerated)
+                with unchanged(accelerated.transformer, "a capture"):
+                    self._read(accelerated, plain)
         except Skipped:
             raise
         except Exception as error:
             raise AssertionError(f"{_said(error)}; {self.advice}") from error
+
+    def _read(self, accelerated: Subject, plain: dict[int, LayerRead]) -> None:
+        check_output_unchanged(accelerated)
+        reads = accelerated.read()
+        if self.same_values:
+            _assert_alike(reads, plain, "the model as it is", self.tolerance)
+        else:
+            check_attention_reproduced(accelerated)
+        some = accelerated.layers[: max(1, len(accelerated.layers) - 1)]
+        early = accelerated.read(some, early_exit=True)
+        _assert_alike(early, {layer: reads[layer] for layer in some}, "the whole forward")
+
+
+def _assert_runs(subject: Subject) -> None:
+    """Raises `Skipped` where the model fails without anything of ours."""
+    try:
+        subject.prediction()
+    except Exception as error:
+        raise Skipped(f"{FAILS_ITSELF} ({_said(error)})") from error
 
 
 def check_step_cache(subject: Subject) -> None:
@@ -99,7 +117,9 @@ def _answering_again(model: Module) -> Module:
     return model
 
 
-def _assert_alike(reads: dict[int, LayerRead], others: dict[int, LayerRead], what: str) -> None:
+def _assert_alike(
+    reads: dict[int, LayerRead], others: dict[int, LayerRead], what: str, tolerance: float = VALUE_TOLERANCE
+) -> None:
     for layer, other in others.items():
         read = reads[layer]
         assert read.grid == other.grid, f"layer {layer} has the grid {read.grid}, and {other.grid} in {what}"
@@ -107,7 +127,7 @@ def _assert_alike(reads: dict[int, LayerRead], others: dict[int, LayerRead], wha
             one, two = getattr(read, name).float(), getattr(other, name).float()
             assert one.shape == two.shape, f"{name} of layer {layer} is {tuple(one.shape)}, not {tuple(two.shape)}"
             error = (one - two).abs().max() / two.abs().max()
-            assert error < VALUE_TOLERANCE, f"{name} of layer {layer} is off by {error:.2g} from that of {what}"
+            assert error < tolerance, f"{name} of layer {layer} is off by {error:.2g} from that of {what}"
 
 
 def _said(error: BaseException) -> str:
@@ -149,7 +169,7 @@ def _fused(model: Any) -> Iterator[None]:
         raise Skipped(f"{type(model).__name__} has no fuse_qkv_projections")
     try:
         model.fuse_qkv_projections()
-    except (AttributeError, NotImplementedError, ValueError) as error:
+    except (AttributeError, NotImplementedError, RuntimeError, ValueError) as error:
         raise Skipped(f"{type(model).__name__} cannot fuse its projections ({error})") from error
     yield
 
@@ -240,6 +260,7 @@ ACCELERATED_CHECKS: dict[str, Callable[[Subject], None]] = {
     "attention backend": Acceleration(
         _another_backend,
         "this backend is not torch's: the processors' own __call__ has to call dispatch_attention_fn",
+        tolerance=BACKEND_TOLERANCE,
     ),
     "step cache": check_step_cache,
 }
