@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 
 from corrdit.arguments import finite_number, whole_indices
-from corrdit.grid import TokenGrid
+from corrdit.grid import CrossGrid, TokenGrid
 
 
 def word_attention(
-    q: Tensor, k: Tensor, grid: TokenGrid, words: Iterable[int], *, key_mask: Tensor | None = None
+    q: Tensor, k: Tensor, grid: TokenGrid | CrossGrid, words: Iterable[int], *, key_mask: Tensor | None = None
 ) -> Tensor:
     """Share of its attention on the text that each video token gives to some text tokens.
 
     Args:
-        q, k: `[B, H, N, D]` of joint attention.
-        grid: how the N tokens are arranged; with text.
+        q, k: `[B, H, N, D]` of joint attention; or of cross-attention `[B, H, F * S, D]` and `[B, H, T, D]`.
+        grid: how the N tokens are arranged, with text; or a `CrossGrid`.
         words: positions among the text tokens.
-        key_mask: bool `[B, N]`; text tokens that it leaves out get nothing.
+        key_mask: bool `[B, N]` (`[B, T]`); text tokens that it leaves out get nothing.
 
     Returns:
         float32 (float64 for float64) `[B, F, h, w]`, 0 to 1, the mean over heads.
@@ -33,19 +33,23 @@ def word_attention(
     Raises:
         ValueError: a grid without text, or positions outside it.
     """
-    if not grid.text_tokens:
-        raise ValueError(
-            "this attention holds no text tokens (the model reads its prompt by cross-attention), so no word's "
-            "attention can be read from it; take a model with joint attention (CogVideoX, HunyuanVideo, Mochi)"
-        )
+    if isinstance(grid, TokenGrid):
+        if not grid.text_tokens:
+            raise ValueError(
+                "this attention holds no text tokens (the model reads its prompt by cross-attention), so no word's "
+                'attention can be read from it; capture(attention="cross") reads that'
+            )
+        key_mask = None if key_mask is None else key_mask[:, grid.text_slice]
+        q, k, text_tokens = q[:, :, grid.video_slice], k[:, :, grid.text_slice], grid.text_tokens
+    else:
+        text_tokens = grid.keys
     places = whole_indices("words", words)
-    if min(places) < 0 or max(places) >= grid.text_tokens:
-        raise ValueError(f"words must be positions from 0 to {grid.text_tokens - 1}, got {places}")
+    if min(places) < 0 or max(places) >= text_tokens:
+        raise ValueError(f"words must be positions from 0 to {text_tokens - 1}, got {places}")
     dtype = torch.promote_types(q.dtype, torch.float32)
-    logits = q[:, :, grid.video_slice].to(dtype) @ k[:, :, grid.text_slice].to(dtype).transpose(-1, -2)
-    logits = logits * q.shape[-1] ** -0.5
+    logits = q.to(dtype) @ k.to(dtype).transpose(-1, -2) * q.shape[-1] ** -0.5
     if key_mask is not None:
-        logits = logits.masked_fill(~key_mask[:, None, None, grid.text_slice], float("-inf"))
+        logits = logits.masked_fill(~key_mask[:, None, None], float("-inf"))
     weights = logits.softmax(-1)[..., places].sum(-1).mean(1)
     return weights.unflatten(1, (grid.frames, grid.height, grid.width))
 

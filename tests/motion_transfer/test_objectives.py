@@ -90,7 +90,7 @@ class Misinjecting(MotionObjective):
         ("tedium", ValueError, "method must be one of ditflow, smm"),
         (3, TypeError, "or a MotionObjective as a class or an instance, got 3"),
         (torch.nn.MSELoss, TypeError, "as a class or an instance"),
-        (Mislabelled, TypeError, "reads must be one of attention, features, prediction"),
+        (Mislabelled, TypeError, "reads must be one of attention, text, features, prediction"),
         (Misinjecting, TypeError, "injects may be query, key and value"),
         ("path", ValueError, '"path" needs word'),
         ("query-injection", ValueError, '"query-injection" needs injection_blocks'),
@@ -243,6 +243,17 @@ def test_an_object_follows_its_path():
         MotionTransfer(backbone, method="path", word="star", path=path, **options)(
             None, "a red disc over grass", num_frames=4, height=32, width=32
         )
+
+
+@pytest.mark.parametrize("family", ["wan", "ltx"])
+def test_an_object_follows_its_path_through_cross_attention(case, family, monkeypatch):
+    backbone, _, arguments = case(family)
+    monkeypatch.setattr(PromptWords, "places", lambda self, word: (1,))
+    path = ((0, 0.0, 0.0, 0.5, 1.0), (1, 0.5, 0.0, 1.0, 1.0))
+    transfer = MotionTransfer(backbone, block=1, method="path", word="disc", path=path, **SETTINGS)
+    losses = transfer(None, **FRAMES, **arguments).losses
+    assert (losses[:, -1] < losses[:, 0]).all()
+    assert ((losses > 0) & (losses < 1)).all()
 
 
 def test_injected_queries_are_the_references(case):

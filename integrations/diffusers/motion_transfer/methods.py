@@ -16,6 +16,7 @@ from corrdit.integrations.diffusers.motion_transfer.objectives import (
     FeatureReading,
     MotionObjective,
     PredictionReading,
+    TextReading,
     all_finite,
     mean_within,
 )
@@ -186,7 +187,7 @@ class SteadyAttention(MotionObjective):
 class FollowedPath(MotionObjective):
     """An object follows the settings' `path`: the attention of its word stays inside the moving box."""
 
-    reads = "attention"
+    reads = "text"
     needs_reference = False
 
     def check(self, settings: TransferSettings) -> None:
@@ -196,15 +197,15 @@ class FollowedPath(MotionObjective):
                 "((time, left, top, right, bottom), ...) in shares of the video"
             )
 
-    def loss(self, read: AttentionReading, wanted: None) -> Tensor:
-        settings, grid = read.settings, read.grid
+    def loss(self, read: TextReading, wanted: None) -> Tensor:
+        settings = read.settings
         if read.region is not None:
             raise ValueError('method "path" has places of its own, the boxes of path; leave region out')
         assert settings.word is not None
         assert read.words is not None
         places = read.words.places(settings.word)
-        attention = word_attention(read.q, read.k, grid, places, key_mask=read.key_mask)
-        return inside_loss(attention, path_tokens(settings.path, grid).to(attention.device))
+        attention = word_attention(read.q, read.k, read.text, places, key_mask=read.key_mask)
+        return inside_loss(attention, path_tokens(settings.path, read.grid).to(attention.device))
 
 
 def path_tokens(path: tuple[tuple[float, ...], ...], grid: TokenGrid) -> Tensor:

@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from corrdit.grid import TokenGrid
+from corrdit.grid import CrossGrid, TokenGrid
 from corrdit.integrations.diffusers.motion_transfer.words import PromptWords
 from corrdit.integrations.diffusers.transfer_settings import TransferSettings
 
-READS = ("attention", "features", "prediction")
+READS = ("attention", "text", "features", "prediction")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,23 @@ class AttentionReading(Reading):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TextReading(Reading):
+    """The attention of one layer from the video to the text: of cross-attention, or that part of joint attention.
+
+    Args:
+        q: `[1, H, F * S, D]`, of the video.
+        k: `[1, H, T, D]`, of the text.
+        key_mask: bool `[1, T]` of the text tokens that take part; None for all.
+        text: both axes.
+    """
+
+    q: Tensor
+    k: Tensor
+    key_mask: Tensor | None
+    text: CrossGrid
+
+
+@dataclass(frozen=True, kw_only=True)
 class FeatureReading(Reading):
     """The output of one block for the video tokens, features `[F, C, h, w]`."""
 
@@ -78,8 +95,8 @@ class MotionObjective:
     or tensors, and is written into the results' settings.
 
     Attributes:
-        reads: "attention" gives `loss` an `AttentionReading` of each block, "features" a `FeatureReading`,
-            "prediction" one `PredictionReading`; None for an objective without a loss.
+        reads: "attention" gives `loss` an `AttentionReading` of each block, "text" a `TextReading`, "features" a
+            `FeatureReading`, "prediction" one `PredictionReading`; None for an objective without a loss.
         moves: what its gradient may change, of "latent" and "embedding". That of a prediction reaches latents only.
         needs_reference: whether there has to be a reference video.
         injects: what of the reference's attention goes into the settings' `injection_blocks` at guided steps: some of

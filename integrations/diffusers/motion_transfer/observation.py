@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from corrdit.grid import TokenGrid
+from corrdit.grid import CrossGrid, TokenGrid
 from corrdit.integrations.diffusers.captures import Capture
 from corrdit.integrations.diffusers.host.forwards import EarlyExit, leaving_after, watched_output
 from corrdit.integrations.diffusers.layouts import TransformerLayout
@@ -20,6 +20,7 @@ from corrdit.integrations.diffusers.motion_transfer.objectives import (
     AttentionReading,
     FeatureReading,
     PredictionReading,
+    TextReading,
 )
 from corrdit.integrations.diffusers.motion_transfer.words import PromptWords
 from corrdit.integrations.diffusers.processors import Operation
@@ -51,6 +52,15 @@ class Reader:
 
         return operation
 
+    def text_operation(self, function: Callable[[TextReading], Any]) -> Operation:
+        """A function of readings of attention to the text as an operation of a capture."""
+
+        def operation(q: Tensor, k: Tensor, grid: CrossGrid, key_mask: Tensor | None) -> Any:
+            video = TokenGrid(grid.frames, grid.height, grid.width)
+            return function(TextReading(q=q, k=k, text=grid, grid=video, key_mask=key_mask, **self._shared()))
+
+        return operation
+
     def features(self, features: Tensor, grid: TokenGrid) -> FeatureReading:
         """The reading of features `[F, C, h, w]`."""
         return FeatureReading(features=features, grid=grid, **self._shared())
@@ -71,7 +81,7 @@ class Reader:
         """`function(block, reading)` for the settings' blocks in one forward, which ends after the last of them.
 
         Args:
-            reads: "attention" or "features".
+            reads: "attention", "text" or "features".
             transformer: to run once.
             layout: of it.
             arguments: of its forward, by name.
@@ -83,8 +93,9 @@ class Reader:
             # Behind the forward: gradient checkpointing would not find the function's graph in its second run.
             maps = features_observed(transformer, layout, arguments, grid, blocks)
             return {block: function(block, self.features(maps[block], grid)) for block in blocks}
-        operations = {block: {"read": self.operation(functools.partial(function, block))} for block in blocks}
-        observed = attention_observed(transformer, arguments, operations)
+        made = self.text_operation if reads == "text" else self.operation
+        operations = {block: {"read": made(functools.partial(function, block))} for block in blocks}
+        observed = attention_observed(transformer, arguments, operations, of_text=reads == "text")
         return {block: observed[block]["read"] for block in blocks}
 
     def _shared(self) -> dict[str, Any]:
@@ -92,7 +103,11 @@ class Reader:
 
 
 def attention_observed(
-    transformer: Module, arguments: Mapping[str, object], operations: Mapping[int, Mapping[str, Operation]]
+    transformer: Module,
+    arguments: Mapping[str, object],
+    operations: Mapping[int, Mapping[str, Operation]],
+    *,
+    of_text: bool = False,
 ) -> dict[int, dict[str, Any]]:
     """Results of operations on queries and keys, by layer and name; the forward ends after the last layer.
 
@@ -100,9 +115,15 @@ def attention_observed(
         transformer: to run once.
         arguments: of its forward, by name.
         operations: by layer (counted from 0) and name. Results stay attached to the graph where gradients are on.
+        of_text: they are of the attention to the text.
     """
     reader = Capture(
-        transformer, operations=operations, named=True, keep_graph=torch.is_grad_enabled(), early_exit=True
+        transformer,
+        operations=operations,
+        named=True,
+        keep_graph=torch.is_grad_enabled(),
+        early_exit=True,
+        attention="cross" if of_text else "self",
     )
     with reader:
         transformer(**arguments)
