@@ -45,13 +45,15 @@ def candidates(pipe: EmbeddedVideoPipeline, videos: int) -> list[Record]:
 def preset_of(row: Record, videos: int, before: Record) -> Record:
     """The entries `load_backbone` reads, and what they were chosen by.
 
-    before: the pipeline's preset so far; its options of tracking and of motion transfer were chosen for its layer,
-    and are kept if the layer is the same.
+    before: the pipeline's preset so far; its options of tracking were chosen for its layer, and are kept if the layer
+    is the same. Those of motion transfer are moved to the layer.
     """
     _, layer, kind, *head = row["reading"].split()
     size = f"{WORKING[0]} x {WORKING[1]}"
-    names = ("tracking", "transfer") if before.get("layer") == int(layer) else ()
+    names = ("tracking",) if before.get("layer") == int(layer) else ()
     kept = {name: before[name] for name in names if name in before}
+    if "transfer" in before:
+        kept["transfer"] = {**before["transfer"], "blocks": [int(layer)]}
     return {
         "layer": int(layer),
         "head": int(head[0]) if kind == "head" else None,

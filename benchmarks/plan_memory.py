@@ -126,7 +126,7 @@ def every_task() -> list[tuple[str, Record]]:
 
 
 def small_models() -> list[Record]:
-    call = {"prompt": "a red disc", "output_type": "np"}
+    call = {"prompt": "a red disc", "output_type": "np", "guidance_scale": 5.0}
     rows = compared("embedded", "embedded", lambda: load_backbone("embedded"), (3, 48, 64), 4, call, every_task())
     for name in TINY:
         generation = tiny_generation(name)

@@ -68,6 +68,23 @@ METHODS = {
     "fastvmt": "DiTFlow with FastVMT's settings",
     "flowmotion": "FlowMotion",
 }
+TRANSFER_PARTS = {
+    "ablations": {
+        "fidelity above block 4": ("fidelity_above_default", "+", 2),
+        "seconds": ("seconds", "", 1),
+    },
+    "zero-shot": {
+        "fidelity above optimising for its prompt": ("fidelity_above_optimised", "+", 2),
+        "adherence above it": ("adherence_above_optimised", "+", 2),
+    },
+    "appendix-d": {"agreement": ("agreement", "", 2)},
+    "steady": {
+        "warped residual": ("residual", "", 3),
+        "track survival": ("survival", "", 3),
+        "motion, px a frame": ("motion", "", 2),
+    },
+}
+"""Columns of parts of the measurements of motion transfer: name, sign and digits of the figure."""
 PERTURBED = {
     "centre": "layer {centre}, the one that matches, scale 1",
     **{f"layer {layer}": f"layer {layer}" for layer in range(6)},
@@ -126,22 +143,59 @@ def annotated(result: Record) -> str:
 
 
 def transfer(result: Record) -> str:
-    measured, memory = result["tables"]["main"], result["tables"].get("memory", {})
-    known = {key: name for key, name in METHODS.items() if key in measured}
-    # Results of earlier versions have fewer columns.
-    further = all("adherence" in measured[key] for key in known)
-    head = ["method", "motion fidelity", "above no transfer", "direction error"]
-    head += ["adherence", "seconds"] if further else []
-    head += ["peak memory, MB"] if memory else []
+    measured, memory = result["tables"].get("main", {}), result["tables"].get("memory", {})
+    head = ["method", "videos", "motion fidelity", "above no transfer", "direction error", "adherence", "seconds"]
     rows = []
-    for key, name in known.items():
+    for key, name in METHODS.items():
+        if key not in measured:
+            continue
         row = measured[key]
-        above = interval(row["fidelity_above_backbone"], "+") if "fidelity_above_backbone" in row else ""
-        cells = [name, interval(row["fidelity"]), above, f"{row['direction_error']['mean']:.0f}°"]
-        cells += [interval(row["adherence"]), f"{row['seconds']['mean']:.1f}"] if further else []
-        cells += [f"{memory[key]['peak_megabytes']['mean']:.0f}" if key in memory else ""] if memory else []
-        rows.append(cells)
-    return markdown_table(head, rows)
+        cells = [name, str(row["fidelity"]["count"]), interval(row["fidelity"])]
+        cells += [interval(row["fidelity_above_backbone"], "+") if "fidelity_above_backbone" in row else ""]
+        # Results of earlier versions have fewer columns.
+        cells += [interval(row["direction_error"], digits=0)]
+        cells += [interval(row["adherence"]) if "adherence" in row else "", f"{row['seconds']['mean']:.1f}"]
+        rows.append([*cells, f"{memory[key]['peak_megabytes']['mean']:.0f}" if key in memory else ""])
+    return markdown_table([*head, "peak memory, MB"], rows) + _weights_of(result)
+
+
+def transfer_region(result: Record) -> str:
+    measured = result["tables"].get("region", {})
+    head = ["method", "inside, everywhere", "inside, in the mask", "share kept", "outside, above no transfer"]
+    rows = []
+    for key, name in METHODS.items():
+        masked = measured.get(f"{key}, in the mask")
+        if masked is None or key not in measured:
+            continue
+        inside = [interval(row["inside"]) for row in (measured[key], masked)]
+        share = masked["inside"]["mean"] / measured[key]["inside"]["mean"]
+        rows.append([name, *inside, f"{share:.2f}", interval(masked["outside_above_backbone"], "+")])
+    return _or_not_yet(head, rows)
+
+
+def transfer_part(part: str) -> Callable[[Record], str]:
+    """The table of a part of the measurements of motion transfer, of its columns in `TRANSFER_PARTS`."""
+
+    def table(result: Record) -> str:
+        columns = TRANSFER_PARTS[part]
+        rows = [
+            [name, *(interval(row[key], sign, digits) if key in row else "" for key, sign, digits in columns.values())]
+            for name, row in result["tables"].get(part, {}).items()
+            if any(key in row for key, *_ in columns.values())
+        ]
+        return _or_not_yet(["setting", *columns], rows)
+
+    return table
+
+
+def _or_not_yet(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return markdown_table(head, rows) if rows else "Not measured with these weights yet.\n"
+
+
+def _weights_of(result: Record) -> str:
+    if "weights" not in result:
+        return "\nOf earlier weights than those shipped.\n"
+    return f"\nWeights {result['weights']}, commits {', '.join(result['commits_of_rows'])}.\n"
 
 
 def guidance(result: Record) -> str:
@@ -221,6 +275,11 @@ TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "annotated": ("annotated_clips.json", annotated),
     "summary": ("tracking.json", summary),
     "transfer": ("transfer_quality.json", transfer),
+    "transfer_region": ("transfer_quality.json", transfer_region),
+    "transfer_steady": ("transfer_quality.json", transfer_part("steady")),
+    "transfer_ablations": ("transfer_quality.json", transfer_part("ablations")),
+    "transfer_zero_shot": ("transfer_quality.json", transfer_part("zero-shot")),
+    "transfer_moved_picture": ("transfer_quality.json", transfer_part("appendix-d")),
     "guidance": ("guidance_quality.json", guidance),
     "planned_peaks": ("plan_memory.json", planned_peaks),
     "accelerated": ("accelerated.json", accelerated),

@@ -1,12 +1,13 @@
 """Does motion transfer work? Measured on the embedded model, where the reference's motion is known exactly.
 
-    python benchmarks/transfer_quality.py --part main --references 64
-    python benchmarks/transfer_quality.py --report
+    for share in 0 1; do python benchmarks/transfer_quality.py --part main region steady memory --shard $share/2 & done
+    wait; python benchmarks/transfer_quality.py --report
 
-Parts: main (every method), zero-shot, ablations, appendix-d, region (fidelity inside and outside of an object's mask),
-steady (how steady a generation without a reference is), memory (peak of the allocator in a guided step). Each row is
-appended to a file as soon as it is there, so a run may be stopped and goes on; `--shard 0/4` takes every fourth
-reference. `--report` sums all rows up, with paired bootstrap intervals over references.
+Parts: main (every method), region (fidelity inside and outside of an object's mask), steady (how steady a generation
+without a reference is), memory (peak of the allocator in a guided step), ablations, zero-shot, appendix-d, and tuning
+(other references, on which rates were chosen). Each row is appended to a file as soon as it is there, so a run may be
+stopped and goes on; rows of other weights count for nothing. `--shard 0/4` takes every fourth reference. `--report`
+sums all rows up, with paired bootstrap intervals over references.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from experiment import RESULTS, Record, facts, interval, new_parser, share_of, write_json
+from experiment import CPU, RESULTS, Record, facts, interval, new_parser, share_of, weights_digest, write_json
 from transfer_world import (
     FIRST_SEED,
     SIZE,
@@ -38,27 +39,29 @@ from transfer_world import (
 from video_measures import measures as video_measures
 
 from corrdit import MotionTransfer, load_backbone, motion
+from corrdit.benchmark.environment import environment
 from corrdit.benchmark.measure import peak_extra_bytes
 from corrdit.integrations.diffusers.backbones.base import Backbone
 
 KINDS = ("caption", "subject", "scene")
-PARTS = ("zero-shot", "appendix-d", "region", "steady", "memory")
-"""Those with a loop of their own."""
+REFERENCES = {
+    **{"main": 40, "region": 16, "steady": 24, "memory": 2},
+    **{"ablations": 8, "zero-shot": 16, "appendix-d": 64, "tuning": 8},
+}
+"""Of each part; the first four together take about 20 minutes on two cores."""
 BACKBONE, DEFAULT, ZERO_SHOT = "backbone", "block 4", ", zero-shot"
-BASE: Record = {"steps": 20, "guidance_scale": 1.0, "learning_rate": 0.05}
-# Learning rates are the best of four for each method on other references (`--part tuning`).
+# Steps, guidance and learning rates are the preset's, which were chosen on other references (`--part tuning`).
 MAIN: dict[str, Record] = {
     "backbone": {"method": "backbone"},
     "injection": {"method": "injection", "injection_blocks": (0,)},
     "query injection": {"method": "query-injection", "injection_blocks": (0,)},
     "smm": {"method": "smm", "loss": "paper"},
     "smm released": {"method": "smm", "loss": "released", "learning_rate": 0.02},
-    "moft": {"method": "moft", "learning_rate": 0.2},
+    "moft": {"method": "moft"},
     "motionclone": {"method": "motionclone"},
     "ditflow latents": {"method": "ditflow"},
     "ditflow embeddings": {"method": "ditflow", "optimise": "embedding", "learning_rate": 0.02},
-    # The rates of these two are still to be chosen by the part tuning.
-    "flowmotion": {"method": "flowmotion", "optimisation_steps": 3},
+    "flowmotion": {"method": "flowmotion"},
     # FastVMT's settings at the embedded model's 8 x 8 tokens; its schedule begins at the reference.
     "fastvmt": {
         **{"window": 3, "tile": (2, 2), "span": (0, 3), "distance_weights": (1.0, 0.8), "tracking_weight": 0.2},
@@ -73,10 +76,9 @@ MAIN: dict[str, Record] = {
     },
 }
 REGION = ("ditflow latents", "smm", "moft", "motionclone", "flowmotion")
-STEADY: dict[str, Record] = {
-    BACKBONE: {"method": "backbone"},
-    **{f"steady at {rate}": {"method": "steady", "learning_rate": rate} for rate in (0.002, 0.005, 0.01)},
-}
+RATES = (0.02, 0.05, 0.1, 0.2)
+STEADY_RATES = (0.001, 0.002, 0.005, 0.01)
+STEADY: dict[str, Record] = {"backbone": {"method": "backbone"}, "steady": {"method": "steady"}}
 ABLATIONS: dict[str, Record] = {
     **{f"block {block}": {"blocks": (block,)} for block in range(6)},
     "blocks 3+4+5": {"blocks": (3, 4, 5)},
@@ -100,11 +102,29 @@ ABLATIONS: dict[str, Record] = {
 }
 
 
+def tuned() -> dict[str, Record]:
+    """Learning rates of each method, where FastVMT's schedule begins, and blocks of DiTFlow."""
+    configurations: dict[str, Record] = {
+        f"{name} at {rate}": {**settings, "learning_rate": rate}
+        for name, settings in MAIN.items()
+        if name not in ("backbone", "injection", "query injection")
+        for rate in RATES
+    }
+    configurations |= {f"fastvmt from {share}": {**MAIN["fastvmt"], "strength": share} for share in (0.9, 1.0)}
+    configurations |= {f"steady at {rate}": {"method": "steady", "learning_rate": rate} for rate in STEADY_RATES}
+    configurations |= {f"ditflow block {block}": {"blocks": (block,)} for block in (2, 3, 5)}
+    return {"backbone": MAIN["backbone"], **configurations}
+
+
+CONFIGURATIONS = {"main": MAIN, "ablations": ABLATIONS, "tuning": tuned()}
+"""Parts that measure each of these on every reference; the others have a loop of their own."""
+
+
 def parsed_arguments() -> argparse.Namespace:
     parser = new_parser(__doc__, output=False)
-    parser.add_argument("--part", choices=["main", "tuning", "ablations", *PARTS], default="main")
+    parser.add_argument("--part", nargs="+", choices=list(REFERENCES), default=["main"])
     parser.add_argument("--report", action="store_true", help="sum up the rows instead of measuring")
-    parser.add_argument("--references", type=int, default=64)
+    parser.add_argument("--references", type=int, default=None, help=f"{REFERENCES} where left out")
     parser.add_argument("--kinds", nargs="+", choices=[*KINDS, "empty"], default=None, help="kinds of prompt, in turn")
     parser.add_argument("--shard", default="0/1", metavar="I/N")
     parser.add_argument("--model", default="embedded")
@@ -119,13 +139,14 @@ Measured = dict[tuple[int, str], Record]
 
 
 class Rows:
-    """Finished rows in a file of JSON lines, one added at a time."""
+    """Finished rows in a file of JSON lines, one added at a time; of all in it only those of some weights count."""
 
-    def __init__(self, path: pathlib.Path) -> None:
-        self.path = path
+    def __init__(self, path: pathlib.Path, weights: str) -> None:
+        self.path, self.made_with = path, {"weights": weights, "commit": environment(CPU)["commit"]}
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        self.all = [json.loads(line) for line in lines if line.endswith("}")]
+        found = [json.loads(line) for line in lines if line.endswith("}")]
+        self.all = [row for row in found if row.get("weights") == weights]
         self.done = {self.key(row) for row in self.all}
 
     @staticmethod
@@ -136,6 +157,7 @@ class Rows:
         return self.key(row) not in self.done
 
     def add(self, row: Record) -> None:
+        row = {**row, **self.made_with}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         self.all.append(row)
@@ -143,8 +165,11 @@ class Rows:
 
 
 def measured(backbone: Backbone, case: Case, prompt: str, settings: Record, index: int) -> Record:
+    transfer = MotionTransfer(backbone, **settings)
     began = time.process_time()
-    result = MotionTransfer(backbone, **{**BASE, **settings})(case.video, prompt, seed=index)
+    if transfer.settings.method == "steady":
+        return steadiness(transfer, prompt, index)
+    result = transfer(case.video, prompt, seed=index)
     row = {"seconds": time.process_time() - began, **measures(case, result.video)}
     row["adherence"] = adherence(backbone, result.video, prompt, other_prompts(index))
     # Steps that use a gradient again have no loss of their own.
@@ -154,36 +179,36 @@ def measured(backbone: Backbone, case: Case, prompt: str, settings: Record, inde
     return row
 
 
+def steadiness(transfer: MotionTransfer, prompt: str, index: int) -> Record:
+    """What is left of blocks after the best displacement, how far patches can be followed, and how much moves."""
+    size = {"num_frames": SIZE.frames, "height": SIZE.height, "width": SIZE.width}
+    video = transfer(None, prompt, seed=index, **size).video
+    frames = torch.as_tensor(video).permute(0, 3, 1, 2)[None].float() / 255
+    return {key: float(value) for key, value in video_measures(frames).items()}
+
+
 @functools.cache
 def other_prompts(index: int) -> list[str]:
     """Scenes of other references."""
     return [case_of(index + 1 + other).prompts["scene"] for other in range(7)]
 
 
-def tuned() -> dict[str, Record]:
-    """Learning rate of each method and block of DiTFlow."""
-    configurations = {
-        f"{name} at {rate}": {**settings, "learning_rate": rate}
-        for name, settings in MAIN.items()
-        if name not in ("backbone", "injection", "query injection")
-        for rate in (0.02, 0.05, 0.1, 0.2)
-    }
-    configurations |= {f"ditflow block {block}": {"blocks": (block,)} for block in (2, 3, 5)}
-    return configurations | {"backbone": MAIN["backbone"]}
-
-
-def run_configurations(arguments: argparse.Namespace, backbone: Backbone, rows: Rows, indices: Sequence[int]) -> None:
+def run_configurations(
+    arguments: argparse.Namespace, backbone: Backbone, rows: Rows, indices: Sequence[int], part: str
+) -> None:
     """Every configuration of a part; the kinds of prompt take turns over the references unless some are asked for, and
     tuning has references that are not used again."""
-    configurations = {"main": MAIN, "ablations": ABLATIONS, "tuning": tuned()}[arguments.part]
-    tuning = arguments.part == "tuning"
+    tuning, configurations = part == "tuning", CONFIGURATIONS[part]
     for index in indices:
         case = case_of(index, TUNING_SEED if tuning else FIRST_SEED)
         for kind in ["scene"] if tuning else arguments.kinds or [KINDS[index % len(KINDS)]]:
             for name in arguments.only or configurations:
-                row = {"part": arguments.part, "name": name, "index": index, "kind": kind}
+                row = {"part": part, "name": name, "index": index, "kind": kind}
                 if rows.lacks(row):
                     rows.add({**row, **measured(backbone, case, case.prompts[kind], configurations[name], index)})
+            if tuning and rows.lacks(row := {"part": part, "name": "plain", "index": index, "kind": "scene"}):
+                plain = MotionTransfer(backbone, **STEADY[BACKBONE])
+                rows.add({**row, **steadiness(plain, case.prompts["scene"], index)})
 
 
 def run_zero_shot(arguments: argparse.Namespace, backbone: Backbone, rows: Rows, indices: Sequence[int]) -> None:
@@ -194,7 +219,7 @@ def run_zero_shot(arguments: argparse.Namespace, backbone: Backbone, rows: Rows,
         prompt = case.prompts["scene"]
         others = other_prompts(index)
         for name, settings in {BACKBONE: MAIN[BACKBONE], **methods}.items():
-            transfer = MotionTransfer(backbone, **{**BASE, **settings})
+            transfer = MotionTransfer(backbone, **settings)
             for suffix in ("", ZERO_SHOT):
                 row = {"part": "zero-shot", "name": name + suffix, "index": index, "kind": "scene"}
                 if not rows.lacks(row) or row["name"] == f"{BACKBONE}{ZERO_SHOT}":
@@ -240,23 +265,20 @@ def run_region(arguments: argparse.Namespace, backbone: Backbone, rows: Rows, in
             row = {"part": "region", "name": label, "index": index, "kind": "scene"}
             if (arguments.only and name not in (BACKBONE, *arguments.only)) or not rows.lacks(row):
                 continue
-            transfer = MotionTransfer(backbone, **{**BASE, **MAIN[name]})
+            transfer = MotionTransfer(backbone, **MAIN[name])
             mask = region.mask if label != name else None
             video = transfer(region.case.video, prompt, seed=index, region=mask).video
             rows.add({**row, **region_fidelity(region, video)})
 
 
 def run_steady(arguments: argparse.Namespace, backbone: Backbone, rows: Rows, indices: Sequence[int]) -> None:
-    """What is left of blocks after the best displacement, and how far patches can be followed."""
-    size = {"num_frames": SIZE.frames, "height": SIZE.height, "width": SIZE.width}
+    """Generations without a reference, steadied and not."""
     for index in indices:
-        prompt = case_of(index).prompts["scene"]
         for name in arguments.only or STEADY:
             row = {"part": "steady", "name": name, "index": index, "kind": "scene"}
             if rows.lacks(row):
-                video = MotionTransfer(backbone, **{**BASE, **STEADY[name]})(None, prompt, seed=index, **size).video
-                frames = torch.as_tensor(video).permute(0, 3, 1, 2)[None].float() / 255
-                rows.add({**row, **{key: float(value) for key, value in video_measures(frames).items()}})
+                transfer = MotionTransfer(backbone, **STEADY[name])
+                rows.add({**row, **steadiness(transfer, case_of(index).prompts["scene"], index)})
 
 
 def run_memory(arguments: argparse.Namespace, backbone: Backbone, rows: Rows, indices: Sequence[int]) -> None:
@@ -267,13 +289,13 @@ def run_memory(arguments: argparse.Namespace, backbone: Backbone, rows: Rows, in
         for name in arguments.only or MAIN:
             row = {"part": "memory", "name": name, "index": index, "kind": "scene"}
             if rows.lacks(row):
-                transfer = MotionTransfer(backbone, **{**BASE, **MAIN[name], **short})
+                transfer = MotionTransfer(backbone, **{**MAIN[name], **short})
 
                 def work(transfer: MotionTransfer = transfer, case: Case = case) -> list[torch.Tensor]:
                     transfer(case.video, case.prompts["scene"], seed=0)
                     return []
 
-                rows.add({**row, "peak_megabytes": peak_extra_bytes(work, torch.device("cpu")) / 2**20})
+                rows.add({**row, "peak_megabytes": peak_extra_bytes(work, CPU) / 2**20})
 
 
 def inside(flow: torch.Tensor, moved: np.ndarray, stride: int) -> np.ndarray:
@@ -295,7 +317,7 @@ def paired(found: Measured, base: Measured, label: str) -> Record:
     common = sorted(set(found) & set(base))
     return {
         f"{name}_above_{label}": mean_of([found[at][name] - base[at][name] for at in common])
-        for name in ("fidelity", "adherence", "inside", "outside", "residual", "survival")
+        for name in ("fidelity", "adherence", "inside", "outside", "residual", "survival", "motion")
         if common and name in found[common[0]]
     }
 
@@ -323,10 +345,17 @@ def table_of(rows: Sequence[Record]) -> Record:
     return table
 
 
-def report(rows: Rows, path: pathlib.Path, model: str) -> None:
+def report(rows: Rows, path: pathlib.Path, backbone: Backbone) -> None:
     parts = sorted({row["part"] for row in rows.all})
     tables = {part: table_of([row for row in rows.all if row["part"] == part]) for part in parts}
-    write_json(path, {**facts(), "model": model, "settings": BASE, "first_seed": FIRST_SEED, "tables": tables})
+    known = {
+        "model": backbone.name,
+        "weights": rows.made_with["weights"],
+        "commits_of_rows": sorted({row["commit"] for row in rows.all}),
+        "settings": MotionTransfer(backbone).settings.described(),
+        "first_seed": FIRST_SEED,
+    }
+    write_json(path, {**facts(), **known, "tables": tables})
     for part, table in tables.items():
         print(part)
         for name, entry in table.items():
@@ -337,18 +366,28 @@ def report(rows: Rows, path: pathlib.Path, model: str) -> None:
             print(f"  {name} ({count}): " + ", ".join(shown))
 
 
+LOOPS = {
+    "zero-shot": run_zero_shot,
+    "appendix-d": run_appendix_d,
+    "region": run_region,
+    "steady": run_steady,
+    "memory": run_memory,
+}
+
+
 def main() -> None:
     arguments = parsed_arguments()
-    rows = Rows(arguments.rows)
-    if not arguments.report:
-        torch.set_num_threads(1)
-        warnings.simplefilter("ignore")
-        shard, shards = share_of(arguments.shard)
-        indices = range(shard, arguments.references, shards)
-        backbone = load_backbone(arguments.model)
-        parts = dict(zip(PARTS, (run_zero_shot, run_appendix_d, run_region, run_steady, run_memory), strict=True))
-        parts.get(arguments.part, run_configurations)(arguments, backbone, rows, indices)
-    report(rows, arguments.summary, arguments.model)
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    backbone = load_backbone(arguments.model)
+    rows = Rows(arguments.rows, weights_digest(backbone.transformer))
+    if arguments.report:
+        report(rows, arguments.summary, backbone)
+        return
+    shard, shards = share_of(arguments.shard)
+    for part in arguments.part:
+        run = LOOPS.get(part) or functools.partial(run_configurations, part=part)
+        run(arguments, backbone, rows, range(shard, arguments.references or REFERENCES[part], shards))
 
 
 if __name__ == "__main__":

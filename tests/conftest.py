@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 import torch
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     # Triton settles at its first import, which may be diffusers' in any test, whether it can interpret kernels, as
@@ -31,6 +33,20 @@ def golden() -> Callable[[str], dict[str, np.ndarray]]:
             return {key: archive[key] for key in archive.files}
 
     return load
+
+
+@pytest.fixture(autouse=True)
+def no_mode_left() -> Iterator[None]:
+    """Every test leaves torch without a mode (fake tensors, a default device) that would be at work in the next."""
+    before = modes()
+    yield
+    assert modes() == before, "a mode of torch was left on"
+
+
+def modes() -> list[str]:
+    """The modes that are on in this thread, the outermost first."""
+    found = [*_get_current_dispatch_mode_stack(), *_get_current_function_mode_stack()]
+    return [type(mode).__name__ for mode in found]
 
 
 @pytest.fixture

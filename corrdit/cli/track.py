@@ -8,6 +8,7 @@ writes  into the folder --output, all of them or none:
                     further columns of the points file by their names [points]
         tracks.mp4  the video with dots and trails coloured by start position; points that are hidden are hollow
         tracks.png  a contact sheet of it; with --rerun also tracks.rrd
+        tracks.json how they were made; the same command makes them anew, another takes another folder
         for a folder of videos these in DIR/VIDEO of each, or failed.json, which says why not (status 2)
 
 With --dense in their place, for one video:
@@ -15,6 +16,7 @@ With --dense in their place, for one video:
                    [frames, rows, columns], and frame, the first one read
         dense.mp4  displacements as colours: hue is the direction, white is none, dark is hidden
         dense.png  a contact sheet of it
+        dense.json as tracks.json
 
 The first line of a points file may name the columns; without it there are three, frame, x and y. A run that was stopped
 goes on when the same command is given again: with a folder of videos at the first one that is not done, with a video
@@ -23,6 +25,7 @@ longer than --frames-per-block at the block it had come to.
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import time
@@ -41,15 +44,18 @@ from corrdit.cli.model_options import (
 from corrdit.cli.points import check_points_spec, point_columns, read_points
 from corrdit.cli.terminal import progress_bar
 from corrdit.cli.tracker_options import add_tracker_options, given_tracker_options
-from corrdit.files import OutputFolder, file_digest
+from corrdit.files import OutputFolder, file_digest, write_json
+from corrdit.runs import refuse_other_record
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
+    from corrdit.integrations.diffusers.backbones.base import Backbone
     from corrdit.integrations.diffusers.backbones.presets import Preset
     from corrdit.video import StreamedVideo
     from corrdit.visualization import TrackStyle
 
+TRACKS_RECORD, DENSE_RECORD = "tracks.json", "dense.json"
 HELP = "follow points through a video"
 USAGE = "VIDEO --output DIR [--points grid:16 | FILE.csv] [--model embedded] [options]"
 EXAMPLES = (
@@ -125,8 +131,10 @@ def run(arguments: Namespace) -> int:
     height, width = video.info.height, video.info.width
     queries = read_points(arguments.points, frames=len(video), height=height, width=width)
     parts = Path(arguments.output) / PARTS
-    with OutputFolder(arguments.output) as folder:
-        tracker = PointTracker(loaded_backbone(arguments, preset), **given_tracker_options(arguments))
+    with OutputFolder(arguments.output, last=TRACKS_RECORD) as folder:
+        backbone = loaded_backbone(arguments, preset)
+        _write_record(arguments, backbone, folder / TRACKS_RECORD, points=_points_in_words(arguments.points))
+        tracker = PointTracker(backbone, **given_tracker_options(arguments))
         with progress_bar("tracking") as report:
             tracks = track_at_size(tracker, video, queries, (height, width), progress=report, resume=parts)
         with progress_bar("drawing") as report:
@@ -150,6 +158,29 @@ def run(arguments: Namespace) -> int:
     return 0
 
 
+def _points_in_words(spec: str) -> str:
+    """Which points are followed, for a record of the run."""
+    return spec if spec.startswith("grid:") else f"points of sha256 {file_digest(spec)}"
+
+
+def _write_record(arguments: Namespace, backbone: Backbone, file: Path, **further: object) -> None:
+    """Write down how the results of one video are made, beside them.
+
+    Raises:
+        ValueError: the output folder has results that were made otherwise.
+    """
+    made = {
+        **named(arguments, "model", "dtype", "preset", "start", "max_frames", "max_side", "trail"),
+        **chosen_placement(arguments).described(),
+        "weights": backbone.fingerprint(),
+        "video": file_digest(arguments.video),
+        "options": given_tracker_options(arguments),
+        **further,
+    }
+    refuse_other_record(Path(arguments.output) / file.name, made)
+    write_json(file, json.loads(json.dumps(made, default=str)))
+
+
 def track_densely(arguments: Namespace, preset: Preset | str | None, video: StreamedVideo) -> int:
     """Follow every N-th pixel of the first frame and write what `dense.npz`, `.mp4` and `.png` hold."""
     from corrdit.arguments import whole_number
@@ -158,8 +189,10 @@ def track_densely(arguments: Namespace, preset: Preset | str | None, video: Stre
 
     began, every = time.perf_counter(), whole_number("--dense", arguments.dense, 1)
     options = {"crops": (), **given_tracker_options(arguments)}
-    with OutputFolder(arguments.output) as folder:
-        tracker = PointTracker(loaded_backbone(arguments, preset), **options)
+    with OutputFolder(arguments.output, last=DENSE_RECORD) as folder:
+        backbone = loaded_backbone(arguments, preset)
+        _write_record(arguments, backbone, folder / DENSE_RECORD, every=every)
+        tracker = PointTracker(backbone, **options)
         with progress_bar("reading") as report:
             reading = tracker.read(video, progress=report)
         with progress_bar("tracking") as report:
@@ -220,7 +253,7 @@ def track_folder(arguments: Namespace, preset: Preset | str | None) -> int:
         module = TrackingModule(
             arguments.model,
             queries=lambda frames, height, width: read_points(spec, frames=frames, height=height, width=width),
-            queries_description=spec if spec.startswith("grid:") else f"points of sha256 {file_digest(spec)}",
+            queries_description=_points_in_words(spec),
             model_preset=preset,
             options=given_tracker_options(arguments),
             placement=chosen_placement(arguments),

@@ -17,7 +17,7 @@ instead of optimising anything. --region says where the motion is wanted: a vide
 white there, or a box in shares of the frame, "[left, top, right, bottom]".
 
 A table's columns are video and prompt (or caption, subject and scene, a pair for each) and perhaps start, end, step,
-seed and name; DiTFlow's prompts.js goes with --videos DAVIS/JPEGImages/480p. Its results are in a folder for each pair,
+region, seed and name; DiTFlow's prompts.js goes with --videos DAVIS/JPEGImages/480p. Its results are in a folder for each pair,
 as each is done, pair.json with it, and table.csv, table.md and table.json: means over pairs by kind of prompt, with
 --compare in a folder for each method or value and beside what DiTFlow published.
 
@@ -55,11 +55,11 @@ if TYPE_CHECKING:
     import numpy as np
     from jsonargparse import ArgumentParser, Namespace
 
+    from corrdit.integrations.diffusers.backbones.base import Backbone
     from corrdit.integrations.diffusers.motion_transfer.plan import TransferPlan
     from corrdit.integrations.diffusers.motion_transfer.result import TransferResult
 
 WITHOUT_REFERENCE = ("steady", "path", "backbone")
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 HELP = "give a new video the motion of a reference"
 USAGE = "REFERENCE PROMPT | TABLE  --output DIR [--model embedded] [--method ditflow] [options]"
 EXAMPLES = (
@@ -167,17 +167,13 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> int:
-    from corrdit.array_files import content_digest
-    from corrdit.integrations.diffusers.motion_transfer import MotionTransfer, StoredMotion
+    from corrdit.integrations.diffusers.motion_transfer import MotionTransfer
     from corrdit.integrations.diffusers.motion_transfer.results_on_disk import (
         METRICS_FILE,
         chosen_tracker,
-        fidelity_of,
-        fidelity_tracker,
         write_transfer,
     )
     from corrdit.integrations.diffusers.placement import released_placement
-    from corrdit.motion import PromptSimilarity
     from corrdit.runs import refuse_other_record
 
     began = time.perf_counter()
@@ -187,17 +183,12 @@ def run(arguments: Namespace) -> int:
     if _is_table(arguments):
         return transfer_table(arguments, given_options(arguments, _SETTINGS))
     preset = checked_preset(arguments.preset)
-    stored = StoredMotion.load(arguments.stored) if arguments.stored is not None else None
-    reference, fps, known = _reference(arguments)
-    region = _region(arguments)
-    known["region"] = region if region is None or isinstance(region, list) else content_digest(region)
+    given, fps, known = _given(arguments)
     output_folder(arguments.output)
     tracker = chosen_tracker(arguments.tracker)
     released = released_placement(arguments.model, checked_device(arguments.device))
     backbone = loaded_backbone(arguments, preset, released)
-    similarity = None
-    if arguments.clip is not None:
-        similarity = PromptSimilarity(arguments.clip, checked_device(arguments.device))
+    similarity = _similarity(arguments)
     transfer = MotionTransfer(backbone, **given_options(arguments, _SETTINGS))
     now = {"model": backbone.name, "settings": transfer.settings.described(), **known}
     refuse_other_record(Path(arguments.output) / METRICS_FILE, {**now, **named(arguments, "prompt", "seed")})
@@ -206,37 +197,22 @@ def run(arguments: Namespace) -> int:
     state_file = place.parent / f".{short_name(place.name)}.transfer-state.safetensors"
     with OutputFolder(arguments.output) as folder, progress_bar("preparing") as show:
         result = transfer(
-            reference,
-            arguments.prompt,
-            stored=stored,
-            region=region,
-            elsewhere=arguments.elsewhere,
-            **named(arguments, "seed", "num_frames", "height", "width"),
+            prompt=arguments.prompt,
+            **given,
+            **named(arguments, "elsewhere", "seed", "num_frames", "height", "width"),
             state_file=state_file,
             keep_state=True,
             report=lambda done, steps, losses: show(done, steps, _loss_in_words(losses)),
             announce=_announcer(show),
         )
-        measured: dict[str, float] = {}
-        if arguments.metrics and result.reference is not None:
-            show(0, None, phase="tracking both videos")
-            measured = fidelity_of(result, *fidelity_tracker(tracker, backbone, progress=show))
+        measured = _measured(arguments, result, backbone, tracker, similarity, show)
+        if "motion_fidelity" in measured:
             known["tracker"] = tracker
-        if similarity is not None:
-            show(0, None, phase="comparing with the prompt")
-            measured["image_quality"] = similarity(result.video, arguments.prompt)
         show(0, None, phase="writing the results")
         names = write_transfer(
-            folder,
-            result,
-            backbone,
-            transfer.settings,
-            prompt=arguments.prompt,
-            fps=fps,
-            file_format=arguments.format,
-            measured=measured,
-            known=known,
-        )
+            folder, result, backbone, transfer.settings, prompt=arguments.prompt, fps=fps,
+            file_format=arguments.format, measured=measured, known=known,
+        )  # fmt: skip
     # The results are in their place: whoever is killed before goes on with the state.
     state_file.unlink(missing_ok=True)
     frames, height, width, _ = result.video.shape
@@ -244,6 +220,45 @@ def run(arguments: Namespace) -> int:
     for name in names:
         print(f"  {Path(arguments.output) / name}")
     return 0
+
+
+def _given(arguments: Namespace) -> tuple[dict[str, Any], float, dict[str, object]]:
+    """Reference, stored motion and region, the rate of the new video, and what metrics.json says of them."""
+    from corrdit.array_files import content_digest
+    from corrdit.integrations.diffusers.motion_transfer import StoredMotion
+
+    stored = StoredMotion.load(arguments.stored) if arguments.stored is not None else None
+    reference, fps, known = _reference(arguments)
+    region = _region(arguments)
+    known["region"] = region if region is None or isinstance(region, list) else content_digest(region)
+    return {"reference": reference, "stored": stored, "region": region}, fps, known
+
+
+def _similarity(arguments: Namespace) -> Callable[[np.ndarray, str], float] | None:
+    from corrdit.motion import PromptSimilarity
+
+    return None if arguments.clip is None else PromptSimilarity(arguments.clip, checked_device(arguments.device))
+
+
+def _measured(
+    arguments: Namespace,
+    result: TransferResult,
+    backbone: Backbone,
+    tracker: str,
+    similarity: Callable[[np.ndarray, str], float] | None,
+    show: Report,
+) -> dict[str, float]:
+    """Motion fidelity by a tracker and the prompt's cosine, as far as they were asked for."""
+    from corrdit.integrations.diffusers.motion_transfer.results_on_disk import fidelity_of, fidelity_tracker
+
+    measured: dict[str, float] = {}
+    if arguments.metrics and result.reference is not None:
+        show(0, None, phase="tracking both videos")
+        measured = fidelity_of(result, *fidelity_tracker(tracker, backbone, progress=show))
+    if similarity is not None:
+        show(0, None, phase="comparing with the prompt")
+        measured["image_quality"] = similarity(result.video, arguments.prompt)
+    return measured
 
 
 def _is_table(arguments: Namespace) -> bool:
@@ -311,20 +326,9 @@ def _region(arguments: Namespace) -> np.ndarray | list[Any] | None:
     given: str | list[Any] | None = arguments.region
     if given is None or isinstance(given, list):
         return given
-    import numpy as np
+    from corrdit.integrations.diffusers.motion_transfer.region import region_of_file
 
-    from corrdit.integrations.diffusers.motion_transfer.reference import at_rate
-    from corrdit.video import read_video
-
-    if Path(given).suffix.lower() in PICTURES and Path(given).is_file():
-        import imageio.v3 as imageio
-
-        picture = np.atleast_3d(np.asarray(imageio.imread(given)))
-        return picture[..., :3].mean(-1) / 255
-    video = read_video(given, start=arguments.start, max_frames=arguments.max_frames, min_frames=1)
-    stride = arguments.stride or 1
-    frames, times = video.frames[::stride], None if video.times is None else video.times[::stride]
-    return at_rate(frames, video.fps / stride, arguments.fps, times)[0].mean(-1) / 255
+    return region_of_file(given, stride=arguments.stride or 1, **named(arguments, "start", "max_frames", "fps"))
 
 
 def _loss_in_words(losses: list[float]) -> str | None:

@@ -32,7 +32,10 @@ COLUMNS = (
     "published fidelity",
     "published quality",
 )
-_ALONE = ("stored", "prompt", "max_frames")
+_ALONE = {"stored": None, "elsewhere": None, "prompt": None, "max_frames": None, "format": "mp4"}
+"""Options that go with one reference, and what they are where nobody gave them."""
+_IN_COLUMNS = {"start": 0, "seed": 0, "region": None}
+"""Likewise, for which a table has columns."""
 
 
 def transfer_table(arguments: Namespace, settings: dict[str, Any]) -> int:
@@ -50,12 +53,11 @@ def transfer_table(arguments: Namespace, settings: dict[str, Any]) -> int:
     from corrdit.integrations.diffusers.motion_transfer.results_on_disk import chosen_tracker
 
     began = time.perf_counter()
-    for name in _ALONE:
-        if arguments[name] is not None:
+    for name, unset in {**_ALONE, **_IN_COLUMNS}.items():
+        if arguments[name] != unset:
             shown = "PROMPT" if name == "prompt" else f"--{name.replace('_', '-')}"
-            raise ValueError(f"{shown} goes with one reference; the table {arguments.reference} has its own")
-    if arguments.start:
-        raise ValueError("--start goes with one reference; give the table a column start")
+            hint = f"give the table a column {name}" if name in _IN_COLUMNS else "leave it out"
+            raise ValueError(f"{shown} goes with one reference, and {arguments.reference} is a table; {hint}")
     tracker = chosen_tracker(arguments.tracker)
     pairs = read_pairs(arguments.reference, arguments.videos, stride=arguments.stride)
     variants: Sequence[Variant] = (Variant(""),)

@@ -24,7 +24,7 @@ from corrdit.video.info import FRAME_SUFFIXES, VIDEO_SUFFIXES
 
 KINDS = ("caption", "subject", "scene")
 """DiTFlow's prompts: what the reference shows, another subject in its scene, and another subject in another scene."""
-COLUMNS = ("video", "prompt", *KINDS, "start", "end", "step", "seed", "name")
+COLUMNS = ("video", "prompt", *KINDS, "start", "end", "step", "region", "seed", "name")
 _RELEASED_KINDS = {"easy": "caption", "medium": "subject", "hard": "scene"}
 _RELEASED_RANGE = "frame_range"
 
@@ -33,7 +33,8 @@ class Pair(TypedDict):
     """A reference video and what the new one shows.
 
     Of the video the frames from `start` up to `end`, which is not one of them (None for the last), every `step`-th.
-    `kind` is one of `KINDS`, or "" for a prompt of its own.
+    `kind` is one of `KINDS`, or "" for a prompt of its own. `region` is where the motion is wanted: the path of a mask,
+    the numbers of a box as JSON, or "" for everywhere.
     """
 
     name: str
@@ -44,10 +45,11 @@ class Pair(TypedDict):
     start: int
     end: int | None
     step: int
+    region: str
 
 
-WHOLE_VIDEO = {"kind": "", "start": 0, "end": None, "step": 1}
-"""What a pair says that is of all frames of its video."""
+WHOLE_VIDEO = {"kind": "", "start": 0, "end": None, "step": 1, "region": ""}
+"""What a pair says that is of all frames of its video, and of all of them."""
 
 Fields = Mapping[str, object]
 """A row of a table, by column."""
@@ -60,7 +62,8 @@ def read_pairs(
 
     Args:
         path: a CSV file whose first line names its columns: `video`, with `prompt` or some of `caption`, `subject` and
-            `scene`, and perhaps `start`, `end`, `step`, `seed` and `name`. A row gives a pair for each prompt. Or
+            `scene`, and perhaps `start`, `end`, `step`, `region`, `seed` and `name`. A row gives a pair for each
+            prompt. A region is the path of a mask, from the table's folder on, or a box as `--region` takes it. Or
             DiTFlow's `prompts.js`, or the same as JSON.
         videos: folder in which the videos are (files, or folders of pictures as in DAVIS, with or without a suffix in
             the table), all of them; None for the table's own, where a video that is missing is found out when it is
@@ -90,6 +93,8 @@ def read_pairs(
             if row.get("step"):
                 raise ValueError(f"{where}: the table has a step of {row['step']}; leave stride out")
         rows = [(where, {**row, "step": str(stride)}) for where, row in rows]
+    own = Path(os.path.abspath(path.parent))
+    rows = [(where, {**row, "region": _region(row, where, own)}) for where, row in rows]
     pairs = [pair for where, row in rows for pair in _pairs(row, where, folder, must_exist=videos is not None)]
     if not pairs:
         raise ValueError(f"{path} lists no pairs")
@@ -206,7 +211,7 @@ def _pairs(row: Fields, where: str, folder: Path, *, must_exist: bool) -> list[P
         pairs.append(
             Pair(
                 name=own, video=place, prompt=text, seed=seed, kind="" if kind == "prompt" else kind,
-                start=start, end=end, step=step,
+                start=start, end=end, step=step, region=str(row["region"]),
             )
         )  # fmt: skip
     return pairs
@@ -219,6 +224,20 @@ def _number(row: Fields, name: str, where: str, default: int | None, *, least: i
     if not text.isdecimal() or int(text) < least:
         raise ValueError(f"{where}: {name} must be a whole number of at least {least}, got {text!r}")
     return int(text)
+
+
+def _region(row: Fields, where: str, folder: Path) -> str:
+    """A region as `Pair` has it."""
+    text = str(row.get("region") or "").strip()
+    if not text.startswith("["):
+        refuse_address(Path(text))
+        return os.path.abspath(folder / text) if text else ""
+    try:
+        return json.dumps(json.loads(text))
+    except ValueError as error:
+        raise ValueError(
+            f"{where}: region must be the path of a mask, or a box such as [0, 0, 0.5, 1], got {text!r}: {error}"
+        ) from error
 
 
 def _found(name: str, where: str, folder: Path, must_exist: bool) -> str:

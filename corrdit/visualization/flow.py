@@ -166,36 +166,33 @@ def write_flow_pictures(
             f"flow must be [F, F, h, w, 2] with one frame for each F, got {flow.shape} and {len(frames)} frames"
         )
     largest = full_colour_at(flow[source])
-    colours = [
-        flow_colours(flow[source, target], largest=largest).repeat(enlarge, axis=0).repeat(enlarge, axis=1)
-        for target in range(flow.shape[0])
-    ]
     caption = f"displacement from frame {source}; full colour from {largest:.1f} tokens on"
     files = [Path(folder) / f"{name}_colours.png", Path(folder) / f"{name}_arrows.png"]
+    colours = [
+        flow_colours(field, largest=largest).repeat(enlarge, axis=0).repeat(enlarge, axis=1) for field in flow[source]
+    ]
     labels = [f"to frame {target}" for target in range(flow.shape[0])]
     contact_sheet([*colours, _key(*colours[0].shape[:2])], [*labels, "directions"], path=files[0], caption=caption)
-    targets = [target for target in sheet_frames(flow.shape[0], _MOST_PICTURES + 1) if target != source] or [source]
-    height, width = _arrow_size(np.asarray(frames[source]).shape[:2], flow.shape[2:4])
-    shrink = min(1.0, _LONGEST * _cell(*flow.shape[2:4]) / largest)
-    shown = [
-        draw_flow_arrows(
-            _faded(resize_frame(np.asarray(frames[source]), height, width)),
-            flow[source, target],
-            largest=largest,
-            shrink=shrink,
-        )
-        for target in targets
-    ]
+    _write_arrows(files[1], flow[source], np.asarray(frames[source]), source, largest, caption)
+    return files
+
+
+def _write_arrows(file: Path, flow: np.ndarray, frame: np.ndarray, source: int, largest: float, caption: str) -> None:
+    """The displacement `[F, h, w, 2]` from a frame to some others as arrows on that frame."""
+    targets = [target for target in sheet_frames(len(flow), _MOST_PICTURES + 1) if target != source] or [source]
+    height, width = _arrow_size(frame.shape[:2], flow.shape[1:3])
+    shrink = min(1.0, _LONGEST * _cell(*flow.shape[1:3]) / largest)
+    paper = _faded(resize_frame(frame, height, width))
+    shown = [draw_flow_arrows(paper, flow[target], largest=largest, shrink=shrink) for target in targets]
     scale = "" if shrink == 1 else f"; arrows at {shrink:.2f} of their length"
     contact_sheet(
         [*shown, _key(height, width)],
         [*(f"to frame {target}" for target in targets), "directions"],
-        path=files[1],
+        path=file,
         caption=caption + scale,
         columns=min(3, len(shown) + 1),
         colours=_PALETTE,
     )
-    return files
 
 
 def _arrow_size(frame: tuple[int, ...], grid: tuple[int, ...]) -> tuple[int, int]:

@@ -24,7 +24,7 @@ def model_facts(backbone: Any) -> dict[str, Any]:
         backbone: what `corrdit.load_backbone` returns.
     """
     preset = backbone.preset.described()
-    return {"weights": weights_fingerprint(backbone.pipe), **{f"preset.{name}": preset.get(name) for name in _READ}}
+    return {"weights": backbone.fingerprint(), **{f"preset.{name}": preset.get(name) for name in _READ}}
 
 
 def weights_fingerprint(pipe: Any) -> str:

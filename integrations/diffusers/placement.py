@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +105,6 @@ def placed_backbone(
     dtype: torch.dtype | str | None,
     placement: Placement | str = "device",
     preset: Preset | str | None = None,
-    on_loaded: Callable[[Backbone], None] | None = None,
 ) -> Backbone:
     """A backbone, loaded where it is not loaded already, with its parts where they run.
 
@@ -116,7 +114,6 @@ def placed_backbone(
         dtype: a type of torch or its name; None for the model's own on the device.
         placement: or the word for its `parts`.
         preset: for `corrdit.load_backbone`.
-        on_loaded: called with the backbone while all its weights are in memory.
 
     Raises:
         ValueError: what `load_backbone` refuses, a placement that needs a GPU where there is none, or a backbone that
@@ -139,9 +136,9 @@ def placed_backbone(
     else:
         precision = precision or loading.default_dtype(model, device)
         backbone = loading.load_backbone(model, device="cpu", dtype=precision, preset=preset)
-    if on_loaded is not None:
-        on_loaded(backbone)
     if wanted != Placement():
+        # Behind it weights may lie elsewhere or in another form.
+        backbone.keep_fingerprint()
         place(backbone.pipe, wanted, device)
     return backbone
 

@@ -15,7 +15,7 @@ from corrdit.evaluation.results import EvaluationSettings
 from corrdit.evaluation.scoring import QUERIES_AT_ONCE, TRAIL, draw_tracks, true_tracks
 from corrdit.evaluation.trackers import Track, TrackerChoice
 from corrdit.integrations.diffusers.backbones.presets import Preset
-from corrdit.integrations.diffusers.fingerprint import MODEL_FACTS
+from corrdit.integrations.diffusers.fingerprint import MODEL_FACTS, model_facts
 from corrdit.integrations.diffusers.placement import Placement
 from corrdit.integrations.lightning.data_modules import on_first_process
 from corrdit.integrations.lightning.resumable import Model, ResumableModule
@@ -115,8 +115,8 @@ class EvaluationModule(ResumableModule[TapVidItem]):
         """Check the output folder, load the model on this process's device, and write `settings.json`."""
         self.check_stage(stage)
         on_first_process(self.trainer, lambda: self.evaluated.settings_with(self._described({}), unknown=MODEL_FACTS))
-        facts: dict[str, object] = {}
-        backbone = self.load(facts) if any(choice.needs_model for choice in self.choices) else None
+        backbone = self.load() if any(choice.needs_model for choice in self.choices) else None
+        facts = {} if backbone is None else model_facts(backbone)
         on_first_process(self.trainer, lambda: self.evaluated.settings_with(self._described(facts)))
         self._trackers = {choice.label: choice.build(backbone) for choice in self.choices}
         on_first_process(self.trainer, lambda: self.evaluated.begin(self._described(facts)))

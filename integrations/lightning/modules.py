@@ -132,7 +132,7 @@ class TrackingModule(ResumableModule[Mapping[str, str]]):
         data = self.trainer.datamodule
         if not isinstance(data, TapVidDataModule):
             raise ValueError("TrackingModule is tested on a TapVidDataModule; give the Trainer one")
-        self.prepare(self.load({}))
+        self.prepare(self.load())
         self._metric = TapVidMetric("strided" if data.mode == "strided" else "first")
         self._left_out = torch.zeros(2)
 

@@ -112,20 +112,18 @@ class ResumableModule(lightning.LightningModule, Generic[Sample]):
         """Load the model on this process's device, and check arguments and the output folder."""
         self.check_stage(stage)
         on_first_process(self.trainer, self.check_settings)
-        facts: dict[str, object] = {}
-        backbone = self.load(facts)
-        self.settings |= {**self.prepare(backbone), **facts}
+        backbone = self.load()
+        self.settings |= {**self.prepare(backbone), **model_facts(backbone)}
         on_first_process(self.trainer, lambda: self.results.begin(self.settings))
 
-    def load(self, facts: dict[str, object]) -> Backbone:
-        """The model with its parts where they run; what tells it from others is put into `facts`."""
+    def load(self) -> Backbone:
+        """The model with its parts where they run."""
         return placed_backbone(
             self.model,
             device=self.trainer.strategy.root_device,
             dtype=self.model_dtype,
             placement=self.placement,
             preset=self.model_preset,
-            on_loaded=lambda loaded: facts.update(model_facts(loaded)),
         )
 
     def predict_step(self, batch: Sample, batch_idx: int) -> dict[str, object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast
@@ -17,6 +18,7 @@ from corrdit.files import file_digest, short_name
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.backbones.presets import Preset
 from corrdit.integrations.diffusers.motion_transfer.reference import at_rate
+from corrdit.integrations.diffusers.motion_transfer.region import Region, region_of_file
 from corrdit.integrations.diffusers.motion_transfer.results_on_disk import (
     chosen_tracker,
     fidelity_of,
@@ -77,7 +79,13 @@ def transfer_results(output: str | os.PathLike[str]) -> ResultFolder:
 
 def pair_inputs(pair: Pair) -> dict[str, str]:
     """Digests of what the result of a pair is made from beside what the table says."""
-    return {"video": file_digest(pair["video"])}
+    found = {"video": file_digest(pair["video"])}
+    return {**found, "region": file_digest(pair["region"])} if _is_file(pair["region"]) else found
+
+
+def _is_file(region: str) -> bool:
+    """Whether a region is the path of a mask, and no box."""
+    return bool(region) and not region.startswith("[")
 
 
 class TransferModule(ResumableModule[Pair]):
@@ -170,7 +178,15 @@ class TransferModule(ResumableModule[Pair]):
         frames, fps = at_rate(chosen_frames(video.frames, sample), video.fps / sample["step"], self.fps)
         # Of these inputs, so that a run begins anew where they are others.
         state = self.output / f".{short_name(name)}.{content_digest(sample, inputs)[:8]}.transfer-state.safetensors"
-        result = self._transfer(frames, prompt, seed=sample["seed"], state_file=state, keep_state=True, **self.call)
+        result = self._transfer(
+            frames,
+            prompt,
+            region=self._region(sample),
+            seed=sample["seed"],
+            state_file=state,
+            keep_state=True,
+            **self.call,
+        )
         backbone = self._transfer.backbone
         measured: dict[str, float] = {}
         if self.measure:
@@ -188,6 +204,15 @@ class TransferModule(ResumableModule[Pair]):
         for left in self.output.glob(f".{glob.escape(short_name(name))}.*.transfer-state.safetensors"):
             left.unlink(missing_ok=True)
         return measured
+
+    def _region(self, sample: Pair) -> Region | None:
+        """Where the motion of a pair is wanted."""
+        region = sample["region"]
+        if not _is_file(region):
+            return json.loads(region) if region else None
+        start, end, step = sample["start"], sample["end"], sample["step"]
+        count = None if end is None else end - start
+        return region_of_file(region, start=start, max_frames=count, stride=step, fps=self.fps)
 
     def on_predict_end(self) -> None:
         """The first process writes the page of all results, once every process is done."""
@@ -211,7 +236,9 @@ class TransferModule(ResumableModule[Pair]):
 
 def _refuse_other(pair: Pair, results: ResultFolder) -> None:
     earlier, now = {**WHOLE_VIDEO, **(results.record(pair["name"]) or {})}, dict(pair)
-    changed = [key for key in ("prompt", "seed", "video", "start", "end", "step") if earlier.get(key) != now[key]]
+    changed = [
+        key for key in ("prompt", "seed", "video", "start", "end", "step", "region") if earlier.get(key) != now[key]
+    ]
     if changed:
         raise ValueError(
             f"{results.files_of(pair['name'])} holds the result of another pair ({changed[0]} "

@@ -50,7 +50,10 @@ class DriftingTracker:
 def drifting_tracker(monkeypatch: pytest.MonkeyPatch) -> type[DriftingTracker]:
     """Put the stand-in where the command looks for the tracker and its model."""
     monkeypatch.setitem(vars(corrdit.tracking), "PointTracker", DriftingTracker)
-    monkeypatch.setattr(loading, "load_backbone", lambda name, **options: SimpleNamespace(name=name, **options))
+    weights = {"fingerprint": lambda: "random"}
+    monkeypatch.setattr(
+        loading, "load_backbone", lambda name, **options: SimpleNamespace(name=name, **weights, **options)
+    )
     return DriftingTracker
 
 

@@ -20,6 +20,7 @@ from corrdit.visualization import TrackStyle
 
 Refused = Callable[..., str]
 HEIGHT, WIDTH, FRAMES = 48, 64, 6
+TRACKS = ["tracks.json", "tracks.mp4", "tracks.npz", "tracks.png"]
 
 
 def snapshot(folder: Path) -> dict[str, bytes | None]:
@@ -39,7 +40,7 @@ def workplace(tmp_path: Path) -> Iterator[Path]:
 def test_writes_tracks_video_and_sheet(clip: Path, tmp_path: Path, drifting_tracker: Any) -> None:
     output = tmp_path / "new" / "results"
     assert main(["track", str(clip), "--output", str(output), "--points", "grid:4"]) == 0
-    assert sorted(path.name for path in output.iterdir()) == ["tracks.mp4", "tracks.npz", "tracks.png"]
+    assert sorted(path.name for path in output.iterdir()) == TRACKS
     assert [path.name for path in output.parent.iterdir()] == ["results"]
     with np.load(output / "tracks.npz", allow_pickle=False) as archive:
         arrays = {name: archive[name] for name in archive.files}
@@ -57,6 +58,21 @@ def test_writes_tracks_video_and_sheet(clip: Path, tmp_path: Path, drifting_trac
     sheet = imageio.imread(output / "tracks.png")
     assert sheet.ndim == 3
     assert sheet.std() > 10
+
+
+def test_another_run_takes_another_folder(
+    clip: Path, tmp_path: Path, drifting_tracker: Any, refused: Refused, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    command = ["track", str(clip), "--output", str(output), "--points", "grid:4"]
+    assert main(command) == 0
+    before = snapshot(output)
+    for changed, message in ((["--points", "grid:2"], "points 'grid:4'"), (["--start", "1"], "start 0 (now 1)")):
+        assert message in refused(*command, *changed)
+    assert snapshot(output) == before
+    (output / "tracks.mp4").unlink()
+    assert main(command) == 0, "the same command makes them anew"
+    assert snapshot(output) == before
 
 
 def test_prints_what_it_did(
@@ -150,7 +166,7 @@ def test_a_stopped_run_goes_on_block_by_block(
     passes[0], allowed[0] = 0, 100
     assert main(command) == 0
     assert passes[0] == 1  # two of the three blocks were there
-    assert sorted(path.name for path in output.iterdir()) == ["tracks.mp4", "tracks.npz", "tracks.png"]
+    assert sorted(path.name for path in output.iterdir()) == TRACKS
     assert main([*command[:3], str(tmp_path / "at once"), *command[4:]]) == 0
     assert (output / "tracks.npz").read_bytes() == (tmp_path / "at once" / "tracks.npz").read_bytes()
 
@@ -159,7 +175,7 @@ def test_an_existing_folder_keeps_its_other_files(clip: Path, tmp_path: Path, dr
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "tracks.png").write_text("old")
     assert main(["track", str(clip), "--output", str(tmp_path)]) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "tracks.mp4", "tracks.npz", "tracks.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", *TRACKS]
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert imageio.imread(tmp_path / "tracks.png").ndim == 3
 
@@ -409,6 +425,6 @@ class TestBadDisk:
             raise KeyboardInterrupt
 
         monkeypatch.setattr("corrdit.visualization.tracks.contact_sheet", stopped)
-        assert main(["track", str(clip), "--output", str(tmp_path / "out"), "--points", "grid:3"]) == 130
+        assert main(["track", str(clip), "--output", str(tmp_path / "out"), "--points", "grid:2"]) == 130
         assert snapshot(tmp_path) == before
         assert capsys.readouterr().err == "corrdit track: stopped by Ctrl-C; nothing unfinished was left behind\n"

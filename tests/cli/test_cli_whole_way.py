@@ -40,7 +40,12 @@ def test_every_family_tracks_from_a_folder(
     assert (tracks.frames, tracks.points) == (6, 4)
     np.testing.assert_allclose(tracks.xy[0, 0], (16, 12))
     assert bool(tracks.xy.isfinite().all())
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"tracks.npz", "tracks.mp4", "tracks.png"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "tracks.json",
+        "tracks.npz",
+        "tracks.mp4",
+        "tracks.png",
+    }
 
 
 @pytest.mark.filterwarnings("ignore:.*has no text encoder")

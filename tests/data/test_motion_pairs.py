@@ -56,7 +56,7 @@ def test_the_released_table_gives_three_pairs_a_video_with_its_frames(tmp_path, 
     ]
     assert pairs[1] == {
         "name": "bear-subject", "video": str(davis / "bear"), "prompt": "A giraffe walking on the rocks", "seed": 0,
-        "kind": "subject", "start": 0, "end": 72, "step": 3,
+        "kind": "subject", "start": 0, "end": 72, "step": 3, "region": "",
     }  # fmt: skip
     assert pairs[3]["prompt"] == "A kid's bike"
     assert (pairs[5]["start"], pairs[5]["end"], pairs[5]["step"]) == (4, 28, 1)
@@ -136,3 +136,11 @@ def test_a_stride_beside_the_tables_own_is_refused(tmp_path, davis):
         read_pairs(written(tmp_path, RELEASED, "prompts.js"), davis, stride=2)
     with pytest.raises(ValueError, match="stride must be a whole number of at least 1"):
         read_pairs(written(tmp_path, "video,prompt\nclip,a\n"), davis, stride=0)
+
+
+def test_a_region_is_a_box_or_a_mask_beside_the_table(tmp_path, davis):
+    text = 'video,prompt,region\nclip,a disc,"[0, 0, 0.5, 1]"\nbear,a star,masks/bear.png\nbear,grass,\n'
+    regions = [pair["region"] for pair in read_pairs(written(tmp_path, text), davis)]
+    assert regions == ["[0, 0, 0.5, 1]", str(tmp_path / "masks" / "bear.png"), ""]
+    with pytest.raises(ValueError, match="row 1: region must be the path of a mask, or a box such as"):
+        read_pairs(written(tmp_path, 'video,prompt,region\nclip,a disc,"[0, 0,"\n'), davis)

@@ -10,6 +10,7 @@ import torch
 
 from corrdit import load_backbone
 from corrdit.integrations.diffusers.fingerprint import MODEL_FACTS, model_facts, weights_fingerprint
+from corrdit.integrations.diffusers.placement import Placement, placed_backbone
 from corrdit.testing import tiny_backbone, tiny_pipeline
 
 
@@ -70,3 +71,11 @@ def test_facts_are_plain_and_follow_the_preset():
     )
     changed = {name for name, value in model_facts(backbone).items() if value != facts[name]}
     assert changed == {"preset.head_weights"}
+
+
+def test_weights_that_are_placed_in_another_form_are_those_that_were_loaded():
+    plain = placed_backbone("embedded", device=None, dtype=None)
+    packed = placed_backbone("embedded", device=None, dtype=None, placement=Placement(weights="float8"))
+    assert weights_fingerprint(packed.pipe) != weights_fingerprint(plain.pipe)
+    assert model_facts(packed) == model_facts(plain)
+    assert packed.with_features().fingerprint() == plain.with_features().fingerprint()

@@ -43,7 +43,27 @@ def test_the_embedded_model_is_guided_where_it_was_found_to_match_best():
     assert CrossAttentionGuidance(backbone, 2).layers == (2,)
     assert PointTracker(backbone).layers == (4,)
     settings = MotionTransfer(backbone).settings
-    assert (settings.blocks, settings.learning_rate) == ((4,), (0.02, 0.02))
+    assert (settings.blocks, settings.learning_rate, settings.steps) == ((4,), (0.05, 0.05), 20)
+    steady = MotionTransfer(backbone, method="steady").settings
+    assert (steady.blocks, steady.learning_rate, steady.steps) == ((4,), (0.002, 0.002), 20)
+
+
+def test_a_preset_has_settings_for_further_methods(tmp_path):
+    values = {"layer": 1, "transfer": {"steps": 7, "methods": {"smm": {"learning_rate": 0.3}, "moft": {"steps": 9}}}}
+    preset = Preset.from_mapping(values)
+    found = {method: preset.transfer_of(method) for method in ("ditflow", "smm", "moft")}
+    assert {name: settings.method for name, settings in found.items()} == {name: name for name in found}
+    assert [(settings.steps, settings.learning_rate[0]) for settings in found.values()] == [
+        (7, 0.002),
+        (7, 0.3),
+        (9, 0.002),
+    ]
+    preset.save(tmp_path / "preset.json")
+    assert Preset.from_file(tmp_path / "preset.json") == preset
+    with pytest.raises(ValueError, match="methods of transfer must be changed settings by method"):
+        Preset.from_mapping({"layer": 1, "transfer": {"methods": ["smm"]}})
+    with pytest.raises(ValueError, match="method must be one of"):
+        Preset.from_mapping({"layer": 1, "transfer": {"methods": {"smn": {}}}})
 
 
 def test_layers_of_a_calibration_are_guided(tmp_path):
@@ -51,7 +71,7 @@ def test_layers_of_a_calibration_are_guided(tmp_path):
     backbone = load_backbone("embedded", preset=tmp_path / "preset.json")
     assert CrossAttentionGuidance(backbone).layers == (0, 2)
     settings = MotionTransfer(backbone).settings
-    assert (settings.blocks, settings.learning_rate) == ((1,), (0.02, 0.02)), "the model's own, at the layer found"
+    assert (settings.blocks, settings.learning_rate) == ((1,), (0.05, 0.05)), "the model's own, at the layer found"
 
 
 def test_published_means_the_released_procedures_with_the_settings_for_the_shape(monkeypatch):

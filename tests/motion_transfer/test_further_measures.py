@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from corrdit import TokenGrid, motion
+from corrdit.grid import CrossGrid
 
 GRID = TokenGrid(4, 6, 8)
 
@@ -96,6 +97,11 @@ def test_the_attention_on_a_word_is_its_share_of_that_on_the_text():
     mask = torch.ones(1, grid.tokens, dtype=torch.bool)
     mask[:, 14:] = False
     torch.testing.assert_close(motion.word_attention(q, k, grid, (0, 1), key_mask=mask), torch.ones_like(found))
+    cross = CrossGrid(grid.frames, grid.height, grid.width, grid.text_tokens)
+    apart = (q[:, :, grid.video_slice], k[:, :, grid.text_slice], cross)
+    torch.testing.assert_close(motion.word_attention(*apart, (1, 2)), found)
+    masked = motion.word_attention(*apart, (0, 1), key_mask=mask[:, grid.text_slice])
+    torch.testing.assert_close(masked, torch.ones_like(found))
     with pytest.raises(ValueError, match="by cross-attention"):
         motion.word_attention(q, k, GRID, (0,))
     with pytest.raises(ValueError, match="positions from 0 to 3"):

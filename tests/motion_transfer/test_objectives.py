@@ -245,6 +245,17 @@ def test_an_object_follows_its_path():
         )
 
 
+@pytest.mark.parametrize("family", ["wan", "ltx"])
+def test_an_object_follows_its_path_through_cross_attention(case, family, monkeypatch):
+    backbone, _, arguments = case(family)
+    monkeypatch.setattr(PromptWords, "places", lambda self, word: (1,))
+    path = ((0, 0.0, 0.0, 0.5, 1.0), (1, 0.5, 0.0, 1.0, 1.0))
+    transfer = MotionTransfer(backbone, block=1, method="path", word="disc", path=path, **SETTINGS)
+    losses = transfer(None, **FRAMES, **arguments).losses
+    assert (losses[:, -1] < losses[:, 0]).all()
+    assert ((losses > 0) & (losses < 1)).all()
+
+
 def test_injected_queries_are_the_references(case):
     backbone, video, arguments = case("cogvideox")
     seen = []

@@ -9,7 +9,9 @@ import lightning
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from corrdit.integrations.diffusers.motion_transfer import StoredMotion
 from corrdit.integrations.lightning import TransferDataModule, TransferModule
 from corrdit.integrations.lightning.transfer import read_pairs
 from corrdit.video import read_video, write_video
@@ -73,6 +75,28 @@ def test_pairs_are_transferred_once_and_broken_ones_reported(pairs, tmp_path):
     pairs.write_text("video,prompt\none.mp4,another prompt\n")
     with pytest.raises(ValueError, match="result of another pair"):
         trainer().predict(again, TransferDataModule(pairs, output=output))
+
+
+def test_a_column_says_where_the_motion_is_wanted(pairs, tmp_path):
+    mask = np.zeros((16, 16), dtype=np.uint8)
+    mask[:, :8] = 255
+    Image.fromarray(mask).save(tmp_path / "left.png")
+    pairs.write_text('video,prompt,region\none.mp4,a disc,"[0, 0, 0.5, 1]"\none.mp4,a disc,left.png\none.mp4,a disc,\n')
+    output, model = tmp_path / "out", str(tmp_path / "model")
+    module = TransferModule(model, output=output, settings=SETTINGS, measure=False)
+    trainer().predict(module, TransferDataModule(pairs, output=output))
+    box, picture, whole = (StoredMotion.load(output / f"{row:04d}" / "motion.safetensors") for row in range(3))
+    torch.testing.assert_close(picture.tensors, box.tensors, rtol=0, atol=0)
+    outside = [motion.tensors[0]["latent"][..., -1] for motion in (whole, box)]
+    assert float((outside[0] - outside[1]).abs().max()) > 1e-3, "only the whole transfer moves latents there"
+
+    Image.fromarray(255 - mask).save(tmp_path / "left.png")
+    data = TransferDataModule(pairs, output=output)
+    with pytest.warns(UserWarning, match="0001 \\(other region than before\\)"):
+        assert data.left() == ["0001"]
+    pairs.write_text("video,prompt\none.mp4,a disc\n")
+    with pytest.raises(ValueError, match="result of another pair \\(region"):
+        TransferDataModule(pairs, output=output).left()
 
 
 def test_a_table_is_the_same_from_every_folder(pairs, tmp_path, monkeypatch):

@@ -164,6 +164,27 @@ def test_tables_are_those_of_the_result_files(tmp_path, monkeypatch):
         assert page.read_text(encoding="utf-8") == text
 
 
+def test_tables_of_motion_transfer_are_made_of_a_file_that_is_half_filled(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    tables = importlib.import_module("result_tables")
+    figure = {"mean": 0.5, "low": 0.25, "high": 0.75, "count": 3}
+    row = dict.fromkeys(("fidelity", "direction_error", "seconds", "adherence"), figure)
+    region = dict.fromkeys(("inside", "outside", "outside_above_backbone"), figure)
+    measured = {
+        "main": {"backbone": row, "moft": {**row, "fidelity_above_backbone": figure}},
+        "region": {"moft": region, "moft, in the mask": region, "smm": region},
+    }
+    result = {"weights": "abc", "commits_of_rows": ["1", "2"], "tables": measured}
+    made = {name: make(result) for name, (_, make) in tables.TABLES.items() if name.startswith("transfer")}
+    line = "| MOFT | 3 | 0.50 (0.25 to 0.75) | +0.50 (+0.25 to +0.75) | 0 (0 to 1) | 0.50 (0.25 to 0.75) | 0.5 |  |"
+    assert line in made["transfer"]
+    assert "Weights abc, commits 1, 2." in made["transfer"]
+    shares = "| MOFT | 0.50 (0.25 to 0.75) | 0.50 (0.25 to 0.75) | 1.00 | +0.50 (+0.25 to +0.75) |"
+    assert made.pop("transfer_region").splitlines()[2:] == [shares]
+    assert {made[name] for name in made if name != "transfer"} == {"Not measured with these weights yet.\n"}
+    assert tables.transfer({"tables": {}}).endswith("Of earlier weights than those shipped.\n")
+
+
 def own_options(page: pathlib.Path) -> set[str]:
     """Options in the last column of the page's tables of flags."""
     rows = re.findall(r"^\| .*\| ([^|]*) \|$", page.read_text(encoding="utf-8"), re.MULTILINE)

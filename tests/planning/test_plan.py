@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import pathlib
+import resource
 import sys
+import time
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from corrdit.integrations.diffusers.planning.cards import CARDS
 from corrdit.integrations.diffusers.planning.fake_model import fake_model
 from corrdit.integrations.diffusers.planning.memory_trace import MemoryTrace
 from corrdit.integrations.diffusers.planning.plan import plan
+from corrdit.integrations.diffusers.planning.repeats import Repeats
 from corrdit.integrations.diffusers.planning.residence import bytes_of, resident
 from corrdit.integrations.diffusers.testing.tiny_models import tiny_generation, tiny_pipeline
 
@@ -62,7 +66,7 @@ def configurations(script, tmp_path_factory):
     ],
 )
 def test_planned_peaks_are_those_of_runs(task, settings, script, embedded):
-    call = {"prompt": "a red disc", "output_type": "np"}
+    call = {"prompt": "a red disc", "output_type": "np", "guidance_scale": 5.0}
     size = (3, 48, 64)
     taken = script.measured(embedded, task, size, 4, settings, call)
     expected = script.planned("embedded", task, size, 4, settings)
@@ -95,6 +99,39 @@ def test_a_plan_reads_configurations_alone(configurations):
     assert described["measured_seconds"] is None
     assert described["bound_seconds"]["H200 SXM"] == found.flop / 989.4e12
     assert set(described["sources"]) == {"transformer", "vae", "scheduler"}
+
+
+def ways_to_do(configurations):
+    size = {"frames": 9, "height": 64, "width": 64, "steps": 2, "search": False}
+    return {
+        "wan": lambda: plan(configurations, "transfer", **size, settings={"gradient_checkpointing": True}),
+        "embedded": lambda: plan("embedded", "track", frames=3, height=48, width=64, device="cpu", search=False),
+        "tiles": lambda: plan(configurations, "generate", **size, cag=True, placement=Placement(codec_tiling=True)),
+        "groups": lambda: plan(configurations, "transfer", **size, placement=Placement("offload_groups")),
+        "layers": lambda: plan(configurations, "capture", **size, placement=Placement("offload_layers")),
+        "float8": lambda: plan(configurations, "generate", **size, placement=Placement(weights="float8")),
+    }
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "wan",
+        "embedded",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("tiles", "groups", "layers", "float8")),
+    ],
+)
+def test_what_repeats_takes_what_it_takes_when_it_runs(configurations, monkeypatch, name):
+    """To the byte and the operation, with repeats counted and with every forward run."""
+    make = ways_to_do(configurations)[name]
+    make()  # tables of pairs of frames are made once
+    repeated, replays = make(), []
+    own = MemoryTrace.repeat
+    monkeypatch.setattr(MemoryTrace, "repeat", lambda trace, taken: (replays.append(taken), own(trace, taken)))
+    assert make().phases == repeated.phases
+    assert replays
+    monkeypatch.setattr(Repeats, "counted", lambda self, parts, trace: contextlib.nullcontext())
+    assert make().phases == repeated.phases
 
 
 def test_options_take_less(configurations):
@@ -178,6 +215,17 @@ def test_published_checkpoints_have_their_published_sizes():
         assert sum(weight.numel() for weight in transformer.parameters()) / 1e9 == pytest.approx(expected, rel=0.01)
     assert checkpoint_of("THUDM/CogVideoX-5b") is checkpoint_of("CogVideoX-5B") is CHECKPOINTS["cogvideox-5b"]
     assert all(part.source for checkpoint in CHECKPOINTS.values() for part in checkpoint.parts.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(CHECKPOINTS))
+def test_every_checkpoint_is_planned_in_a_minute_or_two(name):
+    """Processor time, with the search for ways that fit each card."""
+    began = time.process_time()
+    found = plan(name)
+    assert time.process_time() - began < 240
+    assert found.fits["141 GB"] is not None
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < 4e9
 
 
 @pytest.mark.slow

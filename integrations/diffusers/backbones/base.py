@@ -63,6 +63,7 @@ class Backbone(PromptEncoder):
     limits: ClassVar[Mapping[str, str]] = MappingProxyType({})
     partly: ClassVar[Mapping[str, str]] = MappingProxyType({})
     call_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    _kept_fingerprint: str | None = None
 
     def __init__(self, pipe: Pipeline, *, name: str, preset: Preset | None = None) -> None:
         self.pipe = pipe
@@ -307,8 +308,13 @@ class Backbone(PromptEncoder):
         return self.output_latents(output, self._batched(latents)).reshape(latents.shape).float()
 
     def fingerprint(self) -> str:
-        """What tells these weights from others: `corrdit.integrations.diffusers.fingerprint.weights_fingerprint`."""
-        return weights_fingerprint(self.pipe)
+        """What tells these weights from others: `corrdit.integrations.diffusers.fingerprint.weights_fingerprint`, as
+        they were loaded where they have been placed since."""
+        return self._kept_fingerprint or weights_fingerprint(self.pipe)
+
+    def keep_fingerprint(self) -> None:
+        """Before weights are placed: what tells them from others stays what it is now."""
+        self._kept_fingerprint = weights_fingerprint(self.pipe)
 
     def with_features(self, feature: str = "attention output") -> FeatureBackbone:
         """This model with the output of an attention layer in place of its queries and keys.

@@ -73,7 +73,8 @@ def load_backbone(
     if not isinstance(chosen, Preset):
         chosen = (published_preset(backbone.family, backbone.layers, backbone.heads) or own).published()
     elif chosen.transfer is None and own.transfer is not None:
-        chosen = replace(chosen, transfer=chosen.moved_to_layer(own.transfer))
+        further = tuple(chosen.moved_to_layer(settings) for settings in own.further_transfers)
+        chosen = replace(chosen, transfer=chosen.moved_to_layer(own.transfer), further_transfers=further)
     return backbone_of(backbone.pipe, name=backbone.name, preset=chosen)
 
 

@@ -82,6 +82,7 @@ class Preset:
         guidance: of `corrdit.CrossAttentionGuidance`.
         transfer: of `corrdit.MotionTransfer`; None for those of a model of this shape.
         source: where the settings come from.
+        further_transfers: settings of `corrdit.MotionTransfer` for other methods than that of `transfer`, one each.
         flat: entries of a preset.json by name in place of the parts (deprecated).
     """
 
@@ -90,6 +91,7 @@ class Preset:
     guidance: GuidancePreset
     transfer: TransferSettings | None
     source: str
+    further_transfers: tuple[TransferSettings, ...]
 
     def __init__(
         self,
@@ -98,6 +100,7 @@ class Preset:
         guidance: GuidancePreset | None = None,
         transfer: TransferSettings | None = None,
         source: str = "given",
+        further_transfers: tuple[TransferSettings, ...] = (),
         **flat: Any,
     ) -> None:
         if not isinstance(reading, (ReadingPreset, int)) and not (reading is None and "layer" in flat):
@@ -115,9 +118,12 @@ class Preset:
             # Options without layers were chosen for the one that is read, in files of earlier versions too.
             named = not tracking or {"layer", "layers"} & tracking.keys()
             tracking = changed_options(TrackerOptions(layers=() if named else (reading.layer,)), tracking)
-        parts = (reading, tracking or TrackerOptions(), guidance or GuidancePreset(), transfer, source)
+        further = tuple(further_transfers)
+        if not all(isinstance(settings, TransferSettings) for settings in further) or (further and transfer is None):
+            raise ValueError(f"further_transfers must be TransferSettings beside transfer, got {further_transfers!r}")
+        parts = (reading, tracking or TrackerOptions(), guidance or GuidancePreset(), transfer, source, further)
         kinds: list[tuple[type, ...]]
-        kinds = [(ReadingPreset,), (TrackerOptions,), (GuidancePreset,), (TransferSettings, NoneType), (str,)]
+        kinds = [(ReadingPreset,), (TrackerOptions,), (GuidancePreset,), (TransferSettings, NoneType), (str,), (tuple,)]
         for field, part, kind in zip(fields(self), parts, kinds, strict=True):
             if not isinstance(part, kind):
                 hint = "; as in Preset(ReadingPreset(layer=17, step=-3))"
@@ -139,6 +145,11 @@ class Preset:
         """Whether the settings were chosen by an analysis of this very model."""
         return self.source.startswith(CALIBRATED)
 
+    def transfer_of(self, method: object) -> TransferSettings | None:
+        """Settings of motion transfer for a method, by its name: its own, or those of `transfer`."""
+        own = (settings for settings in self.further_transfers if settings.method == method)
+        return next(own, self.transfer)
+
     def moved_to_layer(self, transfer: TransferSettings) -> TransferSettings:
         """Settings of motion transfer for the layer of this preset, if that was calibrated."""
         if not self.calibrated:
@@ -159,7 +170,14 @@ class Preset:
         }
         if self.transfer is not None:
             blocks = self.transfer.blocks
-            sections["transfer"] = {"blocks": blocks, **_changes(self.transfer, TransferSettings(blocks))}
+            own = {"blocks": blocks, **_changes(self.transfer, TransferSettings(blocks))}
+            methods = {
+                str(settings.method): {
+                    name: value for name, value in _changes(settings, self.transfer).items() if name != "method"
+                }
+                for settings in self.further_transfers
+            }
+            sections["transfer"] = {**own, "methods": methods} if methods else own
         values = {**dataclasses.asdict(self.reading), "source": self.source, **sections}
         return dict(json.loads(json.dumps(values)))
 
@@ -215,14 +233,8 @@ class Preset:
         if not isinstance(source := values.get("source", "given"), str):
             raise ValueError(f"source must be a text, got {source!r}")
         reading = ReadingPreset(**{name: value for name, value in values.items() if name in _READING})
-        transfer = values.get("transfer")
-        return cls(
-            reading,
-            values.get("tracking"),
-            _guidance(values),
-            changed_settings(TransferSettings((reading.layer,)), transfer) if transfer else None,
-            source,
-        )
+        transfer, further = _transfers(values.get("transfer"), reading.layer)
+        return cls(reading, values.get("tracking"), _guidance(values), transfer, source, further)
 
 
 _READING = tuple(field.name for field in fields(ReadingPreset))
@@ -242,6 +254,19 @@ Part = TypeVar("Part", TrackerOptions, GuidancePreset, TransferSettings)
 def _changes(part: Part, default: Part) -> dict[str, object]:
     values, defaults = dataclasses.asdict(part), dataclasses.asdict(default)
     return {name: value for name, value in values.items() if value != defaults[name]}
+
+
+def _transfers(given: Entries | None, layer: int) -> tuple[TransferSettings | None, tuple[TransferSettings, ...]]:
+    """The section `transfer`: settings, and those for other methods, which say what they change."""
+    if not given:
+        return None, ()
+    methods = given.get("methods", {})
+    if not isinstance(methods, Mapping) or not all(isinstance(changes, Mapping) for changes in methods.values()):
+        raise ValueError(f"methods of transfer must be changed settings by method, got {methods!r}")
+    own = {name: value for name, value in given.items() if name != "methods"}
+    settings = changed_settings(TransferSettings((layer,)), own)
+    further = (changed_settings(settings, {**changes, "method": method}) for method, changes in methods.items())
+    return settings, tuple(further)
 
 
 def _guidance(values: Entries) -> GuidancePreset:

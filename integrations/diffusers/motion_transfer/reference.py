@@ -19,7 +19,7 @@ from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.layouts import forward_arguments
 from corrdit.integrations.diffusers.motion_transfer.latents import codec_latents
 from corrdit.integrations.diffusers.motion_transfer.methods import objective_of
-from corrdit.integrations.diffusers.motion_transfer.observation import Reader, attention_observed, features_observed
+from corrdit.integrations.diffusers.motion_transfer.observation import Reader, attention_observed
 from corrdit.integrations.diffusers.motion_transfer.words import PromptWords
 from corrdit.integrations.diffusers.processors import Operation
 from corrdit.integrations.diffusers.transfer_settings import TransferSettings
@@ -170,10 +170,9 @@ def motion_of_latents(
     elif reads == "features":
         # They are compared with those of the transformer that denoises the noisy steps, so they are read from it.
         transformer = backbone.transformer
-        maps = features_observed(transformer, layout, arguments, call.grid, settings.blocks)
-        reference.wanted = {
-            block: objective.of_reference(reader.features(features, call.grid)) for block, features in maps.items()
-        }
+        reference.wanted = reader.blocks(
+            reads, transformer, layout, arguments, call.grid, lambda block, read: objective.of_reference(read)
+        )
     return reference
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
@@ -11,15 +13,53 @@ from torch import Tensor
 from torch.nn import functional
 
 from corrdit.integrations.diffusers.backbones.base import Backbone
+from corrdit.integrations.diffusers.motion_transfer.reference import at_rate
 from corrdit.motion import boxes_on_path
+from corrdit.video import read_video
+from corrdit.video.info import FRAME_SUFFIXES
 
 Region: TypeAlias = "np.ndarray | Tensor | Sequence[float] | Sequence[Sequence[float]]"
 """A mask `[T, H, W]` or `[H, W]` of any size, True or above half where it is; a box (left, top, right, bottom); or
 a box that moves, (time, left, top, right, bottom) each. Boxes are in shares of the frame's sides and of the video's
 length."""
 
+PICTURES = (*FRAME_SUFFIXES, ".bmp", ".webp")
 COVERED = 0.5
 """A token is in a mask that covers this share of it."""
+
+
+def region_of_file(
+    path: str | os.PathLike[str],
+    *,
+    start: int = 0,
+    max_frames: int | None = None,
+    stride: int = 1,
+    fps: float | None = None,
+) -> np.ndarray:
+    """A mask from a picture, a video or a folder of frames, white where the region is.
+
+    Args:
+        path: of it.
+        start, max_frames, stride, fps: which of its frames, as of the reference's.
+
+    Returns:
+        float `[H, W]` of a picture or `[T, H, W]`, 0 to 1.
+
+    Raises:
+        ValueError: neither.
+    """
+    file = Path(path)
+    if file.suffix.lower() in PICTURES and file.is_file():
+        import imageio.v3 as imageio
+
+        try:
+            picture = np.atleast_3d(np.asarray(imageio.imread(file)))
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"the region {file} is not a picture that can be read: {error}") from error
+        return picture[..., :3].mean(-1) / 255
+    video = read_video(file, start=start, max_frames=max_frames, min_frames=1)
+    frames, times = video.frames[::stride], None if video.times is None else video.times[::stride]
+    return at_rate(frames, video.fps / stride, fps, times)[0].mean(-1) / 255
 
 
 def region_tokens(backbone: Backbone, region: Region, size: tuple[int, int, int]) -> Tensor:

@@ -48,3 +48,14 @@ class TransferResult:
         if not self.flows:
             raise ValueError("there was no reference in this run, so there is no motion flow")
         return next(iter(self.flows.values()))
+
+
+def as_uint8(frames: np.ndarray) -> np.ndarray:
+    """Frames `[T, H, W, 3]` in 0..1 as uint8."""
+    frames = np.asarray(frames)
+    if not np.isfinite(frames).all():
+        raise ValueError(
+            "the pipeline made frames that are NaN; take another precision, a smaller guidance_scale or, where "
+            "something is optimised, a smaller learning_rate"
+        )
+    return (frames * 255).round().clip(0, 255).astype(np.uint8)

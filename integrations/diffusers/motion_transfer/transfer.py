@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -18,7 +19,6 @@ from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.backbones.loading import backbone_of
 from corrdit.integrations.diffusers.backbones.published_transfers import published_transfer
 from corrdit.integrations.diffusers.compatibility import check_takes_prompt, check_transformer, embeds_given
-from corrdit.integrations.diffusers.fingerprint import weights_fingerprint
 from corrdit.integrations.diffusers.host.forwards import Arguments, transformers_of
 from corrdit.integrations.diffusers.layouts import Pipeline
 from corrdit.integrations.diffusers.motion_transfer.guided_run import GuidedRun, StepReport
@@ -33,7 +33,7 @@ from corrdit.integrations.diffusers.motion_transfer.reference import (
     reference_motion,
 )
 from corrdit.integrations.diffusers.motion_transfer.region import Region, region_tokens
-from corrdit.integrations.diffusers.motion_transfer.result import TransferResult
+from corrdit.integrations.diffusers.motion_transfer.result import TransferResult, as_uint8
 from corrdit.integrations.diffusers.motion_transfer.run_state import RunState
 from corrdit.integrations.diffusers.motion_transfer.stored import StoredMotion, composed
 from corrdit.integrations.diffusers.motion_transfer.words import PromptWords
@@ -56,17 +56,29 @@ def settings_for(backbone: Backbone, method: object = None) -> TransferSettings:
     """The settings of the backbone's preset, those published for a model of its shape, or a starting point that says it
     is one.
 
-    Where several methods were published for it, they are those for `method`, by its name. A preset that was calibrated
+    Where there are some for several methods, they are those for `method`, by its name. A preset that was calibrated
     on this very model brings its layer along.
     """
     preset = backbone.preset
-    if preset.transfer is not None:
-        return preset.transfer
+    own = preset.transfer_of(method)
+    if own is not None:
+        return own
     settings = published_transfer(backbone.family, backbone.layers, backbone.heads, method)
     if settings is None:
         source = "a starting point at the published depth; nothing is published for this model"
         settings = TransferSettings(blocks=(backbone.layers // 2,), source=source)
     return preset.moved_to_layer(settings)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What a call works on: frames of the reference, stored motion to inject, frames, height and width, and the tokens
+    of the region."""
+
+    frames: np.ndarray | None
+    motion: StoredMotion | None
+    size: tuple[int, int, int]
+    region: Tensor | None
 
 
 class MotionTransfer:
@@ -173,34 +185,13 @@ class MotionTransfer:
                 that comes out as NaN.
             DivergedError: the loss became NaN or infinite; names the step, and `state_file` keeps the one before.
         """
-        motion = _loaded(stored)
         self._check_prompts(prompt, pipeline_arguments)
-        wanted = {"num_frames": num_frames, "height": height, "width": width}
-        for name, value in wanted.items():
-            if value is not None:
-                whole_number(name, value, 1)
-        if motion is not None:
-            motion.check_fits(self.backbone.name, self.settings.steps, **wanted)
-            wanted = motion.size
-        frames = None
-        if reference is not None:
-            frames = self._prepared_frames(reference, **wanted)
-        else:
-            self._check_no_reference(motion, num_frames)
-        size = self._size(frames, **wanted)
-        tokens = None if region is None else region_tokens(self.backbone, region, size)
-        if elsewhere is not None:
-            motion, tokens = self._composed(motion, _loaded(elsewhere), tokens), None
-        begins = self._announcer(announce, size, optimises=motion is None, reads=frames is not None)
-        prepared = None
-        if frames is not None:
-            begins("reading the reference")
-            with torch.inference_mode(False):
-                prepared = reference_motion(self.backbone, frames, self.settings, region=tokens)
-            # Parts that are offloaded lie on the device until another comes; the pipeline begins with its text encoder.
-            getattr(self.backbone.pipe, "maybe_free_model_hooks", bool)()
-        arguments = self._pipeline_arguments(prompt, size, pipeline_arguments)
-        state = self._state(state_file, prepared, prompt, seed, size, motion, tokens, pipeline_arguments)
+        sizes = {"num_frames": num_frames, "height": height, "width": width}
+        given = self._given(reference, _loaded(stored), region, _loaded(elsewhere), sizes)
+        begins = self._announcer(announce, given.size, optimises=given.motion is None, reads=given.frames is not None)
+        prepared = self._read(given, begins)
+        arguments = self._pipeline_arguments(prompt, given.size, pipeline_arguments)
+        state = self._state(state_file, prepared, prompt, seed, given, pipeline_arguments)
         begun = state.finished
         if begun:
             warnings.warn(f"the run goes on after denoising step {begun} of {self.settings.steps}", stacklevel=3)
@@ -209,18 +200,54 @@ class MotionTransfer:
         words = PromptWords(prompt, getattr(self.backbone.pipe, "tokenizer", None), embeds_given(arguments))
         run = GuidedRun(
             self.backbone, self.settings, self.objective, prepared, state, generator,
-            Reader(self.settings, tokens, words), stored=motion, finished_step=save, report=report,
+            Reader(self.settings, given.region, words), stored=given.motion, finished_step=save, report=report,
         )  # fmt: skip
         begins("denoising")
         # Lightning predicts in inference mode, whose tensors can have no gradients.
         with torch.inference_mode(False), torch.no_grad(), run.attached():
             output = self.backbone.pipe(generator=generator, **arguments)
-        result = self._result(_as_uint8(output.frames[0]), run.state, prepared, size, seed)
-        result.region, result.resumed_after = tokens, begun
-        result.guided = run.window
+        result = self._result(as_uint8(output.frames[0]), run.state, prepared, given.size, seed)
+        result.region, result.resumed_after, result.guided = given.region, begun, run.window
         if state_file is not None and not keep_state and os.path.exists(state_file):
             os.remove(state_file)
         return result
+
+    def _given(
+        self,
+        reference: Reference | None,
+        motion: StoredMotion | None,
+        region: Region | None,
+        elsewhere: StoredMotion | None,
+        sizes: Mapping[str, int | None],
+    ) -> _Given:
+        """What a call was given, checked and as the model takes it."""
+        for name, value in sizes.items():
+            if value is not None:
+                whole_number(name, value, 1)
+        if motion is not None:
+            motion.check_fits(self.backbone.name, self.settings.steps, **sizes)
+        wanted = sizes if motion is None else motion.size
+        frames = None
+        if reference is not None:
+            frames = self._prepared_frames(reference, **wanted)
+        else:
+            self._check_no_reference(motion, sizes["num_frames"])
+        size = self._size(frames, **wanted)
+        tokens = None if region is None else region_tokens(self.backbone, region, size)
+        if elsewhere is not None:
+            motion, tokens = self._composed(motion, elsewhere, tokens), None
+        return _Given(frames, motion, size, tokens)
+
+    def _read(self, given: _Given, begins: Callable[[str], None]) -> ReferenceMotion | None:
+        """The motion of the reference, where there is one."""
+        if given.frames is None:
+            return None
+        begins("reading the reference")
+        with torch.inference_mode(False):
+            prepared = reference_motion(self.backbone, given.frames, self.settings, region=given.region)
+        # Parts that are offloaded lie on the device until another comes; the pipeline begins with its text encoder.
+        getattr(self.backbone.pipe, "maybe_free_model_hooks", bool)()
+        return prepared
 
     @ordinary_defaults()
     def _announcer(
@@ -336,17 +363,15 @@ class MotionTransfer:
         prepared: ReferenceMotion | None,
         prompt: str,
         seed: int,
-        size: tuple[int, int, int],
-        motion: StoredMotion | None,
-        region: Tensor | None,
+        given: _Given,
         further: Arguments,
     ) -> RunState:
         """The state a run begins at: that of the file, or a new one."""
-        model = (self.backbone.name, weights_fingerprint(self.backbone.pipe))
+        model = (self.backbone.name, self.backbone.fingerprint())
         frames = None if prepared is None else prepared.frames
-        stored = None if motion is None else (motion.kind, motion.tensors)
+        stored = None if given.motion is None else (given.motion.kind, given.motion.tensors)
         made_with = (self.settings.described(), self.objective.described())
-        own = content_digest(model, prompt, seed, size, made_with, frames, stored, region, further)
+        own = content_digest(model, prompt, seed, given.size, made_with, frames, stored, given.region, further)
         if file is None or not os.path.exists(file):
             return RunState(own)
         return RunState.load(file, own, self.backbone.device)
@@ -379,14 +404,3 @@ def _loaded(stored: StoredMotion | str | os.PathLike[str] | None) -> StoredMotio
 
 
 _OWN_ARGUMENTS = ("generator", "latents", "output_type", "num_inference_steps", "return_dict")
-
-
-def _as_uint8(frames: np.ndarray) -> np.ndarray:
-    """Frames `[T, H, W, 3]` in 0..1 as uint8."""
-    frames = np.asarray(frames)
-    if not np.isfinite(frames).all():
-        raise ValueError(
-            "the pipeline made frames that are NaN; take another precision, a smaller guidance_scale or, where "
-            "something is optimised, a smaller learning_rate"
-        )
-    return (frames * 255).round().clip(0, 255).astype(np.uint8)

@@ -35,6 +35,8 @@ _DEEPEST = 40
 """Frames of the stack that are looked at for an operation."""
 _LARGEST_UNFOLDED = 20480
 """As torch's `use_mkldnn` has it: batch, channels, frames and rows multiplied."""
+_BLOCK_OF_CHANNELS = 16
+"""Of oneDNN's layouts with AVX-512."""
 _CPU_ATTENTION = {
     aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: aten._scaled_dot_product_flash_attention_backward,
@@ -63,6 +65,26 @@ class PhaseTrace:
         return sum(self.peak.values())
 
 
+@dataclass
+class Taken:
+    """What a part of a phase takes beyond what is there as it begins.
+
+    Args:
+        most: bytes at the moment of the most, by kind; below 0 where something went.
+        flop: floating-point operations.
+        made: storages that had been made as it began.
+    """
+
+    most: Counter[str] = field(default_factory=Counter)
+    flop: float = 0.0
+    made: int = 0
+
+    @property
+    def total(self) -> int:
+        """Bytes at the moment of the most."""
+        return sum(self.most.values())
+
+
 class MemoryTrace(TorchDispatchMode):
     """Counts every storage that is made inside, by what it is for, until it is gone.
 
@@ -70,8 +92,8 @@ class MemoryTrace(TorchDispatchMode):
         own: functions to run in place of operators, by the operator's name such as "corrdit::soft_displacement".
         own_flop: work of such operators, by name.
         weights: tensors that were there before and are not counted.
-        on_cpu: count what torch's convolutions of small volumes take inside on a CPU: the input laid out once for each
-            place of the kernel. Libraries of cards choose their workspace themselves, it is not counted.
+        on_cpu: count what torch's convolutions of volumes take inside on a CPU. Libraries of cards choose their
+            workspace themselves, it is not counted.
     """
 
     def __init__(
@@ -93,6 +115,7 @@ class MemoryTrace(TorchDispatchMode):
         self._kind: str | None = None
         self._in_backward = False
         self._phase = PhaseTrace()
+        self._parts: list[tuple[Counter[str], Taken]] = []
 
     @contextlib.contextmanager
     def phase(self) -> Iterator[PhaseTrace]:
@@ -109,6 +132,31 @@ class MemoryTrace(TorchDispatchMode):
             yield
         finally:
             self._kind = before
+
+    @property
+    def present_kind(self) -> str | None:
+        """What new storages are for, where that was said."""
+        return self._kind
+
+    @contextlib.contextmanager
+    def taken(self) -> Iterator[Taken]:
+        """Follows a part of the phase."""
+        part = Taken(flop=-self._phase.flop, made=self._made)
+        self._parts.append((Counter(self._live), part))
+        try:
+            yield part
+        finally:
+            self._parts.pop()
+            part.flop += self._phase.flop
+
+    def repeat(self, part: Taken) -> None:
+        """Count a part of a phase again."""
+        self._phase.flop += part.flop
+        self._update(part.most)
+
+    def made_since(self, storage: int, part: Taken) -> bool:
+        """Whether a storage, by its key, was made in a part."""
+        return storage in self._storages and self._storages[storage][2] > part.made
 
     def __torch_dispatch__(
         self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -134,8 +182,8 @@ class MemoryTrace(TorchDispatchMode):
         for value in tree_iter(result):
             if isinstance(value, torch.Tensor):
                 self.see(value)
-        if self._on_cpu and packet is aten.convolution and _unfolded(args[0]):
-            self._update(math.prod(args[1].shape[1:]) * result[:1, 0].numel() * result.element_size())
+        if self._on_cpu and packet is aten.convolution and args[0].ndim == 5:
+            self._update({self._kind or "activations": _inside_convolution(args[0], args[1], result)})
         return result
 
     def see(self, tensor: torch.Tensor, kind: str | None = None) -> None:
@@ -156,12 +204,16 @@ class MemoryTrace(TorchDispatchMode):
         size, kind, _ = self._storages.pop(key)
         self._live[kind] -= size
 
-    def _update(self, inside: int = 0) -> None:
-        """Note a new peak; `inside` are bytes that an operator takes and gives back."""
-        if sum(self._live.values()) + inside > self._phase.total:
-            self._phase.peak, self._peak_made = Counter(self._live), self._made
-            if inside:
-                self._phase.peak[self._kind or "activations"] += inside
+    def _update(self, inside: Mapping[str, int] | None = None) -> None:
+        """Note a new peak; `inside` are bytes by kind that come and go before anything else is counted."""
+        inside = inside or {}
+        total = sum(self._live.values()) + sum(inside.values())
+        if total > self._phase.total:
+            self._phase.peak, self._peak_made = _sum(self._live, inside), self._made
+        for before, part in self._parts:
+            if total - sum(before.values()) > part.total:
+                part.most = _sum(self._live, inside)
+                part.most.subtract(before)
 
     def _notice_backward(self) -> None:
         """What is alive as a backward pass begins was saved for it."""
@@ -179,6 +231,23 @@ class MemoryTrace(TorchDispatchMode):
                     held[kind] -= size
                     held[now] += size
         self._in_backward = running
+
+
+def _sum(live: Counter[str], inside: Mapping[str, int]) -> Counter[str]:
+    found = Counter(live)
+    found.update(inside)
+    return found
+
+
+def _inside_convolution(volume: torch.Tensor, kernel: torch.Tensor, result: torch.Tensor) -> int:
+    """Bytes of a convolution inside, beside its result: of torch's own the input laid out once for each place of the
+    kernel, of oneDNN's the result in blocks of channels, unless it is written as channels lie last."""
+    if _unfolded(volume):
+        return math.prod(kernel.shape[1:]) * result[:1, 0].numel() * result.element_size()
+    if not volume.is_contiguous():
+        return 0
+    channels = math.ceil(result.shape[1] / _BLOCK_OF_CHANNELS) * _BLOCK_OF_CHANNELS
+    return channels * result[:, 0].numel() * result.element_size()
 
 
 def _unfolded(volume: torch.Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import inspect
 import os
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,7 @@ from corrdit.integrations.diffusers.planning.cards import CARDS
 from corrdit.integrations.diffusers.planning.fake_model import FakeModel, fake_model
 from corrdit.integrations.diffusers.planning.kernel_calls import KERNEL_FLOP, kernel_functions, kernels_planned
 from corrdit.integrations.diffusers.planning.memory_trace import MemoryTrace, PhaseTrace
+from corrdit.integrations.diffusers.planning.repeats import Repeats
 from corrdit.integrations.diffusers.planning.residence import Bytes, bytes_of, moving, resident
 from corrdit.integrations.diffusers.planning.tasks import TASKS, Phase, Request, TaskOnFakes
 from corrdit.integrations.diffusers.transfer_settings import TransferSettings
@@ -202,17 +204,9 @@ def plan(
         raise ValueError(f'{", ".join(settings)} are settings of task="transfer", got task={task!r}')
     found = fake_model(model, dtype=dtype, device=torch.device(device), preset=preset)
     size = _size(found, frames, height, width)
-    chosen = None
-    if task == "transfer":
-        chosen = MotionTransfer(found.backbone, **dict(settings or {})).settings
-        chosen = chosen if steps is None else replace(chosen, steps=whole_number("steps", steps, 1))
-    request = Request(
-        task, *size, steps=chosen.steps if chosen else whole_number("steps", steps or 50, 1),
-        layers=layers or default_layers(found.backbone), settings=chosen,
-        guided=_is_guided(found, chosen) if guided is None else guided, cag=cag,
-    )  # fmt: skip
+    request = _request(found, task, size, settings, steps=steps, layers=layers, guided=guided, cag=cag)
     planner = _Planner(found, request, device)
-    way = Way(asked, chosen is not None and chosen.gradient_checkpointing)
+    way = Way(asked, request.settings is not None and request.settings.gradient_checkpointing)
     phases = planner.phases(way)
     grid = planner.grid
     fits: dict[str, tuple[Way, int] | None] = {}
@@ -226,12 +220,36 @@ def plan(
     )  # fmt: skip
 
 
+def _request(
+    model: FakeModel,
+    task: str,
+    size: tuple[int, int, int],
+    settings: Mapping[str, Any] | None,
+    *,
+    steps: int | None,
+    layers: tuple[int, ...] | None,
+    guided: bool | None,
+    cag: bool,
+) -> Request:
+    """What is asked for, with what the model has for the rest."""
+    chosen = None
+    if task == "transfer":
+        chosen = MotionTransfer(model.backbone, **dict(settings or {})).settings
+        chosen = chosen if steps is None else replace(chosen, steps=whole_number("steps", steps, 1))
+    return Request(
+        task, *size, steps=chosen.steps if chosen else whole_number("steps", steps or 50, 1),
+        layers=layers or default_layers(model.backbone), settings=chosen,
+        guided=_is_guided(model, chosen) if guided is None else guided, cag=cag,
+    )  # fmt: skip
+
+
 class _Planner:
     """Traces of the phases in the ways that are asked for, each made once."""
 
     def __init__(self, model: FakeModel, request: Request, device: str) -> None:
         self._model, self._request, self._device = model, request, device
         self._known: dict[tuple[object, ...], PhaseTrace] = {}
+        self._repeats = Repeats()
         self.grid = TaskOnFakes(model, request).grid
 
     def phases(self, way: Way) -> list[PhasePlan]:
@@ -251,6 +269,8 @@ class _Planner:
                 if phase not in missing and not (guided and phase.name == "reading the reference"):
                     continue
                 kind = trace.kind("codec") if phase.component == "vae" else contextlib.nullcontext()
+                # What is left of the phase before in circles of references does not count, whenever it would go.
+                gc.collect()
                 with kind, trace.phase() as found:
                     self._run(phase)
                 self._known[self._key(phase, way)] = found
@@ -298,7 +318,8 @@ class _Planner:
             codec.enable_tiling()
         kernels = kernels_planned() if self._device == "cuda" else contextlib.nullcontext()
         try:
-            with kernels, self._model.running(), moving(self._model.parts, way.placement, trace):
+            repeats = self._repeats.counted(self._model.parts.values(), trace)
+            with kernels, self._model.running(), moving(self._model.parts, way.placement, trace), repeats:
                 yield
         finally:
             if way.placement.codec_tiling:

@@ -65,7 +65,7 @@ def moving(parts: Mapping[str, nn.Module], placement: Placement, trace: MemoryTr
     with contextlib.ExitStack() as stack:
         for name, part in parts.items():
             for module, moves in _moves(name, part, placement):
-                _Bringing(module, moves, trace).attach(stack)
+                Bringing(module, moves, trace).attach(stack)
         yield
 
 
@@ -119,7 +119,7 @@ def _packed(part: nn.Module, placement: Placement) -> list[tuple[torch.dtype, nn
     ]
 
 
-class _Bringing:
+class Bringing:
     """Weights that come for a forward of a module and go behind it; what autograd saved of them stays."""
 
     def __init__(self, module: nn.Module, moves: list[Move], trace: MemoryTrace) -> None:
@@ -130,6 +130,10 @@ class _Bringing:
     def attach(self, stack: contextlib.ExitStack) -> None:
         stack.callback(self._module.register_forward_pre_hook(self._bring).remove)
         stack.callback(self._module.register_forward_hook(self._send_back, always_call=True).remove)
+
+    def described(self) -> tuple[object, ...]:
+        """What it brings, and whether that is there."""
+        return (bool(self._own), *((key, dtype) for _, key, dtype in self._moves))
 
     def _bring(self, *_: object) -> None:
         if self._own:
