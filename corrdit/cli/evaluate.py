@@ -50,8 +50,8 @@ EXAMPLES = (
     "corrdit evaluate --data tapvid_davis.pkl --config cogvideox-2b-davis --output davis --processes 8",
 )
 MAIN = (
-    *("help", "help_all", "data", "output", "config", "trackers", "model", "device", "dtype", "preset", "mode"),
-    *("max_frames", "pictures", "processes", "machines"),
+    *("help", "help_all", "data", "output", "config", "trackers", "model", "device", "dtype", "preset"),
+    *("pictures", "processes"),
 )
 TABLES = ("table.json", "table.csv", "videos.csv", "splits.csv")
 _EARLIER = {"trainer.devices": "processes", "trainer.num_nodes": "machines", "trainer.accelerator": "device"}

@@ -39,7 +39,7 @@ EXAMPLES = (
 )
 MAIN = (
     *("help", "help_all", "prompt", "prompts", "output", "model", "device", "dtype", "preset", "seed", "samples"),
-    *("num_frames", "size", "steps", "guidance_scale", "negative_prompt", "cag", "cag_layers", "cag_scale"),
+    *("num_frames", "size", "steps", "guidance_scale", "cag", "cag_layers", "cag_scale"),
     *("processes",),
 )
 _VARIANTS = {"default": None, "masked": True, "zeroed": False}

@@ -33,8 +33,8 @@ def add_model_options(parser: ArgumentParser, *, preset: bool = True) -> None:
         "--preset",
         default="default",
         metavar="default|published|ditracker|heft|FILE",
-        help="settings of reading, tracking, guidance and transfer: the model's own, those of the released code of"
-        " DiffTrack and DiTFlow, of DiTracker or HeFT, or a preset.json of `corrdit calibrate`",
+        help="settings: the model's own, those of the released code of DiffTrack and DiTFlow, of DiTracker or HeFT, or"
+        " a preset.json of `corrdit calibrate`",
     )
 
 

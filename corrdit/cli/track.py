@@ -45,7 +45,6 @@ from corrdit.cli.points import check_points_spec, point_columns, read_points
 from corrdit.cli.terminal import progress_bar
 from corrdit.cli.tracker_options import add_tracker_options, given_tracker_options
 from corrdit.files import OutputFolder, file_digest, write_json
-from corrdit.runs import refuse_other_record
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -169,8 +168,11 @@ def _write_record(arguments: Namespace, backbone: Backbone, file: Path, **furthe
     Raises:
         ValueError: the output folder has results that were made otherwise.
     """
+    from corrdit.runs import refuse_other_record
+
     made = {
-        **named(arguments, "model", "dtype", "preset", "start", "max_frames", "max_side", "trail"),
+        **named(arguments, "model", "dtype", "preset", "start", "max_frames", "max_side", "trail", "fade", "radius"),
+        **named(arguments, "hide_hidden"),
         **chosen_placement(arguments).described(),
         "weights": backbone.fingerprint(),
         "video": file_digest(arguments.video),

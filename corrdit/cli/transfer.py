@@ -18,8 +18,8 @@ white there, or a box in shares of the frame, "[left, top, right, bottom]".
 
 A table's columns are video and prompt (or caption, subject and scene, a pair for each) and perhaps start, end, step,
 region, seed and name; DiTFlow's prompts.js goes with --videos DAVIS/JPEGImages/480p. Its results are in a folder for
-each pair, as each is done, pair.json with it, and table.csv, table.md and table.json: means over pairs by kind of prompt, with
---compare in a folder for each method or value and beside what DiTFlow published.
+each pair, as each is done, pair.json with it, and table.csv, table.md and table.json: means over pairs by kind of
+prompt, with --compare in a folder for each method or value and beside what DiTFlow published.
 
 The same command goes on where it was stopped: with a table at the first pair that is not done, with one reference after
 its last finished denoising step. CogVideoX-2B and 5B run on a GPU as DiTFlow released them, unless --placement and the
@@ -69,7 +69,7 @@ EXAMPLES = (
 )
 MAIN = (
     *("help", "help_all", "reference", "prompt", "output", "model", "device", "dtype", "preset", "method", "blocks"),
-    *("steps", "seed", "num_frames", "size", "max_frames", "stored"),
+    *("steps", "seed", "num_frames", "size", "stored"),
 )
 
 _SETTINGS: OptionTable = {

@@ -67,7 +67,10 @@ def test_console_script_and_status() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_has_help(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
     module: Any = corrdit.cli.MODULES[command]
     assert COMMANDS[command] == module.HELP
     assert main([command, "--help"]) == 0

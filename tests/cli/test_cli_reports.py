@@ -23,7 +23,7 @@ def test_demo_compares_with_the_exact_truth(tmp_path: Path, capsys: pytest.Captu
     assert main(["demo", "--output", str(tmp_path / "demo"), "--points", "5", "--seed", "4"]) == 0
     out = capsys.readouterr().out
     written = sorted(path.name for path in (tmp_path / "demo").iterdir())
-    assert written == ["clip.mp4", "tracks.json", "tracks.mp4", "tracks.npz", "tracks.png", "truth.npz"]
+    assert written == ["clip.mp4", "tracks.mp4", "tracks.npz", "tracks.png", "truth.npz"]
     video, clip = demo_clip(4)
     truth = Tracks.load(tmp_path / "demo" / "truth.npz")
     with np.load(tmp_path / "demo" / "tracks.npz") as archive:

@@ -86,7 +86,7 @@ def test_prints_what_it_did(
         "corrdit track: note: the embedded model has seen generated videos only; on a real one expect"
     )
     assert "take --model cogvideox-2b --device cuda" in err
-    assert main(["track", str(clip), "--output", str(tmp_path), "--points", "grid:2", "--model", "mine"]) == 0
+    assert main(["track", str(clip), "--output", str(tmp_path / "mine"), "--points", "grid:2", "--model", "mine"]) == 0
     assert capsys.readouterr().err == ""
 
 

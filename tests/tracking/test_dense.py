@@ -58,7 +58,7 @@ def test_command_line_writes_displacements_in_pixels_of_the_file(tmp_path, capsy
     output = tmp_path / "out"
     command = ["track", str(tmp_path / "clip.mp4"), "--output", str(output), "--max-side", "48"]
     assert main([*command, "--dense", "4"]) == 0
-    assert sorted(path.name for path in output.iterdir()) == ["dense.mp4", "dense.npz", "dense.png"]
+    assert sorted(path.name for path in output.iterdir()) == ["dense.json", "dense.mp4", "dense.npz", "dense.png"]
     arrays = np.load(output / "dense.npz")
     assert arrays["displacement"].shape == (3, 8, 12, 2)
     np.testing.assert_allclose(arrays["start"][0, 0], (4, 4))
