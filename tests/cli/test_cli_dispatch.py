@@ -35,7 +35,7 @@ class Endless:
         time.sleep(60)
 
 vars(corrdit.tracking)["PointTracker"] = Endless
-corrdit.integrations.diffusers.backbones.loading.load_backbone = lambda name, **options: SimpleNamespace(name=name)
+corrdit.integrations.diffusers.backbones.loading.load_backbone = lambda name, **options: SimpleNamespace(name=name, fingerprint=str)
 sys.argv[0] = "corrdit"
 corrdit.cli.entry_point()
 """

@@ -31,7 +31,10 @@ def results(inputs: list[Tensor]) -> list[Tensor]:
     return found
 
 
-@pytest.mark.parametrize("name", ["float64", "meta", "inference mode", "deterministic"])
+@pytest.mark.parametrize(
+    "name",
+    [*(pytest.param(name, marks=pytest.mark.slow) for name in ("float64", "meta")), "inference mode", "deterministic"],
+)
 def test_kernels_give_the_same_bits(name):
     generator = torch.Generator().manual_seed(5)
     inputs = [torch.randn(1, 2, GRID.tokens, 16, generator=generator).requires_grad_() for _ in range(3)]

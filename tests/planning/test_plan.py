@@ -116,9 +116,8 @@ def ways_to_do(configurations):
 @pytest.mark.parametrize(
     "name",
     [
-        "wan",
         "embedded",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("tiles", "groups", "layers", "float8")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("wan", "tiles", "groups", "layers", "float8")),
     ],
 )
 def test_what_repeats_takes_what_it_takes_when_it_runs(configurations, monkeypatch, name):
@@ -134,6 +133,7 @@ def test_what_repeats_takes_what_it_takes_when_it_runs(configurations, monkeypat
     assert make().phases == repeated.phases
 
 
+@pytest.mark.slow
 def test_options_take_less(configurations):
     """Each option against none, at a size where the guided step and the codec weigh."""
     asked = {"frames": 9, "height": 128, "width": 128, "steps": 4, "search": False}
