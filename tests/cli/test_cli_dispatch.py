@@ -35,7 +35,8 @@ class Endless:
         time.sleep(60)
 
 vars(corrdit.tracking)["PointTracker"] = Endless
-corrdit.integrations.diffusers.backbones.loading.load_backbone = lambda name, **options: SimpleNamespace(name=name, fingerprint=str)
+backbone = SimpleNamespace(name="embedded", fingerprint=str)
+corrdit.integrations.diffusers.backbones.loading.load_backbone = lambda name, **options: backbone
 sys.argv[0] = "corrdit"
 corrdit.cli.entry_point()
 """
