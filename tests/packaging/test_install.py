@@ -54,8 +54,10 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path
     (folder / "wheel").mkdir()
     (folder / "from_sdist").mkdir()
     sdist = build("sdist", source, folder)
+    # Early releases of Python 3.10 and 3.11 have no filters.
+    filtered = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
     with tarfile.open(sdist) as archive:
-        archive.extractall(folder / "unpacked", filter="data")
+        archive.extractall(folder / "unpacked", **filtered)
     (unpacked,) = (folder / "unpacked").iterdir()
     return {
         "wheel": build("wheel", source, folder / "wheel"),
