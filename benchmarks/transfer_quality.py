@@ -313,13 +313,13 @@ def mean_of(values: Sequence[float]) -> dict[str, float]:
 
 
 def paired(found: Measured, base: Measured, label: str) -> Record:
-    """Differences over the references that both have."""
-    common = sorted(set(found) & set(base))
-    return {
-        f"{name}_above_{label}": mean_of([found[at][name] - base[at][name] for at in common])
-        for name in ("fidelity", "adherence", "inside", "outside", "residual", "survival", "motion")
-        if common and name in found[common[0]]
-    }
+    """Differences over the references of which both have a measure."""
+    differences: Record = {}
+    for name in ("fidelity", "adherence", "inside", "outside", "residual", "survival", "motion"):
+        common = [at for at in sorted(set(found) & set(base)) if name in found[at] and name in base[at]]
+        if common:
+            differences[f"{name}_above_{label}"] = mean_of([found[at][name] - base[at][name] for at in common])
+    return differences
 
 
 def table_of(rows: Sequence[Record]) -> Record:
