@@ -122,9 +122,9 @@ def soft_backward_query_kernel(
                 for first in range(0, count, BLOCK_N):
                     tokens = k_first + first + columns
                     accumulator = guarded_keys(
-                        accumulator, q_tile, k_frame, table, row_planes, shift, tokens, tokens, tokens, tokens < k_stop,
-                        dims, k_strides, mask_frame, mask_strides[1], rows, rows, scale, D, HAS_MASK, WINDOW,
-                        PRECISION,
+                        accumulator, q_tile, k_frame, table, row_planes, shift, tokens, tokens, tokens,
+                        first + columns < count, dims, k_strides, mask_frame, mask_strides[1], rows, rows, scale, D,
+                        HAS_MASK, WINDOW, PRECISION,
                     )  # fmt: skip
             else:
                 # Full tiles of an open frame: nothing to mask, and pointers that step on cost fewer instructions than

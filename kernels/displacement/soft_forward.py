@@ -120,8 +120,8 @@ def soft_forward_kernel(
             for first in range(0, count, BLOCK_N):
                 tokens = k_first + first + columns
                 peak, moments = guarded_tile(
-                    peak, moments, q_tile, k, table, tokens, tokens, tokens, tokens < k_stop, dims, k_strides, key_mask,
-                    mask_strides[1], rows, rows, scale, D, HAS_MASK, WINDOW, PRECISION,
+                    peak, moments, q_tile, k, table, tokens, tokens, tokens, first + columns < count, dims,
+                    k_strides, key_mask, mask_strides[1], rows, rows, scale, D, HAS_MASK, WINDOW, PRECISION,
                 )  # fmt: skip
         else:
             bulk = count // BLOCK_N * BLOCK_N
