@@ -75,7 +75,7 @@ _MEDIUM = {
     "best_match": {256: Tiles(64, 64, 64, 4, 2)},
     "refinement": {256: Tiles(32, 16, 64, 4, 1)},
     "local_forward": {64: Tiles(128, 64, 64, 8, 2), 128: Tiles(64, 32, 128, 4, 2), 256: Tiles(64, 16, 256, 4, 1)},
-    "local_backward_query": {64: Tiles(64, 64, 64, 4, 2), 128: Tiles(64, 32, 128, 4, 1), 256: Tiles(64, 16, 256, 4, 1)},
+    "local_backward_query": {64: Tiles(64, 64, 64, 4, 2), 128: Tiles(64, 32, 128, 4, 2), 256: Tiles(64, 16, 256, 4, 1)},
     "local_backward_key": {64: Tiles(32, 64, 64, 4, 2), 128: Tiles(32, 64, 128, 4, 1), 256: Tiles(16, 64, 256, 8, 1)},
     **_WINDOWED,
 }
