@@ -4,7 +4,7 @@
     python benchmarks/kernels_two_tritons.py --triton build/triton-3.6 --parts build/kernels --arch 90 --dtype bfloat16
 
 compiles with the installed triton and with that of each folder, and writes
-`benchmarks/results/kernels_two_tritons.json`: a row for each kernel as `corrdit kernels` prints it, with its commit, and
+`benchmarks/results/kernels_two_tritons.json`: a row for each kernel as `corrdit kernels` prints it with its commit, and
 for each published shape the share of its tiles, and of the places for blocks, that `folded_forward` fills. Rows of
 launches that are not compiled anew stay. What `--parts` holds of the same sources is not compiled again, so that a run
 can be stopped and taken up. Other options go to `corrdit kernels`.
