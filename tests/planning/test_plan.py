@@ -57,7 +57,7 @@ def configurations(script, tmp_path_factory):
     "task, settings",
     [
         ("transfer", {}),
-        ("transfer", {"gradient_checkpointing": True}),
+        pytest.param("transfer", {"gradient_checkpointing": True}, marks=pytest.mark.slow),
         ("track", {}),
         ("cag", {}),
         pytest.param("transfer", {"method": "smm"}, marks=pytest.mark.slow),
