@@ -116,8 +116,8 @@ def ways_to_do(configurations):
 @pytest.mark.parametrize(
     "name",
     [
-        "embedded",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("wan", "tiles", "groups", "layers", "float8")),
+        "layers",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("wan", "embedded", "tiles", "groups", "float8")),
     ],
 )
 def test_what_repeats_takes_what_it_takes_when_it_runs(configurations, monkeypatch, name):
