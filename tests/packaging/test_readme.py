@@ -136,8 +136,8 @@ def test_site_has_every_page_and_its_api_every_public_name():
     assert page.startswith("# Track points through a video")
     assert "<svg" in page
     assert page.count("```python") == 5
-    outside = hooks.on_page_markdown("see [the card](../integrations/card.md) and [this](results.md)")
-    assert outside == "see the card (`integrations/card.md`) and [this](results.md)"
+    outside = hooks.on_page_markdown("see [the card](../a/card.md), [`card.md`](../a/card.md) and [this](results.md)")
+    assert outside == "see the card (`a/card.md`), `a/card.md` and [this](results.md)"
 
 
 def test_changelog_lists_every_name_that_moved():
