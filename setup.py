@@ -68,7 +68,7 @@ def long_description() -> str:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     text = re.sub(r"^!\[.*\n\n?", "", text, flags=re.MULTILINE)
     text = re.sub(r"^<!--.*-->\n", "", text, flags=re.MULTILINE)
-    text = re.sub(r"^## Read on\n.*?(?=^## )", "", text.replace(" (above)", ""), flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^## Read on\n.*?(?=^## )", "", text, flags=re.MULTILINE | re.DOTALL)
     text = re.sub(r"\s\(\[more\]\(docs/[^)]*\)\)", "", text)
     return re.sub(r"\[([^]]+)\]\((?!https?:)[^)]*\)", r"\1", text)
 

@@ -1,9 +1,10 @@
-"""The tables of quality in README.md and docs/results.md, from the result files.
+"""The tables and run times in README.md and docs, from the result files.
 
     python benchmarks/result_tables.py            # writes them into the pages, between their marks
     python benchmarks/result_tables.py --check    # exit status 1 and the names of tables that are not as the files say
 
-A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`.
+A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`. How long a command takes by the
+clock stands behind it, as in `make demo  # 40 s`, wherever a page shows a command that `run_times.json` has.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from experiment import RESULTS, Record, new_parser, read_json
 from corrdit.files import markdown_table, written_beside
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "install.md")
+RUN_TIMES = "run_times.json"
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 MATCHING = {
@@ -311,6 +313,21 @@ def _fit(found: Record | None) -> str:
     return f"{found['peak_bytes'] / 2**30:.1f}: {words}{tiles}"
 
 
+def run_times(result: Record) -> str:
+    rows = [
+        [f"`{row['shown']}`", row["what"], duration(row["seconds"]), duration(row["processor_seconds"])]
+        for row in result["rows"].values()
+    ]
+    return markdown_table(("command", "does", "by the clock", "processor time"), rows)
+
+
+def duration(seconds: float) -> str:
+    """Two figures at most: 8 s, 45 s, 3 min, 12 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min"
+
+
 TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "matching": ("embedded_matching.json", matching),
     "tracking": ("tracking.json", tracking),
@@ -329,6 +346,7 @@ TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "kernel_shapes": ("kernels_two_tritons.json", kernel_shapes),
     "accelerated": ("accelerated.json", accelerated),
     "planned_checkpoints": ("plan_memory.json", planned_checkpoints),
+    "run_times": (RUN_TIMES, run_times),
 }
 
 
@@ -341,7 +359,7 @@ def made(name: str, results: pathlib.Path) -> str:
 
 
 def filled(text: str, results: pathlib.Path) -> tuple[str, list[str]]:
-    """A text with its marked tables made anew, and the names of those that were different."""
+    """A text with its marked tables and its run times made anew, and the names of those that were different."""
     changed = []
 
     def replacement(match: re.Match[str]) -> str:
@@ -350,7 +368,18 @@ def filled(text: str, results: pathlib.Path) -> tuple[str, list[str]]:
             changed.append(match[2])
         return whole
 
-    return MARKED.sub(replacement, text), changed
+    text = MARKED.sub(replacement, text)
+    for name, row in read_json(results / RUN_TIMES)["rows"].items():
+        timed = re.sub(
+            rf"^({re.escape(row['shown'])} +# )\d+ (?:s|min)\b",
+            lambda line, row=row: line[1] + duration(row["seconds"]),
+            text,
+            flags=re.MULTILINE,
+        )
+        if timed != text:
+            changed.append(f"run time of {name}")
+        text = timed
+    return text, changed
 
 
 def main(words: list[str] | None = None) -> int:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from corrdit.kernels.displacement.soft_forward import masked_scores, store_displacement
+from corrdit.kernels.displacement.soft_forward import store_displacement
 from corrdit.kernels.shared.configs import Tiles
 from corrdit.kernels.shared.launch import choose_tiles, launch, tile_count
 from corrdit.kernels.shared.primitives import (
@@ -19,6 +19,7 @@ from corrdit.kernels.shared.primitives import (
     coordinate_tile,
     head_scores,
     key_frame,
+    load_allowed,
     query_frame,
     weighted_scale,
     wide,
@@ -27,12 +28,17 @@ from corrdit.kernels.shared.tables import FramePairTable, coordinate_table
 from corrdit.kernels.shared.windows import (
     block_count,
     block_tokens,
+    held_tokens,
     load_centers,
+    place_code,
     reciprocal,
-    rectangle_tokens,
+    seen_keys,
+    tile_codes,
+    tile_corner,
+    tile_tokens,
     window_bounds,
     window_kind,
-    window_rectangle,
+    window_tiles,
 )
 from corrdit.problem import product_precision
 
@@ -56,17 +62,26 @@ def frame_rows(pairs, order, first, last, places):
 
 @triton.jit
 def add_keys(
-    peak, moments, q, k, q_rows, kept_rows, tokens, x, y, inside, k_first, table, head_weights, key_mask, mask_stride,
-    q_strides, k_strides, group, heads, lowest, highest, scale, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    HAS_MASK: tl.constexpr, WINDOW: tl.constexpr, WEIGHTED: tl.constexpr, PRECISION: tl.constexpr,
+    peak, moments, q, k, q_rows, kept_rows, tokens, inside, codes, lowest, highest, table, head_weights, key_mask,
+    mask_stride, q_strides, k_strides, group, heads, scale, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_MASK: tl.constexpr, WINDOW: tl.constexpr, PARTS: tl.constexpr, WEIGHTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys. Keys that are not `inside` repeat the first one, which saves the products their masks."""
+    """One tile of keys; in place of those that are not `inside`, `tokens` has some that k holds.
+
+    Args:
+        codes, lowest, highest: as in `seen_keys`, read with a window alone.
+    """
     scores = head_scores(
-        q, k, q_rows, tl.where(inside, tokens, k_first), kept_rows, inside, q_strides, k_strides, 1, group,
-        head_weights, 0, heads, D, BLOCK_D, WEIGHTED, False, PRECISION,
+        q, k, q_rows, tokens, kept_rows, kept_rows, q_strides, k_strides, 1, group, head_weights, 0, heads,
+        D, BLOCK_D, WEIGHTED, False, PRECISION,
     )  # fmt: skip
-    scores = masked_scores(scores, tokens, x, y, inside, key_mask, mask_stride, lowest, highest, HAS_MASK, WINDOW)
-    return accumulate_moments(peak, moments, scores, scale, coordinate_tile(table, tokens, inside, True), PRECISION)
+    kept = load_allowed(key_mask, tokens, inside, mask_stride, HAS_MASK)
+    if WINDOW > 0:
+        seen = seen_keys(codes, kept, lowest, highest, HAS_MASK or PARTS)
+    else:
+        seen = kept[None, :]
+    scores = tl.where(seen, scores, float("-inf"))
+    return accumulate_moments(peak, moments, scores, scale, coordinate_tile(table, tokens, tokens, False), PRECISION)
 
 
 @triton.jit
@@ -78,12 +93,12 @@ def add_stretch(
     """The keys `start` to `stop` of the `count` that k holds of the frame, without a window."""
     columns = tl.arange(0, BLOCK_N)
     for first in range(start, stop, BLOCK_N):
-        tokens = k_first + first + columns
         # Places, not tokens, are compared with the end: the other way takes 30 registers more, and spills.
+        inside = first + columns < count
+        tokens = tl.where(inside, k_first + first + columns, k_first)
         peak, moments = add_keys(
-            peak, moments, q, k, q_rows, kept_rows, tokens, tokens, tokens, first + columns < count, k_first, table,
-            head_weights, key_mask, mask_stride, q_strides, k_strides, group, heads, 0, 0, scale, D, BLOCK_D, HAS_MASK,
-            0, WEIGHTED, PRECISION,
+            peak, moments, q, k, q_rows, kept_rows, tokens, inside, 0, 0, 0, table, head_weights, key_mask, mask_stride,
+            q_strides, k_strides, group, heads, scale, D, BLOCK_D, HAS_MASK, 0, False, WEIGHTED, PRECISION,
         )  # fmt: skip
     return peak, moments
 
@@ -93,7 +108,7 @@ def folded_forward_kernel(
     q, k, head_weights, displacement, statistics, table, pairs, runs, order, key_mask, center, visited,
     q_strides, k_strides, mask_strides, heads, group, row_count, parts, width, height, scale, radius,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_MASK: tl.constexpr,
-    WINDOW: tl.constexpr, WEIGHTED: tl.constexpr, COUNTED: tl.constexpr, PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr, PARTS: tl.constexpr, WEIGHTED: tl.constexpr, COUNTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Displacement and base-2 log-sum-exp of a tile of query rows.
 
@@ -126,21 +141,23 @@ def folded_forward_kernel(
     moments = tl.zeros([BLOCK_M, 16], tl.float32)
     if WINDOW > 0:
         center_x, center_y = load_centers(center, wide(batch) * row_count + row_place, rows, kept_rows, width, WINDOW)
-        lowest, highest = window_bounds(center_x, center_y, radius)
-        left, top, across, count = window_rectangle(center_x, center_y, kept_rows, radius, width, height)
+        lowest, highest = window_bounds(center_x, center_y, radius, width, height)
+        left, top, across, turns = window_tiles(center_x, center_y, kept_rows, radius, width, height, BLOCK_N)
+        turns = tl.where(k_first < k_stop, turns, 0)
         inverse = reciprocal(across)
-        columns = tl.arange(0, BLOCK_N)
-        for first in range(0, count, BLOCK_N):
-            tokens, x, y, inside = rectangle_tokens(
-                first + columns, count, left, top, across, inverse, k_first, k_stop, width
-            )
+        codes = tile_codes(BLOCK_N)
+        for turn in range(0, turns):
+            x, y = tile_corner(turn, left, top, across, inverse, BLOCK_N)
+            places, corner = tile_tokens(x, y, width, BLOCK_N), place_code(x, y)
+            tokens = held_tokens(places, k_first, k_stop)
             peak, moments = add_keys(
-                peak, moments, q, k, q_rows, kept_rows, tokens, x, y, inside, k_first, table, head_weights, key_mask,
-                mask_strides[1], q_strides, k_strides, group, heads, lowest, highest, scale, D, BLOCK_D, HAS_MASK,
-                WINDOW, WEIGHTED, PRECISION,
+                peak, moments, q, k, q_rows, kept_rows, tokens, places == tokens, codes, lowest - corner,
+                highest - corner, table, head_weights, key_mask, mask_strides[1], q_strides, k_strides, group, heads,
+                scale, D, BLOCK_D, HAS_MASK, WINDOW, PARTS, WEIGHTED, PRECISION,
             )  # fmt: skip
     else:
         count = tl.where(tl.program_id(0) // parts * BLOCK_M < tl.load(run + 1), k_stop - k_first, 0)
+        turns = tl.cdiv(count, BLOCK_N)
         # Half a tile does for the last keys where it holds them.
         TAIL: tl.constexpr = BLOCK_N // 2 if BLOCK_N > 16 else 16
         ragged = count % BLOCK_N
@@ -155,7 +172,7 @@ def folded_forward_kernel(
             mask_strides[1], q_strides, k_strides, group, heads, scale, D, BLOCK_D, TAIL, HAS_MASK, WEIGHTED, PRECISION,
         )  # fmt: skip
     if COUNTED:
-        tl.atomic_add(visited, tl.cdiv(count, BLOCK_N))
+        tl.atomic_add(visited, turns)
     if WINDOW == 0:
         rows, row_place = frame_rows(pairs, order, tl.load(run + 2), tl.load(run + 3), q_rows)
     store_displacement(
@@ -223,7 +240,7 @@ def folded_forward(
         q.stride(), k.stride(), mask.stride(), heads, heads // k.shape[1], table.rows, parts, table.width,
         table.height, exponent, window,
         D=head_dim, BLOCK_D=tiles.dims, BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, HAS_MASK=key_mask is not None,
-        WINDOW=window_kind(window, center), WEIGHTED=int(factors is not None), COUNTED=visited is not None,
-        PRECISION=product_precision(), tiles=tiles,
+        WINDOW=window_kind(window, center), PARTS=not table.whole, WEIGHTED=int(factors is not None),
+        COUNTED=visited is not None, PRECISION=product_precision(), tiles=tiles,
     )  # fmt: skip
     return displacement, statistics

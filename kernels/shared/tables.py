@@ -30,7 +30,7 @@ class FramePairTable(NamedTuple):
             first query, how many, first entry of `key_order` and stop, what k holds of the key frame as above, and 0.
         rows: R, the queries of all pairs. longest: the most tokens that a frame has in q or k.
         longest_run: the most queries of a run.
-        height, width: of a frame.
+        whole: whether q and k hold every frame whole. height, width: of a frame.
     """
 
     pairs: Tensor
@@ -44,6 +44,7 @@ class FramePairTable(NamedTuple):
     rows: int
     longest: int
     longest_run: int
+    whole: bool
     height: int
     width: int
 
@@ -156,7 +157,8 @@ def _frame_pairs(
         query_starts, query_order, key_starts, key_order, query_runs = orders
         return FramePairTable(
             of_pairs, of_queries, of_keys, query_starts, query_order, key_starts, key_order, query_runs,
-            row_count(flat, queries), longest, int(runs[:, 1].max()), height, width,
+            row_count(flat, queries), longest, int(runs[:, 1].max()),
+            all(bool((of == height * width).all()) for of in held), height, width,
         )  # fmt: skip
 
 
@@ -227,17 +229,7 @@ def window_centers(problem: PairProblem) -> Tensor | None:
 
 
 def window_radius(problem: PairProblem) -> int:
-    """The radius as the kernels read it: -1 without a window.
-
-    Raises:
-        ValueError: a frame with so many tokens that the kernels would lose count of those in a window.
-    """
-    height, width = problem.grid.height, problem.grid.width
+    """The radius as the kernels read it: -1 without a window."""
     if problem.window is None:
         return -1
-    if width * width * height >= 2**32:
-        raise ValueError(
-            f"the Triton kernels take windows in frames of width * width * height below 2**32, got {height} x {width}; "
-            'use backend="streaming"'
-        )
-    return min(problem.window, max(height, width))
+    return min(problem.window, max(problem.grid.height, problem.grid.width))
