@@ -68,9 +68,7 @@ def draw_tracks(path: pathlib.Path) -> None:
     video, clip = demo_clip(TRACKED_SEED)
     tracks = PointTracker(load_backbone("embedded")).track(video, "grid:14")
     drawn = tracks.draw(video, style=TrackStyle(hidden=False, fade=0.3))
-    caption = (
-        f"{tracks.points} points of a grid on frame 0, followed by the embedded model; hidden ones are left out."
-    )
+    caption = f"{tracks.points} points of a grid on frame 0, followed by the embedded model; hidden ones are left out."
     chosen = [drawn[frame] for frame in TRACKED_FRAMES]
     labels = [f"frame {frame}" for frame in TRACKED_FRAMES]
     contact_sheet(chosen, labels, path=path, caption=caption, columns=3, colours=COLOURS)
