@@ -114,7 +114,7 @@ def run(arguments: Namespace) -> int:
 
 
 def _one(arguments: Namespace) -> int:
-    from corrdit.integrations.diffusers.backbones.presets import default_layers
+    from corrdit.integrations.diffusers.backbones.published_models import default_layers
     from corrdit.integrations.diffusers.guidance import comparison
     from corrdit.runs import SETTINGS_FILE, refuse_other_record
 

@@ -24,6 +24,8 @@ _FUNCTION_WORDS = (
     *("clockwise", "anticlockwise", "pans", "zooms", "in", "out"),
 )
 VOCABULARY_FILE = "vocabulary.json"
+_MOST, _LONGEST = 8, 30
+"""Unknown words that a warning names, and their letters."""
 
 
 def world_vocabulary() -> list[str]:
@@ -83,8 +85,10 @@ class WordTokenizer(PreTrainedTokenizer):
         if not unknown:
             return
         self._named.update({place: word for word, place in places.items()})
+        named = ", ".join(repr(word if len(word) <= _LONGEST else f"{word[:_LONGEST]}...") for word in unknown[:_MOST])
+        more = f" and {len(unknown) - _MOST} more words" if len(unknown) > _MOST else ""
         warnings.warn(
-            f"the embedded model does not know {', '.join(map(repr, unknown))}: it has seen no video of that. It knows "
+            f"the embedded model does not know {named}{more}: it has seen no video of that. It knows "
             f"{', '.join(SHAPES[:3])} and other shapes that move over {', '.join(BACKGROUNDS[:3])} ..., as in 'a red "
             "disc moves left over grass'",
             UserWarning,

@@ -11,13 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from corrdit.kernels.displacement.soft_forward import masked_scores, store_displacement
+from corrdit.kernels.displacement.soft_forward import store_displacement
 from corrdit.kernels.shared.launch import choose_tiles, launch
 from corrdit.kernels.shared.primitives import (
     accumulate_moments,
     coordinate_tile,
     head_scores,
     key_frame,
+    load_allowed,
     query_frame,
     weighted_scale,
     wide,
@@ -26,12 +27,17 @@ from corrdit.kernels.shared.tables import FramePairTable, coordinate_table
 from corrdit.kernels.shared.windows import (
     block_count,
     block_tokens,
+    held_tokens,
     load_centers,
+    place_code,
     reciprocal,
-    rectangle_tokens,
+    seen_keys,
+    tile_codes,
+    tile_corner,
+    tile_tokens,
     window_bounds,
     window_kind,
-    window_rectangle,
+    window_tiles,
 )
 from corrdit.problem import product_precision
 
@@ -41,7 +47,7 @@ def folded_forward_kernel(
     q, k, head_weights, displacement, statistics, table, pairs, key_mask, center, visited,
     q_strides, k_strides, mask_strides, heads, group, row_count, tiles, width, height, scale, radius,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_MASK: tl.constexpr,
-    WINDOW: tl.constexpr, WEIGHTED: tl.constexpr, COUNTED: tl.constexpr, PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr, PARTS: tl.constexpr, WEIGHTED: tl.constexpr, COUNTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of query rows of one frame pair, batch): displacement and base-2 log-sum-exp of its rows."""
     pair = tl.program_id(0) // tiles
@@ -60,34 +66,36 @@ def folded_forward_kernel(
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     moments = tl.zeros([BLOCK_M, 16], tl.float32)
     center_x, center_y = load_centers(center, wide(batch) * row_count + row_place, rows, kept_rows, width, WINDOW)
-    count = k_stop - k_first
     if WINDOW > 0:
-        left, top, across, count = window_rectangle(center_x, center_y, kept_rows, radius, width, height)
+        left, top, across, turns = window_tiles(center_x, center_y, kept_rows, radius, width, height, BLOCK_N)
+        turns = tl.where(k_first < k_stop, turns, 0)
         inverse = reciprocal(across)
     else:
         # None where q holds less of this frame than of others.
-        count = tl.where(q_first + tile * BLOCK_M < q_stop, count, 0)
-    lowest, highest = window_bounds(center_x, center_y, radius)
-    for first in range(0, count, BLOCK_N):
+        turns = tl.where(q_first + tile * BLOCK_M < q_stop, tl.cdiv(k_stop - k_first, BLOCK_N), 0)
+    lowest, highest = window_bounds(center_x, center_y, radius, width, height)
+    codes = tile_codes(BLOCK_N)
+    for turn in range(0, turns):
         if WINDOW > 0:
-            tokens, x, y, inside = rectangle_tokens(
-                first + columns, count, left, top, across, inverse, k_first, k_stop, width
-            )
+            x, y = tile_corner(turn, left, top, across, inverse, BLOCK_N)
+            places, corner = tile_tokens(x, y, width, BLOCK_N), place_code(x, y)
         else:
-            tokens = k_first + first + columns
-            x, y, inside = tokens, tokens, first + columns < count
-        k_rows = tl.where(inside, tokens, k_first)
+            places = k_first + turn * BLOCK_N + columns
+        tokens = held_tokens(places, k_first, k_stop)
         scores = head_scores(
-            q, k, q_rows, k_rows, kept_rows, inside, q_strides, k_strides, 1, group, head_weights, 0, heads,
+            q, k, q_rows, tokens, kept_rows, kept_rows, q_strides, k_strides, 1, group, head_weights, 0, heads,
             D, BLOCK_D, WEIGHTED, False, PRECISION,
         )  # fmt: skip
-        scores = masked_scores(
-            scores, tokens, x, y, inside, key_mask, mask_strides[1], lowest, highest, HAS_MASK, WINDOW
-        )
-        coordinates = coordinate_tile(table, tokens, inside, True)
+        kept = load_allowed(key_mask, tokens, places == tokens, mask_strides[1], HAS_MASK)
+        if WINDOW > 0:
+            seen = seen_keys(codes, kept, lowest - corner, highest - corner, HAS_MASK or PARTS)
+        else:
+            seen = kept[None, :]
+        scores = tl.where(seen, scores, float("-inf"))
+        coordinates = coordinate_tile(table, tokens, tokens, False)
         peak, moments = accumulate_moments(peak, moments, scores, scale, coordinates, PRECISION)
     if COUNTED:
-        tl.atomic_add(visited, tl.cdiv(count, BLOCK_N))
+        tl.atomic_add(visited, turns)
     store_displacement(
         displacement, statistics, peak, moments, scale, width, rows, kept_rows, wide(batch) * row_count + row_place
     )
@@ -141,7 +149,7 @@ def folded_forward(
         q.stride(), k.stride(), mask.stride(), heads, heads // k.shape[1], table.rows, blocks, table.width,
         table.height, exponent, window,
         D=head_dim, BLOCK_D=tiles.dims, BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, HAS_MASK=key_mask is not None,
-        WINDOW=window_kind(window, center), WEIGHTED=int(factors is not None), COUNTED=visited is not None,
-        PRECISION=product_precision(), tiles=tiles,
+        WINDOW=window_kind(window, center), PARTS=not table.whole, WEIGHTED=int(factors is not None),
+        COUNTED=visited is not None, PRECISION=product_precision(), tiles=tiles,
     )  # fmt: skip
     return displacement, statistics

@@ -32,7 +32,12 @@ class Tiles(NamedTuple):
 _WINDOWED = {
     kernel: {64: Tiles(16, 16, 64, 1, 2), 128: Tiles(16, 16, 128, 1, 1), 256: Tiles(16, 16, 256, 2, 1)}
     for kernel in ("soft_forward_window", "soft_backward_query_window", "soft_backward_key_window")
-} | {"folded_forward_window": {256: Tiles(64, 64, 64, 4, 3)}, "best_match_window": {256: Tiles(64, 64, 64, 4, 2)}}
+} | {
+    "folded_forward_window": {256: Tiles(64, 64, 64, 4, 3)},
+    "best_match_window": {256: Tiles(64, 64, 64, 4, 2)},
+    "best_product_window": {256: Tiles(64, 64, 64, 4, 2)},
+    "best_product_folded_window": {256: Tiles(64, 64, 64, 4, 2)},
+}
 # kernel -> padded head_dim up to which a row holds -> tiles. 16-bit operands, shared memory of 9.0 and 10.0. Four warps
 # cover 64 rows of a product (columns, in the kernels of dk): more warps than rows would compute every score twice.
 _LARGE = {
@@ -51,8 +56,12 @@ _LARGE = {
     "folded_forward": {256: Tiles(128, 256, 64, 8, 3)},
     "folded_gradient": {256: Tiles(128, 128, 32, 8, 4)},
     "statistics": {256: Tiles(128, 128, 64, 8, 3)},
-    "correspondence": {256: Tiles(64, 128, 64, 8, 2)},
+    "cost_rows": {256: Tiles(64, 128, 64, 8, 2)},
+    "attention_mass": {256: Tiles(64, 128, 64, 8, 2)},
     "best_match": {256: Tiles(64, 64, 64, 8, 2)},
+    "best_match_folded": {256: Tiles(64, 64, 64, 8, 2)},
+    "best_product": {256: Tiles(64, 64, 64, 8, 2)},
+    "best_product_folded": {256: Tiles(64, 64, 64, 8, 2)},
     "refinement": {256: Tiles(32, 16, 64, 4, 1)},
     "local_forward": {64: Tiles(128, 64, 64, 4, 3), 128: Tiles(128, 64, 128, 8, 2), 256: Tiles(128, 32, 256, 8, 2)},
     "local_backward_query": {
@@ -71,8 +80,12 @@ _MEDIUM = {
     "folded_forward": {256: Tiles(128, 128, 32, 8, 3)},
     "folded_gradient": {256: Tiles(128, 128, 32, 8, 3)},
     "statistics": {256: Tiles(128, 64, 64, 8, 2)},
-    "correspondence": {256: Tiles(64, 64, 64, 4, 2)},
+    "cost_rows": {256: Tiles(64, 64, 64, 4, 2)},
+    "attention_mass": {256: Tiles(64, 64, 64, 4, 2)},
     "best_match": {256: Tiles(64, 64, 64, 4, 2)},
+    "best_match_folded": {256: Tiles(64, 64, 64, 4, 2)},
+    "best_product": {256: Tiles(64, 64, 64, 4, 2)},
+    "best_product_folded": {256: Tiles(64, 64, 64, 4, 2)},
     "refinement": {256: Tiles(32, 16, 64, 4, 1)},
     "local_forward": {64: Tiles(128, 64, 64, 8, 2), 128: Tiles(64, 32, 128, 4, 2), 256: Tiles(64, 16, 256, 4, 1)},
     "local_backward_query": {64: Tiles(64, 64, 64, 4, 2), 128: Tiles(64, 32, 128, 4, 1), 256: Tiles(64, 16, 256, 4, 1)},

@@ -27,7 +27,7 @@ class FramePairTable(NamedTuple):
             `query_order[query_starts[i] : query_starts[i + 1]]`, in rising order.
         key_starts, key_order: the same by key frame.
         rows: R, the queries of all pairs. longest: the most tokens that a frame has in q or k.
-        height, width: of a frame.
+        whole: whether q and k hold every frame whole. height, width: of a frame.
     """
 
     pairs: Tensor
@@ -39,6 +39,7 @@ class FramePairTable(NamedTuple):
     key_order: Tensor
     rows: int
     longest: int
+    whole: bool
     height: int
     width: int
 
@@ -149,7 +150,7 @@ def _frame_pairs(
         query_starts, query_order, key_starts, key_order = orders
         return FramePairTable(
             of_pairs, of_queries, of_keys, query_starts, query_order, key_starts, key_order,
-            row_count(flat, queries), longest, height, width,
+            row_count(flat, queries), longest, all(bool((of == height * width).all()) for of in held), height, width,
         )  # fmt: skip
 
 
@@ -205,17 +206,7 @@ def window_centers(problem: PairProblem) -> Tensor | None:
 
 
 def window_radius(problem: PairProblem) -> int:
-    """The radius as the kernels read it: -1 without a window.
-
-    Raises:
-        ValueError: a frame with so many tokens that the kernels would lose count of those in a window.
-    """
-    height, width = problem.grid.height, problem.grid.width
+    """The radius as the kernels read it: -1 without a window."""
     if problem.window is None:
         return -1
-    if width * width * height >= 2**32:
-        raise ValueError(
-            f"the Triton kernels take windows in frames of width * width * height below 2**32, got {height} x {width}; "
-            'use backend="streaming"'
-        )
-    return min(problem.window, max(height, width))
+    return min(problem.window, max(problem.grid.height, problem.grid.width))

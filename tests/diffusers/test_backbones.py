@@ -14,7 +14,7 @@ import torch
 from corrdit import TokenGrid, load_backbone
 from corrdit.integrations.diffusers import Preset, ReadingPreset, available_backbones, backbone_of
 from corrdit.integrations.diffusers.backbones import loading
-from corrdit.integrations.diffusers.backbones.presets import preset_for
+from corrdit.integrations.diffusers.backbones.published_models import preset_for
 from corrdit.testing import TINY_MODELS, tiny_backbone, tiny_pipeline
 
 EVERY = [pytest.param(name, marks=pytest.mark.slow) if model.variant else name for name, model in TINY_MODELS.items()]

@@ -87,6 +87,11 @@ def test_unknown_words_are_named_once() -> None:
         tokenizer(["a dog", "a red disc moves left over grass", ""])
     with pytest.warns(UserWarning, match="does not know 'cat':"):
         tokenizer("a cat and a dog")
+    with pytest.warns(
+        UserWarning, match=r"does not know 'x{30}\.\.\.', 'w0', .*'w6' and 33 more words: it has"
+    ) as said:
+        tokenizer(" ".join(["x" * 300, *(f"w{number}" for number in range(40))]))
+    assert len(str(said[0].message)) < 400
 
 
 def test_encoder_is_deterministic_and_tells_subjects_apart() -> None:

@@ -20,7 +20,8 @@ from corrdit.arguments import DTYPES, dtype_name, nearest
 from corrdit.integrations.components import INDEX_FILE, loaded_models, missing_package, pipeline_class, read_index
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.backbones.followers import FOLLOWERS, follower_preset
-from corrdit.integrations.diffusers.backbones.presets import PUBLISHED_MODELS, Preset, checked_preset, published_preset
+from corrdit.integrations.diffusers.backbones.presets import Preset, checked_preset
+from corrdit.integrations.diffusers.backbones.published_models import PUBLISHED_MODELS, published_preset
 from corrdit.integrations.diffusers.backbones.table import FAMILIES
 from corrdit.integrations.diffusers.layouts import Pipeline, layout_of
 
