@@ -22,11 +22,11 @@ test: $(INSTALLED)
 test-all: $(INSTALLED)
 	$(PYTEST)
 
-# The oldest diffusers that setup.py claims, with the libraries of its time, laid over the environment.
+# The oldest versions that setup.py claims of diffusers and what it stands on, laid over the environment.
 OLDEST := build/oldest
 test-oldest: $(INSTALLED)
-	$(BIN)/pip install --quiet --upgrade --target $(OLDEST) --requirement constraints-oldest.txt
-	PYTHONPATH=$(OLDEST) $(PYTEST) -m "not slow" tests/diffusers
+	$(BIN)/pip install --quiet --upgrade --no-deps --target $(OLDEST) --requirement constraints-oldest.txt
+	PYTHONPATH=$(OLDEST) $(PYTEST) -m "not slow" tests/diffusers tests/lightning
 
 # The main kernels compiled by an older triton, which machines with a GPU have, in a folder of its own.
 TRITON := 3.6.0

@@ -70,6 +70,8 @@ def test_unknown_words_have_a_place_of_their_own_and_case_does_not_matter() -> N
     ids = tokenizer("A striped disc, moves LEFT over gravel").input_ids
     assert ids[:5] == tokenizer("a striped disc moves left").input_ids[:5]
     assert ids[-2] >= len(tokenizer.words)
+    assert tokenizer.decode(ids[-2:-1]) == "gravel"
+    assert WordTokenizer().decode(ids[-2:-1]).startswith("<unknown ")
     assert ids[-2] == tokenizer("gravel").input_ids[0]
     assert tokenizer("gravel").input_ids[0] != tokenizer("asphalt").input_ids[0]
     assert tokenizer("").input_ids == [1]

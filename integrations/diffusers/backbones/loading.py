@@ -215,10 +215,9 @@ def _from_folder(folder: pathlib.Path, device: torch.device, dtype: torch.dtype 
 
 
 def _from_hub(hub_id: str, device: torch.device, dtype: torch.dtype | None) -> Backbone:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.constants import is_offline_mode
+    from huggingface_hub import constants, hf_hub_download
 
-    offline = is_offline_mode()
+    offline = constants.HF_HUB_OFFLINE
     if not offline:
         _check_reachable(hub_id)
     try:
