@@ -3,12 +3,12 @@
 The dq tile of the folded axis H * D fits neither registers nor shared memory, so a chunk of dlogit goes into a
 workspace of fixed size. One sample of q and k is copied to `[N, H * D]` once (not at all where it lies so already), and
 two matrix products of two axes each add the chunk to float32 sums of dq and dk: products batched over heads would read
-the chunk from memory once for every head.
+the chunk from memory once for every head. With windows round the queries' own places a chunk is a band of token rows of
+several query frames against the token rows that their windows reach in several key frames.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,138 +18,94 @@ import triton.language as tl
 from torch import Tensor
 
 from corrdit.kernels.displacement.folded import folded_scale
+from corrdit.kernels.displacement.gradient_chunks import ALIGNMENT, Chunk, aligned, gradient_chunks
 from corrdit.kernels.displacement.gradient_rows import gradient_rows, load_gradient_rows, logit_gradients
-from corrdit.kernels.displacement.soft_forward import masked_scores
 from corrdit.kernels.shared.launch import LOG2_E, choose_tiles, launch, tile_count
 from corrdit.kernels.shared.primitives import (
     coordinate_tile,
     head_scores,
     key_frame,
+    load_allowed,
     query_frame,
     weighted_scale,
 )
 from corrdit.kernels.shared.tables import FramePairTable, coordinate_table
-from corrdit.kernels.shared.windows import extent, load_centers, window_bounds, window_kind
+from corrdit.kernels.shared.windows import (
+    extent,
+    held_tokens,
+    load_centers,
+    place_code,
+    seen_keys,
+    window_bounds,
+    window_kind,
+)
 from corrdit.problem import product_precision
 
 # A chunk of dlogit that the two products after it still find in the L2 cache of 9.0, 50 MiB.
 WORKSPACE_BYTES = 32 * 1024 * 1024
-# Elements of a row's stride: cuBLAS has fast tiles where rows begin on 16 bytes, and its largest on 128.
-ALIGNMENT = 64
-_ROWS_OF_TILE = 128
 
 
 @triton.jit
 def folded_gradient_kernel(
     q, k, head_weights, workspace, planes, shifts, table, pairs, key_mask, center,
-    q_strides, k_strides, mask_strides, workspace_stride, heads, group, first_pair, tiles, first_column, first_row,
-    row_count, width, scale, radius, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, HAS_MASK: tl.constexpr, WINDOW: tl.constexpr, WEIGHTED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q_strides, k_strides, mask_strides, workspace_stride, heads, group, first_pair, pair_step, row_tiles, key_tiles,
+    first_column, first_row, row_count, first_key, stop_key, skipped, width, height, scale, radius,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_MASK: tl.constexpr,
+    WINDOW: tl.constexpr, WEIGHTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of query rows, tile of keys of one pair of the run): dlogit into `workspace [R, columns]`.
+    """Program (tile of query rows, tile of keys of one pair of the chunk): dlogit into `workspace [R, columns]`.
 
     Args:
         q, k, planes, shifts, key_mask, center: at the first token (or row) of the sample.
-        first_pair: of the run. first_column: place of its first key in k. first_row: token of the query frame whose
-            row is the workspace's first; row_count: of the workspace.
+        first_pair, pair_step, first_column, first_row, first_key, stop_key, skipped: as in `Chunk`.
+        row_count: rows of the workspace for every query frame.
     """
-    pair = first_pair + tl.program_id(1) // tiles
+    turn = tl.program_id(0) // row_tiles
+    key_turn = tl.program_id(1) // key_tiles
+    pair = first_pair + turn * pair_step + key_turn
     q_place, q_first, _, row_place = query_frame(pairs, pair)
     k_place, k_first, k_stop = key_frame(pairs, pair)
-    local = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    local = tl.program_id(0) % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = first_row + local
     kept_rows = local < row_count
-    keys = k_first + tl.program_id(1) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = keys < k_stop
+    first, stop = tl.maximum(k_first, first_key), tl.minimum(k_stop, stop_key)
+    # The workspace is small: int32 places.
+    column = (k_place - first_column).to(tl.int32) + k_first - key_turn * skipped - first
+    keys = first + tl.program_id(1) % key_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = keys < stop
     center_x, center_y = load_centers(center, row_place, rows, kept_rows, width, WINDOW)
     scale = weighted_scale(scale, head_weights, heads, WEIGHTED)
-    lowest, highest = window_bounds(center_x, center_y, radius)
+    lowest, highest = window_bounds(center_x, center_y, radius, width, height)
+    places = workspace + (turn * row_count + local)[:, None] * workspace_stride + (column + keys)[None, :]
     stored = kept_rows[:, None] & inside[None, :]
-    reached = k_first < k_stop
+    reached = first < stop
     if WINDOW > 0:
         top_y, bottom_y = extent(center_y, kept_rows)
         first_y, last_y = extent(keys // width, inside)
         reached = reached & (top_y - radius <= last_y) & (bottom_y + radius >= first_y)
-    # The workspace is small: int32 places.
-    column = (k_place - first_column).to(tl.int32) + keys
     if reached:
+        tokens = held_tokens(keys, first, stop)
         scores = head_scores(
-            q + q_place * q_strides[2], k + k_place * k_strides[2], tl.where(kept_rows, rows, q_first),
-            tl.where(inside, keys, k_first), kept_rows, inside, q_strides, k_strides, 1, group, head_weights, 0, heads,
-            D, BLOCK_D, WEIGHTED, False, PRECISION,
+            q + q_place * q_strides[2], k + k_place * k_strides[2], tl.where(kept_rows, rows, q_first), tokens,
+            kept_rows, inside, q_strides, k_strides, 1, group, head_weights, 0, heads, D, BLOCK_D, WEIGHTED, False,
+            PRECISION,
         )  # fmt: skip
-        scores = masked_scores(
-            scores, keys, keys % width, keys // width, inside, key_mask + k_place * mask_strides[1], mask_strides[1],
-            lowest, highest, HAS_MASK, WINDOW,
-        )  # fmt: skip
+        kept = load_allowed(key_mask + k_place * mask_strides[1], tokens, inside, mask_strides[1], HAS_MASK)
+        if WINDOW > 0:
+            seen = seen_keys(place_code(keys % width, keys // width), kept, lowest, highest, True)
+        else:
+            seen = kept[None, :]
         row_planes, shift = load_gradient_rows(planes, shifts, row_place, rows, kept_rows, True)
-        coordinates = coordinate_tile(table, keys, inside, True)
+        coordinates = coordinate_tile(table, tokens, tokens, False)
+        scores = tl.where(seen, scores, float("-inf"))
         dlogit = logit_gradients(scores, scale, shift[:, None], row_planes, coordinates, PRECISION)
         if WINDOW > 0:
             # An undefined query reaches the keys in its window alone.
-            dlogit = tl.where(scores == float("-inf"), 0.0, dlogit)
-        places = workspace + local[:, None] * workspace_stride + column[None, :]
+            dlogit = tl.where(seen, dlogit, 0.0)
         tl.store(places, dlogit.to(workspace.dtype.element_ty), mask=stored)
     else:
         # Out of reach of every window of the tile.
-        places = workspace + local[:, None] * workspace_stride + column[None, :]
         tl.store(places, tl.zeros([BLOCK_M, BLOCK_N], workspace.dtype.element_ty), mask=stored)
-
-
-class _KeyRun(NamedTuple):
-    """Pairs of one query frame, next to each other in the list, whose keys follow each other in k.
-
-    Attributes:
-        first_query, queries: place of the query frame's first held token in q, and how many there are.
-        first_token: its number in the frame.
-        first_key, keys: the same of the keys of all pairs in k.
-    """
-
-    first_pair: int
-    length: int
-    query_frame: int
-    first_query: int
-    queries: int
-    first_token: int
-    first_key: int
-    keys: int
-
-
-def key_runs(pairs: Sequence[int], queries: Sequence[int], keys: Sequence[int], longest: int) -> list[_KeyRun]:
-    """The pairs (i0, j0, i1, j1, ...) cut into runs of at most `longest` pairs, in order and as equal as can be.
-
-    Args:
-        queries, keys: what q and k hold of every frame, see `TokenAxis.places`. Pairs without any are left out.
-    """
-    runs: list[list[_KeyRun]] = []
-    for index, (i, j) in enumerate(zip(pairs[::2], pairs[1::2], strict=True)):
-        (place, first, stop), (k_place, k_first, k_stop) = queries[3 * i : 3 * i + 3], keys[3 * j : 3 * j + 3]
-        if first == stop or k_first == k_stop:
-            continue
-        one = _KeyRun(index, 1, i, place + first, stop - first, first, k_place + k_first, k_stop - k_first)
-        last = runs[-1][-1] if runs else None
-        follows = last and (last.query_frame, last.first_pair + 1, last.first_key + last.keys) == (
-            i, index, one.first_key,
-        )  # fmt: skip
-        if follows:
-            runs[-1].append(one)
-        else:
-            runs.append([one])
-    cut: list[_KeyRun] = []
-    for run in runs:
-        parts = tile_count(len(run), longest)
-        starts = [part * len(run) // parts for part in range(parts + 1)]
-        cut += [
-            run[start]._replace(length=stop - start, keys=sum(one.keys for one in run[start:stop]))
-            for start, stop in itertools.pairwise(starts)
-        ]
-    return cut
-
-
-def aligned(columns: int) -> int:
-    """The stride of rows of so many columns."""
-    return tile_count(columns, ALIGNMENT) * ALIGNMENT
 
 
 def joined_heads(tensor: Tensor) -> Tensor:
@@ -164,13 +120,14 @@ def joined_heads(tensor: Tensor) -> Tensor:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total float32 += a @ b, in one pass and never rounded to the dtype of the factors."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    elif total.device.type == "cpu":  # PyTorch gives float32 of 16-bit products on CUDA alone
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+    """total `[count, tokens, W]` float32 += a @ b, never rounded to the dtype of the factors."""
+    if total.device.type == "cpu":  # PyTorch gives float32 of 16-bit products on CUDA alone
+        a, b = a.to(total.dtype), b.to(total.dtype)
+    options = {} if total.dtype == a.dtype else {"out_dtype": total.dtype}
+    if total.shape[0] == 1:
+        torch.addmm(total[0], a, b, out=total[0], **options)
     else:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        total += torch.mm(a, b, **options).view(total.shape)
 
 
 def summed_queries(q: Tensor, factors: Tensor | None, key_heads: int) -> Tensor:
@@ -198,32 +155,27 @@ class _FoldedGradient(NamedTuple):
     window: int
     exponent: float
 
-    def write_chunk(self, workspace: Tensor, sample: int, run: _KeyRun, first: int, count: int) -> Tensor:
-        """dlogit `[count, keys]` of the run's query rows `first` on against its keys, in the workspace."""
-        dlogit = workspace[: count * aligned(run.keys)].view(count, -1)[:, : run.keys]
+    def write(self, workspace: Tensor, sample: int, chunk: Chunk) -> Tensor:
+        """dlogit `[rows, keys]` of a chunk, in the workspace."""
+        dlogit = workspace[: chunk.elements].view(chunk.queries.total, -1)[:, : chunk.keys.total]
         tiles = choose_tiles("folded_gradient", self.q)
-        blocks = tile_count(self.table.longest, tiles.columns)
+        held = min(self.table.longest, chunk.stop_key - chunk.first_key)
+        row_tiles, key_tiles = tile_count(chunk.queries.tokens, tiles.rows), tile_count(held, tiles.columns)
         mask = dlogit if self.key_mask is None else self.key_mask[sample : sample + 1]
         launch(
-            folded_gradient_kernel, (tile_count(count, tiles.rows), run.length * blocks),
+            folded_gradient_kernel, (chunk.queries.count * row_tiles, chunk.key_frames * key_tiles),
             self.q[sample], self.k[sample], self.coordinates if self.factors is None else self.factors, dlogit,
             self.planes[sample, 0], self.shifts[sample, 0], self.coordinates, self.table.pairs, mask,
             self.coordinates if self.center is None else self.center[sample],
             self.q.stride(), self.k.stride(), mask.stride(), dlogit.stride(0), self.q.shape[1],
-            self.q.shape[1] // self.k.shape[1], run.first_pair, blocks, run.first_key, run.first_token + first, count,
-            self.table.width, self.exponent, self.window,
+            self.q.shape[1] // self.k.shape[1], chunk.first_pair, chunk.pair_step, row_tiles, key_tiles,
+            chunk.first_column, chunk.first_row, chunk.queries.tokens, chunk.first_key, chunk.stop_key, chunk.skipped,
+            self.table.width, self.table.height, self.exponent, self.window,
             D=self.q.shape[-1], BLOCK_D=tiles.dims, BLOCK_M=tiles.rows, BLOCK_N=tiles.columns,
             HAS_MASK=self.key_mask is not None, WINDOW=window_kind(self.window, self.center),
             WEIGHTED=int(self.factors is not None), PRECISION=product_precision(), tiles=tiles,
         )  # fmt: skip
         return dlogit
-
-
-def chunk_rows(frame_tokens: int, columns: int, room: int) -> int:
-    """Query rows of one chunk: whole tiles, as equal as can be, of what `room` elements of `columns` columns hold."""
-    most = max(1, min(frame_tokens, room // aligned(columns)))
-    equal = tile_count(frame_tokens, tile_count(frame_tokens, most))
-    return min(most, tile_count(equal, _ROWS_OF_TILE) * _ROWS_OF_TILE)
 
 
 def folded_backward(
@@ -251,64 +203,57 @@ def folded_backward(
 
     Args:
         gradient: float32 `[B, 1, R, 2]`; grad_level: `[B, 1, R]`; displacement, statistics: what `folded_forward` gave.
-        pairs: flat (i0, j0, i1, j1, ...); queries, keys: see `key_runs`. The rest as in `folded_forward`.
+        pairs: flat (i0, j0, i1, j1, ...); queries, keys: see `gradient_chunks`. The rest as in `folded_forward`.
     """
     coordinates = coordinate_table(table.height, table.width, q.dtype, q.device)
     planes, shifts, ranges = gradient_rows(gradient, grad_level, displacement, statistics, coordinates.dtype, table)
     exponent, factors = folded_scale(q.shape[1], scale, weights)
-    chunks = _FoldedGradient(q, k, factors, planes, shifts, coordinates, table, key_mask, center, window, exponent)
-    # A chunk as square as may be is added to the fewest rows of dq and dk together: all rows of a frame, if they fit.
+    rows = _FoldedGradient(q, k, factors, planes, shifts, coordinates, table, key_mask, center, window, exponent)
     room = max(WORKSPACE_BYTES // q.element_size(), aligned(table.longest))
-    runs = key_runs(pairs, queries, keys, max(1, room // aligned(table.longest) // max(table.longest, _ROWS_OF_TILE)))
-    longest = max((run.keys for run in runs), default=1)
-    steps = chunk_rows(max((run.queries for run in runs), default=1), longest, room)
-    workspace = torch.empty(steps * aligned(longest), dtype=q.dtype, device=q.device)
+    radius = window if table.whole and center is None else -1
+    cut = gradient_chunks(pairs, queries, keys, table.longest, table.height, table.width, radius, room)
+    workspace = torch.empty(max((chunk.elements for chunk in cut), default=0), dtype=q.dtype, device=q.device)
     dq, dk = (
         torch.empty(like.shape, dtype=q.dtype, device=q.device) if asked else None
         for like, asked in zip((q, k), wanted, strict=True)
     )
     for sample in range(q.shape[0]):
-        _sample_gradients(chunks, sample, runs, steps, workspace, ranges[sample, 0], dq, dk)
+        _sample_gradients(rows, sample, cut, workspace, ranges[sample, 0], dq, dk)
     return dq, dk
 
 
 def _sample_gradients(
-    chunks: _FoldedGradient,
+    rows: _FoldedGradient,
     sample: int,
-    runs: Sequence[_KeyRun],
-    steps: int,
+    chunks: Sequence[Chunk],
     workspace: Tensor,
     gradient_range: Tensor,
     dq: Tensor | None,
     dk: Tensor | None,
 ) -> None:
     """Writes dq and dk of one sample, of those that are there. Head h of dq takes the sums of its key head."""
-    q, k, factors = chunks.q[sample], chunks.k[sample], chunks.factors
+    q, k, factors = rows.q[sample], rows.k[sample], rows.factors
     key_heads = k.shape[0]
     group = q.shape[0] // key_heads
-    removed = None if chunks.key_mask is None else ~chunks.key_mask[sample, :, None]
+    removed = None if rows.key_mask is None else ~rows.key_mask[sample, :, None]
     keys = queries = sum_q = sum_k = None
     if dq is not None:
         # A NaN in a removed key, or in one outside a window, would reach every query through the product.
         kept = k if removed is None else k.masked_fill(removed, 0.0)
-        keys = joined_heads(kept if chunks.window < 0 else kept.nan_to_num(0.0, 0.0, 0.0))
+        keys = joined_heads(kept if rows.window < 0 else kept.nan_to_num(0.0, 0.0, 0.0))
         sum_q = torch.zeros(q.shape[1], keys.shape[1], dtype=torch.float32, device=q.device)
     if dk is not None:
         queries = joined_heads(summed_queries(q, factors, key_heads))
         sum_k = torch.zeros(k.shape[1], queries.shape[1], dtype=torch.float32, device=q.device)
-    for run in runs:
-        columns = slice(run.first_key, run.first_key + run.keys)
-        for first in range(0, run.queries, steps):
-            count = min(steps, run.queries - first)
-            dlogit = chunks.write_chunk(workspace, sample, run, first, count)
-            rows = slice(run.first_query + first, run.first_query + first + count)
-            if sum_q is not None and keys is not None:
-                add_product(sum_q[rows], dlogit, keys[columns])
-            if sum_k is not None and queries is not None:
-                add_product(sum_k[columns], dlogit.transpose(0, 1), queries[rows])
+    for chunk in chunks:
+        dlogit = rows.write(workspace, sample, chunk)
+        if sum_q is not None and keys is not None:
+            add_product(chunk.queries.of(sum_q), dlogit, chunk.keys.of(keys).flatten(0, 1))
+        if sum_k is not None and queries is not None:
+            add_product(chunk.keys.of(sum_k), dlogit.transpose(0, 1), chunk.queries.of(queries).flatten(0, 1))
     if removed is not None and sum_k is not None:
         sum_k.masked_fill_(removed, 0.0)
-    factor = gradient_range * (chunks.exponent / LOG2_E)
+    factor = gradient_range * (rows.exponent / LOG2_E)
     of_heads = factor.expand(q.shape[0]) if factors is None else factor * factors[-1] * factors[:-1]
     if dq is not None and sum_q is not None:
         by_head = sum_q.unflatten(1, (key_heads, 1, -1)).permute(1, 2, 0, 3)  # [Hk, 1, N, D]
@@ -320,6 +265,6 @@ def _sample_gradients(
             of_heads = (factor * group if factors is None else factor * group * factors[-1]).expand(key_heads)
         by_head = sum_k.unflatten(1, (key_heads, -1)).transpose(0, 1)  # [Hk, N, D]
         torch.mul(by_head, of_heads[:, None, None], out=dk[sample])
-        if chunks.window >= 0:
+        if rows.window >= 0:
             # An undefined key has its scores, and no gradient: see `corrdit.reference.scores`.
             dk[sample].masked_fill_(~k.isfinite().all(-1, keepdim=True), 0.0)

@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 from corrdit.kernels.displacement.gradient_rows import gradient_rows, load_gradient_rows, logit_gradients
-from corrdit.kernels.displacement.soft_forward import masked_scores
 from corrdit.kernels.shared.configs import padded_head_dim
 from corrdit.kernels.shared.launch import LOG2_E, choose_tiles, launch
 from corrdit.kernels.shared.primitives import (
@@ -30,42 +29,39 @@ from corrdit.kernels.shared.primitives import (
     query_frame,
     store_tile,
     wide,
-    zero_where_undefined,
 )
 from corrdit.kernels.shared.tables import FramePairTable, coordinate_table
 from corrdit.kernels.shared.windows import (
     block_count,
     block_tokens,
     extent,
+    held_tokens,
     in_window,
     load_centers,
     place_code,
     reciprocal,
-    rectangle_tokens,
+    seen_keys,
+    tile_codes,
+    tile_corner,
+    tile_tokens,
     window_bounds,
     window_kind,
-    window_rectangle,
+    window_tiles,
 )
 from corrdit.problem import product_precision
 
 
 @triton.jit
 def guarded_keys(
-    accumulator, q_tile, k, table, row_planes, shift, tokens, x, y, inside, dims, k_strides, key_mask, mask_stride,
-    lowest, highest, scale, D: tl.constexpr, HAS_MASK: tl.constexpr, WINDOW: tl.constexpr,
-    PRECISION: tl.constexpr,
+    accumulator, q_tile, k, table, row_planes, shift, tokens, kept, seen, dims, k_strides, scale, D: tl.constexpr,
+    GUARD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq `[M, D]` with what a tile of keys adds, of which some are not `inside`, removed or outside the window."""
+    """dq `[M, D]` with what a tile of keys adds, all of which are there to be read, and some not `seen [M or 1, N]`."""
     # Removed keys read as 0, or a NaN in one of them would reach every query.
-    kept = load_allowed(key_mask, tokens, inside, mask_stride, HAS_MASK)
-    k_tile = load_tile(k, tokens, dims, k_strides, kept, True, D)  # [N, D]
-    coordinates = coordinate_tile(table, tokens, inside, True)
-    scores = product(q_tile, tl.trans(k_tile), PRECISION)
-    scores = masked_scores(scores, tokens, x, y, kept, key_mask, mask_stride, lowest, highest, False, WINDOW)
+    k_tile = load_tile(k, tokens, dims, k_strides, kept, GUARD, D)  # [N, D]
+    coordinates = coordinate_tile(table, tokens, tokens, False)
+    scores = tl.where(seen, product(q_tile, tl.trans(k_tile), PRECISION), float("-inf"))
     dlogit = logit_gradients(scores, scale, shift[:, None], row_planes, coordinates, PRECISION)
-    if WINDOW > 0:
-        # Nor may one reach the queries whose windows it lies outside of; those that see it have it from their softmax.
-        k_tile = zero_where_undefined(k_tile)
     return multiply(dlogit.to(k_tile.dtype), k_tile, accumulator, PRECISION)
 
 
@@ -74,7 +70,7 @@ def soft_backward_query_kernel(
     q, k, dq, planes, shifts, ranges, table, pairs, frames, starts, order, key_mask, center,
     q_strides, k_strides, dq_strides, mask_strides, heads, group, row_count, tiles, width, height, scale, logit_scale,
     radius, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_MASK: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_MASK: tl.constexpr, WINDOW: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of query rows of one frame, batch * head): dq of its rows, summed over the frame's pairs."""
     frame = tl.program_id(0) // tiles
@@ -92,6 +88,7 @@ def soft_backward_query_kernel(
     q_tile = load_tile(q, rows, dims, q_strides, kept_rows, True, D)  # [M, D]
     gradient_range = tl.load(ranges + tl.program_id(1) // group)
     accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    codes = tile_codes(BLOCK_N)
     for index in range(tl.load(starts + frame), tl.load(starts + frame + 1)):
         pair = tl.load(order + index)
         k_place, k_first, k_stop = key_frame(pairs, pair)
@@ -104,27 +101,31 @@ def soft_backward_query_kernel(
             center_x, center_y = load_centers(
                 center, wide(batch) * row_count + row_place, rows, kept_rows, width, WINDOW
             )
-            left, top, across, count = window_rectangle(center_x, center_y, kept_rows, radius, width, height)
-            lowest, highest = window_bounds(center_x, center_y, radius)
+            left, top, across, count = window_tiles(center_x, center_y, kept_rows, radius, width, height, BLOCK_N)
+            count = tl.where(k_first < k_stop, count, 0)
+            lowest, highest = window_bounds(center_x, center_y, radius, width, height)
             inverse = reciprocal(across)
-            for first in range(0, count, BLOCK_N):
-                tokens, x, y, inside = rectangle_tokens(
-                    first + columns, count, left, top, across, inverse, k_first, k_stop, width
-                )
+            for turn in range(0, count):
+                x, y = tile_corner(turn, left, top, across, inverse, BLOCK_N)
+                places, corner = tile_tokens(x, y, width, BLOCK_N), place_code(x, y)
+                tokens = held_tokens(places, k_first, k_stop)
+                kept = load_allowed(mask_frame, tokens, places == tokens, mask_strides[1], HAS_MASK)
+                seen = seen_keys(codes, kept, lowest - corner, highest - corner, HAS_MASK or PARTS)
                 accumulator = guarded_keys(
-                    accumulator, q_tile, k_frame, table, row_planes, shift, tokens, x, y, inside, dims, k_strides,
-                    mask_frame, mask_strides[1], lowest, highest, scale, D, HAS_MASK, WINDOW, PRECISION,
+                    accumulator, q_tile, k_frame, table, row_planes, shift, tokens, kept, seen, dims, k_strides, scale,
+                    D, False, PRECISION,
                 )  # fmt: skip
         else:
             count = tl.where(some_row, k_stop - k_first, 0)
             bulk = count // BLOCK_N * BLOCK_N
             if HAS_MASK:
                 for first in range(0, count, BLOCK_N):
-                    tokens = k_first + first + columns
+                    places = k_first + first + columns
+                    tokens = held_tokens(places, k_first, k_stop)
+                    kept = load_allowed(mask_frame, tokens, first + columns < count, mask_strides[1], HAS_MASK)
                     accumulator = guarded_keys(
-                        accumulator, q_tile, k_frame, table, row_planes, shift, tokens, tokens, tokens, tokens < k_stop,
-                        dims, k_strides, mask_frame, mask_strides[1], rows, rows, scale, D, HAS_MASK, WINDOW,
-                        PRECISION,
+                        accumulator, q_tile, k_frame, table, row_planes, shift, tokens, kept, kept[None, :], dims,
+                        k_strides, scale, D, HAS_MASK, PRECISION,
                     )  # fmt: skip
             else:
                 # Full tiles of an open frame: nothing to mask, and pointers that step on cost fewer instructions than
@@ -140,31 +141,28 @@ def soft_backward_query_kernel(
                     k_next += wide(k_strides[2]) * BLOCK_N
                     table_next += BLOCK_N * COORDINATE_LANES
                 if bulk < count:
-                    tokens = k_first + bulk + columns
+                    places = k_first + bulk + columns
+                    tokens = held_tokens(places, k_first, k_stop)
+                    kept = places == tokens
                     accumulator = guarded_keys(
-                        accumulator, q_tile, k_frame, table, row_planes, shift, tokens, tokens, tokens, tokens < k_stop,
-                        dims, k_strides, mask_frame, mask_strides[1], rows, rows, scale, D, HAS_MASK, WINDOW,
-                        PRECISION,
+                        accumulator, q_tile, k_frame, table, row_planes, shift, tokens, kept, kept[None, :], dims,
+                        k_strides, scale, D, HAS_MASK, PRECISION,
                     )  # fmt: skip
     store_tile(dq, accumulator * (logit_scale * gradient_range), rows, dims, dq_strides, kept_rows, D)
 
 
 @triton.jit
 def guarded_queries(
-    accumulator, k_tile, coordinates, q, planes, shifts, pair_row, tokens, kept_rows, key_codes, dims, q_strides,
-    lowest, highest, scale, D: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    accumulator, k_tile, coordinates, q, planes, shifts, pair_row, tokens, seen, dims, q_strides, scale,
+    D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk `[N, D]` with what a tile of queries adds, of which some are not kept or see not all keys."""
-    q_tile = load_tile(q, tokens, dims, q_strides, kept_rows, True, D)  # [M, D]
-    row_planes, shift = load_gradient_rows(planes, shifts, pair_row, tokens, kept_rows, True)
+    """dk `[N, D]` with what a tile of queries adds, all there to be read, and some not `seen [N or 1, M]`."""
+    q_tile = load_tile(q, tokens, dims, q_strides, tokens, False, D)  # [M, D]
+    row_planes, shift = load_gradient_rows(planes, shifts, pair_row, tokens, tokens, False)
     scores = product(k_tile, tl.trans(q_tile), PRECISION)
-    if WINDOW > 0:
-        seen = in_window(key_codes[:, None], lowest[None, :], highest[None, :])
-        scores = tl.where(seen, scores, float("-inf"))
     dlogit = logit_gradients(scores, scale, shift[None, :], coordinates, row_planes, PRECISION)
-    if WINDOW > 0:
-        # An undefined query reaches the keys in its window alone.
-        dlogit = tl.where(scores == float("-inf"), 0.0, dlogit)
+    # An undefined query reaches the keys that see it alone.
+    dlogit = tl.where(seen, dlogit, 0.0)
     return multiply(dlogit.to(q_tile.dtype), q_tile, accumulator, PRECISION)
 
 
@@ -173,7 +171,7 @@ def soft_backward_key_kernel(
     q, k, dk, planes, shifts, ranges, table, pairs, frames, starts, order, key_mask, center,
     q_strides, k_strides, dk_strides, mask_strides, heads, group, row_count, tiles, width, height, scale, logit_scale,
     radius, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_MASK: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_MASK: tl.constexpr, WINDOW: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of keys of one frame, batch * key head): dk of its keys, summed over the frame's pairs and the
     `group` heads of q that read them."""
@@ -196,7 +194,14 @@ def soft_backward_key_kernel(
     gradient_range = tl.load(ranges + tl.program_id(1))
     accumulator = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     key_x, key_y = keys % width, keys // width
-    key_codes = place_code(key_x, key_y, inside)
+    codes = tile_codes(BLOCK_M)
+    if WINDOW == 1:
+        # A query in its own window reaches a key exactly where the key's window reaches the query.
+        left, top, across, steps = window_tiles(key_x, key_y, inside, radius, width, height, BLOCK_M)
+        lowest, highest = window_bounds(key_x, key_y, radius, width, height)
+    elif WINDOW == 2:
+        left, top, across, steps = window_tiles(key_x, key_y, inside, width + height, width, height, BLOCK_M)
+        lowest, highest = window_bounds(key_x, key_y, width + height, width, height)
     first_pair, pair_count = tl.load(starts + frame), tl.load(starts + frame + 1) - tl.load(starts + frame)
     for turn in range(0, pair_count * group):
         pair = tl.load(order + first_pair + turn // group)
@@ -205,29 +210,23 @@ def soft_backward_key_kernel(
         pair_row = (wide(batch) * heads + head) * row_count + row_place
         q_frame = q + wide(head) * q_strides[1] + q_place * q_strides[2]
         if WINDOW > 0:
-            if WINDOW == 1:
-                # A query in its own window reaches a key exactly where the key's window reaches the query.
-                left, top, across, count = window_rectangle(key_x, key_y, inside, radius, width, height)
-            else:
-                left, top, across = 0, 0, tl.maximum(width, 2)
-                count = across * height
             inverse = reciprocal(across)
-            for first in range(0, count, BLOCK_M):
-                tokens, x, y, kept_rows = rectangle_tokens(
-                    first + queries, count, left, top, across, inverse, q_first, q_stop, width
-                )
-                center_row = wide(batch) * row_count + row_place
-                center_x, center_y = x, y
-                reached = count > 0
+            for step in range(0, tl.where(q_first < q_stop, steps, 0)):
+                x, y = tile_corner(step, left, top, across, inverse, BLOCK_M)
+                places, corner = tile_tokens(x, y, width, BLOCK_M), place_code(x, y)
+                tokens = held_tokens(places, q_first, q_stop)
+                seen = seen_keys(codes, places == tokens, lowest - corner, highest - corner, PARTS)
+                reached = steps > 0
                 if WINDOW == 2:
-                    center_x, center_y = load_centers(center, center_row, tokens, kept_rows, width, WINDOW)
-                    reached = reaches(center_x, key_x, kept_rows, inside, radius)
-                    reached = reached & reaches(center_y, key_y, kept_rows, inside, radius)
+                    center_row = wide(batch) * row_count + row_place
+                    center_x, center_y = load_centers(center, center_row, tokens, tokens >= 0, width, WINDOW)
+                    reached = reaches(center_x, key_x, inside, radius) & reaches(center_y, key_y, inside, radius)
+                    first_seen, last_seen = window_bounds(center_x, center_y, radius, width, height)
+                    seen = seen & in_window(place_code(key_x, key_y)[:, None], first_seen[None, :], last_seen[None, :])
                 if reached:
-                    lowest, highest = window_bounds(center_x, center_y, radius)
                     accumulator = guarded_queries(
-                        accumulator, k_tile, coordinates, q_frame, planes, shifts, pair_row, tokens, kept_rows,
-                        key_codes, dims, q_strides, lowest, highest, scale, D, WINDOW, PRECISION,
+                        accumulator, k_tile, coordinates, q_frame, planes, shifts, pair_row, tokens, seen, dims,
+                        q_strides, scale, D, PRECISION,
                     )  # fmt: skip
         else:
             count = tl.where(some_key, q_stop - q_first, 0)
@@ -242,10 +241,11 @@ def soft_backward_key_kernel(
                 q_next += wide(q_strides[2]) * BLOCK_M
                 row_next += BLOCK_M
             if bulk < count:
-                tokens = q_first + bulk + queries
+                places = q_first + bulk + queries
+                tokens = held_tokens(places, q_first, q_stop)
                 accumulator = guarded_queries(
-                    accumulator, k_tile, coordinates, q_frame, planes, shifts, pair_row, tokens, tokens < q_stop, keys,
-                    dims, q_strides, tokens, tokens, scale, D, WINDOW, PRECISION,
+                    accumulator, k_tile, coordinates, q_frame, planes, shifts, pair_row, tokens,
+                    (places == tokens)[None, :], dims, q_strides, scale, D, PRECISION,
                 )  # fmt: skip
     if WINDOW > 0:
         # An undefined key has its scores, and no gradient: see `corrdit.reference.scores`.
@@ -255,11 +255,23 @@ def soft_backward_key_kernel(
 
 
 @triton.jit
-def reaches(centers, keys, kept_rows, inside, radius):
-    """Whether any window round the kept centres may reach any of the keys, along one axis."""
-    lowest, highest = extent(centers, kept_rows)
+def reaches(centers, keys, inside, radius):
+    """Whether any window round the centres may reach any of the keys, along one axis."""
+    lowest, highest = tl.min(centers, 0), tl.max(centers, 0)
     lowest_key, highest_key = extent(keys, inside)
     return (lowest - radius <= highest_key) & (highest + radius >= lowest_key)
+
+
+def where_defined(tensor: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    """`[B, H, N, D]` with 0 for tokens that hold NaN or infinity, or that a mask `[B, N]` removes.
+
+    In a product of a tile such a token would reach those whose windows it lies outside of; the others have it from
+    their softmax, whose log-sum-exp is undefined then.
+    """
+    kept = tensor.isfinite().all(-1, keepdim=True)
+    if key_mask is not None:
+        kept = kept & key_mask[:, None, :, None]
+    return tensor.masked_fill(~kept, 0.0)
 
 
 def soft_backward(
@@ -297,19 +309,24 @@ def soft_backward(
     )):  # fmt: skip
         if not wanted[index]:
             continue
+        of_query = kernel is soft_backward_query_kernel
+        if window >= 0:
+            queries, keys = (q, where_defined(k, key_mask)) if of_query else (where_defined(q), k)
+        else:
+            queries, keys = q, k
         output = torch.empty(like.shape, dtype=q.dtype, device=q.device)
         tiles = choose_tiles(f"{name}_window" if window >= 0 else name, q, key_mask is not None)
-        size = tiles.rows if kernel is soft_backward_query_kernel else tiles.columns
+        size = tiles.rows if of_query else tiles.columns
         blocks = block_count(size, table.longest, table.height, table.width, window)
         launch(
             kernel, (table.frames * blocks, batch * like.shape[1]),
-            q, k, output, planes, shifts, ranges, coordinates, table.pairs, frames, starts, order, mask,
+            queries, keys, output, planes, shifts, ranges, coordinates, table.pairs, frames, starts, order, mask,
             table.pairs if center is None else center,
-            q.stride(), k.stride(), output.stride(), mask.stride(), heads, group, table.rows, blocks, table.width,
-            table.height, scale, scale / LOG2_E, window,
+            queries.stride(), keys.stride(), output.stride(), mask.stride(), heads, group, table.rows, blocks,
+            table.width, table.height, scale, scale / LOG2_E, window,
             D=head_dim, BLOCK_D=padded_head_dim(head_dim), BLOCK_M=tiles.rows, BLOCK_N=tiles.columns,
-            HAS_MASK=key_mask is not None, WINDOW=window_kind(window, center), PRECISION=product_precision(),
-            tiles=tiles,
+            HAS_MASK=key_mask is not None, WINDOW=window_kind(window, center), PARTS=not table.whole,
+            PRECISION=product_precision(), tiles=tiles,
         )  # fmt: skip
         gradients[index] = output
     return gradients[0], gradients[1]

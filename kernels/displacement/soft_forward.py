@@ -26,46 +26,29 @@ from corrdit.kernels.shared.tables import FramePairTable, coordinate_table
 from corrdit.kernels.shared.windows import (
     block_count,
     block_tokens,
-    in_window,
+    held_tokens,
     load_centers,
     place_code,
     reciprocal,
-    rectangle_tokens,
+    seen_keys,
+    tile_codes,
+    tile_corner,
+    tile_tokens,
     window_bounds,
     window_kind,
-    window_rectangle,
+    window_tiles,
 )
 from corrdit.problem import product_precision
 
 
 @triton.jit
-def masked_scores(
-    scores, tokens, x, y, inside, key_mask, mask_stride, lowest, highest, HAS_MASK: tl.constexpr, WINDOW: tl.constexpr
-):  # fmt: skip
-    """`[M, N]` scores, -inf for keys that are not `inside`, removed by the mask, or outside the window.
-
-    Args:
-        tokens, x, y: `[N]` of the keys, their number and place in the frame; the place is read with a window alone.
-        lowest, highest: `[M]` bounds of the windows; read with one alone.
-    """
-    kept = load_allowed(key_mask, tokens, inside, mask_stride, HAS_MASK)
-    if WINDOW > 0:
-        seen = in_window(place_code(x, y, kept)[None, :], lowest[:, None], highest[:, None])
-    else:
-        seen = kept[None, :]
-    return tl.where(seen, scores, float("-inf"))
-
-
-@triton.jit
 def guarded_tile(
-    peak, moments, q_tile, k, table, tokens, x, y, inside, dims, k_strides, key_mask, mask_stride, lowest, highest,
-    scale, D: tl.constexpr, HAS_MASK: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One tile of keys, of which some are not `inside`, removed or outside the window."""
-    k_tile = load_tile(k, tokens, dims, k_strides, inside, True, D)  # [N, D]
-    coordinates = coordinate_tile(table, tokens, inside, True)
-    scores = product(q_tile, tl.trans(k_tile), PRECISION)
-    scores = masked_scores(scores, tokens, x, y, inside, key_mask, mask_stride, lowest, highest, HAS_MASK, WINDOW)
+    peak, moments, q_tile, k, table, tokens, seen, dims, k_strides, scale, D: tl.constexpr, PRECISION: tl.constexpr
+):
+    """One tile of keys, all of which are there to be read, and some of which are not `seen [M or 1, N]`."""
+    k_tile = load_tile(k, tokens, dims, k_strides, tokens, False, D)  # [N, D]
+    coordinates = coordinate_tile(table, tokens, tokens, False)
+    scores = tl.where(seen, product(q_tile, tl.trans(k_tile), PRECISION), float("-inf"))
     return accumulate_moments(peak, moments, scores, scale, coordinates, PRECISION)
 
 
@@ -81,7 +64,7 @@ def soft_forward_kernel(
     q, k, displacement, statistics, table, pairs, key_mask, center, visited,
     q_strides, k_strides, mask_strides, heads, group, row_count, tiles, width, height, scale, radius,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_MASK: tl.constexpr,
-    WINDOW: tl.constexpr, COUNTED: tl.constexpr, PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr, PARTS: tl.constexpr, COUNTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of query rows of one frame pair, batch * head): displacement and base-2 log-sum-exp of its rows."""
     pair = tl.program_id(0) // tiles
@@ -99,30 +82,33 @@ def soft_forward_kernel(
     q_tile = load_tile(q, rows, dims, q_strides, kept_rows, True, D)  # [M, D]
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     moments = tl.zeros([BLOCK_M, 16], tl.float32)
-    count = k_stop - k_first
     if WINDOW > 0:
         center_x, center_y = load_centers(center, wide(batch) * row_count + row_place, rows, kept_rows, width, WINDOW)
-        left, top, across, count = window_rectangle(center_x, center_y, kept_rows, radius, width, height)
-        lowest, highest = window_bounds(center_x, center_y, radius)
+        left, top, across, count = window_tiles(center_x, center_y, kept_rows, radius, width, height, BLOCK_N)
+        count = tl.where(k_first < k_stop, count, 0)
+        lowest, highest = window_bounds(center_x, center_y, radius, width, height)
         inverse = reciprocal(across)
-        for first in range(0, count, BLOCK_N):
-            tokens, x, y, inside = rectangle_tokens(
-                first + columns, count, left, top, across, inverse, k_first, k_stop, width
-            )
+        codes = tile_codes(BLOCK_N)
+        for turn in range(0, count):
+            x, y = tile_corner(turn, left, top, across, inverse, BLOCK_N)
+            places, corner = tile_tokens(x, y, width, BLOCK_N), place_code(x, y)
+            tokens = held_tokens(places, k_first, k_stop)
+            kept = load_allowed(key_mask, tokens, places == tokens, mask_strides[1], HAS_MASK)
+            seen = seen_keys(codes, kept, lowest - corner, highest - corner, HAS_MASK or PARTS)
             peak, moments = guarded_tile(
-                peak, moments, q_tile, k, table, tokens, x, y, inside, dims, k_strides, key_mask, mask_strides[1],
-                lowest, highest, scale, D, HAS_MASK, WINDOW, PRECISION,
-            )  # fmt: skip
+                peak, moments, q_tile, k, table, tokens, seen, dims, k_strides, scale, D, PRECISION
+            )
     else:
         # None where q holds less of this frame than of others.
-        count = tl.where(q_first + tile * BLOCK_M < q_stop, count, 0)
+        count = tl.where(q_first + tile * BLOCK_M < q_stop, k_stop - k_first, 0)
         if HAS_MASK:
             for first in range(0, count, BLOCK_N):
-                tokens = k_first + first + columns
+                places = k_first + first + columns
+                tokens = held_tokens(places, k_first, k_stop)
+                kept = load_allowed(key_mask, tokens, first + columns < count, mask_strides[1], HAS_MASK)
                 peak, moments = guarded_tile(
-                    peak, moments, q_tile, k, table, tokens, tokens, tokens, tokens < k_stop, dims, k_strides, key_mask,
-                    mask_strides[1], rows, rows, scale, D, HAS_MASK, WINDOW, PRECISION,
-                )  # fmt: skip
+                    peak, moments, q_tile, k, table, tokens, kept[None, :], dims, k_strides, scale, D, PRECISION
+                )
         else:
             bulk = count // BLOCK_N * BLOCK_N
             if bulk > 0:
@@ -143,13 +129,15 @@ def soft_forward_kernel(
                 coordinates = coordinate_tile(last, columns, kept_rows, False)
                 peak, moments = accumulate_moments(peak, moments, scores, scale, coordinates, PRECISION)
             if bulk < count:
-                tokens = k_first + bulk + columns
+                places = k_first + bulk + columns
+                tokens = held_tokens(places, k_first, k_stop)
                 peak, moments = guarded_tile(
-                    peak, moments, q_tile, k, table, tokens, tokens, tokens, tokens < k_stop, dims, k_strides, key_mask,
-                    mask_strides[1], rows, rows, scale, D, HAS_MASK, WINDOW, PRECISION,
+                    peak, moments, q_tile, k, table, tokens, (places == tokens)[None, :], dims, k_strides, scale, D,
+                    PRECISION,
                 )  # fmt: skip
+        count = tl.cdiv(count, BLOCK_N)
     if COUNTED:
-        tl.atomic_add(visited, tl.cdiv(count, BLOCK_N))
+        tl.atomic_add(visited, count)
     store_displacement(
         displacement, statistics, peak, moments, scale, width, rows, kept_rows,
         wide(tl.program_id(1)) * row_count + row_place,
@@ -203,7 +191,7 @@ def soft_forward(
         q.stride(), k.stride(), mask.stride(), heads, heads // k.shape[1], table.rows, blocks, table.width,
         table.height, scale, window,
         D=head_dim, BLOCK_D=padded_head_dim(head_dim), BLOCK_M=tiles.rows, BLOCK_N=tiles.columns,
-        HAS_MASK=key_mask is not None, WINDOW=window_kind(window, center), COUNTED=visited is not None,
-        PRECISION=product_precision(), tiles=tiles,
+        HAS_MASK=key_mask is not None, WINDOW=window_kind(window, center), PARTS=not table.whole,
+        COUNTED=visited is not None, PRECISION=product_precision(), tiles=tiles,
     )  # fmt: skip
     return displacement, statistics

@@ -1,4 +1,7 @@
-"""The running argmax of hard displacement and of matching: scores of a tile are looked at once and forgotten."""
+"""The running argmax of the cost, for matching and for hard displacement of averaged probabilities.
+
+Scores of a tile are looked at once and forgotten.
+"""
 
 from __future__ import annotations
 
@@ -9,27 +12,21 @@ from torch import Tensor
 
 from corrdit.kernels.matching.correspondence import Heads, cost_tile
 from corrdit.kernels.shared.launch import choose_tiles, launch
-from corrdit.kernels.shared.primitives import (
-    better_match,
-    head_scores,
-    key_frame,
-    load_allowed,
-    no_token,
-    query_frame,
-    wide,
-)
+from corrdit.kernels.shared.primitives import better_match, key_frame, load_allowed, no_token, query_frame, wide
 from corrdit.kernels.shared.tables import FramePairTable
 from corrdit.kernels.shared.windows import (
     block_count,
     block_tokens,
-    in_window,
     load_centers,
     place_code,
     reciprocal,
-    rectangle_tokens,
+    seen_keys,
+    tile_codes,
+    tile_corner,
+    tile_tokens,
     window_bounds,
     window_kind,
-    window_rectangle,
+    window_tiles,
 )
 from corrdit.problem import product_precision
 
@@ -38,14 +35,14 @@ from corrdit.problem import product_precision
 def best_match_kernel(
     q, k, head_weights, forward, backward, best_tokens, best_scores, pairs, swapped, key_mask, center, visited,
     q_strides, k_strides, mask_strides, outer, inner, group, row_count, back_rows, tiles, width, height, scale, radius,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RAW: tl.constexpr,
-    FOLDED: tl.constexpr, BIDIRECTIONAL: tl.constexpr, ALLOWED_ONLY: tl.constexpr, HAS_MASK: tl.constexpr,
-    WINDOW: tl.constexpr, WEIGHTED: tl.constexpr, COUNTED: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FOLDED: tl.constexpr,
+    BIDIRECTIONAL: tl.constexpr, ALLOWED_ONLY: tl.constexpr, HAS_MASK: tl.constexpr, WINDOW: tl.constexpr,
+    PARTS: tl.constexpr, WEIGHTED: tl.constexpr, COUNTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of source rows of one frame pair, batch * outer head): best key and its score for each row.
+    """Program (tile of source rows of one frame pair, batch * outer head): best key and its cost for each row.
 
-    RAW compares the products themselves, else the cost; ALLOWED_ONLY leaves keys that are removed or not held out of
-    the comparison, else only out of the softmax. A row without candidates keeps its own place.
+    ALLOWED_ONLY leaves keys that are removed or not held out of the comparison, else only out of the softmax. A key
+    past the frame's last one is that last one once more. A row without candidates keeps its own place.
     """
     pair = tl.program_id(0) // tiles
     tile = tl.program_id(0) % tiles
@@ -56,6 +53,8 @@ def best_match_kernel(
     back_q_place, _, _, back_row_place = query_frame(swapped, pair)
     back_k_place, back_k_first, back_k_stop = key_frame(swapped, pair)
     rows, kept_rows = block_tokens(tile, q_first, q_stop, width, BLOCK_M, WINDOW)
+    # Rows past the end repeat the first one and are not stored, which saves the products their masks.
+    source = tl.where(kept_rows, rows, q_first)
     q += wide(batch) * q_strides[0]
     k += wide(batch) * k_strides[0]
     key_mask += wide(batch) * mask_strides[0]
@@ -65,53 +64,45 @@ def best_match_kernel(
         statistics_head = wide(batch) * outer * inner + first_head
     forward += statistics_head * row_count + row_place
     backward += statistics_head * back_rows + back_row_place
-    held_rows = kept_rows & (rows >= back_k_first) & (rows < back_k_stop)
-    allowed_rows = load_allowed(key_mask, back_k_place + rows, held_rows, mask_strides[1], HAS_MASK)
+    held_rows = (source >= back_k_first) & (source < back_k_stop)
+    allowed_rows = load_allowed(key_mask, back_k_place + source, held_rows, mask_strides[1], HAS_MASK)
     center_x, center_y = load_centers(center, wide(batch) * row_count + row_place, rows, kept_rows, width, WINDOW)
-    offsets = tl.arange(0, BLOCK_N)
-    start, count = 0, width * height
-    if ALLOWED_ONLY:
-        start, count = k_first, k_stop - k_first
+    # None where q holds less of this frame than of others.
+    turns = tl.where(q_first + tile * BLOCK_M < q_stop, tl.cdiv(width * height, BLOCK_N), 0)
     if WINDOW > 0:
-        left, top, across, count = window_rectangle(center_x, center_y, kept_rows, radius, width, height)
+        left, top, across, turns = window_tiles(center_x, center_y, kept_rows, radius, width, height, BLOCK_N)
         inverse = reciprocal(across)
-    else:
-        # None where q holds less of this frame than of others.
-        count = tl.where(q_first + tile * BLOCK_M < q_stop, count, 0)
-    lowest, highest = window_bounds(center_x, center_y, radius)
+    lowest, highest = window_bounds(center_x, center_y, radius, width, height)
+    codes = tile_codes(BLOCK_N)
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
     best_token = no_token(BLOCK_M)
     undefined_token = no_token(BLOCK_M)
-    for first in range(0, count, BLOCK_N):
+    for turn in range(0, turns):
         if WINDOW > 0:
-            columns, x, y, inside = rectangle_tokens(
-                first + offsets, count, left, top, across, inverse, k_first, k_stop, width
-            )
+            x, y = tile_corner(turn, left, top, across, inverse, BLOCK_N)
+            places, corner = tile_tokens(x, y, width, BLOCK_N), place_code(x, y)
         else:
-            columns, inside = start + first + offsets, first + offsets < count
-        held = inside & (columns >= k_first) & (columns < k_stop)
+            places = turn * BLOCK_N + tl.arange(0, BLOCK_N)
+        columns = tl.minimum(places, width * height - 1)
+        held = (columns >= k_first) & (columns < k_stop)
         allowed = load_allowed(key_mask, k_place + columns, held, mask_strides[1], HAS_MASK)
-        if RAW:
-            scores = head_scores(
-                q, k, q_place + rows, k_place + columns, kept_rows, held, q_strides, k_strides, 1, group, head_weights,
-                first_head, inner, D, BLOCK_D, WEIGHTED, True, PRECISION,
-            )  # fmt: skip
-        else:
-            scores = cost_tile(
-                q, k, head_weights, forward, backward, q_place + rows, k_place + columns, back_k_place + rows,
-                back_q_place + columns, kept_rows, inside, allowed_rows, allowed, rows, columns, wide(row_count),
-                wide(back_rows), q_strides, k_strides, group, first_head, inner, scale, D, BLOCK_D, FOLDED,
-                BIDIRECTIONAL, WEIGHTED, PRECISION,
-            )  # fmt: skip
-        if ALLOWED_ONLY:
+        cost = cost_tile(
+            q, k, head_weights, forward, backward, q_place + source, k_place + columns, back_k_place + source,
+            back_q_place + columns, allowed_rows, allowed, source, columns, wide(row_count), wide(back_rows), q_strides,
+            k_strides, group, first_head, inner, scale, D, BLOCK_D, FOLDED, BIDIRECTIONAL, HAS_MASK, PARTS, WEIGHTED,
+            PRECISION,
+        )  # fmt: skip
+        if WINDOW > 0:
+            candidates = seen_keys(codes, allowed, lowest - corner, highest - corner, HAS_MASK or PARTS)
+        elif ALLOWED_ONLY:
             candidates = allowed[None, :]
         else:
-            candidates = inside[None, :]
-        if WINDOW > 0:
-            candidates = in_window(place_code(x, y, allowed)[None, :], lowest[:, None], highest[:, None])
-        best, best_token, undefined_token = better_match(best, best_token, undefined_token, scores, columns, candidates)
+            candidates = (columns >= 0)[None, :]
+        best, best_token, undefined_token = better_match(
+            best, best_token, undefined_token, cost, columns[None, :], candidates
+        )
     if COUNTED:
-        tl.atomic_add(visited, tl.cdiv(count, BLOCK_N))
+        tl.atomic_add(visited, turns)
     undefined = undefined_token != no_token(BLOCK_M)
     best_token = tl.where(undefined, undefined_token, tl.where(best_token == no_token(BLOCK_M), rows, best_token))
     first_row = wide(tl.program_id(1)) * row_count + row_place
@@ -126,8 +117,8 @@ def best_match(
     arrangement: Heads,
     factor: float,
     key_mask: Tensor | None,
+    forward: Tensor,
     *,
-    forward: Tensor | None = None,
     swapped: FramePairTable | None = None,
     backward: Tensor | None = None,
     allowed_only: bool,
@@ -135,33 +126,33 @@ def best_match(
     window: int = -1,
     visited: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(token int32, score float32), both `[B, outer heads, R]`.
+    """(token int32, cost float32), both `[B, outer heads, R]`.
 
     Args:
         q, k: as in `soft_forward`. factor: turns a product into a base-2 exponent.
-        forward: base-2 log-sum-exp `[B, H or 1, R]` of the pairs, None to compare the products themselves.
+        forward: base-2 log-sum-exp `[B, H or 1, R]` of the pairs.
         swapped, backward: the swapped pairs and their log-sum-exp, for the cost of both directions.
         allowed_only: whether removed keys are no candidates. center: int32 `[B, R, 2]`.
     """
     shape = (q.shape[0], arrangement.outer, table.rows)
     tokens = torch.empty(shape, dtype=torch.int32, device=q.device)
     scores = torch.empty(shape, dtype=torch.float32, device=q.device)
-    tiles = choose_tiles("best_match_window" if window >= 0 else "best_match", q)
+    name = "best_match_folded" if arrangement.folded else "best_match_window" if window >= 0 else "best_match"
+    tiles = choose_tiles(name, q, key_mask is not None)
     blocks = block_count(tiles.rows, table.longest, table.height, table.width, window)
     pairs, back = table.pairs, table if swapped is None else swapped
     mask = pairs if key_mask is None else key_mask
     launch(
         best_match_kernel, (len(pairs) * blocks, q.shape[0] * arrangement.outer),
-        q, k, pairs if arrangement.factors is None else arrangement.factors, scores if forward is None else forward,
-        scores if backward is None else backward, tokens, scores, pairs, back.pairs, mask,
+        q, k, pairs if arrangement.factors is None else arrangement.factors, forward,
+        forward if backward is None else backward, tokens, scores, pairs, back.pairs, mask,
         pairs if center is None else center, pairs if visited is None else visited,
         q.stride(), k.stride(), mask.stride(), arrangement.outer, arrangement.inner, q.shape[1] // k.shape[1],
         table.rows, back.rows, blocks, table.width, table.height, factor, window,
-        D=q.shape[-1], BLOCK_D=tiles.dims, BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, RAW=forward is None,
-        FOLDED=arrangement.folded, BIDIRECTIONAL=backward is not None, ALLOWED_ONLY=allowed_only,
-        HAS_MASK=key_mask is not None, WINDOW=window_kind(window, center),
-        WEIGHTED=int(arrangement.factors is not None), COUNTED=visited is not None, PRECISION=product_precision(),
-        tiles=tiles,
+        D=q.shape[-1], BLOCK_D=tiles.dims, BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, FOLDED=arrangement.folded,
+        BIDIRECTIONAL=backward is not None, ALLOWED_ONLY=allowed_only, HAS_MASK=key_mask is not None,
+        WINDOW=window_kind(window, center), PARTS=not table.whole, WEIGHTED=int(arrangement.factors is not None),
+        COUNTED=visited is not None, PRECISION=product_precision(), tiles=tiles,
     )  # fmt: skip
     return tokens, scores
 

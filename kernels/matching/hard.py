@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from corrdit.kernels.matching.best_match import best_match, token_positions
+from corrdit.kernels.matching.best_product import best_product
 from corrdit.kernels.matching.correspondence import arrange_heads, exponent, pair_statistics
 from corrdit.kernels.shared.inputs import kernel_input
 from corrdit.kernels.shared.launch import canonical, unequal_weights
@@ -43,13 +44,14 @@ def compute_hard_displacement(
     table = frame_pairs(pairs, queries, keys, height, width, q.device)
     q, factor = exponent(q, scale, arrangement)
     with float32_precision(precision):
-        forward = None
         if heads == "probabilities":
             positive = canonical(q, scale)[1]
             forward = pair_statistics(q, k, table, arrangement, weights, positive, key_mask, center, window)
-        tokens, _ = best_match(
-            q, k, table, arrangement, factor, key_mask, forward=forward, allowed_only=True, center=center, window=window
-        )
+            tokens, _ = best_match(
+                q, k, table, arrangement, factor, key_mask, forward, allowed_only=True, center=center, window=window
+            )
+        else:
+            tokens = best_product(q, k, table, arrangement, key_mask, center, window)
     held = [torch.arange(queries[3 * i + 1], queries[3 * i + 2], device=q.device) for i in pairs[::2]]
     return token_positions(tokens, width) - token_positions(torch.cat(held), width)
 

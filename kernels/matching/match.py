@@ -52,8 +52,8 @@ def compute_match(
         forward = pair_statistics(q, k, table, *options)
         backward = pair_statistics(q, k, swapped, *options) if bidirectional else None
         tokens, scores = best_match(
-            q, k, table, arrangement, factor, key_mask,
-            forward=forward, swapped=swapped, backward=backward, allowed_only=False,
+            q, k, table, arrangement, factor, key_mask, forward,
+            swapped=swapped, backward=backward, allowed_only=False,
         )  # fmt: skip
         if radius == 0:
             return token_positions(tokens, width).to(torch.float32), scores

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from corrdit.kernels.matching.correspondence import Heads, cost_tile
+from corrdit.kernels.shared.configs import padded_head_dim
 from corrdit.kernels.shared.launch import choose_tiles, launch, tile_count
 from corrdit.kernels.shared.primitives import (
     exponentials,
@@ -17,7 +18,9 @@ from corrdit.kernels.shared.primitives import (
     held_frame,
     is_nan,
     load_allowed,
+    load_tile,
     log_sum_exp,
+    product,
     raise_peak,
     weighted_scale,
     wide,
@@ -30,33 +33,42 @@ from corrdit.problem import product_precision
 def row_statistics_kernel(
     q, k, head_weights, statistics, tokens, segments, key_mask, q_strides, k_strides, mask_strides,
     outer, inner, group, row_count, segment_count, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_MASK: tl.constexpr,
-    WEIGHTED: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FOLDED: tl.constexpr,
+    HAS_MASK: tl.constexpr, WEIGHTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of rows, segment; batch * outer head): base-2 log-sum-exp of its rows over the segment's keys."""
     tiles = tl.cdiv(row_count, BLOCK_M)
     segment = tl.program_id(0) // tiles
     batch = tl.program_id(1) // outer
-    first_head = tl.program_id(1) % outer
+    head = tl.program_id(1) % outer
     rows = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     kept_rows = rows < row_count
     q += wide(batch) * q_strides[0]
     k += wide(batch) * k_strides[0]
     key_mask += wide(batch) * mask_strides[0]
-    row_tokens = tl.load(tokens + rows, mask=kept_rows, other=0)
+    # Rows past the end repeat the last one, as columns do, which saves the products their masks.
+    row_tokens = tl.load(tokens + tl.minimum(rows, row_count - 1))
     start = tl.load(segments + 2 * segment)
     end = start + tl.load(segments + 2 * segment + 1)
     scale = weighted_scale(scale, head_weights, inner, WEIGHTED)
+    if not FOLDED:
+        dims = tl.arange(0, BLOCK_D)
+        k += wide(head // group) * k_strides[1]
+        q_tile = load_tile(q + wide(head) * q_strides[1], row_tokens, dims, q_strides, kept_rows, False, D)  # [M, D]
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     for first in range(start, end, BLOCK_N):
-        columns = first + tl.arange(0, BLOCK_N)
-        inside = columns < end
-        allowed = load_allowed(key_mask, columns, inside, mask_strides[1], HAS_MASK)
-        scores = head_scores(
-            q, k, row_tokens, columns, kept_rows, inside, q_strides, k_strides, 1, group, head_weights, first_head,
-            inner, D, BLOCK_D, WEIGHTED, True, PRECISION,
-        )  # fmt: skip
+        places = first + tl.arange(0, BLOCK_N)
+        columns = tl.minimum(places, end - 1)
+        allowed = load_allowed(key_mask, columns, places < end, mask_strides[1], HAS_MASK)
+        if FOLDED:
+            scores = head_scores(
+                q, k, row_tokens, columns, kept_rows, allowed, q_strides, k_strides, 1, group, head_weights, 0, inner,
+                D, BLOCK_D, WEIGHTED, False, PRECISION,
+            )  # fmt: skip
+        else:
+            k_tile = load_tile(k, columns, dims, k_strides, allowed, False, D)  # [N, D]
+            scores = product(q_tile, tl.trans(k_tile), PRECISION)
         scores = tl.where(allowed[None, :], scores, float("-inf"))
         peak, shift, shrink = raise_peak(peak, scores, scale)
         total = total * shrink + tl.sum(exponentials(scores, scale, shift[:, None]), 1)
@@ -69,7 +81,8 @@ def cost_rows_kernel(
     q, k, head_weights, forward, backward, costs, tokens, queries, keys, key_mask, q_strides, k_strides, mask_strides,
     outer, inner, group, row_count, frames, frame_tokens, source, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FOLDED: tl.constexpr,
-    BIDIRECTIONAL: tl.constexpr, HAS_MASK: tl.constexpr, WEIGHTED: tl.constexpr, PRECISION: tl.constexpr,
+    BIDIRECTIONAL: tl.constexpr, HAS_MASK: tl.constexpr, PARTS: tl.constexpr, WEIGHTED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of rows, frame, tile of its tokens; batch * outer head): a tile of `costs [B, O, R, F, S]`."""
     column_tiles = tl.cdiv(frame_tokens, BLOCK_N)
@@ -78,18 +91,20 @@ def cost_rows_kernel(
     first_head = tl.program_id(1) % outer
     rows = tl.program_id(0) // (column_tiles * frames) * BLOCK_M + tl.arange(0, BLOCK_M)
     kept_rows = rows < row_count
-    columns = tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = columns < frame_tokens
+    places = tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = places < frame_tokens
+    # Rows and columns past the end repeat the last one and are not stored, which saves the products their masks.
+    source_rows, columns = tl.minimum(rows, row_count - 1), tl.minimum(places, frame_tokens - 1)
     q += wide(batch) * q_strides[0]
     k += wide(batch) * k_strides[0]
     key_mask += wide(batch) * mask_strides[0]
-    row_tokens = tl.load(tokens + rows, mask=kept_rows, other=0)
+    row_tokens = tl.load(tokens + source_rows)
     source_q, _, _ = held_frame(queries, source)
     source_k, source_first, source_stop = held_frame(keys, source)
     frame_q, _, _ = held_frame(queries, frame)
     frame_k, frame_first, frame_stop = held_frame(keys, frame)
-    held_rows = kept_rows & (row_tokens >= source_first) & (row_tokens < source_stop)
-    held_columns = inside & (columns >= frame_first) & (columns < frame_stop)
+    held_rows = (row_tokens >= source_first) & (row_tokens < source_stop)
+    held_columns = (columns >= frame_first) & (columns < frame_stop)
     if FOLDED:
         head = wide(batch)
     else:
@@ -99,15 +114,15 @@ def cost_rows_kernel(
     cost = cost_tile(
         q, k, head_weights, forward + head * forward_stride + wide(frame) * row_count,
         backward + head * backward_stride + wide(frame) * frame_tokens, source_q + row_tokens, frame_k + columns,
-        source_k + row_tokens, frame_q + columns, kept_rows, inside,
+        source_k + row_tokens, frame_q + columns,
         load_allowed(key_mask, source_k + row_tokens, held_rows, mask_strides[1], HAS_MASK),
         load_allowed(key_mask, frame_k + columns, held_columns, mask_strides[1], HAS_MASK),
-        rows, columns, forward_stride, backward_stride, q_strides, k_strides, group, first_head, inner, scale,
-        D, BLOCK_D, FOLDED, BIDIRECTIONAL, WEIGHTED, PRECISION,
+        source_rows, columns, forward_stride, backward_stride, q_strides, k_strides, group, first_head, inner, scale,
+        D, BLOCK_D, FOLDED, BIDIRECTIONAL, HAS_MASK, PARTS, WEIGHTED, PRECISION,
     )  # fmt: skip
     row = wide(tl.program_id(1)) * row_count + rows
-    places = costs + (row * frames + frame)[:, None] * frame_tokens + columns[None, :]
-    tl.store(places, cost, mask=kept_rows[:, None] & inside[None, :])
+    stored = costs + (row * frames + frame)[:, None] * frame_tokens + places[None, :]
+    tl.store(stored, cost, mask=kept_rows[:, None] & inside[None, :])
 
 
 @triton.jit
@@ -127,7 +142,8 @@ def attention_mass_kernel(
     q += wide(batch) * q_strides[0]
     k += wide(batch) * k_strides[0]
     key_mask += wide(batch) * mask_strides[0]
-    row_tokens = tl.load(tokens + rows, mask=kept_rows, other=0)
+    source_rows = tl.minimum(rows, row_count - 1)
+    row_tokens = tl.load(tokens + source_rows)
     start = tl.load(segments + 2 * segment)
     end = start + tl.load(segments + 2 * segment + 1)
     if FOLDED:
@@ -137,14 +153,16 @@ def attention_mass_kernel(
     mass = tl.zeros([BLOCK_M], tl.float32)
     peak = tl.zeros([BLOCK_M], tl.float32)
     for first in range(start, end, BLOCK_N):
-        columns = first + tl.arange(0, BLOCK_N)
-        inside = columns < end
-        allowed = load_allowed(key_mask, columns, inside, mask_strides[1], HAS_MASK)
+        places = first + tl.arange(0, BLOCK_N)
+        columns = tl.minimum(places, end - 1)
+        allowed = load_allowed(key_mask, columns, places < end, mask_strides[1], HAS_MASK)
         weights = cost_tile(
-            q, k, head_weights, statistics, statistics, row_tokens, columns, row_tokens, columns, kept_rows, inside,
-            kept_rows, allowed, rows, columns, row_count, row_count, q_strides, k_strides, group, first_head, inner,
-            scale, D, BLOCK_D, FOLDED, False, WEIGHTED, PRECISION,
+            q, k, head_weights, statistics, statistics, row_tokens, columns, row_tokens, columns, kept_rows, allowed,
+            source_rows, columns, row_count, row_count, q_strides, k_strides, group, first_head, inner, scale, D,
+            BLOCK_D, FOLDED, False, False, False, WEIGHTED, PRECISION,
         )  # fmt: skip
+        # After the heads: keys that are removed, or past the end of the segment.
+        weights = tl.where(allowed[None, :], weights, 0.0)
         mass += tl.sum(weights, 1)
         peak = tl.maximum(peak, tl.max(weights, 1))
     place = (wide(tl.program_id(1)) * segment_count + segment) * row_count + rows
@@ -173,14 +191,15 @@ def row_statistics(
     table = token_segments(tuple(segments), q.device)
     rows = tokens.shape[0]
     statistics = torch.empty(q.shape[0], outer, len(table), rows, dtype=torch.float32, device=q.device)
-    tiles = choose_tiles("statistics", q)
+    tiles = choose_tiles("row_statistics_folded" if arrangement.folded else "row_statistics", q)
     mask = table if key_mask is None else key_mask
     factors = arrangement.factors if arrangement.folded else None
     launch(
         row_statistics_kernel, (len(table) * tile_count(rows, tiles.rows), q.shape[0] * outer),
         q, k, table if factors is None else factors, statistics, tokens, table, mask,
         q.stride(), k.stride(), mask.stride(), outer, inner, q.shape[1] // k.shape[1], rows, len(table), factor,
-        D=q.shape[-1], BLOCK_D=tiles.dims, BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, HAS_MASK=key_mask is not None,
+        D=q.shape[-1], BLOCK_D=tiles.dims if arrangement.folded else padded_head_dim(q.shape[-1]), BLOCK_M=tiles.rows,
+        BLOCK_N=tiles.columns, FOLDED=arrangement.folded, HAS_MASK=key_mask is not None,
         WEIGHTED=int(factors is not None), PRECISION=product_precision(), tiles=tiles,
     )  # fmt: skip
     return statistics
@@ -208,7 +227,7 @@ def cost_of_rows(
     costs = torch.empty(
         q.shape[0], arrangement.outer, rows, frames, table.frame_tokens, dtype=torch.float32, device=q.device
     )
-    tiles = choose_tiles("correspondence", q)
+    tiles = choose_tiles("cost_rows", q)
     mask = table.pairs if key_mask is None else key_mask
     programs = tile_count(rows, tiles.rows) * frames * tile_count(table.frame_tokens, tiles.columns)
     launch(
@@ -218,7 +237,7 @@ def cost_of_rows(
         k.stride(), mask.stride(), arrangement.outer, arrangement.inner, q.shape[1] // k.shape[1], rows, frames,
         table.frame_tokens, source, factor,
         D=q.shape[-1], BLOCK_D=tiles.dims, BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, FOLDED=arrangement.folded,
-        BIDIRECTIONAL=backward is not None, HAS_MASK=key_mask is not None,
+        BIDIRECTIONAL=backward is not None, HAS_MASK=key_mask is not None, PARTS=not table.whole,
         WEIGHTED=int(arrangement.factors is not None), PRECISION=product_precision(), tiles=tiles,
     )  # fmt: skip
     return costs
@@ -242,7 +261,7 @@ def mass_of_rows(
     table = token_segments(tuple(segments), q.device)
     shape = (q.shape[0], arrangement.outer, len(table), tokens.shape[0])
     sums, peaks = (torch.empty(shape, dtype=torch.float32, device=q.device) for _ in range(2))
-    tiles = choose_tiles("correspondence", q)
+    tiles = choose_tiles("attention_mass", q)
     mask = table if key_mask is None else key_mask
     launch(
         attention_mass_kernel,

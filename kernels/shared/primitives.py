@@ -243,28 +243,22 @@ def all_defined(tile):
 
 
 @triton.jit
-def zero_where_undefined(tile):
-    """The tile with 0 in place of NaN and infinity."""
-    return tl.where(tl.abs(tile.to(tl.float32)) < float("inf"), tile, 0.0).to(tile.dtype)
-
-
-@triton.jit
 def better_match(best, best_token, undefined_token, scores, tokens, kept):
     """One step of the running argmax with the rules of `torch.argmax`: lowest index of equals, the first NaN wins.
 
     Args:
         best: `[M]` largest score so far, -inf at the start.
         best_token: `[M]` its token; undefined_token: `[M]` the first token of a NaN score; both start at `no_token()`.
-        scores: `[M, N]`; tokens: `[N]` in rising order; kept: `[M or 1, N]`.
+        scores: `[M, N]`; tokens: `[M or 1, N]`, in any order; kept: `[M or 1, N]`.
     """
     undefined = is_nan(scores) & kept
     kept = kept & (undefined == 0)
     candidates = tl.where(kept, scores, float("-inf"))
     tile_best = tl.max(candidates, 1)
-    first = tl.min(tl.where(kept & (candidates == tile_best[:, None]), tokens[None, :], _NO_TOKEN), 1)
-    undefined_token = tl.minimum(undefined_token, tl.min(tl.where(undefined, tokens[None, :], _NO_TOKEN), 1))
-    # The first allowed token stands even at -inf: every allowed score may be -inf.
-    improved = (tile_best > best) | (best_token == _NO_TOKEN)
+    first = tl.min(tl.where(kept & (candidates == tile_best[:, None]), tokens, _NO_TOKEN), 1)
+    undefined_token = tl.minimum(undefined_token, tl.min(tl.where(undefined, tokens, _NO_TOKEN), 1))
+    # A first token stands even at -inf: every allowed score may be -inf.
+    improved = (tile_best > best) | ((tile_best == best) & (first < best_token))
     return tl.where(improved, tile_best, best), tl.where(improved, first, best_token), undefined_token
 
 

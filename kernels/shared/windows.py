@@ -1,8 +1,8 @@
-"""Which query and key tokens a tile takes: flat stretches of a frame, and blocks with the rectangles of their windows.
+"""Which query and key tokens a tile takes: flat stretches of a frame, or blocks where there are windows.
 
-With a window a tile of queries is a block of the frame as square as may be, and its keys are those of the smallest
-rectangle that holds the windows of all its queries, walked row by row: a tile then costs what its pairs cost, and not
-all tokens of the rows that it reaches.
+With a window a tile of queries is a block of the frame as square as may be, and so is a tile of keys; those that cover
+the windows of all queries are visited. From one such tile to the next the places of its keys differ by one number, so
+that a key takes no more than the test of its window.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from corrdit.kernels.shared.configs import Tiles
 OWN_PLACE = 1
 GIVEN_CENTER = 2
 _FAR = tl.constexpr(2**20)
-# Places up to 2,048 in 15 bits each, with the guard bit of either.
+# x in the lower 15 bits, y above: a difference that is negative in x sets bit 14, one that is negative in y the sign.
 _ROW = tl.constexpr(2**15)
-_GUARD = tl.constexpr(2**29 + 2**14)
-_OUTSIDE = tl.constexpr(2**13 - 1)
+_NEGATIVE = tl.constexpr(2**14 - 2**31)
+_OUTSIDE = tl.constexpr(-(2**28))
 
 
 def window_kind(window: int, center: Tensor | None) -> int:
@@ -29,9 +29,15 @@ def window_kind(window: int, center: Tensor | None) -> int:
     return OWN_PLACE if center is None else GIVEN_CENTER
 
 
+@triton.constexpr_function
+def block_width(tokens: int) -> int:
+    """Tokens across a block of so many, as `block_tokens` and `window_tiles` cut them."""
+    return 4 if tokens <= 16 else 8 if tokens <= 64 else 16
+
+
 def block_shape(tokens: int) -> tuple[int, int]:
-    """(rows, columns) of a block of so many tokens, as `block_tokens` cuts them."""
-    across = 4 if tokens <= 16 else 8 if tokens <= 64 else 16
+    """(rows, columns) of a block of so many tokens."""
+    across = int(block_width(tokens))
     return tokens // across, across
 
 
@@ -45,14 +51,12 @@ def block_count(tokens: int, longest: int, height: int, width: int, window: int)
 
 def visited_pairs(height: int, width: int, radius: int, tiles: Tiles) -> int:
     """Scores in the tiles of one pair of whole frames, each query's window round its own place; see `needed_pairs`."""
-    down, across = block_shape(tiles.rows)
-    keys = 0
-    for top in range(0, height, down):
-        for left in range(0, width, across):
-            high = min(min(top + down, height) + radius, height) - max(top - radius, 0)
-            wide = min(min(left + across, width) + radius, width) - max(left - radius, 0)
-            keys += -(-high * wide // tiles.columns) * tiles.columns
-    return keys * tiles.rows
+    sides = zip((height, width), block_shape(tiles.rows), block_shape(tiles.columns), strict=True)
+    down, across = (
+        sum(-(-(min(start + block + radius, side) - max(start - radius, 0)) // step) for start in range(0, side, block))
+        for side, block, step in sides
+    )
+    return down * across * tiles.rows * tiles.columns
 
 
 def needed_pairs(height: int, width: int, radius: int) -> int:
@@ -68,7 +72,7 @@ def block_tokens(tile, first, stop, width, BLOCK: tl.constexpr, WINDOW: tl.const
     """(tokens `[BLOCK]` of a frame, which of them lie in `first` to `stop`) of a tile of its tokens."""
     place = tl.arange(0, BLOCK)
     if WINDOW > 0:
-        ACROSS: tl.constexpr = 4 if BLOCK <= 16 else (8 if BLOCK <= 64 else 16)
+        ACROSS: tl.constexpr = block_width(BLOCK)
         blocks = tl.cdiv(width, ACROSS)
         x = tile % blocks * ACROSS + place % ACROSS
         tokens = (tile // blocks * (BLOCK // ACROSS) + place // ACROSS) * width + x
@@ -76,6 +80,12 @@ def block_tokens(tile, first, stop, width, BLOCK: tl.constexpr, WINDOW: tl.const
     else:
         tokens = first + tile * BLOCK + place
         return tokens, tokens < stop
+
+
+@triton.jit
+def held_tokens(tokens, first, stop):
+    """The tokens, or the nearest ones from `first` to `stop`: what may be read of a frame of which some is held."""
+    return tl.minimum(tl.maximum(tokens, first), stop - 1)
 
 
 @triton.jit
@@ -95,59 +105,84 @@ def extent(places, kept):
 
 
 @triton.jit
-def window_rectangle(x, y, kept, radius, width, height):
-    """(left, top, tokens across, tokens) of the smallest rectangle that holds the windows round the kept places.
+def window_tiles(x, y, kept, radius, width, height, BLOCK: tl.constexpr):
+    """(left, top, tiles across, tiles) of the fewest tiles that cover the windows round the kept places.
 
-    One token across counts as two, of which the second may lie outside the frame: see `rectangle_tokens`.
+    They lie inside the frame where it has room for them: moved up and to the left, they cover the windows all the same.
     """
-    lowest_x, highest_x = extent(x, kept)
-    lowest_y, highest_y = extent(y, kept)
-    left, top = tl.maximum(lowest_x - radius, 0), tl.maximum(lowest_y - radius, 0)
-    across = tl.maximum(tl.minimum(highest_x + radius + 1, width) - left, 2)
-    down = tl.maximum(tl.minimum(highest_y + radius + 1, height) - top, 0)
-    return left, top, across, across * down
+    ACROSS: tl.constexpr = block_width(BLOCK)
+    DOWN: tl.constexpr = BLOCK // ACROSS
+    left, across = covering_tiles(x, kept, radius, width, ACROSS)
+    top, down = covering_tiles(y, kept, radius, height, DOWN)
+    return left, top, tl.maximum(across, 1), across * down
+
+
+@triton.jit
+def covering_tiles(places, kept, radius, side, STEP: tl.constexpr):
+    """(where the first tile begins, tiles) along one axis; none where no place is kept."""
+    lowest, highest = extent(places, kept)
+    start = tl.maximum(lowest - radius, 0)
+    stop = tl.minimum(highest + radius + 1, side)
+    count = tl.cdiv(tl.maximum(stop - start, 0), STEP)
+    return tl.maximum(tl.minimum(start, side - count * STEP), 0), count
 
 
 @triton.jit
 def reciprocal(across):
-    """What `rectangle_tokens` multiplies by in place of a division: 2**32 / across, rounded up."""
-    return 0xFFFFFFFF // tl.cast(across, tl.uint32) + 1
+    """What `tile_corner` multiplies by in place of a division."""
+    return 0xFFFFFFFF // tl.cast(across, tl.uint32)
 
 
 @triton.jit
-def rectangle_tokens(place, count, left, top, across, inverse, first, stop, width):
-    """(tokens, x, y, which are there) of the tokens `place` of a rectangle, counted row by row from its top left.
+def tile_corner(tile, left, top, across, inverse, BLOCK: tl.constexpr):
+    """(x, y) of the first place of one of `window_tiles`.
 
-    The upper half of a product with `reciprocal(across)` is the exact quotient while place * across stays below 2**32,
-    which `window_radius` sees to; `across` is at least 2.
-
-    Args:
-        count: tokens of the rectangle; first, stop: what the tensor holds of the frame.
+    The upper half of (tile + 1) * `reciprocal(across)` is the exact quotient of up to 2**32 / (across + 1) tiles, and a
+    frame has at most 512 x 512: what the reciprocal falls short of 2**32 / across adds up to less than 1 / across.
     """
-    down = tl.umulhi(tl.cast(place, tl.uint32), inverse).to(tl.int32)
-    x, y = left + place - down * across, top + down
-    tokens = y * width + x
-    return tokens, x, y, (place < count) & (x < width) & (tokens >= first) & (tokens < stop)
+    ACROSS: tl.constexpr = block_width(BLOCK)
+    down = tl.umulhi(tl.cast(tile + 1, tl.uint32), inverse).to(tl.int32)
+    return left + (tile - down * across) * ACROSS, top + down * (BLOCK // ACROSS)
 
 
 @triton.jit
-def place_code(x, y, kept):
-    """One int32 for a place, y above x; that of a place which is not kept lies outside every window."""
-    return tl.where(kept, y * _ROW + x, _OUTSIDE)
+def tile_tokens(x, y, width, BLOCK: tl.constexpr):
+    """`[BLOCK]` tokens of the tile from (x, y) on; some may lie past the end of a token row, or of the frame."""
+    ACROSS: tl.constexpr = block_width(BLOCK)
+    place = tl.arange(0, BLOCK)
+    return y * width + x + (place // ACROSS * width + place % ACROSS)
 
 
 @triton.jit
-def window_bounds(center_x, center_y, radius):
-    """(lowest, highest) codes of windows, for `in_window`."""
-    middle = center_y * _ROW + center_x
-    reach = radius * (_ROW + 1)
-    return middle - reach - _GUARD, middle + reach + _GUARD
+def tile_codes(BLOCK: tl.constexpr):
+    """`[BLOCK]` codes of a tile's places, less that of the first one."""
+    ACROSS: tl.constexpr = block_width(BLOCK)
+    place = tl.arange(0, BLOCK)
+    return place_code(place % ACROSS, place // ACROSS)
+
+
+@triton.jit
+def place_code(x, y):
+    """One int32 for a place, y above x."""
+    return y * _ROW + x
+
+
+@triton.jit
+def window_bounds(center_x, center_y, radius, width, height):
+    """(lowest, highest) codes of windows, inside the frame, for `in_window`."""
+    lowest = place_code(center_x - radius, center_y - radius)
+    return lowest, place_code(tl.minimum(center_x + radius, width - 1), tl.minimum(center_y + radius, height - 1))
 
 
 @triton.jit
 def in_window(code, lowest, highest):
-    """Which places lie in which windows: four operations for both axes and both sides.
+    """Which places lie in which windows: three operations for both axes and both sides."""
+    return (((code - lowest) | (highest - code)) & _NEGATIVE) == 0
 
-    Each difference has two fields of 15 bits, x and y, and a guard bit above each that a negative field clears.
-    """
-    return ((code - lowest) & (highest - code) & _GUARD) == _GUARD
+
+@triton.jit
+def seen_keys(codes, kept, lowest, highest, GUARD: tl.constexpr):
+    """`[M, N]` which keys of places `codes [N]` lie in the windows `[M]`; if GUARD, only of those that are kept."""
+    if GUARD:
+        codes = tl.where(kept, codes, _OUTSIDE)
+    return in_window(codes[None, :], lowest[:, None], highest[:, None])

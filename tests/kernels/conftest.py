@@ -40,12 +40,7 @@ assert ahead_of_time is not None
 WORST, ROOT_MEAN_SQUARE = 4.0, 3.0
 SMALL = Tiles(16, 16, 16, 1, 1)
 LARGE = Tiles(64, 64, 32, 1, 1)
-KERNELS = (
-    "soft_forward", "soft_backward_query", "soft_backward_key", "folded_forward", "folded_gradient", "statistics",
-    "correspondence", "best_match", "refinement", "local_forward", "local_backward_query", "local_backward_key",
-    "soft_forward_window", "soft_backward_query_window", "soft_backward_key_window", "folded_forward_window",
-    "best_match_window",
-)  # fmt: skip
+KERNELS = tuple(configs._LARGE)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
