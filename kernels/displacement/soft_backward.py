@@ -29,7 +29,6 @@ from corrdit.kernels.shared.primitives import (
     query_frame,
     store_tile,
     wide,
-    zero_where_undefined,
 )
 from corrdit.kernels.shared.tables import FramePairTable, coordinate_table
 from corrdit.kernels.shared.windows import (
@@ -55,7 +54,7 @@ from corrdit.problem import product_precision
 @triton.jit
 def guarded_keys(
     accumulator, q_tile, k, table, row_planes, shift, tokens, kept, seen, dims, k_strides, scale, D: tl.constexpr,
-    GUARD: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    GUARD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq `[M, D]` with what a tile of keys adds, all of which are there to be read, and some not `seen [M or 1, N]`."""
     # Removed keys read as 0, or a NaN in one of them would reach every query.
@@ -63,9 +62,6 @@ def guarded_keys(
     coordinates = coordinate_tile(table, tokens, tokens, False)
     scores = tl.where(seen, product(q_tile, tl.trans(k_tile), PRECISION), float("-inf"))
     dlogit = logit_gradients(scores, scale, shift[:, None], row_planes, coordinates, PRECISION)
-    if WINDOW > 0:
-        # Nor may one reach the queries whose windows it lies outside of; those that see it have it from their softmax.
-        k_tile = zero_where_undefined(k_tile)
     return multiply(dlogit.to(k_tile.dtype), k_tile, accumulator, PRECISION)
 
 
@@ -117,7 +113,7 @@ def soft_backward_query_kernel(
                 seen = seen_keys(codes, kept, lowest - corner, highest - corner, HAS_MASK or PARTS)
                 accumulator = guarded_keys(
                     accumulator, q_tile, k_frame, table, row_planes, shift, tokens, kept, seen, dims, k_strides, scale,
-                    D, HAS_MASK, WINDOW, PRECISION,
+                    D, False, PRECISION,
                 )  # fmt: skip
         else:
             count = tl.where(some_row, k_stop - k_first, 0)
@@ -126,10 +122,10 @@ def soft_backward_query_kernel(
                 for first in range(0, count, BLOCK_N):
                     places = k_first + first + columns
                     tokens = held_tokens(places, k_first, k_stop)
-                    kept = load_allowed(mask_frame, tokens, places == tokens, mask_strides[1], HAS_MASK)
+                    kept = load_allowed(mask_frame, tokens, first + columns < count, mask_strides[1], HAS_MASK)
                     accumulator = guarded_keys(
                         accumulator, q_tile, k_frame, table, row_planes, shift, tokens, kept, kept[None, :], dims,
-                        k_strides, scale, D, HAS_MASK, WINDOW, PRECISION,
+                        k_strides, scale, D, HAS_MASK, PRECISION,
                     )  # fmt: skip
             else:
                 # Full tiles of an open frame: nothing to mask, and pointers that step on cost fewer instructions than
@@ -150,24 +146,23 @@ def soft_backward_query_kernel(
                     kept = places == tokens
                     accumulator = guarded_keys(
                         accumulator, q_tile, k_frame, table, row_planes, shift, tokens, kept, kept[None, :], dims,
-                        k_strides, scale, D, HAS_MASK, WINDOW, PRECISION,
+                        k_strides, scale, D, HAS_MASK, PRECISION,
                     )  # fmt: skip
     store_tile(dq, accumulator * (logit_scale * gradient_range), rows, dims, dq_strides, kept_rows, D)
 
 
 @triton.jit
 def guarded_queries(
-    accumulator, k_tile, coordinates, q, planes, shifts, pair_row, tokens, kept_rows, seen, dims, q_strides, scale,
-    D: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    accumulator, k_tile, coordinates, q, planes, shifts, pair_row, tokens, seen, dims, q_strides, scale,
+    D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk `[N, D]` with what a tile of queries adds, of which some are not kept; with windows some pairs not `seen`."""
-    q_tile = load_tile(q, tokens, dims, q_strides, kept_rows, True, D)  # [M, D]
-    row_planes, shift = load_gradient_rows(planes, shifts, pair_row, tokens, kept_rows, True)
+    """dk `[N, D]` with what a tile of queries adds, all there to be read, and some not `seen [N or 1, M]`."""
+    q_tile = load_tile(q, tokens, dims, q_strides, tokens, False, D)  # [M, D]
+    row_planes, shift = load_gradient_rows(planes, shifts, pair_row, tokens, tokens, False)
     scores = product(k_tile, tl.trans(q_tile), PRECISION)
     dlogit = logit_gradients(scores, scale, shift[None, :], coordinates, row_planes, PRECISION)
-    if WINDOW > 0:
-        # An undefined query reaches the keys in its window alone.
-        dlogit = tl.where(seen, dlogit, 0.0)
+    # An undefined query reaches the keys that see it alone.
+    dlogit = tl.where(seen, dlogit, 0.0)
     return multiply(dlogit.to(q_tile.dtype), q_tile, accumulator, PRECISION)
 
 
@@ -199,8 +194,14 @@ def soft_backward_key_kernel(
     gradient_range = tl.load(ranges + tl.program_id(1))
     accumulator = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     key_x, key_y = keys % width, keys // width
-    key_codes = place_code(key_x, key_y)
-    codes, reach, last_code = tile_codes(BLOCK_M), place_code(radius, radius), place_code(width - 1, height - 1)
+    codes = tile_codes(BLOCK_M)
+    if WINDOW == 1:
+        # A query in its own window reaches a key exactly where the key's window reaches the query.
+        left, top, across, steps = window_tiles(key_x, key_y, inside, radius, width, height, BLOCK_M)
+        lowest, highest = window_bounds(key_x, key_y, radius, width, height)
+    elif WINDOW == 2:
+        left, top, across, steps = window_tiles(key_x, key_y, inside, width + height, width, height, BLOCK_M)
+        lowest, highest = window_bounds(key_x, key_y, width + height, width, height)
     first_pair, pair_count = tl.load(starts + frame), tl.load(starts + frame + 1) - tl.load(starts + frame)
     for turn in range(0, pair_count * group):
         pair = tl.load(order + first_pair + turn // group)
@@ -209,34 +210,24 @@ def soft_backward_key_kernel(
         pair_row = (wide(batch) * heads + head) * row_count + row_place
         q_frame = q + wide(head) * q_strides[1] + q_place * q_strides[2]
         if WINDOW > 0:
-            if WINDOW == 1:
-                # A query in its own window reaches a key exactly where the key's window reaches the query.
-                left, top, across, count = window_tiles(key_x, key_y, inside, radius, width, height, BLOCK_M)
-            else:
-                left, top, across, count = window_tiles(key_x, key_y, inside, width + height, width, height, BLOCK_M)
-            count = tl.where(q_first < q_stop, count, 0)
             inverse = reciprocal(across)
-            for turn in range(0, count):
-                x, y = tile_corner(turn, left, top, across, inverse, BLOCK_M)
+            for step in range(0, tl.where(q_first < q_stop, steps, 0)):
+                x, y = tile_corner(step, left, top, across, inverse, BLOCK_M)
                 places, corner = tile_tokens(x, y, width, BLOCK_M), place_code(x, y)
-                kept_rows = (places >= q_first) & (places < q_stop) & in_window(codes + corner, 0, last_code)
-                if WINDOW == 1:
-                    seen = in_window((key_codes - corner)[:, None], (codes - reach)[None, :], (codes + reach)[None, :])
-                    accumulator = guarded_queries(
-                        accumulator, k_tile, coordinates, q_frame, planes, shifts, pair_row, places, kept_rows, seen,
-                        dims, q_strides, scale, D, WINDOW, PRECISION,
-                    )  # fmt: skip
-                else:
+                tokens = held_tokens(places, q_first, q_stop)
+                seen = seen_keys(codes, places == tokens, lowest - corner, highest - corner, PARTS)
+                reached = steps > 0
+                if WINDOW == 2:
                     center_row = wide(batch) * row_count + row_place
-                    center_x, center_y = load_centers(center, center_row, places, kept_rows, width, WINDOW)
-                    reached = reaches(center_x, key_x, kept_rows, inside, radius)
-                    if reached & reaches(center_y, key_y, kept_rows, inside, radius):
-                        lowest, highest = window_bounds(center_x, center_y, radius, width, height)
-                        seen = in_window(key_codes[:, None], lowest[None, :], highest[None, :])
-                        accumulator = guarded_queries(
-                            accumulator, k_tile, coordinates, q_frame, planes, shifts, pair_row, places, kept_rows,
-                            seen, dims, q_strides, scale, D, WINDOW, PRECISION,
-                        )  # fmt: skip
+                    center_x, center_y = load_centers(center, center_row, tokens, tokens >= 0, width, WINDOW)
+                    reached = reaches(center_x, key_x, inside, radius) & reaches(center_y, key_y, inside, radius)
+                    first_seen, last_seen = window_bounds(center_x, center_y, radius, width, height)
+                    seen = seen & in_window(place_code(key_x, key_y)[:, None], first_seen[None, :], last_seen[None, :])
+                if reached:
+                    accumulator = guarded_queries(
+                        accumulator, k_tile, coordinates, q_frame, planes, shifts, pair_row, tokens, seen, dims,
+                        q_strides, scale, D, PRECISION,
+                    )  # fmt: skip
         else:
             count = tl.where(some_key, q_stop - q_first, 0)
             bulk = count // BLOCK_M * BLOCK_M
@@ -250,11 +241,11 @@ def soft_backward_key_kernel(
                 q_next += wide(q_strides[2]) * BLOCK_M
                 row_next += BLOCK_M
             if bulk < count:
-                tokens = q_first + bulk + queries
-                kept_rows = tokens < q_stop
+                places = q_first + bulk + queries
+                tokens = held_tokens(places, q_first, q_stop)
                 accumulator = guarded_queries(
-                    accumulator, k_tile, coordinates, q_frame, planes, shifts, pair_row, tokens, kept_rows,
-                    kept_rows[None, :], dims, q_strides, scale, D, WINDOW, PRECISION,
+                    accumulator, k_tile, coordinates, q_frame, planes, shifts, pair_row, tokens,
+                    (places == tokens)[None, :], dims, q_strides, scale, D, PRECISION,
                 )  # fmt: skip
     if WINDOW > 0:
         # An undefined key has its scores, and no gradient: see `corrdit.reference.scores`.
@@ -264,11 +255,23 @@ def soft_backward_key_kernel(
 
 
 @triton.jit
-def reaches(centers, keys, kept_rows, inside, radius):
-    """Whether any window round the kept centres may reach any of the keys, along one axis."""
-    lowest, highest = extent(centers, kept_rows)
+def reaches(centers, keys, inside, radius):
+    """Whether any window round the centres may reach any of the keys, along one axis."""
+    lowest, highest = tl.min(centers, 0), tl.max(centers, 0)
     lowest_key, highest_key = extent(keys, inside)
     return (lowest - radius <= highest_key) & (highest + radius >= lowest_key)
+
+
+def where_defined(tensor: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    """`[B, H, N, D]` with 0 for tokens that hold NaN or infinity, or that a mask `[B, N]` removes.
+
+    In a product of a tile such a token would reach those whose windows it lies outside of; the others have it from
+    their softmax, whose log-sum-exp is undefined then.
+    """
+    kept = tensor.isfinite().all(-1, keepdim=True)
+    if key_mask is not None:
+        kept = kept & key_mask[:, None, :, None]
+    return tensor.masked_fill(~kept, 0.0)
 
 
 def soft_backward(
@@ -306,16 +309,21 @@ def soft_backward(
     )):  # fmt: skip
         if not wanted[index]:
             continue
+        of_query = kernel is soft_backward_query_kernel
+        if window >= 0:
+            queries, keys = (q, where_defined(k, key_mask)) if of_query else (where_defined(q), k)
+        else:
+            queries, keys = q, k
         output = torch.empty(like.shape, dtype=q.dtype, device=q.device)
         tiles = choose_tiles(f"{name}_window" if window >= 0 else name, q, key_mask is not None)
-        size = tiles.rows if kernel is soft_backward_query_kernel else tiles.columns
+        size = tiles.rows if of_query else tiles.columns
         blocks = block_count(size, table.longest, table.height, table.width, window)
         launch(
             kernel, (table.frames * blocks, batch * like.shape[1]),
-            q, k, output, planes, shifts, ranges, coordinates, table.pairs, frames, starts, order, mask,
+            queries, keys, output, planes, shifts, ranges, coordinates, table.pairs, frames, starts, order, mask,
             table.pairs if center is None else center,
-            q.stride(), k.stride(), output.stride(), mask.stride(), heads, group, table.rows, blocks, table.width,
-            table.height, scale, scale / LOG2_E, window,
+            queries.stride(), keys.stride(), output.stride(), mask.stride(), heads, group, table.rows, blocks,
+            table.width, table.height, scale, scale / LOG2_E, window,
             D=head_dim, BLOCK_D=padded_head_dim(head_dim), BLOCK_M=tiles.rows, BLOCK_N=tiles.columns,
             HAS_MASK=key_mask is not None, WINDOW=window_kind(window, center), PARTS=not table.whole,
             PRECISION=product_precision(), tiles=tiles,

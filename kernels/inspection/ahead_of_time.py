@@ -194,7 +194,7 @@ def _inspect(binary: Any, name: str, arch: int, options: dict[str, Any], program
         launchable=resident > 0,
         tensor_cores=not products or (code.uses_tensor_cores() and not plain),
         serialized=code.serialized(sum("warp_group_dot " in line for line in products)),
-        main_loop=code.main_loop(elements * times),
+        main_loop=code.main_loop(elements * times, options.get("BLOCK_D", 1)),
         elements=elements,
         repetition=times,
         resident_blocks=resident,

@@ -172,11 +172,15 @@ class Disassembly:
                 return None
         return total
 
-    def main_loop(self, elements: int) -> MainLoop | None:
+    def main_loop(self, elements: int, depth: int) -> MainLoop | None:
         """The loop over score tiles, for `elements` scores of a tile that each thread computes.
 
         It is the shortest loop that handles that many scores: by exponentials, one a score, or by comparisons where the
         kernel takes none. The loop over ragged or masked tiles is longer and does not win. None if there is no loop.
+
+        Args:
+            depth: of one matrix product of a tile, which tells how many tiles a turn handles where it takes several
+                comparisons for each score.
         """
         for measure in ("MUFU.EX2", "FSETP", "FMNMX"):
             candidates = [loop for loop in self.loops if self.count(measure, loop) >= 0.9 * elements]
@@ -185,9 +189,11 @@ class Disassembly:
                 within = [x for x in self.loops if x != loop and loop.first <= x.first and x.last <= loop.last]
                 inner = {index for x in within for index in range(x.first, x.last + 1)}
                 own = set(range(loop.first, loop.last + 1)) - inner
-                tiles = max(1, round(self.count(measure, loop) / elements))
+                exponentials = self.count("MUFU.EX2", loop)
+                of_own, of_inner = self.multiply_adds(own), self.multiply_adds(inner)
+                scores = exponentials if exponentials else ((of_own or 0) + (of_inner or 0)) / depth
                 return MainLoop(
-                    len(own), len(inner), self.count("MUFU.EX2", loop), tiles, self.multiply_adds(own),
-                    self.multiply_adds(inner), self.overlapped(loop),
+                    len(own), len(inner), exponentials, max(1, round(scores / elements)), of_own, of_inner,
+                    self.overlapped(loop),
                 )  # fmt: skip
         return None

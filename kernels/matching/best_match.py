@@ -89,7 +89,7 @@ def best_match_kernel(
         cost = cost_tile(
             q, k, head_weights, forward, backward, q_place + source, k_place + columns, back_k_place + source,
             back_q_place + columns, allowed_rows, allowed, source, columns, wide(row_count), wide(back_rows), q_strides,
-            k_strides, group, first_head, inner, scale, D, BLOCK_D, FOLDED, BIDIRECTIONAL, HAS_MASK or PARTS, WEIGHTED,
+            k_strides, group, first_head, inner, scale, D, BLOCK_D, FOLDED, BIDIRECTIONAL, HAS_MASK, PARTS, WEIGHTED,
             PRECISION,
         )  # fmt: skip
         if WINDOW > 0:
@@ -138,7 +138,7 @@ def best_match(
     tokens = torch.empty(shape, dtype=torch.int32, device=q.device)
     scores = torch.empty(shape, dtype=torch.float32, device=q.device)
     name = "best_match_folded" if arrangement.folded else "best_match_window" if window >= 0 else "best_match"
-    tiles = choose_tiles(name, q)
+    tiles = choose_tiles(name, q, key_mask is not None)
     blocks = block_count(tiles.rows, table.longest, table.height, table.width, window)
     pairs, back = table.pairs, table if swapped is None else swapped
     mask = pairs if key_mask is None else key_mask

@@ -100,8 +100,8 @@ def best_product_kernel(
         else:
             k_tile = load_tile(k, tokens, dims, k_strides, tokens, False, D)  # [N, D]
             scores = product(q_tile, tl.trans(k_tile), PRECISION)
-        # The first NaN of a place stays.
-        improved = (is_nan(best) == 0) & ((scores > best) | is_nan(scores))
+        # A NaN is no number of which a best one is at least as large, and the first NaN of a place stays.
+        improved = (is_nan(best) == 0) & ((scores <= best) == 0)
         if HAS_MASK or WINDOW > 0:
             kept = load_allowed(key_mask, tokens, places == tokens, mask_strides[1], HAS_MASK)
             if WINDOW > 0:
@@ -150,7 +150,8 @@ def best_product(
     """
     tokens = torch.empty(q.shape[0], arrangement.outer, table.rows, dtype=torch.int32, device=q.device)
     name = "best_product_folded" if arrangement.folded else "best_product"
-    tiles = choose_tiles(f"{name}_window" if window >= 0 else name, q, key_mask is not None)
+    guarded = key_mask is not None or arrangement.factors is not None
+    tiles = choose_tiles(f"{name}_window" if window >= 0 else name, q, guarded)
     blocks = block_count(tiles.rows, table.longest, table.height, table.width, window)
     pairs = table.pairs
     mask = pairs if key_mask is None else key_mask

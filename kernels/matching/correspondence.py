@@ -25,18 +25,18 @@ def cost_tile(
     q, k, head_weights, forward, backward, q_rows, k_columns, k_rows, q_columns, allowed_rows, allowed_columns,
     forward_places, backward_places, forward_stride, backward_stride, q_strides, k_strides, group, first_head, heads,
     scale, D: tl.constexpr, BLOCK_D: tl.constexpr, FOLDED: tl.constexpr, BIDIRECTIONAL: tl.constexpr,
-    GUARD: tl.constexpr, WEIGHTED: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_MASK: tl.constexpr, PARTS: tl.constexpr, WEIGHTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`[M, N]` cost of M source tokens with N target tokens.
 
     Args:
         q, k: pointers to the batch entry. q_rows `[M]`, k_columns `[N]`: where source tokens stand in q and target
             tokens in k; k_rows, q_columns: the other way round, for the backward direction. All are there to be read,
-            those of k if GUARD where allowed.
+            those of k if PARTS where allowed.
         head_weights: float32 `[H]`: weights of the probabilities; FOLDED and WEIGHTED: `[H + 1]`, see `head_scores`.
         forward, backward: pointers to the base-2 log-sum-exp of the batch entry's first head; a head further on lies
             `forward_stride` (`backward_stride`) further, and `forward_places [M]` (`backward_places [N]`) within it.
-        allowed_rows, allowed_columns: which tokens may be keys and are held by k; looked at if GUARD.
+        allowed_rows, allowed_columns: which tokens may be keys and are held by k; looked at if HAS_MASK or PARTS.
         FOLDED: whether `heads` heads make one softmax (averaged logits) or their softmaxes are averaged.
     """
     cost = tl.zeros([q_rows.shape[0], k_columns.shape[0]], tl.float32)
@@ -58,21 +58,21 @@ def cost_tile(
             share = share * 0.5
         scores = head_scores(
             q, k, q_rows, k_columns, q_rows >= 0, allowed_columns, q_strides, k_strides, 1, group, head_weights, head,
-            depth, D, BLOCK_D, FIRST, GUARD, PRECISION,
+            depth, D, BLOCK_D, FIRST, PARTS, PRECISION,
         )  # fmt: skip
         level = tl.load(forward + wide(turn) * forward_stride + forward_places)
         weights = exponentials(scores, scale, level[:, None])
-        if GUARD:
+        if HAS_MASK or PARTS:
             weights = tl.where(allowed_columns[None, :], weights, 0.0)
         cost += share * weights
         if BIDIRECTIONAL:
             scores = head_scores(
                 k, q, k_rows, q_columns, allowed_rows, q_columns >= 0, k_strides, q_strides, group, 1, head_weights,
-                head, depth, D, BLOCK_D, SECOND, GUARD, PRECISION,
+                head, depth, D, BLOCK_D, SECOND, PARTS, PRECISION,
             )  # fmt: skip
             level = tl.load(backward + wide(turn) * backward_stride + backward_places)
             weights = exponentials(scores, scale, level[None, :])
-            if GUARD:
+            if HAS_MASK or PARTS:
                 weights = tl.where(allowed_rows[:, None], weights, 0.0)
             cost += share * weights
     return cost

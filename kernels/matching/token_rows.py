@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from corrdit.kernels.matching.correspondence import Heads, cost_tile
+from corrdit.kernels.shared.configs import padded_head_dim
 from corrdit.kernels.shared.launch import choose_tiles, launch, tile_count
 from corrdit.kernels.shared.primitives import (
     exponentials,
@@ -17,7 +18,9 @@ from corrdit.kernels.shared.primitives import (
     held_frame,
     is_nan,
     load_allowed,
+    load_tile,
     log_sum_exp,
+    product,
     raise_peak,
     weighted_scale,
     wide,
@@ -30,14 +33,14 @@ from corrdit.problem import product_precision
 def row_statistics_kernel(
     q, k, head_weights, statistics, tokens, segments, key_mask, q_strides, k_strides, mask_strides,
     outer, inner, group, row_count, segment_count, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_MASK: tl.constexpr,
-    WEIGHTED: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FOLDED: tl.constexpr,
+    HAS_MASK: tl.constexpr, WEIGHTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of rows, segment; batch * outer head): base-2 log-sum-exp of its rows over the segment's keys."""
     tiles = tl.cdiv(row_count, BLOCK_M)
     segment = tl.program_id(0) // tiles
     batch = tl.program_id(1) // outer
-    first_head = tl.program_id(1) % outer
+    head = tl.program_id(1) % outer
     rows = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     kept_rows = rows < row_count
     q += wide(batch) * q_strides[0]
@@ -48,16 +51,24 @@ def row_statistics_kernel(
     start = tl.load(segments + 2 * segment)
     end = start + tl.load(segments + 2 * segment + 1)
     scale = weighted_scale(scale, head_weights, inner, WEIGHTED)
+    if not FOLDED:
+        dims = tl.arange(0, BLOCK_D)
+        k += wide(head // group) * k_strides[1]
+        q_tile = load_tile(q + wide(head) * q_strides[1], row_tokens, dims, q_strides, kept_rows, False, D)  # [M, D]
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     for first in range(start, end, BLOCK_N):
         places = first + tl.arange(0, BLOCK_N)
         columns = tl.minimum(places, end - 1)
         allowed = load_allowed(key_mask, columns, places < end, mask_strides[1], HAS_MASK)
-        scores = head_scores(
-            q, k, row_tokens, columns, kept_rows, allowed, q_strides, k_strides, 1, group, head_weights, first_head,
-            inner, D, BLOCK_D, WEIGHTED, False, PRECISION,
-        )  # fmt: skip
+        if FOLDED:
+            scores = head_scores(
+                q, k, row_tokens, columns, kept_rows, allowed, q_strides, k_strides, 1, group, head_weights, 0, inner,
+                D, BLOCK_D, WEIGHTED, False, PRECISION,
+            )  # fmt: skip
+        else:
+            k_tile = load_tile(k, columns, dims, k_strides, allowed, False, D)  # [N, D]
+            scores = product(q_tile, tl.trans(k_tile), PRECISION)
         scores = tl.where(allowed[None, :], scores, float("-inf"))
         peak, shift, shrink = raise_peak(peak, scores, scale)
         total = total * shrink + tl.sum(exponentials(scores, scale, shift[:, None]), 1)
@@ -107,7 +118,7 @@ def cost_rows_kernel(
         load_allowed(key_mask, source_k + row_tokens, held_rows, mask_strides[1], HAS_MASK),
         load_allowed(key_mask, frame_k + columns, held_columns, mask_strides[1], HAS_MASK),
         source_rows, columns, forward_stride, backward_stride, q_strides, k_strides, group, first_head, inner, scale,
-        D, BLOCK_D, FOLDED, BIDIRECTIONAL, HAS_MASK or PARTS, WEIGHTED, PRECISION,
+        D, BLOCK_D, FOLDED, BIDIRECTIONAL, HAS_MASK, PARTS, WEIGHTED, PRECISION,
     )  # fmt: skip
     row = wide(tl.program_id(1)) * row_count + rows
     stored = costs + (row * frames + frame)[:, None] * frame_tokens + places[None, :]
@@ -148,7 +159,7 @@ def attention_mass_kernel(
         weights = cost_tile(
             q, k, head_weights, statistics, statistics, row_tokens, columns, row_tokens, columns, kept_rows, allowed,
             source_rows, columns, row_count, row_count, q_strides, k_strides, group, first_head, inner, scale, D,
-            BLOCK_D, FOLDED, False, False, WEIGHTED, PRECISION,
+            BLOCK_D, FOLDED, False, False, False, WEIGHTED, PRECISION,
         )  # fmt: skip
         # After the heads: keys that are removed, or past the end of the segment.
         weights = tl.where(allowed[None, :], weights, 0.0)
@@ -180,14 +191,15 @@ def row_statistics(
     table = token_segments(tuple(segments), q.device)
     rows = tokens.shape[0]
     statistics = torch.empty(q.shape[0], outer, len(table), rows, dtype=torch.float32, device=q.device)
-    tiles = choose_tiles("statistics", q)
+    tiles = choose_tiles("row_statistics_folded" if arrangement.folded else "row_statistics", q)
     mask = table if key_mask is None else key_mask
     factors = arrangement.factors if arrangement.folded else None
     launch(
         row_statistics_kernel, (len(table) * tile_count(rows, tiles.rows), q.shape[0] * outer),
         q, k, table if factors is None else factors, statistics, tokens, table, mask,
         q.stride(), k.stride(), mask.stride(), outer, inner, q.shape[1] // k.shape[1], rows, len(table), factor,
-        D=q.shape[-1], BLOCK_D=tiles.dims, BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, HAS_MASK=key_mask is not None,
+        D=q.shape[-1], BLOCK_D=tiles.dims if arrangement.folded else padded_head_dim(q.shape[-1]), BLOCK_M=tiles.rows,
+        BLOCK_N=tiles.columns, FOLDED=arrangement.folded, HAS_MASK=key_mask is not None,
         WEIGHTED=int(factors is not None), PRECISION=product_precision(), tiles=tiles,
     )  # fmt: skip
     return statistics

@@ -27,15 +27,22 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# With a window: blocks of 4 x 4 tokens, whose windows reach few tokens that none of them sees, on mma.sync. Averaged
-# logits read every head's tiles anew and take 8 x 8.
+# With a window: blocks of 8 x 8 tokens, the fewest rows that wgmma takes, and key tiles of up to 8 x 8.
 _WINDOWED = {
-    kernel: {64: Tiles(16, 16, 64, 1, 2), 128: Tiles(16, 16, 128, 1, 1), 256: Tiles(16, 16, 256, 2, 1)}
-    for kernel in ("soft_forward_window", "soft_backward_query_window", "soft_backward_key_window")
-} | {
+    "soft_forward_window": {64: Tiles(64, 64, 64, 4, 2), 128: Tiles(64, 64, 128, 4, 2), 256: Tiles(64, 32, 256, 4, 1)},
+    "soft_backward_query_window": {
+        64: Tiles(64, 64, 64, 4, 2),
+        128: Tiles(64, 32, 128, 4, 2),
+        256: Tiles(64, 16, 256, 4, 1),
+    },
+    "soft_backward_key_window": {
+        64: Tiles(64, 64, 64, 4, 2),
+        128: Tiles(32, 64, 128, 4, 2),
+        256: Tiles(16, 64, 256, 4, 1),
+    },
     "folded_forward_window": {256: Tiles(64, 64, 64, 4, 3)},
     "best_match_window": {256: Tiles(64, 64, 64, 4, 2)},
-    "best_product_window": {256: Tiles(64, 64, 64, 4, 2)},
+    "best_product_window": {64: Tiles(64, 64, 64, 4, 2), 128: Tiles(64, 64, 128, 4, 2), 256: Tiles(64, 32, 256, 4, 1)},
     "best_product_folded_window": {256: Tiles(64, 64, 64, 4, 2)},
 }
 # kernel -> padded head_dim up to which a row holds -> tiles. 16-bit operands, shared memory of 9.0 and 10.0. Four warps
@@ -55,13 +62,14 @@ _LARGE = {
     },
     "folded_forward": {256: Tiles(128, 256, 64, 8, 3)},
     "folded_gradient": {256: Tiles(128, 128, 32, 8, 4)},
-    "statistics": {256: Tiles(128, 128, 64, 8, 3)},
-    "cost_rows": {256: Tiles(64, 128, 64, 8, 2)},
-    "attention_mass": {256: Tiles(64, 128, 64, 8, 2)},
-    "best_match": {256: Tiles(64, 64, 64, 8, 2)},
-    "best_match_folded": {256: Tiles(64, 64, 64, 8, 2)},
-    "best_product": {256: Tiles(64, 64, 64, 8, 2)},
-    "best_product_folded": {256: Tiles(64, 64, 64, 8, 2)},
+    "row_statistics": {64: Tiles(64, 128, 64, 4, 3), 128: Tiles(64, 128, 128, 4, 2), 256: Tiles(64, 64, 256, 4, 2)},
+    "row_statistics_folded": {256: Tiles(64, 128, 64, 4, 3)},
+    "cost_rows": {64: Tiles(64, 128, 64, 8, 2), 256: Tiles(64, 64, 128, 8, 2)},
+    "attention_mass": {64: Tiles(64, 128, 64, 4, 2), 256: Tiles(64, 64, 128, 4, 2)},
+    "best_match": {64: Tiles(64, 128, 64, 8, 2), 256: Tiles(64, 64, 128, 8, 2)},
+    "best_match_folded": {256: Tiles(128, 128, 64, 8, 3)},
+    "best_product": {64: Tiles(64, 64, 64, 4, 3), 128: Tiles(64, 64, 128, 4, 3), 256: Tiles(64, 64, 256, 4, 2)},
+    "best_product_folded": {256: Tiles(128, 128, 64, 8, 3)},
     "refinement": {256: Tiles(32, 16, 64, 4, 1)},
     "local_forward": {64: Tiles(128, 64, 64, 4, 3), 128: Tiles(128, 64, 128, 8, 2), 256: Tiles(128, 32, 256, 8, 2)},
     "local_backward_query": {
@@ -79,17 +87,18 @@ _MEDIUM = {
     "soft_backward_key": {64: Tiles(32, 64, 64, 4, 3), 128: Tiles(32, 64, 128, 4, 2), 256: Tiles(16, 64, 256, 4, 1)},
     "folded_forward": {256: Tiles(128, 128, 32, 8, 3)},
     "folded_gradient": {256: Tiles(128, 128, 32, 8, 3)},
-    "statistics": {256: Tiles(128, 64, 64, 8, 2)},
+    "row_statistics": {64: Tiles(64, 64, 64, 4, 2), 128: Tiles(64, 64, 128, 4, 2), 256: Tiles(64, 32, 256, 4, 2)},
+    "row_statistics_folded": {256: Tiles(64, 64, 64, 4, 2)},
     "cost_rows": {256: Tiles(64, 64, 64, 4, 2)},
     "attention_mass": {256: Tiles(64, 64, 64, 4, 2)},
     "best_match": {256: Tiles(64, 64, 64, 4, 2)},
     "best_match_folded": {256: Tiles(64, 64, 64, 4, 2)},
-    "best_product": {256: Tiles(64, 64, 64, 4, 2)},
+    "best_product": {64: Tiles(64, 64, 64, 4, 2), 128: Tiles(64, 64, 128, 4, 2), 256: Tiles(64, 32, 256, 4, 2)},
     "best_product_folded": {256: Tiles(64, 64, 64, 4, 2)},
     "refinement": {256: Tiles(32, 16, 64, 4, 1)},
     "local_forward": {64: Tiles(128, 64, 64, 8, 2), 128: Tiles(64, 32, 128, 4, 2), 256: Tiles(64, 16, 256, 4, 1)},
-    "local_backward_query": {64: Tiles(64, 64, 64, 4, 2), 128: Tiles(64, 32, 128, 4, 1), 256: Tiles(64, 16, 256, 4, 1)},
-    "local_backward_key": {64: Tiles(64, 64, 64, 4, 2), 128: Tiles(32, 64, 128, 4, 1), 256: Tiles(16, 64, 256, 8, 1)},
+    "local_backward_query": {64: Tiles(64, 64, 64, 4, 2), 128: Tiles(64, 32, 128, 4, 2), 256: Tiles(64, 16, 256, 4, 1)},
+    "local_backward_key": {64: Tiles(32, 64, 64, 4, 2), 128: Tiles(32, 64, 128, 4, 1), 256: Tiles(16, 64, 256, 8, 1)},
     **_WINDOWED,
 }
 # Where a mask, a window or weights of the heads take registers too; the other kernels fit them beside their own tiles.
@@ -100,7 +109,7 @@ _GUARDED = {
         256: Tiles(128, 32, 256, 8, 2),
     },
     "soft_backward_key": {64: Tiles(64, 128, 64, 8, 2), 128: Tiles(32, 128, 128, 8, 2), 256: Tiles(16, 128, 256, 8, 2)},
-    "folded_forward": {256: Tiles(128, 128, 64, 8, 3)},
+    "best_product_folded": {256: Tiles(64, 128, 64, 8, 3)},
 }
 # float32: twice the bytes, and products on the floating-point units unless tf32 is asked for.
 _FLOAT32 = {

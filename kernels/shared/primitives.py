@@ -243,12 +243,6 @@ def all_defined(tile):
 
 
 @triton.jit
-def zero_where_undefined(tile):
-    """The tile with 0 in place of NaN and infinity."""
-    return tl.where(tl.abs(tile.to(tl.float32)) < float("inf"), tile, 0.0).to(tile.dtype)
-
-
-@triton.jit
 def better_match(best, best_token, undefined_token, scores, tokens, kept):
     """One step of the running argmax with the rules of `torch.argmax`: lowest index of equals, the first NaN wins.
 
