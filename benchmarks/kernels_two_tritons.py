@@ -48,15 +48,10 @@ def compiled(folder: pathlib.Path | None, parts: pathlib.Path, options: Sequence
     return [{"commit": held["commit"], **row} for row in held["rows"]]
 
 
-def latest(rows: Iterable[Record]) -> list[Record]:
-    """Of each launch the rows of the last commit that the rows, oldest first, have."""
-    launches: dict[tuple[object, ...], list[Record]] = {}
-    for row in rows:
-        of_launch = launches.setdefault(tuple(row[name] for name in LAUNCH), [])
-        if of_launch and of_launch[0]["commit"] != row["commit"]:
-            of_launch.clear()
-        of_launch.append(row)
-    return [row for of_launch in launches.values() for row in of_launch]
+def replaced(held: Iterable[Record], made: Sequence[Record]) -> list[Record]:
+    """The rows that are held of other launches, and those that were made."""
+    launches = {tuple(row[name] for name in LAUNCH) for row in made}
+    return [row for row in held if tuple(row[name] for name in LAUNCH) not in launches] + list(made)
 
 
 def shape_use(shape: Shape) -> Record:
@@ -81,9 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given.parts.mkdir(parents=True, exist_ok=True)
     rows = read_json(given.output)["rows"] if given.output.is_file() else []
     for folder in (None, *given.triton):
-        rows += compiled(folder, given.parts, options)
+        rows = replaced(rows, compiled(folder, given.parts, options))
     shapes = [shape_use(SHAPES[name]) for name in PUBLISHED]
-    write_json(given.output, {**facts(), "shapes": shapes, "rows": latest(rows)})
+    write_json(given.output, {**facts(), "shapes": shapes, "rows": rows})
     return 0
 
 
