@@ -101,6 +101,20 @@ def test_a_wrong_result_is_found(spoil, wrong):
     assert wrong in str(finding.wrong)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "right", "wrong"), [(torch.bfloat16, 1.01, 1.014), (torch.float16, 1.0018, 1.003)], ids=str
+)
+def test_a_result_may_be_off_by_the_rounding_of_its_dtype(dtype, right, wrong):
+    case = replace(SOFT, dtype=dtype)
+    for factor, is_right in ((right, True), (wrong, False)):
+
+        def scaled(inputs: list[torch.Tensor], factor: float = factor) -> list[torch.Tensor]:
+            moved, *gradients = case.run(inputs, "streaming")
+            return [moved * factor, *gradients]
+
+        assert (kernel_check.compare(case, CPU, scaled).wrong is None) == is_right
+
+
 def test_an_infinity_of_the_other_sign_is_wrong():
     case = replace(SOFT, masked=1.0, options={"heads": "logits", "return_lse": True})
     assert kernel_check.compare(case, CPU, lambda inputs: case.run(inputs, "streaming")).wrong is None
