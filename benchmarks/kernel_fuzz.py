@@ -44,6 +44,7 @@ def main() -> int:
     run = facts()
     held = read_json(arguments.output) if arguments.output.exists() else {"runs": [], "rows": []}
     rows = {(row["triton"], row["number"]): row for row in held["rows"]}
+    tolerance = {str(dtype).removeprefix("torch."): allowed for dtype, allowed in TOLERANCE.items()}
     wrong = 0
     for number in range(arguments.first, arguments.first + arguments.count):
         case = random_case(number)
@@ -58,10 +59,11 @@ def main() -> int:
         if finding.wrong is not None:
             wrong += 1
             print(f"wrong: {number}: {case.operation}, {dtype}: {finding.wrong}", flush=True)
-    runs = [*held["runs"], run]
-    ordered = [rows[key] for key in sorted(rows)]
-    tolerance = {str(dtype).removeprefix("torch."): allowed for dtype, allowed in TOLERANCE.items()}
-    write_json(arguments.output, {"runs": runs, "tolerance": tolerance, "worst": summary(ordered), "rows": ordered})
+        ordered = [rows[key] for key in sorted(rows)]
+        write_json(
+            arguments.output,
+            {"runs": [*held["runs"], run], "tolerance": tolerance, "worst": summary(ordered), "rows": ordered},
+        )
     print(
         markdown_table(list(summary(ordered)[0]), [[str(value) for value in row.values()] for row in summary(ordered)])
     )
