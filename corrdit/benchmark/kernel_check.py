@@ -12,6 +12,7 @@ import math
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -167,8 +168,10 @@ def findings(device: torch.device, workers: int | None = None) -> Iterator[Findi
     if workers == 1:
         yield from (attempt(case, device) for case in cases(device))
     else:
-        with multiprocessing.get_context("spawn").Pool(workers, _begin, (device,)) as pool:
-            yield from pool.imap(functools.partial(attempt, device=device), cases(device))
+        # Where a process is killed this raises; a plain pool would wait for it for ever.
+        spawned = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, spawned, _begin, (device,)) as pool:
+            yield from pool.map(functools.partial(attempt, device=device), cases(device))
     yield from special_findings(device)
 
 

@@ -227,6 +227,30 @@ def test_a_wrong_kernel_ends_the_check_with_status_1(monkeypatch, capsys):
     assert "wrong: match: result 0 is off" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("given", "device"), [([], "cuda:0"), (["cuda"], "cuda:0"), (["cuda:1"], "cuda:1")])
+def test_the_check_is_of_one_cuda_device(monkeypatch, capsys, given, device):
+    from torch.cuda import _utils
+
+    from corrdit.benchmark import environment
+    from corrdit.cli import devices, main
+
+    current, checked = [], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(devices, "usable_devices", lambda **options: ["cpu", "cuda", "cuda:0", "cuda:1"])
+    # As torch itself does, which takes no device without an index.
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(_utils._get_device_index(device)))
+    monkeypatch.setattr(environment, "device_name", lambda device: "a GPU")
+    monkeypatch.setattr(
+        kernel_check,
+        "findings",
+        lambda device: checked.append(device) or iter([kernel_check.Finding("soft", 0.5, None)]),
+    )
+    assert main(["kernels", "--check", *(["--device", *given] if given else [])]) == 0
+    assert checked == [torch.device(device)]
+    assert current == [torch.device(device).index]
+    assert "a GPU" in capsys.readouterr().out
+
+
 def test_a_device_without_a_check_is_refused(capsys):
     from corrdit.cli import main
 
