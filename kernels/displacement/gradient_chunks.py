@@ -23,21 +23,21 @@ _ROWS_OF_BAND = 1024
 
 
 class Stretches(NamedTuple):
-    """Tokens of a tensor's token axis: `count` stretches of `tokens` each, one every `step` from `first` on."""
+    """Tokens of a tensor's token axis: `pieces` stretches of `tokens` each, one every `step` from `first` on."""
 
     first: int
-    count: int
+    pieces: int
     tokens: int
     step: int
 
     @property
     def total(self) -> int:
-        return self.count * self.tokens
+        return self.pieces * self.tokens
 
     def of(self, matrix: Tensor) -> Tensor:
-        """`[count, tokens, W]` of `[N, W]`, a view."""
+        """`[pieces, tokens, W]` of `[N, W]`, a view."""
         stride, start = matrix.stride(0), matrix.storage_offset() + self.first * matrix.stride(0)
-        shape = (self.count, self.tokens, matrix.shape[1])
+        shape = (self.pieces, self.tokens, matrix.shape[1])
         return matrix.as_strided(shape, (self.step * stride, stride, matrix.stride(1)), start)
 
 

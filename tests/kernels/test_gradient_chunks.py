@@ -40,7 +40,7 @@ def test_every_pair_of_a_query_and_a_key_in_reach_is_in_one_chunk(monkeypatch, p
     times = torch.zeros(len(pairs) // 2, tokens, tokens)
     for chunk in cut:
         assert chunk.elements <= room
-        for a, b in itertools.product(range(chunk.queries.count), range(chunk.key_frames)):
+        for a, b in itertools.product(range(chunk.queries.pieces), range(chunk.key_frames)):
             pair = chunk.first_pair + a * chunk.pair_step + b
             queries = slice(chunk.first_row, chunk.first_row + chunk.queries.tokens)
             keys = slice(max(chunk.first_key, 0), min(chunk.stop_key, tokens))

@@ -13,7 +13,7 @@ from corrdit.kernels.displacement import folded, folded_backward, gradient_rows,
 from corrdit.kernels.frame_local import backward as frame_local_backward
 from corrdit.kernels.frame_local import forward as frame_local_forward
 from corrdit.kernels.frame_local import layout as frame_local_layout
-from corrdit.kernels.matching import best_match, correspondence, refinement, token_rows
+from corrdit.kernels.matching import best_match, best_product, correspondence, refinement, token_rows
 from corrdit.kernels.shared import primitives, windows
 
 pytestmark = pytest.mark.slow
@@ -30,6 +30,8 @@ SHARED = {
     "pairs": ((1, 0), (1, 2)),
 }
 SOFT = "soft_displacement"
+# Frames so large that a band of token rows is a part of them.
+BANDS = {"mode": "logits", "window": 0, "grid": TokenGrid(2, 40, 18), "heads": 1, "head_dim": 8}
 ZEROED = {**LOCAL, "options": {"renormalize": False, "span": 0}}
 KEPT = {**LOCAL, "options": {"renormalize": True, "span": 0}}
 MATCH = {"mode": "probabilities", "options": {"bidirectional": True, "refine": 0, "positional": [1, [0]]}}
@@ -44,14 +46,17 @@ PLANTED: list[tuple[Any, str, str, str, str, dict[str, Any]]] = [
     (primitives, "log_sum_exp", "shift + tl.log2", "tl.log2", SOFT, {}),
     (primitives, "gradient_planes", "lanes % 3 == 1, x[:, None], y[:, None]", "lanes % 3 == 1, y[:, None], x[:, None]",
      SOFT, {}),
-    (windows, "in_window", "(highest - code)", "_GUARD", SOFT, {"window": 1}),
-    (windows, "window_rectangle", "highest_y + radius + 1", "highest_y + radius", SOFT, WIDE),
-    (windows, "rectangle_tokens", "top + down", "top", SOFT, WIDE),
+    (windows, "in_window", "(highest - code)", "(code - lowest)", SOFT, {"window": 1}),
+    (windows, "covering_tiles", "highest + radius + 1", "highest + radius", SOFT, WIDE),
+    (windows, "tile_corner", "top + down *", "top + 0 *", SOFT, WIDE),
+    (windows, "tile_corner", "tile + 1", "tile", SOFT, WIDE),
+    (windows, "window_bounds", "tl.minimum(center_x + radius, width - 1)", "center_x + radius", SOFT, WIDE),
+    (windows, "seen_keys", "tl.where(kept, codes, _OUTSIDE)", "codes", SOFT, {"window": 1, "kept": 0.6}),
     (windows, "block_tokens", "place // ACROSS) * width", "place // ACROSS) * width + width", SOFT, WIDE),
     (soft_forward, "store_displacement", "lane(moments, 1)", "lane(moments, 2)", SOFT, {}),
     (primitives, "load_allowed", "kept & tl.load", "kept | tl.load", SOFT, {"kept": 0.6}),
     (primitives, "gradient_shift", "statistics - tl.where", "statistics + tl.where", SOFT, {}),
-    (soft_forward, "soft_forward_kernel", "tokens < k_stop, dims", "tokens < k_stop + 16, dims", SOFT, {}),
+    (windows, "held_tokens", "stop - 1", "stop", SOFT, {}),
     (soft_forward, "soft_forward_kernel", "head // group", "head * 0", SOFT, {**SHARED, "pairs": ((1, 0),)}),
     (soft_forward, "soft_forward_kernel", "k_first + bulk + columns", "bulk + columns", SOFT, SHARED),
     (soft_forward, "soft_forward_kernel", "k_place * k_strides[2]", "k_first * k_strides[2]", SOFT, SHARED),
@@ -62,11 +67,12 @@ PLANTED: list[tuple[Any, str, str, str, str, dict[str, Any]]] = [
      SHARED),
     (gradient_rows, "gradient_rows_kernel", "other=0.0) * LOG2_E_CONSTANT", "other=0.0)", SOFT,
      {**SHARED, "with_lse": True}),
-    (soft_backward, "guarded_keys", "zero_where_undefined(k_tile)", "k_tile", SOFT,
+    (soft_backward, "guarded_queries", "tl.where(seen, dlogit, 0.0)", "dlogit", SOFT,
      {"window": 1, "undefined_key": True}),
-    (soft_backward, "guarded_queries", "0.0, dlogit)", "dlogit, dlogit)", SOFT, {"window": 1, "undefined_key": True}),
-    (folded_backward, "folded_gradient_kernel", "0.0, dlogit)", "dlogit, dlogit)", SOFT,
+    (folded_backward, "folded_gradient_kernel", "tl.where(seen, dlogit, 0.0)", "dlogit", SOFT,
      {"window": 1, "undefined_key": True, "mode": "logits"}),
+    (folded_backward, "folded_gradient_kernel", "key_turn * skipped", "0", SOFT, BANDS),
+    (folded_backward, "folded_gradient_kernel", "turn * row_count + local", "local", SOFT, BANDS),
     (primitives, "head_scores", "head // k_group", "head * 0", SOFT, {**SHARED, "mode": "logits"}),
     (folded_backward, "folded_gradient_kernel", "(k_place - first_column)", "(k_place * 0)", SOFT,
      {**SHARED, "mode": "logits"}),
@@ -84,9 +90,9 @@ PLANTED: list[tuple[Any, str, str, str, str, dict[str, Any]]] = [
      "accumulator * gradient_range", SOFT, {}),
     (soft_backward, "soft_backward_key_kernel", "accumulator * (logit_scale * gradient_range)",
      "accumulator * logit_scale", SOFT, {}),
-    (soft_backward, "guarded_keys", "inside, mask_stride", "inside, mask_stride * 2", SOFT,
+    (soft_backward, "soft_backward_query_kernel", "tokens, mask_strides[1]", "tokens, mask_strides[1] * 2", SOFT,
      {"kept": 0.6}),
-    (soft_backward, "guarded_queries", "lowest[None, :]", "highest[None, :]", SOFT, WIDE),
+    (soft_backward, "soft_backward_key_kernel", "lowest - corner", "lowest", SOFT, WIDE),
     (gradient_rows, "gradient_rows_kernel", "mean_x, mean_y, of_level)", "mean_y, mean_x, of_level)", SOFT, {}),
     (folded, "folded_forward_kernel", "scale, width, rows", "scale * 2, width, rows", SOFT,
      {"mode": "logits"}),
@@ -94,15 +100,24 @@ PLANTED: list[tuple[Any, str, str, str, str, dict[str, Any]]] = [
      {"mode": "logits", "pairs": ((0, 0), (0, 1))}),
     (primitives, "head_scores", "index // chunks", "index // chunks * 0", SOFT, {"mode": "logits"}),
     (primitives, "better_match", "tile_best > best", "tile_best < best", "hard_displacement", {}),
-    (best_match, "best_match_kernel", "place_code(x, y, allowed)", "place_code(x, y * 0, allowed)", "hard_displacement",
+    (best_product, "best_product_kernel", "place_code(x, y)", "place_code(x, y * 0)", "hard_displacement",
      {"window": 1}),
-    (best_match, "best_match_kernel", "allowed[None, :]", "inside[None, :]", "hard_displacement", {"kept": 0.5}),
+    (best_product, "best_product_kernel", "tl.where(seen, scores, float(\"-inf\"))", "scores", "hard_displacement",
+     {"kept": 0.5}),
+    (best_product, "best_product_kernel", "(scores <= best) == 0", "(scores >= best) == 0", "hard_displacement", {}),
+    (best_match, "best_match_kernel", "allowed[None, :]", "(columns >= 0)[None, :]", "hard_displacement",
+     {"mode": "probabilities", "kept": 0.5}),
     (correspondence, "cost_tile", "share * 0.5", "share", "match", MATCH),
-    (correspondence, "cost_tile", "allowed_rows[:, None]", "kept_rows[:, None]", "match", {**MATCH, "kept": 0.6}),
+    (correspondence, "cost_tile", "allowed_rows[:, None], weights, 0.0", "allowed_rows[:, None], weights, weights",
+     "match", {**MATCH, "kept": 0.6}),
     (correspondence, "cost_tile", "level[None, :]", "level[None, :] * 0", "match", MATCH),
     (refinement, "refinement_kernel", "sum_y / divisor", "sum_x / divisor", "match", REFINE),
     (token_rows, "cost_rows_kernel", "frame_k + columns", "columns", "cost_rows", ROWS),
     (token_rows, "row_statistics_kernel", "total * shrink", "total", "attention_mass", MASS),
+    (token_rows, "row_statistics_kernel", "tl.where(allowed[None, :], scores", "tl.where(kept_rows[:, None], scores",
+     "attention_mass", MASS),
+    (token_rows, "attention_mass_kernel", "allowed[None, :], weights, 0.0", "allowed[None, :], weights, weights",
+     "attention_mass", MASS),
     (token_rows, "attention_mass_kernel", "tl.maximum(peak, tl.max(weights, 1))", "tl.max(weights, 1)",
      "attention_mass", MASS),
     (frame_local_forward, "attend", "mean * shrink[:, None]", "mean", "frame_local_attention", KEPT),
