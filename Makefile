@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-all test-oldest lint types docs format figures clean
+.PHONY: demo test test-all test-oldest test-triton lint types docs format figures clean
 
 $(INSTALLED): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -22,11 +22,21 @@ test: $(INSTALLED)
 test-all: $(INSTALLED)
 	$(PYTEST)
 
-# The oldest diffusers that setup.py claims, with the libraries of its time, laid over the environment.
+# The oldest versions that setup.py claims of diffusers and what it stands on, laid over the environment.
 OLDEST := build/oldest
 test-oldest: $(INSTALLED)
-	$(BIN)/pip install --quiet --upgrade --target $(OLDEST) --requirement constraints-oldest.txt
-	PYTHONPATH=$(OLDEST) $(PYTEST) -m "not slow" tests/diffusers
+	$(BIN)/pip install --quiet --upgrade --no-deps --target $(OLDEST) --requirement constraints-oldest.txt
+	PYTHONPATH=$(OLDEST) $(PYTEST) -m "not slow" tests/diffusers tests/lightning
+
+# The main kernels compiled by an older triton, which machines with a GPU have, in a folder of its own.
+TRITON := 3.6.0
+OTHER_TRITON := build/triton-$(TRITON)
+$(OTHER_TRITON)/.installed: $(INSTALLED)
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(OTHER_TRITON) triton==$(TRITON)
+	touch $@
+
+test-triton: $(OTHER_TRITON)/.installed
+	CORRDIT_ANOTHER_TRITON=$(abspath $(OTHER_TRITON)) $(PYTEST) tests/kernels/test_ahead_of_time.py -k another_triton
 
 $(VENV)/.linted: $(INSTALLED)
 	$(BIN)/pip install --constraint constraints.txt ruff mypy

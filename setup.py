@@ -15,8 +15,8 @@ ROOT = pathlib.Path(__file__).parent
 REQUIREMENTS = [
     "torch>=2.11,<2.14",
     "triton>=3.6,<3.10; platform_system == 'Linux'",
-    "diffusers>=0.38,<0.43",
-    "transformers>=5.0,<6",
+    "diffusers>=0.36,<0.43",
+    "transformers>=4.57,<6",
     "accelerate>=1.0,<2",
     "lightning>=2.5,!=2.6.2,!=2.6.3,<2.7",
     "einops>=0.8,<0.9",
@@ -68,7 +68,7 @@ def long_description() -> str:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     text = re.sub(r"^!\[.*\n\n?", "", text, flags=re.MULTILINE)
     text = re.sub(r"^<!--.*-->\n", "", text, flags=re.MULTILINE)
-    text = re.sub(r"^## Read on\n.*?(?=^## )", "", text.replace(" (above)", ""), flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^## Read on\n.*?(?=^## )", "", text, flags=re.MULTILINE | re.DOTALL)
     text = re.sub(r"\s\(\[more\]\(docs/[^)]*\)\)", "", text)
     return re.sub(r"\[([^]]+)\]\((?!https?:)[^)]*\)", r"\1", text)
 

@@ -2,9 +2,14 @@
 
     python benchmarks/gpu.py --output DIR [--minutes 45] [options of corrdit bench]
 
-checks every kernel against float64 (`corrdit kernels --check`) and stops at the first wrong one; then `corrdit bench`
-runs in pieces of five minutes, each of which goes on where the last one ended and loses no finished row. The same
-command again goes on after a lease that ended, without the check if DIR says that it passed at this commit.
+says what is planned, compares every kernel with float64 (`corrdit kernels --check`, into DIR/check.txt) and then runs
+`corrdit bench` in pieces of five minutes, each of which goes on where the last one ended and loses no finished row. A
+wrong kernel does not keep the others from being timed. The same command again goes on after a lease that ended, without
+the check if DIR says that it passed at this commit. `--device cpu` tries the same without a GPU, with interpreted
+kernels.
+
+Exit status: 0 when all is right and measured, 1 when a result is wrong or failed, 2 when it cannot start, 3 when
+measurements are left.
 """
 
 from __future__ import annotations
@@ -18,13 +23,51 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PIECE_MINUTES = 5.0
-UNFINISHED = 3
+NEEDED = ("torch", "triton", "numpy", "einops")
+SUCCESS, FAILED, CANNOT_START, UNFINISHED = 0, 1, 2, 3
 
 
-def corrdit(*arguments: str) -> int:
-    """The exit status of a command of this checkout."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    return subprocess.run([sys.executable, "-m", "corrdit", *arguments], check=False, env=environment).returncode
+def corrdit(*arguments: str, log: pathlib.Path | None = None) -> int:
+    """The exit status of a command of this checkout; what it prints is shown, and kept in `log`."""
+    path = os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH", "")) if part)
+    command, environment = [sys.executable, "-u", "-m", "corrdit", *arguments], {**os.environ, "PYTHONPATH": path}
+    if log is None:
+        return subprocess.run(command, check=False, env=environment).returncode
+    with (
+        log.open("w", encoding="utf-8") as file,
+        subprocess.Popen(
+            command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        ) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            file.write(line)
+            file.flush()
+    return process.returncode
+
+
+def cannot_start(device: str) -> str | None:
+    """What this machine lacks."""
+    from importlib.util import find_spec
+
+    if absent := [name for name in NEEDED if find_spec(name) is None]:
+        return f"{', '.join(absent)} cannot be imported by {sys.executable}; {', '.join(NEEDED)} are needed"
+    import torch
+
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        return f"torch {torch.__version__} finds no CUDA device here; --device cpu tries the same without one"
+    return None
+
+
+def commit() -> str | None:
+    """The commit of this checkout, None where there is no git or the files differ from it."""
+    done = subprocess.run(
+        ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    name = done.stdout.strip()
+    return name if done.returncode == 0 and not name.endswith("-dirty") else None
 
 
 def main() -> int:
@@ -34,21 +77,23 @@ def main() -> int:
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1 or cpu")
     arguments, of_bench = parser.parse_known_args()
     start = time.monotonic()
+    if reason := cannot_start(arguments.device):
+        print(f"gpu.py: {reason}", file=sys.stderr)
+        return CANNOT_START
     arguments.output.mkdir(parents=True, exist_ok=True)
-    checked = arguments.output / "checked"
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    if not checked.exists() or not commit or checked.read_text(encoding="utf-8") != commit:
-        status = corrdit("kernels", "--check", "--device", arguments.device)
-        if status:
-            return status
-        checked.write_text(commit, encoding="utf-8")
-    bench = ["bench", "--output", str(arguments.output), "--device", arguments.device, "--resume", *of_bench]
+    bench = ["bench", "--output", str(arguments.output), "--device", arguments.device, *of_bench]
+    if status := corrdit(*bench, "--plan", "--minutes", str(arguments.minutes)):
+        return status
+    passed, here = arguments.output / "checked", commit()
+    checked = SUCCESS
+    if here is None or not passed.exists() or passed.read_text(encoding="utf-8") != here:
+        checked = corrdit("kernels", "--check", "--device", arguments.device, log=arguments.output / "check.txt")
+        if checked == SUCCESS and here is not None:
+            passed.write_text(here, encoding="utf-8")
     status = UNFINISHED
     while status == UNFINISHED and (left := arguments.minutes - (time.monotonic() - start) / 60) > 0:
-        status = corrdit(*bench, "--minutes", str(min(left, PIECE_MINUTES)))
-    return status
+        status = corrdit(*bench, "--resume", "--minutes", str(min(left, PIECE_MINUTES)))
+    return status or checked
 
 
 if __name__ == "__main__":

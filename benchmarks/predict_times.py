@@ -23,6 +23,8 @@ from corrdit.benchmark.predictions import FILE
 from corrdit.benchmark.runner import BOTH, FORWARD
 from corrdit.benchmark.shapes import SHAPES, Shape
 from corrdit.files import written_beside
+from corrdit.kernels.displacement.folded import visited_scores
+from corrdit.kernels.shared.configs import tiles as tiles_of
 
 MULTIPROCESSORS, CYCLES = 132, 1.83e9
 TENSOR, EXPONENTIALS, ISSUE = 2048, 16, 128
@@ -31,6 +33,7 @@ HIDDEN = 0.8
 # The same where every product waits for its operands from the L2 cache: small tiles of the joined heads.
 UNHIDDEN = 0.5
 LAUNCH_MILLISECONDS = 0.01
+FOLDED_TILES = tiles_of("folded_forward", "9.0", 64, 2)
 # Multiply-adds a second of a plain matrix product with aligned rows and float32 sums, and bytes of a copy.
 PRODUCTS, BYTES = 0.82 * 790e12 / 2, 4.3e12
 
@@ -66,8 +69,9 @@ def padded(shape: Shape, pairs: float, rows: int, columns: int) -> float:
     return pairs * tiles(size, rows) * tiles(size, columns)
 
 
-def folded(shape: Shape, pairs: float) -> Kernel:
-    return Kernel("folded_forward", padded(shape, pairs, 128, 256), shape.channels + 16, 1, 8)
+def folded(shape: Shape) -> Kernel:
+    scores = shape.frames * visited_scores(shape.grid.video_tokens, shape.grid.tokens_per_frame, FOLDED_TILES)
+    return Kernel("folded_forward", scores, shape.channels + 16, 1, 8)
 
 
 def folded_gradient(shape: Shape) -> list[Kernel | float]:
@@ -143,7 +147,7 @@ def forward(operation: str, shape: Shape) -> list[Kernel | float]:
     """The launches of a forward pass, and milliseconds of what is no kernel of ours."""
     pairs, every = float(shape.frames**2), shape.grid.video_tokens
     if operation == "soft_displacement:logits":
-        return [folded(shape, pairs)]
+        return [folded(shape)]
     if operation == "soft_displacement:probabilities":
         return [per_head(shape, pairs)]
     if operation == "soft_displacement:window":

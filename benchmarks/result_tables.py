@@ -1,9 +1,10 @@
-"""The tables of quality in README.md and docs/results.md, from the result files.
+"""The tables and run times in README.md and docs, from the result files.
 
     python benchmarks/result_tables.py            # writes them into the pages, between their marks
     python benchmarks/result_tables.py --check    # exit status 1 and the names of tables that are not as the files say
 
-A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`.
+A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`. How long a command takes by the
+clock stands behind it, as in `make demo  # 40 s`, wherever a page shows a command that `run_times.json` has.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from experiment import RESULTS, Record, new_parser, read_json
 from corrdit.files import markdown_table, written_beside
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "install.md")
+RUN_TIMES = "run_times.json"
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 MATCHING = {
@@ -260,6 +262,48 @@ def accelerated(result: Record) -> str:
     return markdown_table(("run", "identical", "not made", "fails"), rows)
 
 
+def kernel_faults(result: Record) -> str:
+    """How many launches there are, spill, have products that wait for each other, and do not fit the chip."""
+    groups: dict[tuple[int, str, str], list[Record]] = {}
+    for row in result["rows"]:
+        groups.setdefault((row["arch"], row["dtype"], row["triton"]), []).append(row)
+    rows = []
+    for (arch, dtype, version), group in sorted(groups.items()):
+        spills = [row["spill_bytes"] for row in group if row["spill_bytes"]]
+        serialised, unfit = (sum(row[name] is bad for row in group) for name, bad in
+                             (("serialized_products", True), ("launchable", False)))  # fmt: skip
+        counts = (len(group), len(spills), max(spills, default=0), serialised, unfit)
+        rows.append([f"{arch / 10:.1f}", dtype, version, *map(str, counts)])
+    head = ("capability", "dtype", "triton", "launches", "spill", "most, bytes", "serialised", "do not fit")
+    return markdown_table(head, rows)
+
+
+def kernel_code(result: Record) -> str:
+    """The plain launches on 9.0 in bfloat16, each version of triton beside the other."""
+    versions = sorted({row["triton"] for row in result["rows"]})
+    found: dict[tuple[str, str, int], dict[str, Record]] = {}
+    for row in result["rows"]:
+        if (row["arch"], row["dtype"], row["variant"]) == (90, "bfloat16", "plain"):
+            found.setdefault((row["kernel"], row["heads"], row["head_dim"]), {})[row["triton"]] = row
+    names = ("registers", "instructions_per_element", "overlap", "resident_blocks")
+    rows = [
+        [*map(str, key), *(_both(by_version, name, versions) for name in names)] for key, by_version in found.items()
+    ]
+    head = ("kernel", "heads", "head_dim", "registers", "instructions a score", "overlap", "blocks at once")
+    return markdown_table((*head[:3], *(f"{title}, {' and '.join(versions)}" for title in head[3:])), rows)
+
+
+def kernel_shapes(result: Record) -> str:
+    names = ("tile_use", "wave_use", "product", "product_pair_by_pair")
+    rows = [[row["shape"], *(f"{row[name]:.3f}" for name in names)] for row in result["shapes"]]
+    return markdown_table(("shape", "tile use", "wave use", "product", "product, each pair by itself"), rows)
+
+
+def _both(by_version: dict[str, Record], name: str, versions: Sequence[str]) -> str:
+    values = [by_version[version][name] if version in by_version else None for version in versions]
+    return ", ".join("-" if value is None else f"{value:.3g}" for value in values)
+
+
 def _fit(found: Record | None) -> str:
     if found is None:
         return "-"
@@ -267,6 +311,21 @@ def _fit(found: Record | None) -> str:
     words = "all on the card" if options["parts"] == "device" else options["parts"].replace("_", " ")
     tiles = ", codec in tiles" if options["codec_tiling"] else ""
     return f"{found['peak_bytes'] / 2**30:.1f}: {words}{tiles}"
+
+
+def run_times(result: Record) -> str:
+    rows = [
+        [f"`{row['shown']}`", row["what"], duration(row["seconds"]), duration(row["processor_seconds"])]
+        for row in result["rows"].values()
+    ]
+    return markdown_table(("command", "does", "by the clock", "processor time"), rows)
+
+
+def duration(seconds: float) -> str:
+    """Two figures at most: 8 s, 45 s, 3 min, 12 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min"
 
 
 TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
@@ -282,8 +341,12 @@ TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "transfer_moved_picture": ("transfer_quality.json", transfer_part("appendix-d")),
     "guidance": ("guidance_quality.json", guidance),
     "planned_peaks": ("plan_memory.json", planned_peaks),
+    "kernel_faults": ("kernels_two_tritons.json", kernel_faults),
+    "kernel_code": ("kernels_two_tritons.json", kernel_code),
+    "kernel_shapes": ("kernels_two_tritons.json", kernel_shapes),
     "accelerated": ("accelerated.json", accelerated),
     "planned_checkpoints": ("plan_memory.json", planned_checkpoints),
+    "run_times": (RUN_TIMES, run_times),
 }
 
 
@@ -296,7 +359,7 @@ def made(name: str, results: pathlib.Path) -> str:
 
 
 def filled(text: str, results: pathlib.Path) -> tuple[str, list[str]]:
-    """A text with its marked tables made anew, and the names of those that were different."""
+    """A text with its marked tables and its run times made anew, and the names of those that were different."""
     changed = []
 
     def replacement(match: re.Match[str]) -> str:
@@ -305,7 +368,18 @@ def filled(text: str, results: pathlib.Path) -> tuple[str, list[str]]:
             changed.append(match[2])
         return whole
 
-    return MARKED.sub(replacement, text), changed
+    text = MARKED.sub(replacement, text)
+    for name, row in read_json(results / RUN_TIMES)["rows"].items():
+        timed = re.sub(
+            rf"^({re.escape(row['shown'])} +# )\d+ (?:s|min)\b",
+            lambda line, row=row: line[1] + duration(row["seconds"]),
+            text,
+            flags=re.MULTILINE,
+        )
+        if timed != text:
+            changed.append(f"run time of {name}")
+        text = timed
+    return text, changed
 
 
 def main(words: list[str] | None = None) -> int:

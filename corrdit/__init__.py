@@ -46,6 +46,13 @@ MOVED = {
     "corrdit.integrations.diffusers.embedded": "corrdit.integrations.embedded",
     "corrdit.integrations.lightning.model_placement": "corrdit.integrations.diffusers.placement",
     "corrdit.integrations.diffusers.guidance.presets": "corrdit.integrations.diffusers.backbones.presets",
+    **{
+        f"corrdit.integrations.diffusers.backbones.presets:{name}":
+            f"corrdit.integrations.diffusers.backbones.published_models:{name}"
+        for name in (
+            "PUBLISHED_MODELS", "PublishedModel", "default_layers", "guidance_preset", "preset_for", "published_preset",
+        )
+    },
     "corrdit.integrations.diffusers.motion_transfer.presets": "corrdit.integrations.diffusers.motion_transfer.transfer",
     "corrdit.integrations.diffusers.motion_transfer.settings": "corrdit.integrations.diffusers.transfer_settings",
     "corrdit.integrations.lightning.muon": "corrdit.integrations.embedded.training.muon",

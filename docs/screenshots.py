@@ -1,7 +1,8 @@
-"""Photograph the report of an analysis and the explorer in a headless Chromium, for the documentation.
+"""The pictures of the documentation: tracks, and the report of an analysis and the explorer in a headless Chromium.
 
     python docs/screenshots.py                       # docs/figures/report.png, report-narrow.png, explore.png
     python docs/screenshots.py --output DIR [--report analysis/report.html] [--site build/site]
+    python docs/screenshots.py --tracks docs/demo.png     # the first page's picture alone, without a browser
 
 Without --report a small analysis of generated clips is made first (2 minutes on two CPU cores). With --site the first
 page of the built documentation is photographed too. Needs playwright and a Chromium (Debian's package `chromium`).
@@ -25,6 +26,7 @@ FIGURES = pathlib.Path(__file__).parent / "figures"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
 WIDE, NARROW, HEIGHT, EXPLORER_HEIGHT = 1200, 500, 900, 640
 COLOURS = 128
+TRACKED_SEED, TRACKED_FRAMES = 23, (0, 3, 5, 9, 12, 19)
 MINUTES_TO_START = 10
 
 
@@ -33,8 +35,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--output", type=pathlib.Path, default=FIGURES, help="folder for the pictures")
     parser.add_argument("--report", type=pathlib.Path, default=None, help="report.html of an analysis")
     parser.add_argument("--site", type=pathlib.Path, default=None, help="folder of the built documentation")
+    parser.add_argument("--tracks", type=pathlib.Path, default=None, help="write the picture of tracks, and no other")
     parser.add_argument("--chromium", default="/usr/bin/chromium", help="the browser")
     given = parser.parse_args(arguments)
+    if given.tracks is not None:
+        draw_tracks(given.tracks)
+        return 0
     from playwright.sync_api import sync_playwright
 
     given.output.mkdir(parents=True, exist_ok=True)
@@ -51,6 +57,22 @@ def main(arguments: list[str]) -> int:
             photograph_explorer(browser, address, given.output / "explore.png")
         browser.close()
     return 0
+
+
+def draw_tracks(path: pathlib.Path) -> None:
+    """Six frames of a generated clip with the points that the shipped model follows, hidden ones left out."""
+    from corrdit import PointTracker, load_backbone
+    from corrdit.integrations.embedded.world import demo_clip
+    from corrdit.visualization import TrackStyle, contact_sheet
+
+    video, clip = demo_clip(TRACKED_SEED)
+    tracks = PointTracker(load_backbone("embedded")).track(video, "grid:14")
+    drawn = tracks.draw(video, style=TrackStyle(hidden=False, fade=0.3))
+    caption = f"{tracks.points} points of a grid on frame 0, followed by the embedded model; hidden ones are left out."
+    chosen = [drawn[frame] for frame in TRACKED_FRAMES]
+    labels = [f"frame {frame}" for frame in TRACKED_FRAMES]
+    contact_sheet(chosen, labels, path=path, caption=caption, columns=3, colours=COLOURS)
+    print(path, clip.prompt)
 
 
 def analysed(folder: pathlib.Path) -> pathlib.Path:

@@ -22,8 +22,14 @@ def on_page_markdown(markdown: str, **_: object) -> str:
     """Public names in place of their mark; links to notebooks lead to their pages, and those out of `docs/`, where the
     site has nothing, become paths."""
     markdown = NOTEBOOK_LINK.sub(r"](\1.md)", markdown)
-    markdown = OUTSIDE.sub(lambda link: f"{link[1]} (`{link[2]}`)" if link[1] != link[2] else f"`{link[2]}`", markdown)
+    markdown = OUTSIDE.sub(_outside, markdown)
     return PUBLIC.sub(lambda mark: "\n".join(entries(mark[1])), markdown)
+
+
+def _outside(link: re.Match[str]) -> str:
+    """A path in brackets after the words of a link, or alone where these are its end."""
+    words, path = link.groups()
+    return f"`{path}`" if path.endswith(words.strip("`")) else f"{words} (`{path}`)"
 
 
 def entries(name: str) -> list[str]:

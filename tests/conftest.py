@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import pathlib
@@ -22,6 +23,16 @@ if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     del os.environ["TRITON_INTERPRET"]
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+def pytest_collection_finish() -> None:
+    """What the imports have made stays: tests that collect garbage, and Python itself, need not look through it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

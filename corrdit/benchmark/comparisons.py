@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from corrdit import ops
 from corrdit.benchmark import floors
@@ -42,8 +43,14 @@ class Scene:
 BASELINES = {
     "materialized": "all heads and all pairs at once, as the released code does",
     "folded-chunks": "one product over the joined heads, query rows in chunks",
+    "folded-compiled": "torch.compile of those chunks",
+    "folded-autotuned": "the same in its mode max-autotune-no-cudagraphs",
     "sdpa": "scaled_dot_product_attention: the coordinates as values, or frame by frame",
+    "sdpa-flash": "the same by PyTorch's flash kernel alone",
+    "sdpa-cudnn": "the same by that of cuDNN alone",
+    "flash-3": "the same by FlashAttention-3, where it is installed",
     "flex": "FlexAttention: the coordinates as values, or a block mask",
+    "flex-flash": "the same by FlashAttention's kernels, where torch and flash_attn have that",
     "compiled": "torch.compile of the reference",
     "windows": "keys gathered into a window for each query, as FastVMT does",
 }
@@ -58,16 +65,16 @@ class Baseline:
         run: the call.
         map_bytes: bytes of the score maps it holds at once, from the shape and the bytes of a number.
         forward_only_on: the kind of device on which it has no backward pass.
-        absent_on: the kind of device on which it does not run at all.
-        compiles: whether its first call at a shape compiles something.
+        missing: why it does not run at all on a kind of device, None where it does.
+        compile_seconds: about what a compiler takes at its first call of a shape and pass; 0 where there is none.
         about: says what to know of a call, such as which library kernel it ends up in.
     """
 
     run: Callable[[Scene], Results]
     map_bytes: MapBytes = lambda shape, element_bytes: 0.0
     forward_only_on: str | None = None
-    absent_on: str | None = None
-    compiles: bool = False
+    missing: Callable[[str], str | None] = lambda device_type: None
+    compile_seconds: float = 0.0
     about: Callable[[Scene], str] | None = None
 
 
@@ -96,6 +103,23 @@ class Comparison:
         return self.forward(shape) + self.backward(shape)
 
 
+# About what inductor takes for one function, forward and backward, and what it takes to try its kernels' tiles.
+_COMPILED, _AUTOTUNED = 30.0, 120.0
+
+
+def _missing_on_cpu(device_type: str) -> str | None:
+    return "does not run on cpu" if device_type == "cpu" else None
+
+
+def _flash_3_missing(device_type: str) -> str | None:
+    absent = None if compiled.installed("flash_attn_interface") else "flash_attn_interface is not installed"
+    return _missing_on_cpu(device_type) or absent
+
+
+def _flex_flash_missing(device_type: str) -> str | None:
+    return _missing_on_cpu(device_type) or compiled.flash_missing()
+
+
 def _all_pairs(maps: float) -> MapBytes:
     return lambda shape, element_bytes: maps * shape.heads * shape.grid.tokens**2 * element_bytes
 
@@ -114,7 +138,7 @@ def _compiled_soft(**options: object) -> Baseline:
     return Baseline(
         lambda s: (compiled.soft_displacement(*s.video, **options),),  # type: ignore[arg-type]
         map_bytes=lambda shape, _: 8.0 * shape.heads * shape.grid.tokens_per_frame**2,
-        compiles=True,
+        compile_seconds=_COMPILED,
     )
 
 
@@ -123,6 +147,20 @@ def _sdpa_soft(heads: str) -> Baseline:
         lambda s: (sdpa.soft_displacement(*s.video, heads=heads),),
         about=lambda s: sdpa.displacement_kernel(*s.video, heads),
     )
+
+
+def _attention_of(call: Callable[[Scene, sdpa.Attend], Results]) -> dict[str, Baseline]:
+    """What `sdpa` does, by one kernel each."""
+    flash, cudnn = (sdpa.only(backend) for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION))
+    return {
+        "sdpa-flash": Baseline(lambda s: call(s, flash)),
+        "sdpa-cudnn": Baseline(lambda s: call(s, cudnn), missing=_missing_on_cpu),
+        "flash-3": Baseline(lambda s: call(s, sdpa.flash_attention_3), missing=_flash_3_missing),
+    }
+
+
+def _folded_compiled(mode: str, seconds: float) -> Baseline:
+    return Baseline(lambda s: (compiled.folded_soft_displacement(*s.video, mode=mode),), compile_seconds=seconds)
 
 
 def _matching(bidirectional: bool) -> Comparison:
@@ -135,7 +173,9 @@ def _matching(bidirectional: bool) -> Comparison:
                 lambda s: tuple(materialized.match(*s.video, bidirectional=bidirectional)),
                 map_bytes=_source_pairs(2.0),
             ),
-            "compiled": Baseline(lambda s: compiled.match(*s.video, bidirectional=bidirectional), compiles=True),
+            "compiled": Baseline(
+                lambda s: compiled.match(*s.video, bidirectional=bidirectional), compile_seconds=_COMPILED
+            ),
         },
     )
 
@@ -149,14 +189,14 @@ def _frame_local(renormalize: bool, baselines: Mapping[str, Baseline]) -> Compar
         "compiled": Baseline(
             lambda s: (compiled.frame_local_attention(s.q, s.k, s.v, s.grid, renormalize=renormalize),),
             map_bytes=lambda shape, _: _all_pairs(2.0)(shape, 4),
-            compiles=True,
+            compile_seconds=_COMPILED,
         ),
         "flex": Baseline(
             lambda s: (compiled.flex_frame_local_attention(s.q, s.k, s.v, s.grid, renormalize=renormalize),),
             forward_only_on="cpu",
             # Zeroing after the softmax needs the sums of both softmaxes, which FlexAttention does not give on a CPU.
-            absent_on=None if renormalize else "cpu",
-            compiles=True,
+            missing=(lambda device_type: None) if renormalize else _missing_on_cpu,
+            compile_seconds=_COMPILED,
         ),
     }
     return Comparison(
@@ -181,6 +221,8 @@ COMPARISONS = {
         baselines={
             "materialized": Baseline(lambda s: (materialized.soft_displacement(*s.video),), map_bytes=_all_pairs(2.0)),
             "folded-chunks": Baseline(lambda s: (folded_chunks.soft_displacement(*s.video),)),
+            "folded-compiled": _folded_compiled("default", _COMPILED),
+            "folded-autotuned": _folded_compiled("max-autotune-no-cudagraphs", _AUTOTUNED),
             "sdpa": _sdpa_soft("logits"),
             "compiled": _compiled_soft(heads="logits"),
         },
@@ -190,8 +232,16 @@ COMPARISONS = {
         *_displacement_work(lambda shape: shape.heads, floors.all_pairs),
         baselines={
             "sdpa": _sdpa_soft("probabilities"),
+            **_attention_of(
+                lambda s, attend: (sdpa.soft_displacement(*s.video, heads="probabilities", attend=attend),)
+            ),
             "flex": Baseline(
-                lambda s: (compiled.flex_soft_displacement(*s.video),), forward_only_on="cpu", compiles=True
+                lambda s: (compiled.flex_soft_displacement(*s.video),), forward_only_on="cpu", compile_seconds=_COMPILED
+            ),
+            "flex-flash": Baseline(
+                lambda s: (compiled.flex_soft_displacement(*s.video, options=compiled.FLASH),),
+                missing=_flex_flash_missing,
+                compile_seconds=_COMPILED,
             ),
             "compiled": _compiled_soft(heads="probabilities"),
         },
@@ -213,7 +263,7 @@ COMPARISONS = {
         baselines={
             "materialized": Baseline(lambda s: (materialized.hard_displacement(*s.video),), map_bytes=_all_pairs(2.0)),
             "folded-chunks": Baseline(lambda s: (folded_chunks.hard_displacement(*s.video),)),
-            "compiled": Baseline(lambda s: (compiled.hard_displacement(*s.video),), compiles=True),
+            "compiled": Baseline(lambda s: (compiled.hard_displacement(*s.video),), compile_seconds=_COMPILED),
         },
     ),
     "match:bidirectional": _matching(True),
@@ -225,7 +275,7 @@ COMPARISONS = {
             "materialized": Baseline(
                 lambda s: (materialized.cost_rows(*s.video, s.chosen_tokens),), map_bytes=_source_pairs(3.0)
             ),
-            "compiled": Baseline(lambda s: (compiled.cost_rows(*s.video, s.chosen_tokens),), compiles=True),
+            "compiled": Baseline(lambda s: (compiled.cost_rows(*s.video, s.chosen_tokens),), compile_seconds=_COMPILED),
         },
     ),
     "attention_mass": Comparison(
@@ -236,7 +286,9 @@ COMPARISONS = {
                 lambda s: materialized.attention_mass(s.q, s.k, s.grid, s.chosen_tokens),
                 map_bytes=lambda shape, size: 2.0 * shape.heads * QUERY_TOKENS * shape.grid.tokens * size,
             ),
-            "compiled": Baseline(lambda s: compiled.attention_mass(s.q, s.k, s.grid, s.chosen_tokens), compiles=True),
+            "compiled": Baseline(
+                lambda s: compiled.attention_mass(s.q, s.k, s.grid, s.chosen_tokens), compile_seconds=_COMPILED
+            ),
         },
         pair_maps=False,
     ),
@@ -246,6 +298,12 @@ COMPARISONS = {
             "sdpa": Baseline(
                 lambda s: (sdpa.frame_local_attention(s.q, s.k, s.v, s.grid),),
                 about=lambda s: sdpa.frame_local_kernel(s.q, s.k, s.v, s.grid),
+            ),
+            **_attention_of(lambda s, attend: (sdpa.frame_local_attention(s.q, s.k, s.v, s.grid, attend=attend),)),
+            "flex-flash": Baseline(
+                lambda s: (compiled.flex_frame_local_attention(s.q, s.k, s.v, s.grid, options=compiled.FLASH),),
+                missing=_flex_flash_missing,
+                compile_seconds=_COMPILED,
             ),
         },
     ),

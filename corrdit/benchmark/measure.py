@@ -73,8 +73,13 @@ def _seconds_of(work: Call, device: torch.device) -> float:
     return first.elapsed_time(last) / 1e3
 
 
-def replay(work: Call, device: torch.device) -> Call:
-    """A call that was made before, as a captured CUDA graph: its time without what Python and launches take."""
+def replay(work: Call, device: torch.device) -> Call | None:
+    """A call that was made before, as a captured CUDA graph: its time without what Python and launches take.
+
+    None on a device without graphs.
+    """
+    if device.type != "cuda":
+        return None
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):

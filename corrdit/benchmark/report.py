@@ -82,7 +82,7 @@ def _head(rows: Sequence[Row]) -> list[str]:
 
 def _brief(rows: Sequence[Row]) -> list[str]:
     shape = largest_shape(rows)
-    columns = ["operation", "pass", "floor", "corrdit", "memory", "of the limit"]
+    columns = ["operation", "pass", "floor", "corrdit", "predicted", "replayed", "memory", "of the limit"]
     columns += ["fastest other way", "the released way"]
     lines = []
     for operation in COMPARISONS:
@@ -97,7 +97,8 @@ def _brief(rows: Sequence[Row]) -> list[str]:
             released = next((row for row in others if row["competitor"] == RELEASED), None)
             floor = f"{milliseconds(own['floor_milliseconds'])}, {own['bound']}"
             others_cells = (_compared(fastest, own, name=True), _compared(released, own, name=False))
-            lines.append((operation, passes, floor, _time(own), _memory(own), _share(own), *others_cells))
+            own_cells = (_time(own), *_predicted_and_replayed(own), _memory(own), _share(own))
+            lines.append((operation, passes, floor, *own_cells, *others_cells))
     return [f"## In brief: {shape.name} ({shape.label})", "", markdown_table(columns, lines)]
 
 
@@ -113,7 +114,7 @@ def _full(rows: Sequence[Row], shape_name: str) -> list[str]:
             cells = [operation if number == 0 else "", competitor + (f" ({about})" if about else "")]
             for passes in (FORWARD, BOTH):
                 row = by_pass.get(passes)
-                cells += ["", "", ""] if row is None else [_time(row), _memory(row), _share(row)]
+                cells += ["", "", ""] if row is None else [_own_time(row), _memory(row), _share(row)]
             lines.append(cells)
     return [f"## {shape.name} ({shape.label})", "", markdown_table(columns, lines)]
 
@@ -125,11 +126,24 @@ def _at(rows: Sequence[Row], shape: str, operation: str, passes: str) -> list[Ro
 
 
 def _time(row: Row) -> str:
-    if "milliseconds" not in row:
-        return str(row["status"])
-    predicted = row.get("predicted_milliseconds")
-    told = f" (predicted {milliseconds(predicted)})" if predicted is not None else ""
-    return milliseconds(row["milliseconds"]["median"]) + told
+    return milliseconds(row["milliseconds"]["median"]) if "milliseconds" in row else str(row["status"])
+
+
+def _predicted_and_replayed(row: Row) -> tuple[str, str]:
+    """What was predicted of a call before any GPU had run it, and its time as a replayed CUDA graph."""
+    predicted, replayed = row.get("predicted_milliseconds"), row.get("replay_milliseconds")
+    failed = "failed" if "replay_left_out" in row else ""
+    return (
+        "" if predicted is None else milliseconds(predicted),
+        failed if replayed is None else milliseconds(replayed),
+    )
+
+
+def _own_time(row: Row) -> str:
+    """The time with what was predicted, and that of the replay, in brackets."""
+    words = zip(("predicted", "replayed"), _predicted_and_replayed(row), strict=True)
+    about = ", ".join(f"{word} {value}" for word, value in words if value)
+    return _time(row) + (f" ({about})" if about else "")
 
 
 def _memory(row: Row) -> str:

@@ -42,6 +42,7 @@ class Settings:
         seconds: timed calls of a competitor end after about this long, but not before `LEAST_ROUNDS`.
         baseline_bytes: baselines that need more than this for their score maps are left out, with the reason in their
             row; None tries them all.
+        compiled_at: the name of the one shape at which other ways that compile something are timed; None for all.
         checked_frames: frames on which results are compared with float64; None for all.
         commit: what stands in the rows as the commit; None finds it out.
     """
@@ -53,6 +54,7 @@ class Settings:
     rounds: int = 7
     seconds: float = 10.0
     baseline_bytes: float | None = None
+    compiled_at: str | None = None
     checked_frames: int | None = None
     commit: str | None = None
 
@@ -71,8 +73,13 @@ class Piece:
 
     def competitors(self, settings: Settings) -> list[str]:
         """Names as they stand in rows, ours first."""
-        baselines = [name for name in COMPARISONS[self.operation].baselines if name in settings.baselines]
-        return [f"corrdit {backend}" for backend in settings.backends] + baselines
+        return [f"corrdit {backend}" for backend in settings.backends] + self.baselines(settings)
+
+    def baselines(self, settings: Settings) -> list[str]:
+        """Names of the other ways."""
+        known, compiled_at = COMPARISONS[self.operation].baselines, settings.compiled_at
+        every = compiled_at in (None, self.shape.name)
+        return [name for name in known if name in settings.baselines and (every or not known[name].compile_seconds)]
 
     def floor(self, ceilings: Ceilings, dtype: torch.dtype) -> Floor:
         return floor_of(COMPARISONS[self.operation].work(self.shape, self.backward), ceilings, dtype.itemsize)
@@ -133,6 +140,22 @@ def run_piece(
         raise RuntimeError(f"the device is unusable after {piece.operation}, {piece.shape.name}: {measurement.broken}")
 
 
+def refusal(baseline: Baseline, piece: Piece, settings: Settings) -> tuple[str, str] | None:
+    """Why another way is not even tried: the status and the reason of its row."""
+    kind = settings.device.type
+    if reason := baseline.missing(kind):
+        return "not possible", reason
+    if piece.backward and baseline.forward_only_on == kind:
+        return "not possible", f"has no backward pass on {kind}"
+    needed, allowed = baseline.map_bytes(piece.shape, settings.dtype.itemsize), settings.baseline_bytes
+    if allowed is not None and needed > allowed:
+        return (
+            "out of memory",
+            f"needs {needed / 2**30:.1f} GiB for its score maps, more than {allowed / 2**30:.1f} GiB",
+        )
+    return None
+
+
 class _Measurement:
     """One piece under way.
 
@@ -154,7 +177,7 @@ class _Measurement:
         if self.broken is not None:
             return _left_out("failed", f"not run: {self.broken}")
         baseline = None if name.startswith("corrdit ") else self.comparison.baselines[name]
-        reason = None if baseline is None else self._refusal(baseline)
+        reason = None if baseline is None else refusal(baseline, self.piece, self.settings)
         if reason is not None:
             return _left_out(*reason)
         backend = name.removeprefix("corrdit ")
@@ -170,19 +193,29 @@ class _Measurement:
             elif baseline.about is not None:
                 row["about"] = baseline.about(scene)
             work = checking.work(run, scene, self.piece.backward)
-            if self.settings.device.type == "cuda" or (baseline is not None and baseline.compiles):
+            if self.settings.device.type == "cuda" or (baseline is not None and baseline.compile_seconds > 0):
                 work()
             start = time.perf_counter()
             row["extra_bytes"] = peak_extra_bytes(work, self.settings.device)
             seconds, most = max(time.perf_counter() - start, 1e-6), self.settings.rounds
             self._rounds[name] = max(min(LEAST_ROUNDS, most), min(most, int(self.settings.seconds / seconds)))
             self._works[name] = work
-            if baseline is None and self.settings.device.type == "cuda":
-                self._works[name + _REPLAY] = replay(work, self.settings.device)
-                self._rounds[name + _REPLAY] = self._rounds[name]
         except Exception as error:  # whatever a competitor dies of is a result, and the others go on
             return {**row, **self._failure(error)}
+        if row.get("about") == "triton":
+            self._capture(name, work, row)
         return row
+
+    def _capture(self, name: str, work: Call, row: Row) -> None:
+        """Has a call timed as a replayed graph as well; a call that cannot be captured keeps its own time."""
+        try:
+            replayed = replay(work, self.settings.device)
+        except Exception as error:
+            row["replay_left_out"] = self._failure(error)["left_out"]
+            return
+        if replayed is not None:
+            self._works[name + _REPLAY] = replayed
+            self._rounds[name + _REPLAY] = self._rounds[name]
 
     def time(self, rows: dict[str, Row]) -> None:
         """Adds the times of all competitors that work to their rows."""
@@ -194,19 +227,8 @@ class _Measurement:
                 row["milliseconds"] = dataclasses.asdict(times[name])
             if name + _REPLAY in times:
                 row["replay_milliseconds"] = times[name + _REPLAY].median
-
-    def _refusal(self, baseline: Baseline) -> tuple[str, str] | None:
-        """Why a baseline is not even tried."""
-        settings = self.settings
-        if baseline.absent_on == settings.device.type:
-            return "not possible", f"does not run on {settings.device.type}"
-        if self.piece.backward and baseline.forward_only_on == settings.device.type:
-            return "not possible", f"has no backward pass on {settings.device.type}"
-        needed, allowed = baseline.map_bytes(self.piece.shape, settings.dtype.itemsize), settings.baseline_bytes
-        if allowed is not None and needed > allowed:
-            reason = f"needs {needed / 2**30:.1f} GiB for its score maps, more than {allowed / 2**30:.1f} GiB"
-            return "out of memory", reason
-        return None
+            elif name + _REPLAY in failures:
+                row["replay_left_out"] = self._failure(failures[name + _REPLAY])["left_out"]
 
     def _scene_to_time(self) -> Scene:
         assert self._truth is not None, "results are checked before they are timed"

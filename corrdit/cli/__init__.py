@@ -177,7 +177,8 @@ def _run(command: str, arguments: list[str]) -> int:
     try:
         parsed = parser.parse_args(_with_joined_values(arguments, options))
     except Exception as error:
-        raise ValueError(_parser_words(_one_line(error), parser._actions)) from error
+        example = MODULES[command].EXAMPLES[0]
+        raise ValueError(_parser_words(_one_line(error), parser._actions, example)) from error
     if parsed.get("output") == "":
         raise ValueError("--output is an empty name; give that of a folder or file, which is made if need be")
     take_earlier_names(parser, parsed)
@@ -231,7 +232,7 @@ def _with_joined_values(arguments: Sequence[str], options: Mapping[str, Action])
     return joined
 
 
-def _parser_words(message: str, actions: Sequence[Action]) -> str:
+def _parser_words(message: str, actions: Sequence[Action], example: str) -> str:
     """What the parser refused, by the options as they are typed, with the nearest one for one that does not exist."""
     names = {action.dest: (action.option_strings or [str(action.metavar or action.dest)])[-1] for action in actions}
     shown = {
@@ -240,7 +241,8 @@ def _parser_words(message: str, actions: Sequence[Action]) -> str:
         if action.option_strings and action.metavar
     }
     if required := re.search(r"the following arguments are required: (.*)", message):
-        return f"{', '.join(shown.get(name, name) for name in required[1].split(', '))} is required"
+        missing = [shown.get(name, names.get(name, name)) for name in required[1].split(", ")]
+        return f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} required, as in: {example}"
     message = re.sub(r'Parser key "([\w.]+)"', lambda found: names.get(found[1], found[1]), message)
     unknown = re.search(r"unrecognized arguments: (--[\w-]+)|Option '([\w-]+)' is not accepted", message)
     if unknown is None:

@@ -32,7 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--redraw", action="store_true", help="measure nothing: table and pictures from results.json")
     parser.add_argument("--plan", action="store_true", help="measure nothing: show what would be, and its floors")
     parser.add_argument("--operations", type=str, default="all", help="names (match is both matches), all, or list")
-    parser.add_argument("--baselines", type=str, default="all", help="the other ways: names, all, none, or list")
+    parser.add_argument(
+        "--baselines",
+        type=str,
+        default="default",
+        help="the other ways: names, all, none, list, or default: those that compile at the first shape alone",
+    )
     parser.add_argument("--shapes", type=str, default="default", help="names, default, or list")
     parser.add_argument("--device", type=str, default=None, help="cuda, cuda:1 or cpu; CUDA where there is one")
     parser.add_argument("--dtype", type=str, default=None, help="float32, float16 or bfloat16 (the one of CUDA)")

@@ -9,6 +9,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 
 import torch
@@ -18,6 +19,7 @@ from corrdit.benchmark import measure, plots, runner
 from corrdit.benchmark.comparisons import BASELINES, COMPARISONS
 from corrdit.benchmark.environment import device_name
 from corrdit.benchmark.floors import H200, Ceilings
+from corrdit.benchmark.plan import estimate
 from corrdit.benchmark.report import memory, milliseconds, percent, write_table
 from corrdit.benchmark.runner import Piece, Row, Settings
 from corrdit.benchmark.shapes import SHAPES, Shape, default_shapes
@@ -42,9 +44,12 @@ def run_benchmark(arguments: argparse.Namespace) -> int:
         return _redraw(output)
     settings = _settings(arguments)
     todo, absent = _chosen_pieces(arguments, settings)
+    if arguments.baselines == "default":
+        settings = replace(settings, compiled_at=todo[0].shape.name)
     if arguments.plan:
         ceilings = H200 if absent else measure.measure_ceilings(settings.device, settings.dtype)
         _print_plan(todo, settings, ceilings, absent=absent)
+        _print_estimate(todo, settings, ceilings, arguments.minutes)
         return SUCCESS
     return _measure(todo, settings, output, arguments)
 
@@ -61,6 +66,7 @@ def _measure(
     if left:
         ceilings = measure.measure_ceilings(settings.device, settings.dtype)
         _print_plan(list(left), settings, ceilings)
+        _print_estimate(list(left), settings, ceilings, arguments.minutes)
     unfinished = len(left)
     for piece, names in left.items():
         if arguments.minutes is not None and time.monotonic() - start > 60 * arguments.minutes:
@@ -213,7 +219,7 @@ def _input_bytes(shape: Shape, settings: Settings) -> float:
 
 def _names(kind: str, names: str, known: Mapping[str, object]) -> list[str]:
     """Names separated by commas; all and, of baselines, none; an operation's name stands for all of its kinds."""
-    if names == "all":
+    if names == "all" or (names == "default" and kind == "baseline"):
         return list(known)
     if names == "none" and kind == "baseline":
         return []
@@ -260,6 +266,13 @@ def _print_plan(todo: Sequence[Piece], settings: Settings, ceilings: Ceilings, *
     print_table(("operation", "pass", "bound by", *shapes), cells)
 
 
+def _print_estimate(todo: Sequence[Piece], settings: Settings, ceilings: Ceilings, minutes: float | None) -> None:
+    """About how long it takes, and whether that fits the minutes that are given."""
+    needed = estimate(todo, settings, ceilings)
+    fits = "" if minutes is None else f", {'within' if needed.seconds <= 60 * minutes else 'more than'} {minutes:g}"
+    print(f"About {needed.seconds / 60:.0f} minutes{fits}; compilers run {needed.compilations} times for other ways")
+
+
 def _line(row: Row) -> str:
     about = f" ({row['about']})" if "about" in row else ""
     where = f"{row['operation']} | {row['pass']} | {row['shape']['name']} | {row['competitor']}{about}"
@@ -268,6 +281,8 @@ def _line(row: Row) -> str:
     times = row["milliseconds"]
     replay = row.get("replay_milliseconds")
     replayed = f", {milliseconds(replay)} replayed as a graph" if isinstance(replay, float) else ""
+    if "replay_left_out" in row:
+        replayed = f", no replay: {row['replay_left_out']}"
     return (
         f"{where}: {milliseconds(times['median'])} ({times['least']:.3g} to {times['most']:.3g} ms, {times['count']} "
         f"calls), {memory(row['extra_bytes'])}, {percent(row['share_of_limit'])} of the limit "

@@ -8,7 +8,7 @@ writes  a table of errors to standard output: the tracker beside points that sta
         truth.npz   its exact tracks: xy, visible, queries, as in tracks.npz
         tracks.npz, tracks.mp4, tracks.png  as `corrdit track` writes them
 
-It takes about 40 s on two CPU cores.
+It takes less than a minute on two CPU cores.
 """
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ def run(arguments: Namespace) -> int:
 
 
 def _one(arguments: Namespace) -> int:
-    from corrdit.integrations.diffusers.backbones.presets import default_layers
+    from corrdit.integrations.diffusers.backbones.published_models import default_layers
     from corrdit.integrations.diffusers.guidance import comparison
     from corrdit.runs import SETTINGS_FILE, refuse_other_record
 
@@ -176,8 +176,9 @@ def _many(arguments: Namespace) -> int:
     left = data.left()
     for name in left:
         print(f"corrdit generate: {name}: {module.results.failure(name)}", file=sys.stderr)
-    done = len(data.pending) - len(left)
-    print(f"{done} of {len(data.items)} videos generated in {time.perf_counter() - began:.1f} s, others were there")
+    done, there = len(data.pending) - len(left), len(data.items) - len(data.pending)
+    others = f"; {there} were there" if there else ""
+    print(f"{done} of {len(data.items)} videos generated in {time.perf_counter() - began:.1f} s{others}")
     print(f"  {arguments.output}")
     return 2 if left else 0
 

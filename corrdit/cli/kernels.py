@@ -5,8 +5,8 @@ writes  a table to standard output, or with --json one JSON object a line, a row
         spilled bytes, shared memory, tensor cores, blocks at once, instructions of the main loop for each element;
         with --output the same in a file, so that a run can be stopped and taken up again
 With --check nothing is compiled ahead: every operation runs in every mode and with every option, forward and backward,
-and is compared with float64, on a CUDA device, or under triton's interpreter without one. It needs torch, triton and
-numpy alone. Exit status 1 at the first wrong result.
+and is compared with float64, on a CUDA device, or under triton's interpreter without one. It needs torch, triton, numpy
+and einops alone. Exit status 1 if any result is wrong.
 
 Columns: op, pass ("forward" or "backward"), heads, variant ("plain", or a call with a "mask", a "window", "weights" of
 the heads, or a "large frame"), dtype, head_dim, arch, kernel, tiles (rows, columns, dims, warps, stages), registers,
@@ -142,15 +142,15 @@ def _check_results(name: str | None) -> int:
     from corrdit.benchmark.kernel_check import findings
 
     print(f"every kernel against float64 on {device_name(device)}, largest error as a share of what is allowed")
-    count = 0
+    count = wrong = 0
     for finding in findings(device):
         count += 1
         print(f"{finding.error:8.3f}  {finding.name}", flush=True)
         if finding.wrong is not None:
+            wrong += 1
             print(f"corrdit kernels: wrong: {finding.name}: {finding.wrong}", file=sys.stderr)
-            return 1
-    print(f"{count} cases are right")
-    return 0
+    print(f"{wrong} of {count} cases are wrong" if wrong else f"{count} cases are right")
+    return 1 if wrong else 0
 
 
 def _line(row: dict[str, object]) -> str:

@@ -144,7 +144,8 @@ def run(arguments: Namespace) -> int:
         if arguments.rerun:
             with progress_bar("recording") as report:
                 shown = video.at_size(height, width)
-                write_rerun(folder / RERUN_FILE, shown, tracks, labels=columns.get("label"), progress=report)
+                labels = columns.get("label")
+                write_rerun(folder / RERUN_FILE, shown, tracks, queries=queries, labels=labels, progress=report)
     shutil.rmtree(parts, ignore_errors=True)
     visible = 100 * float(tracks.visible.float().mean())
     print(

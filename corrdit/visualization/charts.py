@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 _MISSING = "#e3e6ea"
 _MOST_LABELS = 24
 _MOST_NUMBERS = 160
+_MOST_DECIMALS = 3
 _DPI = 110
 _COLOURS = ("#2a6fbb", "#e4572e", "#3f9b5b", "#8b5fbf", "#c08a1e", "#3aa6a6", "#b5487d", "#6b7580")
 MOST_CURVES = len(_COLOURS)
@@ -96,11 +98,11 @@ def _panel(
     for spine in axis.spines.values():
         spine.set_visible(False)
     if table.size <= _MOST_NUMBERS:
-        middle = sum(limits) / 2
+        middle, decimals = sum(limits) / 2, 1 if percent else _decimals(limits)
         for (row, column), value in np.ndenumerate(table):
             if np.isfinite(value):
                 ink = "white" if value < middle else "black"
-                label = f"{value:.1f}" if percent else f"{value:.3g}"
+                label = f"{value:.{decimals}f}"
                 axis.text(column, row, label, ha="center", va="center", fontsize=7, color=ink)
     if np.isfinite(table).any():
         row, column = np.unravel_index(np.nanargmax(table), table.shape)
@@ -111,6 +113,12 @@ def _panel(
 def _ticks(axis: Axis, labels: Sequence[object]) -> None:
     step = -(-len(labels) // _MOST_LABELS)
     axis.set_ticks(range(0, len(labels), step), labels=[str(label) for label in labels[::step]])
+
+
+def _decimals(limits: tuple[float, float]) -> int:
+    """How many every number of a table gets, so that the largest has three figures."""
+    largest = max(map(abs, limits))
+    return min(max(2 - math.floor(math.log10(largest)), 0), _MOST_DECIMALS) if largest else _MOST_DECIMALS
 
 
 def _limits(values: np.ndarray) -> tuple[float, float]:

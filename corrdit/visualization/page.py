@@ -29,7 +29,7 @@ table { border-collapse: collapse; font-size: 13.5px; margin: 12px 0; } th, td {
   text-align: left; border-bottom: 1px solid #eef0f2; vertical-align: top; } td.number, th.number { text-align: right;
   font-variant-numeric: tabular-nums; } .problem { color: #b23a1d; } .lead { font-size: 16.5px; } a { color: #2a6fbb; }
 .scroll { overflow-x: auto; } figure { overflow-x: auto; }
-@media (max-width: 760px) { body { margin: 16px auto; padding: 0 12px; } figure img { max-width: none; width: 720px; }
+@media (max-width: 760px) { body { margin: 16px auto; padding: 0 12px; } figure img { max-width: 720px; }
   h1 { font-size: 22px; } td.number { white-space: nowrap; }
   td:last-child:not(.number) { overflow-wrap: anywhere; } }"""
 _MOVING = (".mp4", ".webm", ".mov", ".mkv")

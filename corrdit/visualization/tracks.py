@@ -250,11 +250,12 @@ def write_track_pictures(
                 progress(index + 1, total)
         visible = 100 * float(np.asarray(tracks.visible).mean())
         legend = "Filled dots are visible, rings are hidden" if painter.style.hidden else "Hidden points are left out"
+        legend = f"{legend}; colours tell where a point starts."
         contact_sheet(
             cells,
             [f"frame {index}" for index in chosen],
             path=sheet_path,
-            caption=f"{tracks.xy.shape[1]} points, {visible:.0f} % visible. {legend}; colours: its start.",
+            caption=f"{tracks.xy.shape[1]} points, {visible:.0f} % visible. {legend}",
         )
 
 

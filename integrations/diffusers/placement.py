@@ -16,7 +16,8 @@ import torch
 from corrdit.arguments import choice, flag
 from corrdit.integrations.diffusers.backbones import loading
 from corrdit.integrations.diffusers.backbones.base import Backbone
-from corrdit.integrations.diffusers.backbones.presets import PUBLISHED_MODELS, Preset, checked_preset
+from corrdit.integrations.diffusers.backbones.presets import Preset, checked_preset
+from corrdit.integrations.diffusers.backbones.published_models import PUBLISHED_MODELS
 from corrdit.integrations.diffusers.host.forwards import transformers_of
 
 if TYPE_CHECKING:

@@ -24,6 +24,8 @@ _FUNCTION_WORDS = (
     *("clockwise", "anticlockwise", "pans", "zooms", "in", "out"),
 )
 VOCABULARY_FILE = "vocabulary.json"
+_MOST, _LONGEST = 8, 30
+"""Unknown words that a warning names, and their letters."""
 
 
 def world_vocabulary() -> list[str]:
@@ -47,7 +49,7 @@ def _read_words(path: str) -> list[str]:
 class WordTokenizer(PreTrainedTokenizer):
     """Lower-case words to ids; a word that is not in the list gets one of `hash_buckets` further ids by its CRC-32.
 
-    Such words are warned of, each once.
+    Such words are warned of, each once, and come back from their ids as they were given.
     """
 
     vocab_files_names: ClassVar[dict[str, str]] = {"vocab_file": VOCABULARY_FILE}
@@ -57,7 +59,7 @@ class WordTokenizer(PreTrainedTokenizer):
         self.words = world_vocabulary() if vocab_file is None else _read_words(vocab_file)
         self.word_ids = {word: index for index, word in enumerate(self.words)}
         self.hash_buckets = hash_buckets
-        self._named: set[str] = set()
+        self._named: dict[int, str] = {}
         kwargs.setdefault("pad_token", PADDING)
         kwargs.setdefault("eos_token", END)
         super().__init__(hash_buckets=hash_buckets, **kwargs)
@@ -78,12 +80,15 @@ class WordTokenizer(PreTrainedTokenizer):
 
     def _name_unknown(self, words: list[str]) -> None:
         """Warns of words that are not in the list, of each once."""
-        unknown = [word for word in dict.fromkeys(words) if word not in self.word_ids and word not in self._named]
+        places = {word: self._convert_token_to_id(word) for word in words if word not in self.word_ids}
+        unknown = [word for word, place in places.items() if self._named.get(place) != word]
         if not unknown:
             return
-        self._named.update(unknown)
+        self._named.update({place: word for word, place in places.items()})
+        named = ", ".join(repr(word if len(word) <= _LONGEST else f"{word[:_LONGEST]}...") for word in unknown[:_MOST])
+        more = f" and {len(unknown) - _MOST} more words" if len(unknown) > _MOST else ""
         warnings.warn(
-            f"the embedded model does not know {', '.join(map(repr, unknown))}: it has seen no video of that. It knows "
+            f"the embedded model does not know {named}{more}: it has seen no video of that. It knows "
             f"{', '.join(SHAPES[:3])} and other shapes that move over {', '.join(BACKGROUNDS[:3])} ..., as in 'a red "
             "disc moves left over grass'",
             UserWarning,
@@ -95,7 +100,9 @@ class WordTokenizer(PreTrainedTokenizer):
         return len(self.words) + zlib.crc32(token.encode()) % self.hash_buckets if known is None else known
 
     def _convert_id_to_token(self, index: int) -> str:
-        return self.words[index] if index < len(self.words) else f"<unknown {index - len(self.words)}>"
+        if index < len(self.words):
+            return self.words[index]
+        return self._named.get(index, f"<unknown {index - len(self.words)}>")
 
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None

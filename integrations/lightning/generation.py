@@ -12,7 +12,8 @@ import torch
 from corrdit.arguments import flag, whole_number
 from corrdit.files import read_json, read_prompts
 from corrdit.integrations.diffusers.backbones.base import Backbone
-from corrdit.integrations.diffusers.backbones.presets import Preset, default_layers
+from corrdit.integrations.diffusers.backbones.presets import Preset
+from corrdit.integrations.diffusers.backbones.published_models import default_layers
 from corrdit.integrations.diffusers.guidance.comparison import (
     DETAILS_FILE,
     check_generation,

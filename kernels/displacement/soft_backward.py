@@ -122,7 +122,7 @@ def soft_backward_query_kernel(
                 for first in range(0, count, BLOCK_N):
                     places = k_first + first + columns
                     tokens = held_tokens(places, k_first, k_stop)
-                    kept = load_allowed(mask_frame, tokens, places == tokens, mask_strides[1], HAS_MASK)
+                    kept = load_allowed(mask_frame, tokens, first + columns < count, mask_strides[1], HAS_MASK)
                     accumulator = guarded_keys(
                         accumulator, q_tile, k_frame, table, row_planes, shift, tokens, kept, kept[None, :], dims,
                         k_strides, scale, D, HAS_MASK, PRECISION,

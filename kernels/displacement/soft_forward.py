@@ -105,7 +105,7 @@ def soft_forward_kernel(
             for first in range(0, count, BLOCK_N):
                 places = k_first + first + columns
                 tokens = held_tokens(places, k_first, k_stop)
-                kept = load_allowed(key_mask, tokens, places == tokens, mask_strides[1], HAS_MASK)
+                kept = load_allowed(key_mask, tokens, first + columns < count, mask_strides[1], HAS_MASK)
                 peak, moments = guarded_tile(
                     peak, moments, q_tile, k, table, tokens, kept[None, :], dims, k_strides, scale, D, PRECISION
                 )

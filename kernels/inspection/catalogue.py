@@ -15,6 +15,7 @@ from torch import Tensor
 
 from corrdit.arguments import choice
 from corrdit.grid import TokenGrid
+from corrdit.kernels.displacement.folded import visited_scores
 from corrdit.kernels.displacement.soft import compute_soft_displacement, compute_soft_displacement_backward
 from corrdit.kernels.frame_local.attention import compute_frame_local_attention, compute_frame_local_attention_backward
 from corrdit.kernels.frame_local.layout import stretches
@@ -24,7 +25,6 @@ from corrdit.kernels.matching.costs import compute_cost_rows
 from corrdit.kernels.matching.hard import compute_hard_displacement
 from corrdit.kernels.matching.mass import compute_attention_mass, mass_segments
 from corrdit.kernels.matching.match import compute_match
-from corrdit.kernels.shared.configs import Tiles
 from corrdit.kernels.shared.tables import whole_frames
 from corrdit.problem import TokenAxis, float32_precision, product_precision
 
@@ -195,16 +195,18 @@ def compile_entry(entry: Entry, dtype: str, head_dim: int, arch: int, precision:
     unique: dict[tuple[str, str], Row] = {}
     for index, one in enumerate(compiled):
         pass_name = "forward" if index < count else "backward"
-        use = tile_use(grid.tokens_per_frame, one.tiles)
+        use = tile_use(grid, one, entry.variant == WINDOWED)
         row = Row(entry.operation, pass_name, entry.heads, entry.variant, dtype, head_dim, arch, one, use)
         unique.setdefault((pass_name, one.kernel), row)
     return list(unique.values())
 
 
-def tile_use(frame_tokens: int, tiles: Tiles) -> float:
-    """Share of the scores in the tiles of a pair of frames that are scores of tokens."""
-    rows, columns = (-(-frame_tokens // size) * size for size in tiles[:2])
-    return frame_tokens**2 / (rows * columns)
+def tile_use(grid: TokenGrid, compiled: Compiled, windowed: bool) -> float:
+    """Share of the scores in the tiles of a launch that are scores of a query and a key, for whole frames."""
+    tokens, (rows, columns, *_) = grid.tokens_per_frame, compiled.tiles
+    if compiled.kernel == "folded_forward" and not windowed:
+        return tokens * tokens * grid.frames / visited_scores(tokens * grid.frames, tokens, compiled.tiles)
+    return tokens**2 / (-(-tokens // rows) * rows * -(-tokens // columns) * columns)
 
 
 def _soft_displacement(inputs: Inputs) -> Callable[[], object]:

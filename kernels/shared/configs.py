@@ -97,8 +97,8 @@ _MEDIUM = {
     "best_product_folded": {256: Tiles(64, 64, 64, 4, 2)},
     "refinement": {256: Tiles(32, 16, 64, 4, 1)},
     "local_forward": {64: Tiles(128, 64, 64, 8, 2), 128: Tiles(64, 32, 128, 4, 2), 256: Tiles(64, 16, 256, 4, 1)},
-    "local_backward_query": {64: Tiles(64, 64, 64, 4, 2), 128: Tiles(64, 32, 128, 4, 1), 256: Tiles(64, 16, 256, 4, 1)},
-    "local_backward_key": {64: Tiles(64, 64, 64, 4, 2), 128: Tiles(32, 64, 128, 4, 1), 256: Tiles(16, 64, 256, 8, 1)},
+    "local_backward_query": {64: Tiles(64, 64, 64, 4, 2), 128: Tiles(64, 32, 128, 4, 2), 256: Tiles(64, 16, 256, 4, 1)},
+    "local_backward_key": {64: Tiles(32, 64, 64, 4, 2), 128: Tiles(32, 64, 128, 4, 1), 256: Tiles(16, 64, 256, 8, 1)},
     **_WINDOWED,
 }
 # Where a mask, a window or weights of the heads take registers too; the other kernels fit them beside their own tiles.
@@ -109,7 +109,6 @@ _GUARDED = {
         256: Tiles(128, 32, 256, 8, 2),
     },
     "soft_backward_key": {64: Tiles(64, 128, 64, 8, 2), 128: Tiles(32, 128, 128, 8, 2), 256: Tiles(16, 128, 256, 8, 2)},
-    "folded_forward": {256: Tiles(128, 128, 64, 8, 3)},
     "best_match": {64: Tiles(64, 64, 64, 4, 2), 256: Tiles(64, 64, 128, 8, 2)},
 }
 # float32: twice the bytes, and products on the floating-point units unless tf32 is asked for.

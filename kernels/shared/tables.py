@@ -21,12 +21,15 @@ class FramePairTable(NamedTuple):
 
     Attributes:
         pairs: int32 `[P, 8]`: place, first token and stop of what q holds of the query frame, the same of k and the key
-            frame, the place of the pair's rows in an axis of R, and 0.
+            frame, the place of the pair's rows in an axis of R, and its first row of those of its run.
         queries, keys: int32 `[F, 3]`: place, first token and stop of every frame; first == stop where nothing is held.
         query_starts: int32 `[F + 1]`, query_order: int32 `[P]`: the pairs of query frame i are
             `query_order[query_starts[i] : query_starts[i + 1]]`, in rising order.
         key_starts, key_order: the same by key frame.
+        query_runs: int32 `[N, 8]`: runs of pairs of one key frame whose queries follow each other in q: place of the
+            first query, how many, first entry of `key_order` and stop, what k holds of the key frame as above, and 0.
         rows: R, the queries of all pairs. longest: the most tokens that a frame has in q or k.
+        longest_run: the most queries of a run.
         whole: whether q and k hold every frame whole. height, width: of a frame.
     """
 
@@ -37,8 +40,10 @@ class FramePairTable(NamedTuple):
     query_order: Tensor
     key_starts: Tensor
     key_order: Tensor
+    query_runs: Tensor
     rows: int
     longest: int
+    longest_run: int
     whole: bool
     height: int
     width: int
@@ -142,16 +147,34 @@ def _frame_pairs(
         tables = [pairs, *axes]
         for column in (0, 1):
             of_frame = both[:, column]
-            counts = torch.bincount(of_frame, minlength=len(axes[0]))
-            tables += [torch.cat((counts.new_zeros(1), counts.cumsum(0))), of_frame.argsort(stable=True)]
+            in_frame = torch.bincount(of_frame, minlength=len(axes[0]))
+            tables += [torch.cat((in_frame.new_zeros(1), in_frame.cumsum(0))), of_frame.argsort(stable=True)]
+        runs = _query_runs(pairs, both[:, 1].tolist(), tables[-1].tolist())
+        tables.append(runs)
         on_device = [table.to(device=device, dtype=torch.int32).contiguous() for table in tables]
         longest = int(torch.stack(held).max())
         of_pairs, of_queries, of_keys, *orders = on_device
-        query_starts, query_order, key_starts, key_order = orders
+        query_starts, query_order, key_starts, key_order, query_runs = orders
         return FramePairTable(
-            of_pairs, of_queries, of_keys, query_starts, query_order, key_starts, key_order,
-            row_count(flat, queries), longest, all(bool((of == height * width).all()) for of in held), height, width,
+            of_pairs, of_queries, of_keys, query_starts, query_order, key_starts, key_order, query_runs,
+            row_count(flat, queries), longest, int(runs[:, 1].max()),
+            all(bool((of == height * width).all()) for of in held), height, width,
         )  # fmt: skip
+
+
+def _query_runs(pairs: Tensor, key_frames: Sequence[int], order: Sequence[int]) -> Tensor:
+    """See `FramePairTable.query_runs`; writes the last column of `pairs`."""
+    runs: list[list[int]] = []
+    frame_of_run = None
+    for entry, pair in enumerate(order):
+        place, first, stop, *of_key = pairs[pair, :6].tolist()
+        if frame_of_run != key_frames[pair] or runs[-1][0] + runs[-1][1] != place + first:
+            runs.append([place + first, 0, entry, entry, *of_key, 0])
+            frame_of_run = key_frames[pair]
+        pairs[pair, 7] = runs[-1][1]
+        runs[-1][1] += stop - first
+        runs[-1][3] = entry + 1
+    return torch.tensor(runs, dtype=torch.int32, device="cpu").reshape(-1, 8)
 
 
 @functools.cache

@@ -142,7 +142,7 @@ def test_videos_without_cases_are_not_counted_as_those_an_interval_rests_on(make
 def test_preset_of_a_calibration_is_read_by_backbone_tracker_guidance_and_transfer(make_table, tmp_path, tiny):
     from corrdit import PointTracker
     from corrdit.integrations.diffusers import Preset, backbone_of
-    from corrdit.integrations.diffusers.backbones.presets import default_layers
+    from corrdit.integrations.diffusers.backbones.published_models import default_layers
     from corrdit.integrations.diffusers.motion_transfer import settings_for
 
     settings = {"options": {"inference_steps": 10, "noise": "noised", "tokens_per_frame": 64}, "preset": {"layer": 0}}

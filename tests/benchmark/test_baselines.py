@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from corrdit import TokenGrid, ops
+from corrdit.benchmark import comparisons
 from corrdit.benchmark.baselines import compiled, folded_chunks, materialized, sdpa, window_gather
 
 
@@ -20,10 +25,14 @@ def tensors():
 def uncompiled(monkeypatch):
     """The functions that would be compiled, as they are: compilers take seconds and are not what is tested."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    for cached in (compiled._compiled_reference, compiled._compiled_flex_attention, compiled._same_frame_mask):
+    caches = (
+        compiled._compiled_reference, compiled._compiled_chunk, compiled._compiled_flex_attention,
+        compiled._same_frame_mask,
+    )  # fmt: skip
+    for cached in caches:
         cached.cache_clear()
     yield
-    for cached in (compiled._compiled_reference, compiled._compiled_flex_attention, compiled._same_frame_mask):
+    for cached in caches:
         cached.cache_clear()
 
 
@@ -91,6 +100,9 @@ def test_what_is_compiled(tensors):
         torch.testing.assert_close(
             compiled.soft_displacement(q, k, grid, **options), ops.soft_displacement(q, k, grid, **options)
         )
+    torch.testing.assert_close(
+        compiled.folded_soft_displacement(q, k, grid, mode="default"), ops.soft_displacement(q, k, grid)
+    )
     assert torch.equal(compiled.hard_displacement(q, k, grid), ops.hard_displacement(q, k, grid))
     for bidirectional in (True, False):
         found = compiled.match(q, k, grid, bidirectional=bidirectional)
@@ -125,6 +137,81 @@ def test_flex_attention(tensors):
             rtol=1e-4,
             atol=1e-5,
         )
+
+
+def test_one_kernel_of_scaled_dot_product_attention(tensors, monkeypatch):
+    grid, q, k, v = (tensors[0], *(tensor.float() for tensor in tensors[1:]))
+    expected = ops.soft_displacement(q, k, grid, heads="probabilities", temperature=2.0)
+    allowed = []
+    monkeypatch.setattr(sdpa, "sdpa_kernel", lambda backend: allowed.append(backend) or sdpa_kernel(backend))
+    flash = sdpa.only(SDPBackend.FLASH_ATTENTION)
+    found = sdpa.soft_displacement(q, k, grid, heads="probabilities", temperature=2.0, attend=flash)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        sdpa.frame_local_attention(q, k, v, grid, attend=flash), ops.frame_local_attention(q, k, v, grid)
+    )
+    assert set(allowed) == {SDPBackend.FLASH_ATTENTION}
+    with pytest.raises(RuntimeError):
+        sdpa.frame_local_attention(q, k, v, grid, attend=sdpa.only(SDPBackend.CUDNN_ATTENTION))
+
+
+@pytest.mark.parametrize("with_sums", [False, True])
+def test_flash_attention_3_is_asked_in_its_own_order(tensors, monkeypatch, with_sums):
+    """What stands for its package has its signature: `[B, N, H, D]`, and in early releases a pair as the result."""
+    grid, q, k, v = (tensors[0], *(tensor.float() for tensor in tensors[1:]))
+    package = ModuleType("flash_attn_interface")
+
+    def flash_attn_func(q, k, v, softmax_scale=None):
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            *(tensor.transpose(1, 2) for tensor in (q, k, v)), scale=softmax_scale
+        ).transpose(1, 2)
+        return (attended, None) if with_sums else attended
+
+    package.flash_attn_func = flash_attn_func
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", package)
+    expected = ops.soft_displacement(q, k, grid, heads="probabilities")
+    found = sdpa.soft_displacement(q, k, grid, heads="probabilities", attend=sdpa.flash_attention_3)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        sdpa.frame_local_attention(q, k, v, grid, attend=sdpa.flash_attention_3),
+        ops.frame_local_attention(q, k, v, grid),
+    )
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_flex_attention_is_told_to_take_flash_kernels(tensors, monkeypatch):
+    grid, q, k, v = (tensors[0], *(torch.cat((t, t), -1).float() for t in tensors[1:]))
+    seen = []
+
+    def attention(q, k, v, scale=None, block_mask=None, kernel_options=None):
+        seen.append((v.shape[-1], kernel_options))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
+
+    monkeypatch.setattr(compiled, "_compiled_flex_attention", lambda: attention)
+    expected = ops.soft_displacement(q, k, grid, heads="probabilities")
+    found = compiled.flex_soft_displacement(q, k, grid, options=compiled.FLASH)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    compiled.flex_frame_local_attention(q, k, v, grid, options=compiled.FLASH)
+    assert len(seen) == grid.frames + 1
+    assert all(given == (q.shape[-1], {"BACKEND": "FLASH"}) for given in seen)
+
+
+def test_why_a_way_is_missing(monkeypatch):
+    from torch.nn.attention import flex_attention
+
+    monkeypatch.setattr(compiled, "installed", lambda module: False)
+    assert comparisons._flash_3_missing("cuda") == "flash_attn_interface is not installed"
+    assert comparisons._flash_3_missing("cpu") == "does not run on cpu"
+    monkeypatch.setattr(flex_attention, "FlexKernelOptions", type("Options", (), {"__annotations__": {"BACKEND": str}}))
+    assert comparisons._flex_flash_missing("cuda") == "flash_attn.cute is not installed"
+    monkeypatch.setattr(compiled, "installed", lambda module: True)
+    assert comparisons._flex_flash_missing("cuda") is None
+    assert comparisons._flash_3_missing("cuda") is None
+    monkeypatch.setattr(flex_attention, "FlexKernelOptions", type("Options", (), {"__annotations__": {}}))
+    assert "has no BACKEND" in comparisons._flex_flash_missing("cuda")
+    monkeypatch.undo()
+    assert compiled.installed("torch")
+    assert not compiled.installed("no_such_package.part")
 
 
 @pytest.mark.slow

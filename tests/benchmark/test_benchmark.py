@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from corrdit import ops
-from corrdit.benchmark import checking, comparisons, floors, report, runner
+from corrdit.benchmark import checking, comparisons, floors, measure, report, runner
 from corrdit.benchmark.comparisons import BASELINES, COMPARISONS, Baseline
 from corrdit.benchmark.floors import H200, Ceilings, floor_of
 from corrdit.benchmark.measure import measure_ceilings
+from corrdit.benchmark.plan import estimate
 from corrdit.benchmark.plots import write_plots
 from corrdit.benchmark.runner import BOTH, FORWARD, Piece, Settings, pieces, run_piece, surroundings
 from corrdit.benchmark.shapes import DEFAULT_SHAPES, SHAPES, Shape
@@ -24,9 +25,8 @@ from corrdit.reference.scores import window_mask
 CEILINGS = Ceilings(0.1, 10.0, 2.0)
 SMALL = Shape("small", 2, 8, 3, 4, 5, 3)
 SETTINGS = Settings(torch.device("cpu"), torch.float32, rounds=1, checked_frames=2)
-WITH_BASELINES = dataclasses.replace(
-    SETTINGS, baselines=tuple(name for name in BASELINES if name not in ("flex", "compiled"))
-)
+COMPILED = ("flex", "flex-flash", "compiled", "folded-compiled", "folded-autotuned")
+WITH_BASELINES = dataclasses.replace(SETTINGS, baselines=tuple(name for name in BASELINES if name not in COMPILED))
 
 
 def measured(piece, settings=SETTINGS):
@@ -95,7 +95,11 @@ def test_every_way_is_right_and_timed(piece):
     rows = measured(piece, dataclasses.replace(SETTINGS, baselines=tuple(BASELINES)))
     assert set(rows) == {"corrdit auto", *COMPARISONS[piece.operation].baselines}
     for name, row in rows.items():
-        if name == "flex" and piece.operation == "frame_local_attention:zeroed":
+        if (name == "flex" and piece.operation == "frame_local_attention:zeroed") or name in (
+            "sdpa-cudnn",
+            "flash-3",
+            "flex-flash",
+        ):
             assert row["left_out"] == "does not run on cpu"
         elif name == "flex" and piece.backward:
             assert row["left_out"] == "has no backward pass on cpu"
@@ -172,6 +176,68 @@ def test_a_broken_device_ends_the_run_after_its_rows(monkeypatch):
     assert [next(rows)["competitor"] for _ in range(3)] == ["corrdit auto", "sdpa", "windows"]
     with pytest.raises(RuntimeError, match="the device is unusable after hard_displacement:logits"):
         next(rows)
+
+
+def captured(monkeypatch, replay):
+    """One measured row whose backend stands for the kernels', with another way to capture its call."""
+    monkeypatch.setattr(runner, "backend_name", lambda backend, q: "triton")
+    monkeypatch.setattr(runner, "replay", replay)
+    return measured(Piece("attention_mass", SMALL, False))["corrdit auto"]
+
+
+def test_the_replay_of_a_graph_stands_beside_the_time(monkeypatch):
+    row = captured(monkeypatch, lambda work, device: work)
+    assert row["replay_milliseconds"] > 0
+    assert row["milliseconds"]["median"] > 0
+    assert "replay_milliseconds" not in captured(monkeypatch, measure.replay)
+
+
+def test_a_call_that_cannot_be_captured_or_replayed_keeps_its_time(monkeypatch):
+    def refuses(work, device):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    def breaks(work, device):
+        return lambda: 1 / 0
+
+    for replay, reason in ((refuses, "RuntimeError: operation not permitted"), (breaks, "ZeroDivisionError")):
+        row = captured(monkeypatch, replay)
+        assert row["replay_left_out"].startswith(reason)
+        assert row["milliseconds"]["median"] > 0
+        assert "left_out" not in row
+
+
+def test_ways_that_compile_are_timed_at_one_shape():
+    other = dataclasses.replace(SMALL, name="other")
+    everywhere = dataclasses.replace(SETTINGS, baselines=tuple(BASELINES))
+    once = dataclasses.replace(everywhere, compiled_at="small")
+    for name, comparison in COMPARISONS.items():
+        assert Piece(name, SMALL, False).baselines(once) == list(comparison.baselines)
+        assert not set(Piece(name, other, False).baselines(once)) & set(COMPILED)
+        assert Piece(name, other, False).baselines(everywhere) == list(comparison.baselines)
+
+
+def test_the_plan_counts_compilers_and_what_is_not_tried():
+    settings = dataclasses.replace(SETTINGS, baselines=("compiled", "folded-autotuned", "flash-3"))
+    one = [Piece("soft_displacement:logits", SMALL, False)]
+    both = estimate(one, settings, CEILINGS)
+    assert both.compilations == 2
+    none = estimate(one, dataclasses.replace(settings, baselines=()), CEILINGS)
+    assert none.compilations == 0
+    assert 150 <= both.seconds - none.seconds <= 160
+    assert estimate(one * 2, settings, CEILINGS).seconds == pytest.approx(2 * both.seconds)
+    assert estimate([Piece("soft_displacement:probabilities", SMALL, False)], settings, CEILINGS).compilations == 1
+
+
+def test_the_default_plan_of_a_gpu_fits_45_minutes(monkeypatch):
+    shapes = [SHAPES[name] for name in DEFAULT_SHAPES["cuda"]]
+    monkeypatch.setattr(comparisons.compiled, "flash_missing", lambda: None)
+    monkeypatch.setattr(comparisons.compiled, "installed", lambda module: True)
+    settings = Settings(
+        torch.device("cuda"), torch.bfloat16, baselines=tuple(BASELINES), compiled_at=shapes[0].name, seconds=5.0
+    )
+    found = estimate(pieces(list(COMPARISONS), shapes), settings, H200)
+    assert found.seconds < 45 * 60
+    assert found.compilations > 20
 
 
 def test_rounds_end_when_time_is_up(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -80,6 +81,8 @@ def test_rows_are_on_the_disk_when_a_later_measurement_dies(tmp_path, monkeypatc
 
     def dying(piece, *given):
         if piece.operation == "attention_mass":
+            # Also where nothing can be written any more, as when the process is killed.
+            assert {row["operation"] for row in rows_in(tmp_path)} == {"hard_displacement:logits"}
             raise KeyboardInterrupt
         yield from whole(piece, *given)
 
@@ -110,6 +113,9 @@ def test_the_plan_of_a_device_that_is_not_here(monkeypatch, capsys):
     assert main(["bench", "--plan", "--device", "cuda", "--shapes", "cogvideox-5b"]) == 0
     out = capsys.readouterr().out
     assert "as if it were an H200" in out
+    assert re.search(r"About \d+ minutes; compilers run \d+ times for other ways", out)
+    assert main(["bench", "--plan", "--device", "cuda", "--shapes", "cogvideox-5b", "--minutes", "45"]) == 0
+    assert re.search(r"About \d+ minutes, within 45;", capsys.readouterr().out)
     assert "2.4 ms" in out
 
 

@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from corrdit.benchmark import kernel_check, report
-from corrdit.benchmark.kernel_check import Case
+from corrdit.benchmark import kernel_cases, kernel_check, report
+from corrdit.benchmark.kernel_cases import Case
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ROOT = Path(__file__).parents[2]
@@ -25,32 +26,42 @@ ABSENT = (
 
 
 def test_the_cases_cover_what_can_be_asked():
-    of_gpu = list(kernel_check.cases(CUDA))
-    assert {case.operation for case in of_gpu} == {
-        "soft_displacement", "hard_displacement", "match", "cost_rows", "attention_mass", "frame_local_attention",
-    }  # fmt: skip
+    of_gpu = list(kernel_cases.cases(CUDA))
+    for operation in kernel_cases.OPERATIONS:
+        mine = [case for case in of_gpu if case.operation == operation]
+        assert any(case.masked for case in mine)
+        assert any("query_frames" in case.options for case in mine)
+        assert any("queries" in case.options and "keys" in case.options for case in mine)
+        assert any(case.heads == 4 and case.key_heads == 2 and case.undefined for case in mine)
+        if operation in kernel_cases.DIFFERENTIABLE:
+            assert {case.asked for case in mine} >= {"qkv", *("qkv" if operation[0] == "f" else "qk")}
+            assert any(case.shards for case in mine)
+            assert any("return_lse" in case.options for case in mine)
     for operation in ("soft_displacement", "hard_displacement"):
         mine = [case for case in of_gpu if case.operation == operation]
-        assert {case.options.get("heads", "logits") for case in mine} == set(kernel_check.MODES)
+        assert {case.options.get("heads", "logits") for case in mine} == set(kernel_cases.MODES)
         assert {case.dtype for case in mine} >= set(kernel_check.TOLERANCE)
-        assert {case.layout for case in mine} == set(kernel_check.LAYOUTS)
+        assert {case.layout for case in mine} == set(kernel_cases.LAYOUTS)
         assert any(case.moved for case in mine)
         assert any(case.masked and "window" in case.options for case in mine)
         assert any("head_weights" in case.options for case in mine)
         assert any(case.head_dim % 16 for case in mine)
+        assert {case.options["heads"] for case in mine if case.options.get("temperature") == 1.7} == set(
+            kernel_cases.MODES
+        )
     assert max(Counter(case.name for case in of_gpu).values()) == 1
     assert {case.precision for case in of_gpu} == {"ieee", "tf32"}
 
 
 def test_the_interpreter_shows_every_mode_and_option_once():
     def about(device: torch.device) -> set[tuple[str, str]]:
-        return {(case.operation, word) for case in kernel_check.cases(device) for word in case.about.split(", ")}
+        return {(case.operation, word) for case in kernel_cases.cases(device) for word in case.about.split(", ")}
 
-    few = list(kernel_check.cases(CPU))
+    few = list(kernel_cases.cases(CPU))
     assert about(CPU) == about(CUDA) - {("soft_displacement", "tf32")}
-    assert len(few) <= 80
+    assert len(few) <= 100
     assert {case.dtype for case in few} == set(kernel_check.TOLERANCE)
-    assert {case.layout for case in few} == set(kernel_check.LAYOUTS)
+    assert {case.layout for case in few} == set(kernel_cases.LAYOUTS)
     assert any(case.key_heads and "return_lse" in case.options and "queries" in case.options for case in few)
 
 
@@ -65,12 +76,12 @@ def test_the_kernels_are_right_under_the_interpreter(monkeypatch):
     assert "cases are right" in done.stdout
 
 
-SOFT = Case("soft_displacement", "", kernel_check._SMALL_GRID, head_dim=16, options={"heads": "logits"})
+SOFT = Case("soft_displacement", "", kernel_cases.SMALL_GRID, head_dim=16, options={"heads": "logits"})
 
 
-@pytest.mark.parametrize("layout", kernel_check.LAYOUTS)
+@pytest.mark.parametrize("layout", kernel_cases.LAYOUTS)
 def test_another_right_way_is_found_right(layout):
-    case = Case(**{**vars(SOFT), "layout": layout})
+    case = replace(SOFT, layout=layout)
     finding = kernel_check.compare(case, CPU, lambda inputs: case.run(inputs, "streaming"))
     assert finding.wrong is None
     assert finding.error < 1
@@ -88,6 +99,66 @@ def test_another_right_way_is_found_right(layout):
 def test_a_wrong_result_is_found(spoil, wrong):
     finding = kernel_check.compare(SOFT, CPU, lambda inputs: spoil(SOFT.run(inputs, "streaming")))
     assert wrong in str(finding.wrong)
+
+
+def test_an_infinity_of_the_other_sign_is_wrong():
+    case = replace(SOFT, masked=1.0, options={"heads": "logits", "return_lse": True})
+    assert kernel_check.compare(case, CPU, lambda inputs: case.run(inputs, "streaming")).wrong is None
+
+    def spoiled(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        moved, lse, *gradients = case.run(inputs, "streaming")
+        return [moved, -lse, *gradients]
+
+    assert "result 1 is off by inf" in str(kernel_check.compare(case, CPU, spoiled).wrong)
+
+
+def test_what_a_kernel_dies_of_is_wrong_and_the_others_go_on(monkeypatch):
+    def dies(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        raise RuntimeError("no such instruction")
+
+    assert kernel_check.attempt(SOFT, CPU, dies).wrong == "RuntimeError: no such instruction"
+    monkeypatch.setattr(kernel_check, "cases", lambda device: iter([SOFT, replace(SOFT, about="next")]))
+    monkeypatch.setattr(kernel_check, "compare", lambda case, *rest: 1 / 0)
+    assert [finding.wrong for finding in kernel_check.findings(CPU)] == ["ZeroDivisionError: division by zero"] * 2
+
+
+@pytest.mark.slow
+def test_processes_share_the_cases(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    few = [replace(SOFT, about=str(number), head_dim=16 + number) for number in range(3)]
+    monkeypatch.setattr(kernel_check, "cases", lambda device: iter([*few, replace(SOFT, about="wrong", head_dim=4)]))
+    *right, wrong = kernel_check.findings(CPU, workers=2)
+    assert [(finding.name, finding.wrong) for finding in right] == [(case.name, None) for case in few]
+    assert "the kernels take head_dim 8 to 256, got 4" in str(wrong.wrong)
+
+
+def test_random_cases_have_every_option_of_every_operation():
+    for remainder, operation in enumerate(kernel_cases.OPERATIONS):
+        mine = [kernel_cases.random_case(number) for number in range(remainder, 600, 6)]
+        assert {case.operation for case in mine} == {operation}
+        assert {case.dtype for case in mine} == set(kernel_check.TOLERANCE)
+        assert {case.layout for case in mine} == set(kernel_cases.LAYOUTS)
+        assert {case.heads // (case.key_heads or 1) for case in mine} == {1, 2, 3}
+        given = {name for case in mine for name in case.options}
+        wanted = {"queries", "query_frames", "keys", "scale"}
+        if operation != "frame_local_attention":
+            wanted |= {"heads", "head_weights"}
+            assert {case.options["heads"] for case in mine} == set(kernel_cases.MODES)
+        if operation in kernel_cases.DISPLACEMENTS:
+            wanted |= {"temperature", "frames", "window"}
+            assert any(case.moved for case in mine)
+        if operation in kernel_cases.DIFFERENTIABLE:
+            wanted.add("return_lse")
+            assert any(case.shards for case in mine)
+        assert given >= wanted
+
+
+def test_random_cases_are_right_where_the_way_is():
+    """Another way than the reference to answer them, which needs no interpreter."""
+    for number in range(60):
+        case = kernel_cases.random_case(number)
+        finding = kernel_check.compare(case, CPU, lambda inputs, case=case: case.run(inputs, "streaming"))
+        assert finding.wrong is None, (case, finding)
 
 
 BARE = f"""

@@ -48,7 +48,9 @@ def test_the_committed_predictions_are_those_of_their_script(tmp_path):
     assert path.read_text(encoding="utf-8") == predictions.FILE.read_text(encoding="utf-8")
 
 
-def test_a_prediction_stands_beside_the_measured_time():
-    row = {"milliseconds": {"median": 3.21}, "predicted_milliseconds": 2.86}
-    assert report._time(row) == "3.21 ms (predicted 2.86 ms)"
-    assert report._time({**row, "predicted_milliseconds": None}) == "3.21 ms"
+def test_a_prediction_and_a_replay_stand_beside_the_measured_time():
+    row = {"milliseconds": {"median": 3.21}, "predicted_milliseconds": 2.86, "replay_milliseconds": 3.1}
+    assert report._own_time(row) == "3.21 ms (predicted 2.86 ms, replayed 3.1 ms)"
+    assert report._own_time({**row, "predicted_milliseconds": None}) == "3.21 ms (replayed 3.1 ms)"
+    failed = {"milliseconds": {"median": 3.21}, "replay_left_out": "RuntimeError: operation not permitted"}
+    assert report._own_time(failed) == "3.21 ms (replayed failed)"

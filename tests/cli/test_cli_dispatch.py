@@ -196,7 +196,14 @@ def test_warnings_are_one_line(command: Any, capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().err == "corrdit experiment: warning: the file seems to be cut off\n"
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    "number, status",
+    [
+        (signal.SIGTERM, 143),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow),
+    ],
+)
 def test_signals_leave_nothing_behind(tmp_path: Path, clip: Path, number: signal.Signals, status: int) -> None:
     (tmp_path / "harness.py").write_text(HARNESS)
     output = tmp_path / "results" / "out"
@@ -252,7 +259,9 @@ print("alive")
     assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    "number, status", [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_signals_end_one_long_operation_of_torch(tmp_path: Path, number: signal.Signals, status: int) -> None:
     code = """
 import signal, sys

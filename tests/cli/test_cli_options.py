@@ -40,7 +40,10 @@ def test_an_output_without_a_name_is_refused(
 
 def test_what_is_required_is_named_as_it_is_typed(clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["track", str(clip)]) == 2
-    assert "--output DIR is required" in capsys.readouterr().err
+    example = "as in: corrdit track my_video.mp4 --output tracks\n"
+    assert capsys.readouterr().err == f"corrdit track: --output DIR is required, {example}"
+    assert main(["track"]) == 2
+    assert capsys.readouterr().err == f"corrdit track: VIDEO, --output DIR are required, {example}"
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
+import re
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -302,15 +305,32 @@ class TestBadPoints:
         assert drawn == [TrackStyle(trail=3, fade=0.2, radius=4.5, hidden=False)]
 
 
+RERUN_ROW = r"│ row_\w+ +┆ (\d+) +┆ [^┆]+┆ \[([^]]*)\] +┆ (\[[^]]*\]) +┆ [^┆]+┆ \[([^]]*)\] +┆ (\[.*?\]) +│"
+"""Of `rerun rrd print`: frame, time, numbers, scores, colours, labels and places of the points."""
+
+
+@pytest.mark.slow
 def test_a_recording_for_the_rerun_viewer(tmp_path: Path, clip: Path, drifting_tracker: Any) -> None:
     pytest.importorskip("rerun")
     points = tmp_path / "points.csv"
     points.write_text("label,frame,x,y\nnose,0,4,5\near,1,9,9\n")
     call = ["track", str(clip), "--output", str(tmp_path / "out"), "--points", str(points), "--rerun"]
     assert main(call) == 0
-    recording = (tmp_path / "out" / "tracks.rrd").read_bytes()
-    assert recording.startswith(b"RRF")
-    assert all(path in recording for path in (b"/video/visible", b"/video/hidden"))
+    recording, tracks = tmp_path / "out" / "tracks.rrd", Tracks.load(tmp_path / "out" / "tracks.npz")
+    viewer = [sys.executable, "-m", "rerun", "rrd"]
+    subprocess.run([*viewer, "verify", recording], check=True)
+    found = {"visible": np.full(tracks.xy.shape, np.nan), "hidden": np.full(tracks.xy.shape, np.nan)}
+    for name, xy in found.items():
+        command = [*viewer, "print", "-vvv", "--entity", f"/video/{name}", recording]
+        rows = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        for frame, numbers, scores, labels, places in re.findall(RERUN_ROW, rows):
+            chosen = [int(number) for number in numbers.split(", ") if number]
+            xy[int(frame), chosen] = np.reshape(json.loads(places), (-1, 2))
+            assert json.loads(scores) == pytest.approx(tracks.score[int(frame), chosen].tolist())
+            assert labels == ", ".join(["nose", "ear"][number] for number in chosen)
+    visible = tracks.visible.numpy()[..., None]
+    np.testing.assert_allclose(found["visible"], np.where(visible, tracks.xy, np.nan), rtol=1e-6)
+    np.testing.assert_allclose(found["hidden"], np.where(visible, np.nan, tracks.xy), rtol=1e-6)
 
 
 def test_a_recording_without_its_package_or_its_points(

@@ -287,9 +287,8 @@ def test_lines_take_the_place_of_the_bar_where_there_is_no_terminal(capsys, monk
     assert capsys.readouterr().err.splitlines() == ["counting 2/4, note", "counting 4/4, note"]
 
 
-@pytest.mark.parametrize(
-    ("number", "status"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_end_a_forward_pass_of_half_a_million_tokens(model, large_reference, tmp_path, number, status):
     size = ["--size", "480x720", "--num-frames", "24"]
     # A suite that a shell runs in the background inherits an ignored SIGINT, and so would the command.

@@ -74,7 +74,7 @@ def test_wrong_models_and_options(
         (tmp_path / "nowhere", "unknown model"),
     ):
         assert expected in refused("track", clip, "--model", name, "--output", tmp_path / "out")
-    monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     line = refused("track", clip, "--model", "THUDM/CogVideoX-2b", "--output", tmp_path / "out")
     assert "cannot load THUDM/CogVideoX-2b: offline (HF_HUB_OFFLINE is set)" in line
     for option, value, expected in (

@@ -14,7 +14,7 @@ import torch
 from corrdit import TokenGrid, load_backbone
 from corrdit.integrations.diffusers import Preset, ReadingPreset, available_backbones, backbone_of
 from corrdit.integrations.diffusers.backbones import loading
-from corrdit.integrations.diffusers.backbones.presets import preset_for
+from corrdit.integrations.diffusers.backbones.published_models import preset_for
 from corrdit.testing import TINY_MODELS, tiny_backbone, tiny_pipeline
 
 EVERY = [pytest.param(name, marks=pytest.mark.slow) if model.variant else name for name, model in TINY_MODELS.items()]
@@ -246,7 +246,7 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch, tmp_path):
         asked.append(url)
         raise ConnectionError("no route to host")
 
-    monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", unreachable)
     with pytest.raises(ValueError, match=r"nobody/nothing: it is not in the local cache and the hub cannot be reached"):

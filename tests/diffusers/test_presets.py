@@ -10,7 +10,7 @@ import pytest
 
 from corrdit import CrossAttentionGuidance, MotionTransfer, PointTracker, load_backbone
 from corrdit.integrations.diffusers import GuidancePreset, Preset, ReadingPreset, backbone_of
-from corrdit.integrations.diffusers.backbones.presets import PUBLISHED_MODELS, PublishedModel
+from corrdit.integrations.diffusers.backbones.published_models import PUBLISHED_MODELS, PublishedModel
 from corrdit.integrations.diffusers.motion_transfer import TransferSettings
 from corrdit.testing import tiny_backbone, tiny_pipeline
 from corrdit.tracking import TrackerOptions

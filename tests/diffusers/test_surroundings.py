@@ -16,6 +16,9 @@ from corrdit.integrations.embedded.world import WorldConfig, generate
 from corrdit.testing import tiny_backbone, tiny_generation
 
 FAMILIES = ("cogvideox", "cogvideox-rotary", "hunyuanvideo", "wan", "ltx", "mochi")
+OTHERS_SLOW = [
+    name if name in ("cogvideox-rotary", "wan") else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES
+]
 pytestmark = pytest.mark.filterwarnings("ignore:.*no text encoder.*")
 
 
@@ -135,7 +138,7 @@ def test_a_model_made_in_inference_mode_is_refused_by_name():
         transfer()
 
 
-@pytest.mark.parametrize("optimise", ["latent", "embedding"])
+@pytest.mark.parametrize("optimise", ["latent", pytest.param("embedding", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_an_optimisation_under_autocast_moves(name, optimise):
     transfer = transferred(name, optimise=optimise)
@@ -176,7 +179,7 @@ def read(name: str) -> Callable[[], dict[tuple[int, int], torch.Tensor]]:
 
 
 @pytest.mark.parametrize("perturbation", ["cross_frame", "identity", "skip"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", OTHERS_SLOW)
 def test_guidance_under_autocast(name, perturbation):
     run = guided(name, perturbation=perturbation)
     found = []
@@ -199,7 +202,7 @@ def test_reading_under_autocast(name):
 
 
 @EVERYWHERE
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", OTHERS_SLOW)
 @pytest.mark.parametrize("make", [guided, read])
 def test_guidance_and_reading_are_the_same_bits(family, make, name):
     """Where the pipeline itself, which is not ours, runs there and gives its own bits."""

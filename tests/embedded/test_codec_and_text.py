@@ -70,6 +70,8 @@ def test_unknown_words_have_a_place_of_their_own_and_case_does_not_matter() -> N
     ids = tokenizer("A striped disc, moves LEFT over gravel").input_ids
     assert ids[:5] == tokenizer("a striped disc moves left").input_ids[:5]
     assert ids[-2] >= len(tokenizer.words)
+    assert tokenizer.decode(ids[-2:-1]) == "gravel"
+    assert WordTokenizer().decode(ids[-2:-1]).startswith("<unknown ")
     assert ids[-2] == tokenizer("gravel").input_ids[0]
     assert tokenizer("gravel").input_ids[0] != tokenizer("asphalt").input_ids[0]
     assert tokenizer("").input_ids == [1]
@@ -85,6 +87,11 @@ def test_unknown_words_are_named_once() -> None:
         tokenizer(["a dog", "a red disc moves left over grass", ""])
     with pytest.warns(UserWarning, match="does not know 'cat':"):
         tokenizer("a cat and a dog")
+    with pytest.warns(
+        UserWarning, match=r"does not know 'x{30}\.\.\.', 'w0', .*'w6' and 33 more words: it has"
+    ) as said:
+        tokenizer(" ".join(["x" * 300, *(f"w{number}" for number in range(40))]))
+    assert len(str(said[0].message)) < 400
 
 
 def test_encoder_is_deterministic_and_tells_subjects_apart() -> None:

@@ -115,7 +115,10 @@ def test_training_videos_are_never_held_out_and_processes_share_the_batch() -> N
         TrainingConfig(seed=HELD_OUT_SEEDS // 100, steps=100, batch_size=1)
 
 
-def test_materialised_attention_is_attention() -> None:
+@pytest.mark.parametrize("scores", [2**19, 100, 1])
+def test_materialised_attention_is_attention(monkeypatch: pytest.MonkeyPatch, scores: int) -> None:
+    """In one block of rows, in blocks with a ragged last one, row by row."""
+    monkeypatch.setattr("corrdit.integrations.embedded.training.module._CACHED_SCORES", scores)
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2, 3, 17, 8, generator=generator) for _ in range(3))
     expected = torch.nn.functional.scaled_dot_product_attention(query, key, value)

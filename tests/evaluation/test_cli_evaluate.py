@@ -111,7 +111,7 @@ def test_published_settings_by_name(model, layer, step, steps, heads, head_dim, 
 
 
 def test_the_published_layers_are_those_of_the_presets():
-    from corrdit.integrations.diffusers.backbones.presets import PUBLISHED_MODELS
+    from corrdit.integrations.diffusers.backbones.published_models import PUBLISHED_MODELS
 
     for name, model in PUBLISHED_MODELS.items():
         (choice,) = chosen_trackers(evaluate.plain(parsed("--config", f"{name}-davis").trackers))

@@ -20,7 +20,8 @@ from corrdit import MotionTransfer
 from corrdit.cli import generate as command
 from corrdit.cli import main
 from corrdit.integrations.diffusers import backbone_of
-from corrdit.integrations.diffusers.backbones.presets import GuidancePreset, default_layers
+from corrdit.integrations.diffusers.backbones.presets import GuidancePreset
+from corrdit.integrations.diffusers.backbones.published_models import default_layers
 from corrdit.integrations.diffusers.guidance import CrossAttentionGuidance, comparison
 from corrdit.integrations.embedded.pipeline import build_pipeline, build_transformer
 from corrdit.integrations.lightning import GenerationModule, GuidanceCallback, PromptDataModule

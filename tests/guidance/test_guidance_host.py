@@ -12,7 +12,7 @@ from diffusers.hooks import apply_group_offloading
 
 from corrdit import TokenGrid, capture
 from corrdit.integrations.diffusers import CorrespondenceProcessor, Preset, ReadingPreset
-from corrdit.integrations.diffusers.backbones.presets import PUBLISHED_MODELS, PublishedModel
+from corrdit.integrations.diffusers.backbones.published_models import PUBLISHED_MODELS, PublishedModel
 from corrdit.integrations.diffusers.guidance import CrossAttentionGuidance, GuidancePreset, guidance_preset
 from corrdit.testing import tiny_generation, tiny_pipeline
 

@@ -51,12 +51,16 @@ def assert_sound(row: dict[str, Any]) -> None:
         assert row["spill_bytes"] == 0, row
 
 
+# Forward and gradients of single heads and of averaged logits, their windows, and matching: `make test-triton`.
 @pytest.mark.slow
 @pytest.mark.skipif(ANOTHER_TRITON is None, reason="CORRDIT_ANOTHER_TRITON names no folder with another triton")
-@pytest.mark.parametrize("variant", ["plain", "window"])
-def test_the_main_kernels_on_another_triton(variant):
-    options = ("--arch", "90", "--op", "soft_displacement", "--variant", variant, "--dtype", "bfloat16")
+@pytest.mark.parametrize(
+    ("operation", "variant"), [("soft_displacement", "plain"), ("soft_displacement", "window"), ("match", "plain")]
+)
+def test_the_main_kernels_on_another_triton(operation, variant):
+    options = ("--arch", "90", "--op", operation, "--variant", variant, "--dtype", "bfloat16")
     rows = compiled(*options, "--head-dim", "64", triton=ANOTHER_TRITON)
+    assert len(rows) >= 4
     assert {row["triton"] for row in rows} != {importlib.metadata.version("triton")}
     for row in rows:
         assert_sound(row)

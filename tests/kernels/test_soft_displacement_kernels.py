@@ -63,6 +63,46 @@ def test_averaged_logits(check, case, pinned):
     check("soft_displacement", case(mode="logits", **pinned), gradients=True)
 
 
+# Frames of 35 tokens are a tile of keys and half of one, of 11 half a tile, of 21 one tile; 37 frames share few tiles
+# of queries. Pairs in any order, also twice; parts that end inside frames.
+@pytest.mark.parametrize(
+    "pinned",
+    [
+        {"grid": TokenGrid(2, 5, 7)},
+        {"grid": TokenGrid(37, 1, 2), "pairs": tuple((i, 2) for i in range(37)), "kept": 0.7},
+        {"grid": TokenGrid(5, 1, 11), "pairs": ((4, 1), (0, 1), (1, 1), (0, 1), (3, 1), (2, 0), (3, 0))},
+        {"grid": TokenGrid(3, 3, 7), "queries": (25, 60), "keys": (8, 60), "pairs": ((1, 0), (2, 0), (1, 2))},
+        {"grid": TokenGrid(2, 3, 6), "batch": 2, "kept": 0.6},
+    ],
+    ids=str,
+)
+def test_tiles_of_averaged_logits_hold_rows_of_several_frames(check, case, pinned):
+    from corrdit.kernels.shared.configs import Tiles, override
+
+    with override(folded_forward=Tiles(32, 32, 16, 1, 1)):
+        check("soft_displacement", case(dtype=SINGLE, mode="logits", head_dim=16, **pinned))
+
+
+def test_runs_of_queries_that_follow_each_other():
+    # Frames of 4 tokens, of which q holds the last 3 of frame 0, frame 1 and 2 of frame 2, and k frames 0 and 2.
+    held, keys = [-1, 1, 4, 3, 0, 4, 7, 0, 2], [0, 0, 4, 4, 0, 0, 4, 0, 4]
+    pairs = [0, 0, 2, 0, 1, 0, 0, 2, 1, 2, 2, 2]
+    table = tables.frame_pairs(pairs, held, keys, 2, 2, torch.device("cpu"))
+    assert table.query_runs[:, :4].tolist() == [[0, 3, 0, 1], [7, 2, 1, 2], [3, 4, 2, 3], [0, 9, 3, 6]]
+    assert table.query_runs[:, 4:7].tolist() == [[0, 0, 4]] * 3 + [[4, 0, 4]]
+    assert table.pairs[:, 7].tolist() == [0, 0, 0, 0, 3, 7]
+    assert table.longest_run == 9
+
+
+@pytest.mark.parametrize(("queries", "keys", "scores"), [(17550, 1350, 17664 * 1408), (100, 256, 128 * 256),
+                                                         (128, 385, 128 * 512)])  # fmt: skip
+def test_half_a_tile_does_for_the_last_keys(queries, keys, scores):
+    from corrdit.kernels.displacement.folded import visited_scores
+    from corrdit.kernels.shared.configs import Tiles
+
+    assert visited_scores(queries, keys, Tiles(128, 256, 64, 8, 3)) == scores
+
+
 @pytest.mark.parametrize("mode", ["logits", "none"])
 def test_windows_skip_tiles(mode):
     from corrdit.kernels.displacement.folded import folded_forward

@@ -171,7 +171,8 @@ def test_torchmetrics_counts_a_repeated_video_once():
     assert metric.compute()["videos"] == 3
 
 
-@pytest.mark.parametrize("videos", [pytest.param(1, marks=pytest.mark.slow), 5])
+@pytest.mark.slow
+@pytest.mark.parametrize("videos", [1, 5])
 def test_torchmetrics_gives_the_same_figures_on_several_processes(tmp_path, videos):
     arrays = example(4, videos=videos)
     data = tmp_path / "data.npz"

@@ -11,7 +11,7 @@ from diffusers.hooks.group_offloading import ModuleGroup
 from corrdit import MotionTransfer, capture
 from corrdit.integrations.diffusers import placement as model_placement
 from corrdit.integrations.diffusers.backbones.loading import backbone_of
-from corrdit.integrations.diffusers.backbones.presets import PUBLISHED_MODELS
+from corrdit.integrations.diffusers.backbones.published_models import PUBLISHED_MODELS
 from corrdit.integrations.diffusers.guidance.cross_attention import CrossAttentionGuidance
 from corrdit.integrations.diffusers.placement import Placement
 from corrdit.integrations.diffusers.testing.tiny_models import TEXT_TOKENS, tiny_generation, tiny_pipeline

@@ -33,7 +33,7 @@ def scene(frames: int, dtype: torch.dtype, text_tokens: int = 5) -> tuple[TokenG
     return grid, [torch.randn(1, 4, grid.tokens, 16, generator=generator).to(dtype) for _ in range(3)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("heads", ["logits", "features", "probabilities", "none"])
 @pytest.mark.parametrize("window", [None, 2])
 def test_soft_displacement_and_its_gradients(dtype, heads, window):
@@ -53,7 +53,7 @@ def test_soft_displacement_and_its_gradients(dtype, heads, window):
     assert max(extra.values()) <= BUDGET, extra
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("heads", ["logits", "features", "none"])
 @pytest.mark.parametrize("window", [None, 2])
 def test_attention_flow_loss_and_its_gradients(dtype, heads, window):
@@ -79,7 +79,7 @@ def test_attention_flow_loss_and_its_gradients(dtype, heads, window):
         assert extra_bytes(gradients) <= max(kept + BUDGET - returned, kept + scaling + tables)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("heads", ["logits", "features", "probabilities", "none"])
 def test_operations_without_gradients(dtype, heads):
     grid, (q, k, _) = scene(30, dtype)

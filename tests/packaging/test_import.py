@@ -23,6 +23,16 @@ def test_import_is_light():
     assert run(f"import sys, corrdit; print([name for name in {HEAVY} if name in sys.modules])") == "[]"
 
 
+def test_the_host_and_the_first_words_of_a_command_load_no_diffusers():
+    script = (
+        "import sys, corrdit.integrations.diffusers\n"
+        "from corrdit.cli import main\n"
+        "assert main(['track', 'nowhere.mp4', '--output', 'out']) == 2\n"
+        "print([name for name in ('diffusers', 'transformers', 'lightning') if name in sys.modules])"
+    )
+    assert run(script) == "[]"
+
+
 def test_import_with_operations_takes_under_300_ms_beyond_torch():
     script = (
         "import time, torch; start = time.perf_counter(); import corrdit, corrdit.ops, corrdit.tracking; "

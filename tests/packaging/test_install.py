@@ -106,7 +106,7 @@ def test_metadata_is_whole_and_names_nothing_that_a_registry_has_not(archives):
     text = metadata.get_payload()
     assert "corrdit track my_video.mp4" in text
     # no picture, comment or link into the checkout
-    assert not re.findall(r"!\[|<!--|\]\((?!https?:)|^## Read on|\(above\)", text, re.MULTILINE)
+    assert not re.findall(r"!\[|<!--|\]\((?!https?:)|^## Read on", text, re.MULTILINE)
 
 
 def test_citation_is_of_this_version():

@@ -136,8 +136,8 @@ def test_site_has_every_page_and_its_api_every_public_name():
     assert page.startswith("# Track points through a video")
     assert "<svg" in page
     assert page.count("```python") == 5
-    outside = hooks.on_page_markdown("see [the card](../integrations/card.md) and [this](results.md)")
-    assert outside == "see the card (`integrations/card.md`) and [this](results.md)"
+    outside = hooks.on_page_markdown("see [the card](../a/card.md), [`card.md`](../a/card.md) and [this](results.md)")
+    assert outside == "see the card (`a/card.md`), `a/card.md` and [this](results.md)"
 
 
 def test_changelog_lists_every_name_that_moved():
@@ -157,11 +157,27 @@ def test_tables_are_those_of_the_result_files(tmp_path, monkeypatch):
     for text in texts:
         assert tables.filled(text, results) == (text, [])
         page = tmp_path / "page.md"
-        page.write_text(text.replace("| standing still | 21.4 |", "| standing still | 12.4 |"), encoding="utf-8")
+        changed = tables.MARKED.sub(lambda table: re.sub(r"(?<=\d)(?= \|)|(?<=\d)(?= s \|)", "1", table[0]), text)
+        page.write_text(changed, encoding="utf-8")
         words = ["--page", str(page), "--results", str(results)]
         assert tables.main([*words, "--check"]) == 1
         assert tables.main(words) == 0
         assert page.read_text(encoding="utf-8") == text
+
+
+def test_run_times_behind_commands_are_those_of_their_file(monkeypatch):
+    """Every command with a time is one that the script times, and a time changed by hand is put right."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    tables, timing = importlib.import_module("result_tables"), importlib.import_module("run_times")
+    results = ROOT / "benchmarks" / "results"
+    said = dict(re.findall(r"^(.+?) +# (\d+ (?:s|min))\b", README, re.MULTILINE))
+    assert len(said) == 8
+    assert said.keys() <= {task.shown for task in timing.TIMED.values()}
+    measured = {row["shown"]: row["seconds"] for row in tables.read_json(results / tables.RUN_TIMES)["rows"].values()}
+    assert {"make demo", "corrdit track my_video.mp4 --output tracks"} <= said.keys() & measured.keys()
+    assert all(said[command] == tables.duration(measured[command]) for command in said.keys() & measured.keys())
+    wrong = re.sub(r"^(make demo +# )\d+", r"\g<1>9999", README, flags=re.MULTILINE)
+    assert tables.filled(wrong, results) == (README, ["run time of demo"])
 
 
 def test_tables_of_motion_transfer_are_made_of_a_file_that_is_half_filled(monkeypatch):

@@ -57,7 +57,7 @@ def configurations(script, tmp_path_factory):
     "task, settings",
     [
         ("transfer", {}),
-        ("transfer", {"gradient_checkpointing": True}),
+        pytest.param("transfer", {"gradient_checkpointing": True}, marks=pytest.mark.slow),
         ("track", {}),
         ("cag", {}),
         pytest.param("transfer", {"method": "smm"}, marks=pytest.mark.slow),
@@ -116,8 +116,8 @@ def ways_to_do(configurations):
 @pytest.mark.parametrize(
     "name",
     [
-        "embedded",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("wan", "tiles", "groups", "layers", "float8")),
+        "layers",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("wan", "embedded", "tiles", "groups", "float8")),
     ],
 )
 def test_what_repeats_takes_what_it_takes_when_it_runs(configurations, monkeypatch, name):

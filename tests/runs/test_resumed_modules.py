@@ -184,7 +184,9 @@ def test_other_weights_are_refused(kind, predict):
         predict(*kind.run())
 
 
-@pytest.mark.parametrize("damage", ["truncated", "gone", "edited"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gone", "edited"))]
+)
 def test_a_damaged_result_is_made_again_and_said(kind, predict, damage):
     file = kind.output / kind.result
     whole = file.read_bytes()

@@ -7,12 +7,21 @@ import pytest
 import torch
 
 from corrdit.analysis.token_maps import principal_components
+from corrdit.visualization import charts
 from corrdit.visualization.attention_maps import draw_attention_maps, draw_components
 from corrdit.visualization.charts import draw_curves, draw_heatmaps
 
 
 def share_of(picture: np.ndarray, colour: tuple[int, int, int], tolerance: int = 12) -> float:
     return float((np.abs(picture.astype(int) - colour) <= tolerance).all(-1).mean())
+
+
+@pytest.mark.parametrize(
+    ("limits", "decimals"),
+    [((0.0, 0.942), 3), ((-2.5, 1.0), 2), ((0.0, 23.4), 1), ((0.0, 5e3), 0), ((0.0, 1e-9), 3)],
+)
+def test_numbers_of_a_table_have_equally_many_decimals(limits, decimals):
+    assert charts._decimals(limits) == decimals
 
 
 def test_heatmap_shows_values_frames_the_largest_and_greys_what_is_missing():

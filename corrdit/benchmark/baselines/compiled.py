@@ -7,6 +7,7 @@ for one pair is compiled instead and called for each. Frames are all alike, so i
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ParamSpec, TypeVar
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from corrdit import reference
+from corrdit.benchmark.baselines import folded_chunks
 from corrdit.benchmark.baselines.sdpa import positions_as_values
 from corrdit.grid import TokenGrid
 from corrdit.problem import PairProblem, TokenAxis
@@ -27,10 +29,10 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _compile(function: Callable[P, R]) -> Callable[P, R]:
+def _compile(function: Callable[P, R], mode: str = "default") -> Callable[P, R]:
     """Compiled for each shape by itself; where that cannot be done it raises instead of running the plain function."""
     torch._dynamo.config.recompile_limit = max(RECOMPILATIONS, torch._dynamo.config.recompile_limit)
-    return torch.compile(function, dynamic=False, fullgraph=True)
+    return torch.compile(function, dynamic=False, fullgraph=True, mode=mode)
 
 
 @functools.cache
@@ -68,6 +70,16 @@ def soft_displacement(
 ) -> Tensor:
     """The materialising reference under `torch.compile`: `[B, F, F, h, w, 2]`."""
     return _by_pair("soft_displacement", q, k, grid, heads, window, temperature)
+
+
+@functools.cache
+def _compiled_chunk(mode: str) -> Callable[..., Tensor]:
+    return _compile(folded_chunks.expected_positions, mode)
+
+
+def folded_soft_displacement(q: Tensor, k: Tensor, grid: TokenGrid, *, mode: str) -> Tensor:
+    """`folded_chunks.soft_displacement` with its chunk compiled in a mode of `torch.compile`."""
+    return folded_chunks.soft_displacement(q, k, grid, chunk=_compiled_chunk(mode))
 
 
 def hard_displacement(q: Tensor, k: Tensor, grid: TokenGrid) -> Tensor:
@@ -118,6 +130,14 @@ def frame_local_attention(q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, *, r
     return attended
 
 
+def installed(module: str) -> bool:
+    """Whether a module can be imported, without its being so."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):  # its package is missing, or something else stands for it
+        return False
+
+
 @functools.cache
 def _compiled_flex_attention() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
@@ -125,10 +145,28 @@ def _compiled_flex_attention() -> Callable[..., Any]:
     return _compile(flex_attention)
 
 
-def flex_soft_displacement(q: Tensor, k: Tensor, grid: TokenGrid, *, temperature: float = 1.0) -> Tensor:
-    """heads="probabilities" by FlexAttention, values 16 wide: `[B, F, F, h, w, 2]`."""
-    attend = functools.partial(_compiled_flex_attention(), scale=temperature * q.shape[-1] ** -0.5)
-    return positions_as_values(attend, q, k, grid, width=16, contiguous=True)
+FLASH = {"BACKEND": "FLASH"}
+"""Kernel options of FlexAttention by which it takes FlashAttention's kernels in place of its own."""
+
+
+def flash_missing() -> str | None:
+    """Why FlexAttention cannot take `FLASH` here."""
+    from torch.nn.attention import flex_attention
+
+    if "BACKEND" not in getattr(flex_attention, "FlexKernelOptions", type).__annotations__:
+        return f"FlexAttention of torch {torch.__version__} has no BACKEND"
+    if not installed("flash_attn.cute"):
+        return "flash_attn.cute is not installed"
+    return None
+
+
+def flex_soft_displacement(
+    q: Tensor, k: Tensor, grid: TokenGrid, *, temperature: float = 1.0, options: dict[str, str] | None = None
+) -> Tensor:
+    """heads="probabilities" by FlexAttention: `[B, F, F, h, w, 2]`; values 16 wide, as wide as keys for `FLASH`."""
+    scale = temperature * q.shape[-1] ** -0.5
+    attend = functools.partial(_compiled_flex_attention(), scale=scale, kernel_options=options)
+    return positions_as_values(attend, q, k, grid, width=16 if options is None else q.shape[-1], contiguous=True)
 
 
 @functools.lru_cache(maxsize=4)
@@ -147,7 +185,15 @@ def _same_frame_mask(grid: TokenGrid, device: torch.device) -> object:
     return make(seen, None, None, grid.tokens, grid.tokens, device=device)
 
 
-def flex_frame_local_attention(q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, *, renormalize: bool = True) -> Tensor:
+def flex_frame_local_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: TokenGrid,
+    *,
+    renormalize: bool = True,
+    options: dict[str, str] | None = None,
+) -> Tensor:
     """Frame-local attention by FlexAttention with a block mask; takes text tokens.
 
     Zeroing after the softmax is masking before it, times the share of the kept keys in the full softmax sum; that sum
@@ -155,7 +201,7 @@ def flex_frame_local_attention(q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid,
     """
     mask = _same_frame_mask(grid, q.device)
     if renormalize:
-        masked: Tensor = _compiled_flex_attention()(q, k, v, block_mask=mask)
+        masked: Tensor = _compiled_flex_attention()(q, k, v, block_mask=mask, kernel_options=options)
         return masked
     from torch.nn.attention.flex_attention import AuxRequest
 

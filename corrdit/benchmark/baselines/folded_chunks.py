@@ -6,6 +6,8 @@ Chunks are checkpointed: the backward pass computes them again instead of keepin
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -15,23 +17,33 @@ from corrdit.grid import TokenGrid
 ROWS = 512
 
 
-def soft_displacement(q: Tensor, k: Tensor, grid: TokenGrid, *, temperature: float = 1.0, rows: int = ROWS) -> Tensor:
-    """`[B, F, F, h, w, 2]`; `rows` query tokens at a time."""
+def expected_positions(queries: Tensor, keys: Tensor, position: Tensor, frames: int, factor: float) -> Tensor:
+    """`[B, rows, F, 2]` of a chunk of queries `[B, rows, H * D]` against all keys."""
+    scores = torch.matmul(queries, keys.transpose(-1, -2)).to(position.dtype) * factor
+    weight = scores.unflatten(-1, (frames, position.shape[0])).softmax(-1)
+    return torch.matmul(weight, position)
+
+
+def soft_displacement(
+    q: Tensor,
+    k: Tensor,
+    grid: TokenGrid,
+    *,
+    temperature: float = 1.0,
+    rows: int = ROWS,
+    chunk: Callable[..., Tensor] = expected_positions,
+) -> Tensor:
+    """`[B, F, F, h, w, 2]`; `rows` query tokens at a time, by `expected_positions` or what is compiled of it."""
     factor = temperature * q.shape[-1] ** -0.5 / q.shape[1]
     folded_q, folded_k = (tensor.transpose(1, 2).flatten(2) for tensor in (q, k))  # [B, N, H*D]
     position = grid.coordinates(q.device, torch.promote_types(q.dtype, torch.float32))
-
-    def chunk(queries: Tensor, keys: Tensor) -> Tensor:
-        scores = torch.matmul(queries, keys.transpose(-1, -2)).to(position.dtype) * factor
-        weight = scores.unflatten(-1, (grid.frames, grid.tokens_per_frame)).softmax(-1)
-        return torch.matmul(weight, position)  # [B, rows, F, 2]
-
     parts = []
     for queries in folded_q.split(rows, dim=1):
+        given = (queries, folded_k, position, grid.frames, factor)
         if queries.requires_grad or folded_k.requires_grad:
-            parts.append(checkpoint(chunk, queries, folded_k, use_reentrant=False))
+            parts.append(checkpoint(chunk, *given, use_reentrant=False))
         else:
-            parts.append(chunk(queries, folded_k))
+            parts.append(chunk(*given))
     expected = torch.cat(parts, dim=1).unflatten(1, (grid.frames, grid.tokens_per_frame)).transpose(2, 3)
     return (expected - position).unflatten(-2, (grid.height, grid.width))
 

@@ -8,6 +8,8 @@ is the plain case.
 Frame-local attention: masking before the softmax leaves every video token the text and its own frame, so the frames
 become a batch, and no pair of tokens of different frames is touched. Keys and values of the text are copied to every
 frame.
+
+`attend` is PyTorch's own choice of a kernel, one kernel of PyTorch's alone (`only`), or FlashAttention-3.
 """
 
 from __future__ import annotations
@@ -18,17 +20,45 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.attention import SDPBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from corrdit.grid import TokenGrid
 
+Attend = Callable[..., Tensor]
+"""Attention of q, k, v `[B, H, N, D]`, with `scale`."""
+
+
+def only(backend: SDPBackend) -> Attend:
+    """`scaled_dot_product_attention` that takes one of PyTorch's kernels, or raises RuntimeError where it cannot."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+        with sdpa_kernel(backend):
+            return functional.scaled_dot_product_attention(q, k, v, scale=scale)
+
+    return attend
+
+
+def flash_attention_3(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """FlashAttention-3 (https://github.com/Dao-AILab/flash-attention, `hopper`), where it is installed."""
+    from flash_attn_interface import flash_attn_func
+
+    found = flash_attn_func(*(tensor.transpose(1, 2) for tensor in (q, k, v)), softmax_scale=scale)
+    attended: Tensor = found[0] if isinstance(found, tuple) else found  # early releases give the log-sum-exp too
+    return attended.transpose(1, 2)
+
 
 def soft_displacement(
-    q: Tensor, k: Tensor, grid: TokenGrid, *, heads: str = "logits", temperature: float = 1.0
+    q: Tensor,
+    k: Tensor,
+    grid: TokenGrid,
+    *,
+    heads: str = "logits",
+    temperature: float = 1.0,
+    attend: Attend = functional.scaled_dot_product_attention,
 ) -> Tensor:
     """`[B, F, F, h, w, 2]` for heads="logits" or "probabilities"; one attention call for each key frame."""
     q, k, factor = _arranged(q, k, heads)
-    attend = functools.partial(functional.scaled_dot_product_attention, scale=temperature * factor)
+    attend = functools.partial(attend, scale=temperature * factor)
     return positions_as_values(attend, q, k, grid, width=q.shape[-1])
 
 
@@ -58,13 +88,15 @@ def positions_as_values(
     return (result - position).unflatten(-2, (grid.height, grid.width))
 
 
-def frame_local_attention(q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid) -> Tensor:
+def frame_local_attention(
+    q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, *, attend: Attend = functional.scaled_dot_product_attention
+) -> Tensor:
     """`[B, H, N, D]`; takes text tokens, which must come first or last."""
-    video = functional.scaled_dot_product_attention(*_frames(q, k, v, grid))
+    video = attend(*_frames(q, k, v, grid))
     video = video.unflatten(0, (q.shape[0], grid.frames)).transpose(1, 2).flatten(2, 3)
     if not grid.text_tokens:
         return video
-    text = functional.scaled_dot_product_attention(q[:, :, grid.text_slice], k, v)
+    text = attend(q[:, :, grid.text_slice], k, v)
     return torch.cat((text, video) if grid.text_first else (video, text), dim=2)
 
 

@@ -6,7 +6,6 @@ Source: diffusers, `AllegroTransformer3DModel` and `AllegroPipeline`.
 from __future__ import annotations
 
 import torch
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from corrdit.integrations.diffusers.backbones.base import NO_IMAGE
 from corrdit.integrations.diffusers.backbones.flow_matching import MaskedTextBackbone
@@ -44,6 +43,8 @@ class AllegroBackbone(MaskedTextBackbone):
 
     def posterior(self, clips: torch.Tensor) -> Posterior:
         """As the codec's own encoder; its tiles, without which it encodes nothing, leave out what no tile fits."""
+        from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
         vae = self.pipe.vae
         latents = vae.encoder(clips).transpose(1, 2)
         moments = vae.quant_conv(latents.flatten(0, 1)).unflatten(0, latents.shape[:2]).transpose(1, 2)

@@ -12,8 +12,9 @@ from corrdit.arguments import resolved_index, whole_number
 from corrdit.display import table_html
 from corrdit.grid import TokenGrid
 from corrdit.integrations.diffusers.backbones.frames import conditioning_latents
-from corrdit.integrations.diffusers.backbones.presets import Preset, preset_for
+from corrdit.integrations.diffusers.backbones.presets import Preset
 from corrdit.integrations.diffusers.backbones.prompts import PromptEncoder
+from corrdit.integrations.diffusers.backbones.published_models import preset_for
 from corrdit.integrations.diffusers.captures import Capture
 from corrdit.integrations.diffusers.fingerprint import weights_fingerprint
 from corrdit.integrations.diffusers.host.parallel import output_options

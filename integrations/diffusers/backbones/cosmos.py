@@ -51,11 +51,11 @@ class CosmosBackbone(FlowMatchingBackbone):
         """1, 2, or 3 for Predict2.5."""
         if hasattr(self.pipe.scheduler, "precondition_inputs"):
             return 1
-        return 3 if self.config.use_crossattn_projection else 2
+        return 3 if self.config.get("use_crossattn_projection") else 2
 
     @property
     def text_option(self) -> str:  # type: ignore[override]
-        return "crossattn_proj_in_channels" if self.config.use_crossattn_projection else "text_embed_dim"
+        return "crossattn_proj_in_channels" if self.config.get("use_crossattn_projection") else "text_embed_dim"
 
     @property
     def latent_channels(self) -> int:

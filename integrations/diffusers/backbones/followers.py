@@ -21,7 +21,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from corrdit.integrations.diffusers.backbones.presets import Preset, ShapedModel
+from corrdit.integrations.diffusers.backbones.presets import Preset
+from corrdit.integrations.diffusers.backbones.published_models import ShapedModel
 from corrdit.tracking.options import ReadingPreset, TrackerOptions
 
 _PIXELS_A_TOKEN = 16

@@ -7,7 +7,6 @@ image and a mask beside them.
 from __future__ import annotations
 
 import torch
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from corrdit.integrations.diffusers.backbones.flow_matching import FlowMatchingBackbone
 from corrdit.integrations.diffusers.backbones.frames import Posterior, with_image_and_mask
@@ -49,6 +48,8 @@ class HunyuanVideo15Backbone(FlowMatchingBackbone):
         return with_image_and_mask(latents, image)
 
     def posterior(self, clips: torch.Tensor) -> Posterior:
+        from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
         # The codec's attention takes a single clip.
         parts = [self.pipe.vae.encode(clip).latent_dist.parameters for clip in clips.split(1)]
         return DiagonalGaussianDistribution(torch.cat(parts))

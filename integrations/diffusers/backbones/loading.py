@@ -20,7 +20,8 @@ from corrdit.arguments import DTYPES, dtype_name, nearest
 from corrdit.integrations.components import INDEX_FILE, loaded_models, missing_package, pipeline_class, read_index
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.backbones.followers import FOLLOWERS, follower_preset
-from corrdit.integrations.diffusers.backbones.presets import PUBLISHED_MODELS, Preset, checked_preset, published_preset
+from corrdit.integrations.diffusers.backbones.presets import Preset, checked_preset
+from corrdit.integrations.diffusers.backbones.published_models import PUBLISHED_MODELS, published_preset
 from corrdit.integrations.diffusers.backbones.table import FAMILIES
 from corrdit.integrations.diffusers.layouts import Pipeline, layout_of
 
@@ -214,10 +215,9 @@ def _from_folder(folder: pathlib.Path, device: torch.device, dtype: torch.dtype 
 
 
 def _from_hub(hub_id: str, device: torch.device, dtype: torch.dtype | None) -> Backbone:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.constants import is_offline_mode
+    from huggingface_hub import constants, hf_hub_download
 
-    offline = is_offline_mode()
+    offline = constants.HF_HUB_OFFLINE
     if not offline:
         _check_reachable(hub_id)
     try:

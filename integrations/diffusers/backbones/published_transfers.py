@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from corrdit.integrations.diffusers.backbones.presets import PUBLISHED_MODELS
+from corrdit.integrations.diffusers.backbones.published_models import PUBLISHED_MODELS
 from corrdit.integrations.diffusers.transfer_settings import TransferSettings
 
 # The script's negative prompt is Wan's own in English, which is a matter of taste and left to the user. In the released

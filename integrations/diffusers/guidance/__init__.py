@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from corrdit.integrations.diffusers.backbones.presets import GuidancePreset, guidance_preset
+from corrdit.integrations.diffusers.backbones.presets import GuidancePreset
+from corrdit.integrations.diffusers.backbones.published_models import guidance_preset
 from corrdit.integrations.diffusers.guidance.cross_attention import CrossAttentionGuidance
 
 __all__ = ["CrossAttentionGuidance", "CrossAttentionGuider", "GuidancePreset", "guidance_preset", "layer_skipping"]

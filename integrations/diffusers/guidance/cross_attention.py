@@ -25,7 +25,8 @@ from typing import Any
 import torch
 
 from corrdit.integrations.diffusers.backbones.base import Backbone
-from corrdit.integrations.diffusers.backbones.presets import GuidancePreset, Preset, default_layers, guidance_preset
+from corrdit.integrations.diffusers.backbones.presets import GuidancePreset, Preset
+from corrdit.integrations.diffusers.backbones.published_models import default_layers, guidance_preset
 from corrdit.integrations.diffusers.guidance.guided_forwards import GuidedForwards, GuidedSamples
 from corrdit.integrations.diffusers.guidance.options import (
     GuidanceOptions,

@@ -187,12 +187,16 @@ def _leave_out(block: torch.nn.Module, original: Forward, args: tuple[object, ..
     from diffusers.hooks._helpers import TransformerBlockRegistry
 
     metadata = TransformerBlockRegistry.get(type(block))
-    hidden = metadata._get_parameter_from_args_kwargs(metadata.hidden_states_argument_name, args, kwargs)
+
+    def given(which: str) -> object:
+        # In older versions of diffusers they had these names in every block.
+        name = getattr(metadata, f"{which}_argument_name", which)
+        return metadata._get_parameter_from_args_kwargs(name, args, kwargs)
+
+    hidden = given("hidden_states")
     if metadata.return_encoder_hidden_states_index is None:
         return hidden
-    # In older versions of diffusers the text had this one name in every block.
-    name = getattr(metadata, "encoder_hidden_states_argument_name", "encoder_hidden_states")
-    text = metadata._get_parameter_from_args_kwargs(name, args, kwargs)
+    text = given("encoder_hidden_states")
     return (hidden, text) if metadata.return_hidden_states_index == 0 else (text, hidden)
 
 

@@ -15,7 +15,8 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from corrdit.arguments import choice, whole_number
-from corrdit.integrations.diffusers.backbones.presets import Preset, default_layers
+from corrdit.integrations.diffusers.backbones.presets import Preset
+from corrdit.integrations.diffusers.backbones.published_models import default_layers
 from corrdit.integrations.diffusers.motion_transfer.transfer import MotionTransfer
 from corrdit.integrations.diffusers.placement import Placement
 from corrdit.integrations.diffusers.planning.cards import CARDS

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from corrdit import ops
 from corrdit.grid import TokenGrid
-from corrdit.integrations.diffusers.backbones.presets import default_layers
+from corrdit.integrations.diffusers.backbones.published_models import default_layers
 from corrdit.integrations.diffusers.captures import capture
 from corrdit.integrations.diffusers.guidance.cross_attention import CrossAttentionGuidance
 from corrdit.integrations.diffusers.motion_transfer.guided_run import GuidedRun

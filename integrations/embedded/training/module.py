@@ -207,11 +207,15 @@ class WorldDataModule(lightning.LightningDataModule):
         return DataLoader(batches, batch_size=None, num_workers=self.config.workers)
 
 
-class MaterialisedAttention(TorchFunctionMode):
-    """Runs attention as two batched matrix products and a softmax, in bfloat16.
+_CACHED_SCORES = 2**19
+"""Attention scores of a block, which takes twice as many bytes."""
 
-    For the few hundred tokens of training this takes half the time of PyTorch's fused attention on the CPU, whose
-    backward is slow there. Needs 2 * batch * heads * tokens**2 bytes for each layer.
+
+class MaterialisedAttention(TorchFunctionMode):
+    """Runs attention as matrix products and a softmax in bfloat16, a block of rows of one head at a time.
+
+    With blocks that stay in a core's cache this takes half the time of batched products, and less than PyTorch's fused
+    attention on the CPU, whose backward is slow there. Needs 2 * batch * heads * tokens**2 bytes for each layer.
     """
 
     def __torch_function__(
@@ -227,10 +231,14 @@ class MaterialisedAttention(TorchFunctionMode):
         if function is not F.scaled_dot_product_attention or not plain:
             return function(*arguments, **keywords)
         query, key, value = (tensor.to(torch.bfloat16).flatten(0, 1) for tensor in arguments)
+        query = query * query.shape[-1] ** -0.5
+        rows = max(1, _CACHED_SCORES // key.shape[1])
         with torch.autocast(query.device.type, enabled=False):
-            scores = torch.bmm(query * query.shape[-1] ** -0.5, key.transpose(1, 2))
-            mixed = torch.bmm(scores.softmax(dim=-1), value)
-        return mixed.unflatten(0, arguments[0].shape[:2])
+            heads = [
+                torch.cat([(part @ k.T).softmax(dim=-1) @ v for part in q.split(rows)])
+                for q, k, v in zip(query, key, value, strict=True)
+            ]
+        return torch.stack(heads).unflatten(0, arguments[0].shape[:2])
 
 
 class EmbeddedTraining(lightning.LightningModule):

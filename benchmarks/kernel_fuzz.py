@@ -1,0 +1,70 @@
+"""Random calls of every operation under triton's interpreter, forward and backward, against float64.
+
+    python benchmarks/kernel_fuzz.py --first 0 --count 100 --output benchmarks/results/kernel_fuzz.json
+
+runs the cases of `corrdit.benchmark.kernel_cases.random_case` by their numbers and adds their rows to the file, in
+place of rows of the same numbers and version of triton. An error is given as a share of what
+`corrdit.benchmark.kernel_check` allows. Exit status 1 if a case is wrong.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import sys
+
+from experiment import CPU, Record, facts, new_parser, read_json, write_json
+
+from corrdit.benchmark.kernel_cases import random_case
+from corrdit.benchmark.kernel_check import TOLERANCE, attempt
+from corrdit.files import markdown_table
+
+
+def summary(rows: list[Record]) -> list[Record]:
+    """The worst error of each triton, operation and dtype, with the number of its case."""
+    groups: dict[tuple[str, str, str], list[Record]] = {}
+    for row in rows:
+        groups.setdefault((row["triton"], row["operation"], row["dtype"]), []).append(row)
+    found = []
+    for (triton, operation, dtype), cases in sorted(groups.items()):
+        worst = max(cases, key=lambda row: row["error"])
+        found.append({"triton": triton, "operation": operation, "dtype": dtype, "cases": len(cases),
+                      "worst_error": worst["error"], "of_case": worst["number"]})  # fmt: skip
+    return found
+
+
+def main() -> int:
+    parser = new_parser(__doc__)
+    parser.add_argument("--first", type=int, default=0, help="number of the first case")
+    parser.add_argument("--count", type=int, default=300, help="how many cases")
+    arguments = parser.parse_args()
+    run = facts()
+    held = read_json(arguments.output) if arguments.output.exists() else {"runs": [], "rows": []}
+    rows = {(row["triton"], row["number"]): row for row in held["rows"]}
+    wrong = 0
+    for number in range(arguments.first, arguments.first + arguments.count):
+        case = random_case(number)
+        finding = attempt(case, CPU)
+        dtype = str(case.dtype).removeprefix("torch.")
+        rows[run["triton"], number] = {
+            "triton": run["triton"], "number": number, "operation": case.operation, "dtype": dtype,
+            "error": round(finding.error, 4) if finding.error < float("inf") else 1e30,
+            **({} if finding.wrong is None else {"wrong": finding.wrong}),
+        }  # fmt: skip
+        if finding.wrong is not None:
+            wrong += 1
+            print(f"wrong: {number}: {case.operation}, {dtype}: {finding.wrong}", flush=True)
+    runs = [*held["runs"], run]
+    ordered = [rows[key] for key in sorted(rows)]
+    tolerance = {str(dtype).removeprefix("torch."): allowed for dtype, allowed in TOLERANCE.items()}
+    write_json(arguments.output, {"runs": runs, "tolerance": tolerance, "worst": summary(ordered), "rows": ordered})
+    print(
+        markdown_table(list(summary(ordered)[0]), [[str(value) for value in row.values()] for row in summary(ordered)])
+    )
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
