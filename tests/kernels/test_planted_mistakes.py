@@ -30,8 +30,6 @@ SHARED = {
     "pairs": ((1, 0), (1, 2)),
 }
 SOFT = "soft_displacement"
-# Frames so large that a band of token rows is a part of them.
-BANDS = {"mode": "logits", "window": 0, "grid": TokenGrid(2, 40, 18), "heads": 1, "head_dim": 8}
 ZEROED = {**LOCAL, "options": {"renormalize": False, "span": 0}}
 KEPT = {**LOCAL, "options": {"renormalize": True, "span": 0}}
 MATCH = {"mode": "probabilities", "options": {"bidirectional": True, "refine": 0, "positional": [1, [0]]}}
@@ -50,7 +48,8 @@ PLANTED: list[tuple[Any, str, str, str, str, dict[str, Any]]] = [
     (windows, "covering_tiles", "highest + radius + 1", "highest + radius", SOFT, WIDE),
     (windows, "tile_corner", "top + down *", "top + 0 *", SOFT, WIDE),
     (windows, "tile_corner", "tile + 1", "tile", SOFT, WIDE),
-    (windows, "window_bounds", "tl.minimum(center_x + radius, width - 1)", "center_x + radius", SOFT, WIDE),
+    (windows, "window_bounds", "tl.minimum(center_x + radius, width - 1)", "center_x + radius", SOFT,
+     {**WIDE, "window": 2}),
     (windows, "seen_keys", "tl.where(kept, codes, _OUTSIDE)", "codes", SOFT, {"window": 1, "kept": 0.6}),
     (windows, "block_tokens", "place // ACROSS) * width", "place // ACROSS) * width + width", SOFT, WIDE),
     (soft_forward, "store_displacement", "lane(moments, 1)", "lane(moments, 2)", SOFT, {}),
@@ -74,8 +73,6 @@ PLANTED: list[tuple[Any, str, str, str, str, dict[str, Any]]] = [
      {"window": 1, "undefined_key": True}),
     (folded_backward, "folded_gradient_kernel", "tl.where(seen, dlogit, 0.0)", "dlogit", SOFT,
      {"window": 1, "undefined_key": True, "mode": "logits"}),
-    (folded_backward, "folded_gradient_kernel", "key_turn * skipped", "0", SOFT, BANDS),
-    (folded_backward, "folded_gradient_kernel", "turn * row_count + local", "local", SOFT, BANDS),
     (primitives, "head_scores", "head // k_group", "head * 0", SOFT, {**SHARED, "mode": "logits"}),
     (folded_backward, "folded_gradient_kernel", "(k_place - first_column)", "(k_place * 0)", SOFT,
      {**SHARED, "mode": "logits"}),
