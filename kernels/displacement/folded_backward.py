@@ -32,10 +32,10 @@ from corrdit.kernels.shared.primitives import (
 from corrdit.kernels.shared.tables import FramePairTable, coordinate_table
 from corrdit.kernels.shared.windows import (
     extent,
-    held_tokens,
     load_centers,
     place_code,
     seen_keys,
+    stretch_tokens,
     window_bounds,
     window_kind,
 )
@@ -71,20 +71,20 @@ def folded_gradient_kernel(
     first, stop = tl.maximum(k_first, first_key), tl.minimum(k_stop, stop_key)
     # The workspace is small: int32 places.
     column = (k_place - first_column).to(tl.int32) + k_first - key_turn * skipped - first
-    keys = first + tl.program_id(1) % key_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = keys < stop
+    place = tl.program_id(1) % key_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    keys = first + place
+    tokens, inside = stretch_tokens(place, stop - first, first)
     center_x, center_y = load_centers(center, row_place, rows, kept_rows, width, WINDOW)
     scale = weighted_scale(scale, head_weights, heads, WEIGHTED)
     lowest, highest = window_bounds(center_x, center_y, radius, width, height)
-    places = workspace + (turn * row_count + local)[:, None] * workspace_stride + (column + keys)[None, :]
-    stored = kept_rows[:, None] & inside[None, :]
+    # What the store needs is worked out after the product, which leaves no registers for it.
+    written = workspace + turn * row_count * workspace_stride + column
     reached = first < stop
     if WINDOW > 0:
         top_y, bottom_y = extent(center_y, kept_rows)
         first_y, last_y = extent(keys // width, inside)
         reached = reached & (top_y - radius <= last_y) & (bottom_y + radius >= first_y)
     if reached:
-        tokens = held_tokens(keys, first, stop)
         scores = head_scores(
             q + q_place * q_strides[2], k + k_place * k_strides[2], tl.where(kept_rows, rows, q_first), tokens,
             kept_rows, inside, q_strides, k_strides, 1, group, head_weights, 0, heads, D, BLOCK_D, WEIGHTED, False,
@@ -102,9 +102,13 @@ def folded_gradient_kernel(
         if WINDOW > 0:
             # An undefined query reaches the keys in its window alone.
             dlogit = tl.where(seen, dlogit, 0.0)
+        places = written + local[:, None] * workspace_stride + keys[None, :]
+        stored = kept_rows[:, None] & inside[None, :]
         tl.store(places, dlogit.to(workspace.dtype.element_ty), mask=stored)
     else:
         # Out of reach of every window of the tile.
+        places = written + local[:, None] * workspace_stride + keys[None, :]
+        stored = kept_rows[:, None] & inside[None, :]
         tl.store(places, tl.zeros([BLOCK_M, BLOCK_N], workspace.dtype.element_ty), mask=stored)
 
 

@@ -79,12 +79,11 @@ def compute_frame_local_attention_backward(
     Args:
         gradient, grad_level: of the attention and of the log-sum-exp; None for one that nothing depends on.
     """
-    of_q, of_keys = wanted
     tables = local_table(queries, keys, span, q.device), local_table(keys, queries, span, q.device)
     with float32_precision(precision), autocast_off(q):
         gradients = local_backward(
             torch.zeros_like(output) if gradient is None else gradient, grad_level, q, k, v, output, statistics, tables,
-            scale, key_mask, renormalize, (of_q, of_keys),
+            scale, key_mask, renormalize, wanted,
         )  # fmt: skip
     dq, dk, dv = given(gradients, q)
     return dq, dk, dv
@@ -99,12 +98,10 @@ _frame_local_attention_backward = torch.library.custom_op(
 def _(
     gradient: object, grad_level: object, q: Tensor, k: Tensor, v: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    of_q, of_keys = options[-1]
-    return (
-        q.new_empty(q.shape if of_q else 0),
-        k.new_empty(k.shape if of_keys else 0),
-        v.new_empty(v.shape if of_keys else 0),
+    dq, dk, dv = (
+        like.new_empty(like.shape if asked else 0) for like, asked in zip((q, k, v), options[-1], strict=True)
     )
+    return dq, dk, dv
 
 
 def _save(ctx: SavedContext, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -115,13 +112,11 @@ def _save(ctx: SavedContext, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _differentiate(ctx: SavedContext, gradient: Tensor | None, grad_level: Tensor | None) -> tuple[Tensor | None, ...]:
-    of_q, of_k, of_v = wanted_gradients(ctx, 3)
     if gradient is None and grad_level is None:
         return (None,) * 10
-    # One kernel makes dk and dv.
-    wanted = [of_q, of_k or of_v]
+    wanted = wanted_gradients(ctx, 3)
     gradients = _frame_local_attention_backward(gradient, grad_level, *ctx.saved_tensors, *ctx.options, wanted)
-    return *taken(gradients, [of_q, of_k, of_v]), *(None,) * 7
+    return *taken(gradients, wanted), *(None,) * 7
 
 
 _frame_local_attention.register_autograd(_differentiate, setup_context=_save)

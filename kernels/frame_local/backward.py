@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -89,9 +92,13 @@ def local_backward_query_kernel(
 @triton.jit
 def add_queries(
     sum_k, sum_v, k_tile, v_tile, q, gradient, statistics, deltas, rows, kept_rows, dims, q_strides, gradient_strides,
-    scale, D: tl.constexpr, SEEN: tl.constexpr, GUARD: tl.constexpr, PRECISION: tl.constexpr,
+    scale, D: tl.constexpr, OF_K: tl.constexpr, OF_V: tl.constexpr, SEEN: tl.constexpr, GUARD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(dk, dv) `[N, D]` with what one tile of queries adds; `statistics` and `deltas` are at its head's first row."""
+    """(dk, dv) `[N, D]` with what one tile of queries adds to those asked for.
+
+    `statistics` and `deltas` are at its head's first row.
+    """
     if GUARD:
         # Rows past the end have weight 0 by their infinite log-sum-exp.
         level = tl.load(statistics + rows, mask=kept_rows, other=float("inf"))
@@ -103,11 +110,15 @@ def add_queries(
     weights = exponentials(product(k_tile, tl.trans(q_tile), PRECISION), scale, level[None, :])  # [N, M]
     if SEEN:
         gradient_tile = load_tile(gradient, rows, dims, gradient_strides, kept_rows, GUARD, D)
-        sum_v = multiply(weights.to(gradient_tile.dtype), gradient_tile, sum_v, PRECISION)
-        dlogit = weights * (product(v_tile, tl.trans(gradient_tile), PRECISION) - delta[None, :])
-    else:
-        dlogit = -weights * delta[None, :]
-    return multiply(dlogit.to(q_tile.dtype), q_tile, sum_k, PRECISION), sum_v
+        if OF_V:
+            sum_v = multiply(weights.to(gradient_tile.dtype), gradient_tile, sum_v, PRECISION)
+    if OF_K:
+        if SEEN:
+            dlogit = weights * (product(v_tile, tl.trans(gradient_tile), PRECISION) - delta[None, :])
+        else:
+            dlogit = -weights * delta[None, :]
+        sum_k = multiply(dlogit.to(q_tile.dtype), q_tile, sum_k, PRECISION)
+    return sum_k, sum_v
 
 
 @triton.jit
@@ -115,9 +126,9 @@ def local_backward_key_kernel(
     q, k, v, gradient, dk, dv, statistics, deltas, own, runs, starts, key_mask, q_strides, k_strides, v_strides,
     gradient_strides, dk_strides, mask_strides, heads, group, rows_of_head, tiles, scale, logit_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
-    HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+    OF_K: tl.constexpr, OF_V: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of keys, batch * key head): dk and dv of its keys, over the queries of its `group` heads."""
+    """Program (tile of keys, batch * key head): dk or dv, or both, over the queries of its `group` heads."""
     key_heads = heads // group
     batch = tl.program_id(1) // key_heads
     key_head = tl.program_id(1) % key_heads
@@ -144,18 +155,22 @@ def local_backward_key_kernel(
                 rows = first + queries
                 sum_k, sum_v = add_queries(
                     sum_k, sum_v, k_tile, v_tile, q_head, gradient_head, statistics + first_row, deltas + first_row,
-                    rows, rows < end, dims, q_strides, gradient_strides, scale, D, part == 0, False, PRECISION,
+                    rows, rows < end, dims, q_strides, gradient_strides, scale, D, OF_K, OF_V, part == 0, False,
+                    PRECISION,
                 )  # fmt: skip
             if bulk < end:
                 rows = bulk + queries
                 sum_k, sum_v = add_queries(
                     sum_k, sum_v, k_tile, v_tile, q_head, gradient_head, statistics + first_row, deltas + first_row,
-                    rows, rows < end, dims, q_strides, gradient_strides, scale, D, part == 0, True, PRECISION,
+                    rows, rows < end, dims, q_strides, gradient_strides, scale, D, OF_K, OF_V, part == 0, True,
+                    PRECISION,
                 )  # fmt: skip
-    sum_k = tl.where(kept[:, None], sum_k * logit_scale, 0.0)
-    sum_v = tl.where(kept[:, None], sum_v, 0.0)
-    store_tile(head_of(dk, batch, key_head, dk_strides), sum_k, keys, dims, dk_strides, inside, D)
-    store_tile(head_of(dv, batch, key_head, dk_strides), sum_v, keys, dims, dk_strides, inside, D)
+    if OF_K:
+        sum_k = tl.where(kept[:, None], sum_k * logit_scale, 0.0)
+        store_tile(head_of(dk, batch, key_head, dk_strides), sum_k, keys, dims, dk_strides, inside, D)
+    if OF_V:
+        sum_v = tl.where(kept[:, None], sum_v, 0.0)
+        store_tile(head_of(dv, batch, key_head, dk_strides), sum_v, keys, dims, dk_strides, inside, D)
 
 
 def local_backward(
@@ -170,9 +185,9 @@ def local_backward(
     scale: float,
     key_mask: Tensor | None,
     renormalize: bool,
-    wanted: tuple[bool, bool],
+    wanted: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dq, dk, dv) in the shapes of q, k and v and the dtype of q: dq, and dk with dv, only if `wanted`.
+    """(dq, dk, dv) in the shapes of q, k and v and the dtype of q, of those that are `wanted`.
 
     Args:
         gradient: `[B, H, Nq, D]` with respect to `output`, any strides; grad_level: `[B, H, Nq]` to `statistics`.
@@ -185,24 +200,30 @@ def local_backward(
         # The log-sum-exp raises each logit's gradient by its weight, as the weighted mean of the values' lowers it.
         deltas = deltas - LOG2_E * grad_level
     mask = deltas[0] if key_mask is None else key_mask
-    outputs: list[Tensor | None] = [
+    dq, dk, dv = (
         torch.empty(like.shape, dtype=q.dtype, device=q.device) if asked else None
-        for like, asked in ((q, wanted[0]), (k, wanted[1]), (v, wanted[1]))
-    ]
-    for name, kernel, results, table in (
-        ("local_backward_query", local_backward_query_kernel, outputs[:1], tables[0]),
-        ("local_backward_key", local_backward_key_kernel, outputs[1:], tables[1]),
-    ):
-        if (first := results[0]) is None:
-            continue
-        tiles = choose_tiles(name, q)
-        blocks = tile_count(table.longest, tiles.rows if len(results) == 1 else tiles.columns)
+        for like, asked in zip((q, k, v), wanted, strict=True)
+    )
+
+    def start(name: str, kernel: Any, results: Sequence[Tensor], table: LocalTable, rows: int, **asked: bool) -> None:
+        tiles, first = choose_tiles(name, q), results[0]
+        blocks = tile_count(table.longest, tiles[rows])
         launch(
             kernel, (len(table.own) * blocks, batch * first.shape[1]),
             q, k, v, gradient, *results, statistics, deltas, *table[:3], mask, q.stride(), k.stride(), v.stride(),
             gradient.stride(), first.stride(), mask.stride(), heads, heads // k.shape[1], tokens, blocks, scale,
             scale / LOG2_E,
-            D=head_dim, BLOCK_D=padded_head_dim(head_dim), BLOCK_M=tiles.rows, BLOCK_N=tiles.columns,
-            PARTS=1 if renormalize else 2, HAS_MASK=key_mask is not None, PRECISION=product_precision(), tiles=tiles,
+            D=head_dim, BLOCK_D=padded_head_dim(head_dim), BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, **asked,
+            PARTS=2 if dropped else 1, HAS_MASK=key_mask is not None, PRECISION=product_precision(), tiles=tiles,
         )  # fmt: skip
-    return outputs[0], outputs[1], outputs[2]
+
+    # Keys out of reach that the softmax over all keys has: they take part in dq and dk, not in dv.
+    dropped = not renormalize
+    if dq is not None:
+        start("local_backward_query", local_backward_query_kernel, [dq], tables[0], 0)
+    if dk is not None or dv is not None:
+        dropped = dropped and dk is not None
+        both = [one for one in (dk, dv, dk if dv is None else dv) if one is not None][:2]
+        start("local_backward_key", local_backward_key_kernel, both, tables[1], 1, OF_K=dk is not None,
+              OF_V=dv is not None)  # fmt: skip
+    return dq, dk, dv

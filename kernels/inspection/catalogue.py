@@ -256,7 +256,7 @@ def _frame_local_attention(inputs: Inputs) -> Callable[[], object]:
     options = (place, place, 0, 0.18, inputs.heads == "renormalized", product_precision())
     attended, sums, *_ = compute_frame_local_attention(q, q, q, mask, *options)
     return lambda: compute_frame_local_attention_backward(
-        q, None, q, q, q, mask, attended, sums, *options, [True, True]
+        q, None, q, q, q, mask, attended, sums, *options, [True] * 3
     )  # fmt: skip
 
 

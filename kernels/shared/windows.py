@@ -89,6 +89,16 @@ def held_tokens(tokens, first, stop):
 
 
 @triton.jit
+def stretch_tokens(place, count, first):
+    """(tokens, which are there) of the tokens `place` of a stretch of `count` from `first` on; `first` for the others.
+
+    Places are compared with the count, not tokens with the end, which takes 30 registers less in a loop.
+    """
+    inside = place < count
+    return tl.where(inside, first + place, first), inside
+
+
+@triton.jit
 def load_centers(center, first, rows, kept, width, WINDOW: tl.constexpr):
     """Centre (x, y) of the window of each query `[M]`: its own place, or what `center [.., R, 2]` says."""
     if WINDOW == 2:

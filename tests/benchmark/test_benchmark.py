@@ -26,7 +26,10 @@ CEILINGS = Ceilings(0.1, 10.0, 2.0)
 SMALL = Shape("small", 2, 8, 3, 4, 5, 3)
 SETTINGS = Settings(torch.device("cpu"), torch.float32, rounds=1, checked_frames=2)
 COMPILED = ("flex", "flex-flash", "compiled", "folded-compiled", "folded-autotuned")
-WITH_BASELINES = dataclasses.replace(SETTINGS, baselines=tuple(name for name in BASELINES if name not in COMPILED))
+OF_GPUS = ("sdpa-cudnn", "flash-3", "flex-flash")
+WITH_BASELINES = dataclasses.replace(
+    SETTINGS, baselines=tuple(name for name in BASELINES if name not in (*COMPILED, *OF_GPUS))
+)
 
 
 def measured(piece, settings=SETTINGS):
@@ -62,7 +65,7 @@ def test_every_operation_has_rows_with_times_memory_and_versions(tmp_path):
         (names[0], FORWARD), (names[0], BOTH), (names[1], FORWARD), (names[2], FORWARD), (names[2], BOTH)
     ]  # fmt: skip
     rows = [row for piece in todo for row in measured(piece, WITH_BASELINES).values()]
-    assert {row["competitor"] for row in rows} == {"corrdit auto", "windows", "materialized", "sdpa"}
+    assert {row["competitor"] for row in rows} == {"corrdit auto", "windows", "materialized", "sdpa", "sdpa-flash"}
     for row in rows:
         assert row["shape"]["heads"] == 2
         assert row["commit"] is None or len(row["commit"]) >= 12

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from corrdit import TokenGrid
+from corrdit.benchmark.kernel_cases import cases
+from corrdit.benchmark.kernel_check import attempt
 from corrdit.kernels.displacement import folded, folded_backward, gradient_rows, soft_backward, soft_forward
 from corrdit.kernels.frame_local import backward as frame_local_backward
 from corrdit.kernels.frame_local import forward as frame_local_forward
@@ -56,9 +58,6 @@ PLANTED: list[tuple[Any, str, str, str, str, dict[str, Any]]] = [
     (primitives, "load_allowed", "kept & tl.load", "kept | tl.load", SOFT, {"kept": 0.6}),
     (primitives, "gradient_shift", "statistics - tl.where", "statistics + tl.where", SOFT, {}),
     (windows, "held_tokens", "stop - 1", "stop", SOFT, {}),
-    (soft_forward, "soft_forward_kernel", "columns < count, mask", "columns < count + 16, mask", SOFT, {"kept": 0.6}),
-    (soft_backward, "soft_backward_query_kernel", "columns < count, mask", "columns < count - 16, mask", SOFT,
-     {"kept": 0.6}),
     (soft_forward, "soft_forward_kernel", "head // group", "head * 0", SOFT, {**SHARED, "pairs": ((1, 0),)}),
     (soft_forward, "soft_forward_kernel", "k_first + bulk + columns", "bulk + columns", SOFT, SHARED),
     (soft_forward, "soft_forward_kernel", "k_place * k_strides[2]", "k_first * k_strides[2]", SOFT, SHARED),
@@ -90,15 +89,15 @@ PLANTED: list[tuple[Any, str, str, str, str, dict[str, Any]]] = [
      "accumulator * gradient_range", SOFT, {}),
     (soft_backward, "soft_backward_key_kernel", "accumulator * (logit_scale * gradient_range)",
      "accumulator * logit_scale", SOFT, {}),
-    (soft_backward, "soft_backward_query_kernel", "count, mask_strides[1]", "count, mask_strides[1] * 2", SOFT,
+    (soft_backward, "soft_backward_query_kernel", "inside, mask_strides[1]", "inside, mask_strides[1] * 2", SOFT,
      {"kept": 0.6}),
     (soft_backward, "soft_backward_key_kernel", "lowest - corner", "lowest", SOFT, WIDE),
     (gradient_rows, "gradient_rows_kernel", "mean_x, mean_y, of_level)", "mean_y, mean_x, of_level)", SOFT, {}),
     (folded, "folded_forward_kernel", "scale, width, rows", "scale * 2, width, rows", SOFT,
      {"mode": "logits"}),
     (folded, "frame_rows", "<= places", "< places", SOFT, {"mode": "logits", "pairs": ((0, 0), (1, 0))}),
-    (folded, "add_stretch", "k_first + first + columns", "first + columns", SOFT, {**SHARED, "mode": "logits"}),
-    (folded, "add_stretch", "first + columns < count", "first + columns < count + 1", SOFT, {"mode": "logits"}),
+    (folded, "add_stretch", "count, k_first)", "count, 0)", SOFT, {**SHARED, "mode": "logits"}),
+    (windows, "stretch_tokens", "place < count", "place < count - 1", SOFT, {"kept": 0.6}),
     (folded, "folded_forward_kernel", "kept_rows, bulk, count", "kept_rows, bulk, bulk", SOFT, {"mode": "logits"}),
     (folded_backward, "folded_gradient_kernel", "k + k_place * k_strides[2]", "k", SOFT,
      {"mode": "logits", "pairs": ((0, 0), (0, 1))}),
@@ -133,14 +132,23 @@ PLANTED: list[tuple[Any, str, str, str, str, dict[str, Any]]] = [
     (frame_local_backward, "add_queries", "- delta[None, :])", ")", "frame_local_attention", KEPT),
     (frame_local_backward, "add_queries", "-weights * delta", "weights * delta", "frame_local_attention",
      ZEROED),
+    (frame_local_backward, "add_queries", "gradient_tile, sum_v, PRECISION", "gradient_tile, sum_k, PRECISION",
+     "frame_local_attention", KEPT),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("row", PLANTED, ids=lambda row: f"{row[1]}: {row[3]}")
-def test_a_planted_mistake_is_found(check, case, monkeypatch, row):
-    from triton.runtime.interpreter import FunctionRewriter, InterpretedFunction
+# One a kernel, and one of what the others share.
+OF_EACH_KERNEL = list(
+    {
+        row[1]: row for row in reversed(PLANTED) if row[1].endswith("_kernel") or row[1] in ("attend", "cost_tile")
+    }.values()
+)
 
-    module, name, sound, planted, operation, pinned = row
+
+def with_mistake(module: Any, name: str, sound: str, planted: str) -> tuple[Any, Any]:
+    """The Python function of an interpreted kernel, and what stands for it with the mistake."""
+    from triton.runtime.interpreter import FunctionRewriter
+
     function = getattr(module, name)
     lines, _ = inspect.getsourcelines(function.fn)
     rewriter = FunctionRewriter(function.fn, **function.kwargs)
@@ -148,9 +156,28 @@ def test_a_planted_mistake_is_found(check, case, monkeypatch, row):
     rewriter.def_lineno = rewriter._find_def(lines)
     source = rewriter._prepare_source(lines)
     assert sound in source, f"{name} has no {sound!r} any more; plant the mistake where it is now"
-    changed = rewriter._compile_and_exec(rewriter._transform_ast(source.replace(sound, planted)))
+    return function.fn, rewriter._compile_and_exec(rewriter._transform_ast(source.replace(sound, planted)))
+
+
+@pytest.mark.parametrize("row", PLANTED, ids=lambda row: f"{row[1]}: {row[3]}")
+def test_a_planted_mistake_is_found(check, case, monkeypatch, row):
+    from triton.runtime.interpreter import InterpretedFunction
+
+    *planted, operation, pinned = row
+    function, changed = with_mistake(*planted)
     gradients = operation in ("soft_displacement", "frame_local_attention")
     check(operation, case(**pinned), gradients)
-    monkeypatch.setitem(InterpretedFunction.rewritten_fn, function.fn, changed)
+    monkeypatch.setitem(InterpretedFunction.rewritten_fn, function, changed)
     with pytest.raises(AssertionError):
         check(operation, case(**pinned), gradients)
+
+
+@pytest.mark.parametrize("row", OF_EACH_KERNEL, ids=lambda row: f"{row[1]}: {row[3]}")
+def test_the_check_of_a_new_machine_finds_a_planted_mistake(monkeypatch, row):
+    from triton.runtime.interpreter import InterpretedFunction
+
+    *planted, operation, _ = row
+    function, changed = with_mistake(*planted)
+    monkeypatch.setitem(InterpretedFunction.rewritten_fn, function, changed)
+    mine = (case for case in cases(torch.device("cpu")) if case.operation == operation)
+    assert any(attempt(case, torch.device("cpu")).wrong for case in mine)

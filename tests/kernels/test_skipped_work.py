@@ -118,3 +118,16 @@ def test_frame_local_attention_costs_its_own_frames(products):
     assert products(work(span=1)) == (4 + 2 * 3) * 9
     # Frames out of reach take part in the softmax alone: no product with their values.
     assert products(work(renormalize=False)) == own + 12 * (1 + 2 + 2)
+
+
+@pytest.mark.parametrize(
+    ("asked", "own", "others"), [("q", 3, 2), ("k", 3, 2), ("v", 2, 0), ("kv", 4, 2), ("qkv", 3 + 4, 2 + 2)]
+)
+def test_a_gradient_of_frame_local_attention_costs_its_own_products(products, asked, own, others):
+    inputs = dict(zip("qkv", tensors(LONG, 3), strict=True))
+    leaves = [inputs[name] for name in asked]
+    given = [tensor if name in asked else tensor.detach() for name, tensor in inputs.items()]
+    for renormalize, pairs in ((True, 0), (False, 12)):
+        found = ops.frame_local_attention(*given, LONG, renormalize=renormalize, backend="triton")
+        # Of an own frame scores with a product for each gradient and, for all but dv, one with the values.
+        assert products(lambda found=found: torch.autograd.grad(found.sum(), leaves)) == 4 * own + pairs * others

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from corrdit import TokenGrid, ops
 from corrdit.kernels import requirements
@@ -20,7 +21,9 @@ CALLS: dict[str, Callable[[Tensor], Any]] = {
     "match": lambda q: ops.match(q, q, GRID, backend="triton").score,
     "cost rows": lambda q: ops.cost_rows(q, q, GRID, [3], backend="triton"),
     "mass": lambda q: ops.attention_mass(q, q, GRID, [3], backend="triton").text,
+    "local": lambda q: ops.frame_local_attention(q, q, q, GRID, backend="triton"),
 }
+LAUNCHED = {"soft": 1, "hard": 1, "match": 1, "cost rows": 1, "mass": 1, "local": 0}
 MADE = ("_frame_pairs", "_coordinates", "token_segments")
 
 
@@ -45,6 +48,32 @@ def test_a_traced_caller_has_its_tables_before_its_graph_runs(operation):
     assert sum(seen[0]) > 0
     assert made() == seen[0], "a table was made while the graph ran"
     torch.testing.assert_close(found, CALLS[operation](q))
+
+
+class Counted(TorchDispatchMode):
+    """Names of the operations that are launched: all but those that only look at memory another way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        if not function.is_view and function.namespace == "aten":
+            self.names.append(function.overloadpacket.__name__)
+        return function(*arguments, **(options or {}))
+
+
+# Beside the operator of the kernels: the one number that stands for equal weights of the heads.
+@pytest.mark.parametrize("operation", CALLS)
+def test_a_later_call_makes_no_table(operation):
+    q = torch.randn(1, 2, GRID.tokens, 8)
+    CALLS[operation](q)
+    before = made()
+    with Counted() as counted:
+        CALLS[operation](q)
+    assert made() == before
+    launched = [name for name in counted.names if not name.startswith(("empty", "new_empty", "fill"))]
+    assert len(launched) <= LAUNCHED[operation], launched
 
 
 def test_a_capture_without_tables_says_what_to_do(monkeypatch):

@@ -155,7 +155,7 @@ def test_frame_local_attention_takes_a_number_for_each_row(shape, renormalize):
     gradient = torch.empty_like(attended)
     backward = extra_bytes(
         lambda: compute_frame_local_attention_backward(
-            gradient, None, q, k, v, None, attended, statistics, *layout, 0.1, renormalize, "ieee", [True, True]
+            gradient, None, q, k, v, None, attended, statistics, *layout, 0.1, renormalize, "ieee", [True] * 3
         )
     )
     assert backward <= 2 * 4 * q.numel() + 4 * statistics.numel() + 4 * MIB
