@@ -118,10 +118,10 @@ def best_product_kernel(
                 # A key that counts stands above those that do not, even at -inf.
                 scores = tl.maximum(scores, _LOWEST, propagate_nan=tl.PropagateNan.ALL)
                 scores = tl.where(seen, scores, float("-inf"))
-            # A NaN is no number of which a best one is at least as large, and the first NaN of a place stays.
-            improved = (is_nan(best) == 0) & ((scores <= best) == 0)
-            best = tl.where(improved, scores, best)
-            found = tl.where(improved, turn, found)
+            # No best one is at least as large as NaN, and the first NaN of a place stays.
+            stands = is_nan(best) | (scores <= best)
+            best = tl.where(stands, best, scores)
+            found = tl.where(stands, found, turn)
     if COUNTED:
         tl.atomic_add(visited, turns)
     if not FOLDED:
