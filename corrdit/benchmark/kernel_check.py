@@ -12,6 +12,7 @@ import math
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,8 @@ from corrdit.benchmark.kernel_cases import BRAIN, GPU_GRID, HALF, SINGLE, Case, 
 # `WORST` times as much of the largest value.
 TOLERANCE = {SINGLE: (2e-6, 1e-5), HALF: (2e-3, 4e-3), BRAIN: (6e-3, 1.2e-2)}
 TF32_TOLERANCE = 4e-3
+# triton's interpreter cuts float32 off to bfloat16 where a GPU rounds, which is off by up to twice as much.
+CUT_OFF = 2.0
 WORST = 6.0
 # Share of best keys that rounding may turn the other way, where two are nearly as good, or one of few tokens; and how
 # many tokens off a refined place still is the same.
@@ -69,6 +72,8 @@ def _places_off(result: Tensor, exact: Tensor) -> float:
 def _of_allowed(result: Tensor, exact: Tensor, case: Case, *, gradient: bool) -> float:
     """The error as a share of what is allowed; infinity where NaN or infinity stand elsewhere than in the truth."""
     allowed = TF32_TOLERANCE if case.precision == "tf32" else TOLERANCE[case.dtype][gradient]
+    if case.dtype == BRAIN and result.device.type == "cpu":
+        allowed *= CUT_OFF
     defined = exact.isfinite()
     if not torch.equal(result.double().masked_fill(defined & result.isfinite(), 0.0).nan_to_num(7.0, 8.0, 9.0),
                        exact.masked_fill(defined, 0.0).nan_to_num(7.0, 8.0, 9.0)):  # fmt: skip
@@ -163,8 +168,10 @@ def findings(device: torch.device, workers: int | None = None) -> Iterator[Findi
     if workers == 1:
         yield from (attempt(case, device) for case in cases(device))
     else:
-        with multiprocessing.get_context("spawn").Pool(workers, _begin, (device,)) as pool:
-            yield from pool.imap(functools.partial(attempt, device=device), cases(device))
+        # Where a process is killed this raises; a plain pool would wait for it for ever.
+        spawned = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, spawned, _begin, (device,)) as pool:
+            yield from pool.map(functools.partial(attempt, device=device), cases(device))
     yield from special_findings(device)
 
 

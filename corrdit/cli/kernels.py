@@ -135,6 +135,8 @@ def _check_results(name: str | None) -> int:
     device = checked_device(name) or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         os.environ.pop("TRITON_INTERPRET", None)
+        # "cuda" has no index, without which no device can be made the current one.
+        device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
     else:
         os.environ["TRITON_INTERPRET"] = "1"

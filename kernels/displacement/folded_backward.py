@@ -124,14 +124,16 @@ def joined_heads(tensor: Tensor) -> Tensor:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total `[count, tokens, W]` float32 += a @ b, never rounded to the dtype of the factors."""
+    """total `[pieces, tokens, W]` float32 += a @ b, never rounded to the dtype of the factors."""
     if total.device.type == "cpu":  # PyTorch gives float32 of 16-bit products on CUDA alone
         a, b = a.to(total.dtype), b.to(total.dtype)
-    options = {} if total.dtype == a.dtype else {"out_dtype": total.dtype}
-    if total.shape[0] == 1:
-        torch.addmm(total[0], a, b, out=total[0], **options)
+    same = total.dtype == a.dtype
+    if total.shape[0] > 1:
+        total += (torch.mm(a, b) if same else torch.mm(a, b, out_dtype=total.dtype)).view(total.shape)
+    elif same:
+        total[0].addmm_(a, b)
     else:
-        total += torch.mm(a, b, **options).view(total.shape)
+        torch.addmm(total[0], a, b, out_dtype=total.dtype, out=total[0])
 
 
 def summed_queries(q: Tensor, factors: Tensor | None, key_heads: int) -> Tensor:
@@ -167,7 +169,7 @@ class _FoldedGradient(NamedTuple):
         row_tiles, key_tiles = tile_count(chunk.queries.tokens, tiles.rows), tile_count(held, tiles.columns)
         mask = dlogit if self.key_mask is None else self.key_mask[sample : sample + 1]
         launch(
-            folded_gradient_kernel, (chunk.queries.count * row_tiles, chunk.key_frames * key_tiles),
+            folded_gradient_kernel, (chunk.queries.pieces * row_tiles, chunk.key_frames * key_tiles),
             self.q[sample], self.k[sample], self.coordinates if self.factors is None else self.factors, dlogit,
             self.planes[sample, 0], self.shifts[sample, 0], self.coordinates, self.table.pairs, mask,
             self.coordinates if self.center is None else self.center[sample],

@@ -101,6 +101,20 @@ def test_a_wrong_result_is_found(spoil, wrong):
     assert wrong in str(finding.wrong)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "right", "wrong"), [(torch.bfloat16, 1.01, 1.014), (torch.float16, 1.0018, 1.003)], ids=str
+)
+def test_a_result_may_be_off_by_the_rounding_of_its_dtype(dtype, right, wrong):
+    case = replace(SOFT, dtype=dtype)
+    for factor, is_right in ((right, True), (wrong, False)):
+
+        def scaled(inputs: list[torch.Tensor], factor: float = factor) -> list[torch.Tensor]:
+            moved, *gradients = case.run(inputs, "streaming")
+            return [moved * factor, *gradients]
+
+        assert (kernel_check.compare(case, CPU, scaled).wrong is None) == is_right
+
+
 def test_an_infinity_of_the_other_sign_is_wrong():
     case = replace(SOFT, masked=1.0, options={"heads": "logits", "return_lse": True})
     assert kernel_check.compare(case, CPU, lambda inputs: case.run(inputs, "streaming")).wrong is None
@@ -211,6 +225,30 @@ def test_a_wrong_kernel_ends_the_check_with_status_1(monkeypatch, capsys):
     )
     assert main(["kernels", "--check", "--device", "cpu"]) == 1
     assert "wrong: match: result 0 is off" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("given", "device"), [([], "cuda:0"), (["cuda"], "cuda:0"), (["cuda:1"], "cuda:1")])
+def test_the_check_is_of_one_cuda_device(monkeypatch, capsys, given, device):
+    from torch.cuda import _utils
+
+    from corrdit.benchmark import environment
+    from corrdit.cli import devices, main
+
+    current, checked = [], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(devices, "usable_devices", lambda **options: ["cpu", "cuda", "cuda:0", "cuda:1"])
+    # As torch itself does, which takes no device without an index.
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(_utils._get_device_index(device)))
+    monkeypatch.setattr(environment, "device_name", lambda device: "a GPU")
+    monkeypatch.setattr(
+        kernel_check,
+        "findings",
+        lambda device: checked.append(device) or iter([kernel_check.Finding("soft", 0.5, None)]),
+    )
+    assert main(["kernels", "--check", *(["--device", *given] if given else [])]) == 0
+    assert checked == [torch.device(device)]
+    assert current == [torch.device(device).index]
+    assert "a GPU" in capsys.readouterr().out
 
 
 def test_a_device_without_a_check_is_refused(capsys):

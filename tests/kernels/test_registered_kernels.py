@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from corrdit import TokenGrid, kernels, ops, problem
+from corrdit.benchmark import kernel_check
+from corrdit.benchmark.kernel_cases import Case
 from corrdit.kernels.shared import configs, launch
 from corrdit.kernels.shared.tables import whole_frames
 
@@ -62,6 +64,17 @@ def test_opcheck_of_frame_local_attention(inputs):
 )
 def test_opcheck_of_measures(inputs, name, arguments):
     torch.library.opcheck(operator(name), (*inputs[:2], *arguments))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operation", ["soft_displacement", "match", "frame_local_attention"])
+def test_what_the_check_compiles_on_a_gpu_is_one_graph(monkeypatch, operation):
+    whole = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **how: whole(function, backend="eager", fullgraph=True))
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
+    case = Case(operation, "compiled", TokenGrid(2, 2, 3, text_tokens=2), torch.float32, 16)
+    finding = kernel_check.compare(case, torch.device("cpu"), lambda inputs: kernel_check._compiled(case, inputs))
+    assert finding.wrong is None
 
 
 def test_a_compiled_caller_is_one_graph(inputs, call):

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from corrdit import TokenGrid, ops
 from corrdit.kernels import requirements
+from corrdit.kernels.frame_local import layout
 from corrdit.kernels.shared import tables
 
 GRID = TokenGrid(2, 2, 4, text_tokens=3)
@@ -24,18 +25,18 @@ CALLS: dict[str, Callable[[Tensor], Any]] = {
     "local": lambda q: ops.frame_local_attention(q, q, q, GRID, backend="triton"),
 }
 LAUNCHED = {"soft": 1, "hard": 1, "match": 1, "cost rows": 1, "mass": 1, "local": 0}
-MADE = ("_frame_pairs", "_coordinates", "token_segments")
+MADE = (tables._frame_pairs, tables._coordinates, tables.token_segments, layout._local_table)
 
 
 def made() -> list[int]:
-    return [getattr(tables, name).cache_info().misses for name in MADE]
+    return [made_once.cache_info().misses for made_once in MADE]
 
 
 @pytest.mark.parametrize("operation", CALLS)
 def test_a_traced_caller_has_its_tables_before_its_graph_runs(operation):
     torch._dynamo.reset()
-    for name in MADE:
-        getattr(tables, name).cache_clear()
+    for made_once in MADE:
+        made_once.cache_clear()
     seen: list[list[int]] = []
 
     def before_running(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
