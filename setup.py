@@ -16,7 +16,7 @@ REQUIREMENTS = [
     "torch>=2.11,<2.14",
     "triton>=3.6,<3.10; platform_system == 'Linux'",
     "diffusers>=0.36,<0.43",
-    "transformers>=4.57,<6",
+    "transformers>=4.57.1,<6",
     "accelerate>=1.0,<2",
     "lightning>=2.5,!=2.6.2,!=2.6.3,<2.7",
     "einops>=0.8,<0.9",

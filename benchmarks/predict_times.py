@@ -24,7 +24,11 @@ from corrdit.benchmark.runner import BOTH, FORWARD
 from corrdit.benchmark.shapes import SHAPES, Shape
 from corrdit.files import written_beside
 from corrdit.kernels.displacement.folded import visited_scores
+from corrdit.kernels.displacement.folded_backward import WORKSPACE_BYTES
+from corrdit.kernels.displacement.gradient_chunks import gradient_chunks
 from corrdit.kernels.shared.configs import tiles as tiles_of
+from corrdit.kernels.shared.tables import whole_frames
+from corrdit.kernels.shared.windows import visited_pairs
 
 MULTIPROCESSORS, CYCLES = 132, 1.83e9
 TENSOR, EXPONENTIALS, ISSUE = 2048, 16, 128
@@ -74,11 +78,19 @@ def folded(shape: Shape) -> Kernel:
     return Kernel("folded_forward", scores, shape.channels + 16, 1, 8)
 
 
-def folded_gradient(shape: Shape) -> list[Kernel | float]:
-    tokens, pairs = shape.grid.video_tokens, shape.frames**2
-    dlogit = Kernel("folded_gradient", padded(shape, pairs, 128, 128), shape.channels + 16, 1, 10)
-    joined = 2 * 2 * 2 * shape.channels * tokens + 2 * 6 * shape.channels * tokens
-    return [dlogit, 1e3 * 2 * shape.channels * tokens**2 / PRODUCTS, 1e3 * joined / BYTES]
+def folded_gradient(shape: Shape, radius: int = -1) -> list[Kernel | float]:
+    size, frames, wide = shape.grid.tokens_per_frame, range(shape.frames), shape.channels
+    places, pairs = whole_frames(shape.frames, size), [frame for i in frames for j in frames for frame in (i, j)]
+    chunks = gradient_chunks(pairs, places, places, size, shape.height, shape.width, radius, WORKSPACE_BYTES // 2)
+    scores = products = joined = 0
+    for _, _, key_frames, _, first_key, stop_key, _, _, queries, keys in chunks:
+        scores += queries.pieces * tiles(queries.tokens, 128) * key_frames * tiles(stop_key - first_key, 128)
+        products += queries.total * keys.total
+        if keys.pieces > 1:  # read and written in 16 bits, and as float32 sums that are added to others
+            joined += (2 * 2 + 4 * 4) * wide * (queries.total + keys.total)
+    dlogit = Kernel("folded_gradient", scores, wide + 16, 1, 10)
+    joined += 2 * 2 * 2 * wide * shape.grid.video_tokens + 2 * 6 * wide * shape.grid.video_tokens
+    return [dlogit, 1e3 * 2 * wide * products / PRODUCTS, 1e3 * joined / BYTES]
 
 
 def per_head(shape: Shape, pairs: float) -> Kernel:
@@ -99,32 +111,28 @@ def per_head_gradient(shape: Shape) -> list[Kernel | float]:
 
 
 def windowed(shape: Shape) -> Kernel:
-    """8 x 8 queries with the keys of the rectangle of their windows, in tiles of 64."""
-    pairs = sum(
-        64 * tiles(_reached(top, shape.height) * _reached(left, shape.width), 64)
-        for top in range(0, shape.height, 8)
-        for left in range(0, shape.width, 8)
-    )
-    return Kernel(
-        "folded_forward_window", shape.frames**2 * pairs, shape.channels + 16, 1, 3.6 * shape.channels / 64, UNHIDDEN
-    )
-
-
-def _reached(start: int, side: int) -> int:
-    return min(min(start + 8, side) + WINDOW, side) - max(start - WINDOW, 0)
+    """8 x 8 queries with the 8 x 8 keys that their windows reach."""
+    chosen = tiles_of("folded_forward_window", "9.0", shape.head_dim, 2)
+    scores = shape.frames**2 * visited_pairs(shape.height, shape.width, WINDOW, chosen)
+    return Kernel("folded_forward_window", scores, shape.channels + 16, 1, 3.6 * shape.channels / 64, UNHIDDEN)
 
 
 def matched(shape: Shape, directions: int) -> list[Kernel | float]:
-    others = shape.frames - 1
-    scores = shape.heads * padded(shape, others, 64, 64)
-    depth = directions * (128 if shape.head_dim > 64 else 64)
-    cost = Kernel("best_match", scores, depth, directions, 10.0 * directions)
+    others, wide = shape.frames - 1, shape.head_dim > 64
+    scores = shape.heads * padded(shape, others, 64, 64 if wide else 128)
+    cost = Kernel("best_match", scores, directions * (128 if wide else 64), directions, directions * _cost(shape))
     return [per_head(shape, directions * others), cost]
 
 
-def rows_of_tokens(shape: Shape, name: str, keys: int) -> Kernel:
+def _cost(shape: Shape) -> float:
+    """Instructions of one exponential of the cost of a direction."""
+    return 11.5 if shape.head_dim > 64 else 6.5
+
+
+def rows_of_tokens(shape: Shape, name: str, keys: int, instructions: float) -> Kernel:
     chosen = tiles(min(QUERY_TOKENS, shape.grid.tokens_per_frame), 64)
-    return Kernel(name, shape.heads * chosen * tiles(keys, 128), 128 if shape.head_dim > 64 else 64, 1, 9.5)
+    depth = 128 if shape.head_dim > 64 else 64
+    return Kernel(name, shape.heads * chosen * tiles(keys, 128), depth, 1, instructions)
 
 
 def local(shape: Shape, *, zeroed: bool, backward: bool) -> list[Kernel | float]:
@@ -153,15 +161,21 @@ def forward(operation: str, shape: Shape) -> list[Kernel | float]:
     if operation == "soft_displacement:window":
         return [windowed(shape)]
     if operation == "hard_displacement:logits":
-        return [Kernel("best_match", padded(shape, pairs, 64, 64), shape.channels, 0, 10.2, UNHIDDEN)]
+        return [Kernel("best_product", padded(shape, pairs, 128, 128), shape.channels, 0, 1.6 * shape.channels / 64)]
     if operation.startswith("match"):
         return matched(shape, 2 if operation.endswith("bidirectional") else 1)
     if operation == "cost_rows":
-        cost = rows_of_tokens(shape, "cost_rows", every)
+        cost = rows_of_tokens(shape, "cost_rows", every, _cost(shape))
         both = cost._replace(depth=2 * cost.depth, exponentials=2, instructions=2 * cost.instructions)
-        return [rows_of_tokens(shape, "row_statistics", every), per_head(shape, shape.frames), both]
+        return [rows_of_tokens(shape, "row_statistics", every, 8.5), per_head(shape, shape.frames), both]
     if operation == "attention_mass":
-        return [rows_of_tokens(shape, name, shape.grid.tokens) for name in ("row_statistics", "attention_mass")]
+        return [
+            rows_of_tokens(shape, name, shape.grid.tokens, instructions)
+            for name, instructions in (
+                ("row_statistics", 8.5),
+                ("attention_mass", 5.3 if shape.head_dim <= 64 else 9.0),
+            )
+        ]
     return local(shape, zeroed=operation.endswith("zeroed"), backward=False)
 
 
@@ -170,7 +184,7 @@ def backward(operation: str, shape: Shape) -> list[Kernel | float] | None:
     if operation == "soft_displacement:probabilities":
         return per_head_gradient(shape)
     if operation in ("soft_displacement:logits", "soft_displacement:window"):
-        return folded_gradient(shape)
+        return folded_gradient(shape, WINDOW if operation.endswith("window") else -1)
     if operation.startswith("frame_local"):
         return local(shape, zeroed=operation.endswith("zeroed"), backward=True)
     return None

@@ -212,7 +212,9 @@ def _attention(page: ReportPage, table: AnalysisTable) -> None:
 def _record(page: ReportPage, results: AnalysisResults, files: Sequence[str], made_with: Mapping[str, object]) -> None:
     page.section("How it was made")
     page.links("Tables beside this page:", files)
-    page.table(["setting", "value"], list(_in_words({**made_with, **results.settings})))
+    # The facts that a run is resumed by have parts of the preset a second time.
+    settings = {name: value for name, value in results.settings.items() if not name.startswith("preset.")}
+    page.table(["setting", "value"], list(_in_words({**made_with, **settings})))
 
 
 def _in_words(settings: Mapping[str, object], before: str = "") -> Iterator[tuple[str, str]]:

@@ -272,6 +272,10 @@ def _finish(
         f"{len(results.tables)} videos analysed, {len(results.failures)} could not be, in"
         f" {time.perf_counter() - began:.1f} s; best is {choice.described()}"
     )
+    pictures = [file for file in files if Path(file).parts[0] == "pictures"]
     for file in files:
-        print(f"  {Path(arguments.output) / file}")
+        if file not in pictures:
+            print(f"  {Path(arguments.output) / file}")
+    if pictures:
+        print(f"  {Path(arguments.output) / 'pictures'}: {len(pictures)} files")
     return 2 if results.failures else 0

@@ -33,6 +33,7 @@ from corrdit.kernels.shared.windows import (
     place_code,
     reciprocal,
     seen_keys,
+    stretch_tokens,
     tile_codes,
     tile_corner,
     tile_tokens,
@@ -93,9 +94,7 @@ def add_stretch(
     """The keys `start` to `stop` of the `count` that k holds of the frame, without a window."""
     columns = tl.arange(0, BLOCK_N)
     for first in range(start, stop, BLOCK_N):
-        # Places, not tokens, are compared with the end: the other way takes 30 registers more, and spills.
-        inside = first + columns < count
-        tokens = tl.where(inside, k_first + first + columns, k_first)
+        tokens, inside = stretch_tokens(first + columns, count, k_first)
         peak, moments = add_keys(
             peak, moments, q, k, q_rows, kept_rows, tokens, inside, 0, 0, 0, table, head_weights, key_mask, mask_stride,
             q_strides, k_strides, group, heads, scale, D, BLOCK_D, HAS_MASK, 0, False, WEIGHTED, PRECISION,

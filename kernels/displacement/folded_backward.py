@@ -32,10 +32,10 @@ from corrdit.kernels.shared.primitives import (
 from corrdit.kernels.shared.tables import FramePairTable, coordinate_table
 from corrdit.kernels.shared.windows import (
     extent,
-    held_tokens,
     load_centers,
     place_code,
     seen_keys,
+    stretch_tokens,
     window_bounds,
     window_kind,
 )
@@ -71,20 +71,20 @@ def folded_gradient_kernel(
     first, stop = tl.maximum(k_first, first_key), tl.minimum(k_stop, stop_key)
     # The workspace is small: int32 places.
     column = (k_place - first_column).to(tl.int32) + k_first - key_turn * skipped - first
-    keys = first + tl.program_id(1) % key_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = keys < stop
+    place = tl.program_id(1) % key_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    keys = first + place
+    tokens, inside = stretch_tokens(place, stop - first, first)
     center_x, center_y = load_centers(center, row_place, rows, kept_rows, width, WINDOW)
     scale = weighted_scale(scale, head_weights, heads, WEIGHTED)
     lowest, highest = window_bounds(center_x, center_y, radius, width, height)
-    places = workspace + (turn * row_count + local)[:, None] * workspace_stride + (column + keys)[None, :]
-    stored = kept_rows[:, None] & inside[None, :]
+    # What the store needs is worked out after the product, which leaves no registers for it.
+    written = workspace + turn * row_count * workspace_stride + column
     reached = first < stop
     if WINDOW > 0:
         top_y, bottom_y = extent(center_y, kept_rows)
         first_y, last_y = extent(keys // width, inside)
         reached = reached & (top_y - radius <= last_y) & (bottom_y + radius >= first_y)
     if reached:
-        tokens = held_tokens(keys, first, stop)
         scores = head_scores(
             q + q_place * q_strides[2], k + k_place * k_strides[2], tl.where(kept_rows, rows, q_first), tokens,
             kept_rows, inside, q_strides, k_strides, 1, group, head_weights, 0, heads, D, BLOCK_D, WEIGHTED, False,
@@ -102,9 +102,13 @@ def folded_gradient_kernel(
         if WINDOW > 0:
             # An undefined query reaches the keys in its window alone.
             dlogit = tl.where(seen, dlogit, 0.0)
+        places = written + local[:, None] * workspace_stride + keys[None, :]
+        stored = kept_rows[:, None] & inside[None, :]
         tl.store(places, dlogit.to(workspace.dtype.element_ty), mask=stored)
     else:
         # Out of reach of every window of the tile.
+        places = written + local[:, None] * workspace_stride + keys[None, :]
+        stored = kept_rows[:, None] & inside[None, :]
         tl.store(places, tl.zeros([BLOCK_M, BLOCK_N], workspace.dtype.element_ty), mask=stored)
 
 
@@ -120,14 +124,16 @@ def joined_heads(tensor: Tensor) -> Tensor:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total `[count, tokens, W]` float32 += a @ b, never rounded to the dtype of the factors."""
+    """total `[pieces, tokens, W]` float32 += a @ b, never rounded to the dtype of the factors."""
     if total.device.type == "cpu":  # PyTorch gives float32 of 16-bit products on CUDA alone
         a, b = a.to(total.dtype), b.to(total.dtype)
-    options = {} if total.dtype == a.dtype else {"out_dtype": total.dtype}
-    if total.shape[0] == 1:
-        torch.addmm(total[0], a, b, out=total[0], **options)
+    same = total.dtype == a.dtype
+    if total.shape[0] > 1:
+        total += (torch.mm(a, b) if same else torch.mm(a, b, out_dtype=total.dtype)).view(total.shape)
+    elif same:
+        total[0].addmm_(a, b)
     else:
-        total += torch.mm(a, b, **options).view(total.shape)
+        torch.addmm(total[0], a, b, out_dtype=total.dtype, out=total[0])
 
 
 def summed_queries(q: Tensor, factors: Tensor | None, key_heads: int) -> Tensor:
@@ -163,7 +169,7 @@ class _FoldedGradient(NamedTuple):
         row_tiles, key_tiles = tile_count(chunk.queries.tokens, tiles.rows), tile_count(held, tiles.columns)
         mask = dlogit if self.key_mask is None else self.key_mask[sample : sample + 1]
         launch(
-            folded_gradient_kernel, (chunk.queries.count * row_tiles, chunk.key_frames * key_tiles),
+            folded_gradient_kernel, (chunk.queries.pieces * row_tiles, chunk.key_frames * key_tiles),
             self.q[sample], self.k[sample], self.coordinates if self.factors is None else self.factors, dlogit,
             self.planes[sample, 0], self.shifts[sample, 0], self.coordinates, self.table.pairs, mask,
             self.coordinates if self.center is None else self.center[sample],

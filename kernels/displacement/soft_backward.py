@@ -41,6 +41,7 @@ from corrdit.kernels.shared.windows import (
     place_code,
     reciprocal,
     seen_keys,
+    stretch_tokens,
     tile_codes,
     tile_corner,
     tile_tokens,
@@ -120,9 +121,8 @@ def soft_backward_query_kernel(
             bulk = count // BLOCK_N * BLOCK_N
             if HAS_MASK:
                 for first in range(0, count, BLOCK_N):
-                    places = k_first + first + columns
-                    tokens = held_tokens(places, k_first, k_stop)
-                    kept = load_allowed(mask_frame, tokens, first + columns < count, mask_strides[1], HAS_MASK)
+                    tokens, inside = stretch_tokens(first + columns, count, k_first)
+                    kept = load_allowed(mask_frame, tokens, inside, mask_strides[1], HAS_MASK)
                     accumulator = guarded_keys(
                         accumulator, q_tile, k_frame, table, row_planes, shift, tokens, kept, kept[None, :], dims,
                         k_strides, scale, D, HAS_MASK, PRECISION,

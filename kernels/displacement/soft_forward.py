@@ -31,6 +31,7 @@ from corrdit.kernels.shared.windows import (
     place_code,
     reciprocal,
     seen_keys,
+    stretch_tokens,
     tile_codes,
     tile_corner,
     tile_tokens,
@@ -103,9 +104,8 @@ def soft_forward_kernel(
         count = tl.where(q_first + tile * BLOCK_M < q_stop, k_stop - k_first, 0)
         if HAS_MASK:
             for first in range(0, count, BLOCK_N):
-                places = k_first + first + columns
-                tokens = held_tokens(places, k_first, k_stop)
-                kept = load_allowed(key_mask, tokens, first + columns < count, mask_strides[1], HAS_MASK)
+                tokens, inside = stretch_tokens(first + columns, count, k_first)
+                kept = load_allowed(key_mask, tokens, inside, mask_strides[1], HAS_MASK)
                 peak, moments = guarded_tile(
                     peak, moments, q_tile, k, table, tokens, kept[None, :], dims, k_strides, scale, D, PRECISION
                 )

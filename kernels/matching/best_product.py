@@ -40,6 +40,8 @@ from corrdit.kernels.shared.windows import (
 )
 from corrdit.problem import product_precision
 
+_LOWEST = tl.constexpr(-3.4028234663852886e38)
+
 
 @triton.jit
 def best_product_kernel(
@@ -51,9 +53,10 @@ def best_product_kernel(
 ):  # fmt: skip
     """Program (tile of query rows of one frame pair, batch * outer head): the key of the largest product for each row.
 
-    Every place of a tile of scores keeps the largest score it has seen, and in which turn; the places of a row are
-    compared once, at the end. A key past the frame's last one is that last one once more. A row without keys keeps its
-    own place.
+    Of single heads every place of a tile of scores keeps the largest score it has seen, and in which turn; the places
+    of a row are compared once, at the end. All heads take so much longer for a score that a row is compared for each
+    tile, and the registers serve a larger one. A key past the frame's last one is that last one once more. A row
+    without keys keeps its own place.
     """
     pair = tl.program_id(0) // tiles
     tile = tl.program_id(0) % tiles
@@ -83,8 +86,11 @@ def best_product_kernel(
         turns = tl.where(q_first + tile * BLOCK_M < q_stop, tl.cdiv(k_stop - k_first, BLOCK_N), 0)
     lowest, highest = window_bounds(center_x, center_y, radius, width, height)
     codes = tile_codes(BLOCK_N)
-    best = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
-    found = tl.full([BLOCK_M, BLOCK_N], -1, tl.int32)
+    none = no_token(BLOCK_M)
+    best_of_row, best_token, undefined = tl.full([BLOCK_M], float("-inf"), tl.float32), none, none
+    if not FOLDED:
+        best = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
+        found = tl.full([BLOCK_M, BLOCK_N], -1, tl.int32)
     for turn in range(0, turns):
         if WINDOW > 0:
             x, y = tile_corner(turn, left, top, across, inverse, BLOCK_N)
@@ -92,37 +98,39 @@ def best_product_kernel(
         else:
             places = k_first + turn * BLOCK_N + columns
         tokens = held_tokens(places, k_first, k_stop)
+        kept = load_allowed(key_mask, tokens, places == tokens, mask_strides[1], HAS_MASK)
+        if WINDOW > 0:
+            seen = seen_keys(codes, kept, lowest - corner, highest - corner, HAS_MASK or PARTS)
+        else:
+            seen = kept[None, :]
         if FOLDED:
             scores = head_scores(
                 q, k, q_rows, tokens, kept_rows, kept_rows, q_strides, k_strides, 1, group, head_weights, 0, inner, D,
                 BLOCK_D, WEIGHTED, False, PRECISION,
             )  # fmt: skip
+            best_of_row, best_token, undefined = better_match(
+                best_of_row, best_token, undefined, scores, tokens[None, :], seen
+            )
         else:
             k_tile = load_tile(k, tokens, dims, k_strides, tokens, False, D)  # [N, D]
             scores = product(q_tile, tl.trans(k_tile), PRECISION)
-        # A NaN is no number of which a best one is at least as large, and the first NaN of a place stays.
-        improved = (is_nan(best) == 0) & ((scores <= best) == 0)
-        if HAS_MASK or WINDOW > 0:
-            kept = load_allowed(key_mask, tokens, places == tokens, mask_strides[1], HAS_MASK)
-            if WINDOW > 0:
-                seen = seen_keys(codes, kept, lowest - corner, highest - corner, HAS_MASK or PARTS)
-            else:
-                seen = kept[None, :]
-            # The first key stands even at -inf.
-            improved = seen & (improved | (found < 0))
-        best = tl.where(improved, scores, best)
-        found = tl.where(improved, turn, found)
+            if HAS_MASK or WINDOW > 0:
+                # A key that counts stands above those that do not, even at -inf.
+                scores = tl.maximum(scores, _LOWEST, propagate_nan=tl.PropagateNan.ALL)
+                scores = tl.where(seen, scores, float("-inf"))
+            # No best one is at least as large as NaN, and the first NaN of a place stays.
+            stands = is_nan(best) | (scores <= best)
+            best = tl.where(stands, best, scores)
+            found = tl.where(stands, found, turn)
     if COUNTED:
         tl.atomic_add(visited, turns)
-    if WINDOW > 0:
-        x, y = tile_corner(found, left, top, across, inverse, BLOCK_N)
-        tokens = y * width + x + tile_tokens(0, 0, width, BLOCK_N)[None, :]
-    else:
-        tokens = tl.minimum(k_first + found * BLOCK_N + columns[None, :], k_stop - 1)
-    none = no_token(BLOCK_M)
-    _, best_token, undefined = better_match(
-        tl.full([BLOCK_M], float("-inf"), tl.float32), none, none, best, tokens, found >= 0
-    )
+    if not FOLDED:
+        if WINDOW > 0:
+            x, y = tile_corner(found, left, top, across, inverse, BLOCK_N)
+            of_places = y * width + x + tile_tokens(0, 0, width, BLOCK_N)[None, :]
+        else:
+            of_places = tl.minimum(k_first + found * BLOCK_N + columns[None, :], k_stop - 1)
+        _, best_token, undefined = better_match(best_of_row, none, none, best, of_places, found >= 0)
     if HAS_MASK or WINDOW > 0:
         without = rows
     else:
@@ -150,8 +158,7 @@ def best_product(
     """
     tokens = torch.empty(q.shape[0], arrangement.outer, table.rows, dtype=torch.int32, device=q.device)
     name = "best_product_folded" if arrangement.folded else "best_product"
-    guarded = key_mask is not None or arrangement.factors is not None
-    tiles = choose_tiles(f"{name}_window" if window >= 0 else name, q, guarded)
+    tiles = choose_tiles(f"{name}_window" if window >= 0 else name, q)
     blocks = block_count(tiles.rows, table.longest, table.height, table.width, window)
     pairs = table.pairs
     mask = pairs if key_mask is None else key_mask

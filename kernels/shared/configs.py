@@ -109,7 +109,8 @@ _GUARDED = {
         256: Tiles(128, 32, 256, 8, 2),
     },
     "soft_backward_key": {64: Tiles(64, 128, 64, 8, 2), 128: Tiles(32, 128, 128, 8, 2), 256: Tiles(16, 128, 256, 8, 2)},
-    "best_product_folded": {256: Tiles(64, 128, 64, 8, 3)},
+    "best_match": {64: Tiles(64, 64, 64, 4, 2), 256: Tiles(64, 64, 128, 8, 2)},
+    "best_match_folded": {256: Tiles(64, 128, 64, 8, 3)},
 }
 # float32: twice the bytes, and products on the floating-point units unless tf32 is asked for.
 _FLOAT32 = {

@@ -89,6 +89,16 @@ def held_tokens(tokens, first, stop):
 
 
 @triton.jit
+def stretch_tokens(place, count, first):
+    """(tokens, which are there) of the tokens `place` of a stretch of `count` from `first` on; `first` for the others.
+
+    Places are compared with the count, not tokens with the end, which takes 30 registers less in a loop.
+    """
+    inside = place < count
+    return tl.where(inside, first + place, first), inside
+
+
+@triton.jit
 def load_centers(center, first, rows, kept, width, WINDOW: tl.constexpr):
     """Centre (x, y) of the window of each query `[M]`: its own place, or what `center [.., R, 2]` says."""
     if WINDOW == 2:
@@ -106,10 +116,7 @@ def extent(places, kept):
 
 @triton.jit
 def window_tiles(x, y, kept, radius, width, height, BLOCK: tl.constexpr):
-    """(left, top, tiles across, tiles) of the fewest tiles that cover the windows round the kept places.
-
-    They lie inside the frame where it has room for them: moved up and to the left, they cover the windows all the same.
-    """
+    """(left, top, tiles across, tiles) of the fewest tiles that cover the windows round the kept places."""
     ACROSS: tl.constexpr = block_width(BLOCK)
     DOWN: tl.constexpr = BLOCK // ACROSS
     left, across = covering_tiles(x, kept, radius, width, ACROSS)
@@ -123,8 +130,7 @@ def covering_tiles(places, kept, radius, side, STEP: tl.constexpr):
     lowest, highest = extent(places, kept)
     start = tl.maximum(lowest - radius, 0)
     stop = tl.minimum(highest + radius + 1, side)
-    count = tl.cdiv(tl.maximum(stop - start, 0), STEP)
-    return tl.maximum(tl.minimum(start, side - count * STEP), 0), count
+    return start, tl.cdiv(tl.maximum(stop - start, 0), STEP)
 
 
 @triton.jit

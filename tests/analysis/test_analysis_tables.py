@@ -165,7 +165,8 @@ def test_preset_of_a_calibration_is_read_by_backbone_tracker_guidance_and_transf
 
 
 def test_report_is_one_page_without_links_outside_and_counts_what_failed(make_table, tmp_path):
-    analysis_folder(tmp_path).begin({"model": "a <model>", "options": {"least_motion": 1.5}})
+    settings = {"options": {"least_motion": 1.5}, "preset": {"layer": 3}, "preset.layer": 3}
+    analysis_folder(tmp_path).begin({"model": "a <model>", **settings})
     for seed in range(2):
         write_result(tmp_path, f"clip {seed}", make_table(shares, seed=seed))
     write_failure(tmp_path, "broken", ValueError("the queries hold 3 numbers that are NaN"))
@@ -175,6 +176,8 @@ def test_report_is_one_page_without_links_outside_and_counts_what_failed(make_ta
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert files == ["report.html", "analysis.csv", "videos.csv"]
     assert "a &lt;model&gt;" in page
+    assert "<td>preset: layer</td>" in page
+    assert "preset.layer" not in page
     assert "1 videos could not be analysed" in page
     assert "the queries hold 3 numbers that are NaN" in page
     assert page.count("data:image/png;base64,") >= 6

@@ -59,6 +59,10 @@ def test_a_folder_gives_one_report_a_broken_video_is_counted_and_a_second_run_go
     assert analyze(*given) == 2
     out, err = capsys.readouterr()
     assert "2 videos analysed, 1 could not be" in out
+    pictures = [path for path in (output / "pictures").rglob("*") if path.is_file()]
+    assert f"  {output}/report.html\n" in out
+    assert f"  {output}/pictures: {len(pictures)} files\n" in out
+    assert out.count("pictures/") == 0
     assert "torn.mp4" in err
     assert "Traceback" not in err
     page = (output / "report.html").read_text(encoding="utf-8")

@@ -32,6 +32,9 @@ def test_bad_input():
     pipe = tiny_pipeline("wan")
     with pytest.raises(ValueError, match=r"height must be a multiple of the 16 pixels .*, got 40"):
         TokenGrid.of(pipe, height=40, width=32, num_frames=9)
+    # The pipeline itself makes 9 of them.
+    with pytest.raises(ValueError, match=r"as it is, got 10; near it: 9, 13"):
+        TokenGrid.of(pipe, height=32, width=32, num_frames=10)
     with pytest.raises(ValueError, match="needs a diffusers video pipeline or a backbone, got int"):
         TokenGrid.of(3, height=32, width=32, num_frames=9)
 

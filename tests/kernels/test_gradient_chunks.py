@@ -35,12 +35,13 @@ def products(cut: list[Chunk]) -> int:
 def test_every_pair_of_a_query_and_a_key_in_reach_is_in_one_chunk(monkeypatch, pairs, radius, room, rows):
     frames, height, width = 3, 5, 4
     monkeypatch.setattr(gradient_chunks, "_ROWS_OF_BAND", rows)
+    monkeypatch.setattr(gradient_chunks, "_ELEMENTS_OF_TOKEN", 0)
     cut = chunks(pairs, frames, height, width, radius, room)
     tokens = height * width
     times = torch.zeros(len(pairs) // 2, tokens, tokens)
     for chunk in cut:
         assert chunk.elements <= room
-        for a, b in itertools.product(range(chunk.queries.count), range(chunk.key_frames)):
+        for a, b in itertools.product(range(chunk.queries.pieces), range(chunk.key_frames)):
             pair = chunk.first_pair + a * chunk.pair_step + b
             queries = slice(chunk.first_row, chunk.first_row + chunk.queries.tokens)
             keys = slice(max(chunk.first_key, 0), min(chunk.stop_key, tokens))
@@ -65,6 +66,10 @@ def test_windows_multiply_the_token_rows_that_they_reach(radius, share):
     assert max(chunk.elements for chunk in banded) <= ROOM
 
 
+def test_small_frames_are_not_cut_into_bands():
+    assert chunks(every_pair(4), 4, 16, 16, 1) == chunks(every_pair(4), 4, 16, 16, -1)
+
+
 def test_bands_of_many_frames_fit_the_workspace():
     cut = chunks(every_pair(33), 33, 45, 80, 8)
     assert max(chunk.elements for chunk in cut) <= ROOM
@@ -83,6 +88,7 @@ def test_bands_give_what_whole_chunks_give(monkeypatch, frames):
         return write(self, workspace, sample, chunk)
 
     monkeypatch.setattr(folded_backward._FoldedGradient, "write", watched)
+    monkeypatch.setattr(gradient_chunks, "_ELEMENTS_OF_TOKEN", 0)
 
     def gradients(rows: int) -> tuple[torch.Tensor, ...]:
         monkeypatch.setattr(gradient_chunks, "_ROWS_OF_BAND", rows)

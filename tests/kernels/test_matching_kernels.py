@@ -131,6 +131,8 @@ def test_ties_go_to_the_lowest_index_and_nan_wins(mode, call):
     if mode != "probabilities":
         k[0, 0, 25] = k[0, 0, 36] = float("nan")
         assert torch.equal(hard(call, q, k, grid, mode)[..., 0].flatten(), 25 - own)
+    if mode != "probabilities":
+        assert torch.equal(hard(call, q, torch.full_like(k, float("-inf")), grid, mode)[..., 0].flatten(), -own)
     q[0, 0, 3] = float("nan")
     found = hard(call, q, k, grid, mode)[..., 0].flatten()
     assert found[3] == -3

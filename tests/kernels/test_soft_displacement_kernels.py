@@ -120,8 +120,8 @@ def test_windows_skip_tiles(mode):
             folded_forward(q, q, None, table, 1.0, None, None, window, visited)
         counts[window] = int(visited)
     # Blocks of 4 x 4 tokens: all keys are six tiles; the windows of a block reach 5 x 6 of them (5 x 5 in a corner), in
-    # two tiles of 16; its own 16 are one.
-    assert counts == {-1: 6 * 6, 1: 6 * 2, 0: 6 * 1}
+    # two by two tiles of 4 x 4; its own 16 are one.
+    assert counts == {-1: 6 * 6, 1: 6 * 4, 0: 6 * 1}
     far = torch.zeros(1, 96, 2, dtype=torch.int32)
     visited.zero_()
     if mode == "none":

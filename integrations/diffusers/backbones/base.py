@@ -229,14 +229,21 @@ class Backbone(PromptEncoder):
         """The token axis while a video of this size is generated, in pixels and video frames.
 
         Raises:
-            ValueError: a size that is not a whole number of tokens.
+            ValueError: a size that is not a whole number of tokens, or frames that do not fill the codec's latents.
         """
         for name, size, stride in zip(("height", "width"), (height, width), self.token_stride, strict=True):
             if whole_number(name, size, stride) % stride:
                 raise ValueError(
                     f"{name} must be a multiple of the {stride} pixels that a token of {self.name} spans, got {size}"
                 )
-        frames = len(self.latent_frame_map(whole_number("num_frames", num_frames, 1)))
+        fitting = self.fitting_frames(whole_number("num_frames", num_frames, 1))
+        if fitting != num_frames:  # which pipelines round, each in its way
+            near = [str(count) for count in (fitting, fitting + self.temporal_compression) if count > 0]
+            raise ValueError(
+                f"num_frames must be a number that the codec of {self.name} takes as it is, got {num_frames}; near it:"
+                f" {', '.join(near)}"
+            )
+        frames = len(self.latent_frame_map(num_frames))
         return self.grid(frames, height // self.spatial_compression, width // self.spatial_compression)
 
     def with_text(self, video: TokenGrid) -> TokenGrid:
