@@ -211,14 +211,15 @@ def float32_precision(precision: str) -> Iterator[None]:
     global _entered_last  # noqa: PLW0603
     choice("float32 precision", precision, FLOAT32_PRECISIONS)
     before = _entered_last
-    scope = (object(), precision)
-    if not torch.compiler.is_compiling():
+    # A traced caller can neither make an object nor set a ContextVar.
+    scope = None if torch.compiler.is_compiling() else (object(), precision)
+    if scope is not None:
         _scopes.set((*_scopes.get(), scope))
     _entered_last = precision
     try:
         yield
     finally:
-        if torch.compiler.is_compiling():
+        if scope is None:
             _entered_last = before
         else:
             _scopes.set(tuple(other for other in _scopes.get() if other is not scope))
