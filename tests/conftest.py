@@ -25,8 +25,9 @@ if importlib.util.find_spec("triton") and not torch.cuda.is_available():
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
-def pytest_collection_finish() -> None:
-    """What the imports have made stays: tests that collect garbage, and Python itself, need not look through it."""
+@pytest.fixture(scope="module", autouse=True)
+def kept() -> None:
+    """What is there before a file's tests stays: they, and Python itself, look for garbage in what is theirs alone."""
     gc.collect()
     gc.freeze()
 

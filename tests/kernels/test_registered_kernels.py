@@ -196,14 +196,14 @@ def test_old_devices_are_refused():
 
 
 def test_overridden_tiles_are_checked_and_put_back():
-    before = configs.tiles("statistics", "9.0", 64, 2)
+    before = configs.tiles("row_statistics", "9.0", 64, 2)
     with pytest.raises(ValueError, match="no kernel is called"), configs.override(nothing=before):
         pass
-    with pytest.raises(ValueError, match="powers of two"), configs.override(statistics=before._replace(rows=48)):
+    with pytest.raises(ValueError, match="powers of two"), configs.override(row_statistics=before._replace(rows=48)):
         pass
-    with configs.override(statistics=before._replace(rows=32)):
-        assert configs.tiles("statistics", "9.0", 64, 2).rows == 32
-    assert configs.tiles("statistics", "9.0", 64, 2).rows != 32
+    with configs.override(row_statistics=before._replace(rows=32)):
+        assert configs.tiles("row_statistics", "9.0", 64, 2).rows == 32
+    assert configs.tiles("row_statistics", "9.0", 64, 2).rows != 32
 
 
 def test_precision_of_float32_products_is_asked_for(inputs):
