@@ -2,7 +2,7 @@
 
     python benchmarks/kernel_fuzz.py --first 0 --count 100 --output benchmarks/results/kernel_fuzz.json
 
-runs the cases of `corrdit.benchmark.kernel_cases.random_case` by their numbers and adds their rows to the file, in
+runs the cases of `corrdit.benchmark.random_cases.random_case` by their numbers and adds their rows to the file, in
 place of rows of the same numbers and version of triton. An error is given as a share of what
 `corrdit.benchmark.kernel_check` allows a GPU; of bfloat16, which the interpreter cuts off where a GPU rounds, it may be
 up to 2. Exit status 1 if a case is wrong.
@@ -18,8 +18,10 @@ import sys
 
 from experiment import CPU, Record, facts, new_parser, read_json, write_json
 
-from corrdit.benchmark.kernel_cases import BRAIN, random_case
+from corrdit.arguments import whole_number
+from corrdit.benchmark.kernel_cases import BRAIN
 from corrdit.benchmark.kernel_check import CUT_OFF, TOLERANCE, attempt
+from corrdit.benchmark.random_cases import random_case
 from corrdit.files import markdown_table
 
 
@@ -41,12 +43,13 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--count", type=int, default=300, help="how many cases")
     arguments = parser.parse_args()
+    first, count = whole_number("first", arguments.first, 0), whole_number("count", arguments.count, 1)
     run = facts()
     held = read_json(arguments.output) if arguments.output.exists() else {"runs": [], "rows": []}
     rows = {(row["triton"], row["number"]): row for row in held["rows"]}
     tolerance = {str(dtype).removeprefix("torch."): allowed for dtype, allowed in TOLERANCE.items()}
     wrong = 0
-    for number in range(arguments.first, arguments.first + arguments.count):
+    for number in range(first, first + count):
         case = random_case(number)
         finding = attempt(case, CPU)
         error = finding.error * (CUT_OFF if case.dtype == BRAIN else 1.0)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from corrdit.benchmark import kernel_cases, kernel_check, report
+from corrdit.benchmark import kernel_cases, kernel_check, random_cases, report
 from corrdit.benchmark.kernel_cases import Case
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -148,7 +148,7 @@ def test_processes_share_the_cases(monkeypatch):
 
 def test_random_cases_have_every_option_of_every_operation():
     for remainder, operation in enumerate(kernel_cases.OPERATIONS):
-        mine = [kernel_cases.random_case(number) for number in range(remainder, 600, 6)]
+        mine = [random_cases.random_case(number) for number in range(remainder, 600, 6)]
         assert {case.operation for case in mine} == {operation}
         assert {case.dtype for case in mine} == set(kernel_check.TOLERANCE)
         assert {case.layout for case in mine} == set(kernel_cases.LAYOUTS)
@@ -170,7 +170,7 @@ def test_random_cases_have_every_option_of_every_operation():
 def test_random_cases_are_right_where_the_way_is():
     """Another way than the reference to answer them, which needs no interpreter."""
     for number in range(60):
-        case = kernel_cases.random_case(number)
+        case = random_cases.random_case(number)
         finding = kernel_check.compare(case, CPU, lambda inputs, case=case: case.run(inputs, "streaming"))
         assert finding.wrong is None, (case, finding)
 
