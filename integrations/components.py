@@ -7,6 +7,7 @@ taken.
 
 from __future__ import annotations
 
+import importlib
 import math
 import pathlib
 import re
@@ -123,12 +124,9 @@ def loaded_models(folder: pathlib.Path, *, dtype: torch.dtype, low_cpu_mem_usage
 
 def component_class(library: str, class_name: str | None) -> type | None:
     """The class of a component; None in libraries that only the pipeline may import."""
-    if library == "transformers":
-        import transformers
-
-        module: object = transformers
-    else:
-        module = sys.modules.get(library)
+    module: object = sys.modules.get(library)
+    if library in ("diffusers", "transformers"):
+        module = importlib.import_module(library)
     found = getattr(module, str(class_name), None)
     if found is None and library in ("diffusers", "transformers"):
         raise ValueError(f"{INDEX_FILE} names {library}.{class_name}, which this {library} does not have")

@@ -33,6 +33,14 @@ def test_the_host_and_the_first_words_of_a_command_load_no_diffusers():
     assert run(script) == "[]"
 
 
+def test_a_plan_is_the_first_to_load_diffusers():
+    script = (
+        "from corrdit.integrations.components import component_class\n"
+        "print(component_class('diffusers', 'CogVideoXTransformer3DModel').__name__)"
+    )
+    assert run(script) == "CogVideoXTransformer3DModel"
+
+
 def test_import_with_operations_takes_under_300_ms_beyond_torch():
     script = (
         "import time, torch; start = time.perf_counter(); import corrdit, corrdit.ops, corrdit.tracking; "
