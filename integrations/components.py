@@ -7,7 +7,6 @@ taken.
 
 from __future__ import annotations
 
-import importlib
 import math
 import pathlib
 import re
@@ -124,9 +123,12 @@ def loaded_models(folder: pathlib.Path, *, dtype: torch.dtype, low_cpu_mem_usage
 
 def component_class(library: str, class_name: str | None) -> type | None:
     """The class of a component; None in libraries that only the pipeline may import."""
-    module: object = sys.modules.get(library)
-    if library in ("diffusers", "transformers"):
-        module = importlib.import_module(library)
+    if library == "diffusers":
+        import diffusers as module
+    elif library == "transformers":
+        import transformers as module
+    else:
+        module = sys.modules.get(library)
     found = getattr(module, str(class_name), None)
     if found is None and library in ("diffusers", "transformers"):
         raise ValueError(f"{INDEX_FILE} names {library}.{class_name}, which this {library} does not have")
