@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizer
 
 from corrdit.integrations.embedded.world.scene import BACKGROUNDS, COLOURS, DIRECTIONS, SPRITE_TEXTURES
 from corrdit.integrations.embedded.world.shapes import SHAPES
+from corrdit.integrations.embedded.world.variety import PHOTOGRAPH
 
 PADDING, END = "<pad>", "<end>"
 _FUNCTION_WORDS = (
@@ -80,7 +81,9 @@ class WordTokenizer(PreTrainedTokenizer):
 
     def _name_unknown(self, words: list[str]) -> None:
         """Warns of words that are not in the list, of each once."""
-        places = {word: self._convert_token_to_id(word) for word in words if word not in self.word_ids}
+        # Trained, though at a hashed place: the word came after the list.
+        known = {*self.word_ids, PHOTOGRAPH}
+        places = {word: self._convert_token_to_id(word) for word in words if word not in known}
         unknown = [word for word, place in places.items() if self._named.get(place) != word]
         if not unknown:
             return

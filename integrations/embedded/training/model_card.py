@@ -21,13 +21,13 @@ pipeline_tag: text-to-video
 # Embedded video diffusion transformer of corrdit
 
 A small text-to-video diffusion transformer of CogVideoX's architecture (diffusers' `CogVideoXTransformer3DModel`,
-{parameters:.1f} M parameters, {layers} layers, {heads} heads of {head_dim}, {positions} positions), trained from
-scratch on videos that are generated while it trains. It is there so that reading correspondence from attention can
-be used, tested and studied without downloading anything. It knows nothing of the real world.
+{parameters:.1f} M parameters, {layers} layers, {heads} heads of {head_dim}, {positions} positions), trained on
+videos that are generated while it trains. It is there so that reading correspondence from attention can be used,
+tested and studied without downloading anything. It has seen no video of the real world.
 
 - **Data**: the generated world of `corrdit.integrations.embedded.world`: one to five textured sprites on their own
-  paths over a textured background under a moving camera. No recorded or collected data. Training videos follow from
-  seeds below 10^9, held-out ones from seeds of 10^9 and above.
+  paths over a textured background under a moving camera. {photographs} Training videos follow from seeds below
+  10^9, held-out ones from seeds of 10^9 and above.
 - **Latents**: a fixed, invertible Haar transform of 2 x 2 pixels; a token spans 4 x 4 pixels of one frame.
 - **Text**: a fixed word encoder; words outside of the world's vocabulary get a place by a hash and carry no meaning.
 - **Objective**: v-prediction at uniform timesteps, with CogVideoX's noise schedule without its shift towards noise.
@@ -43,6 +43,11 @@ be used, tested and studied without downloading anything. It knows nothing of th
 ## Measured
 {quality}
 """
+
+_PHOTOGRAPHED = (
+    "In {videos:.0%} of the videos {pictures:.0%} of\n  backgrounds and sprites are crops of the photographs that "
+    "`benchmarks/photographs.py` fetches (digest {digest}), which\n  are moved like everything else. No recorded video."
+)
 
 _UNMEASURED = """
 Not measured yet; `python benchmarks/embedded_matching.py --pipeline FOLDER --output FILE.json` does it.
@@ -60,8 +65,10 @@ def model_card(config: Json, steps: int, parameters: int, *, measured: Json | No
     config: the recipe; steps: training steps done; parameters: of the transformer; measured: what
     benchmarks/embedded_matching.py wrote; notes: anything about the run that the recipe does not say.
     """
+    shares = {"videos": config["videos"], "pictures": config["pictures"], "digest": config["photographs"]}
     return _CARD.format(
         **{name: config[name] for name in ("layers", "heads", "head_dim", "positions")},
+        photographs=_PHOTOGRAPHED.format(**shares) if shares["pictures"] else "No recorded or collected data.",
         parameters=parameters / 1e6,
         steps=steps,
         recipe=yaml.safe_dump(dict(config), sort_keys=False, default_flow_style=None),
