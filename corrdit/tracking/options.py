@@ -346,7 +346,8 @@ PRESETS = {"default": TrackerOptions(), "published": PUBLISHED_TRACKING}
 
 
 def changed_options(options: TrackerOptions, given: Options) -> TrackerOptions:
-    """Options with those given by name in place of their own.
+    """Options with those given by name in place of their own; a size takes the place of a limit of tokens as well, and
+    a limit that of a size.
 
     Raises:
         ValueError: an unknown option, or a value out of range.
@@ -355,4 +356,5 @@ def changed_options(options: TrackerOptions, given: Options) -> TrackerOptions:
     unknown = sorted(set(given) - set(known))
     if unknown:
         raise ValueError(f"unknown tracker option {unknown[0]!r}; the options are {', '.join(known)}")
-    return replace(options, **given)
+    sizes = {name: given.get(name) for name in ("height", "width", "tokens_per_frame")}
+    return replace(options, **{**(sizes if any(sizes.values()) else {}), **given})

@@ -12,7 +12,7 @@ from corrdit.integrations.diffusers import Preset, ReadingPreset
 from corrdit.tracking.chunk_costs import ChunkCost, CostAccumulator
 from corrdit.tracking.chunks import Chunk, anchored_chunks, chained_chunks, frame_blocks, last_visits
 from corrdit.tracking.encoding import working_size
-from corrdit.tracking.options import PRESETS
+from corrdit.tracking.options import PRESETS, TrackerOptions
 from corrdit.tracking.peaks import preferred_peaks, refined_peaks
 
 
@@ -361,3 +361,14 @@ def test_the_presets_weights_of_heads_are_for_its_own_layer(chosen):
         assert torch.equal(tracked(layer=layer), second)
     for others in ({"layer": 0}, {"layers": (0,)}, {"layers": (2, 1)}):
         assert torch.equal(tracked(**others), tracked(**others, head_weights=()))
+
+
+def test_a_size_takes_the_place_of_a_presets_limit_of_tokens_and_a_limit_that_of_a_size():
+    backbone = TwoHeads()
+    backbone.preset = Preset(ReadingPreset(1, frames_per_chunk=5), tracking=TrackerOptions(tokens_per_frame=24))
+    sized = PointTracker(backbone, height=64, width=96).options
+    assert (sized.height, sized.width, sized.tokens_per_frame) == (64, 96, None)
+    assert PointTracker(backbone).options.tokens_per_frame == 24
+    backbone.preset = Preset(ReadingPreset(1, frames_per_chunk=5), tracking=TrackerOptions(height=64, width=96))
+    limited = PointTracker(backbone, tokens_per_frame=24).options
+    assert (limited.height, limited.width, limited.tokens_per_frame) == (None, None, 24)
