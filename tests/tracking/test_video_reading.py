@@ -83,7 +83,8 @@ def test_costs_are_cost_rows_of_the_same_queries_and_keys(options):
     backbone.forward(latents, backbone.timestep(-1), {4: take})
     grid = taken["grid"]
     q, k = (taken[name][:, 1:3, grid.video_slice] for name in "qk")
-    given = {"heads": "probabilities", "head_weights": (1.0, 0.5), **options}
+    scale = tracker.options.temperature * q.shape[-1] ** -0.5
+    given = {"heads": "probabilities", "head_weights": (1.0, 0.5), "scale": scale, **options}
 
     def rows(*tokens):
         return ops.cost_rows(q, k, grid.without_text(), torch.tensor(tokens), source=2, **given)[0]
