@@ -356,5 +356,6 @@ def changed_options(options: TrackerOptions, given: Options) -> TrackerOptions:
     unknown = sorted(set(given) - set(known))
     if unknown:
         raise ValueError(f"unknown tracker option {unknown[0]!r}; the options are {', '.join(known)}")
-    sizes = {name: given.get(name) for name in ("height", "width", "tokens_per_frame")}
-    return replace(options, **{**(sizes if any(sizes.values()) else {}), **given})
+    sizes = ("height", "width", "tokens_per_frame")
+    replaced = dict.fromkeys(sizes) if any(given.get(name) for name in sizes) else {}
+    return replace(options, **{**replaced, **given})

@@ -121,3 +121,8 @@ def test_long_prompts_are_cut_not_refused() -> None:
     pipe = build_pipeline(build_transformer(layers=1, heads=2, head_dim=16))
     embedded = pipe.encode_prompt(" ".join(["disc"] * 60), do_classifier_free_guidance=True)
     assert embedded[0].shape == embedded[1].shape == (1, TEXT_TOKENS, 64)
+
+
+def test_photographs_of_the_world_are_a_known_word(recwarn: pytest.WarningsRecorder) -> None:
+    WordTokenizer()("a red disc moves left over photograph")
+    assert not recwarn.list

@@ -14,6 +14,7 @@ from PIL import Image
 
 from corrdit.integrations.embedded import load_embedded_pipeline, read_preset
 from corrdit.integrations.embedded.pipeline import build_pipeline, build_transformer
+from corrdit.integrations.embedded.training.model_card import model_card
 from corrdit.integrations.embedded.training.module import (
     EmbeddedTraining,
     GeneratedBatches,
@@ -164,3 +165,12 @@ def test_recipes() -> None:
 def test_nothing_to_resume(tmp_path: pathlib.Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"step-\*"):
         newest_checkpoint(tmp_path)
+
+
+def test_a_card_says_which_photographs_were_shown() -> None:
+    plain = dataclasses.asdict(TrainingConfig())
+    shown = {**plain, "videos": 0.75, "pictures": 0.8, "photographs": "abc"}
+    assert "No recorded or collected data." in model_card(plain, 1, 1)
+    text = " ".join(model_card(shown, 1, 1).split())
+    assert "In 75% of the videos 80% of backgrounds and sprites are crops of the photographs" in text
+    assert "digest abc" in text
