@@ -6,6 +6,8 @@ and never copies. `folded_backward` has the gradient.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -63,9 +65,9 @@ def frame_rows(pairs, order, first, last, places):
 
 @triton.jit
 def add_keys(
-    peak, moments, q, k, q_rows, kept_rows, tokens, inside, codes, lowest, highest, table, head_weights, key_mask,
+    peak, moments, q, k, q_rows, kept_rows, tokens, inside, codes, lowest, highest, table, key_mask,
     mask_stride, q_strides, k_strides, group, heads, scale, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    HAS_MASK: tl.constexpr, WINDOW: tl.constexpr, PARTS: tl.constexpr, WEIGHTED: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_MASK: tl.constexpr, WINDOW: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys; in place of those that are not `inside`, `tokens` has some that k holds.
 
@@ -73,8 +75,8 @@ def add_keys(
         codes, lowest, highest: as in `seen_keys`, read with a window alone.
     """
     scores = head_scores(
-        q, k, q_rows, tokens, kept_rows, kept_rows, q_strides, k_strides, 1, group, head_weights, 0, heads,
-        D, BLOCK_D, WEIGHTED, False, PRECISION,
+        q, k, q_rows, tokens, kept_rows, kept_rows, q_strides, k_strides, 1, group, 0, heads,
+        D, BLOCK_D, False, PRECISION,
     )  # fmt: skip
     kept = load_allowed(key_mask, tokens, inside, mask_stride, HAS_MASK)
     if WINDOW > 0:
@@ -87,24 +89,24 @@ def add_keys(
 
 @triton.jit
 def add_stretch(
-    peak, moments, q, k, q_rows, kept_rows, start, stop, count, k_first, table, head_weights, key_mask, mask_stride,
+    peak, moments, q, k, q_rows, kept_rows, start, stop, count, k_first, table, key_mask, mask_stride,
     q_strides, k_strides, group, heads, scale, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_MASK: tl.constexpr, WEIGHTED: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The keys `start` to `stop` of the `count` that k holds of the frame, without a window."""
     columns = tl.arange(0, BLOCK_N)
     for first in range(start, stop, BLOCK_N):
         tokens, inside = stretch_tokens(first + columns, count, k_first)
         peak, moments = add_keys(
-            peak, moments, q, k, q_rows, kept_rows, tokens, inside, 0, 0, 0, table, head_weights, key_mask, mask_stride,
-            q_strides, k_strides, group, heads, scale, D, BLOCK_D, HAS_MASK, 0, False, WEIGHTED, PRECISION,
+            peak, moments, q, k, q_rows, kept_rows, tokens, inside, 0, 0, 0, table, key_mask, mask_stride,
+            q_strides, k_strides, group, heads, scale, D, BLOCK_D, HAS_MASK, 0, False, PRECISION,
         )  # fmt: skip
     return peak, moments
 
 
 @triton.jit
 def folded_forward_kernel(
-    q, k, head_weights, displacement, statistics, table, pairs, runs, order, key_mask, center, visited,
+    q, k, common, displacement, statistics, table, pairs, runs, order, key_mask, center, visited,
     q_strides, k_strides, mask_strides, heads, group, row_count, parts, width, height, scale, radius,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_MASK: tl.constexpr,
     WINDOW: tl.constexpr, PARTS: tl.constexpr, WEIGHTED: tl.constexpr, COUNTED: tl.constexpr, PRECISION: tl.constexpr,
@@ -115,7 +117,7 @@ def folded_forward_kernel(
     frames, for all see the same keys. With a window it is (frame pair, tile of its rows; batch).
 
     Args:
-        parts: runs, or with a window tiles of a pair.
+        common: see `weighted_queries`, read if WEIGHTED. parts: runs, or with a window tiles of a pair.
     """
     batch = tl.program_id(1)
     if WINDOW > 0:
@@ -135,7 +137,7 @@ def folded_forward_kernel(
     q += wide(batch) * q_strides[0] + q_place * q_strides[2]
     k += wide(batch) * k_strides[0] + k_place * k_strides[2]
     key_mask += wide(batch) * mask_strides[0] + k_place * mask_strides[1]
-    scale = weighted_scale(scale, head_weights, heads, WEIGHTED)
+    scale = weighted_scale(scale, common, WEIGHTED)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     moments = tl.zeros([BLOCK_M, 16], tl.float32)
     if WINDOW > 0:
@@ -151,8 +153,8 @@ def folded_forward_kernel(
             tokens = held_tokens(places, k_first, k_stop)
             peak, moments = add_keys(
                 peak, moments, q, k, q_rows, kept_rows, tokens, places == tokens, codes, lowest - corner,
-                highest - corner, table, head_weights, key_mask, mask_strides[1], q_strides, k_strides, group, heads,
-                scale, D, BLOCK_D, HAS_MASK, WINDOW, PARTS, WEIGHTED, PRECISION,
+                highest - corner, table, key_mask, mask_strides[1], q_strides, k_strides, group, heads, scale, D,
+                BLOCK_D, HAS_MASK, WINDOW, PARTS, PRECISION,
             )  # fmt: skip
     else:
         count = tl.where(tl.program_id(0) // parts * BLOCK_M < tl.load(run + 1), k_stop - k_first, 0)
@@ -162,13 +164,12 @@ def folded_forward_kernel(
         ragged = count % BLOCK_N
         bulk = count - tl.where(ragged <= TAIL, ragged, 0)
         peak, moments = add_stretch(
-            peak, moments, q, k, q_rows, kept_rows, 0, bulk, count, k_first, table, head_weights, key_mask,
-            mask_strides[1], q_strides, k_strides, group, heads, scale, D, BLOCK_D, BLOCK_N, HAS_MASK, WEIGHTED,
-            PRECISION,
+            peak, moments, q, k, q_rows, kept_rows, 0, bulk, count, k_first, table, key_mask, mask_strides[1],
+            q_strides, k_strides, group, heads, scale, D, BLOCK_D, BLOCK_N, HAS_MASK, PRECISION,
         )  # fmt: skip
         peak, moments = add_stretch(
-            peak, moments, q, k, q_rows, kept_rows, bulk, count, count, k_first, table, head_weights, key_mask,
-            mask_strides[1], q_strides, k_strides, group, heads, scale, D, BLOCK_D, TAIL, HAS_MASK, WEIGHTED, PRECISION,
+            peak, moments, q, k, q_rows, kept_rows, bulk, count, count, k_first, table, key_mask, mask_strides[1],
+            q_strides, k_strides, group, heads, scale, D, BLOCK_D, TAIL, HAS_MASK, PRECISION,
         )  # fmt: skip
     if COUNTED:
         tl.atomic_add(visited, turns)
@@ -186,23 +187,35 @@ def visited_scores(queries: int, keys: int, tiles: Tiles) -> int:
     return tile_count(queries, tiles.rows) * tiles.rows * (keys - ragged + last)
 
 
-def folded_scale(heads: int, scale: float, weights: Tensor | None) -> tuple[float, Tensor | None]:
-    """(factor of the exponent, factors of the query heads): the mean over heads is one division by H.
+class Weighted(NamedTuple):
+    """Queries whose logits averaged over heads are the weighted ones.
 
-    With weights, the queries of head h are multiplied by its weight over the largest, which cannot leave the range of
-    float16, and the exponent by H times the largest: `[H + 1]`, with that last. See `weighted_scale`.
+    Attributes:
+        q: each head times its factor, in its own dtype; the queries as they are without weights.
+        factors: float32 `[H]` weights over the largest, which cannot leave the range of float16; None without weights.
+        common: float32 `[1]` H times the largest, a factor of the exponent; None without weights.
     """
+
+    q: Tensor
+    factors: Tensor | None = None
+    common: Tensor | None = None
+
+
+def weighted_queries(q: Tensor, weights: Tensor | None) -> Weighted:
+    """Queries `[B, H, N, D]` times the weights `[H]` of their heads: once, not in every tile that is read again."""
     if weights is None:
-        return scale / heads, None
+        return Weighted(q)
     weights = weights.to(torch.float32)
-    largest = weights.amax().reshape(1)
-    return scale / heads, torch.cat((weights / largest, largest * heads))
+    largest = weights.amax()
+    factors = weights / largest
+    scaled = torch.mul(q, factors[:, None, None], out=torch.empty_like(q))
+    return Weighted(scaled, factors, (largest * len(weights)).reshape(1))
 
 
 def folded_forward(
     q: Tensor,
     k: Tensor,
-    weights: Tensor | None,
+    common: Tensor | None,
     table: FramePairTable,
     scale: float,
     key_mask: Tensor | None,
@@ -213,7 +226,7 @@ def folded_forward(
     """Displacement and log-sum-exp of the logits averaged over heads.
 
     Args:
-        weights: `[H]` summing to 1, None for the mean. The rest as in `soft_forward`.
+        q, common: as in `Weighted`. The rest as in `soft_forward`.
 
     Returns:
         float32 `[B, 1, R, 2]` and `[B, 1, R]`.
@@ -229,17 +242,16 @@ def folded_forward(
         parts = len(table.query_runs)
         programs = tile_count(table.longest_run, tiles.rows) * parts
     mask = table.pairs if key_mask is None else key_mask
-    exponent, factors = folded_scale(heads, scale, weights)
     launch(
         folded_forward_kernel, (programs, batch),
-        q, k, table.pairs if factors is None else factors, displacement, statistics,
+        q, k, table.pairs if common is None else common, displacement, statistics,
         coordinate_table(table.height, table.width, q.dtype, q.device), table.pairs,
         table.query_runs, table.key_order, mask,
         table.pairs if center is None else center, table.pairs if visited is None else visited,
         q.stride(), k.stride(), mask.stride(), heads, heads // k.shape[1], table.rows, parts, table.width,
-        table.height, exponent, window,
+        table.height, scale / heads, window,
         D=head_dim, BLOCK_D=tiles.dims, BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, HAS_MASK=key_mask is not None,
-        WINDOW=window_kind(window, center), PARTS=not table.whole, WEIGHTED=int(factors is not None),
+        WINDOW=window_kind(window, center), PARTS=not table.whole, WEIGHTED=common is not None,
         COUNTED=visited is not None, PRECISION=product_precision(), tiles=tiles,
     )  # fmt: skip
     return displacement, statistics

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from corrdit.kernels.displacement.folded import folded_scale
+from corrdit.kernels.displacement.folded import Weighted, weighted_queries
 from corrdit.kernels.displacement.gradient_chunks import ALIGNMENT, Chunk, aligned, gradient_chunks
 from corrdit.kernels.displacement.gradient_rows import gradient_rows, load_gradient_rows, logit_gradients
 from corrdit.kernels.shared.launch import LOG2_E, choose_tiles, launch, tile_count
@@ -47,7 +47,7 @@ WORKSPACE_BYTES = 32 * 1024 * 1024
 
 @triton.jit
 def folded_gradient_kernel(
-    q, k, head_weights, workspace, planes, shifts, table, pairs, key_mask, center,
+    q, k, common, workspace, planes, shifts, table, pairs, key_mask, center,
     q_strides, k_strides, mask_strides, workspace_stride, heads, group, first_pair, pair_step, row_tiles, key_tiles,
     first_column, first_row, row_count, first_key, stop_key, skipped, width, height, scale, radius,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_MASK: tl.constexpr,
@@ -56,7 +56,7 @@ def folded_gradient_kernel(
     """Program (tile of query rows, tile of keys of one pair of the chunk): dlogit into `workspace [R, columns]`.
 
     Args:
-        q, k, planes, shifts, key_mask, center: at the first token (or row) of the sample.
+        q, k, planes, shifts, key_mask, center: at the first token (or row) of the sample. common: read if WEIGHTED.
         first_pair, pair_step, first_column, first_row, first_key, stop_key, skipped: as in `Chunk`.
         row_count: rows of the workspace for every query frame.
     """
@@ -75,7 +75,7 @@ def folded_gradient_kernel(
     keys = first + place
     tokens, inside = stretch_tokens(place, stop - first, first)
     center_x, center_y = load_centers(center, row_place, rows, kept_rows, width, WINDOW)
-    scale = weighted_scale(scale, head_weights, heads, WEIGHTED)
+    scale = weighted_scale(scale, common, WEIGHTED)
     lowest, highest = window_bounds(center_x, center_y, radius, width, height)
     # What the store needs is worked out after the product, which leaves no registers for it.
     written = workspace + turn * row_count * workspace_stride + column
@@ -87,8 +87,7 @@ def folded_gradient_kernel(
     if reached:
         scores = head_scores(
             q + q_place * q_strides[2], k + k_place * k_strides[2], tl.where(kept_rows, rows, q_first), tokens,
-            kept_rows, inside, q_strides, k_strides, 1, group, head_weights, 0, heads, D, BLOCK_D, WEIGHTED, False,
-            PRECISION,
+            kept_rows, inside, q_strides, k_strides, 1, group, 0, heads, D, BLOCK_D, False, PRECISION,
         )  # fmt: skip
         kept = load_allowed(key_mask + k_place * mask_strides[1], tokens, inside, mask_strides[1], HAS_MASK)
         if WINDOW > 0:
@@ -136,22 +135,17 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(total[0], a, b, out_dtype=total.dtype, out=total[0])
 
 
-def summed_queries(q: Tensor, factors: Tensor | None, key_heads: int) -> Tensor:
-    """`[Hk, N, D]` of one sample: the mean of the queries that read each key head, each times its factor."""
+def mean_queries(q: Tensor, key_heads: int) -> Tensor:
+    """`[Hk, N, D]` of one sample: the mean of the queries that read each key head."""
     group = q.shape[0] // key_heads
-    if group == 1:
-        return q
-    weights = torch.ones(q.shape[0], device=q.device) if factors is None else factors[:-1]
-    by_key = q.to(torch.float32).unflatten(0, (key_heads, group))
-    return torch.einsum("jgnd,jg->jnd", by_key, weights.unflatten(0, (key_heads, group)) / group).to(q.dtype)
+    return q if group == 1 else q.unflatten(0, (key_heads, group)).mean(1, dtype=torch.float32).to(q.dtype)
 
 
 class _FoldedGradient(NamedTuple):
     """What every chunk of dlogit is computed from; see `folded_backward`."""
 
-    q: Tensor
+    weighted: Weighted
     k: Tensor
-    factors: Tensor | None
     planes: Tensor
     shifts: Tensor
     coordinates: Tensor
@@ -164,22 +158,23 @@ class _FoldedGradient(NamedTuple):
     def write(self, workspace: Tensor, sample: int, chunk: Chunk) -> Tensor:
         """dlogit `[rows, keys]` of a chunk, in the workspace."""
         dlogit = workspace[: chunk.elements].view(chunk.queries.total, -1)[:, : chunk.keys.total]
-        tiles = choose_tiles("folded_gradient", self.q)
+        q, _, common = self.weighted
+        tiles = choose_tiles("folded_gradient", q)
         held = min(self.table.longest, chunk.stop_key - chunk.first_key)
         row_tiles, key_tiles = tile_count(chunk.queries.tokens, tiles.rows), tile_count(held, tiles.columns)
         mask = dlogit if self.key_mask is None else self.key_mask[sample : sample + 1]
         launch(
             folded_gradient_kernel, (chunk.queries.pieces * row_tiles, chunk.key_frames * key_tiles),
-            self.q[sample], self.k[sample], self.coordinates if self.factors is None else self.factors, dlogit,
+            q[sample], self.k[sample], self.coordinates if common is None else common, dlogit,
             self.planes[sample, 0], self.shifts[sample, 0], self.coordinates, self.table.pairs, mask,
             self.coordinates if self.center is None else self.center[sample],
-            self.q.stride(), self.k.stride(), mask.stride(), dlogit.stride(0), self.q.shape[1],
-            self.q.shape[1] // self.k.shape[1], chunk.first_pair, chunk.pair_step, row_tiles, key_tiles,
+            q.stride(), self.k.stride(), mask.stride(), dlogit.stride(0), q.shape[1],
+            q.shape[1] // self.k.shape[1], chunk.first_pair, chunk.pair_step, row_tiles, key_tiles,
             chunk.first_column, chunk.first_row, chunk.queries.tokens, chunk.first_key, chunk.stop_key, chunk.skipped,
             self.table.width, self.table.height, self.exponent, self.window,
-            D=self.q.shape[-1], BLOCK_D=tiles.dims, BLOCK_M=tiles.rows, BLOCK_N=tiles.columns,
+            D=q.shape[-1], BLOCK_D=tiles.dims, BLOCK_M=tiles.rows, BLOCK_N=tiles.columns,
             HAS_MASK=self.key_mask is not None, WINDOW=window_kind(self.window, self.center),
-            WEIGHTED=int(self.factors is not None), PRECISION=product_precision(), tiles=tiles,
+            WEIGHTED=common is not None, PRECISION=product_precision(), tiles=tiles,
         )  # fmt: skip
         return dlogit
 
@@ -213,8 +208,8 @@ def folded_backward(
     """
     coordinates = coordinate_table(table.height, table.width, q.dtype, q.device)
     planes, shifts, ranges = gradient_rows(gradient, grad_level, displacement, statistics, coordinates.dtype, table)
-    exponent, factors = folded_scale(q.shape[1], scale, weights)
-    rows = _FoldedGradient(q, k, factors, planes, shifts, coordinates, table, key_mask, center, window, exponent)
+    weighted, exponent = weighted_queries(q, weights), scale / q.shape[1]
+    rows = _FoldedGradient(weighted, k, planes, shifts, coordinates, table, key_mask, center, window, exponent)
     room = max(WORKSPACE_BYTES // q.element_size(), aligned(table.longest))
     radius = window if table.whole and center is None else -1
     cut = gradient_chunks(pairs, queries, keys, table.longest, table.height, table.width, radius, room)
@@ -238,7 +233,8 @@ def _sample_gradients(
     dk: Tensor | None,
 ) -> None:
     """Writes dq and dk of one sample, of those that are there. Head h of dq takes the sums of its key head."""
-    q, k, factors = rows.q[sample], rows.k[sample], rows.factors
+    weighted, factors, common = rows.weighted
+    q, k = weighted[sample], rows.k[sample]
     key_heads = k.shape[0]
     group = q.shape[0] // key_heads
     removed = None if rows.key_mask is None else ~rows.key_mask[sample, :, None]
@@ -249,7 +245,7 @@ def _sample_gradients(
         keys = joined_heads(kept if rows.window < 0 else kept.nan_to_num(0.0, 0.0, 0.0))
         sum_q = torch.zeros(q.shape[1], keys.shape[1], dtype=torch.float32, device=q.device)
     if dk is not None:
-        queries = joined_heads(summed_queries(q, factors, key_heads))
+        queries = joined_heads(mean_queries(q, key_heads))
         sum_k = torch.zeros(k.shape[1], queries.shape[1], dtype=torch.float32, device=q.device)
     for chunk in chunks:
         dlogit = rows.write(workspace, sample, chunk)
@@ -260,17 +256,17 @@ def _sample_gradients(
     if removed is not None and sum_k is not None:
         sum_k.masked_fill_(removed, 0.0)
     factor = gradient_range * (rows.exponent / LOG2_E)
-    of_heads = factor.expand(q.shape[0]) if factors is None else factor * factors[-1] * factors[:-1]
+    of_heads = factor.expand(q.shape[0])
+    if factors is not None and common is not None:
+        factor = factor * common
+        of_heads = factor * factors
     if dq is not None and sum_q is not None:
         by_head = sum_q.unflatten(1, (key_heads, 1, -1)).permute(1, 2, 0, 3)  # [Hk, 1, N, D]
         factors_of_heads = of_heads.unflatten(0, (key_heads, group, 1, 1))
         torch.mul(by_head, factors_of_heads, out=dq[sample].unflatten(0, (key_heads, group)))
     if dk is not None and sum_k is not None:
-        if group > 1:
-            # The weights are in the queries' sum, a mean.
-            of_heads = (factor * group if factors is None else factor * group * factors[-1]).expand(key_heads)
         by_head = sum_k.unflatten(1, (key_heads, -1)).transpose(0, 1)  # [Hk, N, D]
-        torch.mul(by_head, of_heads[:, None, None], out=dk[sample])
+        torch.mul(by_head, factor * group, out=dk[sample])
         if rows.window >= 0:
             # An undefined key has its scores, and no gradient: see `corrdit.reference.scores`.
             dk[sample].masked_fill_(~k.isfinite().all(-1, keepdim=True), 0.0)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corrdit.kernels.displacement.folded import folded_forward
+from corrdit.kernels.displacement.folded import folded_forward, weighted_queries
 from corrdit.kernels.displacement.folded_backward import folded_backward
 from corrdit.kernels.displacement.soft_backward import soft_backward
 from corrdit.kernels.displacement.soft_forward import soft_forward
@@ -64,7 +64,8 @@ def compute_soft_displacement(
     table = frame_pairs(pairs, queries, keys, height, width, q.device)
     with float32_precision(precision):
         if folded:
-            return folded_forward(q, k, weights, table, scale, key_mask, center, window)
+            weighted = weighted_queries(q, weights)
+            return folded_forward(weighted.q, k, weighted.common, table, scale, key_mask, center, window)
         return soft_forward(q, k, table, scale, key_mask, center, window)
 
 
@@ -158,8 +159,8 @@ def soft_displacement(q: Tensor, k: Tensor, problem: PairProblem) -> tuple[Tenso
     """(displacement `[B, H or 1, R, 2]`, log-sum-exp `[B, H or 1, R]` if asked for), float32.
 
     See `corrdit.ops.soft_displacement`. The memory budget is not used. Beyond outputs and a few numbers for each row
-    the kernels take nothing; the gradient of averaged logits takes 32 MiB, float32 sums of one sample's dq and dk, and
-    a sample of q and k once more (k twice with `key_mask`).
+    the kernels take nothing; averaged logits with weights take a copy of q, and their gradient takes 32 MiB, float32
+    sums of one sample's dq and dk, and a sample of q and k once more (k twice with `key_mask`).
 
     Args:
         q: `[B, H, Nq, D]` float16, bfloat16 or float32 with any strides, D from 8 to 256.

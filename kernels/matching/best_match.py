@@ -151,7 +151,7 @@ def best_match(
         table.rows, back.rows, blocks, table.width, table.height, factor, window,
         D=q.shape[-1], BLOCK_D=tiles.dims, BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, FOLDED=arrangement.folded,
         BIDIRECTIONAL=backward is not None, ALLOWED_ONLY=allowed_only, HAS_MASK=key_mask is not None,
-        WINDOW=window_kind(window, center), PARTS=not table.whole, WEIGHTED=int(arrangement.factors is not None),
+        WINDOW=window_kind(window, center), PARTS=not table.whole, WEIGHTED=arrangement.factors is not None,
         COUNTED=visited is not None, PRECISION=product_precision(), tiles=tiles,
     )  # fmt: skip
     return tokens, scores

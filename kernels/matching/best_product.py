@@ -45,11 +45,10 @@ _LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 @triton.jit
 def best_product_kernel(
-    q, k, head_weights, best_tokens, pairs, key_mask, center, visited, q_strides, k_strides, mask_strides, outer, inner,
+    q, k, best_tokens, pairs, key_mask, center, visited, q_strides, k_strides, mask_strides, outer, inner,
     group, row_count, tiles, width, height, radius,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FOLDED: tl.constexpr,
-    HAS_MASK: tl.constexpr, WINDOW: tl.constexpr, PARTS: tl.constexpr, WEIGHTED: tl.constexpr, COUNTED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HAS_MASK: tl.constexpr, WINDOW: tl.constexpr, PARTS: tl.constexpr, COUNTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of query rows of one frame pair, batch * outer head): the key of the largest product for each row.
 
@@ -105,8 +104,8 @@ def best_product_kernel(
             seen = kept[None, :]
         if FOLDED:
             scores = head_scores(
-                q, k, q_rows, tokens, kept_rows, kept_rows, q_strides, k_strides, 1, group, head_weights, 0, inner, D,
-                BLOCK_D, WEIGHTED, False, PRECISION,
+                q, k, q_rows, tokens, kept_rows, kept_rows, q_strides, k_strides, 1, group, 0, inner, D, BLOCK_D, False,
+                PRECISION,
             )  # fmt: skip
             best_of_row, best_token, undefined = better_match(
                 best_of_row, best_token, undefined, scores, tokens[None, :], seen
@@ -164,13 +163,13 @@ def best_product(
     mask = pairs if key_mask is None else key_mask
     launch(
         best_product_kernel, (len(pairs) * blocks, q.shape[0] * arrangement.outer),
-        q, k, pairs if arrangement.factors is None else arrangement.factors, tokens, pairs, mask,
+        q, k, tokens, pairs, mask,
         pairs if center is None else center, pairs if visited is None else visited,
         q.stride(), k.stride(), mask.stride(), arrangement.outer, arrangement.inner, q.shape[1] // k.shape[1],
         table.rows, blocks, table.width, table.height, window,
         D=q.shape[-1], BLOCK_D=tiles.dims if arrangement.folded else padded_head_dim(q.shape[-1]), BLOCK_M=tiles.rows,
         BLOCK_N=tiles.columns, FOLDED=arrangement.folded, HAS_MASK=key_mask is not None,
-        WINDOW=window_kind(window, center), PARTS=not table.whole, WEIGHTED=int(arrangement.factors is not None),
+        WINDOW=window_kind(window, center), PARTS=not table.whole,
         COUNTED=visited is not None, PRECISION=product_precision(), tiles=tiles,
     )  # fmt: skip
     return tokens

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from corrdit.kernels.displacement.folded import folded_forward, folded_scale
+from corrdit.kernels.displacement.folded import folded_forward, weighted_queries
 from corrdit.kernels.displacement.soft_forward import soft_forward
 from corrdit.kernels.shared.launch import LOG2_E, canonical
 from corrdit.kernels.shared.primitives import exponentials, head_scores, weighted_scale, wide
@@ -33,7 +33,7 @@ def cost_tile(
         q, k: pointers to the batch entry. q_rows `[M]`, k_columns `[N]`: where source tokens stand in q and target
             tokens in k; k_rows, q_columns: the other way round, for the backward direction. All are there to be read,
             those of k if PARTS where allowed.
-        head_weights: float32 `[H]`: weights of the probabilities; FOLDED and WEIGHTED: `[H + 1]`, see `head_scores`.
+        head_weights: read if WEIGHTED: float32 `[H]` of the probabilities, or if FOLDED `common` of `weighted_queries`.
         forward, backward: pointers to the base-2 log-sum-exp of the batch entry's first head; a head further on lies
             `forward_stride` (`backward_stride`) further, and `forward_places [M]` (`backward_places [N]`) within it.
         allowed_rows, allowed_columns: which tokens may be keys and are held by k; looked at if HAS_MASK or PARTS.
@@ -43,12 +43,10 @@ def cost_tile(
     if FOLDED:
         turns = 1
         depth = heads
-        scale = weighted_scale(scale, head_weights, heads, WEIGHTED)
+        scale = weighted_scale(scale, head_weights, WEIGHTED)
     else:
         turns = heads
         depth = 1
-    FIRST: tl.constexpr = 1 if WEIGHTED and FOLDED else 0
-    SECOND: tl.constexpr = 2 if WEIGHTED and FOLDED else 0
     for turn in range(0, turns):
         head = first_head + turn
         share = 1.0
@@ -57,8 +55,8 @@ def cost_tile(
         if BIDIRECTIONAL:
             share = share * 0.5
         scores = head_scores(
-            q, k, q_rows, k_columns, q_rows >= 0, allowed_columns, q_strides, k_strides, 1, group, head_weights, head,
-            depth, D, BLOCK_D, FIRST, PARTS, PRECISION,
+            q, k, q_rows, k_columns, q_rows >= 0, allowed_columns, q_strides, k_strides, 1, group, head, depth, D,
+            BLOCK_D, PARTS, PRECISION,
         )  # fmt: skip
         level = tl.load(forward + wide(turn) * forward_stride + forward_places)
         weights = exponentials(scores, scale, level[:, None])
@@ -67,8 +65,8 @@ def cost_tile(
         cost += share * weights
         if BIDIRECTIONAL:
             scores = head_scores(
-                k, q, k_rows, q_columns, allowed_rows, q_columns >= 0, k_strides, q_strides, group, 1, head_weights,
-                head, depth, D, BLOCK_D, SECOND, PARTS, PRECISION,
+                k, q, k_rows, q_columns, allowed_rows, q_columns >= 0, k_strides, q_strides, group, 1, head,
+                depth, D, BLOCK_D, PARTS, PRECISION,
             )  # fmt: skip
             level = tl.load(backward + wide(turn) * backward_stride + backward_places)
             weights = exponentials(scores, scale, level[None, :])
@@ -84,7 +82,7 @@ class Heads(NamedTuple):
     Attributes:
         outer: heads of the result. inner: heads that make up one of them.
         folded: whether the inner heads make one softmax.
-        factors: float32 weights the kernel reads: `[H]`, or `[H + 1]` of `folded_scale`; None where each counts 1.
+        factors: float32 the kernel reads: weights `[H]`, or `common` of `weighted_queries`; None where each counts 1.
     """
 
     outer: int
@@ -93,22 +91,32 @@ class Heads(NamedTuple):
     factors: Tensor | None
 
 
-def arrange_heads(q: Tensor, heads: str, weights: Tensor | None) -> Heads:
-    """The arrangement for a head mode; `weights` None stands for equal weights."""
+class Arranged(NamedTuple):
+    """What the kernels are given.
+
+    Attributes:
+        q: queries, times the weights of their heads for averaged logits.
+        scale: factor of q.k, above 0. factor: turns a product into a base-2 exponent.
+    """
+
+    q: Tensor
+    heads: Heads
+    scale: float
+    factor: float
+
+
+def arrange(q: Tensor, heads: str, weights: Tensor | None, scale: float) -> Arranged:
+    """The queries and the arrangement for a head mode; `weights` None stands for equal weights."""
     count = q.shape[1]
+    q, scale = canonical(q, scale)
     if heads == "none":
-        return Heads(count, 1, False, None)
+        return Arranged(q, Heads(count, 1, False, None), scale, scale * LOG2_E)
     if heads == "logits":
-        return Heads(1, count, True, folded_scale(count, 1.0, weights)[1])
+        q, _, common = weighted_queries(q, weights)
+        return Arranged(q, Heads(1, count, True, common), scale, scale * LOG2_E / count)
     if weights is None:
         weights = torch.full((count,), 1.0 / count, dtype=torch.float32, device=q.device)
-    return Heads(1, count, False, weights.to(torch.float32).contiguous())
-
-
-def exponent(q: Tensor, scale: float, arrangement: Heads) -> tuple[Tensor, float]:
-    """(q, factor above 0 that turns a product into a base-2 exponent); see `canonical`."""
-    q, factor = canonical(q, scale)
-    return q, factor * LOG2_E / (arrangement.inner if arrangement.folded else 1)
+    return Arranged(q, Heads(1, count, False, weights.to(torch.float32).contiguous()), scale, scale * LOG2_E)
 
 
 def pair_statistics(
@@ -116,7 +124,6 @@ def pair_statistics(
     k: Tensor,
     table: FramePairTable,
     arrangement: Heads,
-    weights: Tensor | None,
     scale: float,
     key_mask: Tensor | None,
     center: Tensor | None = None,
@@ -128,5 +135,5 @@ def pair_statistics(
         scale: factor of q.k, above 0. center: int32 `[B, R, 2]`.
     """
     if arrangement.folded:
-        return folded_forward(q, k, weights, table, scale * LOG2_E, key_mask, center, window)[1]
+        return folded_forward(q, k, arrangement.factors, table, scale * LOG2_E, key_mask, center, window)[1]
     return soft_forward(q, k, table, scale * LOG2_E, key_mask, center, window)[1]

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from corrdit.kernels.matching.correspondence import arrange_heads, exponent, pair_statistics
+from corrdit.kernels.matching.correspondence import arrange, pair_statistics
 from corrdit.kernels.matching.token_rows import cost_of_rows, row_statistics
 from corrdit.kernels.shared.inputs import kernel_input
-from corrdit.kernels.shared.launch import canonical, unequal_weights
+from corrdit.kernels.shared.launch import unequal_weights
 from corrdit.kernels.shared.tables import frame_pairs, made_outside, pair_places, segments_made_outside
 from corrdit.problem import PairProblem, float32_precision
 
@@ -46,9 +46,7 @@ def compute_cost_rows(
     precision: str,
 ) -> Tensor:
     """float32 `[B, H or 1, P, F, S]` of the tokens `[P]` of the source frame; queries, keys: see `TokenAxis.places`."""
-    arrangement = arrange_heads(q, heads, weights)
-    positive = canonical(q, scale)[1]
-    q, factor = exponent(q, scale, arrangement)
+    q, arrangement, scale, factor = arrange(q, heads, weights, scale)
     # Every target token's softmax over the whole source frame, however few rows are asked for.
     table = frame_pairs(towards_source(len(queries) // 3, source), queries, keys, height, width, q.device)
     tokens = tokens.to(torch.int64)
@@ -56,7 +54,7 @@ def compute_cost_rows(
         forward = row_statistics(
             q, k, tokens + queries[3 * source], frame_segments(keys), arrangement, factor, key_mask
         )
-        backward = pair_statistics(q, k, table, arrangement, weights, positive, key_mask) if bidirectional else None
+        backward = pair_statistics(q, k, table, arrangement, scale, key_mask) if bidirectional else None
         return cost_of_rows(q, k, tokens, source, table, arrangement, factor, key_mask, forward, backward)
 
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from corrdit.kernels.matching.best_match import best_match, token_positions
 from corrdit.kernels.matching.best_product import best_product
-from corrdit.kernels.matching.correspondence import arrange_heads, exponent, pair_statistics
+from corrdit.kernels.matching.correspondence import arrange, pair_statistics
 from corrdit.kernels.shared.inputs import kernel_input
-from corrdit.kernels.shared.launch import canonical, unequal_weights
+from corrdit.kernels.shared.launch import unequal_weights
 from corrdit.kernels.shared.tables import (
     frame_pairs,
     made_outside,
@@ -40,13 +40,11 @@ def compute_hard_displacement(
     precision: str,
 ) -> Tensor:
     """int64 `[B, H or 1, R, 2]`; pairs, queries, keys as in `compute_soft_displacement`."""
-    arrangement = arrange_heads(q, heads, weights)
     table = frame_pairs(pairs, queries, keys, height, width, q.device)
-    q, factor = exponent(q, scale, arrangement)
+    q, arrangement, scale, factor = arrange(q, heads, weights, scale)
     with float32_precision(precision):
         if heads == "probabilities":
-            positive = canonical(q, scale)[1]
-            forward = pair_statistics(q, k, table, arrangement, weights, positive, key_mask, center, window)
+            forward = pair_statistics(q, k, table, arrangement, scale, key_mask, center, window)
             tokens, _ = best_match(
                 q, k, table, arrangement, factor, key_mask, forward, allowed_only=True, center=center, window=window
             )

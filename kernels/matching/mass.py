@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from corrdit.kernels.matching.correspondence import arrange_heads, exponent
+from corrdit.kernels.matching.correspondence import arrange
 from corrdit.kernels.matching.token_rows import mass_of_rows, row_statistics
 from corrdit.kernels.shared.inputs import kernel_input
 from corrdit.kernels.shared.launch import unequal_weights
@@ -38,8 +38,7 @@ def compute_attention_mass(
     Args:
         tokens: `[R]` in the source frame, whose token 0 would stand at `first_query` in q. segments: `mass_segments`.
     """
-    arrangement = arrange_heads(q, heads, weights)
-    q, factor = exponent(q, scale, arrangement)
+    q, arrangement, _, factor = arrange(q, heads, weights, scale)
     rows = tokens.to(torch.int64) + first_query
     with float32_precision(precision):
         statistics = row_statistics(q, k, rows, [0, k.shape[2]], arrangement, factor, key_mask)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from corrdit.kernels.matching.best_match import best_match, token_positions
-from corrdit.kernels.matching.correspondence import arrange_heads, exponent, pair_statistics
+from corrdit.kernels.matching.correspondence import arrange, pair_statistics
 from corrdit.kernels.matching.refinement import refine
 from corrdit.kernels.shared.inputs import kernel_input
-from corrdit.kernels.shared.launch import canonical, unequal_weights
+from corrdit.kernels.shared.launch import unequal_weights
 from corrdit.kernels.shared.tables import frame_pairs, made_outside, pair_places, row_count
 from corrdit.problem import PairProblem, float32_precision
 
@@ -41,13 +41,11 @@ def compute_match(
     Args:
         pairs, queries, keys: as in `compute_soft_displacement`.
     """
-    arrangement = arrange_heads(q, heads, weights)
     table, swapped = (
         frame_pairs(flat, queries, keys, height, width, q.device) for flat in (pairs, swapped_pairs(pairs))
     )
-    positive = canonical(q, scale)[1]
-    q, factor = exponent(q, scale, arrangement)
-    options = (arrangement, weights, positive, key_mask)
+    q, arrangement, scale, factor = arrange(q, heads, weights, scale)
+    options = (arrangement, scale, key_mask)
     with float32_precision(precision):
         forward = pair_statistics(q, k, table, *options)
         backward = pair_statistics(q, k, swapped, *options) if bidirectional else None

@@ -22,8 +22,8 @@ from corrdit.kernels.shared.tables import FramePairTable
 
 @triton.jit
 def paired_scores(
-    a, b, a_tokens, b_tokens, kept, a_strides, b_strides, a_group, b_group, head_weights, first_head, heads,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, WEIGHTED: tl.constexpr,
+    a, b, a_tokens, b_tokens, kept, a_strides, b_strides, a_group, b_group, first_head, heads,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """`[M]` products a[a_tokens[m]].b[b_tokens[m]] in float32, summed over `heads` heads from `first_head` on."""
     chunks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
@@ -33,10 +33,7 @@ def paired_scores(
         dims = (index % chunks) * BLOCK_D + tl.arange(0, BLOCK_D)
         a_tile = load_tile(a + wide(head // a_group) * a_strides[1], a_tokens, dims, a_strides, kept, True, D)
         b_tile = load_tile(b + wide(head // b_group) * b_strides[1], b_tokens, dims, b_strides, kept, True, D)
-        part = tl.sum(a_tile.to(tl.float32) * b_tile.to(tl.float32), 1)
-        if WEIGHTED:
-            part = part * tl.load(head_weights + head)
-        scores += part
+        scores += tl.sum(a_tile.to(tl.float32) * b_tile.to(tl.float32), 1)
     return scores
 
 
@@ -64,7 +61,7 @@ def refinement_kernel(
         statistics_head = wide(batch)
         turns = 1
         depth = inner
-        scale = weighted_scale(scale, head_weights, inner, WEIGHTED)
+        scale = weighted_scale(scale, head_weights, WEIGHTED)
     else:
         statistics_head = wide(batch) * outer * inner + first_head
         turns = inner
@@ -92,15 +89,15 @@ def refinement_kernel(
             if WEIGHTED and not FOLDED:
                 share = tl.load(head_weights + first_head + turn)
             scores = paired_scores(
-                q, k, q_place + rows, k_place + token, allowed, q_strides, k_strides, 1, group, head_weights,
-                first_head + turn, depth, D, BLOCK_D, WEIGHTED and FOLDED,
+                q, k, q_place + rows, k_place + token, allowed, q_strides, k_strides, 1, group, first_head + turn,
+                depth, D, BLOCK_D,
             )  # fmt: skip
             level = tl.load(forward + wide(turn) * row_count + rows, mask=kept_rows, other=float("inf"))
             part = tl.where(allowed, tl.exp2(scores * scale - level), 0.0)
             if BIDIRECTIONAL:
                 scores = paired_scores(
                     k, q, back_k_place + rows, back_q_place + token, allowed_rows & near, k_strides, q_strides, group,
-                    1, head_weights, first_head + turn, depth, D, BLOCK_D, WEIGHTED and FOLDED,
+                    1, first_head + turn, depth, D, BLOCK_D,
                 )  # fmt: skip
                 level = tl.load(backward + wide(turn) * back_rows + token, mask=near, other=float("inf"))
                 part = 0.5 * (part + tl.where(allowed_rows, tl.exp2(scores * scale - level), 0.0))
@@ -146,6 +143,6 @@ def refine(
         swapped.rows, blocks, table.width, table.height, factor, min(radius, max(table.height, table.width)),
         D=q.shape[-1], BLOCK_D=tiles.dims, BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, FOLDED=arrangement.folded,
         BIDIRECTIONAL=backward is not None, HAS_MASK=key_mask is not None,
-        WEIGHTED=int(arrangement.factors is not None), tiles=tiles,
+        WEIGHTED=arrangement.factors is not None, tiles=tiles,
     )  # fmt: skip
     return positions

@@ -31,7 +31,7 @@ from corrdit.problem import product_precision
 
 @triton.jit
 def row_statistics_kernel(
-    q, k, head_weights, statistics, tokens, segments, key_mask, q_strides, k_strides, mask_strides,
+    q, k, common, statistics, tokens, segments, key_mask, q_strides, k_strides, mask_strides,
     outer, inner, group, row_count, segment_count, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FOLDED: tl.constexpr,
     HAS_MASK: tl.constexpr, WEIGHTED: tl.constexpr, PRECISION: tl.constexpr,
@@ -50,7 +50,7 @@ def row_statistics_kernel(
     row_tokens = tl.load(tokens + tl.minimum(rows, row_count - 1))
     start = tl.load(segments + 2 * segment)
     end = start + tl.load(segments + 2 * segment + 1)
-    scale = weighted_scale(scale, head_weights, inner, WEIGHTED)
+    scale = weighted_scale(scale, common, WEIGHTED)
     if not FOLDED:
         dims = tl.arange(0, BLOCK_D)
         k += wide(head // group) * k_strides[1]
@@ -63,8 +63,8 @@ def row_statistics_kernel(
         allowed = load_allowed(key_mask, columns, places < end, mask_strides[1], HAS_MASK)
         if FOLDED:
             scores = head_scores(
-                q, k, row_tokens, columns, kept_rows, allowed, q_strides, k_strides, 1, group, head_weights, 0, inner,
-                D, BLOCK_D, WEIGHTED, False, PRECISION,
+                q, k, row_tokens, columns, kept_rows, allowed, q_strides, k_strides, 1, group, 0, inner, D, BLOCK_D,
+                False, PRECISION,
             )  # fmt: skip
         else:
             k_tile = load_tile(k, columns, dims, k_strides, allowed, False, D)  # [N, D]
@@ -200,7 +200,7 @@ def row_statistics(
         q.stride(), k.stride(), mask.stride(), outer, inner, q.shape[1] // k.shape[1], rows, len(table), factor,
         D=q.shape[-1], BLOCK_D=tiles.dims if arrangement.folded else padded_head_dim(q.shape[-1]), BLOCK_M=tiles.rows,
         BLOCK_N=tiles.columns, FOLDED=arrangement.folded, HAS_MASK=key_mask is not None,
-        WEIGHTED=int(factors is not None), PRECISION=product_precision(), tiles=tiles,
+        WEIGHTED=factors is not None, PRECISION=product_precision(), tiles=tiles,
     )  # fmt: skip
     return statistics
 
@@ -238,7 +238,7 @@ def cost_of_rows(
         table.frame_tokens, source, factor,
         D=q.shape[-1], BLOCK_D=tiles.dims, BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, FOLDED=arrangement.folded,
         BIDIRECTIONAL=backward is not None, HAS_MASK=key_mask is not None, PARTS=not table.whole,
-        WEIGHTED=int(arrangement.factors is not None), PRECISION=product_precision(), tiles=tiles,
+        WEIGHTED=arrangement.factors is not None, PRECISION=product_precision(), tiles=tiles,
     )  # fmt: skip
     return costs
 
@@ -270,7 +270,7 @@ def mass_of_rows(
         mask, q.stride(), k.stride(), mask.stride(), arrangement.outer, arrangement.inner, q.shape[1] // k.shape[1],
         tokens.shape[0], len(table), factor,
         D=q.shape[-1], BLOCK_D=tiles.dims, BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, FOLDED=arrangement.folded,
-        HAS_MASK=key_mask is not None, WEIGHTED=int(arrangement.factors is not None), PRECISION=product_precision(),
+        HAS_MASK=key_mask is not None, WEIGHTED=arrangement.factors is not None, PRECISION=product_precision(),
         tiles=tiles,
     )  # fmt: skip
     return sums, peaks

@@ -101,7 +101,7 @@ _MEDIUM = {
     "local_backward_key": {64: Tiles(32, 64, 64, 4, 2), 128: Tiles(32, 64, 128, 4, 1), 256: Tiles(16, 64, 256, 8, 1)},
     **_WINDOWED,
 }
-# Where a mask, a window or weights of the heads take registers too; the other kernels fit them beside their own tiles.
+# Where a mask or a window takes registers too; the other kernels fit them beside their own tiles.
 _GUARDED = {
     "soft_backward_query": {
         64: Tiles(128, 64, 64, 8, 3),
@@ -110,7 +110,7 @@ _GUARDED = {
     },
     "soft_backward_key": {64: Tiles(64, 128, 64, 8, 2), 128: Tiles(32, 128, 128, 8, 2), 256: Tiles(16, 128, 256, 8, 2)},
     "best_match": {64: Tiles(64, 64, 64, 4, 2), 256: Tiles(64, 64, 128, 8, 2)},
-    "best_match_folded": {256: Tiles(64, 128, 64, 8, 3)},
+    "best_match_folded": {64: Tiles(128, 128, 32, 8, 3), 256: Tiles(128, 128, 64, 8, 2)},
 }
 # float32: twice the bytes, and products on the floating-point units unless tf32 is asked for.
 _FLOAT32 = {
@@ -146,7 +146,7 @@ def tiles(kernel: str, architecture: str, head_dim: int, element_bytes: int, gua
     """The tiles of one launch, with `dims` no larger than the padded head_dim where the kernel cuts head_dim.
 
     Args:
-        guarded: whether scores are masked or weighted in every tile.
+        guarded: whether scores are masked in every tile.
     """
     if kernel in _overrides:
         chosen = _overrides[kernel]

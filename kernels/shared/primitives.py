@@ -196,16 +196,14 @@ def gradient_shift(statistics, norm, gradient_range):
 
 @triton.jit
 def head_scores(
-    q, k, q_tokens, k_tokens, q_kept, k_kept, q_strides, k_strides, q_group, k_group, head_weights, first_head, heads,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, WEIGHTED: tl.constexpr, GUARD: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, q_tokens, k_tokens, q_kept, k_kept, q_strides, k_strides, q_group, k_group, first_head, heads,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, GUARD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`[M, N]` raw scores summed over `heads` heads from `first_head` on: one product over the folded axis heads * D.
 
     Args:
         q, k: pointers to the batch entry; the head and dim axes are walked by their strides, nothing is copied.
         q_group, k_group: how many heads share one head of q, or of k.
-        head_weights: float32 `[H + 1]`, read if WEIGHTED: the first tile (1) or the second (2), whichever holds the
-            queries, is multiplied by its head's weight.
     """
     chunks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     scores = tl.zeros([q_tokens.shape[0], k_tokens.shape[0]], tl.float32)
@@ -214,19 +212,15 @@ def head_scores(
         dims = (index % chunks) * BLOCK_D + tl.arange(0, BLOCK_D)
         q_tile = load_tile(q + wide(head // q_group) * q_strides[1], q_tokens, dims, q_strides, q_kept, GUARD, D)
         k_tile = load_tile(k + wide(head // k_group) * k_strides[1], k_tokens, dims, k_strides, k_kept, GUARD, D)
-        if WEIGHTED == 1:
-            q_tile = (q_tile.to(tl.float32) * tl.load(head_weights + head)).to(k_tile.dtype)
-        elif WEIGHTED == 2:
-            k_tile = (k_tile.to(tl.float32) * tl.load(head_weights + head)).to(q_tile.dtype)
         scores = multiply(q_tile, tl.trans(k_tile), scores, PRECISION)
     return scores
 
 
 @triton.jit
-def weighted_scale(scale, head_weights, heads, WEIGHTED: tl.constexpr):
-    """The factor of scores whose heads were multiplied by their weights over the largest, which stands after them."""
+def weighted_scale(scale, common, WEIGHTED: tl.constexpr):
+    """The factor of scores of `weighted_queries`, with the one number that its heads have in common."""
     if WEIGHTED:
-        return scale * tl.load(head_weights + heads)
+        return scale * tl.load(common)
     else:
         return scale
 

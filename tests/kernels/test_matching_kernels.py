@@ -157,7 +157,7 @@ def test_nan_of_a_match_stays_in_its_row(case, call):
 
 def test_windows_skip_tiles_of_the_argmax():
     q = torch.randn(1, 1, 96, 16)
-    arrangement = correspondence.arrange_heads(q, "none", None)
+    arrangement = correspondence.arrange(q, "none", None, 1.0).heads
     table = tables.frame_pairs([0, 0], [0, 0, 96], [0, 0, 96], 12, 8, q.device)
     counts = {}
     for window in (-1, 1, 0):

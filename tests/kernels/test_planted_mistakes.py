@@ -83,7 +83,7 @@ PLANTED: list[tuple[Any, str, str, str, str, dict[str, Any]]] = [
      {"pairs": ((1, 0),), "grid": TokenGrid(2, 5, 7)}),
     (soft_forward, "soft_forward_kernel", "(bulk - BLOCK_N) * COORDINATE_LANES", "(bulk - BLOCK_N) * 0", SOFT,
      {"pairs": ((1, 0),), "grid": TokenGrid(2, 5, 7)}),
-    (primitives, "weighted_scale", "scale * tl.load(head_weights + heads)", "scale", SOFT,
+    (primitives, "weighted_scale", "scale * tl.load(common)", "scale", SOFT,
      {"mode": "logits", "weights": (0.8, 0.2), "pairs": ((1, 0),)}),
     (soft_backward, "soft_backward_query_kernel", "accumulator * (logit_scale * gradient_range)",
      "accumulator * gradient_range", SOFT, {}),

@@ -115,6 +115,17 @@ def test_soft_displacement_takes_a_fixed_workspace_and_sums(shape, folded_heads,
     assert backward <= allowed
 
 
+def test_weights_of_averaged_logits_take_one_copy_of_the_queries():
+    (q, k), (frames, height, width) = scene("6-frames-720p")
+    weights = torch.empty(q.shape[1], device="meta")
+    options = ([0, 1], *whole(frames, height, width))
+    copy = 2 * q.numel() + 4 * MIB
+    soft = (weights, None, None, *options, True, 0.1, -1, "ieee")
+    assert extra_bytes(lambda: compute_soft_displacement(q, k, *soft)) <= copy
+    matched = (weights, None, *options, "logits", 0.1, True, 1, "ieee")
+    assert extra_bytes(lambda: compute_match(q, k, *matched)) <= copy
+
+
 def compute(function: Callable[..., Any], *arguments: Any) -> Any:
     with launch.compile_only("9.0", lambda *launched: None):
         return function(*arguments)
