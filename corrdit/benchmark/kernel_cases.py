@@ -16,7 +16,7 @@ from corrdit.grid import TokenGrid
 from corrdit.problem import float32_precision
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
-GPU_GRID, SMALL_GRID = TokenGrid(3, 22, 37, text_tokens=19), TokenGrid(2, 3, 7, text_tokens=5)
+GPU_GRID, SMALL_GRID = TokenGrid(3, 22, 37, text_tokens=19), TokenGrid(2, 5, 6, text_tokens=5)
 LAYOUTS = ("tokens first", "heads first", "dims first", "every other dim")
 MODES = ("none", "logits", "features", "probabilities")
 OPERATIONS = (
@@ -311,6 +311,8 @@ def _plain_cases(grid: TokenGrid) -> Iterator[Case]:
             "frame_local_attention", f"{about}, mask, text last", text_last, batch=2, masked=0.3, options=options
         )
     yield Case("frame_local_attention", "no key left", grid, masked=1.0)
+    for mode in ("probabilities", "none", "logits"):
+        yield Case("hard_displacement", f"no key left, heads={mode}", grid, masked=1.0, options={"heads": mode})
 
 
 def _variants(case: Case) -> Iterator[Case]:
