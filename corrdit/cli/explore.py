@@ -73,7 +73,6 @@ def run(arguments: Namespace) -> int:
     from corrdit.cli.explore_page import serve
 
     call = {"video": arguments.video, "model": arguments.model, **named(arguments, "start", "max_frames"), **asked}
-    print(f"http://{HOST}:{port}  (Ctrl-C ends)", flush=True)
     serve(exploration, call, output=arguments.output, host=HOST, port=port)
     return 0
 

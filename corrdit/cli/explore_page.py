@@ -32,7 +32,7 @@ _RING = '<circle cx="{x}" cy="{y}" r="7" fill="none" stroke="white" stroke-width
 
 
 def serve(exploration: Exploration, call: Mapping[str, Any], *, output: str, host: str, port: int) -> None:
-    """Show the page until the process is stopped.
+    """Show the page until the process is stopped, and print its address when it is about to answer.
 
     Args:
         exploration: of `explore`.
@@ -40,6 +40,7 @@ def serve(exploration: Exploration, call: Mapping[str, Any], *, output: str, hos
         output: folder for what is saved.
         host, port: where the page is.
     """
+    app.on_startup(lambda: print(f"http://{host}:{port}  (Ctrl-C ends)", flush=True))
     app.on_exception(lambda error: ui.notify(str(error), type="negative"))
     ui.run(
         lambda: ExplorerPage(exploration, call, Path(output)).build(),
@@ -215,7 +216,7 @@ class Panel:
         self.table.rows = [
             {
                 "frame": index,
-                "cost": f"{float(costs.max()):.4g}",
+                "cost": f"{float(costs.max()):.4f}",
                 "place": f"{x:.1f}, {y:.1f}",
                 "mass": f"{100 * float(found.frames[index]):.1f} %",
             }
