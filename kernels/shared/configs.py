@@ -38,7 +38,7 @@ _WINDOWED = {
     "soft_backward_key_window": {
         64: Tiles(64, 64, 64, 4, 2),
         128: Tiles(32, 64, 128, 4, 2),
-        256: Tiles(16, 64, 256, 4, 1),
+        256: Tiles(16, 32, 256, 4, 1),
     },
     "folded_forward_window": {256: Tiles(64, 64, 64, 4, 3)},
     "best_match_window": {256: Tiles(64, 64, 64, 4, 2)},
@@ -61,7 +61,7 @@ _LARGE = {
         256: Tiles(16, 128, 256, 8, 2),
     },
     "folded_forward": {256: Tiles(128, 256, 64, 8, 3)},
-    "folded_gradient": {256: Tiles(128, 128, 32, 8, 4)},
+    "folded_gradient": {16: Tiles(128, 64, 16, 8, 4), 256: Tiles(128, 128, 32, 8, 4)},
     "row_statistics": {64: Tiles(64, 128, 64, 4, 3), 128: Tiles(64, 128, 128, 4, 2), 256: Tiles(64, 64, 256, 4, 2)},
     "row_statistics_folded": {256: Tiles(64, 128, 64, 4, 3)},
     "cost_rows": {64: Tiles(64, 128, 64, 8, 2), 256: Tiles(64, 64, 128, 8, 2)},
@@ -70,12 +70,12 @@ _LARGE = {
     "best_match_folded": {256: Tiles(128, 128, 64, 8, 3)},
     "best_product": {64: Tiles(64, 64, 64, 4, 3), 128: Tiles(64, 64, 128, 4, 3), 256: Tiles(64, 64, 256, 4, 2)},
     "best_product_folded": {256: Tiles(128, 128, 64, 8, 3)},
-    "refinement": {256: Tiles(32, 16, 64, 4, 1)},
+    "refinement": {128: Tiles(32, 16, 64, 4, 1), 256: Tiles(16, 16, 64, 4, 1)},
     "local_forward": {64: Tiles(128, 64, 64, 4, 3), 128: Tiles(128, 64, 128, 8, 2), 256: Tiles(128, 32, 256, 8, 2)},
     "local_backward_query": {
         64: Tiles(128, 64, 64, 8, 2),
         128: Tiles(128, 64, 128, 8, 2),
-        256: Tiles(128, 16, 256, 8, 1),
+        256: Tiles(128, 16, 256, 8, 2),
     },
     "local_backward_key": {64: Tiles(64, 128, 64, 8, 2), 128: Tiles(32, 128, 128, 8, 2), 256: Tiles(32, 32, 256, 8, 1)},
     **_WINDOWED,
@@ -89,35 +89,44 @@ _MEDIUM = {
     "folded_gradient": {256: Tiles(128, 128, 32, 8, 3)},
     "row_statistics": {64: Tiles(64, 64, 64, 4, 2), 128: Tiles(64, 64, 128, 4, 2), 256: Tiles(64, 32, 256, 4, 2)},
     "row_statistics_folded": {256: Tiles(64, 64, 64, 4, 2)},
-    "cost_rows": {256: Tiles(64, 64, 64, 4, 2)},
+    "cost_rows": {64: Tiles(64, 32, 64, 4, 2), 256: Tiles(64, 64, 64, 4, 2)},
     "attention_mass": {256: Tiles(64, 64, 64, 4, 2)},
-    "best_match": {256: Tiles(64, 64, 64, 4, 2)},
+    "best_match": {64: Tiles(64, 32, 64, 4, 2), 256: Tiles(64, 64, 64, 4, 2)},
     "best_match_folded": {256: Tiles(64, 64, 64, 4, 2)},
     "best_product": {64: Tiles(64, 64, 64, 4, 2), 128: Tiles(64, 64, 128, 4, 2), 256: Tiles(64, 32, 256, 4, 2)},
     "best_product_folded": {256: Tiles(64, 64, 64, 4, 2)},
     "refinement": {256: Tiles(32, 16, 64, 4, 1)},
     "local_forward": {64: Tiles(128, 64, 64, 8, 2), 128: Tiles(64, 32, 128, 4, 2), 256: Tiles(64, 16, 256, 4, 1)},
     "local_backward_query": {64: Tiles(64, 64, 64, 4, 2), 128: Tiles(64, 32, 128, 4, 2), 256: Tiles(64, 16, 256, 4, 1)},
-    "local_backward_key": {64: Tiles(32, 64, 64, 4, 2), 128: Tiles(32, 64, 128, 4, 1), 256: Tiles(16, 64, 256, 8, 1)},
+    "local_backward_key": {64: Tiles(32, 64, 64, 4, 2), 128: Tiles(32, 32, 128, 4, 1), 256: Tiles(16, 64, 256, 8, 1)},
     **_WINDOWED,
+    "soft_backward_query_window": {**_WINDOWED["soft_backward_query_window"], 64: Tiles(64, 32, 64, 4, 2)},
+}
+# 10.0 keeps sums of products outside of the registers, and copies a tile of them in: less fits beside it.
+_BLACKWELL = {
+    **_LARGE,
+    "attention_mass": {64: Tiles(64, 128, 64, 8, 2), 256: Tiles(64, 64, 128, 4, 2)},
+    "best_match_folded": {256: Tiles(64, 128, 64, 8, 3)},
+    "best_product_folded": {256: Tiles(128, 64, 64, 8, 3)},
 }
 # Where a mask or a window takes registers too; the other kernels fit them beside their own tiles.
 _GUARDED = {
     "soft_backward_query": {
         64: Tiles(128, 64, 64, 8, 3),
         128: Tiles(128, 64, 128, 8, 2),
-        256: Tiles(128, 32, 256, 8, 2),
+        256: Tiles(128, 16, 256, 8, 2),
     },
     "soft_backward_key": {64: Tiles(64, 128, 64, 8, 2), 128: Tiles(32, 128, 128, 8, 2), 256: Tiles(16, 128, 256, 8, 2)},
-    "best_match": {64: Tiles(64, 64, 64, 4, 2), 256: Tiles(64, 64, 128, 8, 2)},
+    "best_match": {16: Tiles(64, 32, 16, 4, 2), 64: Tiles(64, 64, 64, 4, 2), 256: Tiles(64, 64, 128, 8, 2)},
     "best_match_folded": {64: Tiles(128, 128, 32, 8, 3), 256: Tiles(128, 128, 64, 8, 2)},
 }
+_GUARDED_TABLES = {"9.0": _GUARDED, "10.0": {**_GUARDED, "best_match_folded": _BLACKWELL["best_match_folded"]}}
 # float32: twice the bytes, and products on the floating-point units unless tf32 is asked for.
 _FLOAT32 = {
     kernel: {64: Tiles(32, 32, 32, 4, 1), 128: Tiles(32, 32, 32, 4, 1), 256: Tiles(16, 16, 32, 4, 1)}
     for kernel in _LARGE
 }
-_TABLES = {"8.0": _MEDIUM, "8.9": _MEDIUM, "9.0": _LARGE, "10.0": _LARGE}
+_TABLES = {"8.0": _MEDIUM, "8.9": _MEDIUM, "9.0": _LARGE, "10.0": _BLACKWELL}
 # Small enough that a frame of a few dozen tokens is still cut into several tiles with a ragged last one.
 _INTERPRETED = Tiles(32, 16, 16, 1, 1)
 
@@ -154,7 +163,8 @@ def tiles(kernel: str, architecture: str, head_dim: int, element_bytes: int, gua
         chosen = _INTERPRETED
     else:
         table = _FLOAT32 if element_bytes == 4 else _TABLES[architecture]
-        rows = _GUARDED[kernel] if guarded and table is _LARGE and kernel in _GUARDED else table[kernel]
+        own = _GUARDED_TABLES.get(architecture, {}) if guarded and element_bytes < 4 else {}
+        rows = own.get(kernel, table[kernel])
         chosen = rows[min(limit for limit in rows if limit >= padded_head_dim(head_dim))]
     return chosen._replace(dims=min(chosen.dims, padded_head_dim(head_dim)))
 
