@@ -65,6 +65,14 @@ def write_json(path: pathlib.Path, result: object, indent: int | None = 1) -> No
         file.write(json.dumps(result, indent=indent) + "\n")
 
 
+def write_rows(path: pathlib.Path, result: Record) -> None:
+    """As `write_json`, with each of the last entry's `rows` on a line of its own."""
+    head = json.dumps({**result, "rows": []}, indent=1)
+    rows = ",\n".join(f"  {json.dumps(row)}" for row in result["rows"])
+    with written_beside(path, "w") as file:
+        file.write(head.removesuffix("[]\n}") + f"[\n{rows}\n ]\n}}\n")
+
+
 def kept(path: pathlib.Path, make: Callable[[], Any], *, begin: bool = True) -> Any:
     """The part of a result that a file holds, made first where it is not there yet; None if it may not be begun."""
     if not path.is_file():

@@ -19,7 +19,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 
-from experiment import RESULTS, Record, facts, new_parser, read_json, write_json
+from experiment import RESULTS, Record, facts, new_parser, read_json, write_rows
 
 from corrdit.benchmark.shapes import DEFAULT_SHAPES, SHAPES, Shape
 from corrdit.kernels.displacement.folded import visited_scores
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for folder in (None, *given.triton):
         rows = replaced(rows, compiled(folder, given.parts, options))
     shapes = [shape_use(SHAPES[name]) for name in PUBLISHED]
-    write_json(given.output, {**facts(), "shapes": shapes, "rows": rows})
+    write_rows(given.output, {**facts(), "shapes": shapes, "rows": rows})
     return 0
 
 
