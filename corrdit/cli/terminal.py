@@ -94,6 +94,8 @@ def print_table(
     console = Console()
     if not console.is_terminal:
         console = Console(width=240)
-    with console.capture() as capture:  # Console.print would end the process when the reader of a pipe has gone
+    # Where the reader of a pipe has gone, a Console ends the process: it prints nothing, and finds nothing to flush.
+    sys.stdout.flush()
+    with console.capture() as capture:
         console.print(table)
     print("\n".join(line.rstrip() for line in capture.get().splitlines()))

@@ -233,10 +233,12 @@ def test_signals_leave_nothing_behind(tmp_path: Path, clip: Path, number: signal
     assert sorted(path.name for path in tmp_path.iterdir()) == ["harness.py"]
 
 
-def test_reader_that_goes_away() -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_reader_that_goes_away(unbuffered: str) -> None:
     """`corrdit doctor | head -1` is no error."""
     code = f"{CORRDIT} doctor | head -1; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0
     assert done.stderr == ""
 
