@@ -38,7 +38,7 @@ _WINDOWED = {
     "soft_backward_key_window": {
         64: Tiles(64, 64, 64, 4, 2),
         128: Tiles(32, 64, 128, 4, 2),
-        256: Tiles(16, 32, 256, 4, 1),
+        256: Tiles(32, 32, 256, 4, 1),
     },
     "folded_forward_window": {256: Tiles(64, 64, 64, 4, 3)},
     "best_match_window": {256: Tiles(64, 64, 64, 4, 2)},
