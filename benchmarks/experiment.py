@@ -66,11 +66,11 @@ def write_json(path: pathlib.Path, result: object, indent: int | None = 1) -> No
 
 
 def write_rows(path: pathlib.Path, result: Record) -> None:
-    """As `write_json`, with each of the last entry's `rows` on a line of its own."""
-    head = json.dumps({**result, "rows": []}, indent=1)
+    """As `write_json`, with each of `rows` on a line of its own, after all else."""
+    head = json.dumps({name: value for name, value in result.items() if name != "rows"}, indent=1)
     rows = ",\n".join(f"  {json.dumps(row)}" for row in result["rows"])
     with written_beside(path, "w") as file:
-        file.write(head.removesuffix("[]\n}") + f"[\n{rows}\n ]\n}}\n")
+        file.write(head.removesuffix("\n}") + f',\n "rows": [\n{rows}\n ]\n}}\n')
 
 
 def kept(path: pathlib.Path, make: Callable[[], Any], *, begin: bool = True) -> Any:
