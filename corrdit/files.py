@@ -300,6 +300,11 @@ def read_prompts(path: str | os.PathLike[str]) -> list[str]:
     return prompts
 
 
+def files_digest(paths: Iterable[str | os.PathLike[str]]) -> str:
+    """SHA-256 of the contents of several files in their order. Raises FileNotFoundError for one that is missing."""
+    return hashlib.sha256("".join(map(file_digest, paths)).encode()).hexdigest()
+
+
 def file_digest(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file's contents, or of names and contents of the files in a folder, hidden ones apart.
 

@@ -281,7 +281,7 @@ def _one_line(error: BaseException) -> str:
 
 def _unknown_command(command: str) -> int:
     near = difflib.get_close_matches(command, COMMANDS, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    hint = f"; did you mean {near[0]}?" if near else "."
     print(f"corrdit: there is no command {command!r}{hint} Commands are {', '.join(COMMANDS)}.", file=sys.stderr)
     return _BAD_INPUT
 

@@ -200,10 +200,8 @@ def _report_videos(results: EvaluationResults, labels: list[str], names: list[st
     rows = []
     for name in names:
         for label in labels:
-            record: Mapping[str, Any] | None = results.record(label, name)
-            if record is None or record["figures"] is None:
-                continue
-            figures, ends, pck = record["figures"], record["points_interval"], record["pck"]
+            record: Mapping[str, Any] = results.record(label, name) or {}
+            figures, ends, pck = record.get("figures") or {}, record.get("points_interval"), record.get("pck")
             between = "-" if ends is None else " to ".join(f"{100 * end:.1f}" for end in ends)
             shown = ["-" if value is None else f"{100 * value:.1f}" for value in (*map(figures.get, _DISTANCES), pck)]
             rows.append([name, label, shown[0], between, *shown[1:]])

@@ -62,6 +62,8 @@ def quiet_lightning() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
             warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+            # Of a training that goes on, in the folder of its checkpoints.
+            warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty.*")
             # Of a folder in which everything is done; the command says so itself.
             warnings.filterwarnings("ignore", message=".*across ranks is zero.*")
             yield

@@ -1,7 +1,8 @@
 """Train the embedded video diffusion transformer on generated videos.
 
 reads   --recipe: a recipe of the package or a YAML file; the videos are generated while it trains
-writes  into the folder --output: checkpoints, metrics.csv and pipeline/, which `corrdit track --model` takes
+writes  into the folder --output: checkpoints/, logs/part_N/metrics.csv of each piece of a run, and pipeline/, which
+        `corrdit track --model` takes
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import pathlib
 from typing import TYPE_CHECKING
 
 from corrdit.cli.devices import named
+from corrdit.cli.lightning_runs import quiet_lightning
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -23,11 +25,11 @@ EXAMPLES = (
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--output", required=True, help="folder for checkpoints, metrics.csv and the exported pipeline")
+    parser.add_argument("--output", required=True, help="folder for checkpoints, logs and the exported pipeline")
     parser.add_argument(
         "--recipe",
         default="cpu",
-        help="a recipe shipped with the package (cpu, gpu, smoke) or a YAML file with the same entries",
+        help="a recipe shipped with the package (cpu, gpu, smoke, varied) or a YAML file with the same entries",
     )
     parser.add_argument("--steps", type=int, default=None, help="number of steps in place of the recipe's")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
@@ -72,11 +74,9 @@ def run(arguments: Namespace) -> int:
     exported = output / "pipeline"
     refuse_other_folder(exported)
     if not arguments.export_only:
-        module = train(
-            config,
-            output,
-            **named(arguments, "resume", "start", "photographs", "checkpoint_every", "threads", "processes", "minutes"),
-        )
+        options = ("resume", "start", "photographs", "checkpoint_every", "threads", "processes", "minutes")
+        with quiet_lightning():
+            module = train(config, output, **named(arguments, *options))
         if not module.trainer.is_global_zero:
             return 0
     folder = export_checkpoint(newest_checkpoint(output), exported)

@@ -3,7 +3,8 @@
 Biggs et al., "Creatures Great and SMAL: Recovering the Shape and Motion of Animals from Video" (2018): `NAME.json`
 beside `NAME.mp4`, a list with an entry for each annotated frame: `image_path`, whose stem is the frame's number,
 `joints` `[J, 2]` as (row, column) in pixels of full resolution, 1080 x 1920, and `visibility` `[J]`. Where
-`segmentation_path` names a picture of the animal's mask (its last parts, below the folder), PCK has a reach.
+`segmentation_path` names a picture of the animal's mask (its last parts, below the folder), PCK has a reach: any size
+with the sides of full resolution or of the video's frames, black outside of the animal.
 
 Menze and Geiger, "Object Scene Flow for Autonomous Vehicles" (2015): `NAME_frame1.png`, `NAME_frame2.png` and
 `NAME_flow_gt.png` of 16 bits: (value - 2^15) / 64 pixels to the right and down, and whether the flow is known.
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,12 +28,34 @@ PCK_SHARE = 0.2
 FLOW_STEP = 16
 """Pixels between the points whose flow is followed, in both directions."""
 _FLOW_ENDING = "_flow_gt.png"
+_SAME_SIDES = 0.02
+"""Largest logarithm of the ratio of a mask's sides to those of the frames."""
 
 
 def annotated_files(folder: Path) -> list[str]:
-    """Names of the annotations in a folder: joints (`NAME.json` beside `NAME.mp4`) and flow (`NAME_flow_gt.png`)."""
-    joints = [file.name for file in folder.glob("*.json") if file.with_suffix(".mp4").is_file()]
-    return sorted([*joints, *(file.name for file in folder.glob(f"*{_FLOW_ENDING}"))])
+    """Names of the annotations in a folder: joints (`NAME.json` beside `NAME.mp4`) and flow (`NAME_flow_gt.png`).
+
+    Joints without a video are among them, so that reading them says what is missing; other .json files are not.
+
+    Raises:
+        ValueError: two clips of one name.
+    """
+    joints = [file.name for file in folder.glob("*.json") if file.with_suffix(".mp4").is_file() or _holds_joints(file)]
+    files = sorted([*joints, *(file.name for file in folder.glob(f"*{_FLOW_ENDING}"))])
+    by_name: dict[str, str] = {}
+    for file in files:
+        other = by_name.setdefault(annotated_name(file), file)
+        if other != file:
+            raise ValueError(
+                f"{folder} holds two clips called {annotated_name(file)!r}: {other} and {file}; rename the files of one"
+            )
+    return files
+
+
+def _holds_joints(file: Path) -> bool:
+    """Whether a .json file begins as a list of annotated joints."""
+    with open(file, "rb") as opened:
+        return opened.read(1).strip() == b"[" and b'"joints"' in opened.read()
 
 
 def annotated_name(file: str) -> str:
@@ -41,17 +64,18 @@ def annotated_name(file: str) -> str:
 
 
 def clip_files(annotation: Path) -> list[Path]:
-    """The annotation and the files that hold its frames."""
+    """The annotation, the files that hold its frames, and those of its masks."""
     name = annotated_name(annotation.name)
     if annotation.suffix == ".json":
-        return [annotation, annotation.with_suffix(".mp4")]
+        masks = (_mask_file(annotation, entry.mask) for entry in _entries(annotation))
+        return [annotation, annotation.with_suffix(".mp4"), *filter(None, masks)]
     return [annotation, *(annotation.with_name(f"{name}_frame{number}.png") for number in (1, 2))]
 
 
 def annotated_clip(annotation: Path) -> TapVidVideo:
     """The video and the tracks of an annotation, frames of 256 x 256.
 
-    A joint is called hidden in frames without annotation, which are not scored.
+    Frames without annotation are not scored.
 
     Raises:
         ValueError: files that are not as this module says.
@@ -67,35 +91,52 @@ def _joints_clip(annotation: Path) -> TapVidVideo:
     entries = _entries(annotation)
     frames = read_video(annotation.with_suffix(".mp4")).frames
     video = np.stack([resize_frame(frame, METRIC_SIZE, METRIC_SIZE) for frame in frames])
-    joints = len(entries[0][1])
+    joints = len(entries[0].joints)
     points = np.full((joints, len(video), 2), np.nan)
     occluded = np.ones((joints, len(video)), dtype=bool)
     reach = np.full((len(video), 2), np.nan)
+    annotated = np.zeros(len(video), dtype=bool)
     for number, places, visible, mask in entries:
         if not 0 <= number < len(video) or len(places) != joints:
             raise ValueError(
                 f"{annotation}: frame {number} with {len(places)} joints does not fit a video of {len(video)} frames "
                 f"and {joints} joints"
             )
+        if annotated[number]:
+            raise ValueError(f"{annotation}: frame {number} is annotated twice; give one entry for each frame")
         points[:, number] = places[:, ::-1] / np.array(FULL_SIZE[::-1])
         occluded[:, number] = ~visible
-        reach[number] = _reach(annotation, mask)
+        annotated[number] = True
+        if (file := _mask_file(annotation, mask)) is not None:
+            reach[number] = _reach(file, frames.shape[1:3])
     known = None if np.isnan(reach).all() else reach
-    return TapVidVideo(annotation.stem, video, np.where(occluded[..., None], np.nan, points), occluded, known)
+    points = np.where(occluded[..., None], np.nan, points)
+    return TapVidVideo(annotation.stem, video, points, occluded, known, None if annotated.all() else annotated)
 
 
-def _entries(annotation: Path) -> list[tuple[int, np.ndarray, np.ndarray, str | None]]:
-    """Frame number, joints [J, 2] (row, column), visibility [J] and mask of every annotated frame."""
+class _Entry(NamedTuple):
+    """Frame number, joints [J, 2] (row, column), visibility [J] and path of the mask of an annotated frame."""
+
+    number: int
+    joints: np.ndarray
+    visible: np.ndarray
+    mask: str | None
+
+
+def _entries(annotation: Path) -> list[_Entry]:
     try:
         listed = json.loads(annotation.read_text(encoding="utf-8"))
         found = []
         for entry in listed:
             places = np.asarray(entry["joints"], dtype=np.float64).reshape(-1, 2)
-            visible = np.asarray(entry["visibility"]).astype(bool)
-            if visible.shape != places.shape[:1]:
-                raise ValueError(f"visibility {visible.shape} of {len(places)} joints")
-            found.append((int(Path(entry["image_path"]).stem), places, visible, entry.get("segmentation_path")))
-    except (ValueError, TypeError, KeyError) as error:
+            visible = np.asarray(entry["visibility"])
+            if visible.shape != places.shape[:1] or visible.dtype.kind not in "biuf" or (visible % 1).any():
+                raise ValueError(
+                    f"visibility {entry['visibility']} of {len(places)} joints; give true or false of each"
+                )
+            mask = entry.get("segmentation_path")
+            found.append(_Entry(int(Path(entry["image_path"]).stem), places, visible.astype(bool), mask))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{annotation} is no list of annotated joints (image_path, joints [J, 2], visibility [J]): {error!r}"
         ) from error
@@ -104,18 +145,29 @@ def _entries(annotation: Path) -> list[tuple[int, np.ndarray, np.ndarray, str | 
     return found
 
 
-def _reach(annotation: Path, mask: str | None) -> np.ndarray:
-    """PCK's distance, .2 sqrt(area of the mask), as shares of the frame's width and height; NaN without a mask."""
+def _mask_file(annotation: Path, mask: str | None) -> Path | None:
+    """The picture whose path below the annotation's folder ends as `mask` does; None where there is none."""
+    parts = Path(mask).parts if mask else ()
+    files = (annotation.parent.joinpath(*parts[start:]) for start in range(len(parts)))
+    return next((file for file in files if file.is_file()), None)
+
+
+def _reach(file: Path, size: tuple[int, ...]) -> np.ndarray:
+    """PCK's distance, .2 sqrt(area of the mask), as shares of the frame's width and height; NaN for an empty mask."""
     import imageio.v3 as imageio
 
-    parts = Path(mask).parts if mask else ()
-    for start in range(len(parts)):
-        file = annotation.parent.joinpath(*parts[start:])
-        if file.is_file():
-            picture = np.asarray(imageio.imread(file))
-            inside = picture.reshape(*picture.shape[:2], -1)[..., :3].any(axis=-1)
-            return PCK_SHARE * np.sqrt(inside.sum()) / np.array(inside.shape[::-1])
-    return np.full(2, np.nan)
+    try:
+        picture = np.asarray(imageio.imread(file, plugin="pillow"))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ValueError(f"the mask {file} cannot be read as a picture: {error}") from error
+    inside = picture.reshape(*picture.shape[:2], -1)[..., :3].any(axis=-1)
+    sides = inside.shape[1] / inside.shape[0]
+    if not any(abs(np.log(sides * height / width)) < _SAME_SIDES for height, width in (FULL_SIZE, size)):
+        raise ValueError(
+            f"the mask {file} is of {inside.shape[0]} x {inside.shape[1]}; its sides must be to each other as those of "
+            f"{FULL_SIZE[0]} x {FULL_SIZE[1]} or of the video's frames, {size[0]} x {size[1]}"
+        )
+    return PCK_SHARE * np.sqrt(inside.sum()) / np.array(inside.shape[::-1]) if inside.any() else np.full(2, np.nan)
 
 
 def _flow_clip(annotation: Path) -> TapVidVideo:

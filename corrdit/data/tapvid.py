@@ -44,9 +44,11 @@ class TapVidVideo:
         occluded: bool `[N, T]`.
         reach: float64 `[T, 2]`, distance in x and y, as shares of width and height, within which PCK calls a point
             correct; NaN in frames without one, None where no frame has one.
+        annotated: bool `[T]`, the frames of which anything is known: what is in no other is scored. None for all.
 
     Raises:
-        ValueError: shapes or types that do not fit, NaN where a point is visible, positions that are no shares.
+        ValueError: shapes or types that do not fit, NaN where a point is visible, positions that are no shares, a
+            point that is visible in a frame without annotation.
     """
 
     name: str
@@ -54,6 +56,7 @@ class TapVidVideo:
     points: np.ndarray
     occluded: np.ndarray
     reach: np.ndarray | None = None
+    annotated: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         video, points, occluded = np.asarray(self.video), np.asarray(self.points), np.asarray(self.occluded)
@@ -80,6 +83,13 @@ class TapVidVideo:
                 f"video {self.name!r}: points go up to {np.abs(visible).max():.4g}; they must be shares of width and "
                 "height (0 to 1), not pixels"
             )
+        if self.annotated is not None and (
+            self.annotated.shape != (len(video),) or not occluded[:, ~self.annotated].all()
+        ):
+            raise ValueError(
+                f"video {self.name!r}: annotated must be boolean [{len(video)} frames], with no point visible in a "
+                "frame without annotation"
+            )
         for name, value in (("video", video), ("points", points), ("occluded", occluded)):
             object.__setattr__(self, name, value)
 
@@ -88,8 +98,9 @@ class TapVidVideo:
         frames = whole_number("frames", frames, 1)
         if frames >= len(self.video):
             return self
-        reach = None if self.reach is None else self.reach[:frames]
-        return TapVidVideo(self.name, self.video[:frames], self.points[:, :frames], self.occluded[:, :frames], reach)
+        reach, annotated = (None if of is None else of[:frames] for of in (self.reach, self.annotated))
+        points, occluded = self.points[:, :frames], self.occluded[:, :frames]
+        return TapVidVideo(self.name, self.video[:frames], points, occluded, reach, annotated)
 
     def sample(self, mode: str = "first", *, stride: int = PUBLISHED_STRIDE) -> TapVidSample:
         """Queries as the protocol chooses them.
@@ -123,6 +134,7 @@ class TapVidVideo:
             point=point,
             metric_mode="strided" if mode == "strided" else "first",
             reach=None if self.reach is None else self.reach * [self.video.shape[2], self.video.shape[1]],
+            annotated=self.annotated,
         )
 
 
@@ -139,6 +151,7 @@ class TapVidSample:
         point: int64 `[Q]`, the annotated point each query belongs to.
         metric_mode: the `query_mode` of `corrdit.metrics.tapvid` that fits: "first" or "strided".
         reach: float64 `[T, 2]`, of PCK in x and y, in pixels of the video; NaN where a frame has none, or None.
+        annotated: bool `[T]`, the frames that may be scored; None for all. Every query is in one of them.
     """
 
     name: str
@@ -149,9 +162,14 @@ class TapVidSample:
     point: np.ndarray
     metric_mode: str
     reach: np.ndarray | None = None
+    annotated: np.ndarray | None = None
+
+    def annotated_frames(self) -> np.ndarray:
+        """int64 `[A]`, the numbers of the frames that may be scored."""
+        return np.arange(len(self.video)) if self.annotated is None else np.flatnonzero(self.annotated)
 
     def metric_arguments(self, predicted: Tracks) -> dict[str, Any]:
-        """What `corrdit.metrics.tapvid` takes, in frames of 256 x 256, with a batch axis of one.
+        """What `corrdit.metrics.tapvid` takes, in frames of 256 x 256, with a batch axis of one: the annotated frames.
 
         Args:
             predicted: tracks of the queries in their order, in pixels of the video.
@@ -166,13 +184,15 @@ class TapVidSample:
                 f"{predicted.frames} frames and {predicted.points} points"
             )
         scale = METRIC_SIZE / np.array([width, height])
-        time, place = self.queries[:, :1], self.queries[:, 1:] * scale
+        kept = self.annotated_frames()
+        time = np.searchsorted(kept, np.rint(self.queries[:, :1]))
+        place = self.queries[:, 1:] * scale
         return {
             "query_points": np.concatenate([time, place[:, ::-1]], axis=1)[None],
-            "gt_occluded": self.occluded[None],
-            "gt_tracks": (self.tracks * scale)[None],
-            "pred_occluded": ~predicted.visible.numpy().T[None],
-            "pred_tracks": predicted.xy.numpy().transpose(1, 0, 2).astype(np.float64)[None] * scale,
+            "gt_occluded": self.occluded[None, :, kept],
+            "gt_tracks": (self.tracks[:, kept] * scale)[None],
+            "pred_occluded": ~predicted.visible.numpy()[kept].T[None],
+            "pred_tracks": predicted.xy.numpy()[kept].transpose(1, 0, 2).astype(np.float64)[None] * scale,
             "query_mode": self.metric_mode,
         }
 

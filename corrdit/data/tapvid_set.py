@@ -16,7 +16,7 @@ import numpy as np
 from corrdit.array_files import content_digest, read_arrays
 from corrdit.data.annotated_clips import annotated_clip, annotated_files, annotated_name, clip_files
 from corrdit.data.tapvid import TapVidVideo, annotated_video, file_entries, pickle_files
-from corrdit.files import file_digest, refuse_address
+from corrdit.files import file_digest, files_digest, refuse_address
 
 WORLD_ARRAYS = ("video", "xy", "visible")
 
@@ -63,7 +63,10 @@ class TapVidSet:
         self._loaded: tuple[str, Sequence[tuple[str, object]]] | None = None
         if not self.path.is_dir():
             if not self.path.exists():
-                raise FileNotFoundError(f"{path} does not exist; give a TAP-Vid file or a folder of its shards")
+                raise FileNotFoundError(
+                    f"{path} does not exist; give a TAP-Vid file, or a folder of its shards, of generated videos or of "
+                    "annotated clips"
+                )
             self.files, self._in_folder, self._sharded = [self.path.name], False, False
             return
         self._in_folder = True
@@ -96,7 +99,8 @@ class TapVidSet:
             except ValueError as error:
                 if not self._in_folder:
                     raise
-                entries.append(TapVidEntry(file, file, error=str(error)))
+                name = annotated_name(file) if self.annotated else file
+                entries.append(TapVidEntry(name, file, error=str(error)))
         return entries
 
     def read(self, entry: TapVidEntry) -> TapVidVideo:
@@ -119,10 +123,10 @@ class TapVidSet:
             return iter([TapVidEntry(Path(file).stem, file, digest=file_digest(self.path / file))])
         if self.annotated:
             try:
-                digests = [file_digest(source) for source in clip_files(self.path / file)]
+                digest = files_digest(clip_files(self.path / file))
             except OSError as error:
                 raise ValueError(f"{self.path / file}: {error}") from error
-            return iter([TapVidEntry(annotated_name(file), file, digest="-".join(digests))])
+            return iter([TapVidEntry(annotated_name(file), file, digest=digest)])
         prefix = f"{Path(file).stem}/" if self._sharded else ""
         return (
             TapVidEntry(prefix + name, file, position, digest=content_digest(contents))

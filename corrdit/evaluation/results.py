@@ -16,6 +16,8 @@ from corrdit.runs import Inputs, ResultFolder, refuse_other_settings
 from corrdit.tracking import Tracks
 
 LONGEST_NAME = 120
+_NAMED = 5
+"""Most videos of a kind that a message names."""
 
 
 class EvaluationSettings(TypedDict, total=False):
@@ -67,6 +69,10 @@ class EvaluationResults:
     def pictures_folder(self, tracker: str) -> Path:
         """Where the drawn tracks of a tracker are."""
         return self.path / "pictures" / file_name(tracker)
+
+    def picture_file(self, tracker: str, video: str) -> Path:
+        """Where the contact sheet of a video's tracks is or will be."""
+        return self.pictures_folder(tracker) / f"{file_name(video)}.png"
 
     def unmade(self, tracker: str, video: str, inputs: Inputs | None = None) -> str | None:
         """Why a tracker has to evaluate a video, as `ResultFolder.unmade`."""
@@ -151,6 +157,7 @@ class EvaluationResults:
         earlier = self.settings()
         if not earlier:
             return settings
+        self._refuse_other_videos(earlier.get("videos", []), settings["videos"])
         given = {"data": settings["data"], **settings["trackers"]}
         found = {"data": earlier.get("data", {}), **earlier.get("trackers", {})}
         for part in given.keys() & found.keys():
@@ -158,6 +165,20 @@ class EvaluationResults:
             compared = sorted({*now, *before} - set(unknown))
             refuse_other_settings(self.path, before, {key: now.get(key) for key in compared}, of=f" of {part}")
         return {**settings, "trackers": {**earlier.get("trackers", {}), **settings["trackers"]}}
+
+    def _refuse_other_videos(self, before: Collection[str], now: Collection[str]) -> None:
+        """Raises ValueError where the results are of other videos, and names them."""
+        changes = {"no longer there": set(before) - set(now), "new": set(now) - set(before)}
+        if before and any(changes.values()):
+            said = "; ".join(
+                f"{', '.join(sorted(names)[:_NAMED])}{' ...' if len(names) > _NAMED else ''} {change}"
+                for change, names in changes.items()
+                if names
+            )
+            raise ValueError(
+                f"{self.path} holds results of other videos: {said}; give another output folder, or the same videos to "
+                "go on"
+            )
 
     def begin(self, settings: EvaluationSettings) -> None:
         """Join the settings with those of other trackers, clear up after runs that were killed, and forget failures.

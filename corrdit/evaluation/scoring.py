@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -174,6 +174,21 @@ def draw_tracks(folder: str | os.PathLike[str], sample: TapVidSample, tracks: Tr
             sheet_path=hidden / f"{name}.png",
             style=TrackStyle(trail=trail),
         )
+
+
+def draw_truth(folder: str | os.PathLike[str], sample: TapVidSample, *, trail: int = TRAIL) -> None:
+    """As `draw_tracks`, of the annotation, over the frames that have one."""
+    kept = sample.annotated_frames()
+    times = np.searchsorted(kept, np.rint(sample.queries[:, :1]))
+    shown = replace(
+        sample,
+        video=sample.video[kept],
+        queries=np.concatenate([times, sample.queries[:, 1:]], axis=1),
+        tracks=sample.tracks[:, kept],
+        occluded=sample.occluded[:, kept],
+        annotated=None,
+    )
+    draw_tracks(folder, shown, true_tracks(shown), trail=trail)
 
 
 def true_tracks(sample: TapVidSample) -> Tracks:

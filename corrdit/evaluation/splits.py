@@ -16,18 +16,20 @@ from corrdit.metrics import tapvid
 from corrdit.tracking import Tracks
 
 MOTION = {"still": 0.0, "slow": 0.005, "medium": 0.015, "fast": 0.05}
-"""Least mean step from frame to frame, both of them visible, as a share of the diagonal of the frame."""
+"""Least mean step a frame, between annotated frames that follow each other and in both of which the point is visible,
+as a share of the diagonal of the frame."""
 REAPPEARANCES = {"never back": 0, "back once or twice": 1, "back more often": 3}
-"""Least number of times that a point is visible after a frame in which it was not."""
+"""Least number of times that a point is visible after an annotated frame in which it was not."""
 SPLIT_FIGURES = ("average_jaccard", "average_pts_within_thresh", "occlusion_accuracy")
 
 
 def point_splits(sample: TapVidSample) -> dict[str, dict[str, np.ndarray]]:
     """For "motion" and "reappearance", by the name of each part, bool `[Q]` of the queries in it."""
-    visible = ~sample.occluded
+    frames = sample.annotated_frames()
+    visible = ~sample.occluded[:, frames]
     extent = np.array([sample.video.shape[2], sample.video.shape[1]])
     both = visible[:, 1:] & visible[:, :-1]
-    steps = np.linalg.norm(np.diff(sample.tracks / extent, axis=1), axis=-1) / np.sqrt(2)
+    steps = np.linalg.norm(np.diff(sample.tracks[:, frames] / extent, axis=1), axis=-1) / np.sqrt(2) / np.diff(frames)
     motion = np.where(both, steps, 0).sum(axis=1) / both.sum(axis=1).clip(min=1)
     back = (visible[:, 1:] & ~visible[:, :-1]).sum(axis=1)
     return {"motion": _parts(motion, MOTION), "reappearance": _parts(back, REAPPEARANCES)}

@@ -18,6 +18,8 @@ _GAP = 10
 _LABEL = 24
 _SHEET_WIDTH = 1600
 _LARGEST_CELL = 320
+_HIGHEST_CELL = 1000
+_LONGEST_SIDE = 1920
 
 
 def sheet_frames(frames: int, cells: int = 12) -> list[int]:
@@ -36,8 +38,14 @@ def cell_size(cells: int, height: int, width: int) -> tuple[int, int]:
     """(height, width) in pixels of one picture on a sheet of `cells` pictures of a `height` x `width` video."""
     columns = sheet_columns(cells, height, width)
     cell_width = (_SHEET_WIDTH - 2 * _MARGIN - (columns - 1) * _GAP) // columns
-    cell_width = min(cell_width, max(320, 2 * width))
+    cell_width = min(cell_width, max(320, 2 * width), max(1, _HIGHEST_CELL * width // height))
     return max(1, round(cell_width * height / width)), cell_width
+
+
+def enlargement(side: int, wanted: int, longest: int) -> int:
+    """The whole factor by which small frames are drawn larger: `side` gets to `wanted` pixels, unless the `longest` one
+    would pass what a screen shows."""
+    return max(1, min(-(-wanted // side), _LONGEST_SIDE // longest))
 
 
 def fit_columns(pictures: Sequence[np.ndarray], columns: int) -> list[np.ndarray]:

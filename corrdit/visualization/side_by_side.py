@@ -9,7 +9,7 @@ import numpy as np
 
 from corrdit.video import VideoWriter, resize_frame
 from corrdit.video.info import DEFAULT_FPS
-from corrdit.visualization.sheet import laid_out, write_labels
+from corrdit.visualization.sheet import enlargement, laid_out, write_labels
 
 _LEAST_HEIGHT = 240
 """Pixels of a panel; smaller videos are enlarged."""
@@ -36,7 +36,7 @@ def write_side_by_side(
     if not panels or not all(len(frames) for frames in panels.values()):
         raise ValueError(f"panels needs videos with frames, got {', '.join(panels) or 'none'}")
     height, width = next(iter(panels.values()))[0].shape[:2]
-    factor = max(1, -(-_LEAST_HEIGHT // height))
+    factor = enlargement(height, _LEAST_HEIGHT, max(height, width))
     cell = (height * factor, width * factor)
     blank = [np.full((*cell, 3), 255, np.uint8)] * len(panels)
     sheet, corners = laid_out(blank, len(panels), cell, bool(caption))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from corrdit.video import VideoWriter, resize_frame
 from corrdit.visualization.colours import position_colours
-from corrdit.visualization.sheet import cell_size, contact_sheet, sheet_frames
+from corrdit.visualization.sheet import cell_size, contact_sheet, enlargement, sheet_frames
 
 _SMALLEST_SIDE = 240
 _ENLARGED_SIDE = 320
@@ -249,19 +249,23 @@ def write_track_pictures(
             if progress is not None:
                 progress(index + 1, total)
         visible = 100 * float(np.asarray(tracks.visible).mean())
-        legend = "Filled dots are visible, rings are hidden" if painter.style.hidden else "Hidden points are left out"
+        legend = (
+            "Filled dots are visible, faint ones uncertain, rings hidden"
+            if painter.style.hidden
+            else "Hidden points are left out"
+        )
         legend = f"{legend}; colours tell where a point starts."
         contact_sheet(
             cells,
             [f"frame {index}" for index in chosen],
             path=sheet_path,
-            caption=f"{tracks.xy.shape[1]} points, {visible:.0f} % visible. {legend}",
+            caption=f"{tracks.xy.shape[1]} point{'s' * (tracks.xy.shape[1] != 1)}, {visible:.0f} % visible. {legend}",
         )
 
 
 def _comfortable_size(height: int, width: int) -> tuple[int, int]:
     shorter = min(height, width)
-    factor = 1 if shorter >= _SMALLEST_SIDE else -(-_ENLARGED_SIDE // shorter)
+    factor = 1 if shorter >= _SMALLEST_SIDE else enlargement(shorter, _ENLARGED_SIDE, max(height, width))
     return height * factor, width * factor
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from corrdit.integrations.components import INDEX_FILE, loaded_models
+from corrdit.integrations.components import INDEX_FILE, loaded_models, read_index
 from corrdit.integrations.embedded.preset import WEIGHTS
 
 if TYPE_CHECKING:
@@ -18,7 +18,8 @@ def load_embedded_pipeline(
     """The embedded pipeline from the package, or from a folder written by its `save_pretrained`. Never uses a network.
 
     Raises FileNotFoundError if the folder holds no pipeline or not all of one, weights as safetensors included, and
-    ValueError if weights are missing, unknown or of another shape than its configuration says.
+    ValueError for a pipeline of another class, and if weights are missing, unknown or of another shape than its
+    configuration says.
     """
     from diffusers.utils import logging
 
@@ -29,6 +30,12 @@ def load_embedded_pipeline(
     if not (source / INDEX_FILE).is_file():
         raise FileNotFoundError(
             f"{source} holds no diffusers pipeline (no model_index.json); give a folder written by save_pretrained"
+        )
+    found = read_index(source)["_class_name"]
+    if found != EmbeddedVideoPipeline.__name__:
+        raise ValueError(
+            f"{source} holds a {found}, not the embedded model; give a folder that `corrdit train` exported, or that "
+            "save_pretrained wrote of the embedded pipeline"
         )
     # Without its file the tokenizer would take the world's own words, whatever the pipeline was saved with.
     words = source / "tokenizer" / VOCABULARY_FILE

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import repeat
 
 import torch
 
@@ -12,7 +13,7 @@ from corrdit.arguments import flag, whole_number
 from corrdit.data.tapvid import TapVidSample
 from corrdit.evaluation import EvaluationResults, TrackerSummary, chosen_trackers, evaluate_video, write_tables
 from corrdit.evaluation.results import EvaluationSettings
-from corrdit.evaluation.scoring import QUERIES_AT_ONCE, TRAIL, draw_tracks, true_tracks
+from corrdit.evaluation.scoring import QUERIES_AT_ONCE, TRAIL, draw_tracks, draw_truth
 from corrdit.evaluation.trackers import Track, TrackerChoice
 from corrdit.integrations.diffusers.backbones.presets import Preset
 from corrdit.integrations.diffusers.fingerprint import MODEL_FACTS, model_facts
@@ -103,13 +104,14 @@ class EvaluationModule(ResumableModule[TapVidItem]):
     def is_done(self, name: str) -> bool:
         """Whether the results of a video are there for all trackers; `TapVidDataModule` leaves such videos out.
 
-        Warns of results that are damaged or of another video, which are made again.
+        Warns of results that are damaged or of another video, which are made again. Pictures that are asked for and
+        missing are drawn from the tracks.
         """
         reasons = [self.evaluated.unmade(label, name, self._data().inputs(name)) for label in self.labels]
         for label, reason in zip(self.labels, reasons, strict=True):
             if reason:
                 warnings.warn(f"{self.output}: {name} is evaluated again by {label} ({reason})", stacklevel=2)
-        return all(reason is None for reason in reasons)
+        return all(reason is None for reason in reasons) and not any(map(self._undrawn, self.labels, repeat(name)))
 
     def setup(self, stage: str) -> None:
         """Check the output folder, load the model on this process's device, and write `settings.json`."""
@@ -138,6 +140,8 @@ class EvaluationModule(ResumableModule[TapVidItem]):
                 break
             if self.evaluated.unmade(choice.label, name, self._data().inputs(name)) is not None:
                 said[choice.label] = self._evaluated(choice, batch)
+            elif self._undrawn(choice.label, name):
+                self._draw(choice.label, sample_of(batch), Tracks.load(self.evaluated.tracks_file(choice.label, name)))
         return said
 
     def test_step(self, batch: TapVidItem, batch_idx: int) -> None:
@@ -179,7 +183,7 @@ class EvaluationModule(ResumableModule[TapVidItem]):
             limits = [self.queries_at_once, choice.queries_at_once(*sample.video.shape[1:3])]
             limit = min((limit for limit in limits if limit is not None), default=None)
             outcome = evaluate_video(self._trackers[choice.label], sample, queries_at_once=limit)
-            if batch["number"] < self.pictures and outcome.tracks is not None:
+            if self._is_shown(name) and outcome.tracks is not None:
                 self._draw(choice.label, sample, outcome.tracks)
         except (ValueError, OSError) as error:
             self.evaluated.write_failure(choice.label, name, str(error))
@@ -194,17 +198,26 @@ class EvaluationModule(ResumableModule[TapVidItem]):
         )
         return outcome.record["figures"]
 
+    def _is_shown(self, name: str) -> bool:
+        """Whether a video is one of the first, whose tracks are drawn."""
+        return self._data().number(name) < self.pictures
+
+    def _undrawn(self, label: str, name: str) -> bool:
+        """Whether the picture of tracks that are kept is asked for and missing."""
+        kept = self._is_shown(name) and self.evaluated.tracks_file(label, name).is_file()
+        return kept and not self.evaluated.picture_file(label, name).is_file()
+
     def _draw(self, label: str, sample: TapVidSample, tracks: Tracks) -> None:
         """The tracker's tracks and the true ones, over the video."""
-        for name, drawn in ((label, tracks), ("truth", true_tracks(sample))):
-            draw_tracks(self.evaluated.pictures_folder(name), sample, drawn, trail=self.trail)
+        draw_tracks(self.evaluated.pictures_folder(label), sample, tracks, trail=self.trail)
+        draw_truth(self.evaluated.pictures_folder("truth"), sample, trail=self.trail)
 
     def _refuse_failures(self) -> None:
         for label in self.labels:
             for failure in self.evaluated.failures(label):
                 raise ValueError(
                     f"video {failure['video']} could not be evaluated by the tracker {label}: {failure['error']}; the "
-                    f"results so far are kept, and skipping broken videos goes on without it"
+                    'results so far are kept, and --on-broken report (on_broken="report") goes on without it'
                 )
 
     def _data(self) -> TapVidDataModule:

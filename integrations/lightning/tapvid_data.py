@@ -106,6 +106,10 @@ class TapVidDataModule(EachOnceDataModule[TapVidItem]):
             return {"name": name, "number": number, "error": str(error)}
         return {"name": name, "number": number, "sample": sample}
 
+    def number(self, name: str) -> int:
+        """The place of a video in the set; after `setup`."""
+        return self._entries[name][0]
+
     def inputs(self, name: str) -> Inputs:
         """The digest of a video and its annotation; after `setup`."""
         return {"video": self._entries[name][1].digest}

@@ -220,6 +220,10 @@ class TestBadVideo:
         line = refused("track", clip, "--output", workplace / "out", "--processes", "2")
         assert "--processes 2 shares out the videos of a folder" in line
 
+    def test_points_for_every_pixel(self, workplace: Path, clip: Path, refused: Refused) -> None:
+        line = refused("track", clip, "--output", workplace / "out", "--dense", "8", "--points", "grid:4")
+        assert "--dense 8 follows pixels in place of --points grid:4; leave one of them out" in line
+
     def test_start_beyond_the_end(self, workplace: Path, clip: Path, refused: Refused) -> None:
         line = refused("track", clip, "--output", workplace / "out", "--start", "6")
         assert "gives 0 frames from start=6" in line

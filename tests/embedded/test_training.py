@@ -85,8 +85,14 @@ def test_a_run_starts_from_given_weights_and_shows_photographs(tmp_path: pathlib
         train(config, tmp_path / "run", resume=True, photographs=tmp_path / "pictures", progress=False)
     with pytest.raises(ValueError, match="no photographs were given; give Photographs"):
         train(config, tmp_path / "other", start=tmp_path / "trained", progress=False)
-    with pytest.raises(ValueError, match="not of this recipe's layers, heads, head_dim and positions"):
+    with pytest.raises(ValueError, match="have 6 layers, 4 heads and head_dim 32, the recipe 2, 2 and 16"):
         train(config, tmp_path / "other", **{**given, "start": "embedded"})
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
+    with pytest.raises(ValueError, match="foreign holds a WanPipeline, not the embedded model"):
+        train(config, tmp_path / "other", **{**given, "start": tmp_path / "foreign"})
+    with pytest.raises(ValueError, match=r"pictures.* and the recipe shows none \(pictures: 0, videos: 1\)"):
+        train(load_recipe("smoke"), tmp_path / "other", **given)
     assert not (tmp_path / "other").exists()
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from corrdit.integrations.embedded.world import HELD_OUT_SEEDS, Clip, WorldConfig, generate, render
 from corrdit.integrations.embedded.world.deformations import Deformation, Deformations
+from corrdit.integrations.embedded.world.development import _light
 from corrdit.integrations.embedded.world.photographs import Photographs
 from corrdit.integrations.embedded.world.variety import Variety, varied
 
@@ -126,6 +127,18 @@ def test_appearance_changes_pixels_and_no_tracks(photographs: Photographs) -> No
     assert 2 < difference < 90
 
 
+def test_light_stays_light_on_wide_clips() -> None:
+    """Shade grows with the distance from the middle, and never burns a picture out or blackens it."""
+    variety = Variety(appearance=1.0)
+    gains = [
+        _light(appearance, 24, 240) / torch.from_numpy(appearance.light).float()[:, :, None, None]
+        for seed in range(6)
+        if (appearance := varied(WorldConfig(2, 24, 240).scene(seed), variety).appearance)
+    ]
+    assert gains
+    assert all(gain.min() >= 0.2 and gain.max() <= 1.81 for gain in gains)
+
+
 def test_a_varied_seed_gives_the_same_clip_in_any_batch(photographs: Photographs) -> None:
     config = WorldConfig(3, 32, 40, variety=Variety(0.75, 0.5, 0.5, 0.5, photographs))
     together, alone = generate(range(6), config), generate([4], config)[0]
@@ -154,6 +167,13 @@ def test_values_and_folders_that_cannot_be_shown_are_refused(tmp_path: Path, pho
     (tmp_path / "broken.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"broken.png cannot be read as a picture"):
         Photographs(tmp_path)
+    Image.fromarray(np.zeros((12, 40, 3), dtype=np.uint8)).save(tmp_path / "broken.png")
+    with pytest.raises(ValueError, match=r"broken.png is of 12 x 40 pixels; the shorter side .* at least 16"):
+        Photographs(tmp_path)
+    with pytest.raises(ValueError, match=r"broken.png is no folder"):
+        Photographs(tmp_path / "broken.png")
+    with pytest.raises(ValueError, match=r"variety must be a Variety or None, got 'bending'"):
+        WorldConfig(variety="bending")  # type: ignore[arg-type]
     config = WorldConfig(2, 32, 32, variety=Variety(pictures=1.0, photographs=photographs))
     with pytest.raises(ValueError, match="the scene shows photographs; give the WorldConfig it was drawn for"):
         render([config.scene(0)], WorldConfig(2, 32, 32))

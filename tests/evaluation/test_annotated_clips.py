@@ -18,7 +18,7 @@ from corrdit.data import TapVidSet
 from corrdit.evaluation.scoring import evaluate_video, points_interval, share_of_correct_keypoints
 from corrdit.tracking import Tracks
 from corrdit.tracking.baselines import standing_still
-from corrdit.video import write_video
+from corrdit.video import read_video, write_video
 
 FRAMES = 7
 ANNOTATED = (1, 3, 6)
@@ -88,6 +88,96 @@ def test_joints_begin_at_the_first_frame_in_which_they_are_annotated(tmp_path: P
     assert [figures[f"pts_within_{distance}"] for distance in (1, 2, 4, 8, 16)] == [0.5, 0.5, 0.5, 0.75, 0.75]
 
 
+def test_only_annotated_frames_are_scored(tmp_path: Path) -> None:
+    """The true places everywhere, called visible: wrong where a joint is annotated as hidden, and nowhere else."""
+    write_joints(tmp_path)
+    (entry,) = (videos := TapVidSet(tmp_path)).index()
+    sample = videos.read(entry).sample("first")
+    np.testing.assert_array_equal(sample.annotated_frames(), ANNOTATED)
+
+    def true_places(clip: np.ndarray, queries: np.ndarray) -> Tracks:
+        xy = torch.from_numpy(np.nan_to_num(sample.tracks.transpose(1, 0, 2))).float()
+        return Tracks(xy, torch.ones(xy.shape[:2], dtype=torch.bool), torch.ones(xy.shape[:2]))
+
+    record = evaluate_video(true_places, sample).record
+    # Scored are frames 3 and 6 of the first two joints and frame 6 of the third: of the five the second is hidden once.
+    assert record["figures"]["occlusion_accuracy"] == pytest.approx(4 / 5)
+    assert record["figures"]["average_jaccard"] == pytest.approx(4 / 5)
+    assert record["figures"]["average_pts_within_thresh"] == 1.0
+    # The first joint moves 4 pixels of 256 in two frames and 28 in three. The third is hidden at first.
+    parts = {name: part["points"] for name, part in record["splits"].items() if part["points"]}
+    assert parts == {
+        "motion: still": 2,
+        "motion: medium": 1,
+        "reappearance: never back": 2,
+        "reappearance: back once or twice": 1,
+    }
+
+
+def test_masks_are_part_of_what_a_clip_is(tmp_path: Path) -> None:
+    write_joints(tmp_path, mask_side=500)
+    mask = tmp_path / "deer" / "00001.png"
+    (before,) = TapVidSet(tmp_path).index()
+    Image.fromarray(np.zeros((108, 192), dtype=np.uint8)).save(mask)
+    (empty,) = (videos := TapVidSet(tmp_path)).index()
+    reach = videos.read(empty).reach
+    assert reach is not None
+    assert np.isnan(reach[1]).all()
+    assert np.isfinite(reach[3]).all()
+    mask.unlink()
+    (without,) = TapVidSet(tmp_path).index()
+    assert len({before.digest, empty.digest, without.digest}) == 3
+
+    Image.fromarray(np.full((20, 96), 255, dtype=np.uint8)).save(mask)
+    with pytest.raises(ValueError, match=r"00001.png is of 20 x 96; its sides must be to each other as those of 1080"):
+        videos.read(empty)
+    mask.write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"the mask .*00001.png cannot be read as a picture"):
+        videos.read(empty)
+
+
+def test_clips_that_are_not_whole_or_of_one_name_are_said(tmp_path: Path) -> None:
+    write_joints(tmp_path)
+    write_flow(tmp_path)
+    (tmp_path / "notes.json").write_text("[1, 2]", encoding="utf-8")
+    (tmp_path / "deer.mp4").unlink()
+    (tmp_path / "street_frame2.png").unlink()
+    entries = TapVidSet(tmp_path).index()
+    assert [entry.name for entry in entries] == ["deer", "street"]
+    assert "deer.mp4" in str(entries[0].error)
+    assert "street_frame2.png" in str(entries[1].error)
+    write_joints(tmp_path)
+    for ending in ("json", "mp4"):
+        (tmp_path / f"deer.{ending}").rename(tmp_path / f"street.{ending}")
+    with pytest.raises(ValueError, match=r"two clips called 'street': street.json and street_flow_gt.png"):
+        TapVidSet(tmp_path)
+
+
+def test_pictures_are_drawn_of_clips_that_are_evaluated_already(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder := tmp_path / "annotated").mkdir()
+    write_joints(folder)
+    write_flow(folder)
+    output = tmp_path / "scores"
+    words = ["evaluate", "--badja", str(folder), "--output", str(output), "--trackers", "still"]
+    assert main([*words, "--pictures", "1"]) == 0
+    drawn = {file.relative_to(output / "pictures").as_posix() for file in output.rglob("*.png")}
+    assert drawn == {"still/deer.png", "truth/deer.png"}
+    figures = output / "videos" / "still" / "street.json"
+    before = figures.stat().st_mtime_ns
+    assert main([*words, "--pictures", "2"]) == 0
+    assert len(list(output.rglob("*.png"))) == 4
+    assert figures.stat().st_mtime_ns == before
+    # The truth is drawn over the three annotated frames, tracks over all seven.
+    shown = [read_video(output / "pictures" / name / "deer.mp4").frames for name in ("truth", "still")]
+    assert [len(frames) for frames in shown] == [len(ANNOTATED), FRAMES]
+    capsys.readouterr()
+    (folder / "street_flow_gt.png").unlink()
+    assert main(words) == 2
+    assert "street no longer there" in capsys.readouterr().err
+
+
 def test_the_metrics_of_joints_are_those_of_their_masks_and_points(tmp_path: Path) -> None:
     """PCK's distance is .2 * 500 = 100 pixels of full resolution; the last frame has no mask."""
     write_joints(tmp_path, mask_side=500)
@@ -153,6 +243,12 @@ def test_the_command_shows_every_clip_with_intervals_over_points(
         ("{", "is no list of annotated joints"),
         ('[{"image_path": "a/00001.jpg", "joints": [[1, 2]]}]', "is no list of annotated joints"),
         ('[{"image_path": "a/00001.jpg", "joints": [[1, 2]], "visibility": [true, true]}]', "is no list of"),
+        ('[{"image_path": "a/00001.jpg", "joints": [[1, 2]], "visibility": ["false"]}]', "give true or false of each"),
+        (
+            '[{"image_path": "a/00001.jpg", "joints": [[1, 2]], "visibility": [true]}, '
+            '{"image_path": "a/00001.jpg", "joints": [[1, 3]], "visibility": [true]}]',
+            "frame 1 is annotated twice",
+        ),
         (
             '[{"image_path": "a/00007.jpg", "joints": [[1, 2]], "visibility": [true]}]',
             "does not fit a video of 7 frames",

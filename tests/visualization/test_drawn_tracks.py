@@ -119,6 +119,8 @@ def test_drawing_one_by_one_is_the_same() -> None:
 def test_small_videos_are_enlarged_and_sizes_can_be_chosen() -> None:
     tiny = np.full((FRAMES, 64, 96, 3), 128, np.uint8)
     assert draw_tracks(tiny, one_point((10, 10))).shape == (FRAMES, 320, 480, 3)
+    flat = np.full((FRAMES, 8, 900, 3), 128, np.uint8)
+    assert draw_tracks(flat, one_point((10, 4))).shape == (FRAMES, 16, 1800, 3), "no larger than a screen"
     drawn = draw_tracks(tiny, one_point((48, 16)), size=(240, 320), style=PLAIN)
     np.testing.assert_allclose(centre_of_change(drawn[0]), (160, 60), atol=0.1)
 
@@ -167,6 +169,7 @@ def test_sheet_layout() -> None:
     assert sheet_columns(1, 480, 720) == 1
     height, width = cell_size(12, 480, 720)
     assert height / width == pytest.approx(480 / 720, rel=0.01)
+    assert cell_size(6, 300, 2) == (900, 6), "nor do flat ones make a sheet of metres"
     assert cell_size(12, 32, 32) == (320, 320), "tiny videos are not blown up to a whole sheet"
 
 

@@ -15,6 +15,7 @@ import lightning
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import CogVideoXTransformer3DModel
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -271,15 +272,17 @@ class EmbeddedTraining(lightning.LightningModule):
             torch.nn.init.zeros_(layer.weight)
             torch.nn.init.zeros_(layer.bias)
 
-    def begin_with(self, trained: torch.nn.Module) -> None:
+    def begin_with(self, trained: CogVideoXTransformer3DModel) -> None:
         """Start from the weights of a trained transformer. Raises ValueError for one of another size."""
         for model in (self.transformer, self.average):
             try:
                 model.load_state_dict(trained.state_dict())
             except RuntimeError as error:
+                given, sizes = trained.config, self.config
                 raise ValueError(
-                    "the weights to start from are not of this recipe's layers, heads, head_dim and positions; give a "
-                    "pipeline trained by such a recipe"
+                    f"the weights to start from have {given.num_layers} layers, {given.num_attention_heads} heads and "
+                    f"head_dim {given.attention_head_dim}, the recipe {sizes.layers}, {sizes.heads} and "
+                    f"{sizes.head_dim}, with {sizes.positions} positions; give a pipeline trained by such a recipe"
                 ) from error
 
     def embed(self, prompts: list[str]) -> Tensor:

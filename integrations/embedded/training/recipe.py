@@ -10,6 +10,7 @@ from datetime import timedelta
 import lightning
 import torch
 import yaml
+from diffusers import CogVideoXTransformer3DModel
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, Timer
 from lightning.pytorch.loggers import CSVLogger, Logger
 
@@ -179,6 +180,11 @@ def _check_beginning(output: pathlib.Path, resume: bool, start: str | pathlib.Pa
 
 def _data(config: TrainingConfig, photographs: str | pathlib.Path | None) -> WorldDataModule:
     """The videos of a recipe, which gets the digest of the photographs."""
+    if photographs is not None and not config.videos * config.pictures:
+        raise ValueError(
+            f"photographs are given ({photographs}) and the recipe shows none (pictures: {config.pictures:g}, videos: "
+            f"{config.videos:g}); leave them out, or give a recipe that does, such as varied"
+        )
     pictures = None if photographs is None else Photographs(photographs)
     return WorldDataModule(dataclasses.replace(config, photographs=pictures.digest if pictures else ""), pictures)
 
@@ -187,7 +193,7 @@ def _start_folder(start: str | pathlib.Path) -> pathlib.Path:
     return WEIGHTS if str(start) == "embedded" else pathlib.Path(start)
 
 
-def _trained(start: str | pathlib.Path) -> torch.nn.Module:
+def _trained(start: str | pathlib.Path) -> CogVideoXTransformer3DModel:
     """The transformer that a run begins with."""
     return load_embedded_pipeline(_start_folder(start)).transformer
 

@@ -59,6 +59,8 @@ class WorldConfig:
         for name, least in (("frames", 1), ("height", 8), ("width", 8)):
             object.__setattr__(self, name, whole_number(f"{name} of a generated video", getattr(self, name), least))
         object.__setattr__(self, "sprites", check_sprites(self.sprites))
+        if not isinstance(self.variety, Variety | None):
+            raise ValueError(f"variety must be a Variety or None, got {self.variety!r}")
 
     @property
     def unit(self) -> int:

@@ -88,7 +88,7 @@ def _light(appearance: Appearance, height: int, width: int) -> Tensor:
     rows = (torch.arange(height) + 0.5 - height / 2) / unit
     columns = (torch.arange(width) + 0.5 - width / 2) / unit
     slope = shade[:, 0, None, None] * columns + shade[:, 1, None, None] * rows[:, None]
-    return light[:, :, None, None] * (1 + slope[:, None]).clamp(min=0.2)
+    return light[:, :, None, None] * (1 + slope[:, None]).clamp(0.2, 1.8)
 
 
 def _compressed(frames: Tensor, quality: int) -> Tensor:

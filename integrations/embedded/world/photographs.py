@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Sequence
@@ -13,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from corrdit.files import file_digest
+from corrdit.files import files_digest
 
 LONGEST_SIDE = 1024
 """Pixels to which larger photographs are shrunk."""
+LEAST_SIDE = 16
+"""Pixels that the shorter side of a photograph must have, for crops to show anything."""
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
@@ -31,10 +32,12 @@ class Photographs:
         digest: of all their bytes, in order.
 
     Raises:
-        ValueError: a folder without pictures, or a file that is none.
+        ValueError: no folder, one without pictures, a file that is none, or one with sides below LEAST_SIDE.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
+        if not Path(folder).is_dir():
+            raise ValueError(f"{folder} is no folder; give one of pictures, as benchmarks/photographs.py writes it")
         files = sorted(file for file in Path(folder).glob("*") if file.suffix.lower() in SUFFIXES)
         if not files:
             raise ValueError(
@@ -42,7 +45,7 @@ class Photographs:
                 "wrote"
             )
         self.pictures = [_read(file) for file in files]
-        self.digest = hashlib.sha256("".join(file_digest(file) for file in files).encode()).hexdigest()[:16]
+        self.digest = files_digest(files)[:16]
 
     def crops(self, seeds: Sequence[int], side: int, share: tuple[float, float]) -> Tensor:
         """Square crops in other colours, float32 [N, 3, side, side] in 0..1; each follows from its seed.
@@ -78,8 +81,13 @@ def _read(file: Path) -> Tensor:
     try:
         picture = torch.from_numpy(np.array(imageio.imread(file, plugin="pillow", mode="RGB"))).permute(2, 0, 1)
     except (OSError, ValueError, SyntaxError) as error:
-        raise ValueError(f"{file} cannot be read as a picture: {error}") from error
+        raise ValueError(f"{file} cannot be read as a picture; repair it or take it out of the folder") from error
     scale = LONGEST_SIDE / max(picture.shape[1:])
+    if min(picture.shape[1:]) * min(scale, 1) < LEAST_SIDE:
+        raise ValueError(
+            f"{file} is of {picture.shape[1]} x {picture.shape[2]} pixels; the shorter side of a photograph must have "
+            f"at least {LEAST_SIDE}, also when the longer one is shrunk to {LONGEST_SIDE}"
+        )
     if scale >= 1:
         return picture
     size = tuple(round(scale * length) for length in picture.shape[1:])
