@@ -80,7 +80,11 @@ def main() -> int:
     if reason := cannot_start(arguments.device):
         print(f"gpu.py: {reason}", file=sys.stderr)
         return CANNOT_START
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    try:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"gpu.py: --output {arguments.output} cannot be made a folder: {error.strerror}", file=sys.stderr)
+        return CANNOT_START
     bench = ["bench", "--output", str(arguments.output), "--device", arguments.device, *of_bench]
     if status := corrdit(*bench, "--plan", "--minutes", str(arguments.minutes)):
         return status

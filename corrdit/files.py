@@ -52,7 +52,8 @@ def written_beside(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[I
     path = Path(path)
     refuse_broken_link(path)
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist; make it first")
+        what = "is a file" if path.parent.exists() else "does not exist; make it first"
+        raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} {what}")
     beside = path.parent / _part_name(path.name)
     remover = _begun(functools.partial(beside.unlink, missing_ok=True))
     try:

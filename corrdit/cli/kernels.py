@@ -53,6 +53,17 @@ _CARDS = {
     **dict.fromkeys(("rtx5090", "rtxpro6000"), "120"),
 }
 """NVIDIA's compute capabilities, https://developer.nvidia.com/cuda-gpus."""
+_OF_COMPILING = {
+    "arch": ["90"],
+    "json": False,
+    "output": None,
+    "op": None,
+    "variant": None,
+    "dtype": ["float16", "bfloat16", "float32"],
+    "head_dim": [16, 64, 96, 128, 256],
+    "precision": "ieee",
+}
+"""Options that --check does not take, with their defaults."""
 _KEY = ("op", "heads", "variant", "dtype", "head_dim", "arch")
 
 
@@ -62,20 +73,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--arch",
         nargs="+",
-        default=["90"],
+        default=_OF_COMPILING["arch"],
         help="compute capabilities (80, 86, 89, 90, 100, 120) or cards (a100, h100, ...)",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
     parser.add_argument("--output", type=str, default=None, help="a JSON file that collects the rows")
     parser.add_argument("--op", nargs="+", default=None, help="only these operations")
     parser.add_argument("--variant", nargs="+", default=None, help="only these: plain, mask, window, weights, ...")
-    parser.add_argument("--dtype", nargs="+", default=["float16", "bfloat16", "float32"], help="only these dtypes")
-    parser.add_argument("--head-dim", type=int, nargs="+", default=[16, 64, 96, 128, 256], help="only these head_dims")
+    parser.add_argument("--dtype", nargs="+", default=_OF_COMPILING["dtype"], help="only these dtypes")
+    parser.add_argument(
+        "--head-dim", type=int, nargs="+", default=_OF_COMPILING["head_dim"], help="only these head_dims"
+    )
     parser.add_argument("--precision", type=str, default="ieee", help="of products of float32: ieee or tf32")
 
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.check:
+        given = [name for name, default in _OF_COMPILING.items() if getattr(arguments, name) != default]
+        if given:
+            said = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise ValueError(f"--check runs every kernel in every mode, and takes --device alone; leave out {said}")
         return _check_results(arguments.device)
     if arguments.device is not None:
         raise ValueError("--device says where --check runs; compiling ahead of time takes --arch")
@@ -85,18 +102,22 @@ def run(arguments: argparse.Namespace) -> int:
     from corrdit.kernels.inspection.ahead_of_time import ARCHITECTURES
     from corrdit.kernels.inspection.catalogue import compile_entry, requests, sources
     from corrdit.kernels.requirements import DTYPES, HEAD_DIMS, unwritable_cache
+    from corrdit.problem import FLOAT32_PRECISIONS
 
     # Everything is looked at before the first kernel is compiled.
     arches = [_compute_capability(name, [str(arch) for arch in ARCHITECTURES]) for name in arguments.arch]
     accepted = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
     dtypes = [dtype_name("--dtype", name, accepted) for name in arguments.dtype]
     _check("--head-dim", arguments.head_dim, range(HEAD_DIMS[0], HEAD_DIMS[1] + 1))
+    _check("--precision", [arguments.precision], FLOAT32_PRECISIONS)
     if reason := unwritable_cache():
         raise ValueError(reason)
     wanted = list(requests(arches, dtypes, arguments.head_dim, arguments.op, arguments.variant))
     output = None if arguments.output is None else pathlib.Path(arguments.output)
     digest = f"{sources()} {arguments.precision}"
     rows = [] if output is None else _rows_of(output, digest)
+    if output is not None:
+        _write(output, digest, rows)
     if not arguments.json:
         print("".join(name.ljust(width) for name, width in _COLUMNS).rstrip())
     for request in wanted:

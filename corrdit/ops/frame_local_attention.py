@@ -96,6 +96,8 @@ def frame_local_attention(
         ValueError: an argument is out of range or does not fit the grid.
         RuntimeError: the backend asked for cannot run here.
     """
+    if v is None:
+        raise ValueError("v must be a tensor [batch, heads, tokens, head_dim], got None")
     problem = checks.checked_problem(
         q, k, v, grid, scale=scale, key_mask=key_mask, queries=queries, query_frames=query_frames, keys=keys,
         return_lse=return_lse, memory_budget=memory_budget,

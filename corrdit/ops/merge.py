@@ -41,8 +41,8 @@ def merge(results: Sequence[Tensor], lses: Sequence[Tensor]) -> Tensor:
         first = results[0]
         if (result.shape, result.dtype, result.device) != (first.shape, first.dtype, first.device):
             raise ValueError(
-                f"results must have one shape, dtype and device, got {list(first.shape)} {first.dtype} and "
-                f"{list(result.shape)} {result.dtype}"
+                f"results must have one shape, dtype and device, got {list(first.shape)} {first.dtype} on "
+                f"{first.device} and {list(result.shape)} {result.dtype} on {result.device}"
             )
         if lse.shape != result.shape[:-1]:
             raise ValueError(

@@ -16,6 +16,8 @@ from corrdit.kernels.shared.launch import LOG2_E, choose_tiles, launch, tile_cou
 from corrdit.kernels.shared.primitives import exponentials, load_allowed, load_tile, multiply, product, store_tile, wide
 from corrdit.problem import product_precision
 
+_HALF_RANGE = 2.0**14
+
 
 @triton.jit
 def add_keys(
@@ -38,7 +40,7 @@ def add_keys(
 
 @triton.jit
 def local_backward_query_kernel(
-    q, k, v, gradient, dq, statistics, deltas, own, runs, starts, key_mask, q_strides, k_strides, v_strides,
+    q, k, v, gradient, dq, statistics, deltas, ranges, own, runs, starts, key_mask, q_strides, k_strides, v_strides,
     gradient_strides, dq_strides, mask_strides, heads, group, rows_of_head, tiles, scale, logit_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
     HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
@@ -86,7 +88,8 @@ def local_backward_query_kernel(
                         sum_q, q_tile, gradient_tile, level, delta, k, v, tokens, tokens < end, dims, k_strides,
                         v_strides, scale, D, part == 0, True, PRECISION,
                     )  # fmt: skip
-    store_tile(head_of(dq, batch, head, dq_strides), sum_q * logit_scale, rows, dims, dq_strides, kept_rows, D)
+    sum_q *= logit_scale * tl.load(ranges + batch * (heads // group) + head // group)
+    store_tile(head_of(dq, batch, head, dq_strides), sum_q, rows, dims, dq_strides, kept_rows, D)
 
 
 @triton.jit
@@ -123,7 +126,7 @@ def add_queries(
 
 @triton.jit
 def local_backward_key_kernel(
-    q, k, v, gradient, dk, dv, statistics, deltas, own, runs, starts, key_mask, q_strides, k_strides, v_strides,
+    q, k, v, gradient, dk, dv, statistics, deltas, ranges, own, runs, starts, key_mask, q_strides, k_strides, v_strides,
     gradient_strides, dk_strides, mask_strides, heads, group, rows_of_head, tiles, scale, logit_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
     OF_K: tl.constexpr, OF_V: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
@@ -165,12 +168,35 @@ def local_backward_key_kernel(
                     rows, rows < end, dims, q_strides, gradient_strides, scale, D, OF_K, OF_V, part == 0, True,
                     PRECISION,
                 )  # fmt: skip
+    gradient_range = tl.load(ranges + tl.program_id(1))
     if OF_K:
-        sum_k = tl.where(kept[:, None], sum_k * logit_scale, 0.0)
+        sum_k = tl.where(kept[:, None], sum_k * (logit_scale * gradient_range), 0.0)
         store_tile(head_of(dk, batch, key_head, dk_strides), sum_k, keys, dims, dk_strides, inside, D)
     if OF_V:
-        sum_v = tl.where(kept[:, None], sum_v, 0.0)
+        sum_v = tl.where(kept[:, None], sum_v * gradient_range, 0.0)
         store_tile(head_of(dv, batch, key_head, dk_strides), sum_v, keys, dims, dk_strides, inside, D)
+
+
+def gradient_ranges(gradient: Tensor, grad_level: Tensor | None, v: Tensor) -> Tensor:
+    """float32 `[B, Hk]`, powers of two; divided by them a gradient has a dlogit within float16; 1 for other dtypes.
+
+    By Cauchy and Schwarz no |dO.(v - o)| is above twice the largest |dO| times the largest |v|.
+    """
+    batch, key_heads = v.shape[:2]
+    if v.dtype != torch.float16:
+        return torch.ones(batch, key_heads, dtype=torch.float32, device=v.device)
+
+    def longest(tensor: Tensor) -> Tensor:
+        norms = torch.linalg.vector_norm(tensor, dim=-1, dtype=torch.float32)
+        return norms.masked_fill(~norms.isfinite(), 0.0).amax(-1)
+
+    of_rows = longest(gradient).unflatten(1, (key_heads, -1)).amax(-1)
+    largest = of_rows * torch.clamp(2 * longest(v), min=1.0)
+    if grad_level is not None:
+        levels = grad_level.abs().masked_fill(~grad_level.isfinite(), 0.0).amax(-1)
+        largest = largest + LOG2_E * levels.unflatten(1, (key_heads, -1)).amax(-1)
+    exponents = torch.log2(largest / _HALF_RANGE).ceil()
+    return torch.exp2(exponents.masked_fill(largest == 0, 0.0))
 
 
 def local_backward(
@@ -195,6 +221,11 @@ def local_backward(
         tables: of the queries and of the keys, what each sees of the other. The rest as in `local_forward`.
     """
     batch, heads, tokens, head_dim = q.shape
+    ranges = gradient_ranges(gradient, grad_level, v)
+    if q.dtype == torch.float16:
+        by_head = ranges.repeat_interleave(heads // k.shape[1], 1)[..., None]
+        gradient = (gradient / by_head[..., None]).to(q.dtype)
+        grad_level = None if grad_level is None else grad_level / by_head
     deltas = torch.einsum("bhnd,bhnd->bhn", gradient.to(torch.float32), output.to(torch.float32)).contiguous()
     if grad_level is not None:
         # The log-sum-exp raises each logit's gradient by its weight, as the weighted mean of the values' lowers it.
@@ -210,9 +241,9 @@ def local_backward(
         blocks = tile_count(table.longest, tiles[rows])
         launch(
             kernel, (len(table.own) * blocks, batch * first.shape[1]),
-            q, k, v, gradient, *results, statistics, deltas, *table[:3], mask, q.stride(), k.stride(), v.stride(),
-            gradient.stride(), first.stride(), mask.stride(), heads, heads // k.shape[1], tokens, blocks, scale,
-            scale / LOG2_E,
+            q, k, v, gradient, *results, statistics, deltas, ranges, *table[:3], mask, q.stride(), k.stride(),
+            v.stride(), gradient.stride(), first.stride(), mask.stride(), heads, heads // k.shape[1], tokens, blocks,
+            scale, scale / LOG2_E,
             D=head_dim, BLOCK_D=padded_head_dim(head_dim), BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, **asked,
             PARTS=2 if dropped else 1, HAS_MASK=key_mask is not None, PRECISION=product_precision(), tiles=tiles,
         )  # fmt: skip

@@ -17,7 +17,7 @@ def kernel_input(
     """q, k and the problem as the kernels take them.
 
     heads="features" becomes the one head of "logits" that the means over heads are, three of them for 16-bit inputs,
-    which add up to that one; see `tensor_core_parts`.
+    which add up to that one, at three times the factor; see `tensor_core_parts`.
 
     Raises:
         ValueError: a dtype or head_dim the kernels do not take.
@@ -40,13 +40,15 @@ def kernel_input(
         )
         if dtype != q.dtype:
             q, k = tensor_core_parts(q, k, dtype)
+            # Their mean is a third of their sum. Three times q may not fit float16.
+            problem = replace(problem, factor=q.shape[1] * problem.factor)
         equal = torch.full((1,), 1 / q.shape[1], dtype=weights.dtype, device=q.device).expand(q.shape[1])
         problem = replace(problem, heads="logits", weights=equal)
     return q, k, problem
 
 
 def tensor_core_parts(q: Tensor, k: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Three heads of a 16-bit dtype whose mean of q.k is that of the one float32 head, as exact and on tensor cores.
+    """Three heads of a 16-bit dtype whose sum of q.k is that of the one float32 head, as exact and on tensor cores.
 
     With q = q_high + q_low the sum of the roundings to `dtype` and of what they leave, q.k is
     q_high.k_high + q_high.k_low + q_low.k_high up to the square of a rounding. One rounding alone costs up to 0.25
@@ -60,7 +62,7 @@ def tensor_core_parts(q: Tensor, k: Tensor, dtype: torch.dtype) -> tuple[Tensor,
         `[B, 3, N, D]` in `dtype`. The gradient of each input is that of its rounding, which stands for the whole.
     """
     highs, lows = [], []
-    for tensor in (3.0 * q, k):  # the mean over three heads divides by 3
+    for tensor in (q, k):
         highs.append(tensor.to(dtype))
         lows.append((tensor - highs[-1].to(tensor.dtype)).detach().to(dtype))
     return torch.cat((highs[0], highs[0], lows[0]), 1), torch.cat((highs[1], lows[1], highs[1]), 1)

@@ -86,6 +86,13 @@ def test_a_machine_without_a_gpu_or_a_package_is_told_so(gpu, monkeypatch, capsy
     assert "no_such_package cannot be imported" in str(gpu.cannot_start("cpu"))
 
 
+def test_an_output_that_is_no_folder_is_said(gpu, monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--output", str(tmp_path / "file"), "--device", "cpu"])
+    assert gpu.main() == 2
+    assert capsys.readouterr().err == f"gpu.py: --output {tmp_path / 'file'} cannot be made a folder: File exists\n"
+
+
 def test_what_a_command_prints_is_shown_and_kept(gpu, tmp_path, capfd):
     log = tmp_path / "log.txt"
     assert gpu.corrdit("no-such-command", log=log) == 2

@@ -15,6 +15,7 @@ import torch
 
 from corrdit.benchmark import kernel_cases, kernel_check, random_cases, report
 from corrdit.benchmark.kernel_cases import Case
+from corrdit.cli import main
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ROOT = Path(__file__).parents[2]
@@ -51,6 +52,19 @@ def test_the_cases_cover_what_can_be_asked():
         )
     assert max(Counter(case.name for case in of_gpu).values()) == 1
     assert {case.precision for case in of_gpu} == {"ieee", "tf32"}
+
+
+def test_options_of_compiling_and_of_the_check_are_told_apart(tmp_path, capsys):
+    assert main(["kernels", "--check", "--op", "match", "--head-dim", "64"]) == 2
+    assert "takes --device alone; leave out --op, --head-dim" in capsys.readouterr().err
+    assert main(["kernels", "--precision", "bf16"]) == 2
+    said = capsys.readouterr()
+    assert "--precision must be one of ieee, tf32, got bf16" in said.err
+    (tmp_path / "file").write_text("")
+    assert main(["kernels", "--output", str(tmp_path / "file" / "rows.json")]) == 2
+    both = capsys.readouterr()
+    assert f"the folder {tmp_path / 'file'} is a file" in both.err
+    assert said.out == both.out == ""
 
 
 def test_the_interpreter_shows_every_mode_and_option_once():

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from corrdit import TokenGrid, kernels
+from corrdit import TokenGrid, kernels, ops
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 TEXT_FIRST, TEXT_LAST = TokenGrid(2, 2, 5, text_tokens=18), TokenGrid(3, 1, 6, text_tokens=3, text_first=False)
@@ -50,6 +50,27 @@ def test_gradients_are_the_same_from_run_to_run(case, call):
     )
     for one, two in zip(first, second, strict=True):
         assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("size", [1e-6, 6e3])
+@pytest.mark.parametrize("values", [4.0, 1e-4])
+def test_half_gradients_of_any_size_are_not_lost(size, values):
+    """As loss scaling gives them: dO.v passes the largest number of float16, or is below its smallest."""
+    grid, generator = TokenGrid(2, 3, 8), torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 48, 64, generator=generator) * size for size in (1.0, 0.05, values))
+    inputs = [tensor.half().requires_grad_() for tensor in (q, k, v)]
+    upstream = (v.sign() * size).half()
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    found, expected = (
+        torch.autograd.grad(
+            ops.frame_local_attention(*given, grid, backend=backend), given, upstream.to(given[0].dtype)
+        )
+        for given, backend in ((inputs, "triton"), (exact, "reference"))
+    )
+    for mine, theirs in zip(found, expected, strict=True):
+        smallest = 2.0**-24  # of float16
+        assert mine.isfinite().all()
+        assert (mine.double() - theirs).abs().max() <= 3e-3 * theirs.abs().max() + smallest
 
 
 def test_nan_stays_where_it_is_seen(case, call):

@@ -64,6 +64,19 @@ def test_means_in_parts_are_as_exact_as_weights_of_eleven_bits(monkeypatch, shar
     assert relative_error(displacement(q, k, "triton")[0], exact[0]) > 4 * tolerance
 
 
+@pytest.mark.parametrize("size", [2.3e4, 6e4])
+def test_means_up_to_the_largest_number_are_read(size):
+    grid, generator = TokenGrid(2, 3, 6), torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 1, 36, 16, generator=generator) for _ in range(2))
+    q = (q.clamp(-1, 1) * size).expand(1, 3, 36, 16).half()
+    k = k.expand(1, 3, 36, 16).half()
+    found, exact = (
+        ops.soft_displacement(*given, grid, heads="features", scale=0.3 / size, backend=backend)
+        for given, backend in (((q, k), "triton"), ((q.double(), k.double()), "reference"))
+    )
+    torch.testing.assert_close(found.double(), exact, atol=2e-3, rtol=0)
+
+
 @pytest.mark.usefixtures("large_tiles")
 @pytest.mark.parametrize("operation", ["match", "attention_mass"])
 def test_other_operations_take_the_parts(sharp, operation):

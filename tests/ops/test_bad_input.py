@@ -137,6 +137,8 @@ def test_tensors_that_do_not_fit():
             ops.frame_local_attention(q, k, v, GRID, **options)
     with pytest.raises(ValueError, match="q and v must have the same shape"):
         ops.frame_local_attention(q, k, v[..., :2], GRID)
+    with pytest.raises(ValueError, match=r"v must be a tensor \[batch, heads, tokens, head_dim\], got None"):
+        ops.frame_local_attention(q, k, None, GRID)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="text_first must be True or False, got 'last'"):
         TokenGrid(3, 2, 3, 2, text_first="last")  # type: ignore[arg-type]
 

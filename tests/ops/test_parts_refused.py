@@ -50,6 +50,7 @@ def test_what_cannot_be_merged():
         ([result], [lse, lse], "got 1 results and 2 lses"),
         ([result, result[:1]], [lse, lse[:1]], "one shape, dtype and device"),
         ([result, result.half()], [lse, lse], "one shape, dtype and device"),
+        ([result, result.to("meta")], [lse, lse], "float32 on cpu and .*float32 on meta"),
         ([result], [lse[:1]], r"without the last axis, \[2, 3\], got \[1, 3\]"),
         ([result.long()], [lse], "results must be floating-point tensors, got torch.int64"),
         ([result], [lse.double()], "must be torch.float32 there, as the operations return them, got torch.float64"),
