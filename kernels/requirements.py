@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Iterator
 
+import numpy
 import torch
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -59,6 +61,32 @@ def unwritable_cache() -> str | None:
     return f"triton cannot write its cache {place}; set TRITON_CACHE_DIR to a folder that can be written"
 
 
+def unfit_interpreter(triton: str | None, numpy: str) -> str | None:
+    """Why a version of triton cannot run kernels on CPU tensors beside one of numpy, None where it can."""
+    if triton is None or _release(triton) >= (3, 7) or _release(numpy) < (2, 4):
+        return None
+    return (
+        f"the interpreter of triton {triton} does not run with numpy {numpy}; install numpy below 2.4, or triton 3.7 or "
+        "newer"
+    )
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """(2, 4) of "2.4.6"."""
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+# Once, for a traced caller cannot ask.
+_UNFIT_INTERPRETER = unfit_interpreter(_installed("triton"), numpy.__version__)
+
+
 def unfit_machine(device: str, interpreted: bool) -> str | None:
     """Why the kernels cannot run here on tensors of a device.
 
@@ -68,8 +96,10 @@ def unfit_machine(device: str, interpreted: bool) -> str | None:
     """
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if device == PLANNED or (device == "cpu" and interpreted):
+    if device == PLANNED:
         return None
+    if device == "cpu" and interpreted:
+        return _UNFIT_INTERPRETER
     if device.partition(":")[0] != "cuda":
         return (
             f"the tensors are on {device}, the kernels need a CUDA device (or TRITON_INTERPRET=1, set before triton is "

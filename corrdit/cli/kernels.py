@@ -152,6 +152,7 @@ def _check_results(name: str | None) -> int:
     import torch
 
     from corrdit.cli.devices import checked_device
+    from corrdit.kernels.requirements import unfit_machine
 
     device = checked_device(name) or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
@@ -161,6 +162,8 @@ def _check_results(name: str | None) -> int:
         torch.cuda.set_device(device)
     else:
         os.environ["TRITON_INTERPRET"] = "1"
+        if reason := unfit_machine("cpu", interpreted=True):
+            raise ValueError(reason)
     from corrdit.benchmark.environment import device_name
     from corrdit.benchmark.kernel_check import findings
 

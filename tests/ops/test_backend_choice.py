@@ -74,6 +74,19 @@ def test_a_budget_that_a_backend_would_ignore_is_refused(operation, backend):
         operation(q, q, TokenGrid(2, 2, 2), backend=backend, memory_budget=1 << 20)
 
 
+def test_an_interpreter_that_fails_beside_a_newer_numpy_is_named(monkeypatch, capsys):
+    reason = requirements.unfit_interpreter("3.6.0", "2.4.6")
+    assert reason == (
+        "the interpreter of triton 3.6.0 does not run with numpy 2.4.6; install numpy below 2.4, or triton 3.7 or newer"
+    )
+    for versions in (("3.6.0", "2.3.5"), ("3.7.1", "2.4.6"), ("3.10.0", "2.4.6"), (None, "2.4.6")):
+        assert requirements.unfit_interpreter(*versions) is None
+    monkeypatch.setattr(requirements, "_UNFIT_INTERPRETER", reason)
+    assert requirements.unfit_machine("cpu", interpreted=True) == reason
+    assert main(["kernels", "--check", "--device", "cpu"]) == 2
+    assert reason in capsys.readouterr().err
+
+
 def test_a_triton_cache_that_cannot_be_written_is_named(monkeypatch, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "cache"))
