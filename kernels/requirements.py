@@ -66,8 +66,8 @@ def unfit_interpreter(triton: str | None, numpy: str) -> str | None:
     if triton is None or _release(triton) >= (3, 7) or _release(numpy) < (2, 4):
         return None
     return (
-        f"the interpreter of triton {triton} does not run with numpy {numpy}; install numpy below 2.4, or triton 3.7 or "
-        "newer"
+        f"the interpreter of triton {triton} does not run with numpy {numpy}; install numpy below 2.4, or triton 3.7 "
+        "or newer"
     )
 
 
