@@ -49,9 +49,14 @@ def compiled(folder: pathlib.Path | None, parts: pathlib.Path, options: Sequence
 
 
 def replaced(held: Iterable[Record], made: Sequence[Record]) -> list[Record]:
-    """The rows that are held of other launches, and those that were made."""
-    launches = {tuple(row[name] for name in LAUNCH) for row in made}
-    return [row for row in held if tuple(row[name] for name in LAUNCH) not in launches] + list(made)
+    """The rows that are held, with those that were made in the places of the same launches, or at the end."""
+    rows: dict[tuple[object, ...], list[Record]] = {}
+    for row in held:
+        rows.setdefault(tuple(row[name] for name in LAUNCH), []).append(row)
+    fresh: dict[tuple[object, ...], list[Record]] = {}
+    for row in made:
+        fresh.setdefault(tuple(row[name] for name in LAUNCH), []).append(row)
+    return [row for of_launch in (rows | fresh).values() for row in of_launch]
 
 
 def shape_use(shape: Shape) -> Record:
