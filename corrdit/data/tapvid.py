@@ -277,6 +277,10 @@ def file_entries(file: Path) -> list[tuple[str, object]]:
             f"{file} is a video or a picture; a TAP-Vid file is a pickle of videos with annotated points (.pkl), and "
             "without annotations nothing can be scored (`corrdit track` follows points through a video)"
         )
+    if file.suffix.lower() == ".json":
+        raise ValueError(
+            f"{file} is no pickle; annotated joints are read with the video beside them: give {file.parent}"
+        )
     contents = load_arrays(file)
     if isinstance(contents, dict) and contents and all(isinstance(entry, dict) for entry in contents.values()):
         return [(str(name), contents[name]) for name in sorted(contents, key=str)]

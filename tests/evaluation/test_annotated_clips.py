@@ -140,6 +140,8 @@ def test_clips_that_are_not_whole_or_of_one_name_are_said(tmp_path: Path) -> Non
     write_joints(tmp_path)
     write_flow(tmp_path)
     (tmp_path / "notes.json").write_text("[1, 2]", encoding="utf-8")
+    with pytest.raises(ValueError, match="with the video beside them: give "):
+        TapVidSet(tmp_path / "deer.json").index()
     (tmp_path / "deer.mp4").unlink()
     (tmp_path / "street_frame2.png").unlink()
     entries = TapVidSet(tmp_path).index()
