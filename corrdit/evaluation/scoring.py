@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -153,7 +154,14 @@ def track_in_parts(track: Track, video: np.ndarray, queries: np.ndarray, queries
     return Tracks(*joined)
 
 
-def draw_tracks(folder: str | os.PathLike[str], sample: TapVidSample, tracks: Tracks, *, trail: int = TRAIL) -> None:
+def draw_tracks(
+    folder: str | os.PathLike[str],
+    sample: TapVidSample,
+    tracks: Tracks,
+    *,
+    trail: int = TRAIL,
+    numbers: Sequence[int] | None = None,
+) -> None:
     """Write `VIDEO.mp4` and the contact sheet `VIDEO.png` into a folder, which is made if need be.
 
     Args:
@@ -161,6 +169,7 @@ def draw_tracks(folder: str | os.PathLike[str], sample: TapVidSample, tracks: Tr
         sample: the video.
         tracks: of its queries.
         trail: past frames whose path is drawn behind a point.
+        numbers: of the frames, as the sheet calls them; None counts them.
     """
     name = file_name(sample.name)
     with OutputFolder(folder) as hidden:
@@ -173,6 +182,7 @@ def draw_tracks(folder: str | os.PathLike[str], sample: TapVidSample, tracks: Tr
             video_path=hidden / f"{name}.mp4",
             sheet_path=hidden / f"{name}.png",
             style=TrackStyle(trail=trail),
+            numbers=numbers,
         )
 
 
@@ -188,7 +198,7 @@ def draw_truth(folder: str | os.PathLike[str], sample: TapVidSample, *, trail: i
         occluded=sample.occluded[:, kept],
         annotated=None,
     )
-    draw_tracks(folder, shown, true_tracks(shown), trail=trail)
+    draw_tracks(folder, shown, true_tracks(shown), trail=trail, numbers=kept.tolist())
 
 
 def true_tracks(sample: TapVidSample) -> Tracks:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -221,6 +221,7 @@ def write_track_pictures(
     video_path: str | os.PathLike[str],
     sheet_path: str | os.PathLike[str],
     style: TrackStyle | None = None,
+    numbers: Sequence[int] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Draw tracks over a video and write it with its contact sheet, holding one frame at a time.
@@ -233,6 +234,7 @@ def write_track_pictures(
         fps: frames per second of the written video.
         video_path: .mp4, .mov or .gif; sheet_path: .png.
         style: see `TrackStyle`.
+        numbers: what the frames are called on the sheet; None counts them.
         progress: called with (frames done, frames in all).
     """
     total = len(tracks.xy)
@@ -257,7 +259,7 @@ def write_track_pictures(
         legend = f"{legend}; colours tell where a point starts."
         contact_sheet(
             cells,
-            [f"frame {index}" for index in chosen],
+            [f"frame {index if numbers is None else numbers[index]}" for index in chosen],
             path=sheet_path,
             caption=f"{tracks.xy.shape[1]} point{'s' * (tracks.xy.shape[1] != 1)}, {visible:.0f} % visible. {legend}",
         )
