@@ -52,8 +52,8 @@ def test_rows_of_each_version_replace_those_of_an_older_commit(script, tmp_path,
     assert script.main(given) == 0
     held = json.loads(output.read_text())["rows"]
     assert [(one["commit"], one["head_dim"], one["registers"]) for one in held if one["triton"] == "0.1"] == [
-        ("old", 128, 9), ("new", 64, 100), ("new", 64, 101),
-    ]  # fmt: skip
+        ("new", 64, 100), ("new", 64, 101), ("old", 128, 9),
+    ]  # fmt: skip  # in the places of the old ones
     assert len(held) == 5
 
 
