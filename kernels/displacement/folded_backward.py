@@ -159,7 +159,8 @@ class _FoldedGradient(NamedTuple):
         """dlogit `[rows, keys]` of a chunk, in the workspace."""
         dlogit = workspace[: chunk.elements].view(chunk.queries.total, -1)[:, : chunk.keys.total]
         q, _, common = self.weighted
-        tiles = choose_tiles("folded_gradient", q)
+        # A mask or a window fits beside a full tile, both do not.
+        tiles = choose_tiles("folded_gradient", q, self.key_mask is not None and self.window >= 0)
         held = min(self.table.longest, chunk.stop_key - chunk.first_key)
         row_tiles, key_tiles = tile_count(chunk.queries.tokens, tiles.rows), tile_count(held, tiles.columns)
         mask = dlogit if self.key_mask is None else self.key_mask[sample : sample + 1]

@@ -117,6 +117,7 @@ _GUARDED = {
         256: Tiles(128, 16, 256, 8, 2),
     },
     "soft_backward_key": {64: Tiles(64, 128, 64, 8, 2), 128: Tiles(32, 128, 128, 8, 2), 256: Tiles(16, 128, 256, 8, 2)},
+    "folded_gradient": {16: Tiles(128, 64, 16, 8, 4), 256: Tiles(128, 64, 32, 8, 4)},
     "best_match": {16: Tiles(64, 32, 16, 4, 2), 64: Tiles(64, 64, 64, 4, 2), 256: Tiles(64, 64, 128, 8, 2)},
     "best_match_folded": {64: Tiles(128, 128, 32, 8, 3), 256: Tiles(128, 128, 64, 8, 2)},
 }

@@ -88,6 +88,31 @@ def test_soft_displacement_of_one_head_on_hopper():
     }  # fmt: skip
 
 
+MASK_AND_WINDOW = """
+import torch
+from corrdit.kernels.inspection import ahead_of_time, catalogue
+
+grid = catalogue.GRID.without_text()
+q = catalogue.meta_heads(catalogue.HEADS, grid.tokens, {head_dim}, torch.bfloat16)
+mask = torch.empty(1, grid.tokens, dtype=torch.bool, device="meta")
+with ahead_of_time.recording(90) as compiled:
+    catalogue._soft_displacement(catalogue.Inputs(q, grid, "logits", None, mask, catalogue.WINDOW))()
+bad = {{one.kernel for one in compiled if one.spill_bytes or one.serialized or not one.launchable}}
+print(sorted(bad), len(compiled))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_mask_beside_a_window_does_not_spill(head_dim):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", MASK_AND_WINDOW.format(head_dim=head_dim)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    bad, count = done.stdout.rsplit(maxsplit=1)
+    assert bad == "[]"
+    assert int(count) > 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("head_dim", catalogue.HEAD_DIMS)
 def test_every_kernel_on_hopper(head_dim):
