@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from corrdit.video import StreamedVideo
     from corrdit.visualization import TrackStyle
 
-EVERYWHERE = "grid:16"
+DEFAULT_POINTS = "grid:16"
 TRACKS_RECORD, DENSE_RECORD = "tracks.json", "dense.json"
 HELP = "follow points through a video"
 USAGE = "VIDEO --output DIR [--points grid:16 | FILE.csv] [--model embedded] [options]"
@@ -73,7 +73,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("video", metavar="VIDEO", help="video file, folder of frames, or folder of videos")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results, made if need be")
     add_model_options(parser)
-    parser.add_argument("--points", default=EVERYWHERE, metavar="grid:N|FILE.csv", help="the points to follow")
+    parser.add_argument("--points", default=DEFAULT_POINTS, metavar="grid:N|FILE.csv", help="the points to follow")
     parser.add_argument("--start", type=int, default=0, metavar="N", help="skip the first N frames")
     parser.add_argument("--max-frames", type=int | None, default=None, metavar="N", help="read at most N frames")
     parser.add_argument(
@@ -118,7 +118,7 @@ def run(arguments: Namespace) -> int:
         return track_folder(arguments, checked_preset(arguments.preset))
     if arguments.rerun and arguments.dense is not None:
         raise ValueError("--rerun shows points and --dense follows every pixel; leave one of them out")
-    if arguments.dense is not None and arguments.points != EVERYWHERE:
+    if arguments.dense is not None and arguments.points != DEFAULT_POINTS:
         raise ValueError(
             f"--dense {arguments.dense} follows pixels in place of --points {arguments.points}; leave one of them out"
         )

@@ -17,10 +17,9 @@ from corrdit.runs import Inputs
 
 
 class TapVidItem(TypedDict, total=False):
-    """A video with its queries ("sample"), or why it is broken ("error"); "number" is its place in the set."""
+    """A video with its queries ("sample"), or why it is broken ("error")."""
 
     name: str
-    number: int
     sample: TapVidSample
     error: str
 
@@ -94,7 +93,7 @@ class TapVidDataModule(EachOnceDataModule[TapVidItem]):
 
     def sample(self, name: str) -> TapVidItem:
         """The video of a name, read and cut as asked for."""
-        number, entry = self._entries[name]
+        _, entry = self._entries[name]
         try:
             video = self.videos.read(entry)
             if self.max_frames is not None:
@@ -103,8 +102,8 @@ class TapVidDataModule(EachOnceDataModule[TapVidItem]):
             if self.corruption is not None:
                 sample = replace(sample, video=self.corruption.applied(sample.video))
         except (ValueError, OSError) as error:
-            return {"name": name, "number": number, "error": str(error)}
-        return {"name": name, "number": number, "sample": sample}
+            return {"name": name, "error": str(error)}
+        return {"name": name, "sample": sample}
 
     def number(self, name: str) -> int:
         """The place of a video in the set; after `setup`."""

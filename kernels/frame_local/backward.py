@@ -195,8 +195,8 @@ def gradient_ranges(gradient: Tensor, grad_level: Tensor | None, v: Tensor) -> T
     if grad_level is not None:
         levels = grad_level.abs().masked_fill(~grad_level.isfinite(), 0.0).amax(-1)
         largest = largest + LOG2_E * levels.unflatten(1, (key_heads, -1)).amax(-1)
-    exponents = torch.log2(largest / _HALF_RANGE).ceil()
-    return torch.exp2(exponents.masked_fill(largest == 0, 0.0))
+    # Within what float32 can divide by, also where nothing or next to nothing is asked for.
+    return torch.exp2(torch.log2(largest / _HALF_RANGE).ceil().clamp(-100.0, 100.0))
 
 
 def local_backward(

@@ -76,6 +76,23 @@ def test_half_gradients_of_any_size_are_not_lost(size, values):
         assert (errors <= 3e-3 * largest + smallest).all()
 
 
+@pytest.mark.parametrize("level", [0.0, 1e-44, 1.0])
+def test_half_gradients_of_a_log_sum_exp_alone(level):
+    grid, generator = TokenGrid(2, 2, 3), torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, 1, 12, 16, generator=generator).half().requires_grad_() for _ in range(3)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    found, expected = (
+        torch.autograd.grad(
+            (lse := ops.frame_local_attention(*given, grid, backend=backend, return_lse=True)[1]),
+            given[:2],
+            torch.full_like(lse, level),
+        )
+        for given, backend in ((inputs, "triton"), (exact, "reference"))
+    )
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine.double(), theirs, atol=3e-3 * float(theirs.abs().max()) + 1e-30, rtol=0)
+
+
 def test_nan_stays_where_it_is_seen(case, call):
     pinned = case(mode=None, grid=NO_TEXT)
     q, k, v = (pinned.tensor(seed) for seed in range(3))
