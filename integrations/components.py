@@ -13,6 +13,7 @@ import re
 import struct
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from types import ModuleType
 from typing import TYPE_CHECKING, TypeAlias, cast
 
 import torch
@@ -122,13 +123,21 @@ def loaded_models(folder: pathlib.Path, *, dtype: torch.dtype, low_cpu_mem_usage
 
 
 def component_class(library: str, class_name: str | None) -> type | None:
-    """The class of a component; None in libraries that only the pipeline may import."""
+    """The class of a component; None in libraries that only the pipeline may import.
+
+    Args:
+        library: a library, or the package of a pipeline inside diffusers that has parts of its own.
+        class_name: in it.
+    """
     if library == "diffusers":
         import diffusers as module
     elif library == "transformers":
         import transformers as module
     else:
-        module = sys.modules.get(library)
+        import diffusers.pipelines
+
+        own = getattr(diffusers.pipelines, library, None)
+        module = own if isinstance(own, ModuleType) else sys.modules.get(library)
     found = getattr(module, str(class_name), None)
     if found is None and library in ("diffusers", "transformers"):
         raise ValueError(f"{INDEX_FILE} names {library}.{class_name}, which this {library} does not have")

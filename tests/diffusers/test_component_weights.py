@@ -13,7 +13,7 @@ from corrdit import load_backbone
 from corrdit.integrations.components import loaded_models
 from corrdit.integrations.embedded import load_embedded_pipeline
 from corrdit.integrations.embedded.pipeline import build_pipeline, build_transformer
-from corrdit.testing import tiny_pipeline
+from corrdit.testing import TINY_MODELS, tiny_pipeline
 
 Tensors = dict[str, torch.Tensor]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -55,6 +55,21 @@ def test_weights_that_are_not_the_models_are_named(
     with pytest.raises(ValueError, match=message) as raised:
         load_backbone(folder)
     assert str(folder / component) in str(raised.value)
+
+
+@pytest.mark.skipif("ltx2" not in TINY_MODELS, reason="this diffusers has no LTX-2")
+@pytest.mark.parametrize("change", [_lacks, _unknown, _reshaped])
+def test_so_are_those_of_a_part_that_only_its_pipeline_has(
+    tmp_path: pathlib.Path, change: Callable[[Tensors], str]
+) -> None:
+    tiny_pipeline("ltx2").save_pretrained(tmp_path)
+    file = tmp_path / "connectors" / WEIGHTS
+    tensors = load_file(file)
+    message = change(tensors)
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=message) as raised:
+        load_backbone(tmp_path)
+    assert str(tmp_path / "connectors") in str(raised.value)
 
 
 @pytest.mark.parametrize("change", [_lacks, _unknown, _reshaped])
