@@ -17,7 +17,7 @@ from corrdit.integrations.diffusers.backbones.published_checkpoints import (
     checkpoint_of,
 )
 from corrdit.integrations.diffusers.backbones.table import BACKBONES
-from corrdit.integrations.diffusers.planning.fake_model import UNKNOWN, fake_model
+from corrdit.integrations.diffusers.planning.configured_model import UNKNOWN, configured_model
 from corrdit.integrations.diffusers.planning.plan import plan
 
 EXPECTED = {
@@ -83,7 +83,7 @@ def test_shapes_and_tokens_follow_from_the_configuration(name: str) -> None:
     checkpoint = CHECKPOINTS[name]
     if not hasattr(diffusers, checkpoint.pipeline):
         pytest.skip(f"this diffusers has no {checkpoint.pipeline}")
-    model = fake_model(name, device=torch.device("cuda"))
+    model = configured_model(name, device=torch.device("cuda"))
     backbone, (frames, height, width) = model.backbone, checkpoint.size
     with model.running():
         grid = backbone.generation_grid(height, width, frames)
@@ -139,7 +139,7 @@ def test_what_is_unknown_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     small = ["--frames", "5", "--height", "128", "--width", "128", "--steps", "2", "--task", "capture"]
     assert main(["plan", "kandinsky-5-lite-i2v", *small]) == 0
     assert "not known, and in no figure: scheduler, text_encoder" in capsys.readouterr().out
-    model = fake_model("kandinsky-5-lite-i2v", device=torch.device("cuda"))
+    model = configured_model("kandinsky-5-lite-i2v", device=torch.device("cuda"))
     assert model.sources["text_encoder"] == UNKNOWN
 
 

@@ -12,6 +12,7 @@ import time
 
 import pytest
 import torch
+import transformers
 
 from corrdit import load_backbone
 from corrdit.cli import main
@@ -19,12 +20,13 @@ from corrdit.integrations.diffusers.backbones.loading import backbone_of
 from corrdit.integrations.diffusers.backbones.published_checkpoints import CHECKPOINTS, checkpoint_of
 from corrdit.integrations.diffusers.placement import Placement
 from corrdit.integrations.diffusers.planning.cards import CARDS
-from corrdit.integrations.diffusers.planning.fake_model import fake_model
+from corrdit.integrations.diffusers.planning.configured_model import configured_model
 from corrdit.integrations.diffusers.planning.memory_trace import MemoryTrace
 from corrdit.integrations.diffusers.planning.plan import plan
 from corrdit.integrations.diffusers.planning.repeats import Repeats
 from corrdit.integrations.diffusers.planning.residence import bytes_of, resident
-from corrdit.integrations.diffusers.testing.tiny_models import tiny_generation, tiny_pipeline
+from corrdit.integrations.diffusers.planning.tasks import PlannedTask, Request
+from corrdit.integrations.diffusers.testing.tiny_models import TINY_MODELS, tiny_generation, tiny_pipeline
 
 SCRIPTS = pathlib.Path(__file__).parents[2] / "benchmarks"
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
@@ -168,8 +170,46 @@ def test_offloaded_parts_stay_until_the_next_in_the_chain_runs():
     assert resident(order, parts, Placement()) == [parts] * len(order)
 
 
+def kinds(parts):
+    """Type and size of every tensor of some components."""
+    return {
+        f"{part} {name}": (tensor.dtype, tensor.shape)
+        for part, module in parts.items()
+        if isinstance(module, torch.nn.Module)
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]
+    }
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", sorted({"cogvideox", "wan", "ltx2", "kandinsky5"} & set(TINY_MODELS)))
+def test_weights_have_the_types_they_are_loaded_in(name, dtype, tmp_path):
+    """The libraries keep some in float32: transformers T5's widest for float16, diffusers Wan's norms for both."""
+    pipe = tiny_pipeline(name)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    pipe.register_modules(text_encoder=transformers.T5EncoderModel(transformers.T5Config(vocab_size=32, **sizes)))
+    pipe.save_pretrained(tmp_path)
+    loaded = kinds(load_backbone(tmp_path, dtype=dtype).pipe.components)
+    assert kinds(configured_model(tmp_path, device=GPU, dtype=dtype).parts) == loaded
+    drawn = kinds(configured_model(tmp_path, device=CPU, dtype=dtype, random=True).parts)
+    assert drawn == {key: kind for key, kind in loaded.items() if not key.startswith("text_encoder")}
+    wide = {kind for key, (kind, _) in loaded.items() if ".wo." in key}
+    assert wide == {torch.float32 if dtype == torch.float16 else dtype}
+
+
+def test_a_random_model_runs_without_its_encoders():
+    model = configured_model("embedded", device=CPU, random=True)
+    assert sorted(model.parts) == ["transformer", "vae"]
+    assert model.mode is None
+    step = PlannedTask(model, Request("generate", 8, 32, 32)).step
+    (first,), (second,) = step(), step()
+    assert first.shape == (2, 8, 12, 16, 16)
+    assert first.std() > 0
+    assert not torch.equal(first, second)
+
+
 def test_packed_weights_take_a_byte():
-    model = fake_model("embedded", device=CPU)
+    model = configured_model("embedded", device=CPU)
     own, packed = (bytes_of(model.parts, Placement(weights=kind)) for kind in ("own", "float8"))
     linear = [module for module in model.parts["transformer"].modules() if isinstance(module, torch.nn.Linear)]
     smallest = sum(weight.numel() for module in linear for weight in module.parameters())
@@ -211,7 +251,7 @@ def test_published_checkpoints_have_their_published_sizes():
     """Billions of parameters as their pages have them."""
     billions = {"cogvideox-5b": 5.57, "wan-2.1-1.3b": 1.42, "wan-2.1-14b": 14.3, "hunyuanvideo": 12.8, "mochi": 10.0}
     for name, expected in billions.items():
-        transformer = fake_model(name, device=GPU).parts["transformer"]
+        transformer = configured_model(name, device=GPU).parts["transformer"]
         assert sum(weight.numel() for weight in transformer.parameters()) / 1e9 == pytest.approx(expected, rel=0.01)
     assert checkpoint_of("THUDM/CogVideoX-5b") is checkpoint_of("CogVideoX-5B") is CHECKPOINTS["cogvideox-5b"]
     assert all(part.source for checkpoint in CHECKPOINTS.values() for part in checkpoint.parts.values())

@@ -20,12 +20,12 @@ from corrdit.integrations.diffusers.backbones.published_models import default_la
 from corrdit.integrations.diffusers.motion_transfer.transfer import MotionTransfer
 from corrdit.integrations.diffusers.placement import Placement
 from corrdit.integrations.diffusers.planning.cards import CARDS
-from corrdit.integrations.diffusers.planning.fake_model import FakeModel, fake_model
+from corrdit.integrations.diffusers.planning.configured_model import ConfiguredModel, configured_model
 from corrdit.integrations.diffusers.planning.kernel_calls import KERNEL_FLOP, kernel_functions, kernels_planned
 from corrdit.integrations.diffusers.planning.memory_trace import MemoryTrace, PhaseTrace
 from corrdit.integrations.diffusers.planning.repeats import Repeats
 from corrdit.integrations.diffusers.planning.residence import Bytes, bytes_of, moving, resident
-from corrdit.integrations.diffusers.planning.tasks import TASKS, Phase, Request, TaskOnFakes
+from corrdit.integrations.diffusers.planning.tasks import TASKS, Phase, PlannedTask, Request
 from corrdit.integrations.diffusers.transfer_settings import TransferSettings
 
 DEFAULT_SIZE = (49, 480, 720)
@@ -203,7 +203,7 @@ def plan(
         raise ValueError(f'cag goes with task="generate", got task={task!r}')
     if settings and task != "transfer":
         raise ValueError(f'{", ".join(settings)} are settings of task="transfer", got task={task!r}')
-    found = fake_model(model, dtype=dtype, device=torch.device(device), preset=preset)
+    found = configured_model(model, dtype=dtype, device=torch.device(device), preset=preset)
     size = _size(found, frames, height, width)
     request = _request(found, task, size, settings, steps=steps, layers=layers, guided=guided, cag=cag)
     planner = _Planner(found, request, device)
@@ -222,7 +222,7 @@ def plan(
 
 
 def _request(
-    model: FakeModel,
+    model: ConfiguredModel,
     task: str,
     size: tuple[int, int, int],
     settings: Mapping[str, Any] | None,
@@ -247,18 +247,18 @@ def _request(
 class _Planner:
     """Traces of the phases in the ways that are asked for, each made once."""
 
-    def __init__(self, model: FakeModel, request: Request, device: str) -> None:
+    def __init__(self, model: ConfiguredModel, request: Request, device: str) -> None:
         self._model, self._request, self._device = model, request, device
         self._known: dict[tuple[object, ...], PhaseTrace] = {}
         self._repeats = Repeats()
-        self.grid = TaskOnFakes(model, request).grid
+        self.grid = PlannedTask(model, request).grid
 
     def phases(self, way: Way) -> list[PhasePlan]:
         """The task done in a way."""
         request, placement = self._request, way.placement
         if request.settings is not None:
             request = replace(request, settings=replace(request.settings, gradient_checkpointing=way.checkpointing))
-        task = TaskOnFakes(self._model, request)
+        task = PlannedTask(self._model, request)
         listed = task.phases()
         weights = resident([phase.component for phase in listed], bytes_of(self._model.parts, placement), placement)
         missing = [phase for phase in listed if phase.component and self._key(phase, way) not in self._known]
@@ -356,7 +356,7 @@ def _leaner(way: Way, transfer: bool) -> Iterator[Way]:
                 yield leaner
 
 
-def _size(model: FakeModel, *given: int | None) -> tuple[int, int, int]:
+def _size(model: ConfiguredModel, *given: int | None) -> tuple[int, int, int]:
     known = model.size or DEFAULT_SIZE
     reading = model.backbone.preset.reading
     if model.size is None and reading.height and reading.width:
@@ -368,7 +368,7 @@ def _size(model: FakeModel, *given: int | None) -> tuple[int, int, int]:
     return frames, height, width
 
 
-def _is_guided(model: FakeModel, settings: TransferSettings | None) -> bool:
+def _is_guided(model: ConfiguredModel, settings: TransferSettings | None) -> bool:
     """Whether a generation without further arguments runs two branches."""
     defaults = inspect.signature(type(model.backbone.pipe).__call__).parameters
     # HunyuanVideo's guidance_scale is an input of the model.

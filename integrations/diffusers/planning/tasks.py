@@ -26,7 +26,7 @@ from corrdit.integrations.diffusers.motion_transfer.observation import Reader
 from corrdit.integrations.diffusers.motion_transfer.reference import ReferenceMotion, motion_of_latents
 from corrdit.integrations.diffusers.motion_transfer.run_state import RunState
 from corrdit.integrations.diffusers.motion_transfer.words import PromptWords
-from corrdit.integrations.diffusers.planning.fake_model import FakeModel
+from corrdit.integrations.diffusers.planning.configured_model import ConfiguredModel
 from corrdit.integrations.diffusers.transfer_settings import TransferSettings
 from corrdit.tracking.readings import cost_rows, matches_back, read_tokens
 from corrdit.tracking.tracker import PointTracker
@@ -80,15 +80,15 @@ class Request:
     cag: bool = False
 
 
-class TaskOnFakes:
-    """A task on a model without contents.
+class PlannedTask:
+    """A task on a model from configurations.
 
     Args:
         model: the model.
         request: the task.
     """
 
-    def __init__(self, model: FakeModel, request: Request) -> None:
+    def __init__(self, model: ConfiguredModel, request: Request) -> None:
         self._model, self._request = model, request
         self._backbone, self._pipe = model.backbone, model.backbone.pipe
         backbone = self._backbone
@@ -132,10 +132,16 @@ class TaskOnFakes:
             Phase("", ""),
             *encode,
             Phase("guided step", "transformer", self._guided_step, guided),
-            Phase("denoising step", "transformer", self._step, settings.steps - guided),
+            Phase("denoising step", "transformer", self.step, settings.steps - guided),
             decode,
         ]
         return [phase for phase in phases if phase.times]
+
+    def step(self) -> object:
+        """What the pipeline's loop asks of the transformer in one step."""
+        with unset_fake_temporarily():
+            self._pipe.scheduler = self._backbone.stepping_scheduler(self._request.steps)
+        return self._call_transformer()
 
     @property
     def _encoders(self) -> list[str]:
@@ -153,7 +159,8 @@ class TaskOnFakes:
     def _latents(self, batch: int, frames: int | None = None) -> Tensor:
         backbone = self._backbone
         channels = backbone.latent_channels * backbone.frames_per_token
-        return torch.zeros(batch, frames or self.latent_frames, channels, *self._latent_size, dtype=self._model.dtype)
+        shape = (batch, frames or self.latent_frames, channels, *self._latent_size)
+        return torch.randn(shape, dtype=self._model.dtype, device=self._model.device)
 
     def _encode_text(self, name: str) -> object:
         tokens = int(self._backbone.empty_prompt()["encoder_hidden_states"].shape[1])
@@ -195,21 +202,15 @@ class TaskOnFakes:
         layers = request.layers or default_layers(self._backbone)
         if request.cag:
             with CrossAttentionGuidance(self._backbone, layers=layers, backend=request.backend):
-                return self._step()
+                return self.step()
         if request.task != "capture":
-            return self._step()
+            return self.step()
 
         def motion(q: Tensor, k: Tensor, grid: TokenGrid, key_mask: Tensor | None) -> Tensor:
             return ops.soft_displacement(q, k, grid, key_mask=key_mask, backend=request.backend)
 
         with capture(self._pipe, layers=layers, operation=motion) as captured:
-            return self._step(), captured
-
-    def _step(self) -> object:
-        """What the pipeline's loop asks of the transformer in one step."""
-        with unset_fake_temporarily():
-            self._pipe.scheduler = self._backbone.stepping_scheduler(self._request.steps)
-        return self._call_transformer()
+            return self.step(), captured
 
     def _call_transformer(self) -> object:
         backbone, guided = self._backbone, self._request.guided

@@ -1,4 +1,4 @@
-"""A model of fake tensors, from configurations alone: no weights are read, and none are made."""
+"""A model from configurations alone: of fake tensors, without contents, or with random weights where it is to run."""
 
 from __future__ import annotations
 
@@ -24,18 +24,21 @@ from corrdit.integrations.diffusers.backbones.presets import Preset
 from corrdit.integrations.diffusers.backbones.published_checkpoints import CHECKPOINTS, checkpoint_of
 
 UNKNOWN = "unknown; no public file states its configuration, so it is in no figure"
+ENCODERS = "text_encoder"
+"""How the names of text encoders begin."""
 Factory = Any
 """A class of diffusers or transformers, known by its name alone."""
 
 
 @dataclass
-class FakeModel:
-    """A model without contents.
+class ConfiguredModel:
+    """A model without contents, or with random ones.
 
     Args:
         backbone: whose pipeline has no text encoder.
-        encoders: text encoders by component.
-        mode: in which it runs.
+        encoders: text encoders by component; none of a model that has contents.
+        device: of its tensors, fake ones included.
+        mode: in which it runs without contents; None for one that has some.
         dtype: of its weights.
         size: frames, height and width it was made for, where that is known.
         sources: where the configuration of each component is from, or that it is not known.
@@ -43,7 +46,8 @@ class FakeModel:
 
     backbone: Backbone
     encoders: dict[str, nn.Module]
-    mode: FakeTensorMode
+    device: torch.device
+    mode: FakeTensorMode | None
     dtype: torch.dtype
     size: tuple[int, int, int] | None
     sources: dict[str, str]
@@ -56,27 +60,29 @@ class FakeModel:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Inside, code runs on fake tensors."""
-        with warnings.catch_warnings(), self.mode:
+        """Inside, code runs on fake tensors, or on real ones where the model has contents."""
+        with warnings.catch_warnings(), self.mode or contextlib.nullcontext():
             warnings.simplefilter("ignore")
             yield
 
 
-def fake_model(
+def configured_model(
     name: str | os.PathLike[str],
     *,
     dtype: torch.dtype | None = None,
     device: torch.device,
     preset: Preset | None = None,
-) -> FakeModel:
-    """A model without contents.
+    random: bool = False,
+) -> ConfiguredModel:
+    """A model without contents, or with random ones.
 
     Args:
         name: "embedded", a folder with `model_index.json` and the components' `config.json`, or a published checkpoint
             (`CHECKPOINTS`) by its short name or hub id. No weights are needed, and nothing is downloaded.
         dtype: of the weights; None for what `load_backbone` takes on the device.
-        device: that is planned for.
+        device: that is planned for, or where the random weights are put.
         preset: of the backbone; None for its own.
+        random: draw weights as the classes do when they are made. Text encoders are left out.
 
     Raises:
         ValueError: an unknown model, or a folder whose configurations describe none.
@@ -106,13 +112,18 @@ def fake_model(
     if pipeline == "EmbeddedVideoPipeline":
         import corrdit.integrations.embedded.pipeline  # noqa: F401  (its parts are found by their modules' names)
     chosen = dtype or default_dtype(text, device)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    built = {part: _built(part, description, chosen, mode) for part, description in parts.items()}
-    encoders = {part: built.pop(part) for part in sorted(built) if part.startswith("text_encoder")}
+    mode = None if random else FakeTensorMode(allow_non_fake_inputs=True)
+    place = device if random else torch.device("cpu")
+    built = {
+        part: _built(part, description, chosen, mode, place)
+        for part, description in parts.items()
+        if not (random and part.startswith(ENCODERS))
+    }
+    encoders = {part: built.pop(part) for part in sorted(built) if part.startswith(ENCODERS)}
     backbone = backbone_of(_assembled(pipeline, text, {**values, **built}), name=text, preset=preset)
     sources = {part: description.source for part, description in parts.items()}
     sources |= {part: UNKNOWN for part in unknown if part not in parts}
-    return FakeModel(backbone, encoders, mode, chosen, size, sources)
+    return ConfiguredModel(backbone, encoders, place, mode, chosen, size, sources)
 
 
 def _parts_of_folder(folder: pathlib.Path) -> tuple[str, dict[str, Part], dict[str, Any]]:
@@ -134,28 +145,46 @@ def _parts_of_folder(folder: pathlib.Path) -> tuple[str, dict[str, Part], dict[s
     return str(index["_class_name"]), parts, values
 
 
-def _built(name: str, part: Part, dtype: torch.dtype, mode: FakeTensorMode) -> Any:
-    """A component; modules with fake weights of the type."""
+def _built(name: str, part: Part, dtype: torch.dtype, mode: FakeTensorMode | None, device: torch.device) -> Any:
+    """A component; modules with fake or random weights of the type."""
     kind: Factory = component_class(part.library, part.kind)
     if kind is None:
         raise ValueError(f"{part.source}: the {name} is a {part.library}.{part.kind}, which is not known here")
     if not issubclass(kind, nn.Module):
         return kind.from_config(dict(part.config)) if hasattr(kind, "from_config") else None
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
     try:
         # Fake as well, for a device mode that something left behind would have its way before this one's.
-        with mode, torch.device("meta"):
+        with mode or contextlib.nullcontext(), torch.device("meta" if mode else device):
             if getattr(kind, "config_class", None) is not None:
                 model = kind(kind.config_class(**part.config))
             else:
                 model = kind.from_config(dict(part.config))
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{part.source} describes no {part.kind} that can be built: {error}") from error
+    finally:
+        torch.set_default_dtype(default)
     model.requires_grad_(False).eval()
-    _fill(model, dtype, mode)
+    for place, parameter in model.named_parameters():
+        if _stays_single(model, place, dtype):
+            parameter.data = parameter.data.float()
+    if mode:
+        _fill(model, mode)
     return model
 
 
-def _fill(model: nn.Module, dtype: torch.dtype, mode: FakeTensorMode) -> None:
+def _stays_single(model: nn.Module, name: str, dtype: torch.dtype) -> bool:
+    """Whether the libraries load a weight in float32 though another type is asked for."""
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    if hasattr(model, "_keep_in_fp32_modules_strict"):
+        # Of transformers, which has the others in float32 for the range of float16 alone.
+        strict = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+        kept = (kept if dtype == torch.float16 else set()).union(strict)
+    return not kept.isdisjoint(name.split("."))
+
+
+def _fill(model: nn.Module, mode: FakeTensorMode) -> None:
     """Fake tensors in place of those without storage; what is shared stays shared."""
     made: dict[int, torch.Tensor] = {}
     with mode:
@@ -165,8 +194,7 @@ def _fill(model: nn.Module, dtype: torch.dtype, mode: FakeTensorMode) -> None:
                     if tensor is None:
                         continue
                     if id(tensor) not in made:
-                        kind = dtype if tensor.is_floating_point() else tensor.dtype
-                        fake = torch.empty(tensor.shape, dtype=kind)
+                        fake = torch.empty(tensor.shape, dtype=tensor.dtype)
                         # Before a model's worth of memory is taken.
                         assert isinstance(fake, FakeTensor), "the mode of fake tensors is not at work"
                         is_weight = isinstance(tensor, nn.Parameter)
