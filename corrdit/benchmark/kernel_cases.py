@@ -18,6 +18,8 @@ from corrdit.problem import float32_precision
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 GPU_GRID, SMALL_GRID = TokenGrid(3, 22, 37, text_tokens=19), TokenGrid(2, 5, 6, text_tokens=5)
 LAYOUTS = ("tokens first", "heads first", "dims first", "every other dim")
+FAR = "far apart"
+"""A layout with heads further apart than 32 bits count; in 16 bits it takes 4 GiB for each two heads."""
 MODES = ("none", "logits", "features", "probabilities")
 OPERATIONS = (
     "soft_displacement", "hard_displacement", "match", "cost_rows", "attention_mass", "frame_local_attention",
@@ -191,6 +193,11 @@ def laid_out(tensor: Tensor, layout: str) -> Tensor:
         return tensor.transpose(1, 2).contiguous().transpose(1, 2)
     if layout == "dims first":
         return tensor.transpose(2, 3).contiguous().transpose(2, 3)
+    if layout == FAR:
+        batch, heads, tokens, dims = tensor.shape
+        reach = 2**31 + tokens * dims
+        wide = tensor.new_empty(((batch * heads - 1) * reach + tokens * dims,))
+        return wide.as_strided(tensor.shape, (heads * reach, reach, dims, 1)).copy_(tensor)
     if layout == "every other dim":
         wide = tensor.new_full((*tensor.shape[:2], tensor.shape[2] + 5, 2 * tensor.shape[3] + 1), math.nan)
         part = wide[:, :, 3 : 3 + tensor.shape[2], 1::2]

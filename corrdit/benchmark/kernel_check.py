@@ -13,12 +13,13 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from corrdit.benchmark.kernel_cases import BRAIN, GPU_GRID, HALF, SINGLE, Case, cases
+from corrdit.benchmark.kernel_cases import BRAIN, FAR, GPU_GRID, HALF, SINGLE, Case, cases
 
 # ||error|| / ||exact|| that a result and a gradient may have. A softmax weight keeps eleven bits, and so does a result
 # of float16; a gradient's factors and its result are rounded to the dtype of q. The worst element may be off by
@@ -33,6 +34,10 @@ WORST = 6.0
 MISMATCHES, PLACE = 0.01, 0.05
 # Each has a context of its own on the device, of half a gigabyte.
 MOST_WORKERS = 8
+# Of fresh inputs, each: what comes and goes is a race, or memory that nobody wrote.
+DRAWS = 20
+# What three tensors of two heads far apart and their copies take.
+FAR_BYTES = 16e9
 
 
 class Finding(NamedTuple):
@@ -88,19 +93,25 @@ def _of_allowed(result: Tensor, exact: Tensor, case: Case, *, gradient: bool) ->
 
 
 def special_findings(device: torch.device) -> Iterator[Finding]:
-    """What only a CUDA device has: captured graphs, compiled callers, a second device."""
+    """What only a CUDA device has: captured graphs, compiled callers, streams, races, far offsets, a second device."""
     if device.type != "cuda":
         return
     # A list of tokens would be copied to the device in the capture, which CUDA refuses.
     tokens = torch.tensor([1, GPU_GRID.tokens_per_frame - 1], device=device)
     options: list[tuple[str, dict[str, Any]]] = [
-        ("soft_displacement", {"heads": "none"}), ("soft_displacement", {"window": 2}), ("match", {"refine": 1}),
-        ("hard_displacement", {"heads": "features"}), ("cost_rows", {"tokens": tokens}),
-        ("attention_mass", {"tokens": tokens}), ("frame_local_attention", {}),
+        ("soft_displacement", {"heads": "none"}), ("soft_displacement", {"heads": "logits"}),
+        ("soft_displacement", {"window": 2}), ("match", {"refine": 1}), ("hard_displacement", {"heads": "features"}),
+        ("cost_rows", {"tokens": tokens}), ("attention_mass", {"tokens": tokens}), ("frame_local_attention", {}),
     ]  # fmt: skip
+    has_room = torch.cuda.get_device_properties(device).total_memory > FAR_BYTES
     for operation, own in options:
-        case = Case(operation, f"{', '.join(own)} in a captured graph", GPU_GRID, options=own)
-        yield attempt(case, device, functools.partial(_captured, case))
+        about = ", ".join(name if isinstance(value, Tensor) else f"{name}={value}" for name, value in own.items())
+        case = Case(operation, about or "plain", GPU_GRID, options=own)
+        yield attempt(_about(case, "in a captured graph"), device, functools.partial(_captured, case))
+        yield attempt(_about(case, "beside another stream"), device, functools.partial(_beside_another_stream, case))
+        yield drawn_again(_about(case, f"{DRAWS} draws"), device)
+        if has_room:
+            yield attempt(replace(_about(case, "heads far apart"), heads=2, layout=FAR), device)
     for operation in ("soft_displacement", "match", "frame_local_attention"):
         case = Case(operation, "compiled with reduced overhead", GPU_GRID)
         yield attempt(case, device, functools.partial(_compiled, case))
@@ -109,6 +120,31 @@ def special_findings(device: torch.device) -> Iterator[Finding]:
         if other.index != torch.cuda.current_device():
             yield attempt(Case("soft_displacement", f"on {other}, not current", GPU_GRID), other)
             yield attempt(Case("frame_local_attention", f"on {other}, not current", GPU_GRID), other)
+
+
+def _about(case: Case, what: str) -> Case:
+    return replace(case, about=f"{case.about} {what}")
+
+
+def drawn_again(case: Case, device: torch.device, count: int = DRAWS) -> Finding:
+    """The worst of the comparisons of a case with inputs of as many seeds."""
+    found = [attempt(replace(case, seed=seed), device) for seed in range(count)]
+    return max(found, key=lambda finding: math.inf if finding.wrong else finding.error)
+
+
+def _beside_another_stream(case: Case, inputs: list[Tensor]) -> list[Tensor]:
+    """While another stream does the same with other inputs."""
+    current = torch.cuda.current_stream()
+    works = [(torch.cuda.Stream(), own) for own in ([torch.randn_like(tensor) for tensor in inputs], inputs)]
+    for stream, _ in works:
+        stream.wait_stream(current)
+    results: list[Tensor] = []
+    for _ in range(DRAWS):
+        for stream, own in works:
+            with torch.cuda.stream(stream):
+                results = case.run(own, "triton")
+    torch.cuda.synchronize()
+    return results
 
 
 def _captured(case: Case, inputs: list[Tensor]) -> list[Tensor]:

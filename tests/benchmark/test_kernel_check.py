@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import subprocess
@@ -158,6 +160,52 @@ def test_processes_share_the_cases(monkeypatch):
     *right, wrong = kernel_check.findings(CPU, workers=2)
     assert [(finding.name, finding.wrong) for finding in right] == [(case.name, None) for case in few]
     assert "the kernels take head_dim 8 to 256, got 4" in str(wrong.wrong)
+
+
+def test_the_worst_of_many_draws_is_told(monkeypatch):
+    drawn = []
+
+    def told(case: Case, device: torch.device) -> kernel_check.Finding:
+        drawn.append(case.seed)
+        return kernel_check.Finding(case.name, 0.9 - 0.2 * case.seed, "result 0 is off" if case.seed == 3 else None)
+
+    monkeypatch.setattr(kernel_check, "attempt", told)
+    assert kernel_check.drawn_again(SOFT, CPU, 3).error == 0.9
+    assert kernel_check.drawn_again(SOFT, CPU).wrong == "result 0 is off"
+    assert drawn[3:] == list(range(kernel_check.DRAWS))
+
+
+def test_a_case_runs_beside_another_stream(monkeypatch):
+    class Stream:
+        waited = 0
+
+        def wait_stream(self, other: Stream) -> None:
+            Stream.waited += 1
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    ran = []
+
+    def on_streaming(self: Case, inputs: list[torch.Tensor], backend: str) -> list[torch.Tensor]:
+        ran.append(inputs)
+        return run(self, inputs, "streaming" if backend == "triton" else backend)
+
+    run = Case.run
+    monkeypatch.setattr(Case, "run", on_streaming)
+    finding = kernel_check.attempt(SOFT, CPU, functools.partial(kernel_check._beside_another_stream, SOFT))
+    assert finding.wrong is None
+    assert Stream.waited == 2
+    assert len(ran) == 2 * kernel_check.DRAWS + 1
+
+
+def test_far_heads_hold_the_same_values():
+    near = torch.randn(1, 2, 3, 4).half()
+    far = kernel_cases.laid_out(near, kernel_cases.FAR)
+    assert torch.equal(near, far)
+    assert far.stride(1) > 2**31
+    assert far.double().is_contiguous()
 
 
 def test_random_cases_have_every_option_of_every_operation():
