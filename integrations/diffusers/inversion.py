@@ -66,10 +66,10 @@ class DDIMPath:
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.prediction = scheduler.config.prediction_type
+        # Adding noise leaves this table of the scheduler, alone, on the latents' device.
         self.of_timesteps = scheduler.alphas_cumprod.double().tolist()
-        clean = torch.as_tensor(getattr(scheduler, "final_alpha_cumprod", 1.0), dtype=torch.float64).reshape(1)
-        alphas = scheduler.alphas_cumprod[scheduler.timesteps.long().cpu()].double()
-        self.alphas = torch.cat([alphas, clean]).tolist()
+        clean = float(getattr(scheduler, "final_alpha_cumprod", 1.0))
+        self.alphas = [*(self.of_timesteps[int(timestep)] for timestep in scheduler.timesteps), clean]
 
     def moved(self, latents: Tensor, output: Tensor, start: int, end: int) -> Tensor:
         original, direction = self._parts(latents, output, self.alphas[start])
