@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import numpy
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Smaller ones would be mostly padding, larger ones leave no room for accumulators.
@@ -23,7 +24,7 @@ _planned = False
 
 @contextlib.contextmanager
 def planned_gpu() -> Iterator[None]:
-    """Within it, tensors stand for those of a GPU that takes the kernels; nothing may be launched."""
+    """Within it, fake tensors stand for those of a GPU that takes the kernels; nothing may be launched."""
     global _planned  # noqa: PLW0603
     before, _planned = _planned, True
     try:
@@ -34,7 +35,12 @@ def planned_gpu() -> Iterator[None]:
 
 def device_of(tensor: torch.Tensor) -> str:
     """The name of a tensor's device, such as "cuda:1", or `PLANNED`."""
-    return PLANNED if _planned else str(tensor.device)
+    # Another thread may be at work on tensors with contents meanwhile.
+    return PLANNED if _planned and has_no_contents(tensor) else str(tensor.device)
+
+
+def has_no_contents(tensor: torch.Tensor) -> bool:
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
 def unfit_tensor(dtype: torch.dtype, head_dim: int | None) -> str | None:

@@ -138,7 +138,7 @@ def best_match(
     tokens = torch.empty(shape, dtype=torch.int32, device=q.device)
     scores = torch.empty(shape, dtype=torch.float32, device=q.device)
     name = "best_match_folded" if arrangement.folded else "best_match_window" if window >= 0 else "best_match"
-    tiles = choose_tiles(name, q, key_mask is not None)
+    tiles = choose_tiles(name, q, key_mask is not None or not table.whole)
     blocks = block_count(tiles.rows, table.longest, table.height, table.width, window)
     pairs, back = table.pairs, table if swapped is None else swapped
     mask = pairs if key_mask is None else key_mask

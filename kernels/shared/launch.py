@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from corrdit.kernels.requirements import unfit_machine, unfit_tensor
+from corrdit.kernels.requirements import has_no_contents, unfit_machine, unfit_tensor
 from corrdit.kernels.shared import configs
 from corrdit.kernels.shared.primitives import INTERPRETED
 
@@ -51,7 +51,7 @@ def autocast_off(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
 
 @contextlib.contextmanager
 def compile_only(architecture: str, compiler: Compiler) -> Iterator[None]:
-    """Within it, host functions run on meta tensors and hand each launch to `compiler` instead of a device."""
+    """Within it, host functions of meta or fake tensors hand each launch to `compiler` instead of a device."""
     global _compiler  # noqa: PLW0603
     before, _compiler = _compiler, (architecture, compiler)
     try:
@@ -60,11 +60,24 @@ def compile_only(architecture: str, compiler: Compiler) -> Iterator[None]:
         _compiler = before
 
 
+def _compiler_of(tensor: Tensor) -> tuple[str, Compiler] | None:
+    """What stands for the launches of a call: of one with contents nothing does, another thread's perhaps."""
+    return _compiler if _compiler is not None and has_no_contents(tensor) else None
+
+
 def check_device(tensor: Tensor) -> None:
     """Raises a RuntimeError that names the reason where the kernels cannot run on a tensor's device."""
     kind = tensor.device.type
-    if _compiler is None and (reason := unfit_machine(str(tensor.device), bool(INTERPRETED.value))):
+    if _compiler_of(tensor) is None and (reason := _unfit_device(str(tensor.device))):
         raise RuntimeError(f'the Triton kernels got {kind} tensors: {reason}; use backend="streaming"')
+
+
+def _unfit_device(device: str) -> str | None:
+    return unfit_machine(device, bool(INTERPRETED.value))
+
+
+# It asks the file system, which cannot be traced.
+_unfit_device._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def check_tensors(*tensors: Tensor) -> None:
@@ -76,8 +89,8 @@ def check_tensors(*tensors: Tensor) -> None:
 
 def choose_tiles(kernel: str, tensor: Tensor, guarded: bool = False) -> configs.Tiles:
     """The tiles of a kernel for q of `[..., D]` on its device; `guarded` as in `configs.tiles`."""
-    if _compiler is not None:
-        architecture = _compiler[0]
+    if compiling := _compiler_of(tensor):
+        architecture = compiling[0]
     elif tensor.device.type == "cuda":
         architecture = configs.table_of(torch.cuda.get_device_capability(tensor.device))
     else:
@@ -88,8 +101,8 @@ def choose_tiles(kernel: str, tensor: Tensor, guarded: bool = False) -> configs.
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, tiles: configs.Tiles, **options: Any) -> None:
     """Runs `kernel` over `grid` on the device of its first argument."""
     options.update(num_warps=tiles.warps, num_stages=tiles.stages)
-    if _compiler is not None:
-        _compiler[1](kernel, grid, arguments, options)
+    if compiling := _compiler_of(arguments[0]):
+        compiling[1](kernel, grid, arguments, options)
         return
     device = arguments[0].device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():

@@ -211,12 +211,13 @@ def coordinate_table(height: int, width: int, dtype: torch.dtype, device: torch.
 @functools.cache
 def _coordinates(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     refuse_capture(device)
-    row = torch.arange(height, device=device).repeat_interleave(width, output_size=height * width)
-    column = torch.arange(width, device=device).repeat(height)
-    once = torch.stack((torch.ones_like(row), column, row), dim=-1)
-    table = torch.zeros(height * width, LANES, dtype=dtype, device=device)
-    table[:, :6] = once.repeat(1, 2)
-    return table
+    with no_modes():
+        row = torch.arange(height, device="cpu").repeat_interleave(width)
+        column = torch.arange(width, device="cpu").repeat(height)
+        table = torch.zeros(height * width, LANES, dtype=dtype, device="cpu")
+        table[:, :6] = torch.stack((torch.ones_like(row), column, row), dim=-1).repeat(1, 2)
+        # Waits for the copy: other threads and streams take the table from the cache.
+        return table.to(device)
 
 
 def window_centers(problem: PairProblem) -> Tensor | None:

@@ -113,6 +113,33 @@ def test_a_mask_beside_a_window_does_not_spill(head_dim):
     assert int(count) > 2
 
 
+PART_OF_THE_KEYS = """
+import torch
+from corrdit.kernels.inspection import ahead_of_time, catalogue
+from corrdit.kernels.matching.match import compute_match
+from corrdit.problem import TokenAxis
+
+grid = catalogue.GRID.without_text()
+axes = TokenAxis.of_grid(grid), TokenAxis.of_range(grid, 5, 2 * grid.tokens_per_frame, text=False)
+q, k = (catalogue.meta_heads(catalogue.HEADS, axis.tokens, 64, torch.bfloat16) for axis in axes)
+places = [axis.places(grid.frames) for axis in axes]
+with ahead_of_time.recording(90) as compiled:
+    compute_match(q, k, None, None, [0, 1], *places, grid.height, grid.width, "logits", 0.12, True, 0, "ieee")
+print([one.kernel for one in compiled if one.spill_bytes], len(compiled))
+"""
+
+
+@pytest.mark.slow
+def test_a_part_of_the_keys_does_not_spill_in_matching():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", PART_OF_THE_KEYS], capture_output=True, text=True, env=environment, check=True
+    )
+    bad, count = done.stdout.rsplit(maxsplit=1)
+    assert bad == "[]"
+    assert int(count) >= 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("head_dim", catalogue.HEAD_DIMS)
 def test_every_kernel_on_hopper(head_dim):

@@ -13,6 +13,7 @@ import torch
 from corrdit import TokenGrid, kernels, ops, problem
 from corrdit.benchmark import kernel_check
 from corrdit.benchmark.kernel_cases import Case
+from corrdit.kernels.requirements import unfit_machine
 from corrdit.kernels.shared import configs, launch
 from corrdit.kernels.shared.tables import whole_frames
 
@@ -90,6 +91,29 @@ def test_a_compiled_caller_is_one_graph(inputs, call):
         torch.autograd.grad(compiled(q, k, v), (q, k, v)), torch.autograd.grad(caller(q, k, v), (q, k, v)), strict=True
     ):
         torch.testing.assert_close(one, two)
+
+
+def test_a_compiled_caller_on_a_gpu_is_one_graph(inputs, monkeypatch):
+    """What a GPU is asked stands outside of the graph: dynamo cannot follow it to the file system."""
+    asked = []
+
+    def on_a_gpu(device: str, interpreted: bool) -> str | None:
+        asked.append(unfit_machine("cuda:0", interpreted))
+        return asked[-1]
+
+    monkeypatch.setattr(launch, "unfit_machine", on_a_gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    q, k, v = inputs
+    for caller in (
+        lambda q, k, v: ops.soft_displacement(q, k, GRID, backend="triton"),
+        lambda q, k, v: ops.match(q, k, GRID, backend="triton").xy,
+        lambda q, k, v: ops.frame_local_attention(q, k, v, GRID, backend="triton"),
+    ):
+        asked.clear()
+        found = torch.compile(caller, fullgraph=True, backend="eager")(q, k, v)
+        assert asked
+        assert set(asked) == {None}
+        torch.testing.assert_close(found, caller(q, k, v))
 
 
 def test_a_compiled_caller_of_the_operations_is_one_graph(inputs):
