@@ -11,8 +11,11 @@ import functools
 import math
 import multiprocessing
 import os
+import queue
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -20,6 +23,7 @@ import torch
 from torch import Tensor
 
 from corrdit.benchmark.kernel_cases import BRAIN, FAR, GPU_GRID, HALF, SINGLE, Case, cases
+from corrdit.memory import leaves_device_unusable
 
 # ||error|| / ||exact|| that a result and a gradient may have. A softmax weight keeps eleven bits, and so does a result
 # of float16; a gradient's factors and its result are rounded to the dtype of q. The worst element may be off by
@@ -41,11 +45,19 @@ FAR_BYTES = 16e9
 
 
 class Finding(NamedTuple):
-    """What a case came to: `error` is the largest share of what is allowed, `wrong` says what is wrong."""
+    """What a case came to: `error` is the largest share of what is allowed, `wrong` says what is wrong.
+
+    After a `fatal` one its process can do nothing more on the device.
+    """
 
     name: str
     error: float
     wrong: str | None
+    fatal: bool = False
+
+
+Work = Callable[[], Finding]
+"""What a process is asked for; it can be sent to one."""
 
 
 def compare(case: Case, device: torch.device, run: Callable[[list[Tensor]], list[Tensor]] | None = None) -> Finding:
@@ -92,10 +104,13 @@ def _of_allowed(result: Tensor, exact: Tensor, case: Case, *, gradient: bool) ->
     return max(float(difference.norm()) / norm, float(difference.abs().amax()) / largest / WORST) / allowed
 
 
-def special_findings(device: torch.device) -> Iterator[Finding]:
-    """What only a CUDA device has: captured graphs, compiled callers, streams, races, far offsets, a second device."""
+def special_cases(device: torch.device) -> list[tuple[str, Work]]:
+    """What only a CUDA device has: captured graphs, compiled callers, streams, races, far offsets, a second device.
+
+    By names; each is made on the device that it is for.
+    """
     if device.type != "cuda":
-        return
+        return []
     # A list of tokens would be copied to the device in the capture, which CUDA refuses.
     tokens = torch.tensor([1, GPU_GRID.tokens_per_frame - 1], device=device)
     options: list[tuple[str, dict[str, Any]]] = [
@@ -104,22 +119,34 @@ def special_findings(device: torch.device) -> Iterator[Finding]:
         ("cost_rows", {"tokens": tokens}), ("attention_mass", {"tokens": tokens}), ("frame_local_attention", {}),
     ]  # fmt: skip
     has_room = torch.cuda.get_device_properties(device).total_memory > FAR_BYTES
+    found: list[tuple[Case, Callable[[Case], Finding]]] = []
     for operation, own in options:
         about = ", ".join(name if isinstance(value, Tensor) else f"{name}={value}" for name, value in own.items())
         case = Case(operation, about or "plain", GPU_GRID, options=own)
-        yield attempt(_about(case, "in a captured graph"), device, functools.partial(_captured, case))
-        yield attempt(_about(case, "beside another stream"), device, functools.partial(_beside_another_stream, case))
-        yield drawn_again(_about(case, f"{DRAWS} draws"), device)
+        found.append((_about(case, "in a captured graph"), _ran(_captured, device)))
+        found.append((_about(case, "beside another stream"), _ran(_beside_another_stream, device)))
+        found.append((_about(case, f"{DRAWS} draws"), functools.partial(drawn_again, device=device)))
         if has_room:
-            yield attempt(replace(_about(case, "heads far apart"), heads=2, layout=FAR), device)
+            far = replace(_about(case, "heads far apart"), heads=2, layout=FAR)
+            found.append((far, functools.partial(attempt, device=device)))
     for operation in ("soft_displacement", "match", "frame_local_attention"):
-        case = Case(operation, "compiled with reduced overhead", GPU_GRID)
-        yield attempt(case, device, functools.partial(_compiled, case))
+        found.append((Case(operation, "compiled with reduced overhead", GPU_GRID), _ran(_compiled, device)))
     for index in range(torch.cuda.device_count()):
         other = torch.device("cuda", index)
         if other.index != torch.cuda.current_device():
-            yield attempt(Case("soft_displacement", f"on {other}, not current", GPU_GRID), other)
-            yield attempt(Case("frame_local_attention", f"on {other}, not current", GPU_GRID), other)
+            for operation in ("soft_displacement", "frame_local_attention"):
+                case = Case(operation, f"on {other}, not current", GPU_GRID)
+                found.append((case, functools.partial(attempt, device=other)))
+    return [(case.name, functools.partial(how, case)) for case, how in found]
+
+
+def special_finding(number: int, device: torch.device) -> Finding:
+    """What one of `special_cases` came to, made in this process: tensors of a device are not sent to others."""
+    return special_cases(device)[number][1]()
+
+
+def _ran(run: Callable[[Case, list[Tensor]], list[Tensor]], device: torch.device) -> Callable[[Case], Finding]:
+    return lambda case: attempt(case, device, functools.partial(run, case))
 
 
 def _about(case: Case, what: str) -> Case:
@@ -129,7 +156,8 @@ def _about(case: Case, what: str) -> Case:
 def drawn_again(case: Case, device: torch.device, count: int = DRAWS) -> Finding:
     """The worst of the comparisons of a case with inputs of as many seeds."""
     found = [attempt(replace(case, seed=seed), device) for seed in range(count)]
-    return max(found, key=lambda finding: math.inf if finding.wrong else finding.error)
+    worst = max(found, key=lambda finding: math.inf if finding.wrong else finding.error)
+    return worst._replace(fatal=found[-1].fatal)
 
 
 def _beside_another_stream(case: Case, inputs: list[Tensor]) -> list[Tensor]:
@@ -189,7 +217,8 @@ def attempt(case: Case, device: torch.device, run: Callable[[list[Tensor]], list
     try:
         return compare(case, device, run)
     except Exception as error:
-        return Finding(case.name, math.inf, " ".join(f"{type(error).__name__}: {error}".split())[:300])
+        wrong = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        return Finding(case.name, math.inf, wrong, leaves_device_unusable(error))
 
 
 def findings(device: torch.device, workers: int | None = None) -> Iterator[Finding]:
@@ -201,14 +230,57 @@ def findings(device: torch.device, workers: int | None = None) -> Iterator[Findi
     """
     if workers is None:
         workers = max(1, min(MOST_WORKERS, (os.cpu_count() or 1) // 2)) if device.type == "cuda" else 1
+    shared = [(case.name, functools.partial(attempt, case, device)) for case in cases(device)]
+    special = [
+        (name, functools.partial(special_finding, number, device))
+        for number, (name, _) in enumerate(special_cases(device))
+    ]
     if workers == 1:
-        yield from (attempt(case, device) for case in cases(device))
-    else:
-        # Where a process is killed this raises; a plain pool would wait for it for ever.
-        spawned = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, spawned, _begin, (device,)) as pool:
-            yield from pool.map(functools.partial(attempt, device=device), cases(device))
-    yield from special_findings(device)
+        yield from (work() for _, work in (*shared, *special))
+        return
+    free: queue.SimpleQueue[_Process] = queue.SimpleQueue()
+    with ExitStack() as stack:
+        for _ in range(workers):
+            free.put(stack.enter_context(_Process(device)))
+
+        def run(named: tuple[str, Work]) -> Finding:
+            process = free.get()
+            try:
+                return process.run(*named)
+            finally:
+                free.put(process)
+
+        with ThreadPoolExecutor(workers) as threads:
+            yield from threads.map(run, shared)
+        # One after another, for some take much memory.
+        yield from map(run, special)
+
+
+class _Process:
+    """A process that does work on a device, and another one after what it dies of, or what loses it the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> _Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+
+    def run(self, name: str, work: Work) -> Finding:
+        if self._pool is None:
+            self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin, (self._device,))
+        try:
+            finding = self._pool.submit(work).result()
+        except BrokenProcessPool:
+            finding = Finding(name, math.inf, "its process was ended from outside, or by a fault", fatal=True)
+        if finding.fatal:
+            self.__exit__()
+        return finding
 
 
 def _begin(device: torch.device) -> None:

@@ -26,8 +26,17 @@ _WAYS = {
     "flex": ("#E69F00", "v"),
     "compiled": ("#56B4E9", "P"),
     "windows": ("#000000", "X"),
+    "folded-compiled": ("#009E73", "<"),
+    "folded-autotuned": ("#009E73", ">"),
+    "sdpa-flash": ("#CC79A7", "p"),
+    "sdpa-cudnn": ("#CC79A7", "8"),
+    "flash-3": ("#882255", "*"),
+    "flex-flash": ("#E69F00", "d"),
+    "corrdit triton": ("#0072B2", "H"),
+    "corrdit streaming": ("#7F7F7F", "h"),
+    "corrdit reference": ("#332288", "p"),
 }
-_OTHER_BACKENDS = ("#7F7F7F", "h")
+_UNKNOWN = ("#7F7F7F", "x")
 _TEXT = 9
 _SPREAD = 0.6
 """Share of a line's height over which its marks are spread."""
@@ -216,7 +225,7 @@ def _name(competitor: str) -> str:
 
 
 def _style(competitor: str) -> tuple[str, str]:
-    return _WAYS.get(_name(competitor), _OTHER_BACKENDS)
+    return _WAYS.get(_name(competitor), _UNKNOWN)
 
 
 def _tokens(row: Row) -> int:

@@ -21,7 +21,7 @@ from corrdit.benchmark.measure import Call, peak_extra_bytes, replay, time_inter
 from corrdit.benchmark.predictions import predicted_milliseconds
 from corrdit.benchmark.shapes import SHAPES, Shape
 from corrdit.files import parsed_json
-from corrdit.memory import is_out_of_memory
+from corrdit.memory import is_out_of_memory, leaves_device_unusable
 from corrdit.ops.backends import backend_name
 
 Row = dict[str, Any]
@@ -29,6 +29,10 @@ FORWARD, BOTH = "forward", "forward and backward"
 LEAST_ROUNDS = 3
 _REPLAY = ", replayed"
 RESULTS_FILE = "results.json"
+
+
+class DeviceLost(RuntimeError):
+    """This process cannot go on measuring on its device."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,12 +114,20 @@ def run_piece(
     A competitor that is wrong, has no memory or fails has a row without times that says so.
 
     Raises:
-        RuntimeError: a call left the device unusable; the rows so far have been given.
+        DeviceLost: a call left the device unusable; its row, alone, has been given.
     """
     names = piece.competitors(settings) if competitors is None else competitors
     measurement = _Measurement(piece, settings)
-    rows = {name: measurement.attempt(name) for name in names}
-    measurement.time({name: row for name, row in rows.items() if "left_out" not in row})
+    rows = {}
+    for name in names:
+        rows[name] = measurement.attempt(name)
+        if measurement.broken is not None:
+            break
+    else:
+        measurement.time({name: row for name, row in rows.items() if "left_out" not in row})
+    if measurement.broken is not None:
+        # The others are another process's to measure.
+        rows = {name: row for name, row in rows.items() if name == measurement.broken}
     floor = piece.floor(ceilings, settings.dtype)
     for name, row in rows.items():
         if "milliseconds" in row:
@@ -137,7 +149,10 @@ def run_piece(
             "load": os.getloadavg()[0],
         }
     if measurement.broken is not None:
-        raise RuntimeError(f"the device is unusable after {piece.operation}, {piece.shape.name}: {measurement.broken}")
+        raise DeviceLost(
+            f"the device is unusable after {piece.operation}, {piece.shape.name}, {measurement.broken}; "
+            "another process has to go on"
+        )
 
 
 def refusal(baseline: Baseline, piece: Piece, settings: Settings) -> tuple[str, str] | None:
@@ -160,7 +175,7 @@ class _Measurement:
     """One piece under way.
 
     Attributes:
-        broken: why the device cannot be used any more; None while it can.
+        broken: after which competitor the device cannot be used any more; None while it can.
     """
 
     def __init__(self, piece: Piece, settings: Settings) -> None:
@@ -174,8 +189,6 @@ class _Measurement:
 
     def attempt(self, name: str) -> Row:
         """Checks a competitor, calls it once to warm up and once more for its memory."""
-        if self.broken is not None:
-            return _left_out("failed", f"not run: {self.broken}")
         baseline = None if name.startswith("corrdit ") else self.comparison.baselines[name]
         reason = None if baseline is None else refusal(baseline, self.piece, self.settings)
         if reason is not None:
@@ -201,7 +214,7 @@ class _Measurement:
             self._rounds[name] = max(min(LEAST_ROUNDS, most), min(most, int(self.settings.seconds / seconds)))
             self._works[name] = work
         except Exception as error:  # whatever a competitor dies of is a result, and the others go on
-            return {**row, **self._failure(error)}
+            return {**row, **self._failure(name, error)}
         if row.get("about") == "triton":
             self._capture(name, work, row)
         return row
@@ -211,7 +224,7 @@ class _Measurement:
         try:
             replayed = replay(work, self.settings.device)
         except Exception as error:
-            row["replay_left_out"] = self._failure(error)["left_out"]
+            row["replay_left_out"] = self._failure(name, error)["left_out"]
             return
         if replayed is not None:
             self._works[name + _REPLAY] = replayed
@@ -222,13 +235,13 @@ class _Measurement:
         times, failures = time_interleaved(self._works, self.settings.device, self._rounds)
         for name, row in rows.items():
             if name in failures:
-                row.update(self._failure(failures[name]))
+                row.update(self._failure(name, failures[name]))
             else:
                 row["milliseconds"] = dataclasses.asdict(times[name])
             if name + _REPLAY in times:
                 row["replay_milliseconds"] = times[name + _REPLAY].median
             elif name + _REPLAY in failures:
-                row["replay_left_out"] = self._failure(failures[name + _REPLAY])["left_out"]
+                row["replay_left_out"] = self._failure(name, failures[name + _REPLAY])["left_out"]
 
     def _scene_to_time(self) -> Scene:
         assert self._truth is not None, "results are checked before they are timed"
@@ -253,13 +266,13 @@ class _Measurement:
             )
         return self._truth.compare(run)
 
-    def _failure(self, error: Exception) -> Row:
+    def _failure(self, name: str, error: Exception) -> Row:
         status, reason = "failed", " ".join(f"{type(error).__name__}: {error}".split())[:300]
         if is_out_of_memory(error):
             wanted = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
             status, reason = "out of memory", "out of memory" + (f": wanted {wanted.group(1)} more" if wanted else "")
-        elif "CUDA error" in str(error):
-            self.broken = reason
+        elif leaves_device_unusable(error):
+            self.broken = self.broken or name
         cause: BaseException | None = error
         while cause is not None:
             cause.__traceback__ = None  # it holds the tensors of the call

@@ -71,8 +71,12 @@ def _measure(
     for piece, names in left.items():
         if arguments.minutes is not None and time.monotonic() - start > 60 * arguments.minutes:
             break
-        for row in _written(runner.run_piece(piece, settings, ceilings, where, names), rows, output):
-            print(_line(row), flush=True)
+        try:
+            for row in _written(runner.run_piece(piece, settings, ceilings, where, names), rows, output):
+                print(_line(row), flush=True)
+        except runner.DeviceLost as error:
+            print(f"corrdit bench: {error}", file=sys.stderr)
+            break
         unfinished -= 1
     if output is not None and rows:
         _write_report(rows, output)
@@ -98,7 +102,7 @@ def _status(rows: Sequence[Row], todo: Sequence[Piece], unfinished: int) -> int:
     for row in failed:
         print(f"corrdit bench: {_line(row)}", file=sys.stderr)
     if unfinished:
-        print(f"time is up, {unfinished} measurements are left: the same command with --resume goes on", flush=True)
+        print(f"{unfinished} measurements are left: the same command with --resume goes on", flush=True)
         return UNFINISHED
     return FAILED if failed else SUCCESS
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from corrdit import ops
-from corrdit.benchmark import checking, comparisons, floors, measure, report, runner
+from corrdit.benchmark import checking, comparisons, floors, measure, plots, report, runner
 from corrdit.benchmark.comparisons import BASELINES, COMPARISONS, Baseline
 from corrdit.benchmark.floors import H200, Ceilings, floor_of
 from corrdit.benchmark.measure import measure_ceilings
@@ -19,6 +19,8 @@ from corrdit.benchmark.plan import estimate
 from corrdit.benchmark.plots import write_plots
 from corrdit.benchmark.runner import BOTH, FORWARD, Piece, Settings, pieces, run_piece, surroundings
 from corrdit.benchmark.shapes import DEFAULT_SHAPES, SHAPES, Shape
+from corrdit.cli import bench_run, main
+from corrdit.memory import leaves_device_unusable
 from corrdit.reference.frame_local_attention import local_keys
 from corrdit.reference.scores import window_mask
 
@@ -176,9 +178,40 @@ def test_a_broken_device_ends_the_run_after_its_rows(monkeypatch):
     ways = {"sdpa": Baseline(broken), "windows": Baseline(lambda s: (ops.hard_displacement(s.q, s.k, s.grid),))}
     monkeypatch.setitem(comparisons.COMPARISONS, name, dataclasses.replace(COMPARISONS[name], baselines=ways))
     rows = run_piece(Piece(name, SMALL, False), WITH_BASELINES, CEILINGS, {})
-    assert [next(rows)["competitor"] for _ in range(3)] == ["corrdit auto", "sdpa", "windows"]
-    with pytest.raises(RuntimeError, match="the device is unusable after hard_displacement:logits"):
+    row = next(rows)
+    assert (row["competitor"], row["status"]) == ("sdpa", "failed")
+    # The others have none, so that another process measures them.
+    with pytest.raises(runner.DeviceLost, match="the device is unusable after hard_displacement:logits, small, sdpa"):
         next(rows)
+
+
+@pytest.mark.parametrize(
+    "text, unusable",
+    [
+        ("CUDA error: an illegal memory access was encountered", True),
+        ("Triton Error [CUDA]: an illegal memory access was encountered", True),
+        ("Triton Error [CUDA]: out of memory", False),
+        ("CUDA error: operation not permitted when stream is capturing", False),
+        ("no such instruction", False),
+    ],
+)
+def test_errors_after_which_a_device_is_of_no_use(text, unusable):
+    assert leaves_device_unusable(RuntimeError(text)) is unusable
+
+
+def test_a_lost_device_leaves_the_rest_to_another_process(monkeypatch, tmp_path, capsys):
+    def lost(*arguments):
+        yield {"operation": "match", "shape": {"name": "tiny"}, "pass": "forward", "competitor": "sdpa"}
+        raise runner.DeviceLost("the device is unusable after match")
+
+    monkeypatch.setattr(runner, "run_piece", lost)
+    monkeypatch.setattr(bench_run, "_line", str)
+    monkeypatch.setattr(bench_run, "_write_report", lambda rows, output: None)
+    status = main(["bench", "--output", str(tmp_path / "out"), "--device", "cpu", "--shapes", "tiny"])
+    assert status == bench_run.UNFINISHED
+    said = capsys.readouterr()
+    assert "the device is unusable after match" in said.err
+    assert "measurements are left: the same command with --resume goes on" in said.out
 
 
 def captured(monkeypatch, replay):
@@ -311,3 +344,10 @@ def test_exponentials_of_a_gpu_are_not_optimised_away(monkeypatch):
         expected = torch.exp2(-expected)
     torch.testing.assert_close(found, expected)
     monkeypatch.delitem(sys.modules, "corrdit.benchmark.exponentials")
+
+
+def test_no_two_ways_look_alike():
+    names = {name for comparison in COMPARISONS.values() for name in comparison.baselines}
+    names |= {"corrdit auto", *(f"corrdit {backend}" for backend in ("triton", "streaming", "reference"))}
+    assert len({plots._style(name) for name in names}) == len(names)
+    assert plots._UNKNOWN not in {plots._style(name) for name in names}

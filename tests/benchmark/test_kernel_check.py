@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import os
 import subprocess
 import sys
+import types
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -160,6 +162,31 @@ def test_processes_share_the_cases(monkeypatch):
     *right, wrong = kernel_check.findings(CPU, workers=2)
     assert [(finding.name, finding.wrong) for finding in right] == [(case.name, None) for case in few]
     assert "the kernels take head_dim 8 to 256, got 4" in str(wrong.wrong)
+    assert not wrong.fatal
+
+
+def test_an_illegal_access_is_the_last_of_its_process():
+    def illegal(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+
+    assert kernel_check.attempt(SOFT, CPU, illegal).fatal
+    assert not kernel_check.attempt(SOFT, CPU, lambda inputs: []).fatal
+
+
+def test_a_process_that_lost_its_device_or_its_life_is_followed_by_another():
+    fine = kernel_check.Finding("fine", 0.5, None)
+    lost = kernel_check.Finding("lost", math.inf, "illegal access", fatal=True)
+    with kernel_check._Process(CPU) as process:
+        pools = []
+        for finding in (fine, fine, lost, fine):
+            assert process.run(finding.name, functools.partial(kernel_check.Finding, *finding)) == finding
+            pools.append(process._pool)
+        ended = process.run("ended", functools.partial(os._exit, 9))
+        assert (ended.name, ended.wrong) == ("ended", "its process was ended from outside, or by a fault")
+        assert process.run("fine", functools.partial(kernel_check.Finding, *fine)) == fine
+    assert pools[0] is pools[1] is not None
+    assert pools[2] is None
+    assert pools[3] is not pools[0]
 
 
 def test_the_worst_of_many_draws_is_told(monkeypatch):
@@ -173,6 +200,31 @@ def test_the_worst_of_many_draws_is_told(monkeypatch):
     assert kernel_check.drawn_again(SOFT, CPU, 3).error == 0.9
     assert kernel_check.drawn_again(SOFT, CPU).wrong == "result 0 is off"
     assert drawn[3:] == list(range(kernel_check.DRAWS))
+
+
+def test_what_only_a_gpu_has_is_made_on_the_device_it_is_for(monkeypatch):
+    first, second = (torch.device("cuda", index) for index in range(2))
+    monkeypatch.setattr(torch, "tensor", functools.partial(lambda make, *given, device: make(*given), torch.tensor))
+    card = types.SimpleNamespace(total_memory=int(1.4e11))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    made = []
+
+    def told(case: Case, device: torch.device, run: object = None) -> kernel_check.Finding:
+        made.append((case.layout, case.seed, device))
+        return kernel_check.Finding(case.name, 0.5, None)
+
+    monkeypatch.setattr(kernel_check, "attempt", told)
+    special = kernel_check.special_cases(first)
+    assert len({name for name, _ in special}) == len(special) == 8 * 4 + 3 + 2
+    for number, (name, _) in enumerate(special):
+        made.clear()
+        assert kernel_check.special_finding(number, first).name == name
+        assert {device for *_, device in made} == {second if "not current" in name else first}
+        assert [seed for _, seed, _ in made] == list(range(kernel_check.DRAWS if "draws" in name else 1))
+        assert {layout for layout, *_ in made} == {kernel_cases.FAR if "far apart" in name else Case.layout}
+    assert kernel_check.special_cases(CPU) == []
 
 
 def test_a_case_runs_beside_another_stream(monkeypatch):
