@@ -166,6 +166,11 @@ class PairProblem:
         return rows
 
     @property
+    def limits(self) -> tuple[Tensor, ...]:
+        """The caller's tensors that say which keys a query sees."""
+        return tuple(tensor for tensor in (self.key_mask, self.center) if tensor is not None)
+
+    @property
     def rows(self) -> int:
         """R, the length of that axis."""
         return sum(self.queries.frames[query_frame].tokens for query_frame, _ in self.pairs)

@@ -37,7 +37,8 @@ class _FrameLocalAttention(torch.autograd.Function):
     def forward(
         ctx: _RowsContext, q: Tensor, k: Tensor, v: Tensor, forward: _Rows, backward: _Rows | None
     ) -> tuple[Tensor, Tensor | None]:
-        ctx.save_for_backward(q, k, v)
+        # The mask as well: autograd refuses a backward pass after a change of it.
+        ctx.save_for_backward(q, k, v, *forward.problem.limits)
         ctx.rows = backward or forward
         with torch.autocast(q.device.type, enabled=False):
             return _attend(q, k, v, forward)
@@ -47,7 +48,8 @@ class _FrameLocalAttention(torch.autograd.Function):
         ctx: _RowsContext, gradient: Tensor, of_lse: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         compute = functools.partial(_gradients, ctx.rows)
-        dq, dk, dv = first_gradient("frame_local_attention", compute, *ctx.saved_tensors, gradient, of_lse)
+        q, k, v, *_ = ctx.saved_tensors
+        dq, dk, dv = first_gradient("frame_local_attention", compute, q, k, v, gradient, of_lse)
         return dq, dk, dv, None, None
 
 

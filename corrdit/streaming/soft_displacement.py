@@ -29,7 +29,8 @@ def soft_displacement(q: Tensor, k: Tensor, problem: PairProblem) -> tuple[Tenso
 class _SoftDisplacement(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Context, q: Tensor, k: Tensor, problem: PairProblem) -> tuple[Tensor, Tensor | None]:
-        ctx.save_for_backward(q, k)
+        # The mask and the centres as well: autograd refuses a backward pass after a change of them.
+        ctx.save_for_backward(q, k, *problem.limits)
         ctx.problem = problem
         with torch.autocast(q.device.type, enabled=False):
             return _displacement(q, k, problem)
@@ -47,7 +48,8 @@ class _SoftDisplacement(torch.autograd.Function):
             add_gradients(work, _IncomingSlopes(work, gradient, of_lse), dq, dk)
             return dq, dk
 
-        dq, dk = first_gradient("soft_displacement", gradients, *ctx.saved_tensors, gradient, of_lse)
+        q, k, *_ = ctx.saved_tensors
+        dq, dk = first_gradient("soft_displacement", gradients, q, k, gradient, of_lse)
         return dq, dk, None
 
 

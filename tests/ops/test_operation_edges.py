@@ -279,3 +279,21 @@ def test_a_compiled_caller_of_any_shape_is_one_graph(operation):
     for heads in (2, 3):
         q, k = tensors(2, heads=heads)
         torch.testing.assert_close(compiled(q, k), caller(q, k))
+
+
+@pytest.mark.parametrize("what", ["key_mask", "center", "attention"])
+def test_a_mask_that_changes_before_the_backward_pass_is_noticed(what):
+    """Autograd's own refusal: the gradient of another mask would be wrong without a word."""
+    grid = TokenGrid(2, 3, 4)
+    q = torch.randn(1, 2, grid.tokens, 16, requires_grad=True)
+    mask, center = torch.ones(1, grid.tokens, dtype=torch.bool), torch.zeros(1, 2, 2, 3, 4, 2)
+    if what == "key_mask":
+        result = ops.soft_displacement(q, q, grid, key_mask=mask, backend="streaming")
+    elif what == "center":
+        result = ops.soft_displacement(q, q, grid, center=center, window=1, backend="streaming")
+    else:
+        result = ops.frame_local_attention(q, q, q, grid, key_mask=mask, backend="streaming")
+    mask[:, ::2] = False
+    center += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        result.sum().backward()
