@@ -10,7 +10,6 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -102,10 +101,18 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tens
 
 
 def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, ArrayLike]) -> None:
-    """Write a compressed .npz file, beside and then renamed."""
-    named: dict[str, Any] = dict(arrays)
-    with written_beside(path) as file:
-        np.savez_compressed(file, **named)
+    """Write a compressed .npz file, beside and then renamed; by any names, as numpy's own function does not.
+
+    Raises:
+        ValueError: values that are neither numbers nor text.
+    """
+    with written_beside(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, values in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                array = np.asanyarray(values)
+                if array.dtype.hasobject:
+                    raise ValueError(f"{name} holds {array.dtype} values; give numbers that fit 64 bits, or text")
+                np.lib.format.write_array(entry, array, allow_pickle=False)
 
 
 def content_digest(*facts: object) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 _COLUMNS = ("frame", "x", "y")
+_WHOLE = re.compile(r"0|-?[1-9][0-9]*")
+_AS_LABEL = re.compile(r"[+-]?0[0-9]")
 OWN_NAMES = ("xy", "visible", "score", "queries", "hdr", "point")
 """Of arrays and columns in the files of results."""
 _ACCEPTED = (
@@ -65,14 +67,19 @@ def point_columns(spec: str) -> dict[str, np.ndarray]:
     rows = [] if spec.startswith("grid:") else [further for _, _, further in _csv_rows(Path(spec))]
     columns: dict[str, np.ndarray] = {}
     for name in rows[0] if rows else ():
-        cells = [row[name] for row in rows]
-        kinds = (int, float) if all(map(_is_number, cells)) else ()
-        columns[name] = np.array(cells)
-        for kind in kinds:
-            with contextlib.suppress(ValueError, OverflowError):
-                columns[name] = np.array([kind(cell) for cell in cells])
-                break
+        columns[name] = np.array(_values([row[name] for row in rows]))
     return columns
+
+
+def _values(cells: list[str]) -> list[int] | list[float] | list[str]:
+    """Numbers where they all are some that float64 or int64 holds and that are not written as labels, such as 007."""
+    whole = [_WHOLE.fullmatch(cell) is not None for cell in cells]
+    if all(whole) and all(abs(int(cell)) < 2**63 for cell in cells):
+        return [int(cell) for cell in cells]
+    exact = all(abs(int(cell)) <= 2**53 for cell, is_whole in zip(cells, whole, strict=True) if is_whole)
+    if exact and all(_is_number(cell) and not _AS_LABEL.match(cell) for cell in cells):
+        return [float(cell) for cell in cells]
+    return cells
 
 
 def check_points_spec(spec: str) -> None:
@@ -147,4 +154,4 @@ def _is_number(text: str) -> bool:
         float(text)
     except ValueError:
         return False
-    return True
+    return "_" not in text

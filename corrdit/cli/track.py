@@ -110,6 +110,8 @@ def run(arguments: Namespace) -> int:
     began = time.perf_counter()
     if arguments.rerun:
         require_rerun()
+    if Path(arguments.video).resolve() == Path(arguments.output).resolve():
+        raise ValueError(f"--output {arguments.output} is VIDEO itself; give the results another folder")
     if is_folder_of_videos(Path(arguments.video), arguments.output):
         if arguments.dense is not None:
             raise ValueError(f"--dense {arguments.dense} is for one video; {arguments.video} is a folder of videos")

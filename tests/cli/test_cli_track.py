@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -290,6 +291,38 @@ class TestBadPoints:
             assert held["part"].dtype.kind == "i"
             assert held["part"].tolist() == [7, 8]
             assert held["weight"].tolist() == [0.5, 1.0]
+
+    @pytest.mark.usefixtures("drifting_tracker")
+    def test_labels_that_look_like_numbers_stay_as_they_are(self, tmp_path: Path, clip: Path) -> None:
+        points = tmp_path / "points.csv"
+        cells = {
+            "code": ["007", "12"], "long": ["99999999999999999999", "1"], "exact": ["9007199254740993", "1.5"],
+            "spaced": ["1_000", "2"], "file": ["a", "b"], "allow_pickle": ["1", "-2"], "half": ["0.5", "1e3"],
+        }  # fmt: skip
+        rows = zip(*cells.values(), strict=True)
+        points.write_text(
+            "\n".join([f"frame,x,y,{','.join(cells)}", *(f"0,1,{i},{','.join(row)}" for i, row in enumerate(rows))])
+        )
+        assert main(["track", str(clip), "--output", str(tmp_path / "out"), "--points", str(points)]) == 0
+        with np.load(tmp_path / "out" / "tracks.npz", allow_pickle=False) as held:
+            for name in ("code", "long", "exact", "spaced", "file"):
+                assert held[name].tolist() == cells[name]
+            assert held["allow_pickle"].tolist() == [1, -2]
+            assert held["half"].tolist() == [0.5, 1000.0]
+
+    def test_results_do_not_go_among_the_videos(self, tmp_path: Path, clip: Path, refused: Refused) -> None:
+        videos = tmp_path / "videos"
+        videos.mkdir()
+        shutil.copy(clip, videos)
+        assert "is VIDEO itself; give the results another folder" in refused("track", videos, "--output", videos)
+        assert [path.name for path in videos.iterdir()] == [clip.name]
+
+    @pytest.mark.usefixtures("drifting_tracker")
+    def test_coordinates_with_underscores_are_refused(self, workplace: Path, clip: Path, refused: Refused) -> None:
+        given = workplace / "given.csv"
+        given.write_text("frame,x,y\n0,1_0,1\n")
+        line = refused("track", clip, "--output", workplace / "out", "--points", given)
+        assert "line 2: x is '1_0', not a finite number" in line
 
     @pytest.mark.usefixtures("drifting_tracker")
     def test_names_of_results_are_no_names_of_columns(self, workplace: Path, clip: Path, refused: Refused) -> None:
