@@ -24,7 +24,8 @@ not evenly spaced are copied. Where values cannot be looked at (a tensor of weig
 they are multiplied by 0.
 
 The kernels multiply float32 exactly; within `corrdit.kernels.float32_precision("tf32")` they take tensor cores and ten
-bits. The last two products of the gradient of averaged logits are PyTorch's and follow PyTorch's own setting.
+bits. The last two products of the gradient of averaged logits, means over heads (`heads="features"`) and weighted means
+of probabilities are PyTorch's and follow PyTorch's own setting.
 """
 
 from corrdit.ops.attention_mass import AttentionMass, attention_mass

@@ -248,11 +248,11 @@ def write_loss_curve(path: str | os.PathLike[str], losses: ArrayLike, *, first_s
         axes.plot(places[known[step]], losses[step, known[step]], color="#9aa3ad", linewidth=1.2, label=label)
     axes.plot(numbers, begin, "o", color="#e4572e", markersize=5, label="before the first")
     axes.plot(numbers, end, "o", color="#2a6fbb", markersize=5, label="before the last")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_xlim(numbers[0] - 0.6, numbers[-1] + 0.6) if steps else None
     axes.set_xlabel("denoising step")
     axes.set_ylabel("loss")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=0, top=1.1 * np.nanmax(losses) if known.any() and np.nanmax(losses) > 0 else None)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, frameon=False)
     with written_beside(path) as file:

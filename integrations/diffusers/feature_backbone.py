@@ -52,7 +52,7 @@ class FeatureBackbone:
         image: Tensor | None = None,
     ) -> dict[int, Any]:
         """As `Backbone.forward`, the operations being given features for both queries and keys."""
-        grid = self.backbone.grid(latents.shape[0], *latents.shape[-2:]).without_text()
+        grid = self.backbone.grid(latents.shape[-4], *latents.shape[-2:]).without_text()
         results: dict[int, Any] = {}
 
         def deliver(layer: int, name: str, result: Tensor) -> None:

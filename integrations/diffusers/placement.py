@@ -178,9 +178,23 @@ def place(pipe: DiffusionPipeline, placement: Placement | str, device: torch.dev
     elif wanted.parts == "offload_layers":
         pipe.enable_sequential_cpu_offload(device=device)
     elif wanted.parts == "shards":
-        transformer, pipe.transformer = pipe.transformer, None
+        _place_in_shards(pipe, device)
+
+
+def _place_in_shards(pipe: DiffusionPipeline, device: torch.device) -> None:
+    """Transformers over all GPUs, one after another; the rest on the device."""
+    known = transformers_of(pipe)
+    spread_out = {
+        name: part for name, part in pipe.components.items() if any(part is transformer for transformer in known)
+    }
+    try:
+        for name in spread_out:
+            setattr(pipe, name, None)
         pipe.to(device)
-        pipe.transformer = transformer
+    finally:
+        for name, transformer in spread_out.items():
+            setattr(pipe, name, transformer)
+    for transformer in spread_out.values():
         spread(transformer, available_memory())
 
 

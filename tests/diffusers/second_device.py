@@ -36,6 +36,7 @@ from corrdit import (
     load_backbone,
     ops,
 )
+from corrdit.integrations.diffusers.analysis.exploration import Setting, explore
 from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.transfer_settings import METHODS
 from corrdit.testing import tiny_generation, tiny_pipeline
@@ -215,6 +216,13 @@ def guided(name: str, device: str) -> list[Tensor]:
     return results
 
 
+def explored(name: str, device: str) -> list[Tensor]:
+    backbone, call = model(name, device)
+    found = explore(backbone, clip(call), layers=[0], prompt="a red disc" if name == "embedded" else "")
+    answer = found.ask(0, 10, 10, Setting(0, found.steps[0]))
+    return [answer.costs, torch.as_tensor(answer.xy), answer.words, answer.frames]
+
+
 def tracked(name: str, device: str) -> list[Tensor]:
     backbone, call = model(name, device)
     tracks = PointTracker(backbone).track(clip(call), [(0, 10.0, 10.0), (3, 20.0, 5.0)])
@@ -248,6 +256,7 @@ TASKS: dict[str, Callable[[str, str], list[Tensor]]] = {
     "capture": captured,
     "guidance": guided,
     "tracking": tracked,
+    "explore": explored,
     "planted": planted,
     **{method: functools.partial(transferred, method) for method in (*METHODS, EMBEDDING) if method not in WORDED},
 }

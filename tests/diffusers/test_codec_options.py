@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from corrdit import PointTracker
+from corrdit import PointTracker, load_backbone
 from corrdit.integrations.diffusers.placement import Placement, place
 from corrdit.testing import tiny_backbone
 from corrdit.tracking.options import TrackerOptions
@@ -47,6 +47,11 @@ def test_seeds_are_one_for_each_frame():
     assert not torch.allclose(mode, drawn, atol=1e-3)
     one = backbone.encode_frames(VIDEO[2:3], posterior_seeds=[7])
     torch.testing.assert_close(one[0], drawn[2], atol=1e-4, rtol=1e-4)
+
+
+def test_a_codec_without_a_spread_has_one_sample():
+    backbone = load_backbone("embedded")
+    assert torch.equal(backbone.encode_frames(VIDEO, posterior_seeds=[7] * 5), backbone.encode_frames(VIDEO))
 
 
 def test_a_tiled_codec():

@@ -35,7 +35,8 @@ def wrong(*cases: str) -> dict[str, str]:
 
 def test_tasks_run_where_the_model_is():
     # Adding noise leaves a table of the scheduler on the device, which FlowMotion reads.
-    assert wrong("capture:wan", "guidance:wan", "tracking:embedded", "ditflow:cogvideox", "flowmotion:cogvideox") == {}
+    reading = ("capture:wan", "guidance:wan", "tracking:embedded", "explore:embedded")
+    assert wrong(*reading, "ditflow:cogvideox", "flowmotion:cogvideox") == {}
 
 
 def test_the_device_is_not_the_cpu():

@@ -121,6 +121,7 @@ def test_features_before_and_after_the_projection_go_through_the_same_tracker(wo
         "keys": {"kind": "ours"},
         "before": {"kind": "features"},
         "after": {"kind": "features", "feature": "projected output"},
+        "cropped": {"kind": "features", "crops": (0.5,)},
     }
     module = EvaluationModule(backbone, output=tmp_path, trackers=trackers, tracker_options=MODEL_OPTIONS)
     trainer.predict(module, TapVidDataModule(world, end=1))

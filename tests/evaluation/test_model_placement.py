@@ -104,6 +104,28 @@ def test_a_spread_transformer_is_read_like_a_whole_one(monkeypatch):
     assert torch.equal(*results)
 
 
+def test_both_transformers_of_a_pipeline_are_spread(monkeypatch):
+    monkeypatch.setattr(model_placement, "available_memory", lambda: {"cpu": 10**9})
+    spread = []
+    monkeypatch.setattr(model_placement, "spread", lambda transformer, memory: spread.append(transformer))
+    pipe = tiny_pipeline("wan-2.2")
+    both = [pipe.transformer, pipe.transformer_2]
+    moved = []
+
+    def full(device):
+        moved.append((pipe.transformer, pipe.transformer_2))
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(pipe, "to", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        model_placement.place(pipe, "shards", CPU)
+    assert moved == [(None, None)]
+    assert [pipe.transformer, pipe.transformer_2] == both
+    monkeypatch.setattr(pipe, "to", lambda device: pipe)
+    model_placement.place(pipe, "shards", CPU)
+    assert spread == [pipe.transformer, pipe.transformer_2] == both
+
+
 def test_a_model_is_loaded_with_the_precision_asked_for():
     backbone = model_placement.placed_backbone("embedded", device=CPU, dtype="float64", placement="device")
     assert backbone.dtype == torch.float64

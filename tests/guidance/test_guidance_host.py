@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from corrdit import TokenGrid, capture
 from corrdit.integrations.diffusers import CorrespondenceProcessor, Preset, ReadingPreset
 from corrdit.integrations.diffusers.backbones.published_models import PUBLISHED_MODELS, PublishedModel
 from corrdit.integrations.diffusers.guidance import CrossAttentionGuidance, GuidancePreset, guidance_preset
+from corrdit.integrations.diffusers.host.forwards import OneThread
 from corrdit.testing import tiny_generation, tiny_pipeline
 
 
@@ -150,6 +152,29 @@ def test_compiled_blocks() -> None:
     with CrossAttentionGuidance(pipe, 1):
         compiled = pipe(**tiny_generation("cogvideox", steps=2)).frames
     torch.testing.assert_close(compiled, expected)
+    assert state_of(pipe) == before
+
+
+def test_a_refused_guidance_leaves_nothing_behind() -> None:
+    pipe = tiny_pipeline("wan")
+    entered, left = threading.Event(), threading.Event()
+
+    def read() -> None:
+        with OneThread(pipe.transformer):
+            entered.set()
+            left.wait(60)
+
+    before = state_of(pipe)
+    thread = threading.Thread(target=read)
+    thread.start()
+    assert entered.wait(60)
+    guidance = CrossAttentionGuidance(pipe, layers=[1])
+    try:
+        with pytest.raises(ValueError, match="thread"), guidance:
+            pass
+    finally:
+        left.set()
+        thread.join()
     assert state_of(pipe) == before
 
 

@@ -21,8 +21,8 @@ CPU = torch.device("cpu")
 NAME = "cogvideox-rotary"
 
 
-def placed_pipeline(placement, dtype=torch.float32):
-    pipe = tiny_pipeline(NAME).to(dtype)
+def placed_pipeline(placement, dtype=torch.float32, name=NAME):
+    pipe = tiny_pipeline(name).to(dtype)
     model_placement.place(pipe, placement, CPU)
     return pipe
 
@@ -101,6 +101,15 @@ def test_offloading_changes_no_bit(
     assert HOOKS[parts] in hooks_of(pipe)
     result = transferred(pipe, method=method, gradient_checkpointing=checkpointing)
     assert_same(result, expected[method])
+
+
+@pytest.mark.parametrize("parts", list(HOOKS))
+def test_a_table_of_places_is_optimised_wherever_weights_rest(parts, offloading_to_cpu, away_between_forwards):
+    plain, moved = (
+        transferred(placed_pipeline(placement, name="cogvideox"), optimise="embedding")
+        for placement in ("device", parts)
+    )
+    assert np.array_equal(plain.losses, moved.losses)
 
 
 @pytest.mark.parametrize("parts", ["device", "offload", "offload_groups"])

@@ -7,12 +7,14 @@ import importlib
 import json
 import pathlib
 import resource
+import subprocess
 import sys
 import time
 
 import pytest
 import torch
 import transformers
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from corrdit import load_backbone
 from corrdit.cli import main
@@ -197,6 +199,16 @@ def test_weights_have_the_types_they_are_loaded_in(name, dtype, tmp_path):
     assert wide == {torch.float32 if dtype == torch.float16 else dtype}
 
 
+def test_a_size_that_is_left_out_is_the_models_own(tmp_path):
+    found = plan("embedded", "generate", steps=1, search=False)
+    assert (found.frames, found.height, found.width) == (8, 32, 32)
+    pipe = tiny_pipeline("cogvideox")
+    pipe.save_pretrained(tmp_path)
+    config, pixels = pipe.transformer.config, pipe.vae_scale_factor_spatial
+    found = plan(tmp_path, "generate", steps=1, height=64, search=False)
+    assert (found.frames, found.height, found.width) == (config.sample_frames, 64, config.sample_width * pixels)
+
+
 def test_a_random_model_runs_without_its_encoders():
     model = configured_model("embedded", device=CPU, random=True)
     assert sorted(model.parts) == ["transformer", "vae"]
@@ -245,6 +257,30 @@ def test_fake_tensors_leave_nothing_in_the_kernels_caches(configurations):
     table = tables.frame_pairs([frame for pair in pairs for frame in pair], places, places, 2, 2, CPU)
     assert all(type(tensor) is torch.Tensor for tensor in table[:7])
     assert table.pairs[:, [0, 3]].tolist() == [[4 * i, 4 * j] for i, j in pairs]
+    with FakeTensorMode():
+        made = tables.coordinate_table(3, 5, torch.float16, CPU)
+    assert type(made) is torch.Tensor
+    assert made[7, :7].tolist() == [1, 2, 1, 1, 2, 1, 0]
+
+
+def test_a_plan_in_one_thread_leaves_the_kernels_of_another_at_work(monkeypatch):
+    pytest.importorskip("triton")
+    script = (
+        "import threading, torch\n"
+        "from corrdit import TokenGrid, ops\n"
+        "from corrdit.integrations.diffusers.planning.kernel_calls import kernels_planned\n"
+        "grid, q = TokenGrid(2, 4, 5), torch.randn(1, 2, 40, 16)\n"
+        "found = []\n"
+        "def work(): found.append(ops.soft_displacement(q, q, grid, heads='none', backend='triton'))\n"
+        "with kernels_planned():\n"
+        "    thread = threading.Thread(target=work)\n"
+        "    thread.start()\n"
+        "    thread.join()\n"
+        "expected = ops.soft_displacement(q, q, grid, heads='none', backend='reference')\n"
+        "torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-4)\n"
+    )
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
 
 
 def test_published_checkpoints_have_their_published_sizes():

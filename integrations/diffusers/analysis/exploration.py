@@ -125,12 +125,12 @@ class Exploration:
         execution = self._options.execution
         costs = ops.cost_rows(
             q, k, grid, token, source=frame, bidirectional=self._options.bidirectional, key_mask=key_mask, **execution
-        )[0, 0]
+        )[0, 0].cpu()
         mass = ops.attention_mass(q, k, grid, token, source=frame, key_mask=key_mask, **execution)
         peaks, _ = refined_peaks(costs, radius=1)
         xy = tokens_to_pixels(peaks, self._stride) / torch.tensor(self._scale)
         words = self._word_weights(q, k, grid, key_mask, grid.token(frame, 0, 0) + int(token))
-        return PointAnswer(costs.cpu(), xy.cpu().numpy(), words, mass.frames[0, 0].cpu())
+        return PointAnswer(costs, xy.numpy(), words, mass.frames[0, 0].cpu())
 
     def _word_weights(self, q: Tensor, k: Tensor, grid: TokenGrid, key_mask: Tensor | None, row: int) -> Tensor:
         """`[W]`, mean over heads; nothing where the text is not among the tokens."""

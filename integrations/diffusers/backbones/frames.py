@@ -103,8 +103,11 @@ def with_image_and_mask(latents: torch.Tensor, image: torch.Tensor | None) -> to
 
 
 def _drawn(posterior: Posterior, seeds: Sequence[int | None]) -> torch.Tensor:
-    """The mode, or a sample with noise that is drawn on the CPU, so that it is the same on every device."""
-    if all(seed is None for seed in seeds):
+    """The mode, or a sample with noise that is drawn on the CPU, so that it is the same on every device.
+
+    A codec without a spread, whose posterior has no mean, has the mode for its only sample.
+    """
+    if all(seed is None for seed in seeds) or not hasattr(posterior, "mean"):
         return posterior.mode()
     mean = posterior.mean
     noise = [torch.randn(mean.shape[1:], generator=torch.Generator().manual_seed(seed or 0)) for seed in seeds]

@@ -78,10 +78,10 @@ class GuidedForwards:
     def attach(self, *, once: bool = False) -> ExitStack:
         """Listen until the result closes; with `once` to one forward, also one that ends in an exception."""
         self._once, self._guided = once, None
-        self._attached.enter_context(self._pass.watching())
-        self._attached.enter_context(
-            watched_forwards(self._transformer, self._layout, self._before, self._after),
-        )
+        with ExitStack() as attached:
+            attached.enter_context(self._pass.watching())
+            attached.enter_context(watched_forwards(self._transformer, self._layout, self._before, self._after))
+            self._attached = attached.pop_all()
         return self._attached
 
     def _before(self, call: ForwardCall, arguments: Arguments) -> None:

@@ -55,7 +55,9 @@ class AbsoluteTable(PositionalTables):
             if config.use_learned_positional_embeddings:
                 joint = embed.pos_embedding
             else:
-                joint = embed._get_positional_embeddings(height, width, length, device=embed.text_proj.weight.device)
+                # The weights themselves may be elsewhere between two forwards.
+                device = arguments["hidden_states"].device
+                joint = embed._get_positional_embeddings(height, width, length, device=device)
         # As the model adds it: in its own precision.
         self._table = joint[:, -grid.video_tokens :].to(embed.text_proj.weight.dtype).float()
         self._text_tokens = grid.text_tokens

@@ -220,7 +220,8 @@ class Injection(MotionObjective):
     def check(self, settings: TransferSettings) -> None:
         if not settings.injection_blocks:
             raise ValueError(
-                f'method "{settings.method}" needs injection_blocks; DiTFlow takes block 0: injection_blocks=(0,)'
+                f'method "{settings.method}" needs injection_blocks; DiTFlow takes block 0: injection_blocks=(0,), or '
+                "--injection-blocks [0] of the command"
             )
 
 

@@ -15,6 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from corrdit.arguments import choice, whole_number
+from corrdit.integrations.diffusers.backbones.base import Backbone
 from corrdit.integrations.diffusers.backbones.presets import Preset
 from corrdit.integrations.diffusers.backbones.published_models import default_layers
 from corrdit.integrations.diffusers.motion_transfer.transfer import MotionTransfer
@@ -356,8 +357,18 @@ def _leaner(way: Way, transfer: bool) -> Iterator[Way]:
                 yield leaner
 
 
+def _configured_size(backbone: Backbone) -> tuple[int, int, int] | None:
+    """What the pipeline makes where it is asked for no size, if its transformer's configuration says so."""
+    config: Any = backbone.transformer.config
+    pixels = backbone.spatial_compression
+    own = [config.get(f"sample_{side}") for side in ("frames", "height", "width")]
+    if not all(isinstance(value, int) for value in own):
+        return None
+    return own[0], own[1] * pixels, own[2] * pixels
+
+
 def _size(model: ConfiguredModel, *given: int | None) -> tuple[int, int, int]:
-    known = model.size or DEFAULT_SIZE
+    known = model.size or _configured_size(model.backbone) or DEFAULT_SIZE
     reading = model.backbone.preset.reading
     if model.size is None and reading.height and reading.width:
         known = (known[0], reading.height, reading.width)
