@@ -9,12 +9,13 @@ import threading
 import weakref
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 
 from corrdit import CrossAttentionGuidance, PointTracker, capture, load_backbone, ops
-from corrdit.testing import tiny_generation, tiny_pipeline
+from corrdit.testing import TINY_MODELS, tiny_generation, tiny_pipeline
 
 GUIDED = ("cogvideox", "cogvideox-rotary", "hunyuanvideo", "wan", "wan-2.2", "ltx", "mochi")
 
@@ -573,3 +574,19 @@ def test_a_model_saved_inside_a_block_needs_nothing_of_ours(pipeline, generation
     }
     with torch.no_grad():
         torch.testing.assert_close(duplicate(**given)[0], output["plain"], rtol=0, atol=0)
+
+
+@pytest.mark.skipif("kandinsky5" not in TINY_MODELS, reason="this diffusers has no Kandinsky 5")
+@pytest.mark.parametrize("guided", [True, False])
+def test_second_order_steps_of_a_pipeline_that_keeps_no_timestep(guided):
+    """Five passes of the loop, of which two have the timestep of the one before."""
+    pipe = tiny_pipeline("kandinsky5")
+    assert not hasattr(type(pipe), "current_timestep")
+    pipe.scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
+    calls = []
+    pipe.transformer.register_forward_pre_hook(lambda *given: calls.append(given))
+    with capture(pipe, layers=[0], operation=lambda q, k, grid, key_mask: torch.tensor([len(calls)])) as captured:
+        pipe(**tiny_generation("kandinsky5", steps=3, guided=guided))
+    assert len(calls) == (10 if guided else 5)
+    expected = {(step, 0): (2 * step if guided else step) + 1 for step in range(5)}
+    assert {key: int(value) for key, value in captured.items()} == expected

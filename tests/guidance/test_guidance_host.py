@@ -6,6 +6,7 @@ import copy
 import threading
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import LattePipeline, LatteTransformer3DModel
@@ -16,7 +17,7 @@ from corrdit.integrations.diffusers import CorrespondenceProcessor, Preset, Read
 from corrdit.integrations.diffusers.backbones.published_models import PUBLISHED_MODELS, PublishedModel
 from corrdit.integrations.diffusers.guidance import CrossAttentionGuidance, GuidancePreset, guidance_preset
 from corrdit.integrations.diffusers.host.forwards import OneThread
-from corrdit.testing import tiny_generation, tiny_pipeline
+from corrdit.testing import TINY_MODELS, tiny_generation, tiny_pipeline
 
 
 def state_of(pipe: Any) -> dict[str, tuple[Any, ...]]:
@@ -305,3 +306,29 @@ def test_published_settings_are_found_by_shape(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(PUBLISHED_MODELS, "tiny", PublishedModel("tiny", "cogvideox", 3, 2, "float32", preset))
     assert CrossAttentionGuidance(pipe, preset="published").layers == (0, 2)
     assert CrossAttentionGuidance(pipe, 1, preset="published").layers == (1,)
+
+
+@pytest.mark.skipif("cosmos-2" not in TINY_MODELS, reason="this diffusers has no Cosmos Predict2")
+@pytest.mark.parametrize("name", ["cosmos", "cosmos-2"])
+def test_a_scale_that_falls_needs_timesteps_that_do(name: str) -> None:
+    """Cosmos counts levels of noise: a quarter of their logarithm, or up to 80,000."""
+    pipe = tiny_pipeline(name)
+    guidance = CrossAttentionGuidance(pipe, layers=[0], adaptive_scale=0.001)
+    with pytest.raises(ValueError, match="adaptive_scale falls with timesteps of 0 to 1000, and those of"), guidance:
+        pipe(**tiny_generation(name, steps=2))
+
+
+def test_a_video_made_in_windows_is_refused_when_the_second_begins() -> None:
+    """Steps go on counting there, so that the windows after the first would be left without guidance."""
+    pipe = diffusers.SkyReelsV2DiffusionForcingPipeline(**tiny_pipeline("skyreelsv2").components)
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 8.0}
+    pipe.scheduler = diffusers.UniPCMultistepScheduler(num_train_timesteps=1000, **flow)
+    windows = {"prompt": None, "base_num_frames": 9, "overlap_history": 5, "ar_step": 0}
+    one, several = ({**tiny_generation("skyreelsv2", steps=3), "num_frames": frames} for frames in (9, 17))
+    before = state_of(pipe)
+    with CrossAttentionGuidance(pipe, layers=[0]):
+        pipe(**one, **windows)
+    guidance = CrossAttentionGuidance(pipe, layers=[0])
+    with pytest.raises(ValueError, match="goes through its 3 steps more than once"), guidance:
+        pipe(**several, **windows)
+    assert state_of(pipe) == before

@@ -167,7 +167,15 @@ class CrossAttentionGuidance:
             return options.scale
         current = getattr(self.pipe, "_current_timestep", None)
         timestep = float(torch.as_tensor(call.timestep if current is None else current).max())
-        return options.scale_at(timestep, int(self.pipe.scheduler.config.num_train_timesteps))
+        count = int(self.pipe.scheduler.config.num_train_timesteps)
+        schedule = torch.as_tensor(self.pipe.scheduler.timesteps)
+        low, high = float(schedule.min()), float(schedule.max())
+        if low < 0 or high > count + 1:
+            raise ValueError(
+                f"adaptive_scale falls with timesteps of 0 to {count}, and those of this {type(self.pipe).__name__} go "
+                f"from {low:.3g} to {high:.3g}; leave adaptive_scale at 0"
+            )
+        return options.scale_at(timestep, count)
 
     def _wanted(self, layout: TransformerLayout, call: ForwardCall) -> GuidedSamples | None:
         """The conditional samples of a guided call."""
@@ -175,6 +183,11 @@ class CrossAttentionGuidance:
         steps.advance(call)
         if steps.call == 0:
             self._shift = None
+        if steps.step >= steps.count:
+            raise ValueError(
+                f"the {type(self.pipe).__name__} goes through its {steps.count} steps more than once, as it does for a "
+                "video that it makes in windows; guidance knows one pass, so ask for a video that fits a window"
+            )
         branches = branches_of(layout, call, steps)
         scale = self._scale_now(call) if branches.keys() != {"uncond"} else 0.0
         if scale and torch.is_grad_enabled():

@@ -20,7 +20,8 @@ class PipelineSteps:
 
     A run begins when the scheduler has set its timesteps anew. Within a run a step is one pass of the pipeline's loop,
     which keeps its timestep as one tensor object for all calls of the transformer; so steps are told apart without
-    reading a number back from the device, and second-order schedulers, which repeat a timestep, count right.
+    reading a number back from the device, and second-order schedulers, which repeat a timestep, count right. Of a
+    pipeline that keeps none, the timestep and the scheduler's place in its schedule tell them apart.
     """
 
     def __init__(self, pipe: Any) -> None:
@@ -52,7 +53,9 @@ class PipelineSteps:
             self.guided = _uses_guidance(self._pipe)
         marker = getattr(self._pipe, "_current_timestep", None)
         if marker is None:
-            marker = float(torch.as_tensor(call.timestep).max())
+            # A schedule of second order has a timestep twice, and its place in it tells them apart.
+            place = getattr(self._pipe.scheduler, "_step_index", None)
+            marker = (place, float(torch.as_tensor(call.timestep).max()))
         if self._marker is not None and _same(marker, self._marker):
             self.call += 1
             return
@@ -165,6 +168,6 @@ def _check_scale(pipe: object) -> None:
 
 
 def _same(marker: object, other: object) -> bool:
-    if isinstance(marker, float) and isinstance(other, float):
+    if isinstance(marker, tuple) and isinstance(other, tuple):
         return marker == other
     return marker is other
