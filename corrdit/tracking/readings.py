@@ -264,7 +264,7 @@ def matches_back(pair: TokenPair, reading: Reading, *, source: int) -> Tensor:
 
 
 def _common(pair: TokenPair, reading: Reading) -> dict[str, Any]:
-    small = pair.grid.tokens_per_frame <= SMALL_FRAME and pair.q.device.type == "cpu"
+    small = pair.grid.tokens_per_frame <= SMALL_FRAME and pair.q.device.type == "cpu" and reading.memory_budget is None
     return {
         "heads": "none" if reading.votes else reading.heads,
         "head_weights": None if reading.votes else pair.weights,

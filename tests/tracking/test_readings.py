@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from corrdit import TokenGrid, ops
+from corrdit import PointTracker, TokenGrid, load_backbone, ops
 from corrdit.tracking.readings import Reading, cost_rows, matches_back, read_tokens
 
 GRID = TokenGrid(frames=3, height=3, width=4, text_tokens=2)
@@ -117,3 +117,10 @@ def test_keys_with_keys_are_cosines_of_the_channels_that_are_left():
 def test_channels_that_a_head_does_not_have_are_named(channels):
     with pytest.raises(ValueError, match="channels_out must be some of the channels 0 to 7"):
         rows(Reading((1,), (50.0,), channels_out=channels))
+
+
+def test_a_memory_budget_of_small_frames_is_kept_by_streaming():
+    video = torch.zeros(3, 32, 32, 3, dtype=torch.uint8).numpy()
+    backbone = load_backbone("embedded")
+    plain, kept = (PointTracker(backbone, memory_budget=most).track(video, [(0, 9.0, 9.0)]) for most in (None, 10**8))
+    torch.testing.assert_close(torch.as_tensor(kept.xy), torch.as_tensor(plain.xy), atol=1e-2, rtol=0)
